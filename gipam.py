@@ -17,6 +17,7 @@ The sections, each of which uses only what stands above it (`grep -n '^# ===' gi
     Service     the one lock: decide, apply, queue, flush, answer
     Protocol    method name -> function; bytes in, bytes out
     Transport   HTTP on a UNIX socket or on TCP, signals, systemd
+    Docker      what Docker uses, for check and for a lost lease file
     Commands    options, configuration in three stages, main
 
 On disk. The lease file is a JSON document for people: the configuration (which wins over options
@@ -41,21 +42,27 @@ release sent while gipam was down. Such an address or pool stays held until some
 from __future__ import annotations
 
 import argparse
+import array
 import bisect
 import contextlib
+import faulthandler
 import fcntl
 import functools
 import http
+import http.client
 import http.server
+import io
 import ipaddress
 import json
 import logging
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import socketserver
+import ssl
 import stat
 import sys
 import threading
@@ -80,7 +87,15 @@ FOLD_PATIENCE_S = 10.0  # after a fold that failed
 ENCODE_LEASES = 2000  # between two chances for other threads; measured: 3 ms
 LOCK_PATIENCE_S = 2.0  # a predecessor may still be folding
 DRAIN_PATIENCE_S = 30.0
+REQUEST_PATIENCE_S = 10.0  # on TCP, from the first byte of a request to its last
+MAX_TCP_CONNECTIONS = 256  # past it the longest idle one goes: a local client cannot starve Docker
+START_PATIENCE_S = 300  # asked of the service manager, for a large state
+CHECK_PAUSE_S = 1.0  # between the two looks of a check
+IMPORT_PAUSE_S = 1.0
+DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
+IMPORT_PATIENCE_S = 2.0  # at a start with Docker alive
 BITS = {4: 32, 6: 128}
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
 SOCKET_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 GATEWAY, AUXILIARY, ENDPOINT = "gateway", "auxiliary", "endpoint"  # kinds of lease
 
@@ -136,6 +151,16 @@ class ConfigError(GipamError):
 
 class DamageError(ConfigError):
     """What is on disk is not what gipam wrote: it never starts on a guess."""
+
+
+class Unreachable(GipamError):
+    """Docker, or the daemon, does not answer: nothing can be compared."""
+
+    exit_status = 2
+
+
+class Refused(GipamError):
+    """Docker, or the daemon, answered with an error."""
 
 
 class BusyError(GipamError):
@@ -233,9 +258,16 @@ class ReleaseAddress(NamedTuple):
     address: str
 
 
-Change = Union[RequestPool, ReleasePool, RequestAddress, ReleaseAddress]
+class BindPool(NamedTuple):
+    """Change: a pool that was taken over from Docker's API, which has no ids, gets its id."""
+
+    pool_id: str
+    new_id: str
+
+
+Change = Union[RequestPool, ReleasePool, BindPool, RequestAddress, ReleaseAddress]
 CHANGES: dict[str, Any] = {
-    "request_pool": RequestPool, "release_pool": ReleasePool,
+    "request_pool": RequestPool, "release_pool": ReleasePool, "bind_pool": BindPool,
     "request_address": RequestAddress, "release_address": ReleaseAddress,
 }
 CHANGE_NAMES = {kind: name for name, kind in CHANGES.items()}
@@ -457,7 +489,7 @@ class Family:
     """IPv4 or IPv6: the bases, what is free in them, cursors, names, and the subnets in use."""
 
     def __init__(self, version: int, bases: list[Network], prefixlen: int, excluded: list[Network]) -> None:
-        self.version, self.bases = version, bases
+        self.version, self.bases, self.excluded = version, bases, excluded
         self.prefixlen = prefixlen  # of a block, where the network does not ask for another
         self.held, self.usable, self.free, self.fresh = (PrefixTree(BITS[version]) for _ in range(4))
         for network in excluded:  # usable: but for exclusions; free: and subnets in use;
@@ -576,6 +608,13 @@ class State:
             pool.subnet.release(offset)
             steps.append(functools.partial(pool.subnet.held.add, offset))
 
+    def _bind_pool(self, change: BindPool, steps: list[Undo]) -> None:
+        pool = self._pool(change.pool_id)
+        put(self.pools, change.pool_id, None, steps)
+        put(self.pools, change.new_id, pool, steps)
+        steps.append(functools.partial(setattr, pool, "pool_id", change.pool_id))
+        pool.pool_id = change.new_id
+
     def _request_address(self, change: RequestAddress, steps: list[Undo]) -> None:
         pool = self._pool(change.pool_id)
         offset = pool.offset(change.address)
@@ -606,6 +645,7 @@ class State:
         return self.pools[pool_id]
 
 
+UNBOUND = "unbound"  # in place of the token, until Docker sends the id of a pool that was taken over
 STATE_KEYS = ("Seq", "V6Idx", "V4Idx", "Cursors", "Names", "Free", "Allocated")  # under the checksum
 POOL_KEYS = ("ID", "V", "Pool", "SubPool", "Name", "Granted", "Seq", "Idx", "Remembered", "Free", "Allocated",
              "Leases")
@@ -636,11 +676,11 @@ def copy_state(state: State) -> tuple[dict[str, Any], list[tuple[Pool, int, dict
     return head, pools
 
 
-def encode_snapshot(config: dict[str, Any], copy: Any, segment: int | None) -> Iterator[str]:
+def encode_snapshot(config: dict[str, Any], copy: Any, segment: int | None, is_import_due: bool = False) -> Iterator[str]:
     """Yield the lease file in portions: configuration, the segment that goes on, state, checksum."""
     head, pools = copy
-    yield "{" + "".join(f"{dumps(key)}:{dumps(value)},\n" for key, value in config.items())
-    yield f'"Journal":{segment},\n' if segment else ""
+    keys = {**config, **({"Journal": segment} if segment else {}), **({"Import": True} if is_import_due else {})}
+    yield "{" + "".join(f"{dumps(key)}:{dumps(value)},\n" for key, value in keys.items())
     checksum = 0
     for chunk in encode_state(head, pools):
         checksum = zlib.crc32(chunk.encode(), checksum)
@@ -716,6 +756,33 @@ def decode_pool(entry: dict[str, Any], state: State) -> None:
         pool.leases[offset] = Lease(*lease)
     for owner, (address, seq) in (entry.get("Remembered") or {}).items():
         subnet.memory[owner] = (pool.offset(address), seq)
+
+
+def describe_state(state: State, has_leases: bool) -> dict[str, Any]:
+    """Return what `status --json` shows; it takes copies, each in one step, and needs no lock."""
+    bases = []
+    for family in state.families.values():
+        for base in family.bases:
+            node, size = family.free.node(base), 1 << BITS[family.version] - family.prefixlen
+            usable, free = (tree.free(node)[1] for tree in (family.usable, family.free))
+            bases.append({
+                "prefix": str(base), "family": family.version, "block_prefixlen": family.prefixlen,
+                "blocks": 1 << family.prefixlen - base.prefixlen, "blocks_used": -((free - usable) // size),
+                "blocks_excluded": -((usable - base.num_addresses) // size),
+                "excluded": [str(network) for network in family.excluded if base.overlaps(network)],
+                "remembered": {name: str(block) for name, (block, _) in family.names.copy().items()
+                               if base.overlaps(block)},
+            })
+    pools = []
+    for pool in list(state.pools.values()):
+        entry = {"id": pool.pool_id, "subnet": str(pool.subnet.network), "sub_pool": str(pool.sub_pool or ""),
+                 "name": pool.name, "leases": len(pool.leases), "usable": pool.usable(),
+                 "granted": pool.granted_s, "seq": pool.seq}
+        if has_leases:
+            entry["addresses"] = [{"address": pool.format(offset), **lease._asdict()}
+                                  for offset, lease in pool.leases.copy().items()]
+        pools.append(entry)
+    return {"version": __version__, "seq": state.seq, "bases": bases, "pools": pools}
 
 
 def normalise_keys(document: dict[str, Any], keys: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
@@ -966,7 +1033,7 @@ class Store:
 
     def lock(self) -> None:
         """Keep others off the lease file for the life of the process. Raises: BusyError, OSError."""
-        fd = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         deadline = time.monotonic() + LOCK_PATIENCE_S
         while True:
             try:
@@ -984,7 +1051,9 @@ class Store:
     def read_snapshot(self) -> dict[str, Any] | None:
         """Return the JSON object of the lease file, None if there is none. Raises: ConfigError."""
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
+                if os.fstat(file.fileno()).st_mode & 0o077:
+                    log.warning("%s is open to other users: chmod 600 it", self.path)
                 text = file.read()
             document = json.loads(text)
         except FileNotFoundError:
@@ -1102,7 +1171,7 @@ class Store:
         Raises: OSError; the old segment is in use then.
         """
         path = self.segment_path(self.segment + 1)
-        fd = self.calls.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = self.calls.open(path, CREATE, 0o600)
         data = encode_line(self.seq, [])
         try:
             self._write(fd, data, 0)
@@ -1131,7 +1200,7 @@ class Store:
     def write_snapshot(self, chunks: Iterable[str], is_named: bool) -> None:
         """Replace the lease file. Durable: on return. Raises: OSError; the old one is whole then."""
         path, offset = self.path + ".tmp", 0
-        fd = self.calls.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = self.calls.open(path, CREATE, 0o600)
         try:
             for chunk in chunks:
                 data = chunk.encode()
@@ -1158,6 +1227,53 @@ class Store:
 # === Service ======================================================================================
 
 
+class Histogram:
+    """How often something took how long. Source: Prometheus text format 0.0.4."""
+
+    BOUNDS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1.0)
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(self.BOUNDS_S) + 1)
+        self.sum_s = 0.0
+
+    def observe(self, duration_s: float) -> None:
+        """Count one."""
+        self.counts[bisect.bisect_left(self.BOUNDS_S, duration_s)] += 1
+        self.sum_s += duration_s
+
+    def samples(self, name: str) -> Iterator[str]:
+        """Yield the lines."""
+        total = 0
+        for bound, count in zip((*self.BOUNDS_S, "+Inf"), self.counts):
+            total += count
+            yield f'{name}_bucket{{le="{bound}"}} {total}'
+        yield f"{name}_sum {self.sum_s:.6f}"
+        yield f"{name}_count {total}"
+
+
+class Metrics:
+    """What is counted while serving."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.requests: dict[tuple[str, str], int] = {}  # (method, result) -> count
+        self.request_s, self.sync_s = Histogram(), Histogram()
+        self.last_write_s = 0.0
+
+    def count(self, method: str, result: str, duration_s: float) -> None:
+        """Count one request."""
+        with self.lock:
+            self.requests[method, result] = self.requests.get((method, result), 0) + 1
+            self.request_s.observe(duration_s)
+
+
+def sample(name: str, kind: str, values: list[tuple[str, Any]]) -> Iterator[str]:
+    """Yield the lines of one metric: its type and, for each set of labels, its value."""
+    yield f"# TYPE gipam_{name} {kind}"
+    for labels, value in values:
+        yield f"gipam_{name}{{{labels}}} {value}" if labels else f"gipam_{name} {value}"
+
+
 class Ticket:
     """What a request waits for: its change, and all that its decision could see, on disk."""
 
@@ -1182,9 +1298,10 @@ class Ticket:
 class Flusher:
     """Group commit: a thread that writes, in one flush, what queued up while the last one ran."""
 
-    def __init__(self, state: State, store: Store, lock: threading.Lock,
+    def __init__(self, state: State, store: Store, lock: threading.Lock, metrics: Metrics,
                  on_loss: Callable[[], None]) -> None:
         self._state, self._store, self._lock, self._on_loss = state, store, lock, on_loss
+        self._metrics = metrics
         self._queue: list[Ticket] = []
         self._is_busy = self._is_rotating = False
         self._wakeup = threading.Semaphore(0)
@@ -1247,7 +1364,10 @@ class Flusher:
                 log.warning("cannot begin a new journal segment: %s", error)
         records = [[CHANGE_NAMES[type(ticket.change)], *ticket.change] for ticket in batch if ticket.change]
         if records:
+            started = time.perf_counter()
             store.append(store.seq + len(records), records)
+            self._metrics.sync_s.observe(time.perf_counter() - started)
+            self._metrics.last_write_s = time.time()
             if not store.is_named or store.journal_bytes > max(MIN_FOLD_BYTES, store.snapshot_bytes):
                 self.fold_is_due.set()
 
@@ -1273,7 +1393,9 @@ class Service:
         self.state, self._store, self._proc = state, store, proc
         self._config = config  # the keys of the lease file
         self._lock, self._fold_lock = threading.Lock(), threading.Lock()
-        self.flusher = Flusher(state, store, self._lock, on_loss)
+        self.metrics = Metrics()
+        self.import_is_due = threading.Event()  # ask Docker what it uses, once it answers
+        self.flusher = Flusher(state, store, self._lock, self.metrics, on_loss)
         threading.Thread(target=self._fold_when_due, name="folder", daemon=True).start()
 
     def request_pool(self, request: PoolRequest) -> Ticket:
@@ -1281,13 +1403,13 @@ class Service:
         obstacles = Obstacles()
         if request.subnet is None:  # read now, never cached: a VPN may have come up
             bases = self.state.families[request.version].bases
-            obstacles = read_obstacles(self._proc, request.version, bases)
+            obstacles = Obstacles(read_obstacles(self._proc, request.version, bases))
         now_s, token = int(time.time()), secrets.token_hex(8)
         return self._commit(lambda: decide_request_pool(self.state, request, obstacles, now_s, token))
 
     def release_pool(self, pool_id: str) -> Ticket:
         """Release a pool with its leases; an unknown one is gone already. Durable. Raises: StoreError."""
-        return self._commit(lambda: ReleasePool(pool_id) if pool_id in self.state.pools else None)
+        return self._commit(lambda: ReleasePool(pool_id) if self._find_pool(pool_id) else None)
 
     def request_address(self, pool_id: str, request: AddressRequest) -> tuple[Ticket, int]:
         """Grant an address; return the prefixlen of its subnet too. Durable: on return.
@@ -1299,9 +1421,10 @@ class Service:
 
         def decide() -> Change:
             nonlocal prefixlen
-            if pool_id not in self.state.pools:
+            if not self._find_pool(pool_id):
                 adoption = decide_adoption(self.state, pool_id, now_s, secrets.token_hex(8))
                 self.flusher.submit(adoption)
+                self.import_is_due.set()
                 log.warning("adopting pool_id=%r: Docker holds it, the lease file does not", pool_id)
             pool = self.state.pools[pool_id]
             prefixlen = pool.subnet.network.prefixlen
@@ -1312,10 +1435,82 @@ class Service:
     def release_address(self, pool_id: str, address: str) -> Ticket:
         """Release an address; what is not held is gone already. Durable. Raises: InvalidRequest, StoreError."""
         def decide() -> Change | None:
-            pool = self.state.pools.get(pool_id)
+            pool = self._find_pool(pool_id)
             return decide_release_address(pool, address) if pool else None
 
         return self._commit(decide)
+
+    def _find_pool(self, pool_id: str) -> Pool | None:
+        """Return the pool of the id; one taken over without an id gets it now. The lock is held."""
+        parsed = parse_pool_id(pool_id)
+        unbound = make_pool_id(*parsed, UNBOUND) if parsed else ""
+        if pool_id not in self.state.pools and unbound in self.state.pools:
+            self.flusher.submit(BindPool(unbound, pool_id))
+        return self.state.pools.get(pool_id)
+
+    def release_if(self, pool_id: str, address: str, seq: int) -> Ticket:
+        """Release the pool, or the address in it, if it still is what was granted as change seq."""
+        def decide() -> Change:
+            pool = self.state.pools.get(pool_id)
+            lease = pool.leases.get(parse_offset(pool, address)) if pool and address else None
+            if not pool or (lease.seq if lease else -1 if address else pool.seq) != seq:
+                raise Forbidden(f"{address or 'pool'} of {pool_id!r} is not what it was as change {seq}: look again")
+            return ReleaseAddress(pool_id, address) if address else ReleasePool(pool_id)
+
+        return self._commit(decide)
+
+    def adopt(self, subnet: Network, sub_pool: Network | None, requests: list[AddressRequest]) -> int:
+        """Take over what Docker uses and the state does not hold; return how much that was.
+
+        Durable: on return. Raises: as check_subnet() and check_address(), and nothing is taken over.
+        """
+        now_s, count = int(time.time()), 0
+
+        def decide() -> None:
+            nonlocal count
+            other = self.state.families[subnet.version].find_overlap(subnet)
+            pool = other.pools.get(sub_pool) if other and other.network == subnet else None
+            if pool is None:
+                check_subnet(self.state, subnet, sub_pool, now_s)
+                pool_id = make_pool_id(subnet, sub_pool, UNBOUND)
+                self.flusher.submit(RequestPool(pool_id, str(subnet), str(sub_pool or ""), "", now_s, 0, -1))
+                pool, count = self.state.pools[pool_id], 1
+            for request in requests:
+                if parse_offset(pool, request.address) not in pool.subnet.held:
+                    self.flusher.submit(decide_request_address(pool, request, now_s))
+                    count += 1
+
+        self._commit(decide)
+        return count
+
+    def status(self, has_leases: bool) -> dict[str, Any]:
+        """Return what `status --json` shows, with the routes of the host inside the bases."""
+        status = describe_state(self.state, has_leases)
+        for version, family in self.state.families.items():
+            routes = list(read_obstacles(self._proc, version, family.bases)) if family.bases else []
+            for base in status["bases"]:
+                if base["family"] == version:
+                    base["routes"] = [str(route) for route in routes if route.overlaps(parse_prefix(base["prefix"]))]
+        return status
+
+    def samples(self) -> Iterator[str]:
+        """Yield the lines of GET /metrics."""
+        metrics, status = self.metrics, describe_state(self.state, has_leases=False)
+        yield from sample("build_info", "gauge", [(f'version="{__version__}"', 1)])
+        for name, key in (("base_blocks", "blocks"), ("base_blocks_used", "blocks_used")):
+            yield from sample(name, "gauge", [(f'base="{base["prefix"]}",family="{base["family"]}"', base[key])
+                                              for base in status["bases"]])
+        for name, key in (("pool_addresses", "usable"), ("pool_addresses_used", "leases")):
+            yield from sample(name, "gauge", [(f'pool="{pool["sub_pool"] or pool["subnet"]}"', pool[key])
+                                              for pool in status["pools"]])
+        with metrics.lock:
+            yield from sample("requests_total", "counter", [(f'method="{method}",result="{result}"', count)
+                                                            for (method, result), count in metrics.requests.items()])
+            for name, histogram in (("request_duration_seconds", metrics.request_s),
+                                    ("journal_sync_duration_seconds", metrics.sync_s)):
+                yield from (f"# TYPE gipam_{name} histogram", *histogram.samples(f"gipam_{name}"))
+        yield from sample("journal_bytes", "gauge", [("", self._store.journal_bytes)])
+        yield from sample("last_write_timestamp_seconds", "gauge", [("", metrics.last_write_s)])
 
     def take_back(self, ticket: Ticket) -> None:
         """Release what a reply granted that never arrived, if that is still the very same."""
@@ -1333,6 +1528,12 @@ class Service:
 
         if self._commit(decide).change:
             log.warning("took back what a lost reply had granted: %s", change)
+
+    def probe(self) -> None:
+        """Return once all that is queued is on disk; hang if a flush does. Raises: StoreError."""
+        with self._lock:
+            ticket = self.flusher.submit(None)
+        ticket.wait()
 
     def _commit(self, decide: Callable[[], Change | None]) -> Ticket:
         """Decide and apply under the lock; return, or raise the refusal, when all is on disk."""
@@ -1365,7 +1566,8 @@ class Service:
                 segment = None if is_stopping else store.segment
                 if segment == before:
                     return False
-                store.write_snapshot(encode_snapshot(self._config, copy, segment), not is_stopping)
+                chunks = encode_snapshot(self._config, copy, segment, self.import_is_due.is_set())
+                store.write_snapshot(chunks, not is_stopping)
                 store.remove_segments(store.segment + is_stopping)
             except (OSError, StoreError) as error:
                 log.warning("could not fold the journal into %s: %s", store.path, error)
@@ -1393,13 +1595,14 @@ def recover(store: Store, document: dict[str, Any] | None, state: State) -> None
             raise store.damage(place, f"contradicts what stands before it: {error}") from None
 
 
-def read_obstacles(proc: str, version: int, bases: list[Network]) -> Obstacles:
-    """Return the routes and addresses of this host that lie in a base, as the kernel has them now.
+def read_obstacles(proc: str, version: int, bases: list[Network]) -> Iterator[Network]:
+    """Yield the routes and addresses of this host that lie in a base, as the kernel has them now.
 
     A route that contains a whole base is the routed prefix itself, or the default route.
     """
-    return Obstacles(network for network in read_host_prefixes(proc, version)
-                     if any(network.prefixlen > base.prefixlen and base.overlaps(network) for base in bases))
+    for network in read_host_prefixes(proc, version):
+        if any(network.prefixlen > base.prefixlen and base.overlaps(network) for base in bases):
+            yield network
 
 
 def read_host_prefixes(proc: str, version: int) -> Iterator[Network]:
@@ -1435,6 +1638,7 @@ def read_rows(path: str) -> list[list[str]]:
 NAME_OPTION, LENGTH_OPTIONS = "gipam.name", {4: "gipam.v4ab", 6: "gipam.v6ab"}
 ENDPOINT_NAME = "com.docker.network.endpoint.name"
 ENDPOINT_MAC = "com.docker.network.endpoint.macaddress"
+SAFE_TEXT = r"[\w.:/#,@+-]*"  # needs no quotes in the log
 
 
 class Reply(NamedTuple):
@@ -1443,32 +1647,57 @@ class Reply(NamedTuple):
     status: int
     body: bytes
     ticket: Ticket | None = None
+    content_type: str = REPLY_TYPE
 
 
-def dispatch(service: Service, verb: str, path: str, body: bytes) -> Reply:
-    """Answer a request: bytes in, bytes out. Never raises; a refused request changes nothing."""
+def dispatch(service: Service, verb: str, target: str, body: bytes, is_public: bool = False) -> Reply:
+    """Answer a request: bytes in, bytes out. Never raises; a refused request changes nothing.
+
+    In public, only pages are served, which change nothing.
+    """
     started = time.perf_counter()
+    path, _, query = target.partition("?")
     try:
-        if path not in CONSTANT_ANSWERS and path not in METHODS:
-            raise InvalidRequest(f"unknown method {path!r}: this is an IPAM driver", 404)
-        if verb != "POST":
-            raise InvalidRequest(f"{path} takes POST, not {verb}", 405)
-        if path in CONSTANT_ANSWERS:
-            return Reply(200, CONSTANT_ANSWERS[path])
-        answer, ticket = METHODS[path](service, decode_fields(body))
+        if is_public and path not in PAGES:
+            raise InvalidRequest(f"{path} is not served here, only {', '.join(PAGES)}", 404)
+        reply = answer(service, verb, path, query, body)
+        result = "ok"
     except GipamError as error:
         log.warning("refused %s: %s; got %r", path, error, body[:MAX_TEXT_CHARS])
-        return refuse(error)
+        reply, result = refuse(error), type(error).__name__
     except Exception:  # a bug: Docker gets an answer, the operator the traceback
         log.exception("failed %s; got %r", path, body[:MAX_TEXT_CHARS])
-        return refuse(GipamError("internal error of gipam: see its log"))
+        reply, result = refuse(GipamError("internal error of gipam: see its log")), "bug"
+    duration_s = time.perf_counter() - started
+    service.metrics.count(path if path in PATHS else "unknown", result, duration_s)
+    if reply.ticket:
+        log_change(reply.ticket, path, body, duration_s)
+    return reply
+
+
+def log_change(ticket: Ticket, path: str, body: bytes, duration_s: float) -> None:
+    """Log one line a change: what, for whom, and how long it took."""
     if ticket.change:
-        what = " ".join(f"{key}={value}" for key, value in ticket.change._asdict().items() if value != "")
-        log.info("%s %s seq=%d ms=%.2f", CHANGE_NAMES[type(ticket.change)], what, ticket.seq,
-                 (time.perf_counter() - started) * 1e3)
+        what = " ".join(f"{key}={value if re.fullmatch(SAFE_TEXT, str(value)) else ascii(value)}"
+                        for key, value in ticket.change._asdict().items() if value != "")
+        log.info("%s %s seq=%d ms=%.2f", CHANGE_NAMES[type(ticket.change)], what, ticket.seq, duration_s * 1e3)
     else:
         log.warning("nothing to do for %s: not held; got %r", path, body[:MAX_TEXT_CHARS])
-    return Reply(200, dumps(answer).encode(), ticket)
+
+
+def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> Reply:
+    """Find the function for a path, and call it. Raises: GipamError."""
+    if path not in PATHS:
+        raise InvalidRequest(f"unknown method {path!r}: this is an IPAM driver", 404)
+    needed = "GET" if path in PAGES else "POST"
+    if verb != needed:
+        raise InvalidRequest(f"{path} takes {needed}, not {verb}", 405)
+    if path in PAGES:
+        return PAGES[path](service, query)
+    if path in CONSTANT_ANSWERS:
+        return Reply(200, CONSTANT_ANSWERS[path])
+    result, ticket = METHODS[path](service, decode_fields(body))
+    return Reply(200, dumps(result).encode(), ticket)
 
 
 def refuse(error: GipamError) -> Reply:
@@ -1497,6 +1726,25 @@ def read_text(fields: dict[str, Any], key: str, is_needed: bool = False) -> str:
     value = fields.get(key, "")
     if not isinstance(value, str) or is_needed and not value:
         raise InvalidRequest(f"{key} is not a string{' with something in it' * is_needed}: {value!r}")
+    return value
+
+
+def read_address(fields: dict[str, Any], is_needed: bool = False) -> str:
+    """Return the Address field, a bare address of either family or "". Raises: InvalidRequest."""
+    text = read_text(fields, "Address", is_needed)
+    for version in BITS if text else ():
+        with contextlib.suppress(ValueError):
+            return format_address(parse_address(text, version), version)
+    if text:
+        raise InvalidRequest(f"invalid address: {text!r} is not a bare IP address")
+    return text
+
+
+def read_number(fields: dict[str, Any], key: str) -> int:
+    """Return a number. Raises: InvalidRequest."""
+    value = fields.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidRequest(f"{key} is not a number: {value!r}")
     return value
 
 
@@ -1564,7 +1812,7 @@ def release_pool(service: Service, fields: dict[str, Any]) -> tuple[Any, Ticket]
 
 def request_address(service: Service, fields: dict[str, Any]) -> tuple[Any, Ticket]:
     """Grant an address to a gateway, to a container, or aside for the user (auxiliary)."""
-    pool_id, address = read_text(fields, "PoolID", is_needed=True), read_text(fields, "Address")
+    pool_id, address = read_text(fields, "PoolID", is_needed=True), read_address(fields)
     options = read_options(fields)
     mac, name = options.get(ENDPOINT_MAC, ""), options.get(ENDPOINT_NAME, "")
     kind = ENDPOINT if mac or name or not address else AUXILIARY
@@ -1578,7 +1826,40 @@ def request_address(service: Service, fields: dict[str, Any]) -> tuple[Any, Tick
 def release_address(service: Service, fields: dict[str, Any]) -> tuple[Any, Ticket]:
     """Release the address of a container that has stopped."""
     pool_id = read_text(fields, "PoolID", is_needed=True)
-    return {}, service.release_address(pool_id, read_text(fields, "Address", is_needed=True))
+    return {}, service.release_address(pool_id, read_address(fields, is_needed=True))
+
+
+def release_by_hand(service: Service, fields: dict[str, Any]) -> tuple[Any, Ticket]:
+    """Release what `check --fix` or `release` saw: PoolID, Address or "", and the Seq of either."""
+    pool_id, address = read_text(fields, "PoolID", is_needed=True), read_address(fields)
+    return {}, service.release_if(pool_id, address, read_number(fields, "Seq"))
+
+
+def adopt_by_hand(service: Service, fields: dict[str, Any]) -> tuple[Any, None]:
+    """Take over what Docker uses: Subnet, SubPool, and Leases with Address, Kind, MAC and Name."""
+    subnet, sub_pool, leases = read_prefix(fields, "Subnet"), read_prefix(fields, "SubPool"), fields.get("Leases")
+    if subnet is None or not isinstance(leases, list) or not all(isinstance(lease, dict) for lease in leases):
+        raise InvalidRequest("Subnet or the list Leases is missing")
+    requests = [AddressRequest(*(read_text(lease, key) for key in ("Address", "Kind", "MAC", "Name")))
+                for lease in leases]
+    return {"Adopted": service.adopt(subnet, sub_pool, requests)}, None
+
+
+def show_status(service: Service, query: str) -> Reply:
+    """Show the state; with leases=1 each lease too."""
+    return Reply(200, dumps(service.status("leases=1" in query.split("&"))).encode(), None, "application/json")
+
+
+def show_metrics(service: Service, query: str) -> Reply:
+    """Show the metrics, in Prometheus' text format."""
+    return Reply(200, "".join(line + "\n" for line in service.samples()).encode(), None,
+                 "text/plain; version=0.0.4; charset=utf-8")
+
+
+def show_health(service: Service, query: str) -> Reply:
+    """Say whether gipam answers and can still write. Raises: StoreLost."""
+    service.probe()
+    return Reply(200, b"ok\n", None, "text/plain; charset=utf-8")
 
 
 CONSTANT_ANSWERS = {
@@ -1593,7 +1874,11 @@ METHODS = {
     "/IpamDriver.ReleasePool": release_pool,
     "/IpamDriver.RequestAddress": request_address,
     "/IpamDriver.ReleaseAddress": release_address,
+    "/Gipam.Release": release_by_hand,
+    "/Gipam.Adopt": adopt_by_hand,
 }
+PAGES = {"/status": show_status, "/metrics": show_metrics, "/healthz": show_health}
+PATHS = {*CONSTANT_ANSWERS, *METHODS, *PAGES}
 
 
 # === Transport ====================================================================================
@@ -1604,6 +1889,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server: Server
+    rfile: io.BufferedReader
     ticket: Ticket | None = None  # of the last reply, until the peer has shown that it read it
 
     def address_string(self) -> str:
@@ -1614,14 +1900,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Serve the connection to its end; take back what a reply granted that never arrived."""
         try:
             super().handle()
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLError):
             if self.ticket:
                 self.server.service.take_back(self.ticket)
 
     def handle_one_request(self) -> None:
         """Read one request and answer it, in one write."""
-        self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
+        self.rfile.peek(1)  # idle until the first byte comes
         self.ticket = None
+        self.server.mark(self.request, time.monotonic() + REQUEST_PATIENCE_S)
+        self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
         if not self.raw_requestline:
             self.close_connection = True
         elif len(self.raw_requestline) > MAX_LINE_BYTES:
@@ -1633,7 +1921,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except GipamError as error:
                 self.send_error(error.http_status, str(error))
             else:
-                self._send(dispatch(self.server.service, self.command, self.path, body))
+                self.server.mark(self.request, BUSY)
+                self._send(dispatch(self.server.service, self.command, self.path, body, self.server.is_public))
+        self.server.mark(self.request, IDLE)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what is not a request, and close: nobody knows where the next one begins."""
@@ -1647,12 +1937,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.ticket = reply.ticket
         close = "Connection: close\r\n" if self.close_connection else ""
         head = (f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
-                f"Content-Type: {REPLY_TYPE}\r\nContent-Length: {len(reply.body)}\r\n{close}\r\n")
+                f"Content-Type: {reply.content_type}\r\nContent-Length: {len(reply.body)}\r\n{close}\r\n")
         self.connection.sendall(head.encode() + reply.body)
 
     def _refuse_browsers(self) -> None:
         """Keep out web pages, which can reach a loopback port but must say that they are one."""
-        if self.server.address_family != socket.AF_UNIX:
+        if self.server.address_family != socket.AF_UNIX and not self.server.is_public:
             if "Origin" in self.headers or "Sec-Fetch-Site" in self.headers:
                 raise Forbidden("requests from web pages are not served")
 
@@ -1693,20 +1983,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
 
+FD_NAME = "gipam"  # of the socket that the service manager keeps
+IDLE, BUSY = 0.0, float("inf")  # states of a connection; else the time by which its request is due
+
+
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """The plugin on TCP: a thread a connection. (HTTPServer would look up the host's name.)"""
 
     daemon_threads = True
     allow_reuse_address = True
     request_queue_size = BACKLOG
+    is_public = False  # whether only pages are served
 
-    def __init__(self, address: Any, service: Service) -> None:
-        self.service = service
-        self.connections: set[Any] = set()
+    def __init__(self, address: Any, service: Service, listener: socket.socket | None = None,
+                 tls: ssl.SSLContext | None = None) -> None:
+        self.service, self.tls = service, tls
+        self.connections: dict[Any, float] = {}  # -> IDLE, BUSY or when its request is due
         self.is_changed = threading.Condition()
         if isinstance(address, tuple):
             self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, Handler)
+        super().__init__(address, Handler, bind_and_activate=listener is None)
+        if listener:
+            self.socket.close()
+            self.socket, self.server_address = listener, listener.getsockname()
 
     def server_bind(self) -> None:
         """Bind. Raises: OSError that names the address."""
@@ -1715,19 +2014,57 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.server_address)) from None
 
+    def get_request(self) -> Any:
+        """Accept; a TLS handshake waits for the thread of the connection, where it holds nobody up."""
+        request, client_address = super().get_request()
+        if self.tls:
+            request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        return request, client_address
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Count the connection in, and serve it in a thread."""
         if self.address_family != socket.AF_UNIX:  # Nagle's algorithm could hold a reply for 40 ms
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with self.is_changed:
-            self.connections.add(request)
+            self.reap(MAX_TCP_CONNECTIONS - 1)
+        self.mark(request, time.monotonic() + REQUEST_PATIENCE_S if self.tls else IDLE, is_new=True)
         super().process_request(request, client_address)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Shake hands, then serve."""
+        if self.tls:
+            try:
+                request.do_handshake()
+            except OSError as error:
+                log.warning("refused TLS peer %s: %s", client_address[0], error)
+                return
+            self.mark(request, IDLE)
+        super().finish_request(request, client_address)
+
+    def mark(self, request: Any, state: float, is_new: bool = False) -> None:
+        """Note what a connection on TCP does; the one that has done it longest stands first."""
+        if is_new or self.address_family != socket.AF_UNIX:
+            with self.is_changed:
+                if self.connections.pop(request, None) is not None or is_new:
+                    self.connections[request] = state
+
+    def reap(self, limit: int) -> None:
+        """On TCP, end connections whose request is overdue, and the longest idle ones past the limit."""
+        with self.is_changed:
+            surplus, now = len(self.connections) - limit, time.monotonic()
+            for request, state in list(self.connections.items()):
+                if state != BUSY and (IDLE < state < now or surplus > 0):
+                    surplus -= 1
+                    self._end(request, socket.SHUT_RDWR)
+
+    def _end(self, request: Any, how: int) -> None:
+        with contextlib.suppress(OSError):  # the peer is gone already
+            socket.socket.shutdown(request, how)  # of TLS too: the bytes below it
 
     def shutdown_request(self, request: Any) -> None:
         """End the connection, and count it out."""
         super().shutdown_request(request)
         with self.is_changed:
-            self.connections.discard(request)
+            self.connections.pop(request, None)
             self.is_changed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -1743,11 +2080,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.socket.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
-                self.process_request(*self.socket.accept())
+                self.process_request(*self.get_request())
         with self.is_changed:
-            for connection in self.connections:
-                with contextlib.suppress(OSError):  # the peer is gone already
-                    connection.shutdown(socket.SHUT_RD)  # it reads what is there, then the end
+            for request in self.connections:
+                self._end(request, socket.SHUT_RD)  # it reads what is there, then the end
             self.is_changed.wait_for(lambda: not self.connections, DRAIN_PATIENCE_S)
         self.server_close()
 
@@ -1757,6 +2093,12 @@ class UnixServer(Server):
 
     address_family = socket.AF_UNIX
     allow_reuse_address = False
+
+
+class PublicServer(Server):
+    """Pages for whoever may reach the address of -metrics."""
+
+    is_public = True
 
 
 def clear_path(path: str) -> None:
@@ -1776,54 +2118,356 @@ def clear_path(path: str) -> None:
 def write_whole(path: str, text: str) -> None:
     """Write a small file, whole or not at all. Raises: OSError."""
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
+    with open(path + ".tmp", "w", encoding="utf-8", opener=lambda path, _: os.open(path, CREATE, 0o600)) as file:
         file.write(text)
     os.replace(path + ".tmp", path)
 
 
-def open_server(config: Config, service: Service, made: contextlib.ExitStack) -> Server:
-    """Listen, and leave word for dockerd where; closing `made` removes that. Raises: GipamError, OSError."""
-    def remove_later(path: str) -> None:
-        made.callback(lambda: os.unlink(path) if os.path.lexists(path) else None)
-
-    if not config.unix:
-        server = Server(config.address, service)
-        name = os.path.splitext(os.path.basename(config.spec))[0]
-        shadow = os.path.join(PLUGIN_SOCKET_DIR, name + ".sock")
-        if os.path.lexists(shadow):
-            clear_path(shadow)
-            log.warning("removed %s, which hid %s; restart dockerd if it has used it", shadow, config.spec)
-        host, port = str(server.server_address[0]), server.server_address[1]
-        write_whole(config.spec, f"tcp://{f'[{host}]' if ':' in host else host}:{port}\n")
-        remove_later(config.spec)
-        return server
-    clear_path(config.socket)
-    server = UnixServer(config.socket, service)
-    remove_later(config.socket)
-    link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
-    if config.socket != link:
-        try:
-            if os.path.islink(link) and os.readlink(link) == config.socket:
-                os.unlink(link)
-            clear_path(link)
-            os.symlink(config.socket, link)
-            remove_later(link)
-        except PermissionError:
-            if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
-                raise
-    if config.is_spec_given:
-        write_whole(config.spec, f"unix://{config.socket}\n")
-        remove_later(config.spec)
-    return server
-
-
-def notify(state: str) -> None:
+def notify(state: str, fds: list[int] | None = None) -> None:
     """Tell the service manager, if there is one. Source: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.connect(re.sub("^@", "\0", address))
-            manager.sendall(state.encode())
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            manager.sendmsg([state.encode()], rights)
+
+
+def make_link(link: str, target: str) -> None:
+    """Make a symbolic link, in place of a dead socket or a link of ours. Raises: GipamError, OSError."""
+    if os.path.islink(link) and os.readlink(link) == target:
+        os.unlink(link)
+    clear_path(link)
+    os.symlink(target, link)
+
+
+def open_unix(config: Config, service: Service, remove: Callable[[str], None]) -> Server:
+    """Listen on the socket, or on the one that the service manager kept. Raises: GipamError, OSError."""
+    kept = take_listener(config.socket)
+    if kept is None:
+        clear_path(config.socket)
+    server = UnixServer(config.socket, service, kept)
+    if not keep_listener(server.socket) and kept is None:
+        remove(config.socket)
+    link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
+    if config.socket != link:
+        try:
+            make_link(link, config.socket)
+            if "FDSTORE" not in os.environ:
+                remove(link)
+        except PermissionError:
+            if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
+                raise
+    if config.is_spec_given:
+        write_whole(config.spec, f"unix://{config.socket}\n")
+        remove(config.spec)
+    return server
+
+
+def open_tcp(config: Config, service: Service, remove: Callable[[str], None]) -> Server:
+    """Listen on the address, and write the plugin file. Raises: GipamError, OSError."""
+    server = Server(config.address, service, take_listener(config.address), load_tls(config.tls, is_server=True))
+    keep_listener(server.socket)
+    host, port = str(server.server_address[0]), server.server_address[1]
+    address, stem = f"{f'[{host}]' if ':' in host else host}:{port}", os.path.splitext(config.spec)[0]
+    shadows = [os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock")]
+    path, text = config.spec, f"tcp://{address}\n"
+    if config.tls:
+        shadows.append(config.spec)
+        files = {key: os.path.join(config.tls, name) for key, name in
+                 (("CAFile", "ca.pem"), ("CertFile", "cert.pem"), ("KeyFile", "key.pem"))}
+        path, text = stem + ".json", json.dumps({"Addr": f"https://{address}", "TLSConfig": files}) + "\n"
+    for shadow in filter(os.path.lexists, shadows):
+        if shadow == config.spec:
+            os.unlink(shadow)
+        else:
+            clear_path(shadow)
+        log.warning("removed %s, which hid %s; restart dockerd if it has used it", shadow, path)
+    write_whole(path, text)
+    remove(path)
+    return server
+
+
+def load_tls(directory: str, is_server: bool) -> ssl.SSLContext | None:
+    """Return what both sides need: TLS 1.2, a certificate, and the other's. Raises: ConfigError."""
+    if not directory:
+        return None
+    purpose, stem = (ssl.PROTOCOL_TLS_SERVER, "server-") if is_server else (ssl.PROTOCOL_TLS_CLIENT, "")
+    context = ssl.SSLContext(purpose)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_verify_locations(os.path.join(directory, "ca.pem"))
+        context.load_cert_chain(*(os.path.join(directory, f"{stem}{name}.pem") for name in ("cert", "key")))
+    except OSError as error:
+        raise ConfigError(f"-tls {directory!r}: cannot use ca.pem, {stem}cert.pem and {stem}key.pem in it: "
+                          f"{error}") from None
+    return context
+
+
+def take_listener(address: Any) -> socket.socket | None:
+    """Return the listening socket for the address that the service manager handed over, if there is one.
+
+    Others are given back. Source: sd_listen_fds(3), FDSTORE in sd_notify(3).
+    """
+    found = None
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    count = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
+    for at in range(count):
+        listener = socket.socket(fileno=3 + at)
+        is_ours = listener.getsockname() == address if isinstance(address, str) else \
+            listener.family != socket.AF_UNIX and listener.getsockname()[:2] == address
+        if found is None and is_ours and (not isinstance(address, str) or os.path.exists(address)):
+            listener.setblocking(True)
+            found = listener
+        else:
+            notify(f"FDSTOREREMOVE=1\nFDNAME={names[at] if at < len(names) else FD_NAME}")
+            listener.close()
+    return found
+
+
+def keep_listener(listener: socket.socket) -> bool:
+    """Let the service manager keep the socket, so that a restart never refuses Docker; return if it does."""
+    if "FDSTORE" in os.environ:
+        notify(f"FDSTORE=1\nFDNAME={FD_NAME}", [listener.fileno()])
+    return "FDSTORE" in os.environ
+
+
+# === Docker =======================================================================================
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP to a UNIX socket: Docker's, or our own daemon's."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect. Raises: OSError."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def call(connection: http.client.HTTPConnection, verb: str, path: str, body: Any = None) -> Any:
+    """Return the JSON reply. Raises: Unreachable; Refused with the text of the other side."""
+    try:
+        connection.request(verb, path, None if body is None else dumps(body))
+        response = connection.getresponse()
+        reply = json.loads(response.read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Unreachable(f"no answer to {verb} {path}: {error}") from None
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise Refused(f"{verb} {path}: {reply.get('Error') or reply.get('message')}")
+    return reply
+
+
+class Claim(NamedTuple):
+    """What Docker uses: a subnet (address ""), or an address in it."""
+
+    network: str  # name
+    subnet: str
+    sub_pool: str
+    address: str  # bare
+    kind: str
+    mac: str
+    name: str  # of the container
+    identity: str  # new whenever Docker makes the network or the endpoint anew
+
+    def __str__(self) -> str:
+        return f"container {self.name}" if self.name else f"network {self.network}"
+
+
+def docker_socket() -> str:
+    """Return where Docker listens. Raises: Unreachable for a Docker on another host."""
+    host = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    if not host.startswith("unix://"):
+        raise Unreachable(f"DOCKER_HOST {host!r} is not a UNIX socket (unix:///...): gipam serves the "
+                          "Docker of its own host, and to another one everything would look leaked")
+    return host[7:]
+
+
+def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Claim], list[Claim]]:
+    """Return (what Docker uses of this driver, the subnets that it has from others). Raises: Unreachable.
+
+    Two requests, however many networks: GET /networks, then the endpoints of all containers.
+    """
+    networks = call(UnixConnection(path, timeout_s), "GET", "/networks")
+    containers = call(UnixConnection(path, timeout_s), "GET", "/containers/json?all=1")
+    ours: dict[str, list[Claim]] = {}  # network id -> subnets
+    claims, foreign = [], []
+    for network in networks:
+        for config in (network.get("IPAM") or {}).get("Config") or []:
+            if not config.get("Subnet"):
+                continue
+            subnet, sub_pool = (str(parse_prefix(config.get(key), mask=True)) if config.get(key) else ""
+                                for key in ("Subnet", "IPRange"))
+            claim = Claim(network["Name"], subnet, sub_pool, "", "pool", "", "", network["Id"])
+            if network["IPAM"].get("Driver") != driver:
+                foreign.append(claim)
+                continue
+            ours.setdefault(network["Id"], []).append(claim)
+            claims.append(claim)
+            if config.get("Gateway"):
+                claims.append(claim._replace(address=config["Gateway"].partition("/")[0], kind=GATEWAY))
+            claims += [claim._replace(address=address.partition("/")[0], kind=AUXILIARY)
+                       for address in (config.get("AuxiliaryAddresses") or {}).values()]
+    for container in containers:
+        for endpoint in ((container.get("NetworkSettings") or {}).get("Networks") or {}).values():
+            subnets = ours.get(endpoint.get("NetworkID"), [])
+            for key in ("IPAddress", "GlobalIPv6Address"):
+                if subnets and endpoint.get(key):
+                    claims.append(claim_endpoint(container, endpoint, endpoint[key], subnets))
+    return claims, foreign
+
+
+def claim_endpoint(container: dict[str, Any], endpoint: dict[str, Any], address: str, subnets: list[Claim]) -> Claim:
+    """Return the claim of a container to an address: in the subnet that has it, else in none ("")."""
+    home = next((claim for claim in subnets if ipaddress.ip_address(address) in parse_prefix(claim.subnet)),
+                subnets[0]._replace(subnet="", sub_pool=""))
+    return home._replace(address=address, kind=ENDPOINT, mac=endpoint.get("MacAddress") or "",
+                         name=(container.get("Names") or ["/" + container["Id"][:12]])[0][1:],
+                         identity=endpoint.get("EndpointID") or container["Id"])
+
+
+class Finding(NamedTuple):
+    """A difference between gipam and Docker, and the request that mends it."""
+
+    kind: str
+    text: str
+    path: str  # "": gipam cannot mend it
+    body: dict[str, Any]
+
+
+def compare(status: dict[str, Any], claims: list[Claim], now_s: int, grace_s: int) -> dict[Any, Finding]:
+    """Return what differs between gipam's status with leases and Docker's claims, by identity."""
+    findings: dict[Any, Finding] = {}
+    pools = {(pool["subnet"], pool["sub_pool"]): pool for pool in status["pools"]}
+    claimed = {(claim.subnet, claim.sub_pool): claim for claim in claims if not claim.address}
+    used: dict[tuple[str, str], list[Claim]] = {}  # (subnet, address) -> claims
+    for claim in claims:
+        if claim.address:
+            used.setdefault((claim.subnet, claim.address), []).append(claim)
+    for key, pool in pools.items():
+        if key not in claimed:
+            if now_s - pool["granted"] >= grace_s:
+                body = {"PoolID": pool["id"], "Address": "", "Seq": pool["seq"]}
+                findings["pool", pool["id"], pool["seq"]] = Finding(
+                    "leaked_pool", f"subnet {' range '.join(filter(None, key))} is held with {pool['leases']} "
+                    "addresses, but no network has it", "/Gipam.Release", body)
+            continue
+        has_gateway = any(claim.kind == GATEWAY and (claim.subnet, claim.sub_pool) == key for claim in claims)
+        for lease in pool["addresses"]:
+            is_used = (key[0], lease["address"]) in used or (lease["kind"] == GATEWAY and not has_gateway)
+            if not is_used and now_s - lease["granted_s"] >= grace_s:
+                body = {"PoolID": pool["id"], "Address": lease["address"], "Seq": lease["seq"]}
+                findings["lease", pool["id"], lease["address"], lease["seq"]] = Finding(
+                    "leaked_address", f"address {lease['address']} of network {claimed[key].network} is held for "
+                    f"{lease['name'] or lease['mac'] or lease['kind']}, but nothing has it",
+                    "/Gipam.Release", body)
+    findings.update(find_missing(pools, claimed, used))
+    return findings
+
+
+def find_missing(pools: dict[Any, Any], claimed: dict[Any, Claim], used: dict[Any, list[Claim]]) -> dict[Any, Finding]:
+    """Return what Docker uses and gipam does not hold, or holds only once."""
+    findings: dict[Any, Finding] = {}
+    held = {(pool["subnet"], lease["address"]) for pool in pools.values() for lease in pool["addresses"]}
+    for (subnet, sub_pool), claim in claimed.items():
+        if (subnet, sub_pool) not in pools:
+            findings["no pool", claim] = Finding(
+                "missing_pool", f"subnet {subnet} of {claim} is not held", "/Gipam.Adopt",
+                {"Subnet": subnet, "SubPool": sub_pool, "Leases": []})
+    for (subnet, address), claims in used.items():
+        claim = claims[0]
+        if not subnet:
+            findings["outside", claim] = Finding(
+                "address_outside", f"address {address} of {claim} is in no subnet of network {claim.network}: "
+                "make the network anew", "", {})
+        elif (subnet, address) not in held:
+            lease = {"Address": address, "Kind": claim.kind, "MAC": claim.mac, "Name": claim.name}
+            findings["no lease", claim] = Finding(
+                "missing_address", f"address {address} of {claim} is not held: another container could get it",
+                "/Gipam.Adopt", {"Subnet": subnet, "SubPool": claim.sub_pool, "Leases": [lease]})
+        holders = {claim.identity: claim for claim in claims if claim.kind == ENDPOINT}
+        if len(holders) > 1:
+            findings[("twice", address, *sorted(holders))] = Finding(
+                "address_twice", f"address {address} is in {' and '.join(map(str, holders.values()))}: restart "
+                "one of them", "", {})
+    return findings
+
+
+def find_differences(read_status: Callable[[], Any], path: str, driver: str, grace_s: int) -> dict[Any, Finding]:
+    """Compare gipam with Docker until no passing difference can be left. Raises: Unreachable.
+
+    A round reads gipam, Docker, gipam, and keeps what both readings show. What is left is looked at
+    again a moment later, for Docker shows a container that stops before it releases its address.
+    """
+    findings: dict[Any, Finding] | None = None
+    for pause_s in (0.0, CHECK_PAUSE_S):
+        time.sleep(pause_s)
+        before, now_s = read_status(), int(time.time())
+        claims, foreign = read_claims(path, driver)
+        found = compare(before, claims, now_s, grace_s)
+        again = compare(read_status(), claims, now_s, grace_s) if found else {}
+        found = {key: finding for key, finding in found.items() if key in again}
+        for claim in foreign:
+            for pool in before["pools"]:
+                if parse_prefix(claim.subnet).overlaps(parse_prefix(pool["subnet"])):
+                    found["overlap", claim.identity, pool["id"]] = Finding(
+                        "overlap", f"subnet {claim.subnet} of network {claim.network}, of another IPAM driver, "
+                        f"overlaps {pool['subnet']} of ours: remove one of the two networks", "", {})
+        findings = {key: finding for key, finding in found.items() if findings is None or key in findings}
+        if not findings:
+            break
+    return findings or {}
+
+
+def take_over(service: Service, driver: str, timeout_s: float) -> None:
+    """Adopt all that Docker uses of this driver. Raises: Unreachable."""
+    claims, _ = read_claims(docker_socket(), driver, timeout_s)
+    for claim in claims:
+        if claim.address:
+            continue
+        subnet, sub_pool = parse_prefix(claim.subnet), parse_prefix(claim.sub_pool) if claim.sub_pool else None
+        requests = [AddressRequest(use.address, use.kind, use.mac, use.name) for use in claims
+                    if use.address and (use.subnet, use.sub_pool) == (claim.subnet, claim.sub_pool)]
+        try:
+            if service.adopt(subnet, sub_pool, requests):
+                log.warning("took over subnet %s of network %s with %d addresses from Docker", subnet,
+                            claim.network, len(requests))
+        except GipamError as error:
+            log.error("cannot take over subnet %s of network %s from Docker: %s", subnet, claim.network, error)
+    service.import_is_due.clear()
+    service.flusher.fold_is_due.set()
+
+
+def is_docker_alive() -> bool:
+    """Return whether Docker's pid file names a process that lives."""
+    try:
+        with open("/var/run/docker.pid", encoding="ascii") as file:
+            os.kill(int(file.read()), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def take_over_when_due(service: Service, driver: str) -> None:
+    """Wait until the state is not to be trusted, then until Docker answers; for ever, in a thread.
+
+    Never in a request: Docker may be waiting for gipam (protocol.md 3.5).
+    """
+    while service.import_is_due.wait():
+        try:
+            take_over(service, driver, timeout_s=60.0)
+        except (Unreachable, Refused) as error:
+            log.debug("Docker cannot be asked yet: %s", error)
+            time.sleep(IMPORT_PAUSE_S)
 
 
 # === Commands =====================================================================================
@@ -1858,15 +2502,24 @@ def parse_path(text: str) -> str:
     return os.path.join(os.path.realpath(directory), name)
 
 
-def parse_listen(text: str) -> tuple[str, int]:
-    """Return (host, port); without a host it is the loopback address, the only kind. Raises: ValueError."""
+def parse_directory(text: str) -> str:
+    """Return the absolute path of a directory that is there, "" for none. Raises: ValueError."""
+    if text in ("", "off"):
+        return ""
+    if not os.path.isdir(text):
+        raise ValueError("there is no such directory")
+    return os.path.realpath(text)
+
+
+def parse_listen(text: str) -> tuple[str, int] | None:
+    """Return (host, port), without a host the loopback address; None for none. Raises: ValueError."""
+    if text in ("", "off"):
+        return None
     match = re.fullmatch(r"\[?([^\[\]]*?)\]?:([0-9]{1,5})", text)
     if match is None or int(match[2]) > 65535:
         raise ValueError("not HOST:PORT, such as 127.0.0.1:9090")
     host = "127.0.0.1" if match[1] in ("", "localhost") else match[1]
-    if not ipaddress.ip_address(host).is_loopback:
-        raise ValueError("not a loopback address: whoever reaches the port could take every address")
-    return host, int(match[2])
+    return str(ipaddress.ip_address(host)), int(match[2])
 
 
 class Option(NamedTuple):
@@ -1887,7 +2540,7 @@ class Option(NamedTuple):
 
 OPTIONS = (
     Option("unix", parse_bool, "false", "BOOL", "serve on a UNIX socket instead of TCP"),
-    Option("address", parse_listen, ":9090", "HOST:PORT", "TCP address; only loopback, also without HOST"),
+    Option("address", parse_listen, ":9090", "HOST:PORT", "TCP address, without HOST on loopback; elsewhere it needs -tls"),
     Option("file", parse_path, "leases.json", "FILE", "lease file"),
     Option("v6", parse_prefixes, "", "PREFIXES", "IPv6 bases, separated by commas, used in order", "V6Pool"),
     Option("v4", parse_prefixes, "", "PREFIXES", "IPv4 bases, likewise", "V4Pool"),
@@ -1896,6 +2549,9 @@ OPTIONS = (
     Option("exclude", parse_prefixes, "", "PREFIXES", "prefixes in the bases that are never handed out", "Exclude"),
     Option("socket", parse_path, PLUGIN_SOCKET_DIR + "/gipam.sock", "PATH", "socket; its base name names the driver"),
     Option("spec", parse_path, "/etc/docker/plugins/gipam.spec", "PATH", "plugin file of TCP mode; likewise"),
+    Option("metrics", parse_listen, "off", "HOST:PORT", "address for GET /metrics, /healthz and /status"),
+    Option("tls", parse_directory, "off", "DIR", "certificates for TCP: ca.pem, server-cert.pem, server-key.pem; "
+           "for dockerd cert.pem, key.pem"),
 )
 
 
@@ -1919,6 +2575,8 @@ class Config(NamedTuple):
     exclude: list[Network]
     socket: str
     spec: str
+    metrics: tuple[str, int] | None
+    tls: str
     is_spec_given: bool
 
 
@@ -1959,6 +2617,10 @@ def build_config(settings: dict[str, Setting]) -> Config:
         except ValueError as error:
             fail(option.name, error)
     config = Config(**values, is_spec_given=settings["spec"].origin != "default")
+    if not config.address:
+        fail("address", "not HOST:PORT, such as 127.0.0.1:9090")
+    if not config.unix and not config.tls and not ipaddress.ip_address(config.address[0]).is_loopback:
+        fail("address", "not a loopback address: whoever reaches the port could take every address; use -tls")
     for version, bases, prefixlen in ((4, config.v4, config.v4ab), (6, config.v6, config.v6ab)):
         if not 1 <= prefixlen < BITS[version]:
             fail(f"v{version}ab", f"not from 1 to {BITS[version] - 1}: a block has two addresses or more")
@@ -1989,7 +2651,7 @@ def read_lease_file(store: Store, settings: dict[str, Setting]) -> dict[str, Any
     document = store.read_snapshot()
     if document is None:
         return None
-    document, unknown = normalise_keys(document, (*CONFIG_KEYS, *STATE_KEYS, "Journal", "Checksum"))
+    document, unknown = normalise_keys(document, (*CONFIG_KEYS, *STATE_KEYS, "Journal", "Import", "Checksum"))
     try:
         entries = [normalise_keys(entry, POOL_KEYS) for entry in document.get("Allocated") or ()]
     except (TypeError, AttributeError):
@@ -1999,6 +2661,187 @@ def read_lease_file(store: Store, settings: dict[str, Setting]) -> dict[str, Any
         log.warning("unknown key %r in %s: dropped", key, store.path)
     overrule_settings(settings, document, store.path)
     return document
+
+
+def load(arguments: argparse.Namespace) -> tuple[Config, Store, dict[str, Any] | None]:
+    """Return the configuration of all three stages, and the lease file, for commands that only look."""
+    settings = read_settings(os.environ, arguments)
+    store = open_store(settings)
+    document = read_lease_file(store, settings)
+    return build_config(settings), store, document
+
+
+def find_daemon(config: Config) -> Callable[[], http.client.HTTPConnection] | None:
+    """Return how to reach the running daemon, by its socket or its address; None: none runs."""
+    def dial_socket() -> http.client.HTTPConnection:
+        return UnixConnection(config.socket, DAEMON_PATIENCE_S)
+
+    def dial_address() -> http.client.HTTPConnection:
+        tls = load_tls(config.tls, is_server=False)
+        if tls:
+            return http.client.HTTPSConnection(*config.address, timeout=DAEMON_PATIENCE_S, context=tls)
+        return http.client.HTTPConnection(*config.address, timeout=DAEMON_PATIENCE_S)
+
+    for dial in (dial_socket, dial_address):
+        with contextlib.suppress(ConnectionError, FileNotFoundError, socket.timeout), \
+                contextlib.closing(dial()) as connection:
+            connection.connect()
+            return dial
+    return None
+
+
+def read_status(arguments: argparse.Namespace, has_leases: bool) -> dict[str, Any]:
+    """Return the status that the daemon gives, or where none runs, what the lease file holds."""
+    config, store, document = load(arguments)
+    dial = find_daemon(config)
+    if dial:
+        return dict(call(dial(), "GET", f"/status?leases={int(has_leases)}"))
+    if document is None:
+        raise Unreachable(f"no gipam answers on {config.socket} or {config.address[0]}:{config.address[1]}, and "
+                          f"there is no lease file {config.file}: say where with -socket, -address or -file")
+    state = make_state(config)
+    recover(store, document, state)
+    return describe_state(state, has_leases)
+
+
+def make_state(config: Config) -> State:
+    """Return the empty state of a configuration."""
+    return State(Family(version, bases, prefixlen, [net for net in config.exclude if net.version == version])
+                 for version, bases, prefixlen in ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab)))
+
+
+def cmd_status(arguments: argparse.Namespace) -> int:
+    """Show bases, pools and, with --leases, each lease."""
+    status = read_status(arguments, arguments.leases)
+    if arguments.json:
+        print(json.dumps(status, indent=2))
+        return 0
+    is_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    width = max(shutil.get_terminal_size().columns, 40) if sys.stdout.isatty() else 100
+    for line in render_status(status, width, int(time.time())):
+        print(re.sub("[#+]+", "\033[33m\\g<0>\033[0m", line) if is_terminal and line.startswith("  ") else line)
+    return 0
+
+
+def render_status(status: dict[str, Any], width: int, now_s: int) -> Iterator[str]:
+    """Yield the lines of the text form: for each base a bar and a map, then the pools as a table."""
+    for base in status["bases"]:
+        total, used = base["blocks"], base["blocks_used"]
+        bar = ("#" * -(-20 * used // total)).ljust(20, ".")
+        yield (f"{base['prefix']}  [{bar}]  {used} of {total} blocks of /{base['block_prefixlen']} held, "
+               f"{total - used - base['blocks_excluded']} free")
+        cells = draw_map(base, status["pools"], 4 * (width - 4))
+        for start in range(0, len(cells), width - 4):
+            yield "  " + cells[start:start + width - 4]
+    if status["bases"]:
+        yield "  # held  + partly  . free  x excluded  ~ route or address of this host  r kept for a name"
+    rows = [("SUBNET", "RANGE", "HELD", "OF", "NAME", "AGE")]
+    for pool in status["pools"]:
+        rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]), str(pool["usable"]),
+                     pool["name"] or "-", format_age(now_s - pool["granted"])))
+        for lease in pool.get("addresses", ()):
+            rows.append((f"  {lease['address']}", lease["kind"], "", "", lease["name"] or lease["mac"] or "-",
+                         format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows if status["pools"] else ():
+        yield "  ".join(text.ljust(size) for text, size in zip(row, widths)).rstrip()[:width]
+
+
+def draw_map(base: dict[str, Any], pools: list[dict[str, Any]], limit: int) -> str:
+    """Return a character for each block of the base, or for each group of 2, 4, 8 … blocks."""
+    network = parse_prefix(base["prefix"])
+    count = base["blocks"]
+    while count > limit:
+        count //= 2
+    size, first = network.num_addresses // count, int(network[0])
+    cells, held = ["."] * count, [0] * count
+    subnets = {pool["subnet"] for pool in pools}
+    for mark, texts in (("r", base["remembered"].values()), ("~", base.get("routes", ())), ("x", base["excluded"]),
+                        ("#", subnets)):
+        for inside in (parse_prefix(text) for text in texts):
+            if inside.version == network.version and inside.overlaps(network):
+                low, high = (max(int(inside[0]), first) - first), (min(int(inside[-1]), int(network[-1])) - first)
+                for cell in range(low // size, high // size + 1):
+                    held[cell] += min(high + 1, (cell + 1) * size) - max(low, cell * size) if mark == "#" else 0
+                    cells[cell] = mark if mark != "#" or held[cell] == size else "+"
+    return "".join(cells)
+
+
+def cmd_check(arguments: argparse.Namespace) -> int:
+    """Compare with Docker; with --fix, release what leaked and take over what is missing.
+
+    Exit status 0: no difference; 1: some are left; 2: could not compare.
+    """
+    config = load(arguments)[0]
+    path, driver = docker_socket(), driver_name(config)
+
+    def find() -> dict[Any, Finding]:
+        return find_differences(lambda: read_status(arguments, True), path, driver, arguments.grace)
+
+    found = left = find()
+    if arguments.fix and found:
+        pools = {pool["subnet"] for pool in read_status(arguments, False)["pools"]}
+        if pools and not arguments.force and not pools & {claim.subnet for claim in read_claims(path, driver)[0]}:
+            raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one that gipam serves? "
+                              "If so, use --force")
+        mend(config, list(found.values()))
+        left = find()
+    if arguments.json:
+        print(json.dumps({"findings": [{"kind": finding.kind, "text": finding.text, "is_fixed": key not in left}
+                                       for key, finding in {**found, **left}.items()]}, indent=2))
+    else:
+        for key, finding in {**found, **left}.items():
+            hint = "fixed" if key not in left else "`gipam.py check --fix` mends it" if finding.path else ""
+            print(f"{finding.kind}: {finding.text}{hint and '; ' + hint}")
+        print(f"{len(found)} differences, {len(left)} left" if found or left else "no difference")
+    return 1 if left else 0
+
+
+def mend(config: Config, findings: list[Finding]) -> None:
+    """Ask the daemon to mend what it can; each request is refused if things have changed. Raises: Unreachable."""
+    dial = find_daemon(config)
+    if dial is None:
+        raise Unreachable(f"--fix needs the daemon, and none answers on {config.socket}")
+    for finding in findings:
+        if finding.path:
+            try:
+                call(dial(), "POST", finding.path, finding.body)
+            except Refused as error:
+                log.warning("not mended: %s: %s", finding.text, error)
+
+
+def cmd_release(arguments: argparse.Namespace) -> int:
+    """Release a pool, by id or subnet, or an address in it."""
+    config = load(arguments)[0]
+    pools = [pool for pool in read_status(arguments, True)["pools"]
+             if arguments.pool in (pool["id"], pool["subnet"], pool["sub_pool"])]
+    if len(pools) != 1:
+        raise InvalidRequest(f"{arguments.pool!r} names {len(pools)} pools: give the id of one, as `status --json` has it"
+                             + "".join(f"\n  {pool['id']}" for pool in pools))
+    pool = pools[0]
+    leases = [lease for lease in pool["addresses"] if lease["address"] == arguments.address]
+    if arguments.address and not leases:
+        raise InvalidRequest(f"{arguments.address} is not held in {pool['subnet']}")
+    if not arguments.force:
+        for claim in read_claims(docker_socket(), driver_name(config))[0]:
+            if (claim.subnet, claim.sub_pool) == (pool["subnet"], pool["sub_pool"]) and \
+                    claim.address == arguments.address:
+                raise Forbidden(f"{claim} of Docker uses it: remove that first, or use --force")
+    what = f"address {arguments.address} of" if arguments.address else f"pool with {len(pool['addresses'])} leases,"
+    if not arguments.yes and input(f"release {what} {pool['subnet']}? [y/N] ").strip().lower() not in ("y", "yes"):
+        return 1
+    seq = leases[0]["seq"] if leases else pool["seq"]
+    body = {"PoolID": pool["id"], "Address": arguments.address, "Seq": seq}
+    dial = find_daemon(config)
+    if dial is None:
+        raise Unreachable("release needs the daemon, and none answers")
+    call(dial(), "POST", "/Gipam.Release", body)
+    return 0
+
+
+def driver_name(config: Config) -> str:
+    """Return the name that Docker knows gipam by."""
+    return os.path.splitext(os.path.basename(config.socket if config.unix else config.spec))[0]
 
 
 def cmd_config(arguments: argparse.Namespace) -> int:
@@ -2014,26 +2857,34 @@ def cmd_config(arguments: argparse.Namespace) -> int:
 def cmd_serve(arguments: argparse.Namespace) -> int:
     """Run the driver until SIGTERM or SIGINT."""
     os.umask(0o077)
+    faulthandler.enable()  # the watchdog's SIGABRT then says where each thread hung
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     settings = read_settings(os.environ, arguments)
     store = open_store(settings)
     store.lock()
+    notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
     document = read_lease_file(store, settings)
     config = build_config(settings)
     service = open_service(config, settings, store, document, stop.set)
     with contextlib.ExitStack() as made:
-        server = open_server(config, service, made)
-        thread = threading.Thread(target=server.serve_forever, name="server", daemon=True)
-        thread.start()
+        def remove(path: str) -> None:
+            made.callback(lambda: os.unlink(path) if os.path.lexists(path) else None)
+
+        servers = [(open_unix if config.unix else open_tcp)(config, service, remove)]
+        if config.metrics:
+            servers.append(PublicServer(config.metrics, service))
+        for server in servers:
+            threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
         warn_of_bases(config, "/proc/self/net/route")
-        log.info("serving on %s with %d pools", server.server_address, len(service.state.pools))
+        log.info("serving on %s with %d pools", servers[0].server_address, len(service.state.pools))
         notify("READY=1")
-        stop.wait()
+        watch(service, servers, stop)
         notify("STOPPING=1")
-    server.shutdown()
-    server.drain()
+    for server in servers:
+        server.shutdown()
+        server.drain()
     if service.flusher.loss:
         raise service.flusher.loss
     service.fold(is_stopping=True)
@@ -2041,21 +2892,48 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def watch(service: Service, servers: list[Server], stop: threading.Event) -> None:
+    """Until the end, each second: end overdue TCP connections, prove life to the watchdog."""
+    told = ""
+    while not stop.wait(1.0):
+        for server in servers:
+            if server.address_family != socket.AF_UNIX:
+                server.reap(MAX_TCP_CONNECTIONS)
+        pools = list(service.state.pools.values())
+        status = f"STATUS={len(pools)} pools, {sum(len(pool.leases) for pool in pools)} leases"
+        with contextlib.suppress(StoreError):  # it is logged, and stops gipam if it is fatal
+            service.probe()  # hangs if a flush does
+        notify("WATCHDOG=1" + f"\n{status}" * (status != told))
+        told = status
+
+
 def open_service(config: Config, settings: dict[str, Setting], store: Store, document: dict[str, Any] | None,
                  on_loss: Callable[[], None]) -> Service:
-    """Recover the state; at a first start, write the lease file before anything is served."""
+    """Recover the state; at a first start, write the lease file before anything is served.
+
+    No lease file may mean a lost one: then Docker is asked what is in use, at once if it is alive,
+    else when it answers. (While it starts, Docker accepts connections, but waits for gipam.)
+    """
     keys: dict[str, Any] = {}
-    for key, name, bases, prefixlen in (("V6", "v6", config.v6, config.v6ab), ("V4", "v4", config.v4, config.v4ab)):
+    for version, bases, prefixlen in ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab)):
         if bases:
-            keys.update({f"{key}Pool": settings[name].text, f"{key}AllocateBlock": prefixlen})
+            keys[f"V{version}Pool"], keys[f"V{version}AllocateBlock"] = settings[f"v{version}"].text, prefixlen
     if config.exclude:
         keys["Exclude"] = settings["exclude"].text
-    state = State(Family(version, bases, prefixlen, [network for network in config.exclude if network.version == version])
-                  for version, bases, prefixlen in ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab)))
+    state = make_state(config)
     recover(store, document, state)
     if document is None:
-        store.write_snapshot(encode_snapshot(keys, copy_state(state), None), is_named=False)
-    return Service(store, state, keys, on_loss=on_loss)
+        store.write_snapshot(encode_snapshot(keys, copy_state(state), None, is_import_due=True), is_named=False)
+    service = Service(store, state, keys, on_loss=on_loss)
+    if document is None or document.get("Import"):
+        service.import_is_due.set()
+        if is_docker_alive():
+            try:
+                take_over(service, driver_name(config), IMPORT_PATIENCE_S)
+            except (Unreachable, Refused) as error:
+                log.warning("Docker cannot be asked yet what is in use: %s", error)
+    threading.Thread(target=take_over_when_due, args=(service, driver_name(config)), name="import", daemon=True).start()
+    return service
 
 
 def warn_of_bases(config: Config, path: str) -> None:
@@ -2076,10 +2954,23 @@ def normalise_arguments(arguments: list[str]) -> list[str]:
     booleans = ["--" + option.name for option in OPTIONS if option.parse is parse_bool]
     result = []
     for argument in arguments:
-        if re.match(r"-[a-zA-Z]\w", argument):
-            argument = "-" + argument
-        result.append(argument + "=true" if argument in booleans else argument)
+        dashed = "-" + argument if re.match(r"-[a-zA-Z]\w", argument) else argument
+        result.append(dashed + "=true" if dashed in booleans else dashed)
     return result
+
+
+COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, dict[str, Any]]], ...] = (
+    (cmd_serve, {}),
+    (cmd_status, {"--json": {"help": "as JSON, the stable form"}, "--leases": {"help": "with each lease"}}),
+    (cmd_check, {"--json": {"help": "as JSON"}, "--fix": {"help": "mend what differs"},
+                 "--force": {"help": "with --fix, also when Docker knows none of the pools"},
+                 "--grace": {"type": int, "default": 60, "metavar": "SECONDS", "action": "store",
+                             "help": "overlook what is younger (default: 60)"}}),
+    (cmd_release, {"pool": {"action": "store", "metavar": "POOL", "help": "id or subnet"},
+                   "address": {"action": "store", "metavar": "ADDRESS", "nargs": "?", "default": "", "help": "in it"},
+                   "--yes": {"help": "do not ask"}, "--force": {"help": "even if Docker uses it"}}),
+    (cmd_config, {}),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2093,18 +2984,35 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(func=cmd_serve)
     commands = parser.add_subparsers(metavar="COMMAND", help="default: serve")
-    for function in (cmd_serve, cmd_config):
+    for function, flags in COMMANDS:
         command = commands.add_parser(function.__name__[4:], parents=[options], allow_abbrev=False,
-                                      help=function.__doc__, description=function.__doc__)
+                                      help=(function.__doc__ or "").split("\n")[0], description=function.__doc__)
         command.set_defaults(func=function)
+        for flag, details in flags.items():
+            command.add_argument(flag, **{"action": "store_true", **details})
     return parser
+
+
+def set_up_log() -> None:
+    """Log to stderr: with priorities under systemd (sd-daemon(3)), with the time elsewhere."""
+    if "JOURNAL_STREAM" in os.environ:
+        for level, priority in ((logging.DEBUG, 7), (logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
+            logging.addLevelName(level, f"<{priority}>")
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s%(message)s")
+    else:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, or that of the error."""
-    arguments = build_parser().parse_args(normalise_arguments(sys.argv[1:] if argv is None else argv))
-    is_journal = "JOURNAL_STREAM" in os.environ
-    logging.basicConfig(level=logging.INFO, format="%(message)s" if is_journal else "%(asctime)s %(levelname)s %(message)s")
+    parser, words = build_parser(), normalise_arguments(sys.argv[1:] if argv is None else argv)
+    known = {"help", "version", *(option.name for option in OPTIONS),
+             *(flag[2:] for _, flags in COMMANDS for flag in flags)}
+    for word in words:
+        if word.startswith("--") and word[2:].partition("=")[0] not in known:
+            parser.error(f"unknown option {word.partition('=')[0]}: see gipam.py --help")
+    arguments = parser.parse_args(words)
+    set_up_log()
     try:
         return int(arguments.func(arguments))
     except GipamError as error:
