@@ -209,11 +209,13 @@ def make_pool_id(subnet: Network, sub_pool: Network | None, token: str) -> str:
 
 def parse_pool_id(pool_id: str) -> tuple[Network, Network | None] | None:
     """Return (subnet, sub_pool) of an id that gipam made, None for any other text."""
-    match = re.fullmatch(r"([0-9a-f.:/]+)(?:,([0-9a-f.:/]+))?#[0-9a-f]{16}", pool_id)
-    try:
-        return match and (parse_prefix(match[1]), parse_prefix(match[2]) if match[2] else None)
-    except ValueError:
-        return None
+    match = re.fullmatch(r"([0-9a-f.:/]+)(?:,([0-9a-f.:/]+))?#([0-9a-f]{16})", pool_id)
+    with contextlib.suppress(ValueError):
+        if match:
+            subnet, sub_pool = parse_prefix(match[1]), parse_prefix(match[2]) if match[2] else None
+            if make_pool_id(subnet, sub_pool, match[3]) == pool_id:
+                return subnet, sub_pool
+    return None
 
 
 def dumps(value: Any) -> str:
@@ -362,6 +364,12 @@ class PrefixTree:
         """Return (prefixlen of the largest free block, count of free addresses) inside a node."""
         length = node.bit_length() - 1
         return self._free.get(node) or (length, 1 << max(self.bits - length, 0))
+
+    def addresses(self, network: Network) -> int:
+        """Return how many addresses of the prefix are free."""
+        node = self.node(network)
+        is_covered = any(node >> up in self._covers for up in range(network.prefixlen + 1))
+        return 0 if is_covered else self.free(node)[1]
 
     def cover(self, network: Network, times: int = 1) -> None:
         """Add the prefix, or with times=-1 take it away once, and bring its ancestors up to date."""
@@ -588,6 +596,8 @@ class State:
             raise ValueError(f"pool {network} overlaps {subnet.network}")
         if pool.pool_id in self.pools or pool.sub_pool in subnet.pools:
             raise ValueError(f"pool {pool.pool_id!r} is held twice")
+        if not 0 <= pool.low <= pool.high <= subnet.last_offset:
+            raise ValueError(f"sub_pool {pool.sub_pool} is outside {network}")
         if not subnet.pools:
             family.hold(subnet, 1, steps)
         put(subnet.pools, pool.sub_pool, pool, steps)
@@ -610,6 +620,8 @@ class State:
 
     def _bind_pool(self, change: BindPool, steps: list[Undo]) -> None:
         pool = self._pool(change.pool_id)
+        if change.new_id in self.pools:
+            raise ValueError(f"pool {change.new_id!r} is held twice")
         put(self.pools, change.pool_id, None, steps)
         put(self.pools, change.new_id, pool, steps)
         steps.append(functools.partial(setattr, pool, "pool_id", change.pool_id))
@@ -653,8 +665,8 @@ CONFIG_KEYS = ("V6Pool", "V6AllocateBlock", "V4Pool", "V4AllocateBlock", "Exclud
 OTHER_NAMES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
 
 
-def copy_state(state: State) -> tuple[dict[str, Any], list[tuple[Pool, int, dict[int, Lease], Memory]]]:
-    """Return (the small keys, (pool, cursor, leases, memory) of each pool): a shallow copy.
+def copy_state(state: State) -> tuple[dict[str, Any], list[Any]]:
+    """Return (the small keys, what changes of each pool): a shallow copy.
 
     It is taken under the lock in milliseconds; the rest of a pool, and a lease, never change.
     """
@@ -672,7 +684,9 @@ def copy_state(state: State) -> tuple[dict[str, Any], list[tuple[Pool, int, dict
     pools = []
     for pool in state.pools.values():
         is_first = next(iter(pool.subnet.pools.values())) is pool  # it stands for its subnet
-        pools.append((pool, pool.cursor, dict(pool.leases), Memory(pool.subnet.memory if is_first else ())))
+        memory = pool.subnet.memory.copy() if is_first else {}
+        free = {offset for offset, _ in memory.values() if offset not in pool.subnet.held}
+        pools.append((pool, pool.pool_id, pool.cursor, dict(pool.leases), memory, free))
     return head, pools
 
 
@@ -692,11 +706,10 @@ def encode_state(head: dict[str, Any], pools: list[Any]) -> Iterator[str]:
     """Yield the state as the JSON text that is checksummed, cut between elements."""
     yield dumps(head)[1:-1] + ',"Allocated":['
     comma = ""
-    for pool, cursor, leases, memory in pools:
+    for pool, pool_id, cursor, leases, memory, free in pools:
         owners = {owner: [pool.format(offset), seq] for owner, (offset, seq) in memory.items()}
-        free = [pool.format(offset) for offset, _ in memory.values() if offset not in leases]
-        values = (pool.pool_id, pool.subnet.version, str(pool.subnet.network), str(pool.sub_pool or ""), pool.name,
-                  pool.granted_s, pool.seq, cursor, owners, free)
+        values = (pool_id, pool.subnet.version, str(pool.subnet.network), str(pool.sub_pool or ""), pool.name,
+                  pool.granted_s, pool.seq, cursor, owners, [pool.format(offset) for offset in sorted(free)])
         yield comma + dumps(dict(zip(POOL_KEYS, values)))[:-1] + ',"Allocated":['
         yield from encode_list([pool.format(offset) for offset in leases])
         yield '],"Leases":['
@@ -763,8 +776,8 @@ def describe_state(state: State, has_leases: bool) -> dict[str, Any]:
     bases = []
     for family in state.families.values():
         for base in family.bases:
-            node, size = family.free.node(base), 1 << BITS[family.version] - family.prefixlen
-            usable, free = (tree.free(node)[1] for tree in (family.usable, family.free))
+            size = 1 << BITS[family.version] - family.prefixlen
+            usable, free = family.usable.addresses(base), family.free.addresses(base)
             bases.append({
                 "prefix": str(base), "family": family.version, "block_prefixlen": family.prefixlen,
                 "blocks": 1 << family.prefixlen - base.prefixlen, "blocks_used": -((free - usable) // size),
@@ -908,11 +921,11 @@ def check_prefixlen(family: Family, prefixlen: int) -> None:
 def describe_blocks(family: Family, prefixlen: int) -> str:
     """Say in numbers where the blocks of this length have gone."""
     total, size = family.blocks(prefixlen), 1 << BITS[family.version] - prefixlen
-    usable, free = (sum(tree.free(tree.node(base))[1] for base in family.bases) / size
-                    for tree in (family.usable, family.free))
-    return (f"of {total} blocks of /{prefixlen} in {', '.join(map(str, family.bases))}, "
-            f"{usable - free:g} are held, {total - usable:g} excluded, and {free:g} overlap routes "
-            "or addresses of this host or lie in smaller pieces")
+    bases = [base for base in family.bases if base.prefixlen <= prefixlen]
+    usable, free = (sum(map(tree.addresses, bases)) / size for tree in (family.usable, family.free))
+    return (f"of {total} blocks of /{prefixlen} in {', '.join(map(str, bases))}, "
+            f"{usable - free:.12g} are held, {total - usable:.12g} excluded, and {free:.12g} overlap "
+            "routes or addresses of this host or lie in smaller pieces")
 
 
 def decide_request_address(pool: Pool, request: AddressRequest, now_s: int) -> RequestAddress:
