@@ -1359,12 +1359,14 @@ class Flusher:
             if not batch:
                 self._wakeup.acquire()
                 continue
-            error = None
+            error: StoreError | None = None
             try:
                 self._flush(batch, is_rotating)
-            except StoreError as failure:
-                error = failure
-                batch = self._revert(batch, failure)
+            except Exception as failure:
+                if not isinstance(failure, StoreError):  # a bug: nobody may wait for ever
+                    log.exception("the journal cannot be written")
+                    failure = StoreLost("internal error of gipam: see its log")
+                error, batch = failure, self._revert(batch, failure)
             for ticket in batch:
                 ticket.finish(error)
 
@@ -1575,6 +1577,8 @@ class Service:
                 with self._lock:
                     copy, before = copy_state(self.state), store.segment
                     ticket = self.flusher.submit(None, is_rotating=not is_stopping)
+                    if is_stopping:  # what came now would be in no file
+                        self.flusher.loss = StoreError("gipam is stopping: try again")
                 ticket.wait()  # now the copy is on disk, and what came later in a new segment
                 segment = None if is_stopping else store.segment
                 if segment == before:
@@ -1772,7 +1776,7 @@ def read_prefix(fields: dict[str, Any], key: str) -> Network | None:
 
 def read_options(fields: dict[str, Any]) -> dict[str, str]:
     """Return the map of options, {} where there is none. Raises: InvalidRequest."""
-    options = fields.get("Options") or {}
+    options = {} if fields.get("Options") is None else fields["Options"]
     if not isinstance(options, dict) or not all(isinstance(text, str) for text in options.values()):
         raise InvalidRequest(f"Options is not a map of strings: {options!r}")
     for key in (NAME_OPTION, ENDPOINT_NAME, ENDPOINT_MAC):
@@ -1903,6 +1907,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server
     rfile: io.BufferedReader
+    command = ""
     ticket: Ticket | None = None  # of the last reply, until the peer has shown that it read it
 
     def address_string(self) -> str:
@@ -1919,10 +1924,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Read one request and answer it, in one write."""
-        self.rfile.peek(1)  # idle until the first byte comes
+        if not self.rfile.peek(1) and self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise ConnectionResetError  # TCP: the peer had closed, and reset when the reply came
         self.ticket = None
         self.server.mark(self.request, time.monotonic() + REQUEST_PATIENCE_S)
         self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
+        if self.raw_requestline in (b"\r\n", b"\n"):  # RFC 9112 section 2.2
+            self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
         if not self.raw_requestline:
             self.close_connection = True
         elif len(self.raw_requestline) > MAX_LINE_BYTES:
@@ -1951,7 +1959,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         close = "Connection: close\r\n" if self.close_connection else ""
         head = (f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
                 f"Content-Type: {reply.content_type}\r\nContent-Length: {len(reply.body)}\r\n{close}\r\n")
-        self.connection.sendall(head.encode() + reply.body)
+        self.connection.sendall(head.encode() + (b"" if self.command == "HEAD" else reply.body))
 
     def _refuse_browsers(self) -> None:
         """Keep out web pages, which can reach a loopback port but must say that they are one."""
@@ -1961,7 +1969,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _read_body(self) -> bytes:
         """Return the body: Content-Length bytes, or chunks. Raises: InvalidRequest."""
-        lengths = self.headers.get_all("Content-Length", [])
+        lengths = [text.strip() for text in self.headers.get_all("Content-Length", [])]
         coding = self.headers.get("Transfer-Encoding")
         if coding is None:
             if len(lengths) > 1 or lengths and not re.fullmatch("[0-9]{1,19}", lengths[0]):
@@ -2107,6 +2115,11 @@ class UnixServer(Server):
     address_family = socket.AF_UNIX
     allow_reuse_address = False
 
+    def server_bind(self) -> None:
+        """Bind, for root only. Raises: OSError."""
+        super().server_bind()
+        os.chmod(self.socket.getsockname(), 0o600)
+
 
 class PublicServer(Server):
     """Pages for whoever may reach the address of -metrics."""
@@ -2140,7 +2153,8 @@ def notify(state: str, fds: list[int] | None = None) -> None:
     """Tell the service manager, if there is one. Source: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, \
+                contextlib.suppress(OSError):  # a manager that is gone is no reason not to serve
             manager.connect(re.sub("^@", "\0", address))
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             manager.sendmsg([state.encode()], rights)
@@ -2617,18 +2631,21 @@ def overrule_settings(settings: dict[str, Setting], document: dict[str, Any], pa
                             option.name, text, path, before.text, before.origin, option.key)
 
 
+def parse_setting(settings: dict[str, Setting], option: Option) -> Any:
+    """Return the value of an option. Raises: ConfigError: which, from where, its text, and the rule."""
+    text, origin = settings[option.name]
+    try:
+        return option.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"-{option.name} {text!r} from the {origin}: {error}") from None
+
+
 def build_config(settings: dict[str, Setting]) -> Config:
     """Parse and check all options. Raises: ConfigError: which, from where, its value, and the rule."""
     def fail(name: str, rule: object) -> None:
-        setting = settings[name]
-        raise ConfigError(f"-{name} {setting.text!r} from the {setting.origin}: {rule}")
+        raise ConfigError(f"-{name} {settings[name].text!r} from the {settings[name].origin}: {rule}")
 
-    values: dict[str, Any] = {}
-    for option in OPTIONS:
-        try:
-            values[option.name] = option.parse(settings[option.name].text)
-        except ValueError as error:
-            fail(option.name, error)
+    values = {option.name: parse_setting(settings, option) for option in OPTIONS}
     config = Config(**values, is_spec_given=settings["spec"].origin != "default")
     if not config.address:
         fail("address", "not HOST:PORT, such as 127.0.0.1:9090")
@@ -2653,7 +2670,7 @@ def build_config(settings: dict[str, Setting]) -> Config:
 
 def open_store(settings: dict[str, Setting]) -> Store:
     """Return the store of the lease file. Raises: ConfigError if there is no such directory."""
-    path = parse_path(settings["file"].text)
+    path = parse_setting(settings, next(option for option in OPTIONS if option.name == "file"))
     if not os.path.isdir(os.path.dirname(path)):
         raise ConfigError(f"-file {path!r} from the {settings['file'].origin}: its directory is not there")
     return Store(path)
