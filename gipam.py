@@ -26,7 +26,7 @@ is a snapshot; what happened since stands beside it in a journal segment (leases
 There, one flush is one line: length and CRC-32 of the JSON that follows, and in it the sequence
 number of the last change, and the changes. A real one:
 
-    00000078 c2b28b31 [4,[["request_address","10.2.0.0/24#1f0c27ab5e94d386","10.2.0.2","endpoint",
+    00000076 93771baa [4,[["request_address","10.2.0.0/24#1f0c27ab5e94d386","10.2.0.2","endpoint",
     "02:42:0a:02:00:02","web1",1795510069,3]]]
 
 (in the file it is one line). Recovery reads the snapshot, then the segments in order, and skips
@@ -694,7 +694,7 @@ def encode_snapshot(config: dict[str, Any], copy: Any, segment: int | None, is_i
     """Yield the lease file in portions: configuration, the segment that goes on, state, checksum."""
     head, pools = copy
     keys = {**config, **({"Journal": segment} if segment else {}), **({"Import": True} if is_import_due else {})}
-    yield "{" + "".join(f"{dumps(key)}:{dumps(value)},\n" for key, value in keys.items())
+    yield "{\n" + "".join(f"{dumps(key)}:{dumps(value)},\n" for key, value in keys.items())
     checksum = 0
     for chunk in encode_state(head, pools):
         checksum = zlib.crc32(chunk.encode(), checksum)
@@ -997,20 +997,22 @@ class Line(NamedTuple):
     end: int  # and past its last
     seq: int  # of its last change
     records: list[Any]
+    next_segment: int = 0  # where the journal goes on, once this segment is complete
 
 
-def encode_line(seq: int, records: list[Any]) -> bytes:
+def encode_line(seq: int, records: list[Any], *next_segment: int) -> bytes:
     """Return the line: length and CRC-32 of the JSON that follows them, and that."""
-    payload = dumps([seq, records]).encode()
+    payload = dumps([seq, records, *next_segment]).encode()
     return b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload)
 
 
 def decode_lines(data: bytes, is_last: bool) -> Iterator[Line]:
-    """Yield the lines of a segment, without what a crash tore from the end of the last segment.
+    """Yield the lines of a segment, without what a crash tore from its end.
 
     A torn line was never acknowledged: it has no end of line and is shorter than it says, or the
     file system had given it room but no contents: NULs, of which JSON has none (a single one is a
-    damaged byte). A line that is whole but for its end counts. Raises: ValueError with the place.
+    damaged byte). In the last segment, a line that is whole but for its end counts.
+    Raises: ValueError with the place.
     """
     offset, number = 0, 1
     while offset < len(data):
@@ -1022,7 +1024,7 @@ def decode_lines(data: bytes, is_last: bool) -> Iterator[Line]:
             yield Line(number, offset, end + 1, *json.loads(payload))
         else:
             is_short = rest <= 0 if head else len(data) - offset < 18
-            if is_last and data.find(b"\n", offset, -1) < 0 and (
+            if data.find(b"\n", offset, -1) < 0 and (
                     data.find(b"\0\0", offset) >= 0 or is_short and data[-1:] != b"\n"):
                 return
             raise ValueError(f"line {number} at byte {offset} has not the length and checksum that it says")
@@ -1058,8 +1060,9 @@ class Store:
                     raise BusyError(f"lease file {self.path} is held by process {holder}: stop it, "
                                     "or give this one another -file") from None
                 time.sleep(0.02)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        with contextlib.suppress(OSError):  # a full disk must not forbid starting
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
 
     def read_snapshot(self) -> dict[str, Any] | None:
         """Return the JSON object of the lease file, None if there is none. Raises: ConfigError."""
@@ -1111,8 +1114,9 @@ class Store:
                               "gipam, and run `gipam.py check --fix`")
         for self.segment in numbers:
             path = self.segment_path(self.segment)
+            following = 0
             for line in self._read_segment(path, self.segment == numbers[-1]):
-                first = line.seq - len(line.records) + 1
+                following, first = line.next_segment, line.seq - len(line.records) + 1
                 if document is None and line.seq:
                     raise self.damage(path, f"is there without its lease file {self.path}")
                 if first > self.seq + 1 or line.records and seq < first <= self.seq:
@@ -1122,6 +1126,10 @@ class Store:
                     if at > self.seq:
                         self.seq = at
                         yield f"{path} line {line.number} at byte {line.offset}", record
+            if following and following not in numbers and (self.segment >= named if named else line.seq > seq):
+                raise self.damage(self.segment_path(following), "is missing", f"put it back; or give up what it "
+                                  f"held: truncate -s {line.offset} {path}, start gipam, and run "
+                                  "`gipam.py check --fix`")
 
     def _read_segment(self, path: str, is_last: bool) -> Iterator[Line]:
         with open(path, "rb") as file:
@@ -1171,32 +1179,53 @@ class Store:
 
     def _open_segment(self) -> None:
         """Open the first segment, or the one where recovery ended: without its torn end."""
-        if self.segment:
-            self._fd = self.calls.open(self.segment_path(self.segment), os.O_WRONLY | os.O_CLOEXEC)
-            self.calls.ftruncate(self._fd, self._end)
-            self._write(self._fd, b"\n" if self._end else b"", self._end - 1)
-        else:
+        if not self.segment:
             self.rotate()
+        elif self._fd < 0:
+            fd = self.calls.open(self.segment_path(self.segment), os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                self.calls.ftruncate(fd, self._end)
+                self._write(fd, b"\n" if self._end else b"", self._end - 1)
+                self.calls.fdatasync(fd)
+            except OSError:
+                self._close(fd)
+                raise
+            self._fd = fd
+
+    def settle(self) -> None:
+        """Sync what recovery has read: a process that was killed may not have. Raises: OSError."""
+        if self.segment:
+            self._open_segment()
+        self._sync_directory()
 
     def rotate(self) -> None:
-        """Begin a new segment. Durable: its name and an empty line with the seq that it follows.
+        """Begin a new segment: an empty line with the seq that it follows; the old one names it.
 
-        Raises: OSError; the old segment is in use then.
+        Durable: both, and its name. Raises: OSError; the old segment is in use then.
         """
-        path = self.segment_path(self.segment + 1)
-        fd = self.calls.open(path, CREATE, 0o600)
-        data = encode_line(self.seq, [])
+        if self.segment:
+            self._open_segment()
+        number, data = self.segment + 1, encode_line(self.seq, [])
+        fd = self.calls.open(self.segment_path(number), CREATE, 0o600)
         try:
             self._write(fd, data, 0)
             self.calls.fdatasync(fd)
             self._sync_directory()
-        except OSError:
-            self.calls.close(fd)
-            self.calls.unlink(path)
+            if self._fd >= 0:
+                self._write(self._fd, encode_line(self.seq, [], number), self._end)
+                self.calls.fdatasync(self._fd)
+        except OSError as error:
+            self._cut_back(f"cannot begin segment {number}: {error.strerror}")
+            self._close(fd)
+            self.calls.unlink(self.segment_path(number))
             raise
-        if self._fd >= 0:
-            self.calls.close(self._fd)
-        self._fd, self._end, self.segment = fd, len(data), self.segment + 1
+        before, self._fd, self._end, self.segment = self._fd, fd, len(data), number
+        if before >= 0:
+            self._close(before)
+
+    def _close(self, fd: int) -> None:
+        with contextlib.suppress(OSError):  # it is synced, or given up
+            self.calls.close(fd)
 
     def _write(self, fd: int, data: bytes, offset: int) -> None:
         while data:
@@ -1208,7 +1237,7 @@ class Store:
         try:
             self.calls.fsync(fd)
         finally:
-            self.calls.close(fd)
+            self._close(fd)
 
     def write_snapshot(self, chunks: Iterable[str], is_named: bool) -> None:
         """Replace the lease file. Durable: on return. Raises: OSError; the old one is whole then."""
@@ -1220,11 +1249,11 @@ class Store:
                 self._write(fd, data, offset)
                 offset += len(data)
             self.calls.fsync(fd)
-        except OSError:
+        except OSError as error:
             self.calls.unlink(path)
-            raise
+            raise OSError(error.errno, error.strerror, self.path) from None
         finally:
-            self.calls.close(fd)
+            self._close(fd)
         self.calls.replace(path, self.path)
         self._sync_directory()
         self.snapshot_bytes, self.is_named = offset, is_named
@@ -1406,6 +1435,7 @@ class Service:
     def __init__(self, store: Store, state: State, config: dict[str, Any], proc: str = "/proc/self/net",
                  on_loss: Callable[[], None] = lambda: None) -> None:
         self.state, self._store, self._proc = state, store, proc
+        store.settle()
         self._config = config  # the keys of the lease file
         self._lock, self._fold_lock = threading.Lock(), threading.Lock()
         self.metrics = Metrics()
