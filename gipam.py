@@ -90,6 +90,7 @@ DRAIN_PATIENCE_S = 30.0
 REQUEST_PATIENCE_S = 10.0  # on TCP, from the first byte of a request to its last
 MAX_TCP_CONNECTIONS = 256  # past it the longest idle one goes: a local client cannot starve Docker
 START_PATIENCE_S = 300  # asked of the service manager, for a large state
+RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection closed to dial again
 CHECK_PAUSE_S = 1.0  # between the two looks of a check
 IMPORT_PAUSE_S = 1.0
 DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
@@ -161,6 +162,8 @@ class Unreachable(GipamError):
 
 class Refused(GipamError):
     """Docker, or the daemon, answered with an error."""
+
+    exit_status = 2
 
 
 class BusyError(GipamError):
@@ -1498,7 +1501,7 @@ class Service:
         def decide() -> Change:
             pool = self.state.pools.get(pool_id)
             lease = pool.leases.get(parse_offset(pool, address)) if pool and address else None
-            if not pool or (lease.seq if lease else -1 if address else pool.seq) != seq:
+            if not pool or (lease.seq if lease else None if address else pool.seq) != seq:
                 raise Forbidden(f"{address or 'pool'} of {pool_id!r} is not what it was as change {seq}: look again")
             return ReleaseAddress(pool_id, address) if address else ReleasePool(pool_id)
 
@@ -1521,7 +1524,12 @@ class Service:
                 self.flusher.submit(RequestPool(pool_id, str(subnet), str(sub_pool or ""), "", now_s, 0, -1))
                 pool, count = self.state.pools[pool_id], 1
             for request in requests:
-                if parse_offset(pool, request.address) not in pool.subnet.held:
+                if request.address:
+                    is_held = parse_offset(pool, request.address) in pool.subnet.held
+                else:  # the gateway, wherever it is
+                    is_held = any(lease.kind == GATEWAY for lease in pool.leases.values()) \
+                        or pool.subnet.held.next_absent(pool.low) > pool.high
+                if not is_held:
                     self.flusher.submit(decide_request_address(pool, request, now_s))
                     count += 1
 
@@ -1812,6 +1820,8 @@ def read_options(fields: dict[str, Any]) -> dict[str, str]:
     for key in (NAME_OPTION, ENDPOINT_NAME, ENDPOINT_MAC):
         if len(options.get(key, "")) > MAX_TEXT_CHARS:
             raise InvalidRequest(f"option {key} is longer than {MAX_TEXT_CHARS} characters")
+        if not options.get(key, "").isprintable():
+            raise InvalidRequest(f"option {key} has characters that cannot be printed: {options[key]!r}")
     return options
 
 
@@ -1887,9 +1897,15 @@ def adopt_by_hand(service: Service, fields: dict[str, Any]) -> tuple[Any, None]:
     subnet, sub_pool, leases = read_prefix(fields, "Subnet"), read_prefix(fields, "SubPool"), fields.get("Leases")
     if subnet is None or not isinstance(leases, list) or not all(isinstance(lease, dict) for lease in leases):
         raise InvalidRequest("Subnet or the list Leases is missing")
-    requests = [AddressRequest(*(read_text(lease, key) for key in ("Address", "Kind", "MAC", "Name")))
+    requests = [AddressRequest(*(read_text(lease, key)[:MAX_TEXT_CHARS] for key in ("Address", "Kind", "MAC", "Name")))
                 for lease in leases]
-    return {"Adopted": service.adopt(subnet, sub_pool, requests)}, None
+    for request in requests:
+        if request.kind not in (GATEWAY, AUXILIARY, ENDPOINT):
+            raise InvalidRequest(f"Kind is none of {GATEWAY}, {AUXILIARY}, {ENDPOINT}: {request.kind!r}")
+    count = service.adopt(subnet, sub_pool, requests)
+    log.info("adopt subnet=%s sub_pool=%s leases=%s adopted=%d", subnet, sub_pool or "",
+             ",".join(request.address for request in requests), count)
+    return {"Adopted": count}, None
 
 
 def show_status(service: Service, query: str) -> Reply:
@@ -1986,6 +2002,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, reply: Reply) -> None:
         self.ticket = reply.ticket
+        self.close_connection |= self.server.is_retiring
         close = "Connection: close\r\n" if self.close_connection else ""
         head = (f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
                 f"Content-Type: {reply.content_type}\r\nContent-Length: {len(reply.body)}\r\n{close}\r\n")
@@ -2045,6 +2062,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     allow_reuse_address = True
     request_queue_size = BACKLOG
     is_public = False  # whether only pages are served
+    is_retiring = False  # whether each reply is the last of its connection
 
     def __init__(self, address: Any, service: Service, listener: socket.socket | None = None,
                  tls: ssl.SSLContext | None = None) -> None:
@@ -2122,19 +2140,31 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Log what ended a connection."""
         log.exception("connection failed")
 
-    def drain(self) -> None:
-        """End without cutting anybody off between request and reply, nor in the backlog.
+    def retire(self) -> None:
+        """End the kept connections while the socket still listens.
 
-        Whoever writes later finds the connection closed before a byte of the request was taken,
-        and dials again with its whole body. serve_forever() must have ended.
+        Go's HTTP client that finds one closed as it writes dials at once, with the body at hand; if
+        that fails, dockerd's own retry comes without (protocol.md 2.3).
+        """
+        self.is_retiring = True
+        with self.is_changed:
+            for request in self.connections:
+                self._end(request, socket.SHUT_RD)  # it reads what is there, then the end
+
+    def drain(self) -> None:
+        """Answer those in the backlog too, then close. serve_forever() must have ended.
+
+        Who has dialled gets the time to send its request; who dials later is refused, and dials
+        again with its whole body, or waits in the socket that the service manager keeps.
         """
         self.socket.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
                 self.process_request(*self.get_request())
         with self.is_changed:
-            for request in self.connections:
-                self._end(request, socket.SHUT_RD)  # it reads what is there, then the end
+            self.is_changed.wait_for(lambda: not self.connections, RETIRE_PATIENCE_S)
+        self.retire()
+        with self.is_changed:
             self.is_changed.wait_for(lambda: not self.connections, DRAIN_PATIENCE_S)
         self.server_close()
 
@@ -2334,6 +2364,15 @@ class Claim(NamedTuple):
     name: str  # of the container
     identity: str  # new whenever Docker makes the network or the endpoint anew
 
+    @property
+    def is_hint(self) -> bool:
+        """Return whether Docker shows no subnet, but only the length that was asked for (before 29)."""
+        return self.subnet.startswith(("0.0.0.0/", "::/"))
+
+    def as_lease(self) -> dict[str, str]:
+        """Return it as /Gipam.Adopt takes it."""
+        return {"Address": self.address, "Kind": self.kind, "MAC": self.mac, "Name": self.name}
+
     def __str__(self) -> str:
         return f"container {self.name}" if self.name else f"network {self.network}"
 
@@ -2350,17 +2389,18 @@ def docker_socket() -> str:
 def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Claim], list[Claim]]:
     """Return (what Docker uses of this driver, the subnets that it has from others). Raises: Unreachable.
 
-    Two requests, however many networks: GET /networks, then the endpoints of all containers.
+    Two requests, but for networks made with --config-from: GET /networks, then all containers.
     """
     networks = call(UnixConnection(path, timeout_s), "GET", "/networks")
     containers = call(UnixConnection(path, timeout_s), "GET", "/containers/json?all=1")
+    networks = [call(UnixConnection(path, timeout_s), "GET", f"/networks/{network['Id']}")
+                if (network.get("ConfigFrom") or {}).get("Network") else network  # the list leaves its IPAM out
+                for network in networks]
     ours: dict[str, list[Claim]] = {}  # network id -> subnets
     claims, foreign = [], []
     for network in networks:
-        for config in (network.get("IPAM") or {}).get("Config") or []:
-            if not config.get("Subnet"):
-                continue
-            subnet, sub_pool = (str(parse_prefix(config.get(key), mask=True)) if config.get(key) else ""
+        for config in claimed_configs(network):
+            subnet, sub_pool = (str(parse_prefix(config[key], mask=True)) if config.get(key) else ""
                                 for key in ("Subnet", "IPRange"))
             claim = Claim(network["Name"], subnet, sub_pool, "", "pool", "", "", network["Id"])
             if network["IPAM"].get("Driver") != driver:
@@ -2369,25 +2409,62 @@ def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[C
             ours.setdefault(network["Id"], []).append(claim)
             claims.append(claim)
             if config.get("Gateway"):
-                claims.append(claim._replace(address=config["Gateway"].partition("/")[0], kind=GATEWAY))
-            claims += [claim._replace(address=address.partition("/")[0], kind=AUXILIARY)
+                claims.append(claim._replace(address=normalise_address(config["Gateway"]), kind=GATEWAY))
+            claims += [claim._replace(address=normalise_address(address), kind=AUXILIARY)
                        for address in (config.get("AuxiliaryAddresses") or {}).values()]
     for container in containers:
+        if container.get("State") not in ("running", "paused", "restarting"):
+            continue  # after a crash of dockerd, or a failed start, what it had is still shown
         for endpoint in ((container.get("NetworkSettings") or {}).get("Networks") or {}).values():
             subnets = ours.get(endpoint.get("NetworkID"), [])
-            for key in ("IPAddress", "GlobalIPv6Address"):
-                if subnets and endpoint.get(key):
-                    claims.append(claim_endpoint(container, endpoint, endpoint[key], subnets))
-    return claims, foreign
+            for keys in (("IPAddress", "IPPrefixLen", "Gateway"),
+                         ("GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPv6Gateway")):
+                if subnets and endpoint.get(keys[0]):
+                    claims += claim_endpoint(container, endpoint, keys, subnets)
+    known = {(claim.identity, hint_of(claim.subnet)) for claim in claims if not claim.address and not claim.is_hint}
+    return [claim for claim in claims if not claim.is_hint or (claim.identity, claim.subnet) not in known], foreign
 
 
-def claim_endpoint(container: dict[str, Any], endpoint: dict[str, Any], address: str, subnets: list[Claim]) -> Claim:
-    """Return the claim of a container to an address: in the subnet that has it, else in none ("")."""
+def claimed_configs(network: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the subnets that a network has: a --config-only one has none, nor has it of a family that is off."""
+    for config in (network.get("IPAM") or {}).get("Config") or []:
+        family = "EnableIPv6" if ":" in config.get("Subnet", ":") else "EnableIPv4"
+        if config.get("Subnet") and network.get(family, True) and not network.get("ConfigOnly"):
+            yield config
+
+
+def normalise_address(text: str) -> str:
+    """Return an address as gipam spells it; Docker shows what the user typed, or a CIDR."""
+    address = ipaddress.ip_address(text.partition("/")[0])
+    return format_address(int(address), address.version)
+
+
+def claim_endpoint(container: dict[str, Any], endpoint: dict[str, Any], keys: tuple[str, str, str],
+                   subnets: list[Claim]) -> Iterator[Claim]:
+    """Yield the claims of a container: to its address and, which its network may not show, to the gateway.
+
+    The address lies in the subnet that has it, else in none (""). Of a network made with a size
+    hint, Docker < 29 shows only 0.0.0.0/26: its subnet is known by its containers.
+    """
+    address, length, gateway = (endpoint.get(key) or "" for key in keys)
+    subnet = str(parse_prefix(f"{address}/{length}", mask=True))
     home = next((claim for claim in subnets if ipaddress.ip_address(address) in parse_prefix(claim.subnet)),
                 subnets[0]._replace(subnet="", sub_pool=""))
-    return home._replace(address=address, kind=ENDPOINT, mac=endpoint.get("MacAddress") or "",
-                         name=(container.get("Names") or ["/" + container["Id"][:12]])[0][1:],
-                         identity=endpoint.get("EndpointID") or container["Id"])
+    for hint in subnets:
+        if not home.subnet and hint.subnet == hint_of(subnet):
+            home = hint._replace(subnet=subnet)
+            yield home
+    if gateway and home.subnet and ipaddress.ip_address(gateway) in parse_prefix(home.subnet):
+        yield home._replace(address=normalise_address(gateway), kind=GATEWAY,
+                            identity="gateway of " + home.identity)
+    yield home._replace(address=normalise_address(address), kind=ENDPOINT, mac=endpoint.get("MacAddress") or "",
+                        name=(container.get("Names") or ["/" + container["Id"][:12]])[0][1:],
+                        identity=endpoint.get("EndpointID") or container["Id"])
+
+
+def hint_of(subnet: str) -> str:
+    """Return the size hint that asks for any block of this length."""
+    return f"{'::' if ':' in subnet else '0.0.0.0'}/{subnet.partition('/')[2]}"
 
 
 class Finding(NamedTuple):
@@ -2404,21 +2481,21 @@ def compare(status: dict[str, Any], claims: list[Claim], now_s: int, grace_s: in
     findings: dict[Any, Finding] = {}
     pools = {(pool["subnet"], pool["sub_pool"]): pool for pool in status["pools"]}
     claimed = {(claim.subnet, claim.sub_pool): claim for claim in claims if not claim.address}
+    shown = {claim._replace(address="", kind="pool") for claim in claims if claim.kind == GATEWAY}
     used: dict[tuple[str, str], list[Claim]] = {}  # (subnet, address) -> claims
     for claim in claims:
         if claim.address:
             used.setdefault((claim.subnet, claim.address), []).append(claim)
     for key, pool in pools.items():
         if key not in claimed:
-            if now_s - pool["granted"] >= grace_s:
+            if now_s - pool["granted"] >= grace_s and (hint_of(key[0]), "") not in claimed:
                 body = {"PoolID": pool["id"], "Address": "", "Seq": pool["seq"]}
                 findings["pool", pool["id"], pool["seq"]] = Finding(
                     "leaked_pool", f"subnet {' range '.join(filter(None, key))} is held with {pool['leases']} "
                     "addresses, but no network has it", "/Gipam.Release", body)
             continue
-        has_gateway = any(claim.kind == GATEWAY and (claim.subnet, claim.sub_pool) == key for claim in claims)
         for lease in pool["addresses"]:
-            is_used = (key[0], lease["address"]) in used or (lease["kind"] == GATEWAY and not has_gateway)
+            is_used = (key[0], lease["address"]) in used or (lease["kind"] == GATEWAY and claimed[key] not in shown)
             if not is_used and now_s - lease["granted_s"] >= grace_s:
                 body = {"PoolID": pool["id"], "Address": lease["address"], "Seq": lease["seq"]}
                 findings["lease", pool["id"], lease["address"], lease["seq"]] = Finding(
@@ -2429,26 +2506,38 @@ def compare(status: dict[str, Any], claims: list[Claim], now_s: int, grace_s: in
     return findings
 
 
+def find_uses(pool: Claim, claims: list[Claim]) -> list[Claim]:
+    """Return the claims to addresses of a pool, and one to a gateway, at an unknown address if none is shown.
+
+    Docker does not show the gateway of a network with a --subnet and no --gateway. It then is the
+    first address that was free, and must not become a container's.
+    """
+    uses = [use for use in claims if use.address and (use.subnet, use.sub_pool) == (pool.subnet, pool.sub_pool)]
+    has_gateway = any(use.kind == GATEWAY for use in uses)
+    return uses if has_gateway else [*uses, pool._replace(kind=GATEWAY)]
+
+
 def find_missing(pools: dict[Any, Any], claimed: dict[Any, Claim], used: dict[Any, list[Claim]]) -> dict[Any, Finding]:
     """Return what Docker uses and gipam does not hold, or holds only once."""
     findings: dict[Any, Finding] = {}
     held = {(pool["subnet"], lease["address"]) for pool in pools.values() for lease in pool["addresses"]}
-    for (subnet, sub_pool), claim in claimed.items():
-        if (subnet, sub_pool) not in pools:
+    for key, claim in claimed.items():
+        subnet, sub_pool = key
+        if key not in pools and not claim.is_hint:
+            uses = find_uses(claim, [claims[0] for claims in used.values()])
             findings["no pool", claim] = Finding(
-                "missing_pool", f"subnet {subnet} of {claim} is not held", "/Gipam.Adopt",
-                {"Subnet": subnet, "SubPool": sub_pool, "Leases": []})
+                "missing_pool", f"subnet {subnet} of {claim} is not held: another network could get it", "/Gipam.Adopt",
+                {"Subnet": subnet, "SubPool": sub_pool, "Leases": [use.as_lease() for use in uses]})
     for (subnet, address), claims in used.items():
         claim = claims[0]
         if not subnet:
             findings["outside", claim] = Finding(
                 "address_outside", f"address {address} of {claim} is in no subnet of network {claim.network}: "
                 "make the network anew", "", {})
-        elif (subnet, address) not in held:
-            lease = {"Address": address, "Kind": claim.kind, "MAC": claim.mac, "Name": claim.name}
+        elif (subnet, address) not in held and (subnet, claim.sub_pool) in pools:
             findings["no lease", claim] = Finding(
                 "missing_address", f"address {address} of {claim} is not held: another container could get it",
-                "/Gipam.Adopt", {"Subnet": subnet, "SubPool": claim.sub_pool, "Leases": [lease]})
+                "/Gipam.Adopt", {"Subnet": subnet, "SubPool": claim.sub_pool, "Leases": [claim.as_lease()]})
         holders = {claim.identity: claim for claim in claims if claim.kind == ENDPOINT}
         if len(holders) > 1:
             findings[("twice", address, *sorted(holders))] = Finding(
@@ -2487,11 +2576,10 @@ def take_over(service: Service, driver: str, timeout_s: float) -> None:
     """Adopt all that Docker uses of this driver. Raises: Unreachable."""
     claims, _ = read_claims(docker_socket(), driver, timeout_s)
     for claim in claims:
-        if claim.address:
+        if claim.address or claim.is_hint:
             continue
         subnet, sub_pool = parse_prefix(claim.subnet), parse_prefix(claim.sub_pool) if claim.sub_pool else None
-        requests = [AddressRequest(use.address, use.kind, use.mac, use.name) for use in claims
-                    if use.address and (use.subnet, use.sub_pool) == (claim.subnet, claim.sub_pool)]
+        requests = [AddressRequest(use.address, use.kind, use.mac, use.name) for use in find_uses(claim, claims)]
         try:
             if service.adopt(subnet, sub_pool, requests):
                 log.warning("took over subnet %s of network %s with %d addresses from Docker", subnet,
@@ -2743,10 +2831,14 @@ def find_daemon(config: Config) -> Callable[[], http.client.HTTPConnection] | No
         return http.client.HTTPConnection(*config.address, timeout=DAEMON_PATIENCE_S)
 
     for dial in (dial_socket, dial_address):
-        with contextlib.suppress(ConnectionError, FileNotFoundError, socket.timeout), \
-                contextlib.closing(dial()) as connection:
-            connection.connect()
-            return dial
+        try:
+            with contextlib.suppress(ConnectionError, FileNotFoundError, socket.timeout), \
+                    contextlib.closing(dial()) as connection:
+                connection.connect()
+                return dial
+        except OSError as error:
+            raise Unreachable(f"cannot reach the daemon, by {config.socket} or {config.address[0]}:"
+                              f"{config.address[1]}: {error}") from None
     return None
 
 
@@ -2873,30 +2965,39 @@ def mend(config: Config, findings: list[Finding]) -> None:
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
     config = load(arguments)[0]
-    pools = [pool for pool in read_status(arguments, True)["pools"]
-             if arguments.pool in (pool["id"], pool["subnet"], pool["sub_pool"])]
+    status = read_status(arguments, True)
+    pools = [pool for pool in status["pools"] if arguments.pool in (pool["id"], pool["subnet"], pool["sub_pool"])]
     if len(pools) != 1:
         raise InvalidRequest(f"{arguments.pool!r} names {len(pools)} pools: give the id of one, as `status --json` has it"
                              + "".join(f"\n  {pool['id']}" for pool in pools))
     pool = pools[0]
-    leases = [lease for lease in pool["addresses"] if lease["address"] == arguments.address]
-    if arguments.address and not leases:
-        raise InvalidRequest(f"{arguments.address} is not held in {pool['subnet']}")
-    if not arguments.force:
-        for claim in read_claims(docker_socket(), driver_name(config))[0]:
-            if (claim.subnet, claim.sub_pool) == (pool["subnet"], pool["sub_pool"]) and \
-                    claim.address == arguments.address:
-                raise Forbidden(f"{claim} of Docker uses it: remove that first, or use --force")
-    what = f"address {arguments.address} of" if arguments.address else f"pool with {len(pool['addresses'])} leases,"
-    if not arguments.yes and input(f"release {what} {pool['subnet']}? [y/N] ").strip().lower() not in ("y", "yes"):
-        return 1
+    address = arguments.lease and normalise_address(arguments.lease)
+    leases = [lease for lease in pool["addresses"] if lease["address"] == address]
+    if address and not leases:
+        raise InvalidRequest(f"{address} is not held in {pool['subnet']}")
     seq = leases[0]["seq"] if leases else pool["seq"]
-    body = {"PoolID": pool["id"], "Address": arguments.address, "Seq": seq}
+    if not arguments.force:
+        claims, leaked = read_claims(docker_socket(), driver_name(config))[0], ("pool", pool["id"], pool["seq"])
+        if not {leaked, ("lease", pool["id"], address, seq)} & set(compare(status, claims, int(time.time()), 0)):
+            users = [str(claim) for claim in claims if (claim.subnet, claim.address) == (pool["subnet"], address)]
+            raise Forbidden(f"{(users or ['a network'])[0]} of Docker uses it: remove that first, or use --force")
+    what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
+    if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
+        return 1
+    body = {"PoolID": pool["id"], "Address": address, "Seq": seq}
     dial = find_daemon(config)
     if dial is None:
         raise Unreachable("release needs the daemon, and none answers")
     call(dial(), "POST", "/Gipam.Release", body)
     return 0
+
+
+def ask(question: str) -> bool:
+    """Return whether somebody is there who says yes."""
+    with contextlib.suppress(EOFError):
+        return input(question).strip().lower() in ("y", "yes")
+    print()
+    return False
 
 
 def driver_name(config: Config) -> str:
@@ -2942,6 +3043,9 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         notify("READY=1")
         watch(service, servers, stop)
         notify("STOPPING=1")
+        for server in servers:
+            server.retire()
+        time.sleep(RETIRE_PATIENCE_S)
     for server in servers:
         server.shutdown()
         server.drain()
@@ -3027,7 +3131,7 @@ COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, dict[str, A
                  "--grace": {"type": int, "default": 60, "metavar": "SECONDS", "action": "store",
                              "help": "overlook what is younger (default: 60)"}}),
     (cmd_release, {"pool": {"action": "store", "metavar": "POOL", "help": "id or subnet"},
-                   "address": {"action": "store", "metavar": "ADDRESS", "nargs": "?", "default": "", "help": "in it"},
+                   "lease": {"action": "store", "metavar": "ADDRESS", "nargs": "?", "default": "", "help": "in it"},
                    "--yes": {"help": "do not ask"}, "--force": {"help": "even if Docker uses it"}}),
     (cmd_config, {}),
 )
@@ -3074,10 +3178,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     set_up_log()
     try:
-        return int(arguments.func(arguments))
+        status = int(arguments.func(arguments))
+        sys.stdout.flush()
+        return status
     except GipamError as error:
         print(f"gipam: {error}", file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:  # `status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except OSError as error:
         hint = "; run gipam as root, or give it -file, -socket and -spec where it may write" * isinstance(error, PermissionError)
         print(f"gipam: {error.filename}: {error.strerror}{hint}", file=sys.stderr)

@@ -1,0 +1,9578 @@
+#!/usr/bin/env python3
+"""The self-check of gipam: `python3 test_gipam.py`, with `-v` and `-k PATTERN` as in unittest.
+
+It runs what the host allows and skips the rest with a reason. GIPAM_REQUIRE_DOCKER=1 turns the skips
+for want of a dockerd into failures; GIPAM_TEST_SEED repeats a random run.
+
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import concurrent.futures
+import contextlib
+import copy
+import errno
+import functools
+import glob
+import hashlib
+import http.client
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import random
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import socketserver
+import stat
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import unittest
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Sequence, TYPE_CHECKING
+from unittest import mock
+
+HERE = os.environ.get("GIPAM_TREE") or os.path.dirname(os.path.abspath(__file__))
+GIPAM = os.environ.get("GIPAM_FILE") or os.path.join(HERE, "gipam.py")
+DEADLINE_S = 30.0
+sys.path.insert(0, os.path.dirname(GIPAM))
+import gipam  # noqa: E402
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """An HTTP connection to a UNIX socket."""
+
+    def __init__(self, path: str, timeout_s: float = DEADLINE_S) -> None:
+        super().__init__("plugin.moby.localhost", timeout=timeout_s)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
+class Refused(Exception):
+    """The daemon answered with an error; str() is its text."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Client:
+    """What dockerd is to gipam: calls over one kept connection."""
+
+    def __init__(self, path: str) -> None:
+        self.connection = UnixConnection(path)
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Return the decoded reply of e.g. call("IpamDriver.RequestPool", Pool="", V6=False)."""
+        body = json.dumps(arguments) + "\n" if arguments else ""
+        self.connection.request("POST", "/" + method, body)
+        reply = self.connection.getresponse()
+        decoded = json.loads(reply.read())
+        if reply.status != 200 or decoded.get("Error"):
+            raise Refused(reply.status, decoded.get("Error", ""))
+        return decoded
+
+    def request_pool(self, pool: str = "", sub_pool: str = "", v6: bool = False,
+                     **options: str) -> tuple[str, str]:
+        """Return (pool_id, subnet); option names are written with _ for the dot: gipam_name."""
+        reply = self.call("IpamDriver.RequestPool", AddressSpace="gipam", Pool=pool, SubPool=sub_pool, V6=v6,
+                          Options={name.replace("_", ".", 1): value for name, value in options.items()})
+        return reply["PoolID"], reply["Pool"]
+
+    def release_pool(self, pool_id: str) -> None:
+        self.call("IpamDriver.ReleasePool", PoolID=pool_id)
+
+    def request_address(self, pool_id: str, address: str = "", mac: str = "", name: str = "",
+                        gateway: bool = False) -> str:
+        """Return the address in CIDR form."""
+        options = {}
+        if gateway:
+            options["RequestAddressType"] = "com.docker.network.gateway"
+        if mac:
+            options["com.docker.network.endpoint.macaddress"] = mac
+        if name:
+            options["com.docker.network.endpoint.name"] = name
+        return str(self.call("IpamDriver.RequestAddress", PoolID=pool_id, Address=address, Options=options)["Address"])
+
+    def release_address(self, pool_id: str, address: str) -> None:
+        self.call("IpamDriver.ReleaseAddress", PoolID=pool_id, Address=address)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class Daemon:
+    """A real gipam.py process, its socket and lease file in a directory of its own."""
+
+    def __init__(self, test: unittest.TestCase, *options: str, directory: str | None = None,
+                 env: dict[str, str] | None = None, command: tuple[str, ...] = (sys.executable, GIPAM)) -> None:
+        self.test = test
+        self.command = command
+        self.directory = directory or tempfile.mkdtemp(prefix="gipam-")
+        if directory is None:
+            test.addCleanup(shutil.rmtree, self.directory, ignore_errors=True)
+        self.socket = os.path.join(self.directory, "gipam.sock")
+        self.file = os.path.join(self.directory, "leases.json")
+        self.log = os.path.join(self.directory, "log")
+        self.options = ["-unix", "-socket", self.socket, "-file", self.file, *options]
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith("GIPAM_")}
+        self.env.update(env or {})
+        self.process: subprocess.Popen[bytes] | None = None
+        test.addCleanup(self.kill)
+
+    def start(self, wait: bool = True) -> Daemon:
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen([*self.command, *self.options], stdin=subprocess.DEVNULL,
+                                            stdout=log, stderr=log, env=self.env)
+        if wait:
+            deadline = time.monotonic() + DEADLINE_S
+            while not self.is_answering():
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError("gipam did not come up:\n" + self.read_log())
+                time.sleep(0.01)
+        return self
+
+    def is_answering(self) -> bool:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.connect(self.socket)
+        except OSError:
+            return False
+        return True
+
+    def client(self) -> Client:
+        client = Client(self.socket)
+        self.test.addCleanup(client.close)
+        return client
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send the signal and return the exit status."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(DEADLINE_S)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.stop(signal.SIGKILL)
+
+    def read_log(self) -> str:
+        with open(self.log, encoding="utf-8", errors="replace") as log:
+            return log.read()
+
+
+ISOLATION = """
+mount -t tmpfs -o mode=755 tmpfs /run
+[ ! -d /etc/docker ] || mount -t tmpfs -o mode=755 tmpfs /etc/docker
+exec "$@"
+"""
+
+
+def isolate() -> None:
+    """As root, start over, once, in a mount namespace where /run and /etc/docker are empty.
+
+    There gipam leaves names for dockerd, and a new gipam asks the dockerd that it finds there: the
+    tests shall not meet this host's. Where that is not permitted they run as they are, and those
+    that need it skip: GIPAM_ISOLATED is "yes" or says why not.
+    """
+    if "GIPAM_ISOLATED" in os.environ:
+        return
+    os.environ["GIPAM_ISOLATED"] = "needs root: run it with sudo"
+    if os.geteuid() == 0:
+        command = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", ISOLATION, "sh"]
+        try:
+            subprocess.run([*command, "true"], stderr=subprocess.PIPE, encoding="utf-8", check=True)
+        except FileNotFoundError:
+            os.environ["GIPAM_ISOLATED"] = "unshare is missing: apt-get install util-linux"
+        except subprocess.CalledProcessError as error:
+            os.environ["GIPAM_ISOLATED"] = (f"gets no /run of its own ({error.stderr.strip()}): "
+                                            "try a privileged container")
+        else:
+            os.environ["GIPAM_ISOLATED"] = "yes"
+            arguments = getattr(sys, "orig_argv", ["", *sys.argv])[1:]  # from 3.10 on: -X, coverage
+            os.execvp(command[0], [*command, sys.executable, *arguments])
+
+
+def require_isolation() -> None:
+    """Skip the test that would touch names of this host."""
+    state = os.environ.get("GIPAM_ISOLATED", "needs a private /run: run the whole test_gipam.py")
+    if state != "yes":
+        raise unittest.SkipTest(state)
+
+
+# === The text of gipam.py =========================================================================
+
+MAX_LINES = 2000
+MAX_FUNCTION_LINES = 50
+
+
+def evaluated(node: ast.AST, is_import: bool = False) -> Iterator[ast.AST]:
+    """Yield what runs of a syntax tree, so no annotations; with is_import, what an import runs."""
+    yield node
+    skipped = {"annotation", "returns"}
+    if is_import and isinstance(node, (ast.FunctionDef, ast.Lambda)):
+        skipped.add("body")
+    for field, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if field not in skipped and isinstance(child, ast.AST):
+                yield from evaluated(child, is_import)
+
+
+def bound_names(node: ast.stmt) -> set[str]:
+    """Return the names that a statement of a module defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def local_names(node: ast.AST) -> set[str]:
+    """Return the names that functions and comprehensions inside define for themselves."""
+    scopes = [scope for scope in ast.walk(node)
+              if isinstance(scope, (ast.FunctionDef, ast.Lambda, ast.comprehension))]
+    inside = [name for scope in scopes for name in ast.walk(scope)]
+    return {name.arg for name in inside if isinstance(name, ast.arg)} | {
+        name.id for name in inside if isinstance(name, ast.Name)
+        and isinstance(name.ctx, ast.Store)}
+
+
+def loaded(node: ast.AST, is_import: bool = False) -> list[ast.Name]:
+    """Return the names of the module that a statement uses."""
+    local = local_names(node)
+    return [name for name in evaluated(node, is_import) if isinstance(name, ast.Name)
+            and isinstance(name.ctx, ast.Load) and name.id not in local]
+
+
+class StyleTest(unittest.TestCase):
+    source = ""
+    tree = ast.Module([], [])
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        with open(GIPAM, encoding="utf-8") as file:
+            cls.source = file.read()
+        cls.tree = ast.parse(cls.source)
+
+    def run_python(self, *arguments: str) -> str:
+        """Return what a Python says that sees only the standard library."""
+        with tempfile.TemporaryDirectory(prefix="gipam-") as directory:
+            done = subprocess.run([sys.executable, "-I", "-S", "-B", *arguments], cwd=directory,
+                                  capture_output=True, encoding="utf-8", timeout=DEADLINE_S)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertEqual(os.listdir(directory), [])
+        return done.stdout
+
+    def test_only_the_standard_library_is_imported(self) -> None:
+        modules = {alias.name for node in ast.walk(self.tree) if isinstance(node, ast.Import)
+                   for alias in node.names}
+        modules |= {"." * node.level + (node.module or "") for node in ast.walk(self.tree)
+                    if isinstance(node, ast.ImportFrom)}
+        self.run_python("-c", "import " + ", ".join(sorted(modules)))
+
+    def test_importing_has_no_effect(self) -> None:
+        program = """if True:
+            import logging, os, signal, sys, threading
+            sys.path.insert(0, sys.argv.pop())
+            def look():
+                signals = [signal.getsignal(number) for number in signal.valid_signals()]
+                umask = os.umask(0)
+                os.umask(umask)
+                return (signals, umask, sys.argv, dict(os.environ), threading.enumerate(),
+                        logging.root.handlers, logging.root.level,
+                        sorted(os.listdir("/proc/self/fd")))
+            before = look()
+            import gipam
+            assert look() == before, (look(), before)
+            assert not gipam.log.handlers
+        """
+        said = self.run_python("-c", program, "--unknown", "-v4", "nonsense",
+                               os.path.dirname(GIPAM))
+        self.assertEqual(said, "")
+
+    def test_it_can_be_read_in_one_sitting(self) -> None:
+        sizes = {f"{node.name} in line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1
+                 for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef)}
+        self.assertEqual([name for name, size in sizes.items() if size > MAX_FUNCTION_LINES], [])
+        self.assertLessEqual(statistics.median(sizes.values()), 10)
+        self.assertLess(sorted(sizes.values())[len(sizes) * 9 // 10], 30)
+        self.assertLessEqual(self.source.count("\n"), MAX_LINES)
+
+    def test_banners_are_the_sections_of_the_docstring(self) -> None:
+        banners = re.findall(r"^# === (\w+) =+$", self.source, re.M)
+        self.assertEqual(banners, re.findall(r"^    ([A-Z]\w+)  +\S", gipam.__doc__ or "", re.M))
+        self.assertEqual(self.source.count("\n# ==="), len(banners))
+        self.assertGreaterEqual(len(banners), 9)
+
+    def test_what_is_public_has_a_docstring(self) -> None:
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        nodes = [node for node in self.tree.body if isinstance(node, kinds)]
+        nodes += [member for node in nodes if isinstance(node, ast.ClassDef)
+                  for member in node.body if isinstance(member, kinds)]
+        nameless = [node.name for node in nodes
+                if not node.name.startswith("_") and not ast.get_docstring(node)]
+        self.assertEqual(nameless, [])
+
+    def test_names_are_used_below_their_definition(self) -> None:
+        lines = {name: node.lineno for node in reversed(self.tree.body)
+                 for name in bound_names(node)}
+        late = {name.id: name.lineno for node in self.tree.body for name in loaded(node, True)
+                if name.lineno < lines.get(name.id, 0)}
+        self.assertEqual(late, {})
+
+    def test_sections_use_only_what_stands_above_them(self) -> None:
+        banners = [number for number, line in enumerate(self.source.split("\n"), 1)
+                   if line.startswith("# ===")]
+
+        def section(line: int) -> int:
+            return sum(banner < line for banner in banners)
+
+        home = {name: section(node.lineno) for node in self.tree.body for name in bound_names(node)}
+        late = {name.id: name.lineno for node in self.tree.body for name in loaded(node)
+                if home.get(name.id, 0) > section(node.lineno)}
+        self.assertEqual(late, {})
+
+
+# === Model ========================================================================================
+
+NOW_S = 1_700_000_000
+TOKEN = "0123456789abcdef"
+
+
+def seeds(count: int) -> list[int]:
+    """Return the seeds of a random test: new ones each run, or the one of GIPAM_TEST_SEED."""
+    given = os.environ.get("GIPAM_TEST_SEED")
+    if given:
+        return [int(given)]
+    count *= 50 if os.environ.get("GIPAM_LONG") == "1" else 1
+    return [random.randrange(1 << 32) for _ in range(count)]
+
+
+def prefixes(text: str) -> list[gipam.Network]:
+    """Return the prefixes of a list in words."""
+    return [gipam.parse_prefix(word) for word in text.split()]
+
+
+def make_state(bases: str, v4ab: int = 24, v6ab: int = 64, excluded: str = "") -> gipam.State:
+    """Return the empty state over bases of both families."""
+    return gipam.State(
+        gipam.Family(version, [prefix for prefix in prefixes(bases) if prefix.version == version],
+                     prefixlen, [prefix for prefix in prefixes(excluded)
+                                 if prefix.version == version])
+        for version, prefixlen in ((4, v4ab), (6, v6ab)))
+
+
+def dump_pool(pool: gipam.Pool) -> Any:
+    return (str(pool.subnet.network), str(pool.sub_pool), pool.name, pool.granted_s, pool.seq,
+            pool.cursor, dict(pool.leases), pool.low, pool.high)
+
+
+def dump_family(family: gipam.Family) -> Any:
+    trees = [(dict(tree._covers), dict(tree._free))
+             for tree in (family.held, family.usable, family.free, family.fresh)]
+    subnets = {network: (dict(subnet.held._bitmaps), dict(subnet.memory),
+                         {sub_pool: pool.pool_id for sub_pool, pool in subnet.pools.items()})
+               for network, subnet in family.subnets.items()}
+    cursors = {length: number for length, number in family.cursors.items() if number}
+    return cursors, dict(family.names), subnets, trees
+
+
+def dump_state(state: gipam.State) -> Any:
+    """Return all that a state holds, down to the nodes of its trees, as values to compare."""
+    return (state.seq, {pool_id: dump_pool(pool) for pool_id, pool in state.pools.items()},
+            {version: dump_family(family) for version, family in state.families.items()})
+
+
+class ParsingTest(unittest.TestCase):
+    def test_prefix_is_an_address_and_a_decimal_length(self) -> None:
+        for text in ("10.2.0.0/16", "0.0.0.0/0", "10.2.0.1/32", "2001:db8:0:100::/56", "::/0",
+                     "2001:db8::1/128", "::ffff:10.0.0.0/104"):
+            with self.subTest(text):
+                self.assertEqual(gipam.parse_prefix(text), ipaddress.ip_network(text))
+        self.assertEqual(gipam.parse_prefix("2001:0DB8:0:0::/64"),
+                         ipaddress.ip_network("2001:db8::/64"))
+
+    def test_what_is_no_prefix_is_refused_with_the_rule(self) -> None:
+        form = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
+        kind = "does not appear to be an IPv4 or IPv6 network"
+        for text, rule in (
+                ("10.2.0.0", form), ("", form), ("/24", kind), ("10.2.0.0/", form), ("web", form),
+                ("10.2.0.0/255.255.0.0", form), ("10.2.0.0/0.0.255.255", form),
+                ("10.2.0.0/+16", form), ("10.2.0.0/-1", form), ("10.2.0.0/ 16", form),
+                ("10.2.0.0/16/8", form), ("10.2.0.0/\u0661\u0666", form),
+                ("10.2.0.0/1\u00b2", form), ("fe80::%eth0/64", form), ("10.2.0.0/33", kind),
+                ("2001:db8::/129", kind), ("10.2/16", kind), (" 10.2.0.0/16", kind),
+                ("10.02.0.0/16", kind), ("10.2.0.1/16",
+                                         "has host bits set: the prefix is 10.2.0.0/16"),
+                ("2001:db8::1/64", "has host bits set: the prefix is 2001:db8::/64")):
+            with self.subTest(text), self.assertRaises(ValueError) as caught:
+                gipam.parse_prefix(text)
+            self.assertEqual(str(caught.exception), f"{text!r} {rule}")
+
+    def test_host_bits_can_be_cleared_instead(self) -> None:
+        for text, network in (("10.2.0.1/16", "10.2.0.0/16"), ("2001:db8::1/64", "2001:db8::/64"),
+                              ("10.2.0.1/32", "10.2.0.1/32"), ("10.9.9.9/0", "0.0.0.0/0")):
+            self.assertEqual(str(gipam.parse_prefix(text, mask=True)), network)
+
+    def test_address_goes_to_a_number_and_back(self) -> None:
+        for text, version, number in (
+                ("10.2.0.1", 4, 0x0A020001), ("0.0.0.0", 4, 0), ("255.255.255.255", 4, 2**32 - 1),
+                ("::", 6, 0), ("2001:db8::1", 6, 0x20010DB8 << 96 | 1),
+                ("::ffff:10.2.0.1", 6, 0xFFFF0A020001)):
+            with self.subTest(text):
+                self.assertEqual(gipam.parse_address(text, version), number)
+                self.assertEqual(gipam.format_address(number, version), text)
+        self.assertEqual(gipam.parse_address("2001:0DB8:0::1", 6), 0x20010DB8 << 96 | 1)
+
+    def test_what_is_no_bare_address_of_the_family_is_refused(self) -> None:
+        for text, version in (
+                ("", 4), ("", 6), ("10.2.0", 4), ("10.2.0.1/24", 4), ("10.2.0.256", 4),
+                (" 10.2.0.1", 4), ("010.2.0.1", 4), ("0x0a020001", 4), ("167903233", 4),
+                ("10.2.0.1\0", 4), ("\u0661.2.0.1", 4), ("10.2.0.1\n", 4), ("::1", 4),
+                ("10.2.0.1", 6), ("2001:db8::1/64", 6), ("fe80::1%eth0", 6), ("2001:db8", 6),
+                ("::g", 6), ("[::1]", 6), ("\ud800", 6)):
+            with self.subTest(text), self.assertRaises(ValueError) as caught:
+                gipam.parse_address(text, version)
+            self.assertEqual(str(caught.exception), f"{text!r} is not a bare IPv{version} address")
+
+
+class PoolIdTest(unittest.TestCase):
+    def test_pool_id_carries_subnet_and_sub_pool(self) -> None:
+        for subnet, sub_pool, pool_id in (
+                ("10.2.0.0/24", "", f"10.2.0.0/24#{TOKEN}"),
+                ("2001:db8::/64", "", f"2001:db8::/64#{TOKEN}"),
+                ("10.2.0.0/24", "10.2.0.128/25", f"10.2.0.0/24,10.2.0.128/25#{TOKEN}"),
+                ("2001:db8::/64", "2001:db8::/72", f"2001:db8::/64,2001:db8::/72#{TOKEN}")):
+            with self.subTest(pool_id):
+                parsed = (gipam.parse_prefix(subnet),
+                          gipam.parse_prefix(sub_pool) if sub_pool else None)
+                self.assertEqual(gipam.make_pool_id(*parsed, TOKEN), pool_id)
+                self.assertEqual(gipam.parse_pool_id(pool_id), parsed)
+
+    def test_text_of_others_is_no_pool_id(self) -> None:
+        for text in (
+                "", "web", "10.2.0.0/24", "gipam/10.2.0.0/24", "LocalDefault/10.0.0.0/8", TOKEN,
+                "Xq3vT0Zb9kLw", "9f86d081884c7d659a2feaa0c55ad015",  # of the Go program: random
+                f"#{TOKEN}", f"10.2.0.0#{TOKEN}", f"10.2.0.1/24#{TOKEN}", f"10.2.0.0/33#{TOKEN}",
+                f"10.2.0.0/255.255.255.0#{TOKEN}", f"10.2.0.0/24,#{TOKEN}", f",10.2.0.0/24#{TOKEN}",
+                f"10.2.0.0/24,10.2.0.1/25#{TOKEN}",
+                f"10.2.0.0/24,10.2.0.0/25,10.2.0.128/25#{TOKEN}", f"10.2.0.0/24#{TOKEN}0",
+                f"10.2.0.0/24#{TOKEN[1:]}", f"10.2.0.0/24#{TOKEN.upper()}",
+                f"10.2.0.0/24#{TOKEN}\n", f" 10.2.0.0/24#{TOKEN}", f"2001:DB8::/64#{TOKEN}",
+                # not as gipam spells them
+                f"10.2.0.0/024#{TOKEN}", f"2001:db8:0::/64#{TOKEN}",
+                f"10.2.0.0/24,10.2.0.0/025#{TOKEN}"):
+            with self.subTest(text):
+                self.assertIsNone(gipam.parse_pool_id(text))
+
+    def test_any_pool_id_round_trips_and_what_parses_was_made(self) -> None:
+        for seed in seeds(1):
+            rng = random.Random(seed)
+            for _ in range(300):
+                bits = rng.choice((32, 128))
+                subnet = ipaddress.ip_network((rng.getrandbits(bits).to_bytes(bits // 8, "big"),
+                                               rng.randint(1, bits)),
+                                              strict=False)
+                pool_id = gipam.make_pool_id(subnet, rng.choice((None, subnet)),
+                                             f"{rng.getrandbits(64):016x}")
+                at = rng.randrange(len(pool_id))
+                spoilt = pool_id[:at] + rng.choice("0123456789abcdef.:/,#") + pool_id[at + 1:]
+                for text in (pool_id, spoilt):
+                    parsed = gipam.parse_pool_id(text)
+                    with self.subTest(text, GIPAM_TEST_SEED=seed):
+                        self.assertEqual(gipam.make_pool_id(*parsed, text[-16:]) if parsed
+                                         else None, text if parsed or text == pool_id else None)
+
+
+class AddressSetTest(unittest.TestCase):
+    def test_it_is_a_set_that_finds_the_next_absent_number(self) -> None:
+        corners = (0, 1 << 16, 1 << 24, 1 << 64, (1 << 127) - 40)
+        for seed in seeds(6):
+            rng, numbers = random.Random(seed), gipam.AddressSet()
+            naive: set[int] = set()
+            for _ in range(1500):
+                number = max(0, rng.choice(corners) + rng.randint(-20, 20))
+                if rng.random() < 0.7:
+                    numbers.add(number)
+                    naive.add(number)
+                else:
+                    numbers.discard(number)
+                    naive.discard(number)
+                probe = after = max(0, number + rng.randint(-25, 5))
+                while after in naive:
+                    after += 1
+                with self.subTest(GIPAM_TEST_SEED=seed, probe=probe):
+                    self.assertEqual(probe in numbers, probe in naive)
+                    self.assertEqual(numbers.next_absent(probe), after)
+
+    def test_a_run_over_several_bitmaps_is_passed(self) -> None:
+        numbers = gipam.AddressSet()
+        numbers._bitmaps = {1: (1 << (1 << 16)) - 1, 2: (1 << (1 << 16)) - 1, 3: 7}
+        for probe, after in ((0, 0), ((1 << 16) - 1, (1 << 16) - 1), (1 << 16, (3 << 16) + 3),
+                             ((2 << 16) - 1, (3 << 16) + 3), ((3 << 16) + 2, (3 << 16) + 3)):
+            self.assertEqual(numbers.next_absent(probe), after)
+
+    def test_what_is_empty_again_takes_no_room(self) -> None:
+        numbers = gipam.AddressSet()
+        for number in (3, 1 << 40):
+            numbers.add(number)
+            numbers.discard(number)
+            numbers.discard(number)
+        self.assertEqual(numbers._bitmaps, {})
+
+
+WORLDS = prefixes("10.0.0.0/22 2001:db8::/118")  # 1,024 addresses each: a naive model may list them
+
+
+def random_prefix(rng: random.Random, world: gipam.Network, shortest: int = 0) -> gipam.Network:
+    """Return a prefix inside, at least so many bits longer."""
+    length = rng.randint(world.prefixlen + shortest, world.max_prefixlen)
+    first = int(world[0]) + rng.randrange(world.num_addresses)
+    return ipaddress.ip_network((first.to_bytes(world.max_prefixlen // 8, "big"), length),
+                                strict=False)
+
+
+def numbers_of(networks: list[gipam.Network]) -> set[int]:
+    """Return all addresses, listed."""
+    return {int(network[0]) + at for network in networks for at in range(network.num_addresses)}
+
+
+class PrefixTreeTest(unittest.TestCase):
+    def test_it_answers_as_a_list_would(self) -> None:
+        for seed in seeds(4):
+            rng = random.Random(seed)
+            for world in WORLDS:
+                with self.subTest(GIPAM_TEST_SEED=seed, world=world):
+                    self.compare(rng, world, gipam.PrefixTree(world.max_prefixlen))
+
+    def compare(self, rng: random.Random, world: gipam.Network, tree: gipam.PrefixTree) -> None:
+        """Cover and uncover at random; each answer is that of the list of what is covered."""
+        naive: list[gipam.Network] = []
+        for _ in range(100):
+            if naive and rng.random() < 0.45:
+                tree.cover(naive.pop(rng.randrange(len(naive))), -1)
+            else:
+                naive.append(rng.choice(naive) if naive and rng.random() < 0.1
+                             else random_prefix(rng, world, rng.choice((0, 3, 5, 8))))
+                tree.cover(naive[-1])
+            probe = random_prefix(rng, world)
+            self.assertEqual(tree.network(tree.node(probe)), probe)
+            self.compare_overlap(probe, naive, tree.find_overlap(probe))
+            self.compare_free(rng, world, naive, tree)
+        while naive:
+            tree.cover(naive.pop(), -1)
+        self.assertEqual((tree._covers, tree._free), ({}, {}), "something was left behind")
+
+    def compare_overlap(self, probe: gipam.Network, naive: list[gipam.Network],
+                        found: gipam.Network | None) -> None:
+        around = [cover for cover in naive if cover.overlaps(probe)]
+        if any(cover.prefixlen <= probe.prefixlen for cover in around):
+            around = [cover for cover in around if cover.prefixlen <= probe.prefixlen]
+        self.assertIn(found, around or [None], probe)
+
+    def compare_free(self, rng: random.Random, world: gipam.Network, naive: list[gipam.Network],
+                     tree: gipam.PrefixTree) -> None:
+        length = rng.randint(world.prefixlen, world.max_prefixlen)
+        taken = numbers_of(naive)
+        free = [tree.node(block) for block in world.subnets(new_prefix=length)
+                if taken.isdisjoint(range(int(block[0]), int(block[-1]) + 1))]
+        low = tree.node(random_prefix(rng, world)) >> (world.max_prefixlen - length)
+        low |= 1 << length
+        self.assertEqual(tree.find_free(length, low, tree.node(world)),
+                         min((node for node in free if node >= low), default=None))
+        shortest, count = tree.free(tree.node(world))
+        self.assertEqual(count, world.num_addresses - len(taken))
+        self.assertEqual(shortest <= length, bool(free))
+
+    def test_the_whole_family_is_a_prefix_too(self) -> None:
+        for text in ("0.0.0.0/0", "::/0"):
+            whole = gipam.parse_prefix(text)
+            tree = gipam.PrefixTree(whole.max_prefixlen)
+            self.assertEqual(tree.free(1), (0, 1 << whole.max_prefixlen))
+            tree.cover(whole)
+            self.assertEqual(tree.find_overlap(WORLDS[0] if whole.version == 4 else WORLDS[1]),
+                             whole)
+            self.assertEqual((tree.free(1)[1], tree.find_free(whole.max_prefixlen, 0)), (0, None))
+
+
+class ObstaclesTest(unittest.TestCase):
+    def test_it_finds_the_end_of_what_is_in_the_way(self) -> None:
+        for seed in seeds(6):
+            rng = random.Random(seed)
+            for world in WORLDS:
+                networks = [random_prefix(rng, world, 3) for _ in range(rng.randrange(12))]
+                obstacles, taken = gipam.Obstacles(networks), numbers_of(networks)
+                for _ in range(100):
+                    probe = random_prefix(rng, world)
+                    last = min(numbers_of([probe]) & taken, default=None)
+                    while last is not None and last + 1 in taken:
+                        last += 1
+                    with self.subTest(GIPAM_TEST_SEED=seed, probe=probe):
+                        self.assertEqual(obstacles.find_overlap(probe), last)
+
+
+class MemoryTest(unittest.TestCase):
+    @mock.patch.object(gipam, "MAX_REMEMBERED", 8)
+    def test_it_forgets_the_older_half_when_it_is_full(self) -> None:
+        for seed in seeds(6):
+            rng, memory = random.Random(seed), gipam.Memory()
+            naive: dict[str, tuple[int, int]] = {}
+            for seq in range(200):
+                key, before = f"web{rng.randrange(20)}", dict(memory)
+                steps: list[gipam.Undo] = []
+                gone = [naive[key][0]] if key in naive else []
+                naive[key] = (seq, seq)
+                if len(naive) > 8:
+                    oldest = sorted(naive, key=lambda name: naive[name][1])[:4]
+                    gone += [naive.pop(old)[0] for old in oldest]
+                with self.subTest(GIPAM_TEST_SEED=seed, seq=seq):
+                    self.assertEqual(memory.remember(key, seq, seq, steps), gone)
+                    self.assertEqual(memory, naive)
+                    if rng.random() < 0.3:
+                        for step in reversed(steps):
+                            step()
+                        self.assertEqual(memory, before)
+                        memory.remember(key, seq, seq, [])
+
+
+class Request(NamedTuple):
+    """A request of Docker, as the deciders of the Allocator take it."""
+
+    verb: str
+    pool_id: str = ""
+    pool: gipam.PoolRequest | None = None
+    obstacles: tuple[gipam.Network, ...] = ()
+    address: gipam.AddressRequest | None = None
+
+
+def decide(state: gipam.State, request: Request, token: str) -> gipam.Change | None:
+    """Return the change that a request leads to, as Service has it. Raises: GipamError."""
+    if request.verb == "request_pool":
+        assert request.pool is not None
+        return gipam.decide_request_pool(state, request.pool, gipam.Obstacles(request.obstacles),
+                                         NOW_S, token)
+    if request.verb == "release_pool":
+        return gipam.ReleasePool(request.pool_id)
+    assert request.address is not None
+    pool = state.pools[request.pool_id]
+    if request.verb == "release_address":
+        return gipam.decide_release_address(pool, request.address.address)
+    return gipam.decide_request_address(pool, request.address, NOW_S)
+
+
+def random_pool_request(rng: random.Random, state: gipam.State) -> Request:
+    world = rng.choice(WORLDS)
+    held = list(state.families[world.version].subnets)
+    subnet = sub_pool = prefixlen = None
+    if rng.random() < 0.5:
+        subnet = random_prefix(rng, world, 3)
+        if held and rng.random() < 0.4:
+            subnet = rng.choice(held)  # of which it may get another range
+        if rng.random() < 0.6:
+            sub_pool = random_prefix(rng, rng.choice((subnet, subnet, subnet, rng.choice(WORLDS))))
+    elif rng.random() < 0.3:
+        prefixlen = rng.randint(world.prefixlen, world.max_prefixlen)
+    obstacles = tuple(random_prefix(rng, world, 4) for _ in range(rng.choice((0, 0, 0, 1, 3))))
+    name = rng.choice(("", "", "web", "db", "mail"))
+    return Request("request_pool", obstacles=obstacles,
+                   pool=gipam.PoolRequest(world.version, subnet, sub_pool, prefixlen, name))
+
+
+def random_request(rng: random.Random, state: gipam.State) -> Request:
+    """Return a request as Docker could send it, with about one in five that must be refused."""
+    if not state.pools or rng.random() < 0.2:
+        return random_pool_request(rng, state)
+    pool = rng.choice(list(state.pools.values()))
+    if rng.random() < 0.12:
+        return Request("release_pool", pool.pool_id)
+    if pool.leases and rng.random() < 0.4:
+        address = pool.format(rng.choice(list(pool.leases)))
+        return Request("release_address", pool.pool_id,
+                       address=gipam.AddressRequest(address, "", "", ""))
+    kind = rng.choice((gipam.GATEWAY, gipam.ENDPOINT, gipam.ENDPOINT, gipam.AUXILIARY))
+    address = ""
+    if kind == gipam.AUXILIARY or rng.random() < 0.2:
+        address = str(random_prefix(rng, pool.subnet.network)[0])
+        if rng.random() < 0.1:
+            address = str(random_prefix(rng, WORLDS[pool.subnet.version == 6])[0])
+    owner = rng.choice(("", "web1", "web2", "02:42:0a:02:00:02"))
+    mac, name = (owner, "") if ":" in owner else ("02:42:0a:00:00:01" if owner else "", owner)
+    return Request("request_address", pool.pool_id,
+                   address=gipam.AddressRequest(address, kind, mac, name))
+
+
+def random_state(rng: random.Random) -> gipam.State:
+    """Return the empty state over random bases inside the two worlds."""
+    bases: list[gipam.Network] = []
+    for _ in range(rng.randrange(1, 8)):
+        base = random_prefix(rng, rng.choice(WORLDS), 1)
+        if base.prefixlen <= base.max_prefixlen - 4 and not any(map(base.overlaps, bases)):
+            bases.append(base)
+    excluded = [random_prefix(rng, rng.choice(bases), 2) for _ in range(rng.randrange(3)) if bases]
+    return make_state(" ".join(map(str, bases)), v4ab=rng.randint(28, 30),
+                      v6ab=rng.randint(124, 126), excluded=" ".join(map(str, excluded)))
+
+
+def churn(rng: random.Random, state: gipam.State, steps: int) -> Iterator[gipam.Change]:
+    """Yield random changes that the Allocator grants; the caller applies each."""
+    for _ in range(steps):
+        token = f"{rng.getrandbits(64):016x}"
+        if state.pools and rng.random() < 0.05:
+            pool = rng.choice(list(state.pools.values()))
+            new_id = gipam.make_pool_id(pool.subnet.network, pool.sub_pool, token)
+            yield gipam.BindPool(pool.pool_id, new_id)
+            continue
+        try:
+            change = decide(state, random_request(rng, state), token)
+        except gipam.GipamError:
+            continue
+        if change:
+            yield change
+
+
+def grant(pool_id: str, subnet: str, sub_pool: str = "", name: str = "") -> gipam.RequestPool:
+    return gipam.RequestPool(pool_id, subnet, sub_pool, name, NOW_S, 0, 1)
+
+
+def lease(pool_id: str, address: str, name: str = "") -> gipam.RequestAddress:
+    return gipam.RequestAddress(pool_id, address, gipam.ENDPOINT, "", name, NOW_S, 6)
+
+
+class StateTest(unittest.TestCase):
+    @mock.patch.object(gipam, "MAX_REMEMBERED", 4)
+    def test_undoing_newest_first_restores_each_earlier_state(self) -> None:
+        for seed in seeds(12):
+            rng = random.Random(seed)
+            state = random_state(rng)
+            undos: list[Any] = []
+            with self.subTest(GIPAM_TEST_SEED=seed):
+                for change in churn(rng, state, 250):
+                    undos.append((dump_state(state), change, state.apply(change)))
+                    if rng.random() < 0.1:
+                        self.undo(state, undos, rng.randint(1, 6))
+                self.undo(state, undos, len(undos))
+
+    def undo(self, state: gipam.State, undos: list[Any], count: int) -> None:
+        for _ in range(min(count, len(undos))):
+            before, change, undo = undos.pop()
+            undo()
+            self.assertEqual(dump_state(state), before, change)
+
+    def test_a_change_that_contradicts_the_state_leaves_it_as_it_is(self) -> None:
+        whole, ranged, mine, other = "10.2.0.0/24", "10.2.1.0/24", "10.2.0.0/24#1", "10.2.1.0/24#2"
+        for change in (
+                grant("new", whole),  # the whole subnet twice
+                grant("new", whole, "10.2.0.0/25"),  # a range of a whole one
+                grant("new", ranged),  # a whole one over ranges
+                grant("new", ranged, "10.2.1.0/25"),  # a range twice
+                grant("new", "10.2.0.0/25"), grant("new", "10.2.0.0/16"),
+                grant(other, ranged, "10.2.1.128/25"),  # an id twice
+                grant("new", "10.2.9.1/24"), grant("new", "10.2.9.0/24", "10.2.8.0/25"),
+                gipam.ReleasePool("new"),
+                gipam.BindPool("new", "newer"), gipam.BindPool(mine, other),
+                lease("new", "10.2.0.9"), lease(mine, "10.2.0.5"), lease(mine, "10.2.0.255"),
+                lease(mine, "10.2.1.9"), lease(mine, "2001:db8::1"),
+                gipam.ReleaseAddress(mine, "10.2.0.9"), gipam.ReleaseAddress(mine, ""),
+                gipam.ReleaseAddress(other, "10.2.0.5"), gipam.ReleaseAddress("new", "10.2.0.5")):
+            state = make_state("10.2.0.0/16")
+            for granted in (grant(mine, whole), lease(mine, "10.2.0.5", "web1"),
+                            grant(other, ranged, "10.2.1.0/25"), lease(other, "10.2.1.5", "web1")):
+                state.apply(granted)
+            before = dump_state(state)
+            with self.subTest(change=change):
+                self.assertRaises(ValueError, state.apply, change)
+                self.assertEqual(dump_state(state), before)
+
+    def test_the_same_changes_make_the_same_state(self) -> None:
+        """Recovery applies what the journal holds: no clock and no chance counts."""
+        for seed in seeds(3):
+            states = [random_state(random.Random(seed)) for _ in range(2)]
+            for change in churn(random.Random(seed), states[0], 200):
+                record = json.loads(gipam.dumps([gipam.CHANGE_NAMES[type(change)], *change]))
+                states[0].apply(change)
+                states[1].apply(gipam.CHANGES[record[0]](*record[1:]))
+            with self.subTest(GIPAM_TEST_SEED=seed):
+                self.assertEqual(*map(dump_state, states))
+
+
+def snapshot_text(state: gipam.State) -> str:
+    return "".join(gipam.encode_snapshot({"V4AllocateBlock": 24}, gipam.copy_state(state), None))
+
+
+class SnapshotTest(unittest.TestCase):
+    @mock.patch.object(gipam, "ENCODE_LEASES", 3)
+    def test_a_state_written_and_read_again_is_equal_and_goes_on_alike(self) -> None:
+        for seed in seeds(10):
+            rng = random.Random(seed)
+            state, again = random_state(rng), random_state(random.Random(seed))
+            for change in churn(rng, state, rng.randrange(250)):
+                state.apply(change)
+            gipam.decode_snapshot(json.loads(snapshot_text(state)), again)
+            with self.subTest(GIPAM_TEST_SEED=seed):
+                self.assertEqual(dump_state(again), dump_state(state))
+                for change in churn(rng, state, 50):
+                    state.apply(change)
+                    again.apply(change)
+                self.assertEqual(dump_state(again), dump_state(state))
+
+    def test_a_copy_is_what_was_held_when_it_was_taken(self) -> None:
+        for seed in seeds(3):
+            rng = random.Random(seed)
+            state, again = random_state(rng), random_state(random.Random(seed))
+            for change in churn(rng, state, 150):
+                state.apply(change)
+            before, copy = dump_state(state), gipam.copy_state(state)
+            for change in churn(rng, state, 150):
+                state.apply(change)
+            text = "".join(gipam.encode_snapshot({}, copy, None))
+            gipam.decode_snapshot(json.loads(text), again)
+            with self.subTest(GIPAM_TEST_SEED=seed):
+                self.assertEqual(dump_state(again), before)
+
+    def test_free_lists_name_only_what_is_free(self) -> None:
+        state = make_state("10.2.0.0/16")
+        for change in (
+                grant("a", "10.2.0.0/24", "10.2.0.0/25"),
+                grant("b", "10.2.0.0/24", "10.2.0.128/25"), grant("c", "10.2.1.0/24", name="db"),
+                gipam.ReleasePool("c"), lease("a", "10.2.0.5", "web1"),
+                lease("a", "10.2.0.6", "web2"), gipam.ReleaseAddress("a", "10.2.0.5"),
+                gipam.ReleaseAddress("a", "10.2.0.6"), lease("b", "10.2.0.5")):
+            state.apply(change)
+        document = json.loads(snapshot_text(state))
+        self.assertEqual([block["Pool"] for block in document["Free"]], ["10.2.1.0/24"])
+        self.assertEqual([pool["Allocated"] for pool in document["Allocated"]], [[], ["10.2.0.5"]])
+        self.assertEqual([pool["Free"] for pool in document["Allocated"]], [["10.2.0.6"], []])
+
+    def test_an_altered_snapshot_is_refused(self) -> None:
+        state = make_state("10.2.0.0/16")
+        state.apply(grant("a", "10.2.0.0/24", name="web"))
+        state.apply(lease("a", "10.2.0.5", "web1"))
+        for old, new in (("10.2.0.5", "10.2.0.6"), ('"Seq":2', '"Seq":3'), ('"web"', '"wet"'),
+                         ("web1", "web2"), ('"V4Idx":1', '"V4Idx":2')):
+            with self.subTest(old), self.assertRaisesRegex(ValueError, "checksum"):
+                gipam.decode_snapshot(json.loads(snapshot_text(state).replace(old, new)),
+                                      make_state("10.2.0.0/16"))
+        people = snapshot_text(state).replace('"V4AllocateBlock":24', '"V4AllocateBlock":25')
+        gipam.decode_snapshot(json.loads(people), make_state("10.2.0.0/16"))
+
+    def test_a_lease_file_that_contradicts_itself_is_refused(self) -> None:
+        def pool(pool_id: str, subnet: str, *addresses: str, **other: Any) -> dict[str, Any]:
+            return {"ID": pool_id, "V": 4, "Pool": subnet, "Allocated": list(addresses), **other}
+
+        pools: list[Any]
+        for pools in (
+                [pool("a", "10.2.0.0/24"), pool("b", "10.2.0.0/24")],
+                [pool("a", "10.2.0.0/24"), pool("b", "10.2.0.0/16")],
+                [pool("a", "10.2.0.0/24"), pool("a", "10.3.0.0/24")],
+                [pool("a", "10.2.0.0/24", "10.2.0.1", "10.2.0.1")],
+                [pool("a", "10.2.0.0/24", "10.2.1.1")], [pool("a", "10.2.0.0/24", "2001:db8::1")],
+                [pool("a", "10.2.0.1/24")], [pool("a", "10.2.0.0/24", "web")],
+                [pool("a", "10.2.0.0")], ["a"], [{}],
+                [pool("a", "10.2.0.0/24", "10.2.0.1", Leases=[])],
+                [pool("a", "10.2.0.0/24", SubPool="10.3.0.0/25")],
+                [pool("a", "10.2.0.0/24", "10.2.0.9", SubPool="10.2.0.0/25"),
+                 pool("b", "10.2.0.0/24", "10.2.0.9", SubPool="10.2.0.128/25")]):
+            with self.subTest(pools), self.assertRaises((ValueError, KeyError, TypeError)):
+                gipam.decode_snapshot({"Allocated": pools}, make_state("10.2.0.0/16"))
+
+    def test_keys_match_without_regard_to_case(self) -> None:
+        self.assertEqual(gipam.normalise_keys({"v4pool": 1, "V4": 2, "ALLOCATED": 3, "colour": 4},
+                                              ("Allocated", "V4Pool")),
+                         ({"V4Pool": 2, "Allocated": 3}, ["colour"]))
+
+
+# === Allocator ====================================================================================
+
+
+class Alone:
+    """The Allocator over a state of its own: what is decided is applied."""
+
+    def __init__(self, bases: str = "10.2.0.0/16 2001:db8:0:100::/56", v4ab: int = 24,
+                 v6ab: int = 64, excluded: str = "") -> None:
+        self.state = make_state(bases, v4ab, v6ab, excluded)
+        self.now_s = NOW_S
+
+    def apply(self, change: gipam.Change) -> None:
+        self.state.apply(change)
+
+    def request_pool(self, subnet: str = "", sub_pool: str = "", v6: bool = False,
+                     prefixlen: int | None = None, name: str = "",
+                     obstacles: str = "") -> gipam.Pool:
+        network = gipam.parse_prefix(subnet, mask=True) if subnet else None
+        request = gipam.PoolRequest(network.version if network else 6 if v6 else 4, network,
+                                    gipam.parse_prefix(sub_pool) if sub_pool else None, prefixlen,
+                                    name)
+        change = gipam.decide_request_pool(self.state, request,
+                                           gipam.Obstacles(prefixes(obstacles)), self.now_s,
+                                           f"{self.state.seq:016x}")
+        self.apply(change)
+        return self.state.pools[change.pool_id]
+
+    def request_block(self, **wanted: Any) -> str:
+        return str(self.request_pool(**wanted).subnet.network)
+
+    def release_pool(self, pool: gipam.Pool) -> None:
+        self.apply(gipam.ReleasePool(pool.pool_id))
+
+    def request_address(self, pool: gipam.Pool, address: str = "", kind: str = gipam.ENDPOINT,
+                        mac: str = "", name: str = "") -> str:
+        change = gipam.decide_request_address(pool, gipam.AddressRequest(address, kind, mac, name),
+                                              self.now_s)
+        self.apply(change)
+        return change.address
+
+    def request_addresses(self, pool: gipam.Pool, count: int) -> list[str]:
+        return [self.request_address(pool) for _ in range(count)]
+
+    def exhaust(self, pool: gipam.Pool) -> list[str]:
+        """Return all addresses that the pool still gives, in its order."""
+        given = []
+        while True:
+            try:
+                given.append(self.request_address(pool))
+            except gipam.Unavailable:
+                return given
+
+    def release_address(self, pool: gipam.Pool, address: str) -> bool:
+        """Release the address; return whether it was held."""
+        change = gipam.decide_release_address(pool, address)
+        if change:
+            self.apply(change)
+        return change is not None
+
+
+class BlockOrderTest(unittest.TestCase):
+    def test_released_block_is_not_given_first_and_the_cursor_wraps_round(self) -> None:
+        alone = Alone("10.2.0.0/22")
+        pools = [alone.request_pool() for _ in range(3)]
+        alone.release_pool(pools[0])
+        self.assertEqual([alone.request_block() for _ in range(2)], ["10.2.3.0/24", "10.2.0.0/24"])
+        alone.release_pool(pools[1])
+        alone.release_pool(pools[2])
+        self.assertEqual([alone.request_block() for _ in range(2)], ["10.2.1.0/24", "10.2.2.0/24"])
+
+    def test_bases_are_used_in_the_order_given(self) -> None:
+        alone = Alone("10.9.0.0/23 10.2.0.0/24 10.5.0.0/23")
+        pools = [alone.request_pool() for _ in range(5)]
+        self.assertEqual([str(pool.subnet.network) for pool in pools],
+                         ["10.9.0.0/24", "10.9.1.0/24", "10.2.0.0/24", "10.5.0.0/24",
+                          "10.5.1.0/24"])
+        alone.release_pool(pools[2])
+        alone.release_pool(pools[0])
+        self.assertEqual([alone.request_block() for _ in range(2)], ["10.9.0.0/24", "10.2.0.0/24"])
+
+    def test_there_is_a_cursor_for_each_length(self) -> None:
+        """One /26 in each /24 would use up the base at a quarter of its size."""
+        alone = Alone("10.2.0.0/22")
+        self.assertEqual([alone.request_block(prefixlen=prefixlen)
+                          for prefixlen in (26, None, 26, 26, None, 26, 26)],
+                         ["10.2.0.0/26", "10.2.1.0/24", "10.2.0.64/26", "10.2.0.128/26",
+                          "10.2.2.0/24", "10.2.0.192/26", "10.2.3.0/26"])
+
+    def test_a_block_of_another_length_is_a_whole_free_block_of_a_base_that_has_it(self) -> None:
+        alone = Alone("10.2.0.0/23 10.4.0.0/22 2001:db8::/56")
+        alone.request_pool("10.4.2.9/32")
+        self.assertEqual(alone.request_block(prefixlen=22 + 1), "10.2.0.0/23")
+        self.assertEqual(alone.request_block(prefixlen=23), "10.4.0.0/23")
+        self.assertEqual(alone.request_block(prefixlen=31), "10.4.2.0/31")
+        self.assertEqual(alone.request_block(v6=True, prefixlen=72), "2001:db8::/72")
+        self.assertEqual(alone.request_block(v6=True), "2001:db8:0:1::/64")
+        self.assertEqual(alone.request_block(v6=True, prefixlen=127), "2001:db8:0:0:100::/127")
+
+    def test_excluded_prefixes_are_never_given(self) -> None:
+        alone = Alone("10.2.0.0/21 2001:db8::/62",
+                      excluded="10.2.1.128/25 10.2.4.0/22 2001:db8::/64 2001:db8:0:2::1/128")
+        self.assertEqual([alone.request_block() for _ in range(3)],
+                         ["10.2.0.0/24", "10.2.2.0/24", "10.2.3.0/24"])
+        self.assertEqual([alone.request_block(v6=True) for _ in range(2)],
+                         ["2001:db8:0:1::/64", "2001:db8:0:3::/64"])
+        for v6 in (False, True):
+            self.assertRaises(gipam.Unavailable, alone.request_pool, v6=v6)
+        self.assertEqual(alone.request_block(prefixlen=25), "10.2.1.0/25")
+        self.assertEqual(alone.request_block(subnet="10.2.4.0/24"), "10.2.4.0/24",
+                         "whoever names it gets it")
+
+    def test_routes_and_addresses_of_the_host_are_passed_by(self) -> None:
+        alone = Alone("10.2.0.0/21")
+        routes = "10.2.0.7/32 10.2.1.0/24 10.2.2.0/23 10.0.0.0/30"
+        self.assertEqual(alone.request_block(obstacles=routes), "10.2.4.0/24")
+        self.assertEqual(alone.request_block(obstacles="10.2.4.0/22"), "10.2.0.0/24")
+        self.assertRaises(gipam.Unavailable, alone.request_pool, obstacles="10.2.0.0/16")
+        self.assertEqual(alone.request_block(), "10.2.1.0/24", "they are not remembered")
+
+    def test_a_huge_explicit_subnet_over_small_blocks_is_passed_at_once(self) -> None:
+        """A listing of blocks or addresses would not end: 2^24 blocks of /64 lie in a /40."""
+        alone = Alone("2001:db8::/32 10.0.0.0/8", v4ab=30)
+        alone.request_pool("2001:db8::/40", "2001:db8:0:8000::/72")
+        alone.request_pool("10.0.0.0/9")
+        self.assertEqual([alone.request_block(v6=True) for _ in range(2)],
+                         ["2001:db8:100::/64", "2001:db8:100:1::/64"])
+        self.assertEqual(alone.request_block(v6=True, obstacles="2001:db8::/33"),
+                         "2001:db8:8000::/64")
+        self.assertEqual(alone.request_block(), "10.128.0.0/30")
+
+    def test_a_name_gets_its_block_again_and_others_get_it_last(self) -> None:
+        for v6, bases in ((False, "10.2.0.0/22"), (True, "2001:db8::/62")):
+            alone = Alone(bases)
+            web = alone.request_pool(v6=v6, name="web")
+            first = web.subnet.network
+            alone.release_pool(web)
+            others = [alone.request_pool(v6=v6) for _ in range(3)]
+            self.assertNotIn(first, [pool.subnet.network for pool in others])
+            web = alone.request_pool(v6=v6, name="web")
+            self.assertEqual(web.subnet.network, first)
+            alone.release_pool(web)
+            self.assertEqual(alone.request_block(v6=v6), str(first), "nothing else is left")
+            self.assertRaises(gipam.Unavailable, alone.request_pool, v6=v6, name="web")
+            alone.release_pool(others[1])
+            self.assertEqual(alone.request_block(v6=v6, name="web"), str(others[1].subnet.network))
+
+    def test_the_block_of_a_name_returns_without_moving_the_cursor(self) -> None:
+        alone = Alone()
+        alone.release_pool(alone.request_pool(name="web"))
+        self.assertEqual([alone.request_block(), alone.request_block(name="web"),
+                          alone.request_block()],
+                         ["10.2.1.0/24", "10.2.0.0/24", "10.2.2.0/24"])
+
+    def test_a_name_does_not_justify_what_is_held_or_does_not_fit(self) -> None:
+        alone = Alone()
+        self.assertEqual([alone.request_block(name="web"), alone.request_block(name="web")],
+                         ["10.2.0.0/24", "10.2.1.0/24"])
+        alone = Alone()
+        alone.release_pool(alone.request_pool(name="web"))
+        self.assertEqual(alone.request_block(name="web", obstacles="10.2.0.9/32"), "10.2.1.0/24")
+        alone = Alone()
+        alone.release_pool(alone.request_pool(name="web"))
+        self.assertEqual(alone.request_block(name="web", prefixlen=25), "10.2.1.0/25")
+
+    def test_the_name_of_an_explicit_subnet_is_of_use_only_in_the_bases(self) -> None:
+        alone = Alone()
+        for subnet, again in (("10.2.7.0/24", "10.2.7.0/24"), ("192.168.1.0/24", "10.2.0.0/24")):
+            alone.release_pool(alone.request_pool(subnet, name="web"))
+            pool = alone.request_pool(name="web")
+            self.assertEqual(str(pool.subnet.network), again)
+            alone.release_pool(pool)
+
+
+class PoolOverlapTest(unittest.TestCase):
+    def test_ranges_of_one_subnet_share_its_addresses(self) -> None:
+        """Source: moby TestMacvlanIPAMOverlap: an address taken in one network is taken in all."""
+        alone = Alone()
+        ranges = [alone.request_pool("192.168.1.0/24", sub_pool)
+                  for sub_pool in ("192.168.1.0/25", "192.168.1.0/24", "192.168.1.128/25")]
+        self.assertEqual(len({pool.pool_id for pool in ranges}), 3)
+        self.assertEqual([alone.request_address(pool) for pool in ranges],
+                         ["192.168.1.1", "192.168.1.2", "192.168.1.128"])
+        for pool in ranges:
+            self.assertRaises(gipam.Forbidden, alone.request_address, pool, "192.168.1.2")
+        self.assertFalse(alone.release_address(ranges[0], "192.168.1.2"),
+                         "only its own pool releases it")
+        self.assertEqual(len({address for pool in ranges for address in alone.exhaust(pool)}), 251)
+
+    def test_the_subnet_goes_when_its_last_pool_goes(self) -> None:
+        alone = Alone()
+        first = alone.request_pool("10.2.0.0/24", "10.2.0.0/25")
+        second = alone.request_pool("10.2.0.0/24", "10.2.0.128/25")
+        alone.request_address(first, "10.2.0.200")
+        for pool in (first, second):
+            self.assertRaises(gipam.Forbidden, alone.request_pool, "10.2.0.0/25")
+            self.assertNotEqual(alone.request_block(), "10.2.0.0/24")
+            alone.release_pool(pool)
+            if pool is first:
+                self.assertEqual(alone.request_address(second, "10.2.0.200"), "10.2.0.200",
+                                 "its leases went with it")
+        self.assertEqual(alone.request_block(subnet="10.2.0.0/25"), "10.2.0.0/25")
+        self.assertEqual(len(alone.state.families[4].subnets), 3)
+
+    def test_a_new_pool_of_the_same_subnet_has_an_id_of_its_own(self) -> None:
+        alone = Alone()
+        first = alone.request_pool("10.2.0.0/24")
+        alone.release_pool(first)
+        second = alone.request_pool("10.2.0.0/24")
+        self.assertNotEqual(second.pool_id, first.pool_id)
+        self.assertEqual(gipam.parse_pool_id(second.pool_id), gipam.parse_pool_id(first.pool_id))
+
+    def test_a_pool_that_docker_holds_is_adopted_where_it_could_be_granted(self) -> None:
+        alone = Alone()
+        for text, cursor in ((f"10.2.0.0/24,10.2.0.64/26#{TOKEN}", 64 + 5),
+                             (f"2001:db8::/64#{TOKEN}", 5), (f"10.3.0.0/24#{TOKEN}", 5)):
+            change = gipam.decide_adoption(alone.state, text, NOW_S, f"{(1 << 40) + 5:016x}")
+            self.assertEqual((change.pool_id, change.cursor % (1 << 32)), (text, cursor))
+            alone.apply(change)
+        self.assertEqual(alone.request_address(alone.state.pools[f"10.3.0.0/24#{TOKEN}"]),
+                         "10.3.0.5")
+        for text in (f"10.2.0.0/24#{TOKEN}", f"10.2.0.0/16#{TOKEN}",
+                     f"10.9.0.0/24,10.8.0.0/25#{TOKEN}", "", "web"):
+            with self.subTest(text), self.assertRaisesRegex(gipam.InvalidRequest,
+                                                            "^cannot find address pool for"):
+                gipam.decide_adoption(alone.state, text, NOW_S, TOKEN)
+
+
+class AddressOrderTest(unittest.TestCase):
+    def test_released_address_is_not_reissued_first_and_the_cursor_wraps_round(self) -> None:
+        for subnet, free in (("10.2.0.0/29",
+                              ["10.2.0.4", "10.2.0.5", "10.2.0.6", "10.2.0.2", "10.2.0.3"]),
+                             ("2001:db8::/125",
+                              ["2001:db8::4", "2001:db8::5", "2001:db8::6", "2001:db8::7",
+                                                 "2001:db8::2", "2001:db8::3"])):
+            alone = Alone()
+            pool = alone.request_pool(subnet)
+            for address in alone.request_addresses(pool, 3)[1:]:
+                alone.release_address(pool, address)
+            self.assertEqual(alone.exhaust(pool), free)
+
+    def test_dynamic_addresses_come_from_the_range_and_wrap_round_in_it(self) -> None:
+        alone = Alone()
+        pool = alone.request_pool("10.2.0.0/24", "10.2.0.252/30")
+        self.assertEqual(alone.exhaust(pool), ["10.2.0.252", "10.2.0.253", "10.2.0.254"],
+                         "never the broadcast address")
+        alone.release_address(pool, "10.2.0.253")
+        self.assertEqual(alone.exhaust(pool), ["10.2.0.253"])
+        pool = alone.request_pool("10.3.0.0/24", "10.3.0.64/30")
+        self.assertEqual(alone.exhaust(pool), [f"10.3.0.{last}" for last in range(64, 68)],
+                         "its ends are ordinary")
+
+    def test_the_ends_of_a_subnet_are_never_given(self) -> None:
+        """Source: moby defaultipam, protocol.md 5.3."""
+        for subnet, usable, reserved in (
+                ("10.2.0.0/29", 6, ["10.2.0.0", "10.2.0.7"]),
+                ("10.2.0.0/30", 2, ["10.2.0.0", "10.2.0.3"]), ("10.2.0.0/31", 2, []),
+                ("10.2.0.9/32", 1, []), ("2001:db8::/125", 7, ["2001:db8::"]),
+                ("2001:db8::/127", 1, ["2001:db8::"]), ("2001:db8::/128", 0, ["2001:db8::"])):
+            with self.subTest(subnet):
+                alone = Alone()
+                pool = alone.request_pool(subnet)
+                for address in reserved:
+                    with self.assertRaisesRegex(gipam.Forbidden, "is reserved in"):
+                        alone.request_address(pool, address)
+                    self.assertFalse(alone.release_address(pool, address))
+                given = alone.exhaust(pool)
+                self.assertEqual((len(set(given)), pool.usable()), (usable, usable))
+                self.assertEqual(sorted(given + reserved, key=ipaddress.ip_address),
+                                 [str(address) for address in pool.subnet.network])
+
+    def test_the_owner_gets_its_last_address_again_while_it_is_free(self) -> None:
+        for owner, other in (({"name": "web1"}, {"name": "web2"}),
+                             ({"mac": "02:42:0a:02:00:02"}, {"mac": ""}),
+                             ({"name": "web1", "mac": "02:42:00:00:00:01"},
+                              {"name": "web2", "mac": "02:42:00:00:00:01"})):
+            alone = Alone()
+            pool = alone.request_pool("10.2.0.0/29")
+            self.assertEqual(alone.request_address(pool, **owner), "10.2.0.1")
+            alone.release_address(pool, "10.2.0.1")
+            with self.subTest(owner):
+                self.assertEqual(alone.request_address(pool, **other), "10.2.0.2")
+                self.assertEqual(alone.request_address(pool, **owner), "10.2.0.1")
+                self.assertEqual(alone.request_address(pool, **owner), "10.2.0.3",
+                                 "a name justifies nothing held")
+                alone.release_address(pool, "10.2.0.1")
+                self.assertEqual(alone.exhaust(pool),
+                                 ["10.2.0.4", "10.2.0.5", "10.2.0.6", "10.2.0.1"])
+                self.assertRaises(gipam.Unavailable, alone.request_address, pool, **owner)
+
+    def test_the_owners_last_address_must_lie_in_the_range(self) -> None:
+        alone = Alone()
+        pool = alone.request_pool("10.2.0.0/24", "10.2.0.128/25")
+        alone.request_address(pool, "10.2.0.9", name="web1")
+        alone.release_address(pool, "10.2.0.9")
+        self.assertEqual(alone.request_address(pool, name="web1"), "10.2.0.128")
+
+    def test_the_gateway_is_the_first_free_address_and_leaves_the_cursor(self) -> None:
+        alone = Alone()
+        pool = alone.request_pool()
+        self.assertEqual(alone.request_address(pool, kind=gipam.GATEWAY), "10.2.0.1")
+        for address in alone.request_addresses(pool, 3)[:1]:
+            alone.release_address(pool, address)
+        self.assertEqual(alone.request_address(pool, kind=gipam.GATEWAY), "10.2.0.2")
+        self.assertEqual(alone.request_address(pool), "10.2.0.5")
+        ranged = alone.request_pool("10.3.0.0/24", "10.3.0.252/30")
+        self.assertEqual(alone.request_address(ranged, kind=gipam.GATEWAY), "10.3.0.252")
+        self.assertEqual(alone.request_address(ranged), "10.3.0.253")
+        self.assertEqual(alone.request_address(ranged, "10.3.0.1", kind=gipam.GATEWAY), "10.3.0.1",
+                         "outside the range")
+
+    def test_an_explicit_address_may_lie_outside_the_range_and_leaves_the_cursor(self) -> None:
+        alone = Alone()
+        pool = alone.request_pool("10.2.0.0/24", "10.2.0.64/26")
+        for address in ("10.2.0.200", "10.2.0.65", "10.2.0.1"):
+            self.assertEqual(alone.request_address(pool, address), address)
+            self.assertRaises(gipam.Forbidden, alone.request_address, pool, address)
+        self.assertEqual(alone.request_addresses(pool, 2), ["10.2.0.64", "10.2.0.66"])
+
+    def test_release_of_what_is_not_held_changes_nothing(self) -> None:
+        alone = Alone()
+        pool = alone.request_pool("10.2.0.0/24")
+        address = alone.request_address(pool)
+        self.assertTrue(alone.release_address(pool, address))
+        before = dump_state(alone.state)
+        for text in (address, "10.2.0.0", "10.2.0.77", "10.2.0.255", "10.9.0.1"):
+            self.assertFalse(alone.release_address(pool, text), text)
+        for text in ("", "web", "10.2.0.1/24", "2001:db8::1"):
+            with self.subTest(text), self.assertRaisesRegex(gipam.InvalidRequest,
+                                                            "^invalid address: "):
+                alone.release_address(pool, text)
+        self.assertEqual(dump_state(alone.state), before)
+
+    def test_a_lease_records_who_holds_what_since_when(self) -> None:
+        alone = Alone()
+        pool = alone.request_pool("10.2.0.0/24")
+        alone.request_address(pool, kind=gipam.GATEWAY)
+        alone.request_address(pool, "10.2.0.9", kind=gipam.AUXILIARY)
+        alone.now_s += 60
+        alone.request_address(pool, mac="02:42:0a:02:00:02", name="web1")
+        self.assertEqual(pool.leases, {1: ("gateway", "", "", NOW_S, 2),
+                                       9: ("auxiliary", "", "", NOW_S, 3),
+                                       2: ("endpoint", "02:42:0a:02:00:02", "web1", NOW_S + 60, 4)})
+
+
+OVERLAP = ("Pool overlaps with other one on this address space: {} with {}, held by pool {!r} for "
+           "{}; should no network use that any more, `gipam.py check --fix` releases it")
+BLOCKS = ("all predefined address pools have been fully subnetted: of {} blocks of {}, {} are "
+          "held, {} excluded, and {} overlap routes or addresses of this host or lie in smaller "
+          "pieces")
+
+
+class ErrorTextTest(unittest.TestCase):
+    """What is refused, in the words of moby ipamapi/contract.go, with the numbers behind them."""
+
+    def assert_refused(self, error: type[gipam.GipamError], status: int, text: str,
+                       call: Callable[..., Any], *arguments: Any, **wanted: Any) -> None:
+        with self.subTest(text), self.assertRaises(gipam.GipamError) as caught:
+            call(*arguments, **wanted)
+        self.assertEqual((type(caught.exception), caught.exception.http_status,
+                          str(caught.exception)),
+                         (error, status, text))
+
+    def test_pools(self) -> None:
+        alone = Alone("10.2.0.0/16 10.3.0.0/20")
+        alone.request_pool("10.2.0.0/24")
+        alone.request_pool("10.4.0.0/24", "10.4.0.0/25")
+        ask = alone.request_pool
+        self.assert_refused(gipam.Unavailable, 503,
+                            "no IPv6 base to take a subnet from: start gipam with -v6 PREFIX, "
+                            "or give the network a --subnet", ask, v6=True)
+        for prefixlen in (15, 32):
+            self.assert_refused(gipam.InvalidRequest, 400,
+                                "invalid address pool: the IPv4 bases have blocks of /16 to "
+                                f"/31, not of /{prefixlen}", ask, prefixlen=prefixlen)
+        for subnet, sub_pool in (("10.5.0.0/24", "10.6.0.0/25"), ("10.5.0.0/24", "10.4.0.0/15"),
+                                 ("10.5.0.0/24", "2001:db8::/64"),
+                                 ("2001:db8::/64", "2001:db8:1::/72")):
+            self.assert_refused(gipam.InvalidRequest, 400,
+                                f"invalid address subpool: {sub_pool} does not lie in "
+                                f"{subnet}", ask, subnet, sub_pool)
+        for age_s, age in ((-5, "0s"), (59, "59s"), (61, "1min"), (3 * 3600, "3h"),
+                           (200_000, "2d")):
+            alone.now_s = NOW_S + age_s
+            for subnet, sub_pool, held in (
+                    ("10.2.0.0/24", "", "10.2.0.0/24"), ("10.2.0.128/25", "", "10.2.0.0/24"),
+                    ("10.2.0.0/15", "", "10.2.0.0/24"),
+                    ("10.2.0.0/24", "10.2.0.0/25", "10.2.0.0/24"),
+                    ("10.4.0.0/24", "", "10.4.0.0/24,10.4.0.0/25"),
+                    ("10.4.0.0/24", "10.4.0.0/25", "10.4.0.0/24,10.4.0.0/25"),
+                    ("10.4.0.0/25", "10.4.0.0/26", "10.4.0.0/24,10.4.0.0/25")):
+                pool_id = next(pool_id for pool_id in alone.state.pools if pool_id.startswith(held))
+                self.assert_refused(
+                    gipam.Forbidden, 403, OVERLAP.format(subnet, held[:11], pool_id, age),
+                    ask, subnet, sub_pool)
+
+    def test_adoption(self) -> None:
+        alone = Alone()
+        alone.request_pool("10.2.0.0/24")
+        self.assert_refused(gipam.InvalidRequest, 404,
+                            "cannot find address pool for 'web': no pool has this id",
+                            gipam.decide_adoption, alone.state, "web", NOW_S, TOKEN)
+        pool_id, held = f"10.2.0.0/16#{TOKEN}", next(iter(alone.state.pools))
+        overlap = OVERLAP.format("10.2.0.0/16", "10.2.0.0/24", held, "0s")
+        self.assert_refused(gipam.InvalidRequest, 404,
+                            f"cannot find address pool for {pool_id!r}, nor adopt it: {overlap}",
+                            gipam.decide_adoption, alone.state, pool_id, NOW_S, TOKEN)
+
+    def test_addresses(self) -> None:
+        alone = Alone()
+        pool, v6 = alone.request_pool("10.2.0.0/24",
+                                      "10.2.0.252/30"), alone.request_pool("2001:db8::/64")
+        alone.request_address(pool, "10.2.0.9")
+        ask = alone.request_address
+        for asked, address, family in ((pool, "10.2.0.1/24", 4), (pool, "web", 4),
+                                       (pool, "2001:db8::1", 4), (v6, "10.2.0.1", 6)):
+            for call in (ask, alone.release_address):
+                self.assert_refused(gipam.InvalidRequest, 400,
+                                    f"invalid address: {address!r} is not a bare IPv{family} "
+                                    f"address, as {asked.subnet.network} has them", call, asked,
+                                    address)
+        for address in ("10.2.1.0", "10.1.255.255"):
+            self.assert_refused(gipam.InvalidRequest, 400,
+                                f"requested address is out of range: {address} is not in "
+                                "10.2.0.0/24", ask, pool, address)
+        for address, how in (("10.2.0.0", "reserved"), ("10.2.0.255", "reserved"),
+                             ("10.2.0.9", "held")):
+            self.assert_refused(gipam.Forbidden, 403,
+                                f"Address already in use: {address} is {how} in 10.2.0.0/24", ask,
+                                pool, address)
+        alone.exhaust(pool)
+        for kind in (gipam.ENDPOINT, gipam.GATEWAY):
+            self.assert_refused(gipam.Unavailable, 503,
+                                "no available addresses on this pool: all 3 of 10.2.0.252/30 are "
+                                "held", ask, pool, kind=kind)
+        for subnet, count in (("10.3.0.0/30", 2), ("10.3.0.4/31", 2), ("10.3.0.6/32", 1),
+                              ("2001:db9::/127", 1), ("2001:db9::2/128", 0)):
+            full = alone.request_pool(subnet)
+            alone.exhaust(full)
+            self.assert_refused(gipam.Unavailable, 503,
+                                f"no available addresses on this pool: all {count} of {subnet} "
+                                "are held", ask, full)
+
+    def test_exhaustion_says_where_the_blocks_have_gone(self) -> None:
+        for bases, prefixlen, excluded, held, obstacles, numbers in (
+                ("10.2.0.0/22", 24, "", "10.2.0.0/24 10.2.1.0/24 10.2.2.0/24 10.2.3.0/24", "",
+                 (4, "/24 in 10.2.0.0/22", 4, 0, 0)),
+                ("10.2.0.0/22 10.9.0.0/23", 24, "10.9.0.0/24 10.2.0.0/24",
+                 "10.2.1.0/24 10.2.3.0/24", "10.2.2.0/30 10.9.1.1/32",
+                 (6, "/24 in 10.2.0.0/22, 10.9.0.0/23", 2, 2, 2)),
+                ("10.2.0.0/23", 24, "10.2.1.128/25", "10.2.0.0/26",
+                 "",  # pieces count by their size
+                 (2, "/24 in 10.2.0.0/23", 0.25, 0.5, 1.25)),
+                ("2001:db8::/63", 64, "", "2001:db8::/64", "2001:db8:0:1::1/128",
+                 (2, "/64 in 2001:db8::/63", 1, 0, 1)),
+                # what is larger than a base counts as far as it lies in it
+                ("10.2.0.0/22", 24, "", "10.0.0.0/8", "", (4, "/24 in 10.2.0.0/22", 4, 0, 0)),
+                # millions are numbers too
+                ("10.0.0.0/8", 30, "", "10.0.0.0/8", "",
+                 (4194304, "/30 in 10.0.0.0/8", 4194304, 0, 0)),
+                # bases that are too small for such a block do not count
+                ("10.2.0.0/22 10.9.0.0/24", 22, "", "10.2.0.0/24", "",
+                 (1, "/22 in 10.2.0.0/22", 0.25, 0, 0.75))):
+            with self.subTest(bases=bases, prefixlen=prefixlen, excluded=excluded, held=held):
+                alone = Alone(bases, excluded=excluded)
+                for subnet in held.split():
+                    alone.request_pool(subnet)
+                with self.assertRaises(gipam.Unavailable) as caught:
+                    alone.request_pool(prefixlen=prefixlen, v6=":" in bases, obstacles=obstacles)
+                self.assertEqual(str(caught.exception), BLOCKS.format(*numbers))
+
+
+class Naive:
+    """What gipam has to answer, worked out with lists and dicts alone: slow, and plain."""
+
+    def __init__(self, state: gipam.State) -> None:
+        self.families = state.families  # of which only the configuration is read
+        self.excluded = [tree for family in state.families.values() for tree in family.excluded]
+        self.pools: dict[str, tuple[gipam.Network, gipam.Network | None]] = {}
+        # (subnet, address) -> (pool_id, owner)
+        self.leases: dict[tuple[gipam.Network, str], tuple[str, str]] = {}
+        self.block_cursors: dict[tuple[int, int], int] = {}
+        self.address_cursors: dict[str, str] = {}  # pool_id -> the last address given by next-fit
+        self.names: dict[tuple[int, str], gipam.Network] = {}
+        self.owners: dict[tuple[gipam.Network, str], str] = {}
+
+    def answer(self, request: Request, pool_id: str) -> str | None:
+        """Return what is granted, None for nothing to do, or the first words of an error."""
+        if request.pool:
+            return self.request_pool(request.pool, list(request.obstacles), pool_id)
+        if request.address is None:
+            self.release_pool(request.pool_id)
+            return ""
+        if request.verb == "release_address":
+            return self.release_address(request.pool_id, request.address.address)
+        return self.request_address(request.pool_id, request.address)
+
+    def request_pool(self, request: gipam.PoolRequest, obstacles: list[gipam.Network],
+                     pool_id: str) -> str:
+        if request.subnet:
+            refusal, subnet = self.check_subnet(request.subnet, request.sub_pool), request.subnet
+        else:
+            refusal, subnet = self.choose_block(request, obstacles)
+        if refusal:
+            return refusal
+        self.pools[pool_id] = subnet, request.sub_pool
+        if request.name:
+            self.names[request.version, request.name] = subnet
+        return str(subnet)
+
+    def check_subnet(self, subnet: gipam.Network, sub_pool: gipam.Network | None) -> str:
+        if sub_pool and (sub_pool.version != subnet.version or not contains(subnet, sub_pool)):
+            return "invalid address subpool: "
+        for other, other_range in self.pools.values():
+            if subnet.overlaps(other) and (other != subnet or sub_pool is None
+                                           or other_range in (None, sub_pool)):
+                return "Pool overlaps with other one on this address space: "
+        return ""
+
+    def choose_block(self, request: gipam.PoolRequest,
+                     obstacles: list[gipam.Network]) -> tuple[str, gipam.Network]:
+        version, family = request.version, self.families[request.version]
+        prefixlen, none = request.prefixlen or family.prefixlen, WORLDS[0]
+        if not family.bases:
+            return f"no IPv{version} base", none
+        if not min(base.prefixlen for base in family.bases) <= prefixlen < {4: 32, 6: 128}[version]:
+            return "invalid address pool: ", none
+        blocks = [block for base in family.bases if base.prefixlen <= prefixlen
+                  for block in base.subnets(new_prefix=prefixlen)]
+        start = self.block_cursors.get((version, prefixlen), 0) % len(blocks)
+        kept = [network for (family_of, _), network in self.names.items() if family_of == version]
+        taken = [subnet for subnet, _ in self.pools.values()] + self.excluded + obstacles
+        mine = self.names.get((version, request.name))
+        if mine and mine in blocks and not overlaps_any(mine, taken):
+            return "", mine
+        for avoided in (taken + kept, taken):
+            for block in blocks[start:] + blocks[:start]:
+                if not overlaps_any(block, avoided):
+                    self.block_cursors[version, prefixlen] = blocks.index(block) + 1
+                    return "", block
+        return "all predefined address pools have been fully subnetted: ", none
+
+    def release_pool(self, pool_id: str) -> None:
+        subnet, _ = self.pools.pop(pool_id)
+        self.address_cursors.pop(pool_id, None)
+        self.leases = {key: lease for key, lease in self.leases.items() if lease[0] != pool_id}
+        if all(other != subnet for other, _ in self.pools.values()):
+            self.owners = {key: address for key, address in self.owners.items() if key[0] != subnet}
+
+    def request_address(self, pool_id: str, request: gipam.AddressRequest) -> str:
+        subnet, sub_pool = self.pools[pool_id]
+        owner, everything = request.name or request.mac, [str(address) for address in subnet]
+        taken = {address for network, address in self.leases if network == subnet}
+        if subnet.version == 6:
+            taken.add(everything[0])
+        elif len(everything) >= 4:
+            taken |= {everything[0], everything[-1]}
+        dynamic = [str(address) for address in sub_pool or subnet]
+        address, last = request.address, self.owners.get((subnet, owner))
+        if address and address not in everything:
+            return "requested address is out of range: "
+        if address in taken:
+            return "Address already in use: "
+        if not address and not set(dynamic) - taken:
+            return "no available addresses on this pool: "
+        if not address and request.kind == gipam.GATEWAY:
+            address = next(candidate for candidate in dynamic if candidate not in taken)
+        elif not address and owner and last in dynamic and last not in taken:
+            address = last
+        elif not address:
+            start = 0
+            if pool_id in self.address_cursors:
+                start = dynamic.index(self.address_cursors[pool_id]) + 1
+            address = next(candidate for candidate in dynamic[start:] + dynamic[:start]
+                           if candidate not in taken)
+            self.address_cursors[pool_id] = address
+        self.leases[subnet, address] = pool_id, owner
+        return address
+
+    def release_address(self, pool_id: str, address: str) -> str | None:
+        subnet, _ = self.pools[pool_id]
+        if self.leases.get((subnet, address), ("",))[0] != pool_id:
+            return None
+        _, owner = self.leases.pop((subnet, address))
+        if owner:
+            self.owners[subnet, owner] = address
+        return address
+
+
+def contains(outer: gipam.Network, inner: gipam.Network) -> bool:
+    return outer.overlaps(inner) and outer.prefixlen <= inner.prefixlen
+
+
+def overlaps_any(network: gipam.Network, others: Iterable[gipam.Network]) -> bool:
+    return any(network.overlaps(other) for other in others)
+
+
+class AllocatorModelTest(unittest.TestCase):
+    def test_it_answers_as_lists_and_dicts_would(self) -> None:
+        """Both families, sub-pools, block lengths, bases, exclusions, names, obstacles, owners."""
+        for seed in seeds(12):
+            with self.subTest(GIPAM_TEST_SEED=seed):
+                self.compare(random.Random(seed), 400)
+
+    def compare(self, rng: random.Random, steps: int) -> None:
+        state = random_state(rng)
+        naive = Naive(state)
+        for step in range(steps):
+            request, change, refusal = random_request(rng, state), None, ""
+            try:
+                change = decide(state, request, f"{step:016x}")
+            except gipam.GipamError as error:
+                refusal = str(error)
+            pool_id = change.pool_id if change else ""
+            expected = naive.answer(request, pool_id)
+            if refusal:
+                self.assertTrue(expected and refusal.startswith(expected),
+                                (request, refusal, expected))
+            else:
+                got = getattr(change, "address", getattr(change, "subnet", "")) if change else None
+                self.assertEqual(got, expected, request)
+            if change:
+                state.apply(change)
+        self.assertEqual({(pool.subnet.network, pool.format(offset)): (pool.pool_id, lease.owner)
+                          for pool in state.pools.values() for offset,
+                          lease in pool.leases.items()}, naive.leases)
+
+
+class ConformanceTest(unittest.TestCase):
+    """The cases of moby's built-in IPAM, in our words, as far as the Allocator alone can show them.
+
+    Each names its source in daemon/libnetwork/ipams/defaultipam. Where gipam differs on purpose,
+    being next-fit and keeping nested subnets apart, the case shows the difference.
+    """
+
+    def setUp(self) -> None:
+        self.alone = Alone()
+
+    def test_ids_differ_by_range_and_by_time(self) -> None:
+        """Source: TestKeyString, TestAddReleasePoolID. There an id comes back; here never."""
+        pools = [self.alone.request_pool("172.27.0.0/16", sub_pool)
+                 for sub_pool in ("172.27.3.0/24", "172.27.4.0/24")]
+        ids = [pool.pool_id for pool in pools]
+        for pool in pools:
+            self.alone.release_pool(pool)
+        self.assertEqual([gipam.parse_pool_id(pool_id) for pool_id in ids],
+                         [(gipam.parse_prefix("172.27.0.0/16"), gipam.parse_prefix(text))
+                          for text in ("172.27.3.0/24", "172.27.4.0/24")])
+        ids += [self.alone.request_pool("172.27.0.0/16", "172.27.3.0/24").pool_id]
+        self.assertEqual(len(set(ids)), 3)
+
+    def test_what_overlaps_is_refused_a_range_under_a_whole_subnet_too(self) -> None:
+        """Source: TestAddSubnets. There the range of 10.0.0.0/8 is let through (moby#46756)."""
+        self.alone.request_pool("10.0.0.0/8")
+        self.alone.request_pool("1003:1:2:3:4:5:6::/112")
+        for subnet, sub_pool in (("10.0.0.0/8", ""), ("10.128.0.0/9", ""), ("10.20.2.0/24", ""),
+                                 ("1003:1:2:3::/64", ""), ("10.0.0.0/8", "10.128.0.0/9")):
+            with self.subTest(subnet):
+                self.assertRaises(gipam.Forbidden, self.alone.request_pool, subnet, sub_pool)
+
+    def test_a_subnet_is_free_again_when_all_its_ranges_are_gone(self) -> None:
+        """Source: TestAddReleasePoolID. There a subnet and its range live side by side."""
+        pools = [self.alone.request_pool("10.0.0.0/8", sub_pool)
+                 for sub_pool in ("10.0.0.0/16", "10.0.0.0/8")]
+        self.assertRaises(gipam.Forbidden, self.alone.request_pool, "10.0.0.0/8", "10.0.0.0/16")
+        for pool in pools:
+            self.assertRaises(gipam.Forbidden, self.alone.request_pool, "10.0.0.0/8")
+            self.alone.release_pool(pool)
+        self.alone.release_pool(self.alone.request_pool("10.0.0.0/8"))
+        self.alone.request_pool("10.0.0.0/8")
+
+    def test_dynamic_pools_differ_and_all_can_be_released(self) -> None:
+        """Source: TestPredefinedPool, TestRemoveSubnet."""
+        pools = [self.alone.request_pool(), self.alone.request_pool(),
+                 self.alone.request_pool(v6=True)]
+        pools += [self.alone.request_pool(text) for text in (
+            "192.168.0.0/16", "172.17.0.0/16", "2001:db8:1:2:3:4:ffff::/112",
+            "2001:db8:1:2:3:4:5::/112")]
+        self.assertEqual(len({pool.subnet.network for pool in pools}), len(pools))
+        for pool in pools:
+            self.alone.release_pool(pool)
+        for family in self.alone.state.families.values():
+            self.assertEqual((family.subnets, family.held._covers), ({}, {}))
+
+    def test_a_length_can_be_asked_for(self) -> None:
+        """Source: TestPredefinedPoolWithPreferredSubnetSize."""
+        pools = [self.alone.request_pool(prefixlen=length) for length in (24, None, 25, 20, None)]
+        for at, pool in enumerate(pools):
+            self.assertFalse(overlaps_any(pool.subnet.network,
+                                          [other.subnet.network for other in pools[:at]]))
+        self.assertEqual([pool.subnet.network.prefixlen for pool in pools], [24, 24, 25, 20, 24])
+
+    def test_an_address_is_given_once(self) -> None:
+        """Source: TestGetSameAddress."""
+        pool = self.alone.request_pool("192.168.100.0/24")
+        self.alone.request_address(pool, "192.168.100.250")
+        self.assertRaises(gipam.Forbidden, self.alone.request_address, pool, "192.168.100.250")
+
+    def test_ranges_of_one_subnet_may_overlap_but_not_be_equal(self) -> None:
+        """Source: TestRequestFromSamePool, TestGetAddressSubPoolEqualPool."""
+        for sub_pool in ("10.10.0.0/16", "10.10.0.0/17", "10.11.0.0/16", "10.0.0.0/8"):
+            pool = self.alone.request_pool("10.0.0.0/8", sub_pool)
+            self.assertRaises(gipam.Forbidden, self.alone.request_pool, "10.0.0.0/8", sub_pool)
+            self.assertIn(ipaddress.ip_address(self.alone.request_address(pool)),
+                          gipam.parse_prefix(sub_pool))
+
+    def test_a_range_is_given_to_its_end_and_the_only_free_address_again(self) -> None:
+        """Source: TestRequestReleaseAddressFromSubPool. There the nested subnet is granted."""
+        pool = self.alone.request_pool("172.28.0.0/16", "172.28.30.0/24")
+        self.assertEqual(self.alone.exhaust(pool), [f"172.28.30.{last}" for last in range(256)])
+        self.alone.release_address(pool, "172.28.30.97")
+        self.assertEqual(self.alone.exhaust(pool), ["172.28.30.97"])
+        self.alone.request_pool("10.0.0.0/8", "10.0.0.0/16")
+        self.assertRaises(gipam.Forbidden, self.alone.request_pool, "10.0.0.0/16", "10.0.0.0/24")
+
+    def test_after_an_explicit_address_it_goes_on_and_comes_back_last(self) -> None:
+        """Source: TestSerializeRequestReleaseAddressFromSubPool.
+
+        In TestRequestReleaseAddressFromSubPool .0 and .1 come back at once: first-fit.
+        """
+        pool = self.alone.request_pool("10.2.0.0/16", "10.2.2.0/24")
+        self.assertEqual(self.alone.request_address(pool, "10.2.2.1"), "10.2.2.1")
+        self.assertEqual(self.alone.request_addresses(pool, 2), ["10.2.2.0", "10.2.2.2"])
+        for released, following in (("10.2.2.0", "10.2.2.3"), ("10.2.2.1", "10.2.2.4")):
+            self.alone.release_address(pool, released)
+            self.assertEqual(self.alone.request_address(pool), following)
+        self.assertEqual(self.alone.exhaust(pool)[-2:], ["10.2.2.0", "10.2.2.1"])
+
+    def test_any_subnet_can_be_exhausted_and_what_is_released_asked_for_again(self) -> None:
+        """Source: TestGetAddress; parallel_test.go, Test{Full,Odd}AllocateRelease."""
+        for prefixlen in range(20, 32):
+            pool = self.alone.request_pool(f"10.0.0.0/{prefixlen}")
+            given = self.alone.exhaust(pool)
+            self.assertEqual(len(set(given)), 2 ** (32 - prefixlen) - 2 * (prefixlen < 31),
+                             prefixlen)
+            for address in given[::2]:
+                self.alone.release_address(pool, address)
+            for address in given[::-2] if len(given) % 2 else given[-2::-2]:
+                self.alone.request_address(pool, address)
+            self.assertEqual(self.alone.exhaust(pool), [])
+            self.alone.release_pool(pool)
+
+    def test_requests_outside_the_subnet_are_refused(self) -> None:
+        """Source: TestRequestSyntaxCheck, whose empty fields are for the Protocol to refuse."""
+        pool = self.alone.request_pool("192.168.0.0/16", "192.168.0.0/24")
+        self.assertRaises(gipam.InvalidRequest, self.alone.request_address, pool, "172.17.0.23")
+        self.assertRaises(gipam.InvalidRequest, self.alone.release_address, pool, "")
+        self.assertTrue(self.alone.release_address(pool,
+                                                   self.alone.request_address(pool,
+                                                                              "192.168.0.50")))
+
+    def test_the_nth_address_is_the_nth_of_the_subnet(self) -> None:
+        """Source: TestRequest: nothing inside a subnet is left out, no .0 and no .255."""
+        for subnet, count, last in (
+                ("192.168.59.0/24", 254, "192.168.59.254"),
+                ("192.168.240.0/20", 255, "192.168.240.255"),
+                ("192.168.0.0/16", 255, "192.168.0.255"), ("192.168.0.0/16", 256, "192.168.1.0"),
+                ("10.16.0.0/16", 255, "10.16.0.255"), ("10.128.0.0/12", 255, "10.128.0.255"),
+                ("10.0.0.0/8", 256, "10.0.1.0"), ("192.168.128.0/18", 1023, "192.168.131.255"),
+                ("2001:db8::/64", 300, "2001:db8::12c")):
+            with self.subTest(subnet, count=count):
+                alone = Alone()
+                self.assertEqual(alone.request_addresses(alone.request_pool(subnet), count)[-1],
+                                 last)
+
+    def test_overlap_is_seen_in_every_position(self) -> None:
+        """Source: TestOverlappingRequests."""
+        for held, is_free, wanted in (
+                ("10.0.0.0/8", True, "11.0.0.0/8"), ("74.0.0.0/7", True, "9.111.99.72/30"),
+                ("110.192.0.0/10", True, "16.0.0.0/10"),
+                ("10.0.0.0/8", False,
+                 "10.0.0.0/8 10.0.0.0/9 10.255.255.255/32 8.0.0.0/6 10.0.0.0/6 0.0.0.0/0"),
+                ("0.0.0.0/1", False, "16.182.0.0/15 0.0.0.0/0"),
+                ("16.0.0.0/4", False, "17.11.66.0/23"), ("64.0.0.0/6", False, "64.0.0.0/3"),
+                ("112.0.0.0/6", False, "112.0.0.0/4"), ("96.0.0.0/3", False, "0.0.0.0/1"),
+                ("192.0.0.0/2", False, "128.0.0.0/1"), ("95.0.0.0/8", False, "92.0.0.0/6"),
+                ("25.173.144.0/20", False, "0.0.0.0/0"),
+                ("::/0", False, "f656:3484:c878:a05:e540:a6ed:4d70:3740/123"),
+                ("8000::/1", False, "8fe8:e7c4:5779::/49"), ("f000::/4", False, "ffc7:6000::/19"),
+                ("::/2", False, "::/0"), ("::/3", False, "::/1"), ("::/6", False, "::/5"),
+                ("c000::/2", False, "8000::/1"), ("7c00::/6", False, "::/1"),
+                ("cf80::/9", False, "c000::/4"), ("ff77:93f8::/29", False, "::/0"),
+                ("9287:2e20:5134:fab6:9061:a0c6:bfe3:9400/119", False, "8000::/1"),
+                ("3ea1:bfa9:8691:d1c6:8c46:519b:db6d:e700/120", False, "3000::/4")):
+            for subnet in wanted.split():
+                alone = Alone()
+                alone.request_pool(held)
+                with self.subTest(held=held, subnet=subnet):
+                    if is_free:
+                        alone.request_pool(subnet)
+                    else:
+                        self.assertRaises(gipam.Forbidden, alone.request_pool, subnet)
+
+    def test_both_addresses_of_a_point_to_point_subnet_are_usable(self) -> None:
+        """Source: TestUnusualSubnets; RFC 3021."""
+        pool = self.alone.request_pool("192.168.0.2/31")
+        for address in ("192.168.0.1", "192.168.0.4", "192.168.0.100"):
+            with self.assertRaisesRegex(gipam.InvalidRequest, "^requested address is out of range"):
+                self.alone.request_address(pool, address)
+        self.assertEqual(self.alone.exhaust(pool), ["192.168.0.2", "192.168.0.3"])
+
+    def test_the_only_free_address_of_a_full_subnet_is_found(self) -> None:
+        """Source: TestRelease."""
+        pool = self.alone.request_pool("192.168.0.0/23")
+        self.alone.exhaust(pool)
+        for address in ("192.168.0.1", "192.168.0.2", "192.168.0.30", "192.168.1.32",
+                        "192.168.0.254", "192.168.0.255", "192.168.1.0", "192.168.1.1",
+                        "192.168.1.253", "192.168.1.254"):
+            self.alone.release_address(pool, address)
+            self.assertEqual(self.alone.exhaust(pool), [address])
+
+    def test_half_released_at_random_and_refilled_nothing_is_given_twice(self) -> None:
+        """Source: TestAllocateRandomDeallocate."""
+        for seed in seeds(2):
+            for sub_pool in ("", "172.25.252.0/22"):
+                alone, rng = Alone(), random.Random(seed)
+                pool = alone.request_pool("172.25.0.0/16", sub_pool)
+                held = alone.request_addresses(pool, 384)
+                rng.shuffle(held)
+                for address in held[192:]:
+                    alone.release_address(pool, address)
+                held[192:] = alone.request_addresses(pool, 192)
+                with self.subTest(GIPAM_TEST_SEED=seed):
+                    self.assertEqual(len(set(held)), 384)
+                    self.assertEqual(len(pool.leases), 384)
+
+    def test_a_dynamic_pool_is_the_first_free_block(self) -> None:
+        """Source: TestDynamicPoolAllocation. Its overlapping bases are an error at start here."""
+        two, private = "10.20.0.0/16 192.168.0.0/16", "192.168.0.0/16"
+        for bases, prefixlen, held, routes, block in (
+                (private, 24, "192.168.255.0/24", "", "192.168.0.0/24"),
+                ("10.0.0.0/8 192.168.0.0/16", 24, "10.0.0.0/8", "10.0.0.0/7", "192.168.0.0/24"),
+                (two, 24, "10.0.0.0/8 192.168.128.0/24", "", "192.168.0.0/24"),
+                (two, 24, "10.0.0.0/8 192.168.0.0/24 192.168.128.0/24", "", "192.168.1.0/24"),
+                (two, 24, "10.20.0.0/17 10.20.128.0/17", "200.1.2.0/24", "192.168.0.0/24"),
+                ("10.20.0.0/22 192.168.0.0/16", 24,
+                 "10.20.0.0/24 10.20.1.0/24 10.20.2.0/24 192.168.128.0/24", "10.20.3.0/24",
+                 "192.168.0.0/24"),
+                ("10.10.0.0/22 192.168.0.0/16", 24,
+                 "10.10.0.0/24 10.10.1.0/24 10.10.2.0/24 10.10.3.0/24", "10.10.3.0/24",
+                 "192.168.0.0/24"),
+                (private, 24, "192.168.0.0/24 192.168.1.0/24 192.168.2.0/23 192.168.4.0/30", "",
+                 "192.168.5.0/24"),
+                (private, 24, "192.168.0.0/24 192.168.1.0/24 192.168.2.0/30",
+                 "192.168.2.4/30 192.168.3.0/30 192.168.4.0/23", "192.168.6.0/24"),
+                (private, 24, "192.168.0.0/24", "192.168.0.0/24", "192.168.1.0/24"),
+                ("10.0.0.0/8 192.168.0.0/16", 24, "10.0.0.0/24", "192.168.0.0/24", "10.0.1.0/24"),
+                ("10.0.0.0/8 192.168.0.0/16", 24, "", "10.0.0.0/8", "192.168.0.0/24"),
+                ("10.0.0.0/31 192.168.0.0/16", 31, "10.0.0.0/32 100.0.0.0/32 200.0.0.0/32", "",
+                 "192.168.0.0/31"),
+                ("172.16.0.0/15", 16, "172.16.0.0/16", "", "172.17.0.0/16"),
+                ("172.16.0.0/15", 16, "172.16.0.0/16 172.17.0.0/17", "", ""),
+                ("172.16.0.0/15", 16, "172.16.0.0/16 172.17.0.0/16 192.168.0.0/24", "", ""),
+                ("172.16.0.0/15", 16, "172.16.0.0/16 172.17.0.0/16", "192.168.0.0/24", ""),
+                ("172.16.0.0/15 192.168.0.0/23", 16, "172.16.0.0/16 172.17.128.0/17 192.168.0.1/32",
+                 "", ""),
+                # there each base has one length, and its pieces are lost; here they are blocks
+                ("172.16.0.0/15 192.168.0.0/16", 24, "172.16.0.0/16 172.17.0.0/17", "",
+                 "172.17.128.0/24")):
+            with self.subTest(bases=bases, held=held, routes=routes):
+                alone = Alone(bases)
+                for subnet in held.split():
+                    alone.request_pool(subnet)
+                if block:
+                    self.assertEqual(alone.request_block(prefixlen=prefixlen, obstacles=routes),
+                                     block)
+                else:
+                    self.assertRaises(gipam.Unavailable, alone.request_pool, prefixlen=prefixlen,
+                                      obstacles=routes)
+
+    def test_each_block_of_a_base_is_given_once(self) -> None:
+        """Source: parallel_test.go, TestRequestPoolParallel; there from many threads."""
+        alone = Alone("10.64.0.0/10" if os.environ.get("GIPAM_LONG") == "1" else "10.64.0.0/16")
+        blocks = list(alone.state.families[4].bases[0].subnets(new_prefix=24))
+        self.assertEqual([alone.request_pool().subnet.network for _ in blocks], blocks)
+        self.assertRaises(gipam.Unavailable, alone.request_pool)
+
+    def test_explicit_subnets_are_free_to_choose_but_not_to_nest(self) -> None:
+        """Source: TestStaticAllocation, whose list nests at will; gipam keeps the first of each."""
+        alone, granted = Alone("10.0.0.0/8"), []
+        for subnet in ("192.168.0.0/16", "10.0.0.0/24", "10.0.1.0/24", "10.1.0.0/16", "10.0.0.0/31",
+                       "10.0.0.0/8", "192.168.3.0/24"):
+            with contextlib.suppress(gipam.Forbidden):
+                granted.append(alone.request_block(subnet=subnet))
+        self.assertEqual(granted, ["192.168.0.0/16", "10.0.0.0/24", "10.0.1.0/24", "10.1.0.0/16"])
+
+    def test_no_interleaving_of_requests_and_releases_gives_a_live_block(self) -> None:
+        """Source: TestPoolAllocateAndRelease (moby#48069). There what is released is next."""
+        for bases, routes, steps, blocks in (
+                ("10.0.0.0/24 10.0.1.0/24 10.1.0.0/16", "10.0.0.0/16", "ab", "10.1.0 10.1.1"),
+                ("10.0.0.0/8", "", "abcAde", "10.0.0 10.0.1 10.0.2 10.0.3 10.0.4"),
+                ("10.0.0.0/8", "", "abcdBCefg", "10.0.0 10.0.1 10.0.2 10.0.3 10.0.4 10.0.5 10.0.6"),
+                ("10.0.0.0/22", "", "abcdBCefD", "10.0.0 10.0.1 10.0.2 10.0.3 10.0.1 10.0.2")):
+            alone, given = Alone(bases), []
+            pools: dict[str, gipam.Pool] = {}
+            for step in steps:  # a: network a is made; A: it is removed
+                if step.isupper():
+                    alone.release_pool(pools.pop(step.lower()))
+                else:
+                    pools[step] = alone.request_pool(obstacles=routes)
+                    given.append(str(pools[step].subnet.network))
+            self.assertEqual(given, [f"{block}.0/24" for block in blocks.split()], steps)
+
+
+# === Store ========================================================================================
+
+IS_LONG = os.environ.get("GIPAM_LONG") == "1"
+MEMORY_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # fsync costs nothing there
+BASES = "10.2.0.0/16 2001:db8:0:100::/56"
+CONFIG = {"V4Pool": "10.2.0.0/16", "V4AllocateBlock": 24, "V6Pool": "2001:db8:0:100::/56", "V6AllocateBlock": 64}
+SECTOR_BYTES = 512
+NO_DOCKER = {"DOCKER_HOST": "unix:///nonexistent"}  # whoever is asked what is in use
+SHORT, HALF = "short", "half"  # faults of pwrite: half is written; and after that the disk is full
+
+
+def load(path: str, calls: Any = os) -> tuple[gipam.Store, gipam.State, bool]:
+    """Read a lease file and its journal as `serve` does; return also whether there is none yet."""
+    store = gipam.Store(path, calls)
+    document = gipam.read_lease_file(store, gipam.read_settings({}, argparse.Namespace(file=path)))
+    state = make_state(BASES)
+    gipam.recover(store, document, state)
+    return store, state, document is None
+
+
+def recover(path: str) -> gipam.State:
+    """Return what a restart would find; nothing is changed. Raises: gipam.ConfigError."""
+    return load(path)[1]
+
+
+def begin(path: str, calls: Any = os, on_loss: Callable[[], None] = lambda: None) -> gipam.Service:
+    """Start a service on the lease file as `serve` does; but it folds only when fold() is called."""
+    store, state, is_first = load(path, calls)
+    if is_first:
+        store.write_snapshot(gipam.encode_snapshot(CONFIG, gipam.copy_state(state), None), is_named=False)
+    service = gipam.Service(store, state, CONFIG, on_loss=on_loss)
+    setattr(service, "fold", lambda: True)  # noqa: B010 - what the folder thread calls
+    return service
+
+
+def fold(service: gipam.Service, is_stopping: bool = False) -> bool:
+    return bool(gipam.Service.fold(service, is_stopping))
+
+
+def end(service: gipam.Service) -> None:
+    """End the threads of a service that has served its test."""
+    def leave(*_: Any) -> None:
+        raise SystemExit
+
+    setattr(service, "fold", leave)  # noqa: B010
+    service.flusher.fold_is_due.set()
+    setattr(service._store, "rotate", leave)  # noqa: B010
+    try:
+        with service._lock:
+            service.flusher.submit(None, is_rotating=True)
+    except gipam.StoreError:
+        pass  # its flusher waits for ever
+
+
+def held(state: gipam.State) -> dict[str, list[str]]:
+    """Return pool_id -> addresses."""
+    return {pool.pool_id: sorted(map(pool.format, pool.leases)) for pool in state.pools.values()}
+
+
+def record(service: gipam.Service) -> tuple[list[gipam.Change], list[gipam.Change]]:
+    """Return two lists that grow: the changes the state is made of from now on, and also failed ones."""
+    changes: list[gipam.Change] = []
+    attempts: list[gipam.Change] = []
+    apply = service.state.apply
+
+    def recorded(change: gipam.Change) -> Callable[[], Any]:
+        undo = apply(change)
+        changes.append(change)
+        attempts.append(change)
+        return lambda: (changes.pop(), undo())
+
+    setattr(service.state, "apply", recorded)  # noqa: B010
+    return changes, attempts
+
+
+def pictures(changes: list[gipam.Change]) -> list[Any]:
+    """Return what the state looks like before the changes, and after each."""
+    state = make_state(BASES)
+    result = [copy.deepcopy(dump_state(state))]
+    for change in changes:
+        state.apply(change)
+        result.append(copy.deepcopy(dump_state(state)))
+    return result
+
+
+class Direct(Client):
+    """Calls to a service in this process, as Docker words them."""
+
+    def __init__(self, service: gipam.Service) -> None:
+        self.service = service
+        self.ticket: gipam.Ticket | None = None  # of the last answer
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        reply = gipam.dispatch(self.service, "POST", "/" + method, json.dumps(arguments).encode())
+        decoded = json.loads(reply.body)
+        if reply.status != 200:
+            raise Refused(reply.status, decoded["Error"])
+        self.ticket = reply.ticket
+        return decoded
+
+    def close(self) -> None:
+        end(self.service)
+
+
+class Tenant:
+    """Makes and removes networks and containers at random, and knows what it was answered."""
+
+    ACTIONS = ("request_pool", "release_pool", "request_held", "release_unheld",
+               *["request_address"] * 6, *["release_address"] * 3)
+    MAX_POOLS = 4
+
+    def __init__(self, client: Client, rng: random.Random, number: int = 0, shared: tuple[str, ...] = ()) -> None:
+        self.client, self.rng, self.number, self.shared = client, rng, number, shared
+        self.pools: dict[str, list[str]] = {pool_id: [] for pool_id in shared}
+        self.pending: tuple[str, ...] = ()  # the call that is not answered: its name, pool, address
+        self.replies = 0
+
+    def step(self) -> None:
+        """Make one call; a refusal is an answer, but for an internal error."""
+        pool_id = self.rng.choice(list(self.pools)) if self.pools else ""
+        action = self.rng.choice(self.ACTIONS) if pool_id else "request_pool"
+        try:
+            getattr(self, action)(pool_id)
+        except Refused as refusal:
+            if refusal.status == 500:
+                raise
+        self.pending = ()
+        self.replies += 1
+
+    def request_pool(self, pool_id: str) -> None:
+        if len(self.pools) >= self.MAX_POOLS + len(self.shared):
+            return self.request_address(pool_id)
+        explicit = f"172.16.{self.number}.0/24", f"172.16.{self.number}.{self.rng.randrange(4) * 16}/28"
+        kinds: list[tuple[str, str, bool, dict[str, str]]] = [
+            ("", "", False, {}), ("", "", True, {}), ("", "", False, {"gipam_v4ab": "26"}),
+            ("", "", True, {"gipam_name": f"net{self.rng.randrange(3)}"}), (*explicit, False, {})]
+        pool, sub_pool, is_v6, options = self.rng.choice(kinds)
+        self.pending = ("request_pool",)
+        self.pools[self.client.request_pool(pool, sub_pool, is_v6, **options)[0]] = []
+        return None
+
+    def release_pool(self, pool_id: str) -> None:
+        if pool_id not in self.shared:
+            self.pending = ("release_pool", pool_id)
+            self.client.release_pool(pool_id)
+            del self.pools[pool_id]
+
+    def request_address(self, pool_id: str) -> None:
+        mac = f"02:42:00:00:{self.number:02x}:{self.rng.randrange(64):02x}"
+        name, is_gateway = self.rng.choice(("", f"web{self.number}")), not self.rng.randrange(5)
+        self.pending = ("request_address", pool_id)
+        cidr = self.client.request_address(pool_id, mac=mac, name=name, gateway=is_gateway)
+        self.pools[pool_id].append(cidr.partition("/")[0])
+
+    def release_address(self, pool_id: str) -> None:
+        if self.pools[pool_id]:
+            address = self.rng.choice(self.pools[pool_id])
+            self.pending = ("release_address", pool_id, address)
+            self.client.release_address(pool_id, address)
+            self.pools[pool_id].remove(address)
+
+    def request_held(self, pool_id: str) -> None:
+        """Ask for an address that cannot be had."""
+        for address in self.pools[pool_id][:1]:
+            self.client.request_address(pool_id, address)
+            raise AssertionError(f"{address} of {pool_id} was given twice")
+
+    def release_unheld(self, pool_id: str) -> None:
+        """Release an address that is not held: the reserved first one."""
+        self.client.release_address(pool_id, pool_id.partition("/")[0])
+
+
+class WatchedCalls:
+    """What Store calls, on real files: each call is noted, and can be held up or fail."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []  # such as "fdatasync journal.1"
+        self.faults: dict[int, Any] = {}  # number of the call -> errno, SHORT or HALF
+        self.misuse: list[str] = []  # calls on a closed descriptor
+        self._held: dict[str, tuple[threading.Event, threading.Event]] = {}
+        self._names: dict[int, str] = {}  # of open descriptors
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            return self._call(name, *arguments)
+
+        return call
+
+    def hold(self, note: str) -> tuple[threading.Event, Callable[..., None]]:
+        """Hold up the next such call; return (it has come, let it go on, or fail with this errno)."""
+        come, go = self._held[note] = threading.Event(), threading.Event()
+        def let_go(fault: Any = None) -> None:
+            if fault is not None:
+                self.faults[len(self.made) - 1] = fault
+            go.set()
+
+        return come, let_go
+
+    def close_all(self) -> None:
+        """Close what a store that is dropped has left open."""
+        for fd in self._names:
+            os.close(fd)
+        self._names.clear()
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        target = arguments[0]
+        if isinstance(target, int) and target not in self._names:
+            self.misuse.append(f"{name} after {self.made[-1]}")  # it may be another file's by now
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        path = self._names[target] if isinstance(target, int) else target
+        number, note = len(self.made), f"{name} {self._shorten(path)}"
+        self.made.append(note)
+        if note in self._held:
+            come, go = self._held.pop(note)
+            come.set()
+            go.wait(DEADLINE_S)
+        fault = self.faults.get(number)
+        if fault in (SHORT, HALF):
+            fd, data, offset = arguments
+            written = os.pwrite(fd, data[:(len(data) + 1) // 2], offset)
+            fault = errno.ENOSPC if fault == HALF else None
+            if fault is None:
+                return written
+        if name == "close":  # also where it fails, the descriptor is gone
+            del self._names[target]
+            os.close(target)
+        if fault is not None:
+            raise OSError(fault, os.strerror(fault))
+        result = None if name == "close" else getattr(os, name)(*arguments)
+        if name == "open":
+            self._names[result] = path
+        return result
+
+    @staticmethod
+    def _shorten(path: str) -> str:
+        return "directory" if os.path.isdir(path) else os.path.basename(path).replace("leases.json.", "")
+
+
+class SimulatedDisk:
+    """What Store calls, in memory: it knows what a kill would leave, and what a power cut could."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, list[bytes]] = {}  # name -> versions of the content; the first is on disk
+        self.on_disk: dict[str, list[bytes]] = {}  # the directory as it is there
+        self.pending: list[dict[str, list[bytes] | None]] = []  # what became of it since
+        self.opened: list[list[bytes] | None] = []  # by descriptor, None: the directory
+        self.watch: Callable[[], None] = lambda: None  # called before anything changes
+
+    def open(self, path: str, flags: int, _mode: int = 0o777) -> int:
+        versions = None
+        if not os.path.isdir(path):
+            name = os.path.basename(path)
+            if name not in self.files:
+                if not flags & os.O_CREAT:
+                    raise FileNotFoundError(errno.ENOENT, "No such file", path)
+                self._enter({name: [b""]})
+            versions = self.files[name]
+            if flags & os.O_TRUNC:
+                self._change(versions, b"")
+        self.opened.append(versions)
+        return len(self.opened) - 1
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        versions = self.opened[fd]
+        assert versions is not None
+        before = versions[-1].ljust(offset, b"\0")
+        self._change(versions, before[:offset] + data + before[offset + len(data):])
+        return len(data)
+
+    def ftruncate(self, fd: int, length: int) -> None:
+        versions = self.opened[fd]
+        assert versions is not None
+        self._change(versions, versions[-1][:length].ljust(length, b"\0"))
+
+    def fsync(self, fd: int) -> None:
+        self.watch()
+        versions = self.opened[fd]
+        if versions is None:
+            self.on_disk, self.pending = dict(self.files), []
+        else:
+            del versions[:-1]
+
+    fdatasync = fsync
+
+    def replace(self, source: str, target: str) -> None:
+        name = os.path.basename(source)
+        self._enter({os.path.basename(target): self.files[name], name: None})
+
+    def unlink(self, path: str) -> None:
+        self._enter({os.path.basename(path): None})
+
+    def listdir(self, _path: str) -> list[str]:
+        return list(self.files)
+
+    def close(self, fd: int) -> None:
+        pass
+
+    def after_kill(self) -> dict[str, bytes]:
+        """Return name -> content as the kernel has it."""
+        return {name: versions[-1] for name, versions in self.files.items()}
+
+    def after_power_cut(self, rng: random.Random) -> dict[str, bytes]:
+        """Return what may be left: each unsynced change of the directory, each sector, or not."""
+        names: dict[str, list[bytes] | None] = dict(self.on_disk)
+        for change in self.pending:
+            if rng.random() < 0.5:
+                names.update(change)
+        return {name: self._tear(versions, rng) for name, versions in names.items() if versions}
+
+    @staticmethod
+    def _tear(versions: list[bytes], rng: random.Random) -> bytes:
+        """Return a content of any length it had, or on the way there, with sectors old or new."""
+        lengths = [len(version) for version in versions]
+        length = rng.choice([*lengths, rng.randint(min(lengths), max(lengths))])
+        result = b""
+        for at in range(0, length, SECTOR_BYTES):
+            sectors = [version[at:at + SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0") for version in versions]
+            sector = rng.choice(sectors)
+            if sum(a != b for a, b in zip(sector, sectors[-1])) == 1:
+                sector = sectors[-1]  # a single NUL cannot be told from damage: design section 6
+            result += sector
+        return result[:length]
+
+    def _change(self, versions: list[bytes], content: bytes) -> None:
+        self.watch()
+        versions.append(content)
+
+    def _enter(self, change: dict[str, list[bytes] | None]) -> None:
+        self.watch()
+        self.pending.append(change)
+        for name, versions in change.items():
+            if versions is None:
+                del self.files[name]
+            else:
+                self.files[name] = versions
+
+
+class StoreCase(unittest.TestCase):
+    """A lease file in a directory of its own."""
+
+    def setUp(self) -> None:
+        handler = logging.NullHandler()  # what gipam says is expected
+        gipam.log.addHandler(handler)
+        self.addCleanup(gipam.log.removeHandler, handler)
+        self.directory = tempfile.mkdtemp(prefix="gipam-", dir=MEMORY_DISK)
+        self.addCleanup(shutil.rmtree, self.directory, ignore_errors=True)
+        self.path = os.path.join(self.directory, "leases.json")
+        self.calls = WatchedCalls()
+        self.addCleanup(self.calls.close_all)
+
+    def begin(self, calls: Any = None) -> gipam.Service:
+        service = begin(self.path, calls or self.calls)
+        self.addCleanup(end, service)
+        return service
+
+    def read_files(self) -> dict[str, bytes]:
+        files = {}
+        for name in os.listdir(self.directory):
+            with open(os.path.join(self.directory, name), "rb") as file:
+                files[name] = file.read()
+        return files
+
+    def write_files(self, files: dict[str, bytes]) -> None:
+        """Let the directory hold these files and no others."""
+        for name in set(os.listdir(self.directory)) - set(files):
+            os.unlink(os.path.join(self.directory, name))
+        for name, data in files.items():
+            self.write_file(name, data)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        with open(os.path.join(self.directory, name), "wb") as file:
+            file.write(data)
+
+    def live(self, steps: int, rng: random.Random) -> list[gipam.Change]:
+        """Return the changes of a short life with pools and addresses of all kinds."""
+        service = begin(self.path, SimulatedDisk())
+        changes, _ = record(service)
+        tenant = Tenant(Direct(service), rng)
+        while len(changes) < steps:
+            tenant.step()
+        end(service)
+        return changes
+
+    def write(self, *segments: list[list[gipam.Change]]) -> dict[str, bytes]:
+        """Write a lease file that holds nothing, and what came after: a list of flushes a segment."""
+        store = gipam.Store(self.path, self.calls)
+        empty = gipam.copy_state(make_state(BASES))
+        for flushes in segments:
+            store.rotate()
+            if not store.is_named:
+                store.write_snapshot(gipam.encode_snapshot(CONFIG, empty, store.segment), is_named=True)
+            for flush in flushes:
+                store.append(store.seq + len(flush), list(map(self.record, flush)))
+        self.calls.close_all()
+        return self.read_files()
+
+    @staticmethod
+    def record(change: gipam.Change) -> list[Any]:
+        return [gipam.CHANGE_NAMES[type(change)], *change]
+
+    def append_one(self) -> None:
+        """Go on where recovery ends, with one change more; check that recovery then has it."""
+        store, state, _ = load(self.path, self.calls)
+        change = gipam.RequestPool("192.168.0.0/24#0123456789abcdef", "192.168.0.0/24", "", "", 0, 0, -1)
+        store.append(store.seq + 1, [self.record(change)])
+        self.calls.close_all()
+        state.apply(change)
+        self.assertEqual(dump_state(recover(self.path)), dump_state(state))
+
+    def assert_refused(self, pattern: str) -> str:
+        """Check that gipam does not start, says why with what to do, and leaves the files alone."""
+        before = self.read_files()
+        with self.assertRaisesRegex(gipam.DamageError, pattern) as raised:
+            recover(self.path)
+        self.assertEqual(raised.exception.exit_status, 78)
+        self.assertEqual(self.read_files(), before)
+        self.assertRegex(str(raised.exception), f"^{re.escape(self.path)}.* does not start on a guess: .*"
+                         "(put|move|truncate)")
+        return str(raised.exception)
+
+
+class JournalTest(StoreCase):
+    """Section 6 of the design: recovery finds what was acknowledged, or refuses."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.seed = seeds(1)[0]
+        changes = self.changes = self.live(10, random.Random(self.seed))
+        self.pictures = pictures(changes)
+        self.one_segment = [[changes[0]], changes[1:4], [changes[4]], changes[5:7], changes[7:10]]
+
+    def test_line_of_the_docstring_is_a_real_one(self) -> None:
+        match = re.search(r"^    ([0-9a-f]{8} [0-9a-f]{8} .*?\]\]\])$", gipam.__doc__ or "", re.M | re.S)
+        assert match
+        data = re.sub(r"\n *", "", match[1]).encode() + b"\n"
+        (line,) = gipam.decode_lines(data, is_last=False)
+        self.assertEqual(gipam.encode_line(line.seq, line.records), data)
+        self.assertEqual(gipam.CHANGES[line.records[0][0]](*line.records[0][1:]).address, "10.2.0.2")
+
+    def test_cut_at_any_byte_it_holds_what_was_whole_and_goes_on(self) -> None:
+        files = self.write(self.one_segment)
+        data = files["leases.json.journal.1"]
+        lines = list(gipam.decode_lines(data, is_last=True))
+        for cut in range(len(data) + 1):
+            with self.subTest(GIPAM_TEST_SEED=self.seed, cut=cut):
+                self.write_files({**files, "leases.json.journal.1": data[:cut]})
+                seq = max((line.seq for line in lines if line.end - 1 <= cut), default=0)
+                self.assertEqual(dump_state(recover(self.path)), self.pictures[seq])
+                self.append_one()
+
+    def test_segment_with_a_successor_lacks_nothing_or_is_refused(self) -> None:
+        files = self.write(self.one_segment[:3], self.one_segment[3:])
+        data = files["leases.json.journal.1"]
+        end = max(line.end for line in gipam.decode_lines(data, is_last=True) if line.records)
+        for cut in range(len(data)):
+            with self.subTest(GIPAM_TEST_SEED=self.seed, cut=cut):
+                self.write_file("leases.json.journal.1", data[:cut])
+                if cut < end:
+                    self.assert_refused(r"journal\.1 is damaged|journal\.2 goes on with change 6")
+                else:
+                    self.assertEqual(dump_state(recover(self.path)), self.pictures[-1])
+
+    def test_any_byte_flipped_it_holds_all_or_refuses_with_the_place(self) -> None:
+        files = self.write(self.one_segment[:3], self.one_segment[3:])
+        for name in sorted(files)[1:]:
+            lines = list(gipam.decode_lines(files[name], is_last=True))
+            for at, value, data in flips(files[name]):
+                self.write_file(name, data)
+                line = next(line for line in lines if at < line.end)
+                with self.subTest(GIPAM_TEST_SEED=self.seed, name=name, at=at, value=value):
+                    if name == "leases.json.journal.2" and at == lines[-1].end - 1:
+                        self.assertEqual(dump_state(recover(self.path)), self.pictures[-1])
+                        continue  # the end of the last line says nothing
+                    with self.assertRaises(gipam.DamageError) as raised:
+                        recover(self.path)
+                    self.assertIn(f"{name} is damaged: line {line.number} at byte {line.offset} ",
+                                  str(raised.exception))
+            self.write_file(name, files[name])
+
+    def test_damaged_line_is_given_up_as_the_message_says(self) -> None:
+        for at in range(1, 6):
+            files = self.write(self.one_segment)
+            line = list(gipam.decode_lines(files["leases.json.journal.1"], is_last=True))[at]
+            data = bytearray(files["leases.json.journal.1"])
+            data[line.offset + 30] ^= 1
+            self.write_file("leases.json.journal.1", bytes(data))
+            with self.subTest(GIPAM_TEST_SEED=self.seed, line=line.number):
+                message = self.assert_refused(f"line {line.number} at byte {line.offset}")
+                command = re.search("truncate -s [0-9]+ [^ ,]+", message)
+                assert command
+                subprocess.run(command[0].split(), check=True)
+                self.assertEqual(dump_state(recover(self.path)), self.pictures[line.seq - len(line.records)])
+                self.append_one()
+
+    def test_end_that_a_crash_tore_is_dropped(self) -> None:
+        line = gipam.encode_line(11, [["release_pool", "10.2.0.0/24#0123456789abcdef"]])
+        for what, tail in {
+            "nothing": b"", "a byte": line[:1], "half a head": line[:9], "a head": line[:18],
+            "half a line": line[:40], "a NUL": b"\0", "NULs": bytes(600), "a line of NULs": bytes(600) + b"\n",
+            "half a line, then NULs": line[:40] + bytes(600),
+            "NULs in a line": line[:40] + bytes(9) + line[49:], "NULs before its end": bytes(40) + line[40:],
+        }.items():
+            with self.subTest(what, GIPAM_TEST_SEED=self.seed):
+                files = self.write(self.one_segment)
+                self.write_file("leases.json.journal.1", files["leases.json.journal.1"] + tail)
+                self.assertEqual(dump_state(recover(self.path)), self.pictures[-1])
+                self.append_one()
+
+    def test_end_that_no_crash_tore_is_refused(self) -> None:
+        line = gipam.encode_line(11, [["release_pool", "10.2.0.0/24#0123456789abcdef"]])
+        payload, place = line[18:], r"journal\.1.* line 7 at byte \d+ "
+        for what, (tail, pattern) in {
+            "an end of line": (b"\n", place), "garbage": (b"x" * 40, place), "half a line that ends": (line[:40] + b"\n", place),
+            "a wrong checksum": (line[:9] + b"00000000 " + payload, place),
+            "a wrong length": (b"00000001" + line[8:], place), "too great a length": (b"00000fff" + line[8:], place),
+            "a NUL in it": (line[:40] + b"\0" + line[41:], place),
+            "NULs before another line": (bytes(40) + line[40:] + line, place),
+            "a line of the past": (gipam.encode_line(9, [["release_pool", "x"]]), "goes on with change 9, but 11 is due"),
+            "a line of the future": (gipam.encode_line(12, [["release_pool", "x"]]), "goes on with change 12, but 11 is due"),
+            "a release of what is not held": (line, place + "contradicts .* is not held"),
+            "a change that nobody knows": (gipam.encode_line(11, [["resign"]]), place + "contradicts"),
+            "a change with too little": (gipam.encode_line(11, [["release_pool"]]), place + "contradicts"),
+        }.items():
+            with self.subTest(what, GIPAM_TEST_SEED=self.seed):
+                files = self.write(self.one_segment)
+                self.write_file("leases.json.journal.1", files["leases.json.journal.1"] + tail)
+                self.assert_refused(pattern)
+
+
+def flips(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (place, new value, data with it) for each byte and several values, NUL and LF among them."""
+    for at, byte in enumerate(data):
+        for value in sorted({0, 10, 32, 57, byte ^ 1, byte ^ 2, byte ^ 32, byte ^ 128} - {byte}):
+            yield at, value, data[:at] + bytes([value]) + data[at + 1:]
+
+
+class FilesTest(StoreCase):
+    """Files that do not belong together are refused by name, and what the message says helps."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.seed = seeds(1)[0]
+        changes = self.changes = self.live(12, random.Random(self.seed))
+        self.pictures = pictures(changes)
+        self.files = self.write([changes[:2], changes[2:4]], [changes[4:8]], [changes[8:11], changes[11:]])
+        self.segments = [self.files[f"leases.json.journal.{number}"] for number in (1, 2, 3)]
+
+    def arrange(self, snapshot: bytes | None, *segments: bytes | None) -> None:
+        files = {f"leases.json.journal.{number}": data for number, data in enumerate(segments, 1) if data is not None}
+        self.write_files(files if snapshot is None else {"leases.json": snapshot, **files})
+
+    def snapshot(self, seq: int, segment: int | None) -> bytes:
+        """Return the lease file as it is after so many changes."""
+        state = make_state(BASES)
+        for change in self.changes[:seq]:
+            state.apply(change)
+        return "".join(gipam.encode_snapshot(CONFIG, gipam.copy_state(state), segment)).encode()
+
+    def test_what_a_fold_may_leave_is_whole(self) -> None:
+        one, two, three = self.segments
+        first, fourth, eighth = (self.snapshot(seq, segment) for seq, segment in ((0, 1), (4, 2), (8, 3)))
+        for what, files in {
+            "never folded": (first, one, two, three), "not yet renamed": (fourth, one, two, three),
+            "renamed": (eighth, one, two, three), "the oldest deleted": (eighth, None, two, three),
+            "an older one come back": (eighth, one, None, three), "all deleted": (eighth, None, None, three),
+            "the middle of a line is the snapshot": (self.snapshot(9, 3), None, two, three),
+            "folded at the stop, before deletion": (self.snapshot(12, None), one, two, three),
+            "folded at the stop": (self.snapshot(12, None),),
+        }.items():
+            with self.subTest(what, GIPAM_TEST_SEED=self.seed):
+                self.arrange(*files)
+                self.assertEqual(dump_state(recover(self.path)), self.pictures[-1])
+
+    def test_file_missing_or_surplus_is_refused_by_name(self) -> None:
+        one, two, three = self.segments
+        first, fourth = self.snapshot(0, 1), self.snapshot(4, 2)
+        gap = "goes on with change {}, but {} is due"
+        for what, (files, pattern) in {
+            "the first missing": ((first, None, two, three), r"journal\.1 is missing"),
+            "the middle one missing": ((first, one, None, three), r"journal\.2 is missing"),
+            "the one of the lease file missing": ((fourth, None, None, three), r"journal\.2 is missing"),
+            "the newest missing": ((self.snapshot(8, 3), one, two), r"journal\.3 is missing"),
+            "all missing": ((first,), r"journal\.1 is missing"),
+            "one there twice": ((first, one, one, two), r"journal\.2 " + gap.format(1, 5)),
+            "the newest there twice": ((first, one, two, three, three), r"journal\.4 " + gap.format(9, 13)),
+            "two in wrong order": ((first, two, one, three), r"journal\.1 " + gap.format(5, 1)),
+            "an old lease file, named": ((first, None, None, three), r"journal\.1 is missing"),
+            "an old lease file, alone": ((self.snapshot(4, None), None, None, three), r"journal\.3 " + gap.format(9, 5)),
+            "no lease file": ((None, one, two, three), r"journal\.1 is there without its lease file .*leases\.json;"),
+            "no lease file, and a late one": ((None, None, None, three), r"journal\.3 is there without its lease file"),
+        }.items():
+            with self.subTest(what, GIPAM_TEST_SEED=self.seed):
+                self.arrange(*files)
+                message = self.assert_refused(pattern)
+                while message:  # two things wrong have two messages
+                    message = self.do_as_told(message)
+                state = recover(self.path)
+                self.assertEqual(dump_state(state), self.pictures[state.seq])
+
+    def test_newest_one_missing_after_a_fold_that_failed_is_refused(self) -> None:
+        """Then the lease file names an older one: nothing but the newest itself tells of it."""
+        self.arrange(self.snapshot(4, 2), None, self.segments[1])
+        self.assert_refused(r"journal\.3 is missing")
+
+    def test_without_bases_the_message_helps_as_well(self) -> None:
+        state = make_state("")
+        state.apply(gipam.RequestPool("192.168.0.0/24#0123456789abcdef", "192.168.0.0/24", "", "", 0, 0, -1))
+        snapshot = "".join(gipam.encode_snapshot({}, gipam.copy_state(state), 1))
+        self.write_files({"leases.json": snapshot.encode()})
+        self.assertEqual(self.do_as_told(self.assert_refused(r"journal\.1 is missing")), "")
+        self.assertEqual(held(recover(self.path)), held(state))
+
+    def do_as_told(self, message: str) -> str:
+        """Do what the message says to whoever has no backup; return what gipam says then."""
+        truncate = re.search("truncate -s [0-9]+ [^ ,]+", message)
+        if truncate:
+            subprocess.run(truncate[0].split(), check=True)
+        elif 'delete the line "Journal"' in message:
+            lines = self.read_files()["leases.json"].split(b"\n")
+            kept = [line for line in lines if b'"Journal"' not in line]
+            self.write_file("leases.json", b"\n".join(kept))
+        elif "move the surplus one away" in message:
+            os.unlink(message.split(maxsplit=1)[0])
+        else:
+            self.assertIn(f"move {self.path}* away", message)
+            self.write_files({})
+        try:
+            recover(self.path)
+        except gipam.DamageError as error:
+            return str(error)
+        return ""
+
+
+class SnapshotFileTest(StoreCase):
+    """The lease file itself."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.seed = seeds(1)[0]
+        self.changes = self.live(8, random.Random(self.seed))
+        state = make_state(BASES)
+        for change in self.changes:
+            state.apply(change)
+        self.snapshot = "".join(gipam.encode_snapshot(CONFIG, gipam.copy_state(state), None)).encode()
+        self.picture = dump_state(state)
+
+    def test_any_byte_of_the_state_flipped_it_holds_all_or_is_refused(self) -> None:
+        start = self.snapshot.index(b'"Seq"')
+        for at, value, data in flips(self.snapshot[start:]):
+            self.write_file("leases.json", self.snapshot[:start] + data)
+            with self.subTest(GIPAM_TEST_SEED=self.seed, at=start + at, value=value):
+                try:
+                    self.assertEqual(dump_state(recover(self.path)), self.picture)
+                except gipam.DamageError as error:
+                    self.assertRegex(str(error), f"^{re.escape(self.path)} .*: put back a backup; or move")
+
+    def test_cut_anywhere_it_is_refused(self) -> None:
+        for cut in range(len(self.snapshot) - 1):
+            self.write_file("leases.json", self.snapshot[:cut])
+            with self.subTest(cut=cut):
+                self.assert_refused("is not JSON")
+
+    def test_configuration_may_be_edited_and_the_state_not(self) -> None:
+        self.write_file("leases.json", self.snapshot.replace(b'"V4AllocateBlock":24', b'"V4AllocateBlock":26'))
+        self.assertEqual(recover(self.path).seq, 8)
+        self.write_file("leases.json", self.snapshot.replace(b'"Seq":8', b'"Seq":7'))
+        self.assert_refused("contradicts itself: .*checksum")
+
+    def test_it_is_written_for_its_owner_only(self) -> None:
+        service = self.begin()
+        Direct(service).request_pool()
+        for name in os.listdir(self.directory):
+            mode = os.stat(os.path.join(self.directory, name)).st_mode
+            self.assertEqual(stat.S_IMODE(mode), 0o600, name)
+
+
+class LockTest(StoreCase):
+    """One daemon a lease file."""
+
+    def test_second_one_is_told_who_holds_it(self) -> None:
+        daemon = Daemon(self, directory=self.directory, command=launcher(self.directory), env=NO_DOCKER).start()
+        assert daemon.process
+        second = Daemon(self, "-socket", self.path + ".sock", directory=self.directory, command=launcher(self.directory),
+                        env=NO_DOCKER)
+        second.start(wait=False)
+        self.assertEqual(second.stop(0), 75)
+        self.assertIn(f"gipam: lease file {self.path} is held by process {daemon.process.pid}: stop it", second.read_log())
+
+    def test_second_one_waits_for_the_first_to_end(self) -> None:
+        holder = subprocess.Popen([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import gipam; "
+                                   "gipam.Store(sys.argv[2]).lock(); print(flush=True); sys.stdin.read()",
+                                   os.path.dirname(GIPAM), self.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert holder.stdout and holder.stdin
+        self.addCleanup(holder.wait)
+        self.addCleanup(holder.stdout.close)
+        holder.stdout.readline()
+        tries = mock.Mock(side_effect=lambda _: holder.stdin and holder.stdin.close())
+        with mock.patch.object(gipam.time, "sleep", tries):
+            gipam.Store(self.path).lock()
+        self.assertTrue(tries.called)
+        with open(self.path + ".lock", encoding="ascii") as file:
+            self.assertEqual(file.read(), f"{os.getpid()}\n")
+
+
+def launcher(directory: str, lines: str = "") -> tuple[str, ...]:
+    """Return the command of a gipam.py that keeps to its directory, with a few lines run before its main()."""
+    return (sys.executable, "-c", f"import os, sys; sys.path.insert(0, {os.path.dirname(GIPAM)!r}); import gipam\n"
+            f"gipam.PLUGIN_SOCKET_DIR = {os.path.realpath(directory)!r}\n{lines}\nsys.exit(gipam.main())")
+
+
+class CallsTest(StoreCase):
+    """The order of file operations, and each of them failing."""
+
+    def assert_in_order(self, calls: list[str], wanted: list[str]) -> None:
+        rest = iter(calls)
+        missing = [call for call in wanted if call not in rest]  # each `in` goes on where the last ended
+        self.assertEqual(missing, [], f"out of order in {calls}")
+
+    def test_everything_is_synced_before_what_depends_on_it(self) -> None:
+        segment = ["open journal.{0}", "pwrite journal.{0}", "fdatasync journal.{0}", "fsync directory"]
+        request = ["pwrite journal.{0}", "fdatasync journal.{0}", "reply"]
+        snapshot = ["open leases.json.tmp", "pwrite tmp", "fsync tmp", "replace tmp", "fsync directory"]
+        service = self.begin()
+        client = Direct(service)
+        for what, action, wanted in (
+            ("first start", lambda: None, snapshot[1:]),
+            ("first request", client.request_pool, segment + request),
+            ("request", client.request_pool, request),
+            ("fold", lambda: fold(service), [call.replace("{0}", "{1}") for call in segment] + snapshot[1:] + ["unlink journal.1"]),
+            ("request after it", client.request_pool, ["pwrite journal.2", "fdatasync journal.2", "reply"]),
+            ("fold at the stop", lambda: fold(service, is_stopping=True), snapshot[1:] + ["unlink journal.2"]),
+        ):
+            with self.subTest(what):
+                if what != "first start":
+                    del self.calls.made[:]
+                action()
+                self.assert_in_order([*self.calls.made, "reply"], [call.format(1, 2) for call in wanted])
+                last = [call for call in self.calls.made if call.startswith("unlink")]
+                self.assertEqual(self.calls.made[len(self.calls.made) - len(last):], last)
+
+    def test_whatever_fails_memory_disk_and_answers_agree(self) -> None:
+        seed = seeds(1)[0]
+        torn = self.torn_journal(seed)
+        for what, files in (("first start", {}), ("a line without its end", torn[0]), ("half a line", torn[1])):
+            made = self.run_with(seed, files, {})
+            for number, note in enumerate(made):
+                for fault, faults in self.faults_of(note, number).items():
+                    with self.subTest(what, GIPAM_TEST_SEED=seed, number=number, note=note, fault=fault):
+                        self.run_with(seed, files, faults)
+
+    @staticmethod
+    def faults_of(note: str, number: int) -> dict[str, dict[int, Any]]:
+        if note.startswith("listdir"):
+            return {}
+        faults: dict[str, dict[int, Any]] = {
+            "no space": {number: errno.ENOSPC}, "input/output error": {number: errno.EIO},
+            "nor does the next": {number: errno.ENOSPC, number + 1: errno.EIO}}
+        if note.startswith("pwrite"):
+            faults.update({"short": {number: SHORT}, "half": {number: HALF},
+                           "half, nor does the next": {number: HALF, number + 1: errno.EIO}})
+        return faults
+
+    def torn_journal(self, seed: int) -> tuple[dict[str, bytes], dict[str, bytes]]:
+        """Return files with a last line that lacks its end, or half of itself."""
+        changes = self.live(6, random.Random(seed))
+        files = self.write([changes[:3], changes[3:]])
+        data = files["leases.json.journal.1"]
+        return {**files, "leases.json.journal.1": data[:-1]}, {**files, "leases.json.journal.1": data[:-40]}
+
+    def run_with(self, seed: int, files: dict[str, bytes], faults: dict[int, Any]) -> list[str]:
+        """Live on these files with faults, and check what they do; return the calls made."""
+        self.write_files(files)
+        calls, lost = WatchedCalls(), threading.Event()
+        calls.faults = dict(faults)
+        service = None
+        while service is None:  # the first start may fail, before anything is answered
+            with contextlib.suppress(OSError):
+                service = begin(self.path, calls, lost.set)
+        _, attempts = record(service)
+        tenant = Tenant(Direct(service), random.Random(seed))
+        tenant.pools.update(held(service.state))
+        for step in range(3 if files else 10):
+            if step in (3, 8):
+                fold(service)
+            else:
+                tenant.step()
+            if min(faults, default=1 << 20) < len(calls.made):
+                self.check(service, tenant, lost, attempts)
+        if lost.is_set():
+            culprits = {calls.made[number].split()[0] for number in faults if number < len(calls.made)}
+            self.assertTrue(culprits & {"fdatasync", "ftruncate", "close"}, culprits)
+            with self.assertRaisesRegex(Refused, "cannot"):
+                tenant.client.request_pool()
+        else:
+            calls.faults, after = {}, calls.faults
+            tenant.pools[tenant.client.request_pool("192.168.0.0/24")[0]] = []  # it serves on
+            calls.faults = after
+            self.check(service, tenant, lost, attempts)
+        fold(service, is_stopping=True)
+        self.check(service, tenant, lost, attempts)
+        self.assertEqual(calls.misuse, [])
+        end(service)
+        calls.close_all()
+        return calls.made
+
+    def check(self, service: gipam.Service, tenant: Tenant, lost: threading.Event,
+              attempts: list[gipam.Change]) -> None:
+        """Check that answers, memory and disk agree; if the disk is lost, it may be ahead by what failed."""
+        self.assertEqual(held(service.state), {pool_id: sorted(addresses)
+                                               for pool_id, addresses in tenant.pools.items()})
+        disk = recover(self.path)
+        if lost.is_set() and disk.seq == service.state.seq + 1:
+            undo = gipam.State.apply(service.state, attempts[-1])
+            self.assertEqual(dump_state(disk), dump_state(service.state))
+            undo()
+        else:
+            self.assertEqual(dump_state(disk), dump_state(service.state))
+
+
+class PowerCutTest(StoreCase):
+    """At any moment the power fails: of what was not synced, any part may be gone."""
+
+    def live_on(self, disk: SimulatedDisk, rng: random.Random,
+                at_call: Callable[[int], None]) -> list[gipam.Change]:
+        """Live on the disk, and tell at each call how many changes have been acknowledged."""
+        self.write_files({})
+        acknowledged = 0
+        disk.watch = lambda: at_call(acknowledged)
+        service = begin(self.path, disk)
+        changes, _ = record(service)
+        tenant = Tenant(Direct(service), rng)
+        for step in range(45):
+            if step % 10 == 9:
+                fold(service)
+            else:
+                tenant.step()
+            acknowledged = len(changes)
+        fold(service, is_stopping=True)
+        at_call(acknowledged)
+        end(service)
+        return changes
+
+    def test_everything_acknowledged_is_there_after_a_power_cut(self) -> None:
+        for seed in seeds(2):
+            rng, images, disk = random.Random(seed), {}, SimulatedDisk()
+
+            def at_call(acknowledged: int, rng: random.Random = rng, images: dict[Any, int] = images,
+                        disk: SimulatedDisk = disk) -> None:
+                for files in (disk.after_kill(), *(disk.after_power_cut(rng) for _ in range(5))):
+                    images[tuple(sorted(files.items()))] = acknowledged
+
+            expected = pictures(self.live_on(disk, rng, at_call))
+            with self.subTest(GIPAM_TEST_SEED=seed):
+                for image, acknowledged in images.items():
+                    self.write_files(dict(image))
+                    state = recover(self.path)
+                    self.assertGreaterEqual(state.seq, acknowledged)
+                    self.assertEqual(dump_state(state), expected[state.seq])
+
+    def test_everything_seen_after_a_kill_is_there_after_a_power_cut(self) -> None:
+        """A reply of the second life may rest on what the first had written and not synced."""
+        seed = seeds(1)[0]
+        rng, disk, kills = random.Random(seed), SimulatedDisk(), []
+        self.live_on(disk, rng, lambda _: kills.append(copy.deepcopy(disk)))
+        for what, act in (
+            ("a grant", lambda client: client.request_pool("192.168.0.0/24")),
+            ("a release of nothing", lambda client: client.release_pool("10.2.0.0/24#0123456789abcdef")),
+        ):
+            with self.subTest(what, GIPAM_TEST_SEED=seed):
+                for disk in kills if IS_LONG else rng.sample(kills, 60):
+                    self.write_files(disk.after_kill())
+                    second = copy.deepcopy(disk)
+                    second.watch = lambda: None
+                    service = begin(self.path, second)
+                    act(Direct(service))
+                    end(service)
+                    for _ in range(4):
+                        self.write_files(second.after_power_cut(rng))
+                        self.assertEqual(dump_state(recover(self.path)), dump_state(service.state))
+
+    def test_lease_file_is_there_before_the_first_request(self) -> None:
+        disk = SimulatedDisk()
+        end(begin(self.path, disk))
+        for _ in range(20):
+            self.assertEqual(list(disk.after_power_cut(random.Random())), ["leases.json"])
+
+
+class RealDiskTest(StoreCase):
+    """A small tmpfs in a mount namespace of its own, and a real daemon on it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        if os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("nsenter"):
+            self.skipTest("needs to mount: run it as root, with util-linux")
+        holder = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs "$0" && echo && exec cat', self.make("disk")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(holder.communicate)
+        assert holder.stdout and holder.stderr
+        if not holder.stdout.readline():
+            self.skipTest(f"gets no mount namespace ({holder.stderr.read().decode().strip()}): run it privileged")
+        self.inside = ("nsenter", "-t", str(holder.pid), "-m", "--")
+        self.disk = f"/proc/{holder.pid}/root{self.directory}/disk"  # as seen from here
+        self.daemon = Daemon(self, "-v4", "10.2.0.0/16", "-file", f"{self.directory}/disk/leases.json",
+                             directory=self.directory, command=(*self.inside, *launcher(self.directory)), env=NO_DOCKER)
+
+    def make(self, name: str) -> str:
+        path = os.path.join(self.directory, name)
+        os.mkdir(path)
+        return path
+
+    def fill(self) -> None:
+        """Leave no byte free."""
+        with open(f"{self.disk}/filler", "ab", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(512))
+
+    def request_until_full(self, tenant: Tenant) -> str:
+        """Live on what room the last page has; return the error that ends it."""
+        pool_id = next(iter(tenant.pools))
+        for _ in range(1000):
+            try:
+                Tenant.request_address(tenant, pool_id)
+            except Refused as refusal:
+                self.assertEqual(refusal.status, 503)
+                return str(refusal)
+        raise AssertionError("the disk is not full")
+
+    def check(self, tenant: Tenant) -> None:
+        self.assertEqual(held(recover(f"{self.disk}/leases.json")), {
+            pool_id: sorted(addresses) for pool_id, addresses in tenant.pools.items()})
+
+    def test_full_disk_costs_errors_and_no_lease(self) -> None:
+        tenant = Tenant(self.daemon.start().client(), random.Random(1))
+        tenant.pools[tenant.client.request_pool(pool="10.2.0.0/16")[0]] = []
+        self.fill()
+        for end_daemon in (signal.SIGKILL, signal.SIGTERM):
+            self.assertRegex(self.request_until_full(tenant), "cannot write .*leases.json.journal.*: No space left")
+            self.check(tenant)
+            self.daemon.stop(end_daemon)
+            self.check(tenant)
+            tenant.client = self.daemon.start().client()  # also on a full disk
+        self.request_until_full(tenant)
+        os.unlink(f"{self.disk}/filler")
+        tenant.request_address(next(iter(tenant.pools)))
+        self.assertEqual(self.daemon.stop(), 0)
+        self.check(tenant)
+
+    def test_first_start_on_a_full_disk_names_the_file(self) -> None:
+        self.fill()
+        self.daemon.start(wait=False)
+        self.assertEqual(self.daemon.stop(0), 1)
+        self.assertRegex(self.daemon.read_log(), f"(?m)^gipam: {self.directory}/disk/leases.json.*: No space left on device")
+
+    def test_read_only_disk_is_named(self) -> None:
+        self.daemon.start().client().request_pool()
+        self.daemon.kill()
+        before = recover(f"{self.disk}/leases.json")
+        subprocess.run([*self.inside, "mount", "-o", "remount,ro", f"{self.directory}/disk"], check=True)
+        self.daemon.start(wait=False)
+        self.assertEqual(self.daemon.stop(0), 1)
+        self.assertRegex(self.daemon.read_log(), f"(?m)^gipam: {self.directory}/disk/leases.json.*: Read-only file system")
+        self.assertEqual(dump_state(recover(f"{self.disk}/leases.json")), dump_state(before))
+
+    def test_directory_that_is_gone_costs_errors_until_it_is_back(self) -> None:
+        daemon = Daemon(self, "-file", os.path.join(self.make("gone"), "leases.json"), directory=self.directory,
+                        command=launcher(self.directory), env=NO_DOCKER).start()
+        shutil.rmtree(os.path.join(self.directory, "gone"))
+        client = daemon.client()
+        with self.assertRaisesRegex(Refused, "cannot write .*gone/leases.json.journal.1: No such file"):
+            client.request_pool("10.9.0.0/24")
+        self.make("gone")
+        client.request_pool("10.9.0.0/24")  # it was not held, and is now
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(len(recover(os.path.join(self.directory, "gone", "leases.json")).pools), 1)
+        shutil.rmtree(os.path.join(self.directory, "gone"))
+        daemon.start(wait=False)
+        self.assertEqual(daemon.stop(0), 78)
+        self.assertIn("its directory is not there", daemon.read_log())
+
+    def test_disk_that_cannot_sync_ends_the_daemon_and_the_next_one_goes_on(self) -> None:
+        fail = ("def fail(fd):\n    raise OSError(5, 'Input/output error')\n"
+                "sync, calls = os.fdatasync, []\n"
+                "os.fdatasync = lambda fd: calls.append(fd) or (fail if len(calls) > 5 else sync)(fd)")
+        daemon = Daemon(self, directory=self.directory, command=launcher(self.directory, fail), env=NO_DOCKER).start()
+        client = daemon.client()
+        pools = {}
+        with self.assertRaisesRegex(Refused, r"cannot sync .*journal\.\d: Input/output error"):
+            for number in range(10):
+                pools[client.request_pool(f"10.9.{number}.0/24")[0]] = []
+        self.assertEqual(daemon.stop(0), 74)
+        daemon.command = launcher(self.directory)
+        daemon.start().client().request_pool("10.10.0.0/24")
+        daemon.kill()
+        self.assertLessEqual(pools.keys(), held(recover(self.path)).keys())
+
+
+# === Service ======================================================================================
+
+
+class ServiceCase(StoreCase):
+    """A service on watched calls, and threads to ask it from."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.service = self.begin()
+        self.client = Direct(self.service)
+        self.threads = concurrent.futures.ThreadPoolExecutor(32)
+        self.addCleanup(self.threads.shutdown)
+
+    def ask(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call in a thread; return when the call is queued for a flush, or has returned."""
+        queued = len(self.service.flusher)
+        future = self.threads.submit(function, *arguments, **options)
+        deadline = time.monotonic() + DEADLINE_S
+        while len(self.service.flusher) == queued and not future.done():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.001)
+        return future
+
+    def hold(self, note: str, function: Callable[..., Any], *arguments: Any,
+             **options: Any) -> tuple[Any, Callable[..., None]]:
+        """Call in a thread until it makes this file operation; return (future, let it go on)."""
+        come, go = self.calls.hold(note)
+        self.addCleanup(go)
+        future = self.threads.submit(function, *arguments, **options)
+        self.assertTrue(come.wait(DEADLINE_S), note)
+        return future, go
+
+    def assert_agreed(self) -> None:
+        """Check that a restart would find what is in memory."""
+        self.assertEqual(dump_state(recover(self.path)), dump_state(self.service.state))
+
+
+class GroupCommitTest(ServiceCase):
+    """One flush for all that came while the last one ran; no reply before it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.pool_id, _ = self.client.request_pool("10.9.0.0/24")
+        for address in ("10.9.0.2", "10.9.0.3"):
+            self.client.request_address(self.pool_id, address)
+
+    def test_every_reply_waits_for_all_that_its_decision_could_see(self) -> None:
+        pool_id, client = self.pool_id, self.client
+        first, go = self.hold("fdatasync journal.1", client.release_address, pool_id, "10.9.0.2")
+        futures = {
+            "a grant": self.ask(client.request_address, pool_id, "10.9.0.2"),
+            "a refusal": self.ask(client.request_address, pool_id, "10.9.0.2"),
+            "a release": self.ask(client.release_address, pool_id, "10.9.0.3"),
+            "the same again": self.ask(client.release_address, pool_id, "10.9.0.3"),
+            "an unknown pool": self.ask(client.release_pool, "10.8.0.0/24#0123456789abcdef"),
+            "a foreign id": self.ask(client.request_address, "nonsense"),
+            "an overlap": self.ask(client.request_pool, "10.9.0.0/16"),
+            "an adoption refused": self.ask(client.request_address, "10.9.0.0/16#0123456789abcdef"),
+            "a take-back of nothing": self.ask(self.service.take_back, gipam.Ticket(None, 0, lambda: None)),
+        }
+        made = self.calls.made[:]
+        for what, future in {"the first": first, **futures}.items():
+            self.assertFalse(future.done(), what)
+        go()
+        for future in (first, *futures.values()):
+            future.exception(DEADLINE_S)
+        self.assertEqual(self.calls.made[len(made):], ["pwrite journal.1", "fdatasync journal.1"])
+        refused = {what for what, future in futures.items() if future.exception()}
+        self.assertEqual(refused, {"a refusal", "a foreign id", "an overlap", "an adoption refused"})
+        self.assert_agreed()
+
+    def test_requests_during_a_flush_share_the_next_one(self) -> None:
+        first, go = self.hold("fdatasync journal.1", self.client.request_address, self.pool_id)
+        futures = [first, *(self.ask(self.client.request_address, self.pool_id) for _ in range(20))]
+        go()
+        self.assertEqual(len({future.result(DEADLINE_S) for future in futures}), 21)
+        with open(self.path + ".journal.1", "rb") as file:
+            lines = list(gipam.decode_lines(file.read(), is_last=True))
+        self.assertEqual([len(line.records) for line in lines[-2:]], [1, 20])
+        self.assert_agreed()
+
+    def queue_a_life(self) -> tuple[list[Any], Callable[..., None]]:
+        """Hold up a flush with a pool, queue what depends on it; return (futures, let go)."""
+        client, state = self.client, self.service.state
+        first, go = self.hold("pwrite journal.1", client.request_pool, gipam_name="web")
+        pool_id = list(state.pools)[-1]
+        futures = [first, self.ask(client.request_address, pool_id, mac="02:42:00:00:00:01"),
+                   self.ask(client.release_address, pool_id, "10.2.0.1"),
+                   self.ask(client.request_address, pool_id, "10.2.0.1"),
+                   self.ask(client.release_address, self.pool_id, "10.9.0.3"),
+                   self.ask(client.request_address, self.pool_id, "10.9.0.3", name="db"),
+                   self.ask(client.release_pool, pool_id), self.ask(client.request_pool, gipam_name="web"),
+                   self.ask(client.request_pool, "10.10.0.0/24", "10.10.0.0/28"),
+                   self.ask(client.request_pool, "10.10.0.0/24", "10.10.0.16/28"),
+                   self.ask(client.release_pool, "none"), self.ask(client.release_pool, self.pool_id),
+                   self.ask(client.request_pool, "10.9.0.0/24", gipam_name="web")]
+        return futures, go
+
+    def test_failed_flush_reverts_all_that_was_queued_newest_first(self) -> None:
+        before = copy.deepcopy(dump_state(self.service.state))
+        futures, go = self.queue_a_life()
+        self.assertEqual(self.service.state.seq, 3 + 12)
+        go(errno.ENOSPC)
+        for future in futures:
+            self.assertRegex(str(future.exception(DEADLINE_S)), "cannot write .*: No space left .*; nothing has changed")
+        self.assertEqual(dump_state(self.service.state), before)
+        self.assert_agreed()
+        self.client.request_address(self.pool_id)  # it serves on
+        self.assert_agreed()
+
+    def test_when_the_flush_succeeds_all_that_was_queued_does(self) -> None:
+        futures, go = self.queue_a_life()
+        go()
+        for future in futures:
+            self.assertIsNone(future.exception(DEADLINE_S))
+        self.assert_agreed()
+
+    def test_disk_that_cannot_sync_fails_all_and_whatever_comes_later(self) -> None:
+        lost = threading.Event()
+        service = begin(self.path, self.calls, lost.set)
+        self.addCleanup(end, service)
+        client, before = Direct(service), copy.deepcopy(dump_state(service.state))
+        first, go = self.hold("fdatasync journal.1", client.request_address, self.pool_id)
+        futures = [first, *(self.threads.submit(client.request_address, self.pool_id) for _ in range(3))]
+        go(errno.EIO)
+        for future in (*futures, self.threads.submit(client.release_pool, "none")):
+            self.assertRegex(str(future.exception(DEADLINE_S)), "cannot sync .*: Input/output error")
+        self.assertTrue(lost.wait(DEADLINE_S))
+        self.assertEqual(service.flusher.loss.exit_status, 74)
+        self.assertEqual(dump_state(service.state), before)
+
+
+class FoldTest(ServiceCase):
+    """Folding the journal into the lease file, while requests go on."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.pool_id, _ = self.client.request_pool("10.9.0.0/24")
+        self.client.request_address(self.pool_id)
+
+    def journals(self) -> list[str]:
+        return sorted(name.rpartition(".")[2] for name in glob.glob(self.path + ".journal.*"))
+
+    def test_no_request_waits_for_it(self) -> None:
+        for at, note in enumerate(("open tmp", "pwrite tmp", "fsync tmp", "replace tmp", "unlink journal.{}")):
+            with self.subTest(note):
+                folding, go = self.hold(note.format(at + 1), fold, self.service)
+                address = self.client.request_address(self.pool_id).partition("/")[0]
+                self.client.release_address(self.pool_id, address)
+                self.assert_agreed()
+                go()
+                self.assertTrue(folding.result(DEADLINE_S))
+                self.assert_agreed()
+                self.assertEqual(self.journals(), [str(at + 2)])
+
+    def test_crash_at_any_call_of_a_fold_is_harmless(self) -> None:
+        expected = dump_state(self.service.state)
+        images: list[dict[str, bytes]] = []
+        call = self.calls._call
+
+        def photograph(name: str, *arguments: Any) -> Any:
+            images.append(self.read_files())
+            return call(name, *arguments)
+
+        with mock.patch.object(self.calls, "_call", photograph):
+            fold(self.service)
+            fold(self.service)
+            fold(self.service, is_stopping=True)
+        self.assertGreater(len(images), 40)
+        for number, image in enumerate(images):
+            with self.subTest(number=number, files=sorted(image)):
+                self.write_files(image)
+                self.assertEqual(dump_state(recover(self.path)), expected)
+
+    def test_it_runs_beside_any_load(self) -> None:
+        seed = seeds(1)[0]
+        changes, _ = record(self.service)
+        base, stop = recover(self.path), threading.Event()
+        tenants = [Tenant(self.client, random.Random(seed + number), number, (self.pool_id,)) for number in range(4)]
+
+        def live(tenant: Tenant) -> None:
+            while not stop.is_set():
+                tenant.step()
+
+        futures = [self.threads.submit(live, tenant) for tenant in tenants]
+        for _ in range(300 if IS_LONG else 60):
+            self.assertTrue(fold(self.service))
+        stop.set()
+        with self.subTest(GIPAM_TEST_SEED=seed):
+            for future in futures:
+                future.result(DEADLINE_S)
+            self.assertEqual(len(self.journals()), 1)
+            self.assert_agreed()
+            for change in changes:
+                base.apply(change)
+            self.assertEqual(dump_state(base), dump_state(self.service.state))
+
+    def test_it_is_due_when_the_journal_is_longer_than_the_snapshot(self) -> None:
+        setattr(self.service, "fold", lambda: fold(self.service))  # noqa: B010 - the real one again
+        with mock.patch.object(gipam, "MIN_FOLD_BYTES", 1000):
+            for number in itertools.count():
+                self.client.release_address(self.pool_id, self.client.request_address(self.pool_id).partition("/")[0])
+                if self.journals()[-1] >= "4":
+                    break
+                self.assertLess(number, 10_000)
+        setattr(self.service, "fold", lambda: True)  # noqa: B010
+        fold(self.service)  # after the one that may be under way
+        self.assert_agreed()
+
+    def test_at_a_clean_stop_the_lease_file_stands_alone(self) -> None:
+        self.assertTrue(fold(self.service, is_stopping=True))
+        self.assertEqual(os.listdir(self.directory), ["leases.json"])
+        self.assertNotIn(b'"Journal"', self.read_files()["leases.json"])
+        self.assert_agreed()
+        fold(self.service)  # one that was due already
+        self.assertEqual(os.listdir(self.directory), ["leases.json"])
+
+    def test_what_is_granted_beside_the_fold_at_the_stop_is_not_lost(self) -> None:
+        for note in ("open tmp", "fsync tmp", "unlink journal.1"):
+            with self.subTest(note):
+                self.write_files({})
+                self.service = self.begin()
+                client = Direct(self.service)
+                pool_id, _ = client.request_pool("10.9.0.0/24")
+                folding, go = self.hold(note, fold, self.service, is_stopping=True)
+                late = self.threads.submit(client.request_address, pool_id)
+                late.exception(DEADLINE_S)
+                go()
+                folding.result(DEADLINE_S)
+                if not late.exception():  # it may as well be refused
+                    self.assertEqual(held(recover(self.path)), held(self.service.state))
+
+    def test_fold_that_fails_costs_nothing(self) -> None:
+        for note, is_stopping in itertools.product(("open tmp", "fsync tmp", "replace tmp"), (False, True)):
+            with self.subTest(note, is_stopping=is_stopping):
+                folding, go = self.hold(note, fold, self.service, is_stopping)
+                go(errno.ENOSPC)
+                self.assertFalse(folding.result(DEADLINE_S))
+                self.assert_agreed()
+                if is_stopping:
+                    self.service = self.begin()
+                    self.client = Direct(self.service)
+                self.client.request_address(self.pool_id)
+                self.assert_agreed()
+
+
+class TakeBackTest(ServiceCase):
+    """A reply that never arrived is undone, by sequence number: a late one never touches a successor."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.pool_id, _ = self.client.request_pool("10.9.0.0/24")
+
+    def ticket_of(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> gipam.Ticket:
+        function(*arguments, **options)
+        assert self.client.ticket
+        return self.client.ticket
+
+    def test_what_was_granted_is_released(self) -> None:
+        before = held(self.service.state)
+        for function, arguments in ((self.client.request_address, (self.pool_id,)), (self.client.request_pool, ())):
+            self.service.take_back(self.ticket_of(function, *arguments))
+            self.assertEqual(held(self.service.state), before)
+            self.assert_agreed()
+
+    def test_successor_and_releases_are_left_alone(self) -> None:
+        client, pool_id, address = self.client, self.pool_id, "10.9.0.7"
+        other_id = client.request_pool("10.10.0.0/24")[0]
+        gone: Any = self.ticket_of(client.request_pool, "10.11.0.0/24")
+
+        def readopt() -> None:
+            client.release_pool(other_id)
+            client.request_address(other_id, "10.10.0.9")
+
+        def reassign() -> None:
+            client.release_address(pool_id, address)
+            client.request_address(pool_id, address, name="successor")
+
+        for what, ticket, then in (
+            ("an address that another has now", self.ticket_of(client.request_address, pool_id, address), reassign),
+            ("an address that is gone", self.ticket_of(client.request_address, pool_id, "10.9.0.8"),
+             lambda: client.release_address(pool_id, "10.9.0.8")),
+            ("a pool that was adopted again", self.ticket_of(client.request_address, other_id, "10.10.0.9"), readopt),
+            ("a release", self.ticket_of(client.release_address, other_id, "10.10.0.9"), lambda: None),
+            ("a pool that is gone", gone, lambda: client.release_pool(gone.change.pool_id)),
+        ):
+            with self.subTest(what):
+                then()
+                before = copy.deepcopy(dump_state(self.service.state))
+                self.service.take_back(ticket)
+                self.service.take_back(ticket)
+                self.assertEqual(dump_state(self.service.state), before)
+                self.assert_agreed()
+
+
+class AdoptionTest(ServiceCase):
+    """An id that Docker has and the lease file has not."""
+
+    def test_unknown_pool_is_adopted_with_its_address_in_one_flush(self) -> None:
+        for pool_id, cidr in (("10.9.0.0/24#0123456789abcdef", "10.9.0.5/24"),
+                              ("10.8.0.0/24,10.8.0.16/28#0123456789abcdef", "10.8.0.20/24"),
+                              ("2001:db8:0:105::/64#0123456789abcdef", "2001:db8:0:105::9/64")):
+            with self.subTest(pool_id):
+                made = self.calls.made.count("fdatasync journal.1")
+                self.assertEqual(self.client.request_address(pool_id, cidr.partition("/")[0]), cidr)
+                self.assertEqual(self.client.request_address(pool_id).partition("/")[2], cidr.partition("/")[2])
+                self.assertLessEqual(self.calls.made.count("fdatasync journal.1") - made, 3)
+                self.assert_agreed()
+
+    def test_error_leaves_state_and_disk_as_they_were(self) -> None:
+        self.client.request_pool("10.9.0.0/24")
+        before, files = copy.deepcopy(dump_state(self.service.state)), self.read_files()
+        for pool_id, address, pattern in (
+            ("10.8.0.0/24#0123456789abcdef", "10.7.0.1", "requested address is out of range"),
+            ("10.8.0.0/24#0123456789abcdef", "10.8.0.0", "Address already in use: .* reserved"),
+            ("10.8.0.0/24#0123456789abcdef", "2001:db8::1", "invalid address"),
+            ("10.9.0.0/24#0123456789abcdef", "", "nor adopt it: Pool overlaps"),
+            ("10.9.0.0/24,10.9.0.0/28#0123456789abcdef", "", "nor adopt it: Pool overlaps"),
+            ("10.8.0.0/24,10.9.0.0/28#0123456789abcdef", "", "nor adopt it: invalid address subpool"),
+            ("10.8.0.1/24#0123456789abcdef", "", "cannot find address pool"), ("1234", "", "cannot find address pool"),
+        ):
+            with self.subTest(pool_id=pool_id, address=address):
+                with self.assertRaisesRegex(Refused, pattern):
+                    self.client.request_address(pool_id, address)
+                self.assertEqual(dump_state(self.service.state), before)
+                self.assertEqual(self.read_files(), files)
+
+    def test_failed_flush_reverts_the_adoption_with_the_address(self) -> None:
+        self.client.request_pool("10.9.0.0/24")
+        before = copy.deepcopy(dump_state(self.service.state))
+        future, go = self.hold("pwrite journal.1", self.client.request_address, "10.8.0.0/24#0123456789abcdef")
+        go(errno.ENOSPC)
+        self.assertRegex(str(future.exception(DEADLINE_S)), "No space left")
+        self.assertEqual(dump_state(self.service.state), before)
+        self.assert_agreed()
+
+
+class Load:
+    """Tenants on a daemon, each in a thread with a connection of its own."""
+
+    def __init__(self, test: StoreCase, daemon: Daemon, clients: int, seed: int) -> None:
+        self.test, self.daemon = test, daemon
+        client = daemon.client()
+        shared = (client.request_pool()[0], client.request_pool(v6=True)[0])
+        self.tenants = [Tenant(client, random.Random(seed + number), number, shared) for number in range(clients)]
+        self.stop, self.is_dying = threading.Event(), threading.Event()
+        self.failures: list[BaseException] = []
+        self.threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        self.stop.clear()
+        self.is_dying.clear()
+        self.threads = [threading.Thread(target=self._live, args=(tenant,)) for tenant in self.tenants]
+        for thread in self.threads:
+            thread.start()
+
+    def wait_for(self, replies: int) -> None:
+        """Wait for so many replies more, or the first failure."""
+        deadline, goal = time.monotonic() + DEADLINE_S, self.replies() + replies
+        while self.replies() < goal and not self.failures and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def replies(self) -> int:
+        return sum(tenant.replies for tenant in self.tenants)
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join(DEADLINE_S)
+        self.test.assertEqual(self.failures, [], self.daemon.read_log()[-2000:])
+        self.test.assertFalse(any(thread.is_alive() for thread in self.threads))
+
+    def _live(self, tenant: Tenant) -> None:
+        tenant.client = client = Client(self.daemon.socket)
+        try:
+            while not self.stop.is_set():
+                tenant.step()
+        except (OSError, http.client.HTTPException) as error:
+            if not self.is_dying.is_set():
+                self.failures.append(error)
+        except BaseException as error:
+            self.failures.append(error)
+        finally:
+            client.close()
+
+    def reconcile(self, state: gipam.State) -> None:
+        """Check that the disk has all that was acknowledged, nothing twice, and beyond that only
+        what the calls that were not answered explain; then let the tenants know how those ended."""
+        on_disk = {(pool_id, address) for pool_id, addresses in held(state).items() for address in ("", *addresses)}
+        known = [(pool_id, address) for tenant in self.tenants for pool_id, addresses in tenant.pools.items()
+                 for address in addresses]
+        self.test.assertEqual(len(known), len(set(known)), "an address was given twice")
+        known += [(pool_id, "") for tenant in self.tenants for pool_id in tenant.pools]
+        surplus, gone = on_disk - set(known), []
+        for pool_id, address in set(known) - on_disk:
+            owner = next(tenant for tenant in self.tenants if pool_id in tenant.pools
+                         and address in ("", *tenant.pools[pool_id]))
+            self.test.assertIn(owner.pending, (("release_pool", pool_id), ("release_address", pool_id, address)),
+                               f"{pool_id} {address} was acknowledged, and is lost")
+            if address:
+                owner.pools[pool_id].remove(address)
+            elif owner.pending[0] == "release_pool":
+                gone.append((owner, pool_id))
+        for owner, pool_id in gone:
+            del owner.pools[pool_id]
+        for pool_id, address in sorted(surplus):
+            call = ("request_address", pool_id) if address else ("request_pool",)
+            heirs = [tenant for tenant in self.tenants if tenant.pending == call]
+            self.test.assertTrue(heirs, f"nobody asked for {pool_id} {address}")
+            heirs[0].pending = ()
+            heirs[0].pools.setdefault(pool_id, []).extend([address] if address else [])
+
+
+class KillTest(StoreCase):
+    """A real daemon under load."""
+
+    def start(self, clients: int, seed: int) -> Load:
+        quick = "gipam.MIN_FOLD_BYTES, gipam.FOLD_PATIENCE_S = 2000, 0.01"  # a fold each few dozen requests
+        self.daemon = Daemon(self, "-v4", "10.2.0.0/16", "-v6", "2001:db8:0:100::/56", directory=self.directory,
+                             command=launcher(self.directory, quick), env=NO_DOCKER).start()
+        return Load(self, self.daemon, clients, seed)
+
+    def test_no_kill_under_load_loses_or_doubles_a_lease(self) -> None:
+        seed = seeds(1)[0]
+        rng = random.Random(seed)
+        kills = 500 if IS_LONG else 50 if os.environ.get("GIPAM_CI") == "1" else 20
+        load = self.start(16 if IS_LONG else 8, seed)
+        with self.subTest(GIPAM_TEST_SEED=seed):
+            for _ in range(kills):
+                load.start()
+                load.wait_for(rng.randrange(400))
+                load.is_dying.set()
+                self.daemon.kill()
+                load.join()
+                load.reconcile(recover(self.path))
+                self.daemon.start()
+            load.start()
+            load.wait_for(200)
+            load.stop.set()
+            load.join()
+            before = recover(self.path)
+            self.assertEqual(self.daemon.stop(), 0)  # now the lease file has what was in memory
+            self.assertEqual(sorted(os.listdir(self.directory)), ["leases.json", "leases.json.lock", "log"])
+            load.reconcile(recover(self.path))
+            self.assertEqual(dump_state(recover(self.path)), dump_state(before))
+
+    def test_nothing_grows_that_should_not(self) -> None:
+        seed, clients, for_s = seeds(1)[0], 8, 600.0 if IS_LONG else 10.0
+        load = self.start(clients, seed)
+        load.start()
+        figures, started = [], time.monotonic()
+        while time.monotonic() < started + for_s and not load.failures:
+            load.stop.wait(0.1)
+            figures.append(self.measure())
+        load.stop.set()
+        load.join()
+        early, late = figures[len(figures) // 3], figures[-1]
+        with self.subTest(GIPAM_TEST_SEED=seed, replies=load.replies(), early=early, late=late):
+            self.assertGreater(load.replies(), 100 * for_s)
+            self.assertLess(late["kB"], 1.1 * early["kB"] + 4096)
+            self.assertLessEqual(max(it["threads"] for it in figures), clients + 8)
+            self.assertLessEqual(max(it["descriptors"] for it in figures), clients + 16)
+            self.assertLess(max(it["bytes"] for it in figures), 1 << 20)
+        if IS_LONG:
+            print(f"soak: {load.replies()} replies in {for_s:g} s; after a third {early}, at the end {late}")
+
+    def measure(self) -> dict[str, int]:
+        """Return memory, threads and descriptors of the daemon, and the size of its files."""
+        assert self.daemon.process
+        process = f"/proc/{self.daemon.process.pid}"
+        with open(process + "/status", encoding="ascii") as file:
+            status = dict(line.split(":", 1) for line in file)
+        size = 0
+        for name in glob.glob(self.path + "*"):
+            with contextlib.suppress(FileNotFoundError):
+                size += os.path.getsize(name)
+        return {"kB": int(status["VmRSS"].split()[0]), "threads": int(status["Threads"]), "bytes": size,
+                "descriptors": len(os.listdir(process + "/fd"))}
+
+
+# === Protocol =====================================================================================
+#
+# One contract, several stages: the same cases run on dispatch() in memory, on dispatch() with the
+# lease file opened anew all the time, and on a real daemon over its UNIX socket and over TCP.
+# Where a test of moby stands behind a case, its name opens the docstring; built-in is its IPAM.
+
+CASES_V4, CASES_V6 = "198.18.0.0/16", "2001:db8:0:100::/56"  # RFC 2544, 3849: no route of the host
+RANDOM_SEED = os.environ.get("GIPAM_TEST_SEED") or str(random.randrange(1 << 32))
+if TYPE_CHECKING:
+    Mixin = unittest.TestCase
+else:
+    Mixin = object
+
+
+class Caller(Client):
+    """A client of whatever stage."""
+
+    def __init__(self) -> None:  # the stages have different connections, or none
+        pass
+
+    def post(self, path: str, body: bytes, verb: str = "POST") -> tuple[int, Any]:
+        """Return (status, decoded reply)."""
+        raise NotImplementedError
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        status, reply = self.post("/" + method, json.dumps(arguments).encode() if arguments
+                                  else b"")
+        if status != 200:
+            raise Refused(status, reply["Error"])
+        return reply
+
+    def state(self) -> Any:
+        """Return all that the driver holds; each change moves its seq."""
+        return self.post("/status?leases=1", b"", "GET")[1]
+
+    def close(self) -> None:
+        pass
+
+
+class InMemory(Caller):
+    """dispatch() without a socket, on a lease file."""
+
+    def __init__(self, path: str, proc: str = "/nonexistent", **options: str) -> None:
+        self.path, self.proc = path, proc
+        self.options = options or {"v4": CASES_V4, "v6": CASES_V6}
+        with open(path, "w", encoding="ascii") as file:
+            file.write("{}")  # of the Go program, which held nothing
+        self.open()
+
+    def open(self) -> None:
+        settings = gipam.read_settings({}, argparse.Namespace(file=self.path, **self.options))
+        store, state = gipam.Store(self.path), gipam.make_state(gipam.build_config(settings))
+        gipam.recover(store, gipam.read_lease_file(store, settings), state)
+        self.service = gipam.Service(store, state, {}, self.proc)
+        setattr(self.service, "fold", lambda: True)  # noqa: B010 - what the folder thread calls
+
+    def post(self, path: str, body: bytes, verb: str = "POST") -> tuple[int, Any]:
+        reply = gipam.dispatch(self.service, verb, path, body)
+        return reply.status, json.loads(reply.body)
+
+
+class Reopened(InMemory):
+    """The same, but time and again with what is on disk: after a crash, or after a clean stop."""
+
+    calls = 0
+
+    def post(self, path: str, body: bytes, verb: str = "POST") -> tuple[int, Any]:
+        self.calls += 1
+        if self.calls % 20 == 0 or "Pool" in path:
+            if self.calls % 2:
+                gipam.Service.fold(self.service, is_stopping=True)
+            self.open()
+        return super().post(path, body, verb)
+
+
+class OverSocket(Caller):
+    """A real daemon, over one kept connection."""
+
+    def __init__(self, connection: http.client.HTTPConnection) -> None:
+        self.http = connection
+
+    def post(self, path: str, body: bytes, verb: str = "POST") -> tuple[int, Any]:
+        self.http.request(verb, path, body)
+        reply = self.http.getresponse()
+        return reply.status, json.loads(reply.read())
+
+    def close(self) -> None:
+        self.http.close()
+
+
+class TcpDaemon(Daemon):
+    """A real gipam.py process on a loopback port that the kernel chose."""
+
+    def __init__(self, test: unittest.TestCase, *options: str, **details: Any) -> None:
+        super().__init__(test, "-unix=false", "-address", "127.0.0.1:0", *options, **details)
+        self.spec = os.path.join(self.directory, "gipam.spec")
+        self.options += ["-spec", self.spec]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Return where it listens, as its plugin file says."""
+        with open(self.spec, encoding="ascii") as spec:
+            host, port = spec.read().strip().replace("tcp://", "").rsplit(":", 1)
+        return host.strip("[]"), int(port)
+
+    def is_answering(self) -> bool:
+        try:
+            socket.create_connection(self.address).close()
+        except (OSError, ValueError):
+            return False
+        return True
+
+
+class Stage:
+    """Where cases run: open() returns a client of it, clients() returns several, for threads."""
+
+    @classmethod
+    def open(cls, keeper: unittest.TestCase) -> Caller:
+        raise NotImplementedError
+
+    @classmethod
+    def clients(cls, count: int) -> list[Caller]:
+        raise NotImplementedError
+
+
+class MemoryStage(Stage):
+    kind: type[InMemory] = InMemory
+    memory: InMemory
+
+    @classmethod
+    def open(cls, keeper: unittest.TestCase) -> Caller:
+        directory = tempfile.mkdtemp(prefix="gipam-")
+        keeper.addCleanup(shutil.rmtree, directory, ignore_errors=True)
+        silence = logging.NullHandler()  # else what is refused is printed
+        gipam.log.addHandler(silence)
+        keeper.addCleanup(gipam.log.removeHandler, silence)
+        cls.memory = cls.kind(os.path.join(directory, "leases.json"))
+        return cls.memory
+
+    @classmethod
+    def clients(cls, count: int) -> list[Caller]:
+        return [cls.memory] * count
+
+
+class ReopenedStage(MemoryStage):
+    kind = Reopened
+
+
+class UnixStage(Stage):
+    daemon: Daemon
+
+    @classmethod
+    def open(cls, keeper: unittest.TestCase) -> Caller:
+        cls.daemon = Daemon(keeper, "-v4", CASES_V4, "-v6", CASES_V6).start()
+        return cls.clients(1)[0]
+
+    @classmethod
+    def clients(cls, count: int) -> list[Caller]:
+        return [OverSocket(UnixConnection(cls.daemon.socket)) for _ in range(count)]
+
+
+class TcpStage(Stage):
+    daemon: TcpDaemon
+
+    @classmethod
+    def open(cls, keeper: unittest.TestCase) -> Caller:
+        cls.daemon = TcpDaemon(keeper, "-v4", CASES_V4, "-v6", CASES_V6)
+        cls.daemon.start()
+        return cls.clients(1)[0]
+
+    @classmethod
+    def clients(cls, count: int) -> list[Caller]:
+        return [OverSocket(http.client.HTTPConnection(*cls.daemon.address, timeout=DEADLINE_S))
+                for _ in range(count)]
+
+
+class StageCases(Mixin):
+    """Cases that share the stage of their class; each leaves nothing held behind."""
+
+    stage: type[Stage]
+    caller: Caller
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        keeper = unittest.TestCase()
+        cls.addClassCleanup(keeper.doCleanups)
+        cls.caller = cls.stage.open(keeper)
+        cls.addClassCleanup(cls.caller.close)
+
+    def setUp(self) -> None:
+        self.random = random.Random(RANDOM_SEED)
+
+    def pool(self, subnet: str = "", sub_pool: str = "", v6: bool = False, **options: str) -> str:
+        """Return the id of a pool that goes with the test."""
+        pool_id = self.caller.request_pool(subnet, sub_pool, v6, **options)[0]
+        self.addCleanup(self.caller.release_pool, pool_id)
+        return pool_id
+
+    def dynamic(self, pool: str = "", v6: bool = False, **options: str) -> str:
+        """Return the subnet that a network which names none gets; it goes with the test."""
+        pool_id, subnet = self.caller.request_pool(pool, "", v6, **options)
+        self.addCleanup(self.caller.release_pool, pool_id)
+        return subnet
+
+    def take(self, pool_id: str, count: int) -> list[str]:
+        return [self.caller.request_address(pool_id) for _ in range(count)]
+
+    def take_all(self, pool_id: str) -> list[str]:
+        """Return what the pool gives until it refuses."""
+        taken = []
+        with self.assertRaisesRegex(Refused, "^no available addresses on this pool: "):
+            while True:
+                taken.append(self.caller.request_address(pool_id))
+        return taken
+
+    def assert_refused(self, text: str, function: Callable[..., Any], *arguments: Any,
+                       **named: Any) -> None:
+        """Check that the call is refused with this beginning, and changes nothing."""
+        before = self.caller.state()
+        with self.assertRaises(Refused) as caught:
+            function(*arguments, **named)
+        self.assertEqual(str(caught.exception)[:len(text)], text)
+        self.assertEqual(self.caller.state(), before)
+
+
+OVERLAPPING = "Pool overlaps with other one on this address space: "  # moby ipamapi/contract.go
+IN_USE, OUT_OF_RANGE = "Address already in use: ", "requested address is out of range: "
+
+OVERLAPS = (  # held, asked for
+    ("10.0.0.0/8", "10.0.0.0/8"), ("16.0.0.0/4", "17.11.66.0/23"), ("128.0.0.0/1", "182.16.0.0/15"),
+    ("128.0.0.0/2", "128.0.0.0/1"), ("64.0.0.0/6", "64.0.0.0/3"), ("112.0.0.0/6", "112.0.0.0/4"),
+    ("192.0.0.0/2", "128.0.0.0/1"), ("95.0.0.0/8", "92.0.0.0/6"),
+    ("10.3.255.255/32", "10.3.0.0/16"),
+    ("10.0.0.0/8", "8.0.0.0/6"), ("25.173.144.0/20", "16.0.0.0/4"), ("10.0.0.0/8", "10.0.0.0/6"),
+    ("10.0.0.0/8", "10.255.255.255/30"), ("10.4.0.0/31", "10.4.0.1/32"),
+    ("8000::/1", "8fe8:e7c4:5779::/49"), ("f000::/4", "ffc7:6000::/19"), ("4000::/3", "4000::/2"),
+    ("c000::/2", "8000::/1"), ("cf80::/9", "c000::/4"), ("fc00::1/128", "fc00::/7"),
+    ("9287:2e20:5134:fab6:9061:a0c6:bfe3:9400/119", "8000::/1"),
+    ("2001:db8::/48", "2001:db8::1/48"),
+)
+DISJOINT = (
+    ("10.0.0.0/8", "11.0.0.0/8"), ("74.0.0.0/7", "9.111.99.72/30"),
+    ("110.192.0.0/10", "16.0.0.0/10"), ("10.5.0.0/31", "10.5.0.2/31"),
+    ("10.6.0.0/32", "10.6.0.1/32"), ("128.0.0.0/1", "96.0.0.0/3"), ("8000::/1", "4000::/2"),
+    ("2001:db8::/48", "2001:db8:1::/48"), ("fd00::/64", "fd00:0:0:1::/64"),
+)
+
+
+class ConformanceCases(StageCases):
+    """What moby tests of its own IPAM."""
+
+    # -- allocator_test.go: pools
+
+    def test_pool_id_tells_subnet_and_range_and_never_comes_again(self) -> None:
+        """TestKeyString. The built-in's ids come again; here a late release is harmless."""
+        whole = self.pool("172.27.0.0/16")
+        self.caller.release_pool(whole)
+        again = self.pool("172.27.0.0/16")
+        self.assertNotEqual(again, whole)
+        self.caller.release_pool(whole)  # late, and once more
+        self.assertEqual(self.caller.request_address(again), "172.27.0.1/16")
+        self.caller.release_pool(again)
+        for sub_pool in ("172.27.3.0/24", "172.27.4.0/24"):
+            pool_id = self.pool("172.27.0.0/16", sub_pool)
+            self.assertEqual(gipam.parse_pool_id(pool_id),
+                             tuple(map(gipam.parse_prefix, ("172.27.0.0/16", sub_pool))))
+
+    def test_subnet_is_held_once(self) -> None:
+        """TestAddSubnets. The built-in lets a range of what is held whole through (moby#46756)."""
+        self.pool("10.0.0.0/8")
+        self.pool("1003:1:2:3:4:5:6::/112", v6=True)
+        for subnet, sub_pool in (("10.0.0.0/8", ""), ("10.128.0.0/9", ""), ("10.20.2.0/24", ""),
+                                 ("10.0.0.0/8", "10.128.0.0/9"), ("1003:1:2:3::/64", "")):
+            with self.subTest(subnet=subnet, sub_pool=sub_pool):
+                self.assert_refused(OVERLAPPING, self.caller.request_pool, subnet, sub_pool)
+
+    def test_double_release_of_a_pool_succeeds(self) -> None:
+        """TestDoublePoolRelease. The built-in refuses the second; dockerd only logs that."""
+        pool_id = self.pool("10.0.0.0/8")
+        self.caller.release_pool(pool_id)
+        before = self.caller.state()
+        self.assertEqual(self.caller.call("IpamDriver.ReleasePool", PoolID=pool_id), {})
+        self.assertEqual(self.caller.state(), before)
+
+    def test_subnet_goes_with_its_last_range(self) -> None:
+        """TestAddReleasePoolID, where a whole subnet and its range live side by side."""
+        ranges = [self.pool("10.0.0.0/8", sub_pool) for sub_pool in ("10.0.0.0/16", "10.1.0.0/16")]
+        for pool_id in ranges:
+            self.assert_refused(OVERLAPPING, self.caller.request_pool, "10.0.0.0/8")
+            self.caller.release_pool(pool_id)
+        self.caller.release_pool(self.pool("10.0.0.0/8"))
+        self.pool("10.0.0.0/8")
+
+    def test_networks_without_a_subnet_get_different_ones(self) -> None:
+        """TestPredefinedPool. And next-fit: the built-in gives a released block at once."""
+        for v6, length in ((False, "/24"), (True, "/64")):
+            first, second = self.dynamic(v6=v6), self.caller.request_pool(v6=v6)
+            self.caller.release_pool(second[0])
+            third = self.dynamic(v6=v6)
+            self.assertEqual(len({first, second[1], third}), 3)
+            self.assertTrue(first.endswith(length) and third.endswith(length))
+
+    def test_dynamic_pool_is_not_repeated_until_it_is_released(self) -> None:
+        """Protocol.md 3.3: dockerd keeps what it rejects and asks again, without limit."""
+        given = [self.dynamic(gipam_v4ab="20") for _ in range(16)]
+        self.assertEqual(sorted(given), sorted(f"198.18.{16 * at}.0/20" for at in range(16)))
+        for _ in range(3):
+            self.assert_refused("all predefined address pools have been fully subnetted: ",
+                                self.caller.request_pool, gipam_v4ab="20")
+
+    def test_size_hints(self) -> None:
+        """TestPredefinedPoolWithPreferredSubnetSize."""
+        given = [self.dynamic("0.0.0.0/24"), self.dynamic(), self.dynamic("0.0.0.0/25"),
+                 self.dynamic("::/72"), self.dynamic("::/72", v6=True),
+                 self.dynamic(gipam_v4ab="26"),
+                 self.dynamic(v6=True, gipam_v6ab="80")]
+        networks = [gipam.parse_prefix(subnet) for subnet in given]
+        self.assertEqual([network.prefixlen for network in networks], [24, 24, 25, 72, 72, 26, 80])
+        for one, other in itertools.combinations(networks, 2):
+            self.assertFalse(one.version == other.version and one.overlaps(other), (one, other))
+        for hint in ("/24", "0.0.0.0/AB", "0.0.0.0/33", "0.0.0.0/0", "0.0.0.0/32", "0.0.0.0",
+                     "::/129", "::/0"):
+            with self.subTest(hint=hint):
+                self.assert_refused("invalid address pool: ", self.caller.request_pool, hint)
+
+    def test_pools_of_both_families_are_released(self) -> None:
+        """TestRemoveSubnet."""
+        for _ in range(2):
+            pools = [self.pool(subnet, v6=":" in subnet) for subnet in (
+                "192.168.0.0/16", "172.17.0.0/16", "10.0.0.0/8", "203.0.113.0/24",
+                "2001:db8:1:2:3:4:ffff::/112",
+                "2001:db8:1:2:3:4:5::/112", "fd00::/8", "2001:db8:2::/48")]
+            for pool_id in pools:
+                self.caller.release_pool(pool_id)
+
+    def test_ranges_of_one_subnet_share_it(self) -> None:
+        """TestRequestFromSamePool, and protocol.md 5.2: no address is held in two of them."""
+        first = self.pool("10.0.0.0/8", "10.10.0.0/16")
+        self.assert_refused(OVERLAPPING, self.caller.request_pool, "10.0.0.0/8", "10.10.0.0/16")
+        inside = self.pool("10.0.0.0/8", "10.10.0.0/17")
+        beside = self.pool("10.0.0.0/8", "10.11.0.0/16")
+        taken = self.take(first, 2) + self.take(inside, 2) + self.take(beside, 1)
+        self.assertEqual(taken, [f"10.10.0.{at}/8" for at in range(4)] + ["10.11.0.0/8"])
+        self.assert_refused(IN_USE, self.caller.request_address, beside, "10.10.0.0")
+
+    def test_range_that_is_its_whole_subnet(self) -> None:
+        """TestGetAddressSubPoolEqualPool."""
+        self.assertEqual(self.take(self.pool("172.18.0.0/16", "172.18.0.0/16"), 1),
+                         ["172.18.0.1/16"])
+
+    def test_overlapping_requests(self) -> None:
+        """TestOverlappingRequests. Host bits are cleared; what begins at zero is a size hint."""
+        for held, asked in OVERLAPS + DISJOINT:
+            with self.subTest(held=held, asked=asked):
+                pools = [self.caller.request_pool(held)]
+                if (held, asked) in OVERLAPS:
+                    self.assert_refused(OVERLAPPING, self.caller.request_pool, asked)
+                else:
+                    pools.append(self.caller.request_pool(asked))
+                for pool_id, subnet in pools:
+                    self.assertEqual(str(gipam.parse_prefix(subnet)), subnet)
+                    self.caller.release_pool(pool_id)
+
+    # -- allocator_test.go: addresses
+
+    def test_address_is_given_once(self) -> None:
+        """TestGetSameAddress; gateways included, a repeated one too."""
+        pool_id = self.pool("192.168.100.0/24")
+        self.assertEqual(self.caller.request_address(pool_id, "192.168.100.250"),
+                         "192.168.100.250/24")
+        self.assert_refused(IN_USE, self.caller.request_address, pool_id, "192.168.100.250")
+        self.assertEqual(self.caller.request_address(pool_id, gateway=True), "192.168.100.1/24")
+        for gateway in (False, True):
+            self.assert_refused(IN_USE, self.caller.request_address, pool_id, "192.168.100.1",
+                                gateway=gateway)
+
+    def test_range_is_used_up_and_refilled(self) -> None:
+        """TestRequestReleaseAddressFromSubPool: first and last of a range are ordinary."""
+        pool_id = self.pool("172.28.0.0/16", "172.28.30.0/24")
+        self.assertEqual(self.take_all(pool_id), [f"172.28.30.{at}/16" for at in range(256)])
+        self.caller.release_address(pool_id, "172.28.30.97")
+        self.assertEqual(self.take(pool_id, 1), ["172.28.30.97/16"])
+        self.pool("10.0.0.0/8", "10.0.0.0/16")  # beside it the built-in has 10.0.0.0/16 itself
+        self.assert_refused(OVERLAPPING, self.caller.request_pool, "10.0.0.0/16", "10.0.0.0/24")
+
+    def test_released_addresses_rest(self) -> None:
+        """TestSerializeRequestReleaseAddressFromSubPool: next-fit, in the built-in for swarm only.
+
+        TestRequestReleaseAddressFromSubPool has .0 and then .1 at once, where here .3 and .4 come.
+        """
+        pool_id = self.pool("10.2.0.0/16", "10.2.2.0/29")
+        self.assertEqual(self.caller.request_address(pool_id, "10.2.2.1"), "10.2.2.1/16")
+        self.assertEqual(self.take(pool_id, 2), ["10.2.2.0/16", "10.2.2.2/16"])
+        self.caller.release_address(pool_id, "10.2.2.0")
+        self.assertEqual(self.take(pool_id, 1), ["10.2.2.3/16"])
+        self.caller.release_address(pool_id, "10.2.2.1")
+        self.assertEqual(self.take_all(pool_id), [f"10.2.2.{at}/16" for at in (4, 5, 6, 7, 0, 1)])
+
+    def test_every_address_of_a_subnet_is_given(self) -> None:
+        """TestGetAddress, and the usable addresses of protocol.md 5.3."""
+        for subnet, usable in (("10.7.0.0/25", 126), ("10.7.0.0/28", 14), ("10.7.0.0/29", 6),
+                               ("10.7.0.0/30", 2), ("10.7.0.0/31", 2), ("10.7.0.0/32", 1),
+                               ("fd07::/122", 63), ("fd07::/126", 3),
+                               ("fd07::/127", 1), ("fd07::/128", 0)):
+            with self.subTest(subnet=subnet):
+                pool_id = self.caller.request_pool(subnet)[0]
+                taken = self.take_all(pool_id)
+                self.assertEqual(len(set(taken)), usable)
+                for cidr in taken:
+                    self.assertEqual(str(gipam.parse_prefix(cidr, mask=True)), subnet)
+                self.caller.release_pool(pool_id)  # with all that it holds
+
+    def test_syntax(self) -> None:
+        """TestRequestSyntaxCheck. The Go program returned an empty address space: it is taken."""
+        pool_id, call = self.pool("192.168.0.0/16", "192.168.0.0/24"), self.caller.call
+        for text, method, arguments in (
+                ("invalid address subpool: ", "RequestPool",
+                 {"Pool": "", "SubPool": "192.168.0.0/24"}),
+                ("PoolID is not a string with something in it", "RequestAddress", {"PoolID": ""}),
+                (OUT_OF_RANGE, "RequestAddress", {"PoolID": pool_id, "Address": "172.17.0.23"}),
+                ("PoolID is not a string with something in it", "ReleaseAddress",
+                 {"PoolID": "", "Address": "192.168.0.50"}),
+                ("Address is not a string with something in it", "ReleaseAddress",
+                 {"PoolID": pool_id}),
+                ("PoolID is not a string with something in it", "ReleasePool", {"PoolID": ""})):
+            with self.subTest(method=method, arguments=arguments):
+                self.assert_refused(text, call, "IpamDriver." + method, **arguments)
+        self.caller.request_address(pool_id, "192.168.0.50")
+        self.caller.release_address(pool_id, "192.168.0.50")
+        empty = call("IpamDriver.RequestPool", AddressSpace="", Pool="10.8.0.0/24",
+                     V6=False)["PoolID"]
+        call("IpamDriver.ReleasePool", PoolID=empty)
+
+    def test_nth_address(self) -> None:
+        """TestRequest: nothing inside a subnet is skipped, whatever it looks like."""
+        for subnet, last in (("192.168.59.0/24", "192.168.59.254/24"),
+                             ("192.168.0.0/16", "192.168.1.1/16"),
+                             ("10.128.0.0/12", "10.128.1.1/12")):
+            with self.subTest(subnet=subnet):
+                pool_id = self.pool(subnet)
+                self.assertEqual(self.take(pool_id, 254 if "/24" in subnet else 257)[-1], last)
+                self.caller.release_pool(pool_id)
+
+    def test_point_to_point_subnet(self) -> None:
+        """TestUnusualSubnets: RFC 3021."""
+        pool_id = self.pool("192.168.0.2/31")
+        for outside in ("192.168.0.1", "192.168.0.4", "192.168.0.100"):
+            self.assert_refused(OUT_OF_RANGE, self.caller.request_address, pool_id, outside)
+        self.assertEqual(self.take_all(pool_id), ["192.168.0.2/31", "192.168.0.3/31"])
+
+    def test_what_a_full_subnet_frees_comes_next(self) -> None:
+        """TestRelease."""
+        pool_id = self.pool("192.168.0.0/25")
+        self.take_all(pool_id)
+        for at in (1, 2, 3, 9, 10, 30, 31, 32, 125, 126, 1):
+            self.caller.release_address(pool_id, f"192.168.0.{at}")
+            self.assertEqual(self.take(pool_id, 1), [f"192.168.0.{at}/25"])
+
+    def test_random_releases(self) -> None:
+        """TestAllocateRandomDeallocate."""
+        for sub_pool in ("", "172.25.252.0/25"):
+            with self.subTest(sub_pool=sub_pool, seed=RANDOM_SEED):
+                pool_id = self.pool("172.25.0.0/16", sub_pool)
+                held = set(self.take(pool_id, 96))
+                self.assertEqual(len(held), 96)
+                for cidr in self.random.sample(sorted(held), 48):
+                    self.caller.release_address(pool_id, cidr.split("/")[0])
+                    held.remove(cidr)
+                again = self.take(pool_id, 48)
+                self.assertEqual(len(held.union(again)), 96)
+                self.caller.release_pool(pool_id)
+
+    # -- address_space_test.go
+
+    def test_requests_and_releases_in_turn(self) -> None:
+        """TestPoolAllocateAndRelease (moby#48069), TestStaticAllocation: one owner a block."""
+        for steps in ("a b", "a b c -a d e", "a b c d -b -c e f g", "a -a b -b c -c d",
+                      "s a b s2 -s a2 b2"):
+            live: dict[str, tuple[str, str]] = {}
+            for step in steps.split():
+                if step.startswith("-"):
+                    self.caller.release_pool(live.pop(step[1:])[0])
+                    continue
+                asked = {"s": "198.18.0.0/20", "s2": "198.18.240.0/20"}.get(step, "")
+                live[step] = self.caller.request_pool(asked, gipam_v4ab="22")
+                networks = [gipam.parse_prefix(subnet) for _, subnet in live.values()]
+                for one, other in itertools.combinations(networks, 2):
+                    self.assertFalse(one.overlaps(other), (steps, step, one, other))
+            for pool_id, _ in live.values():
+                self.caller.release_pool(pool_id)
+
+    # -- remote_test.go, pkg/plugins, drvregistry
+
+    def test_replies_have_the_shape_that_dockerd_decodes(self) -> None:
+        """TestGetCapabilities, TestGetDefaultAddressSpaces, TestRemoteDriver, TestGet."""
+        call = self.caller.call
+        self.assertEqual(call("Plugin.Activate"), {"Implements": ["IpamDriver"]})
+        self.assertEqual(call("IpamDriver.GetCapabilities"),
+                         {"RequiresMACAddress": True, "RequiresRequestReplay": False})
+        self.assertEqual(call("IpamDriver.GetDefaultAddressSpaces"),
+                         {"LocalDefaultAddressSpace": "gipam",
+                          "GlobalDefaultAddressSpace": "gipam"})
+        pool = call("IpamDriver.RequestPool", AddressSpace="gipam", Pool="10.20.30.40/22",
+                    SubPool="10.20.30.0/24",
+                    Options={}, V6=False)
+        self.assertEqual(pool, {"PoolID": pool["PoolID"], "Pool": "10.20.28.0/22", "Data": {}})
+        address = {"PoolID": pool["PoolID"],
+                   "Address": "10.20.29.5"}  # outside the range, as aux is
+        self.assertEqual(call("IpamDriver.RequestAddress", Options=None, **address),
+                         {"Address": "10.20.29.5/22", "Data": {}})
+        self.assertEqual(call("IpamDriver.RequestAddress", PoolID=pool["PoolID"], Address="",
+                              Options={}),
+                         {"Address": "10.20.30.0/22", "Data": {}})
+        self.assertEqual(call("IpamDriver.ReleaseAddress", **address), {})
+        self.assertEqual(call("IpamDriver.ReleasePool", PoolID=pool["PoolID"]), {})
+
+    def test_unknown_space_and_pool(self) -> None:
+        """TestPoolRequest, TestOtherRequests of null_test.go."""
+        call = self.caller.call
+        self.assert_refused("invalid address space: ", call, "IpamDriver.RequestPool",
+                            AddressSpace="default")
+        for unknown in ("x", "LocalDefault/10.0.0.0/8", "10.0.0.0/8#1234",
+                        "10.0.0.0/8,11.0.0.0/8#0123456789abcdef"):
+            self.assert_refused("cannot find address pool for ", self.caller.request_address,
+                                unknown)
+            self.caller.release_address(unknown, "10.0.0.1")
+            self.caller.release_pool(unknown)
+
+    # -- libnetwork_internal_test.go, and section 8.7
+
+    def test_auxiliary_addresses(self) -> None:
+        """TestAuxAddresses: in the range or not, but in the subnet."""
+        pool_id = self.pool("172.20.0.0/16", "172.20.2.0/24")
+        for at in ("172.20.2.3", "172.20.0.3", "172.20.255.254"):
+            self.assertEqual(self.caller.request_address(pool_id, at), at + "/16")
+        self.assert_refused(OUT_OF_RANGE, self.caller.request_address, pool_id, "172.21.0.3")
+        for at in ("172.20.0.0", "172.20.255.255"):
+            self.assert_refused(IN_USE, self.caller.request_address, pool_id, at)
+
+    def test_failed_create_leaves_nothing(self) -> None:
+        """TestIpamReleaseOnNetDriverFailures: pool, gateway, release of the pool, and again."""
+        for _ in range(2):
+            pool_id = self.pool("10.34.0.0/16")
+            self.assertEqual(self.caller.request_address(pool_id, "10.34.255.254", gateway=True),
+                             "10.34.255.254/16")
+            self.take(pool_id, 3)
+            self.caller.release_pool(pool_id)
+
+    def test_names_of_any_kind(self) -> None:
+        """TestEndpointNameLabel, TestNetworkMarshalling."""
+        names = ["web", "naïve café ☕", "\U0001f40b", "\ud800", "a\nb\x1b[31m", "x" * 255]
+        pools = [self.pool(f"10.3{at}.0.0/24", gipam_name=name) for at, name in enumerate(names)]
+        for pool_id, name in zip(pools, names):
+            self.caller.request_address(pool_id, name=name, mac="02:42:0a:00:00:01")
+        held = {pool["id"]: pool for pool in self.caller.state()["pools"]}
+        for pool_id, name in zip(pools, names):
+            self.assertEqual((held[pool_id]["name"], held[pool_id]["addresses"][0]["name"]),
+                             (name, name))
+
+    def test_double_release_of_an_address_succeeds(self) -> None:
+        pool_id = self.pool("10.35.0.0/24")
+        self.caller.request_address(pool_id, "10.35.0.9")
+        self.caller.release_address(pool_id, "10.35.0.9")
+        before = self.caller.state()
+        for never_held in ("10.35.0.9", "10.35.0.200", "10.35.0.0", "10.36.0.1"):
+            self.caller.release_address(pool_id, never_held)
+        self.assertEqual(self.caller.state(), before)
+
+    def test_two_dockerds_cannot_share_a_subnet(self) -> None:
+        """Protocol.md 4.9 has them share subnet and gateway; here one gipam serves one dockerd."""
+        pool_id = self.pool("10.37.0.0/24")
+        self.caller.request_address(pool_id, "10.37.0.1", gateway=True)
+        self.assert_refused(OVERLAPPING, self.caller.request_pool, "10.37.0.0/24")
+
+
+class ConformanceInMemoryTest(ConformanceCases, unittest.TestCase):
+    stage = MemoryStage
+
+
+class ConformanceReopenedTest(ConformanceCases, unittest.TestCase):
+    stage = ReopenedStage
+
+
+class ConformanceUnixTest(ConformanceCases, unittest.TestCase):
+    stage = UnixStage
+
+
+class ConformanceTcpTest(ConformanceCases, unittest.TestCase):
+    stage = TcpStage
+
+
+class ParallelCases(StageCases):
+    """What moby tests with goroutines, here with as many connections."""
+
+    def run_parallel(self, jobs: Sequence[Callable[[Any], Any]], parallelism: int) -> list[Any]:
+        """Return the results, a Refused among them, of jobs that take a client each."""
+        clients = self.stage.clients(parallelism)
+        for client in clients:
+            self.addCleanup(client.close)
+
+        def run(jobs: Sequence[Callable[[Any], Any]], client: Caller) -> list[Any]:
+            results = []
+            for job in jobs:
+                try:
+                    results.append(job(client))
+                except Refused as refusal:
+                    results.append(refusal)
+            return results
+
+        with ThreadPoolExecutor(parallelism) as executor:
+            shares = [jobs[at::parallelism] for at in range(parallelism)]
+            return [result for results in executor.map(run, shares, clients) for result in results]
+
+    def test_each_block_goes_to_one_network(self) -> None:
+        """TestRequestPoolParallel, TestParallelPredefinedRequest1 to 5."""
+        results = self.run_parallel([lambda client: client.request_pool(gipam_v4ab="22")] * 70, 8)
+        given = [result for result in results if not isinstance(result, Refused)]
+        for pool_id, _ in given:
+            self.addCleanup(self.caller.release_pool, pool_id)
+        self.assertEqual(sorted(subnet for _, subnet in given),
+                         sorted(f"198.18.{4 * at}.0/22" for at in range(64)))
+
+    def test_each_address_goes_to_one_container(self) -> None:
+        """TestFullAllocateRelease, TestOddAllocateRelease and their SerialReleaseParallel kin."""
+        for length, parallelism, step in ((29, 2, 1), (25, 4, 2), (25, 8, 1)):
+            with self.subTest(length=length, parallelism=parallelism, step=step):
+                pool_id, usable = self.pool(f"192.168.100.0/{length}"), (1 << 32 - length) - 2
+                ask = functools.partial(Caller.request_address, pool_id=pool_id)
+                results = self.run_parallel([ask] * (usable + 10), parallelism)
+                given = [result.split("/")[0] for result in results
+                         if not isinstance(result, Refused)]
+                self.assertEqual((len(given), len(set(given))), (usable, usable))
+                free = given[::step]
+                release = [functools.partial(Caller.release_address, pool_id=pool_id,
+                                             address=address)
+                           for address in free]
+                self.assertEqual(self.run_parallel(release, parallelism), [None] * len(free))
+                for address in free:
+                    self.caller.request_address(pool_id, address)
+                self.caller.release_pool(pool_id)
+
+    def test_requests_race_releases(self) -> None:
+        """TestRequestReleaseAddressDuplicate: an address that is held is not given to another."""
+        pool_id, held = self.pool("198.168.0.0/27"), set()
+        doubles = []
+
+        def hold(client: Caller) -> None:
+            address = client.request_address(pool_id).split("/")[0]
+            if address in held:
+                doubles.append(address)
+            held.add(address)
+            held.remove(address)  # before the release leaves: afterwards it may be another's
+            client.release_address(pool_id, address)
+
+        results = self.run_parallel([hold] * 400, 8)
+        self.assertEqual((results, doubles), ([None] * 400, []))
+
+
+class ParallelInMemoryTest(ParallelCases, unittest.TestCase):
+    stage = MemoryStage
+
+
+class ParallelUnixTest(ParallelCases, unittest.TestCase):
+    stage = UnixStage
+
+
+class ParallelTcpTest(ParallelCases, unittest.TestCase):
+    stage = TcpStage
+
+
+TWO = "10.20.0.0/16,192.168.0.0/16"
+DYNAMIC_CASES = (  # bases, block, held, routes of the host; what comes ("": nothing is left)
+    ("192.168.0.0/16", 24, "192.168.255.0/24", "", "192.168.0.0/24"),  # held at the end
+    ("192.168.0.0/16", 24, "192.168.0.0/24", "", "192.168.1.0/24"),
+    ("192.168.0.0/16", 24, "192.168.0.0/24 192.168.1.0/24 192.168.2.0/23 192.168.4.0/30", "",
+     "192.168.5.0/24"),
+    ("192.168.0.0/16", 24, "192.168.0.0/24", "192.168.0.0/24", "192.168.1.0/24"),  # held, a route
+    ("192.168.0.0/16", 24, "192.168.0.0/24 192.168.1.0/24 192.168.2.0/30",
+     "192.168.2.4/30 192.168.3.0/30 192.168.4.0/23", "192.168.6.0/24"),
+    ("172.16.0.0/15", 16, "172.16.0.0/16", "", "172.17.0.0/16"),
+    ("172.16.0.0/15", 16, "172.16.0.0/16 172.17.0.0/17", "", ""),  # no whole block is left
+    ("172.16.0.0/15", 16, "172.16.0.0/16 172.17.0.0/16 192.168.0.0/24", "", ""),
+    ("172.16.0.0/15", 16, "172.16.0.0/16 172.17.0.0/16", "192.168.0.0/24", ""),
+    (TWO, 24, "10.0.0.0/8", "", "192.168.0.0/24"),  # a larger subnet than the first base
+    (TWO, 24, "10.0.0.0/8 192.168.128.0/24", "",
+     "192.168.0.0/24"),  # the next is held in the middle
+    (TWO, 24, "10.0.0.0/8 192.168.0.0/24 192.168.128.0/24", "", "192.168.1.0/24"),
+    (TWO, 24, "10.20.0.0/17 10.20.128.0/17", "200.1.2.0/24", "192.168.0.0/24"),  # held in pieces
+    (TWO, 24, "10.20.0.0/17", "10.20.128.0/17", "192.168.0.0/24"),  # partly by routes
+    (TWO, 24, "10.20.0.0/24", "192.168.0.0/24", "10.20.1.0/24"),
+    (TWO, 24, "10.20.0.0/16", "192.168.0.0/17", "192.168.128.0/24"),
+    ("10.20.0.0/16", 24, "", "10.0.0.0/8", "10.20.0.0/24"),  # differs: it is the routed base itself
+    ("10.20.0.0/23,10.30.0.0/23", 24, "10.20.0.0/23 10.30.0.0/24", "10.30.1.7/32", ""),
+    ("172.16.0.0/15,192.168.0.0/16", 16, "172.16.0.0/16 172.17.128.0/17 192.168.0.1/32", "", ""),
+    ("10.0.0.0/31,192.168.0.0/30", 31, "10.0.0.0/32", "", "192.168.0.0/31"),
+)
+
+
+class DynamicPoolTest(unittest.TestCase):
+    def ask(self, bases: str, length: int, held: str, routes: str) -> str:
+        """Return what a new gipam gives on a host with these routes, "" for nothing."""
+        with tempfile.TemporaryDirectory(prefix="gipam-") as directory:
+            with open(os.path.join(directory, "route"), "w", encoding="ascii") as file:
+                file.write("Iface Destination Gateway Flags RefCnt Use Metric Mask MTU\n")
+                for network in map(gipam.parse_prefix, routes.split()):
+                    first, mask = (int.from_bytes(part.packed, sys.byteorder)
+                                   for part in (network.network_address, network.netmask))
+                    file.write(f"eth0 {first:08X} 00000000 0001 0 0 0 {mask:08X} 0\n")
+            client = InMemory(os.path.join(directory, "leases.json"), proc=directory, v4=bases,
+                              v4ab=str(length))
+            for subnet in held.split():
+                client.request_pool(subnet)
+            try:
+                return client.request_pool()[1]
+            except Refused as refusal:
+                self.assertIn("all predefined address pools have been fully subnetted: of ",
+                              str(refusal))
+                return ""
+
+    def test_first_block_that_is_free(self) -> None:
+        """TestDynamicPoolAllocation: with explicit pools and routes, a network without a subnet."""
+        for bases, length, held, routes, expected in DYNAMIC_CASES:
+            with self.subTest(bases=bases, held=held, routes=routes):
+                self.assertEqual(self.ask(bases, length, held, routes), expected)
+
+    def test_bases_that_overlap(self) -> None:
+        """TestNewAddrSpaceDedup. The built-in drops the longer one without a word."""
+        bases = argparse.Namespace(v4="10.0.0.0/8,192.168.0.0/24,10.10.0.0/16")
+        with self.assertRaisesRegex(gipam.ConfigError,
+                                    "-v4 '.*' from the command line: 10.10.0.0/16 overlaps"):
+            gipam.build_config(gipam.read_settings({}, bases))
+
+
+NO_JSON, NO_OBJECT = "the body is not JSON: ", "the body is not a JSON object"
+BAD_BODIES = {
+    b"": "the request has no body: dockerd lost it in a retry; run the command again",
+    b"\n": NO_JSON, b"{": NO_JSON, b"nul": NO_JSON, b"{'PoolID': 'x'}": NO_JSON, b"{}{}": NO_JSON,
+    b'{"PoolID":"\xff"}': NO_JSON, b"\x00": NO_JSON, b"\x1f\x8b\x08": NO_JSON,
+    b"[" * 100_000: NO_JSON, b"PoolID=x": NO_JSON, b'{"PoolID":"x",}': NO_JSON,
+    b'{"PoolID":"a\nb"}': NO_JSON, b"[]": NO_OBJECT, b"null": NO_OBJECT, b"1": NO_OBJECT,
+    b'"{}"': NO_OBJECT, b"true": NO_OBJECT, b"NaN": NO_OBJECT, b'[{"PoolID":"x"}]': NO_OBJECT,
+}
+CALLS: tuple[tuple[str, dict[str, Any]], ...] = (  # that take arguments
+    ("RequestPool", {"AddressSpace": "gipam", "Pool": "", "SubPool": "", "Options": {},
+                     "V6": False}),
+    ("ReleasePool", {"PoolID": "x"}),
+    ("RequestAddress", {"PoolID": "x", "Address": "", "Options": {}}),
+    ("ReleaseAddress", {"PoolID": "x", "Address": "10.0.0.1"}),
+)
+WRONG_VALUES: dict[str, list[Any]] = {
+    "AddressSpace": [None, 0, [], {}, True, ["gipam"]],
+    "Pool": [None, 0, 10.2, [], {}, False], "SubPool": [None, 1, [], {}],
+    "V6": [None, 0, 1, "true", "", [], {}],
+    "PoolID": [None, 0, [], {}, True, ""], "Address": [None, 0, 1, [], {}, False],
+    "Options": ["", "x", 0, 1, True, False, [], [1], ["gipam.name"], {"a": 1}, {"a": None},
+                {"gipam.name": ["x"]}],
+}
+
+
+class BadInputCases(StageCases):
+    """Whatever is wrong with a request, it is answered, and nothing changes."""
+
+    def assert_answer(self, path: str, body: bytes, status: int, text: str,
+                      verb: str = "POST") -> None:
+        got, reply = self.caller.post(path, body, verb)
+        self.assertEqual((got, sorted(reply)), (status, ["Err", "Error"]), reply)
+        self.assertEqual(reply["Err"], reply["Error"])
+        self.assertEqual(reply["Error"][:len(text)], text)
+
+    def setUp(self) -> None:
+        super().setUp()
+        pool_id = self.pool("10.40.0.0/24")
+        self.caller.request_address(pool_id)
+        before = self.caller.state()
+        self.addCleanup(lambda: self.assertEqual(self.caller.state(), before))
+
+    def test_body_that_is_no_object(self) -> None:
+        """Protocol.md 2.3: an empty body is dockerd's retry of a request that it lost."""
+        for (method, _), (body, text) in itertools.product(CALLS, BAD_BODIES.items()):
+            with self.subTest(method=method, body=body[:40]):
+                self.assert_answer("/IpamDriver." + method, body, 400, text)
+
+    def test_wrong_types(self) -> None:
+        for method, arguments in CALLS:
+            for key in arguments:
+                for value in WRONG_VALUES[key]:
+                    with self.subTest(method=method, key=key, value=value):
+                        body = json.dumps({**arguments, key: value}).encode()
+                        self.assert_answer("/IpamDriver." + method, body, 400, "")
+
+    def test_unknown_method(self) -> None:
+        for path in ("/", "/IpamDriver.Nope", "/ipamdriver.requestpool", "/IpamDriver.RequestPool/",
+                     "/VolumeDriver.List", "/NetworkDriver.CreateNetwork", "/%2f", "*", "/#x"):
+            for verb in ("POST", "GET"):
+                with self.subTest(path=path, verb=verb):
+                    self.assert_answer(path, b"{}", 404,
+                                       f"unknown method {path!r}: this is an IPAM driver", verb)
+
+    def test_wrong_verb(self) -> None:
+        for path in ("/Plugin.Activate", "/IpamDriver.GetCapabilities",
+                     *("/IpamDriver." + name for name, _ in CALLS)):
+            for verb in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW"):
+                with self.subTest(path=path, verb=verb):
+                    self.assert_answer(path, b'{"Pool":""}', 405, f"{path} takes POST, not {verb}",
+                                       verb)
+
+
+class BadInputInMemoryTest(BadInputCases, unittest.TestCase):
+    stage = MemoryStage
+
+
+class BadInputUnixTest(BadInputCases, unittest.TestCase):
+    stage = UnixStage
+
+
+class BadInputTcpTest(BadInputCases, unittest.TestCase):
+    stage = TcpStage
+
+
+class RefusalTextTest(StageCases, unittest.TestCase):
+    """People and tools grep for moby's words (ipamapi/contract.go): each refusal, word for word."""
+
+    stage = MemoryStage
+
+    def check(self, method: str, status: int, text: str, **arguments: Any) -> None:
+        """Check the refusal; AGE in the text stands for an age."""
+        before = self.caller.state()
+        body = json.dumps(arguments).encode()
+        with self.subTest(method=method, arguments=arguments):
+            got, reply = self.caller.post("/IpamDriver." + method, body)
+            error = reply.get("Error", "")
+            self.assertRegex(error, "^" + re.escape(text).replace("AGE", "[0-9]s") + "$")
+            self.assertEqual((got, reply), (status, {"Err": error, "Error": error}))
+        self.assertEqual(self.caller.state(), before)
+
+    def test_pools(self) -> None:
+        whole, part = self.pool("10.9.0.0/24"), self.pool("10.9.2.0/24", "10.9.2.0/25")
+        held = ("held by pool {!r} for AGE; should no network use that any more, "
+                "`gipam.py check --fix` releases it")
+        form = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
+        overlap, known = OVERLAPPING, "gipam has gipam.name, gipam.v4ab, gipam.v6ab"
+        rows: tuple[tuple[int, str, dict[str, Any]], ...] = (
+            (403, f"{overlap}10.9.0.0/16 with 10.9.0.0/24, {held.format(whole)}",
+             {"Pool": "10.9.0.0/16"}),
+            (403, f"{overlap}10.9.2.0/24 with 10.9.2.0/24, {held.format(part)}",
+             {"Pool": "10.9.2.0/24"}),
+            (400, "invalid address space: 'other' is not 'gipam'", {"AddressSpace": "other"}),
+            (400, f"invalid address pool: '10.9.0.0' {form}", {"Pool": "10.9.0.0"}),
+            (400, f"invalid address pool: '10.9.0.0/255.255.0.0' {form}",
+             {"Pool": "10.9.0.0/255.255.0.0"}),
+            (400, f"invalid address pool: 'fe80::%eth0/64' {form}", {"Pool": "fe80::%eth0/64"}),
+            (400, f"invalid address subpool: 'x' {form}", {"Pool": "10.8.0.0/24", "SubPool": "x"}),
+            (400, "invalid address subpool: 10.7.0.0/25 does not lie in 10.8.0.0/24",
+             {"Pool": "10.8.0.0/24", "SubPool": "10.7.0.0/25"}),
+            (400, "invalid address subpool: 10.8.0.0/16 does not lie in 10.8.0.0/24",
+             {"Pool": "10.8.0.0/24", "SubPool": "10.8.0.0/16"}),
+            (400, "invalid address subpool: fd00::/64 does not lie in 10.8.0.0/24",
+             {"Pool": "10.8.0.0/24", "SubPool": "fd00::/64"}),
+            (400, "invalid address subpool: 10.8.0.0/25 comes without the subnet it is in",
+             {"SubPool": "10.8.0.0/25"}),
+            (400, "invalid address pool: 10.8.0.0/24 with V6 True",
+             {"Pool": "10.8.0.0/24", "V6": True}),
+            (400, "invalid address pool: the IPv4 bases have blocks of /16 to /31, not of /8",
+             {"Pool": "0.0.0.0/8"}),
+            (400, "invalid address pool: the IPv6 bases have blocks of /56 to /127, not of /128",
+             {"V6": True, "Options": {"gipam.v6ab": "128"}}),
+            (400, f"unknown option 'gipam.v4': {known}", {"Options": {"gipam.v4": "24"}}),
+            (400, f"unknown option 'gipam.': {known}",
+             {"Pool": "10.8.0.0/24", "Options": {"gipam.": "", "x": "y"}}),
+            (400, "option gipam.v4ab is not a prefix length: '/26'",
+             {"Options": {"gipam.v4ab": "/26"}}),
+            (400, "option gipam.v6ab is not a prefix length: ''", {"Options": {"gipam.v6ab": ""}}),
+            (400, "option gipam.name is longer than 255 characters",
+             {"Options": {"gipam.name": "x" * 256}}),
+            (400, "Options is not a map of strings: [1]", {"Options": [1]}),
+            (400, "Pool is not a string: 5", {"Pool": 5}),
+        )
+        for status, text, arguments in rows:
+            self.check("RequestPool", status, text, **arguments)
+        for _ in range(2):
+            self.dynamic(gipam_v4ab="17")
+        self.check("RequestPool", 503,
+                   "all predefined address pools have been fully subnetted: of 256 blocks of /24 "
+                   "in 198.18.0.0/16, 256 are held, 0 excluded, and 0 overlap routes or addresses "
+                   "of this host or lie in smaller pieces", V6=False)
+
+    def test_pools_without_a_base(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="gipam-") as directory:
+            client = InMemory(os.path.join(directory, "leases.json"), v4=CASES_V4)
+            with self.assertRaises(Refused) as caught:
+                client.request_pool(v6=True)
+            self.assertEqual((caught.exception.status, str(caught.exception)), (
+                503, "no IPv6 base to take a subnet from: start gipam with -v6 PREFIX, or give the "
+                "network a --subnet"))
+
+    def test_addresses(self) -> None:
+        whole, tiny = self.pool("10.9.0.0/24"), self.pool("10.9.1.0/30")
+        six = self.pool("fd09::/64", "fd09::8/127")
+        self.take(tiny, 2)
+        self.take(six, 2)
+        lost = "10.9.0.0/16#0123456789abcdef"
+        overlap = (f"{OVERLAPPING}10.9.0.0/16 with 10.9.0.0/24, held by pool {whole!r} for AGE; "
+                   "should no network use that any more, `gipam.py check --fix` releases it")
+        for pool_id, address, status, text in (
+                (whole, "10.8.0.1", 400,
+                 "requested address is out of range: 10.8.0.1 is not in 10.9.0.0/24"),
+                (whole, "10.9.0.0", 403,
+                 "Address already in use: 10.9.0.0 is reserved in 10.9.0.0/24"),
+                (whole, "10.9.0.255", 403,
+                 "Address already in use: 10.9.0.255 is reserved in 10.9.0.0/24"),
+                (six, "fd09::", 403, "Address already in use: fd09:: is reserved in fd09::/64"),
+                (tiny, "10.9.1.2", 403, "Address already in use: 10.9.1.2 is held in 10.9.1.0/30"),
+                (tiny, "", 503,
+                 "no available addresses on this pool: all 2 of 10.9.1.0/30 are held"),
+                (six, "", 503,
+                 "no available addresses on this pool: all 2 of fd09::8/127 are held"),
+                (whole, "10.9.0", 400, "invalid address: '10.9.0' is not a bare IP address"),
+                (whole, "10.9.0.5/24", 400,
+                 "invalid address: '10.9.0.5/24' is not a bare IP address"),
+                (whole, "fd09::1", 400,
+                 "invalid address: 'fd09::1' is not a bare IPv4 address, as 10.9.0.0/24 has them"),
+                (six, "10.9.0.5", 400,
+                 "invalid address: '10.9.0.5' is not a bare IPv6 address, as fd09::/64 has them"),
+                ("x", "", 404, "cannot find address pool for 'x': no pool has this id"),
+                (lost, "", 404, f"cannot find address pool for {lost!r}, nor adopt it: {overlap}")):
+            self.check("RequestAddress", status, text, PoolID=pool_id, Address=address)
+        self.check("RequestAddress", 400,
+                   f"option {gipam.ENDPOINT_NAME} is longer than 255 characters",
+                   PoolID=whole, Options={gipam.ENDPOINT_NAME: "x" * 256})
+        for address, text in (("", "Address is not a string with something in it: ''"),
+                              ("10.9.0.256",
+                               "invalid address: '10.9.0.256' is not a bare IP address"),
+                              ("fd09::1", "invalid address: 'fd09::1' is not a bare IPv4 address, "
+                                          "as 10.9.0.0/24 has them")):
+            self.check("ReleaseAddress", 400, text, PoolID=whole, Address=address)
+
+    def test_refused_adoption_is_none(self) -> None:
+        """The pool of an id that is not known is adopted only with an address that can be given."""
+        lost = "10.77.0.0/24#0123456789abcdef"
+        self.check("RequestAddress", 400,
+                   "requested address is out of range: 10.78.0.1 is not in 10.77.0.0/24",
+                   PoolID=lost, Address="10.78.0.1")
+
+    def test_bug(self) -> None:
+        """An exception that nobody foresaw is answered, and its traceback is in the log."""
+        def fail(*_: Any) -> None:
+            raise ZeroDivisionError("nobody foresaw it")
+
+        with mock.patch.object(self.stage.memory.service, "release_pool", fail), \
+                self.assertLogs("gipam", "ERROR") as logged:
+            self.check("ReleasePool", 500, "internal error of gipam: see its log", PoolID="x")
+        self.assertIn("nobody foresaw it", logged.output[0])
+
+    def test_options_that_are_not_there(self) -> None:
+        """TestDockerNetworkIPAMOptions: null from config-from; those of others are left alone."""
+        others = {"com.example.x": "y", "gipam": "z"}
+        cases: list[dict[str, Any]] = [{}, *({"Options": value} for value in (None, {}, others))]
+        for options in cases:
+            with self.subTest(options=options):
+                pool = self.caller.call("IpamDriver.RequestPool", Pool="10.50.0.0/24",
+                                        **options)["PoolID"]
+                self.assertEqual(self.caller.call("IpamDriver.RequestAddress", PoolID=pool,
+                                                  **options)["Address"],
+                                 "10.50.0.1/24")
+                self.caller.release_pool(pool)
+
+
+# === Transport ====================================================================================
+
+SLOW_DISK = """if True:
+    import os, runpy, sys, time
+    hold, sync = sys.argv[1], os.fdatasync
+    def fdatasync(fd):
+        while os.path.exists(hold):
+            open(hold + ".reached", "w").close()
+            time.sleep(0.005)
+        sync(fd)
+    os.fdatasync = fdatasync
+    del sys.argv[:2]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {DEADLINE_S:g} s in vain: {what}")
+        time.sleep(0.005)
+
+
+def request(path: str, arguments: Any = None, *headers: str, verb: str = "POST") -> bytes:
+    """Return a request as dockerd sends it, in one piece."""
+    body = b"" if arguments is None else json.dumps(arguments).encode() + b"\n"
+    head = (f"{verb} /{path} HTTP/1.1", "Host: plugin.moby.localhost",
+            "User-Agent: Go-http-client/1.1", f"Content-Length: {len(body)}",
+            "Accept: application/vnd.docker.plugins.v1.2+json", *headers, "", "")
+    return "\r\n".join(head).encode() + body
+
+
+ACTIVATE, ACTIVATED = request("Plugin.Activate"), {"Implements": ["IpamDriver"]}
+NEW_POOL = request("IpamDriver.RequestPool", {"Pool": "10.66.0.0/24"})
+
+
+class Answer(NamedTuple):
+    """What came back over a bare connection."""
+
+    status: int
+    headers: dict[str, str]
+    body: Any
+
+
+class Peer:
+    """A bare connection, for what no HTTP library would send."""
+
+    def __init__(self, test: unittest.TestCase, address: Any) -> None:
+        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        test.addCleanup(self.close)
+        self.socket.settimeout(DEADLINE_S)
+        self.socket.connect(address)
+        self.file = self.socket.makefile("rb")
+
+    def send(self, data: bytes, is_last: bool = False) -> Peer:
+        with contextlib.suppress(OSError):  # refused, and closed, before it was all there
+            self.socket.sendall(data)
+            if is_last:
+                self.socket.shutdown(socket.SHUT_WR)
+        return self
+
+    def answer(self) -> Answer | None:
+        """Return the next answer, None when the connection has ended."""
+        with contextlib.suppress(ConnectionError):
+            line = self.file.readline()
+            if line:
+                headers = dict(header.decode().strip().lower().split(": ", 1)
+                               for header in iter(self.file.readline, b"\r\n"))
+                body = self.file.read(int(headers.get("content-length", 0)))
+                return Answer(int(line.split()[1]), headers, json.loads(body) if body else None)
+        return None
+
+    def answers(self) -> list[Answer]:
+        """Return what comes until the connection ends."""
+        return list(iter(self.answer, None))
+
+    def wait_unread(self) -> None:
+        """Wait for an answer without reading it."""
+        if not select.select([self.socket], [], [], DEADLINE_S)[0]:
+            raise AssertionError("no answer")
+
+    def close(self) -> None:
+        if hasattr(self, "file"):
+            self.file.close()
+        self.socket.close()
+
+
+class SlowUnixStage(UnixStage):
+    """A real daemon whose disk is slow on demand."""
+
+    kind: type[Daemon] = Daemon
+
+    @classmethod
+    def open(cls, keeper: unittest.TestCase) -> Caller:
+        cls.daemon = slow_daemon(keeper, cls.kind, "-v4", CASES_V4).start()
+        return cls.clients(1)[0]
+
+    @classmethod
+    def address(cls) -> Any:
+        return cls.daemon.socket
+
+
+class SlowTcpStage(SlowUnixStage):
+    kind = TcpDaemon
+
+    @classmethod
+    def clients(cls, count: int) -> list[Caller]:
+        host, port = cls.address()
+        return [OverSocket(http.client.HTTPConnection(host, port, timeout=DEADLINE_S))
+                for _ in range(count)]
+
+    @classmethod
+    def address(cls) -> Any:
+        assert isinstance(cls.daemon, TcpDaemon)
+        return cls.daemon.address
+
+
+def slow_daemon(test: unittest.TestCase, kind: type[Daemon], *options: str) -> Daemon:
+    """Return a daemon, not yet started, that hold_disk() can stop in the middle of a request."""
+    directory = tempfile.mkdtemp(prefix="gipam-")
+    test.addCleanup(shutil.rmtree, directory, ignore_errors=True)
+    command = (sys.executable, "-c", SLOW_DISK, os.path.join(directory, "hold"), GIPAM)
+    return kind(test, *options, directory=directory, command=command)
+
+
+@contextlib.contextmanager
+def hold_disk(daemon: Daemon) -> Iterator[Callable[[], None]]:
+    """No change is on disk before the block ends; the value waits until one is on its way there."""
+    hold = os.path.join(daemon.directory, "hold")
+    open(hold, "w").close()
+    try:
+        yield lambda: wait_for(lambda: os.path.exists(hold + ".reached"), "a change to write")
+    finally:
+        os.unlink(hold)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(hold + ".reached")
+
+
+@contextlib.contextmanager
+def stopped(daemon: Daemon) -> Iterator[None]:
+    """While the block runs, the daemon accepts nothing."""
+    assert daemon.process is not None
+    daemon.process.send_signal(signal.SIGSTOP)
+    os.waitpid(daemon.process.pid, os.WUNTRACED)
+    try:
+        yield
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+
+
+def read_state(daemon: Daemon) -> Any:
+    """Return what is on disk, in the form of GET /status?leases=1."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        state = gipam.State(gipam.Family(version, [], length, []) for version,
+                            length in ((6, 64), (4, 24)))
+        store = gipam.Store(daemon.file)
+        try:
+            gipam.recover(store, store.read_snapshot(), state)
+            return gipam.describe_state(state, True)
+        except (gipam.DamageError, FileNotFoundError):  # the journal was folded meanwhile
+            if time.monotonic() > deadline:
+                raise
+
+
+# what stands between request line and body, and may; {} is the length
+GOOD_HEADS = {
+    "as dockerd has it": "Host: plugin.moby.localhost\r\nUser-Agent: Go-http-client/1.1\r\n{}",
+    "Host of Docker before 20.10.26": "Host: %2Frun%2Fdocker%2Fplugins%2Fgipam.sock\r\n{}",
+    "Host is a path": "Host: /run/docker/plugins/gipam.sock\r\n{}",
+    "no Host": "{}", "empty Host": "Host:\r\n{}", "two Hosts": "Host: a\r\nHost: b\r\n{}",
+    "a Content-Type": "Content-Type: text/plain; charset=x\r\n{}",
+    "lower case": "host: x\r\ncontent-length: {length}\r\n",
+    "spaces": "Content-Length:  {length} \t\r\n",
+    "bare line feeds": "Host: x\nContent-Length: {length}\n",
+    "keep-alive": "Connection: keep-alive\r\n{}",
+    "99 headers": "".join(f"X-{at}: y\r\n" for at in range(98)) + "{}",
+    "long header": "X: " + "y" * 60_000 + "\r\n{}",
+    "leading zeros": "Content-Length: 00{length}\r\n",
+    "gzip accepted": "Accept-Encoding: gzip\r\n{}", "not ASCII": "X: \xe9\xff\r\n{}",
+}
+BAD_HEADS = {
+    b"POST\r\n\r\n": 400, b"POST /Plugin.Activate\r\n\r\n": 400,
+    b"\x16\x03\x01\x02\x00\x01\xfc\x03\x03\n": 400, b"a b c d\r\n\r\n": 400,
+    b"POST /Plugin.Activate FTP/1.1\r\n\r\n": 400, b"POST /x HTTP/1\r\n\r\n": 400,
+    b"POST /x HTTP/1.x\r\n\r\n": 400, b"POST /x HTTP/1.1.1\r\n\r\n": 400,
+    b"POST /x HTTP/1.1 y\r\n\r\n": 400, b"POST /x http/1.1\r\n\r\n": 400,
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n": 505, b"POST /x HTTP/3.0\r\n\r\n": 505, b"GET /x\r\n": 404,
+    b"POST /" + b"x" * 65_536 + b" HTTP/1.1\r\n\r\n": 414, b"\x00" * 20 + b"\r\n": 400,
+    b"POST /Plugin.Activate HTTP/1.1\r\nX: " + b"y" * 65_536 + b"\r\n\r\n": 431,
+    b"POST /Plugin.Activate HTTP/1.1\r\n" + b"X: y\r\n" * 101 + b"\r\n": 431,
+}
+BAD_LENGTHS = ("-1", "+5", "5x", "", "5, 5", "5 5", "0x5", "1e3", "5.0", "\u0665", "9" * 20,
+               "5\r\nContent-Length: 5", "5\r\nContent-Length: 6",
+               "5\r\nTransfer-Encoding: chunked")
+BAD_CODINGS = ("gzip", "identity", "chunked, gzip", "gzip, chunked", "xchunked", "")
+GOOD_CHUNKS = (b"17\r\n%b\r\n0\r\n\r\n", b"17;a=b\r\n%b\r\n0;c\r\n\r\n",
+               b"00000017\r\n%b\r\n000\r\n\r\n", b"17\n%b\n0\n\n",
+               b"17\r\n%b\r\n0\r\nTrailer: x\r\nAnother: y\r\n\r\n",
+               b"1\r\n \r\n17\r\n%b\r\nA\r\n          \r\na\r\n          \r\n0\r\n\r\n")
+BAD_CHUNKS = (b"zz\r\n%b\r\n0\r\n\r\n", b"-17\r\n%b\r\n0\r\n\r\n", b"0x17\r\n%b\r\n0\r\n\r\n",
+              b"\r\n%b\r\n0\r\n\r\n", b";x\r\n%b\r\n0\r\n\r\n", b"000000017\r\n%b\r\n0\r\n\r\n",
+              b"17\r\n%bXX\r\n0\r\n\r\n", b"10\r\n%b\r\n0\r\n\r\n", b"19\r\n%b\r\n0\r\n\r\n",
+              b"17\r\n%b\r\n", b"17\r\n%b\r\n0\r\n", b"17\r\n", b"17", b"",
+              b"17\r\n%b\r\n1" + b"0" * 65_536 + b"\r\n", b"17 17\r\n%b\r\n0\r\n\r\n")
+CHUNKED_POOL = b'{"Pool":"10.66.0.0/24"}'  # 0x17 bytes
+
+
+class PeerCases(StageCases):
+    """What happens on a connection, the same on a UNIX socket and over TCP."""
+
+    stage: type[SlowUnixStage]
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(self.release_all)
+
+    def wait_for_seq(self, seq: int) -> None:
+        wait_for(lambda: self.caller.state()["seq"] >= seq, "the change and its undoing")
+        self.assertEqual(self.caller.state()["seq"], seq)
+
+    def release_all(self) -> None:
+        for pool in self.caller.state()["pools"]:
+            self.caller.release_pool(pool["id"])
+
+    def peer(self) -> Peer:
+        return Peer(self, self.stage.address())
+
+    def held(self) -> list[tuple[str, list[str]]]:
+        """Return (subnet, addresses) of all pools."""
+        return [(pool["subnet"], [lease["address"] for lease in pool["addresses"]])
+                for pool in self.caller.state()["pools"]]
+
+    def assert_refused_bytes(self, data: bytes, status: int) -> None:
+        """Check that the bytes are refused, what follows is not served, and nothing changes."""
+        before = self.caller.state()
+        answers = self.peer().send(data + NEW_POOL, is_last=True).answers()
+        self.assertEqual([answer.status for answer in answers], [status])
+        self.assertEqual(answers[0].headers["connection"], "close")
+        self.assertEqual(sorted(answers[0].body), ["Err", "Error"])
+        self.assertEqual(self.caller.state(), before)
+
+    # -- HTTP
+
+    def test_connection_is_kept(self) -> None:
+        peer = self.peer()
+        for _ in range(3):
+            for data, status in ((ACTIVATE, 200), (request("IpamDriver.ReleasePool", {}), 400),
+                                 (request("nope"), 404),
+                                 (request("Plugin.Activate", verb="GET"), 405)):
+                answer = peer.send(data).answer()
+                assert answer
+                self.assertEqual((answer.status, "connection" in answer.headers), (status, False))
+                self.assertEqual(answer.headers["content-type"],
+                                 "application/vnd.docker.plugins.v1.2+json")
+        peer.send(request("Plugin.Activate", None, "Connection: close"))
+        self.assertEqual([answer.body for answer in peer.answers()], [ACTIVATED])
+
+    def test_pipelined_requests_are_answered_in_turn(self) -> None:
+        pool_id = self.pool("10.61.0.0/24")
+        data = b"".join(request("IpamDriver.RequestAddress",
+                                {"PoolID": pool_id, "Address": address})
+                        for address in ("", "10.61.0.1", "10.61.0.9", "", "x"))
+        answers = self.peer().send(data, is_last=True).answers()
+        self.assertEqual([answer.body.get("Address", answer.status) for answer in answers],
+                         ["10.61.0.1/24", 403, "10.61.0.9/24", "10.61.0.2/24", 400])
+
+    def test_heads_that_are_served(self) -> None:
+        body = '{"PoolID":"x","Address":"10.0.0.1"}\n'
+        for name, head in GOOD_HEADS.items():
+            with self.subTest(name):
+                end = "\n" if name == "bare line feeds" else "\r\n"
+                data = f"POST /IpamDriver.ReleaseAddress HTTP/1.1{end}{head}{end}{body}"
+                data = data.replace("{}", "Content-Length: {length}\r\n", 1)
+                data = data.replace("{length}", str(len(body)))
+                answers = self.peer().send(data.encode("latin-1") + ACTIVATE, True).answers()
+                self.assertEqual([answer.body for answer in answers], [{}, ACTIVATED])
+
+    def test_heads_that_are_refused(self) -> None:
+        for data, status in BAD_HEADS.items():
+            with self.subTest(data[:60]):
+                self.assert_refused_bytes(data, status)
+
+    def test_empty_line_before_a_request(self) -> None:
+        """RFC 9112 section 2.2: it should be ignored; in any case the request gets an answer."""
+        for end in (b"\r\n", b"\n"):
+            with self.subTest(end):
+                self.assertTrue(self.peer().send(end + ACTIVATE, is_last=True).answers())
+
+    def test_lengths_that_are_refused(self) -> None:
+        for length in BAD_LENGTHS:
+            with self.subTest(length):
+                head = f"POST /IpamDriver.RequestPool HTTP/1.1\r\nContent-Length: {length}\r\n\r\n"
+                self.assert_refused_bytes(head.encode() + b"{}   ", 400)
+
+    def test_chunked_bodies(self) -> None:
+        """Docker sends none, proxies and libraries do. Source: RFC 9112 section 7.1."""
+        head = b"POST /IpamDriver.RequestPool HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for chunks in GOOD_CHUNKS:
+            with self.subTest(chunks):
+                data = head + chunks.replace(b"%b", CHUNKED_POOL)
+                answers = self.peer().send(data + ACTIVATE, is_last=True).answers()
+                self.assertEqual([answer.status for answer in answers], [200, 200])
+                self.assertEqual(answers[0].body["Pool"], "10.66.0.0/24")
+                self.caller.release_pool(answers[0].body["PoolID"])
+
+    def test_chunked_bodies_that_are_refused(self) -> None:
+        head = b"POST /IpamDriver.RequestPool HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+        before = self.caller.state()
+        for chunks in BAD_CHUNKS:
+            with self.subTest(chunks[:40]):
+                data = head + chunks.replace(b"%b", CHUNKED_POOL)
+                answers = self.peer().send(data, is_last=True).answers()
+                self.assertEqual([answer.status for answer in answers], [400])
+        for coding in BAD_CODINGS:
+            with self.subTest(coding):
+                data = head.replace(b"chunked", coding.encode()) + b"0\r\n\r\n"
+                self.assert_refused_bytes(data, 400)
+        self.assertEqual(self.caller.state(), before)
+
+    def test_size_of_a_body(self) -> None:
+        limit, body = gipam.MAX_BODY_BYTES, b'{"PoolID":"x"}'
+        head = b"POST /IpamDriver.ReleasePool HTTP/1.1\r\n"
+        chunked, chunk = b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n%b\r\n" % (b" " * 65536)
+        for name, data, status in (
+                ("at the limit", b"Content-Length: %d\r\n\r\n" % limit + body.ljust(limit), 200),
+                ("longer", b"Content-Length: %d\r\n\r\n" % (limit + 1) + body.ljust(limit + 1),
+                 413),
+                ("only announced", b"Content-Length: %d\r\n\r\n" % 10**15, 413),
+                ("in chunks", chunked + chunk * 16 + b"1\r\n \r\n0\r\n\r\n", 413),
+                ("one chunk announced", chunked + b"ffffffff\r\n", 413),
+                ("cut off", b'Content-Length: 99\r\n\r\n{"PoolID":"x"}', 400)):
+            with self.subTest(name):
+                answers = self.peer().send(head + data, is_last=True).answers()
+                self.assertEqual([answer.status for answer in answers], [status])
+
+    def test_old_client(self) -> None:
+        """HTTP/1.0: one request a connection, unless it asks for more."""
+        body = b'{"PoolID":"x"}'
+        head = b"POST /IpamDriver.ReleasePool HTTP/1.0\r\nContent-Length: %d\r\n" % len(body)
+        for more, expected in ((b"", 1), (b"Connection: keep-alive\r\n", 2)):
+            with self.subTest(more):
+                data = head + more + b"\r\n" + body
+                answers = self.peer().send(data * 2, is_last=True).answers()
+                self.assertEqual([answer.status for answer in answers][:expected], [200] * expected)
+                self.assertEqual(len(answers), expected)
+
+    def test_client_that_waits_for_a_go_ahead(self) -> None:
+        body = b'{"PoolID":"x"}'
+        peer = self.peer().send(b"POST /IpamDriver.ReleasePool HTTP/1.1\r\nExpect: 100-continue\r\n"
+                                b"Content-Length: %d\r\n\r\n" % len(body))
+        first, second = peer.answer(), peer.send(body, is_last=True).answer()
+        self.assertEqual([answer and answer.status for answer in (first, second)], [100, 200])
+
+    def test_answer_to_head_has_no_body(self) -> None:
+        """Else its bytes would be taken for the next answer of the connection."""
+        before = b"HEAD /Plugin.Activate HTTP/1.1\r\nConnection: close\r\n\r\n"
+        peer = self.peer().send(before, is_last=True)
+        head, _, body = peer.file.read().partition(b"\r\n\r\n")
+        self.assertEqual((head.split()[1], body), (b"405", b""))
+
+    def test_request_in_pieces(self) -> None:
+        peer = self.peer()
+        for at in range(len(NEW_POOL)):
+            peer.send(NEW_POOL[at:at + 1])
+        answer = peer.answer()
+        assert answer
+        self.caller.release_pool(answer.body["PoolID"])
+
+    def test_connection_may_be_idle(self) -> None:
+        """Protocol.md 2.3: one that is closed while dockerd writes costs the request its body."""
+        peers = [self.peer(), self.peer().send(ACTIVATE)]
+        self.assertTrue(peers[1].answer())
+        time.sleep(65 if os.environ.get("GIPAM_LONG") == "1" else 1)
+        for peer in peers:
+            answer = peer.send(ACTIVATE).answer()
+            self.assertEqual(answer and answer.body, ACTIVATED)
+
+    def test_parallel_connections(self) -> None:
+        pool_id = self.pool("10.62.0.0/22")
+        for count in (30, 200):
+            peers = [self.peer() for _ in range(count)]
+            for peer in peers:
+                peer.send(request("IpamDriver.RequestAddress", {"PoolID": pool_id, "Address": ""}))
+            answers = [peer.answer() for peer in peers]
+            given = {answer.body["Address"] for answer in answers if answer}
+            self.assertEqual(len(given), count)
+            for peer in peers:
+                peer.close()
+
+    def test_backlog(self) -> None:
+        """Protocol.md 1.6: with a short one parallel creates fail with EAGAIN, and wait."""
+        with stopped(self.stage.daemon):
+            peers = [self.peer().send(ACTIVATE) for _ in range(140)]
+        for peer in peers:
+            answer = peer.answer()
+            self.assertEqual(answer and answer.body, ACTIVATED)
+
+    # -- answers that never arrive
+
+    def test_client_goes_before_the_answer(self) -> None:
+        """TestFailOnce: dockerd's retry has no body and cannot succeed, so the change is undone."""
+        pool_id = self.pool("10.63.0.0/24")
+        undone = self.stage.daemon.read_log().count("took back")
+        asks = [request("IpamDriver.RequestAddress", {"PoolID": pool_id, "Address": address})
+                for address in ("", "10.63.0.9")]
+        for data in (NEW_POOL, *asks):
+            with self.subTest(data):
+                before, seq = self.held(), self.caller.state()["seq"]
+                with hold_disk(self.stage.daemon) as wait_for_change:
+                    peer = self.peer().send(data)
+                    wait_for_change()
+                    peer.close()
+                self.wait_for_seq(seq + 2)
+                self.assertEqual(self.held(), before)
+                self.assertEqual(read_state(self.stage.daemon)["pools"],
+                                 self.caller.state()["pools"])
+        wait_for(lambda: self.stage.daemon.read_log().count("took back") == undone + 3,
+                 "the log of it")
+
+    def test_client_goes_with_the_answer_unread(self) -> None:
+        pool_id = self.pool("10.63.0.0/24")
+        ask = request("IpamDriver.RequestAddress", {"PoolID": pool_id, "Address": ""})
+        for data in (NEW_POOL, ask):
+            with self.subTest(data):
+                before, seq = self.held(), self.caller.state()["seq"]
+                peer = self.peer().send(data)
+                peer.wait_unread()
+                peer.close()
+                self.wait_for_seq(seq + 2)
+                self.assertEqual(self.held(), before)
+                self.assertEqual(read_state(self.stage.daemon)["pools"],
+                                 self.caller.state()["pools"])
+
+    def test_only_the_unread_answer_is_undone(self) -> None:
+        """An answer that was read, and one before it on the same connection, stay."""
+        pool_id = self.pool("10.64.0.0/24")
+        ask = request("IpamDriver.RequestAddress", {"PoolID": pool_id, "Address": ""})
+        for unread, stays in ((False, 1), (True, 1)):
+            with self.subTest(unread=unread):
+                before = len(self.held()[-1][1])
+                peer = self.peer().send(ask)
+                self.assertTrue(peer.answer())
+                if unread:
+                    seq = self.caller.state()["seq"]
+                    peer.send(ask).wait_unread()
+                    peer.close()
+                    self.wait_for_seq(seq + 2)
+                peer.close()
+                self.assertEqual(len(self.held()[-1][1]), before + stays)
+
+    def test_release_is_never_undone(self) -> None:
+        pool_id = self.pool("10.65.0.0/24")
+        self.caller.request_address(pool_id, "10.65.0.9")
+        seq = self.caller.state()["seq"]
+        for method, arguments in (("ReleaseAddress", {"PoolID": pool_id, "Address": "10.65.0.9"}),
+                                  ("ReleasePool", {"PoolID": pool_id})):
+            with hold_disk(self.stage.daemon) as wait_for_change:
+                peer = self.peer().send(request("IpamDriver." + method, arguments))
+                wait_for_change()
+                peer.close()
+            seq += 1
+            self.assertEqual(self.caller.state()["seq"], seq)
+        self.assertEqual(self.held(), [])
+
+
+class PeerUnixTest(PeerCases, unittest.TestCase):
+    stage = SlowUnixStage
+
+    def test_web_headers_are_served(self) -> None:
+        """No web page reaches a UNIX socket; a proxy in front of it may pass such headers on."""
+        answers = self.peer().send(request("Plugin.Activate", None, "Origin: null"),
+                                   is_last=True).answers()
+        self.assertEqual([answer.body for answer in answers], [ACTIVATED])
+
+
+class PeerTcpTest(PeerCases, unittest.TestCase):
+    stage = SlowTcpStage
+
+    def test_web_pages_are_refused(self) -> None:
+        """They can reach a loopback port, but must say that they are one."""
+        for header in ("Origin: http://example.org", "origin: null", "Origin:",
+                       "Sec-Fetch-Site: cross-site",
+                       "Sec-Fetch-Site: none"):
+            for verb, path in (("POST", "IpamDriver.RequestPool"), ("POST", "Plugin.Activate"),
+                               ("GET", "status"),
+                               ("OPTIONS", "IpamDriver.RequestPool")):
+                with self.subTest(header=header, verb=verb, path=path):
+                    self.assert_refused_bytes(request(path, {"Pool": ""}, header, verb=verb), 403)
+
+    def test_idle_connections_do_not_starve_others(self) -> None:
+        """Whoever may connect could hold all; the longest idle ones go."""
+        peers = [self.peer() for _ in range(gipam.MAX_TCP_CONNECTIONS + 10)]
+        answer = peers[-1].send(ACTIVATE).answer()
+        self.assertEqual(answer and answer.body, ACTIVATED)
+        self.assertIsNone(peers[0].answer())
+        self.caller.close()  # its connection was the first to go: dial again
+        for peer in peers:
+            peer.close()
+
+
+class Recording:
+    """A socket that keeps what is sent, call by call."""
+
+    def __init__(self, real: Any, sent: list[bytes]) -> None:
+        self.real, self.sent = real, sent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def send(self, data: Any, *rest: Any) -> int:
+        self.sent.append(bytes(data))
+        return int(self.real.send(data, *rest))
+
+    def sendall(self, data: Any, *rest: Any) -> None:
+        self.sent.append(bytes(data))
+        self.real.sendall(data, *rest)
+
+
+class Watched(socketserver.BaseServer):
+    """A server that keeps what its connections send, and how."""
+
+    sent: list[bytes]
+    no_delay: list[int]
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        if request.family != socket.AF_UNIX:
+            self.no_delay.append(request.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        recording: Any = Recording(request, self.sent)
+        super().finish_request(recording, client_address)
+
+
+class WatchedUnix(Watched, gipam.UnixServer):
+    pass
+
+
+class WatchedTcp(Watched, gipam.Server):
+    pass
+
+
+class SendingTest(unittest.TestCase):
+    """Protocol.md 1.6: two small writes on TCP cost 40 ms. Seen from inside: streams join them."""
+
+    def setUp(self) -> None:
+        self.directory = tempfile.mkdtemp(prefix="gipam-")
+        self.addCleanup(shutil.rmtree, self.directory)
+        silence = logging.NullHandler()
+        gipam.log.addHandler(silence)
+        self.addCleanup(gipam.log.removeHandler, silence)
+
+    def serve(self, kind: type[Any], address: Any) -> Any:
+        """Return a server that runs in a thread of this process."""
+        server = kind(address, InMemory(os.path.join(self.directory, kind.__name__)).service)
+        server.sent, server.no_delay = [], []
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        for cleanup in (server.server_close, thread.join, server.shutdown):
+            self.addCleanup(cleanup)
+        return server
+
+    def test_answer_is_sent_at_once(self) -> None:
+        data = (ACTIVATE, NEW_POOL, request("IpamDriver.ReleasePool"), request("nope"),
+                request("status", verb="GET"), b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n")
+        statuses = [200, 200, 400, 404, 200, 400]
+        for kind, address in ((WatchedUnix, os.path.join(self.directory, "sock")),
+                              (WatchedTcp, ("127.0.0.1", 0))):
+            with self.subTest(kind=kind.__name__):
+                server = self.serve(kind, address)
+                answers = Peer(self, server.server_address).send(b"".join(data), True).answers()
+                self.assertEqual([answer.status for answer in answers], statuses)
+                self.assertEqual([int(piece.split()[1]) for piece in server.sent], statuses)
+                self.assertEqual(server.no_delay, [1] * (kind is WatchedTcp))
+
+    def test_request_that_does_not_end(self) -> None:
+        """On TCP its connection ends after a while; an idle one, and one that is busy, does not."""
+        server = self.serve(WatchedTcp, ("127.0.0.1", 0))
+        idle, slow = Peer(self, server.server_address), Peer(self, server.server_address)
+        with mock.patch.object(gipam, "REQUEST_PATIENCE_S", 0.01):
+            slow.send(NEW_POOL[:50])
+            wait_for(lambda: server.reap(9) or select.select([slow.socket], [], [], 0)[0],
+                     "its end")
+        self.assertIsNone(slow.answer())
+        answer = idle.send(ACTIVATE).answer()
+        self.assertEqual(answer and answer.body, ACTIVATED)
+
+
+# -- heads, beside the stock parser's verdict on them
+
+HEADS = (
+    b"POST /a HTTP/1.1\r\n\r\n", b"POST /a HTTP/1.0\r\n\r\n", b"GET /a\r\n", b"POST /a\r\n\r\n",
+    b"GET\r\n\r\n", b"POST /a HTTP/1.1\n\n", b"POST /a HTTP/1.1\r\n\n",
+    b"POST  /a\t HTTP/1.1  \r\n\r\n", b" POST /a HTTP/1.1\r\n\r\n", b"POST //a HTTP/1.1\r\n\r\n",
+    b"POST /a HTTP/1.1", b"POST /a HTTP/1.1\r\nX: y", b"PO", b"POST /a HTTP/1.1\r",
+    b"POST /a HTTP/1.2\r\n\r\n", b"POST /a HTTP/01.01\r\n\r\n", b"POST /a HTTP/0.9\r\n\r\n",
+    b"POST /a HTTP/2.0\r\n\r\n", b"POST /a HTTP/1\r\n\r\n", b"POST /a HTTP/1.1.1\r\n\r\n",
+    b"POST /a HTTP/\r\n\r\n", b"POST /a HTTP/1.x\r\n\r\n", b"POST /a HTTP/1.-1\r\n\r\n",
+    b"POST /a HTTP/11111111111.1\r\n\r\n", b"POST /a HTTP/9.9\r\n\r\n",
+    b"POST /a HTTP/1.1 b\r\n\r\n", b"POST /a b HTTP/1.1\r\n\r\n", b"POST /a http/1.1\r\n\r\n",
+    b"POST /a XTTP/1.1\r\n\r\n", b"P\xd6ST /\xe9 HTTP/1.1\r\n\r\n", b"POST /\x00 HTTP/1.1\r\n\r\n",
+    b"POST /a\x0bb HTTP/1.1\r\n\r\n", b"POST /" + b"a" * 65_519 + b" HTTP/1.1\r\n\r\n",
+    b"POST /" + b"a" * 65_520 + b" HTTP/1.1\r\n\r\n",
+    b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc",
+    b"POST /a HTTP/1.1\r\ncontent-LENGTH:3\r\n\r\nabc",
+    b"POST /a HTTP/1.1\r\nContent-Length:\t 3\r\n\r\nabc",
+    b"POST /a HTTP/1.0\r\nContent-Length: 3\r\n\r\nabc",
+    b"POST /a HTTP/1.1\nContent-Length: 3\n\nabc",
+    b"POST /a HTTP/1.1\r\nX:\r\nContent-Length: 3\r\n\r\nabc",
+    b"POST /a HTTP/1.1\r\nX: y\r\n folded\r\nContent-Length: 3\r\n\r\nabc",
+    b"POST /a HTTP/1.1\r\nConnection: close\r\n\r\n",
+    b"POST /a HTTP/1.1\r\nconnection: CLOSE\r\n\r\n",
+    b"POST /a HTTP/1.1\r\nConnection: keep-alive\r\n\r\n",
+    b"POST /a HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n",
+    b"POST /a HTTP/1.0\r\nConnection: x\r\n\r\n",
+    b"POST /a HTTP/1.1\r\nConnection: close, x\r\n\r\n",
+    b"POST /a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\nabc",
+    b"POST /a HTTP/1.1\r\nExpect: other\r\n\r\n",
+    b"POST /a HTTP/1.0\r\nExpect: 100-continue\r\n\r\n",
+    b"POST /a HTTP/1.1\r\n" + b"X: y\r\n" * 99 + b"\r\n",
+    b"POST /a HTTP/1.1\r\n" + b"X: y\r\n" * 101 + b"\r\n",
+    b"POST /a HTTP/1.1\r\n" + b"X: y\r\n" * 100 + b"\r\n",
+    b"POST /a HTTP/1.1\r\n" + b"X: y\r\n" * 300 + b"\r\n",
+    b"POST /a HTTP/1.1\r\nX: " + b"y" * 65_531 + b"\r\n\r\n",
+    b"POST /a HTTP/1.1\r\nX: " + b"y" * 65_532 + b"\r\n\r\n",
+    b"POST /a HTTP/1.1\r\n" + b"X: " + b"y" * 70_000 + b"\r\n\r\n",
+    b"POST /a HTTP/1.1\r\nX: \xff\x00\x7f\r\n\r\n", b"", b"\x00\r\n\r\n", b"{}\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\r\n",
+)
+
+
+class Stock(http.server.BaseHTTPRequestHandler):
+    """http.server as it comes, with a method for each verb; .events tells what it read."""
+
+    protocol_version = "HTTP/1.1"
+    events: list[Any]
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("do_"):
+            raise AttributeError(name)
+        return self.serve
+
+    def serve(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.events.append((self.command, self.path, body))
+
+    def send_error(self, code: int, *_: Any) -> None:
+        self.close_connection = True
+        self.events.append(int(code))
+
+
+class HeadTest(unittest.TestCase):
+    """gipam reads heads as http.server does: same verdict, status, and connection afterwards."""
+
+    def test_heads_are_read_as_http_server_reads_them(self) -> None:
+        for head in HEADS:
+            with self.subTest(head[:60], length=len(head)):
+                self.assertEqual(self.ours(head + b"POST /next HTTP/1.1\r\n\r\n"),
+                                 self.stock(head + b"POST /next HTTP/1.1\r\n\r\n"))
+
+    def talk(self, data: bytes, handle: Callable[[socket.socket], Any]) -> list[Any]:
+        """Let the handler read the bytes, then the end; return the interim answers that it sent."""
+        near, far = socket.socketpair()
+        with near, far:
+            near.sendall(data)
+            near.shutdown(socket.SHUT_WR)
+            handle(far)
+            far.shutdown(socket.SHUT_WR)
+            return re.findall(b"HTTP/1.1 100", near.makefile("rb").read())
+
+    def stock(self, data: bytes) -> list[Any]:
+        events: list[Any] = []
+        kind = type("Watched", (Stock,), {"events": events})
+        return self.talk(data, lambda connection: kind(connection, "", None)) + events
+
+    def ours(self, data: bytes) -> list[Any]:
+        events: list[Any] = []
+
+        def dispatch(_: Any, verb: str, path: str, body: bytes, *__: Any) -> Any:
+            events.append((verb, path, body))
+            return gipam.Reply(200, b"")
+
+        def refuse(error: gipam.GipamError) -> Any:
+            events.append(error.http_status)
+            return gipam.Reply(error.http_status, b"")
+
+        server = mock.Mock(address_family=socket.AF_UNIX, is_public=False, is_retiring=False)
+        with mock.patch.object(gipam, "dispatch", dispatch), \
+                mock.patch.object(gipam, "refuse", refuse), mock.patch.object(gipam.log, "warning"):
+            interim = self.talk(data, lambda connection: gipam.Handler(connection, "", server))
+        return interim + events
+
+
+class NameTest(unittest.TestCase):
+    """Sockets, links and plugin files: where, with which mode, and gone at the end."""
+
+    def setUp(self) -> None:
+        self.directory = os.path.realpath(tempfile.mkdtemp(prefix="gipam-"))
+        self.addCleanup(shutil.rmtree, self.directory)
+
+    def path(self, *names: str) -> str:
+        return os.path.join(self.directory, *names)
+
+    def mode(self, *names: str) -> int:
+        return stat.S_IMODE(os.lstat(self.path(*names)).st_mode)
+
+    def daemon(self, *options: str, kind: type[Daemon] = Daemon, socket: str = "") -> Daemon:
+        """Return a daemon, not yet started, with -socket or -spec outside its own directory."""
+        daemon = kind(self, *options)
+        if socket:
+            daemon.socket = socket
+            daemon.options += ["-socket", socket]
+        return daemon
+
+    def serve(self, daemon: Daemon) -> Daemon:
+        """Start it and let it answer: then all names are made (it listens a little earlier)."""
+        self.assertEqual(daemon.start().client().call("Plugin.Activate"), ACTIVATED)
+        return daemon
+
+    def assert_fails(self, daemon: Daemon, status: int, text: str) -> None:
+        daemon.start(wait=False)
+        assert daemon.process
+        self.assertEqual(daemon.process.wait(DEADLINE_S), status)
+        self.assertIn(text, daemon.read_log())
+        self.assertNotIn("Traceback", daemon.read_log())
+
+    def bind(self, path: str) -> socket.socket:
+        """Return a socket that is bound there, but does not listen: once closed, a dead one."""
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.addCleanup(bound.close)
+        bound.bind(path)
+        return bound
+
+    def clear_run_docker(self) -> None:
+        require_isolation()
+        shutil.rmtree("/run/docker", ignore_errors=True)
+
+    # -- the UNIX socket
+
+    def test_modes(self) -> None:
+        os.mkdir(self.path("old"), 0o755)
+        daemon = self.serve(self.daemon(socket=self.path("old", "new", "newer", "gipam.sock")))
+        names = ("old", "new", "newer", "gipam.sock")
+        modes = [self.mode(*names[:at]) for at in range(1, 5)]
+        self.assertEqual(modes, [0o755, 0o700, 0o700, 0o600])
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(os.listdir(self.path("old", "new", "newer")), [])
+
+    def test_dead_socket_is_replaced(self) -> None:
+        self.bind(self.path("gipam.sock")).close()
+        daemon = self.serve(self.daemon(socket=self.path("gipam.sock")))
+        daemon.kill()
+        self.assertTrue(os.path.exists(daemon.socket))
+        self.serve(daemon)
+
+    def test_living_socket_is_left_alone(self) -> None:
+        first = self.serve(self.daemon(socket=self.path("gipam.sock")))
+        self.assert_fails(self.daemon(socket=first.socket), 75,
+                          f"another daemon answers on {first.socket}")
+        self.assertEqual(first.client().call("Plugin.Activate"), ACTIVATED)
+
+    def test_whatever_else_is_in_the_way_is_kept(self) -> None:
+        with open(self.path("file"), "w", encoding="ascii") as file:
+            file.write("precious")
+        os.mkdir(self.path("directory"))
+        os.mkfifo(self.path("fifo"))
+        for name in ("file", "directory", "fifo"):
+            with self.subTest(name):
+                self.assert_fails(self.daemon(socket=self.path(name)), 78,
+                                  f"{self.path(name)} is in the way and is not a socket: remove "
+                                  "it, or use another name")
+        with open(self.path("file"), encoding="ascii") as file:
+            self.assertEqual(file.read(), "precious")
+        self.assertEqual(sorted(os.listdir(self.directory)), ["directory", "fifo", "file"])
+
+    def test_link_for_dockerd(self) -> None:
+        self.clear_run_docker()
+        link = "/run/docker/plugins/driver.sock"
+        self.bind("/run/docker/plugins/other.sock").close()
+        for name in ("none", "dead socket", "link to nowhere", "link of a gipam that was killed"):
+            with self.subTest(name):
+                daemon = self.daemon(socket=self.path("driver.sock"))
+                if name == "dead socket":
+                    self.bind(link).close()
+                elif name != "none":
+                    os.symlink("/nowhere" if "nowhere" in name else daemon.socket, link)
+                self.serve(daemon)
+                self.assertEqual(os.readlink(link), daemon.socket)
+                self.assertEqual(Client(link).call("Plugin.Activate"), ACTIVATED)
+                self.assertEqual(daemon.stop(), 0)
+                self.assertEqual(os.listdir("/run/docker/plugins"), ["other.sock"])
+
+    def test_link_in_the_way(self) -> None:
+        self.clear_run_docker()
+        link = "/run/docker/plugins/driver.sock"
+        alive = self.bind(link)
+        alive.listen()
+        self.assert_fails(self.daemon(socket=self.path("driver.sock")), 75,
+                          f"another daemon answers on {link}")
+        os.unlink(link)
+        open(link, "w").close()
+        self.addCleanup(os.unlink, link)
+        self.assert_fails(self.daemon(socket=self.path("driver.sock")), 78, f"{link} is in the way")
+        self.assertTrue(os.path.isfile(link))
+        self.assertEqual(os.listdir(self.directory), [])
+
+    def test_socket_where_dockerd_looks(self) -> None:
+        self.clear_run_docker()
+        daemon = self.serve(self.daemon(socket="/run/docker/plugins/gipam.sock"))
+        for path, mode in (("/run/docker", 0o700), ("/run/docker/plugins", 0o700),
+                           (daemon.socket, 0o600)):
+            self.assertEqual(stat.S_IMODE(os.lstat(path).st_mode), mode)
+        self.assertTrue(stat.S_ISSOCK(os.lstat(daemon.socket).st_mode))
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(os.listdir("/run/docker/plugins"), [])
+
+    def test_plugin_file_for_a_socket(self) -> None:
+        """TestFileSpecPlugin: rootless Docker finds the socket by it. By default there is none."""
+        daemon = self.serve(self.daemon("-spec", self.path("new", "driver.spec")))
+        with open(self.path("new", "driver.spec"), encoding="ascii") as file:
+            self.assertEqual(file.read(), f"unix://{daemon.socket}\n")
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(os.listdir(self.path("new")), [])
+        if os.path.ismount("/etc/docker"):
+            self.serve(self.daemon())
+            self.assertEqual(os.listdir("/etc/docker"), [])
+
+    # -- TCP
+
+    def test_plugin_file(self) -> None:
+        """TestFileSpecPlugin: an URL with a scheme, and the port that was really bound."""
+        for address, host in ((":0", r"127\.0\.0\.1"), ("127.9.9.9:0", r"127\.9\.9\.9"),
+                              ("[::1]:0", r"\[::1\]")):
+            with self.subTest(address=address):
+                if "::1" in address and not has_ipv6():
+                    self.skipTest("has no IPv6")
+                daemon = TcpDaemon(self, "-address", address)
+                daemon.options += ["-spec", self.path("new", "gipam.spec")]
+                daemon.spec = self.path("new", "gipam.spec")
+                daemon.start()
+                with open(daemon.spec, encoding="ascii") as file:
+                    self.assertRegex(file.read(), f"^tcp://{host}:[1-9][0-9]*\n$")
+                client = OverSocket(http.client.HTTPConnection(*daemon.address, timeout=DEADLINE_S))
+                self.addCleanup(client.close)
+                self.assertEqual(client.call("Plugin.Activate"), ACTIVATED)
+                self.assertEqual((os.listdir(self.path("new")), self.mode("new")),
+                                 (["gipam.spec"], 0o700))
+                self.assertEqual(daemon.stop(), 0)
+                self.assertEqual(os.listdir(self.path("new")), [])
+
+    def test_plugin_file_is_replaced_whole(self) -> None:
+        """Whoever reads it meanwhile has the old one or the new one."""
+        daemon = TcpDaemon(self)
+        with open(daemon.spec, "w+", encoding="ascii") as old:
+            old.write("tcp://192.0.2.1:1\n")
+            old.flush()
+            daemon.start(wait=False)
+            wait_for(lambda: os.stat(daemon.spec).st_ino != os.fstat(old.fileno()).st_ino,
+                     "a new plugin file")
+            with open(daemon.spec, encoding="ascii") as new:
+                self.assertRegex(new.read(), "^tcp://127.0.0.1:[0-9]+\n$")
+            old.seek(0)
+            self.assertEqual(old.read(), "tcp://192.0.2.1:1\n")
+
+    def test_dead_socket_that_hides_the_plugin_file(self) -> None:
+        """dockerd looks for NAME.sock first, and does not try whether it lives."""
+        self.clear_run_docker()
+        shadow, other = "/run/docker/plugins/driver.sock", "/run/docker/plugins/other.sock"
+        for path in (shadow, other):
+            self.bind(path).close()
+        daemon = TcpDaemon(self)
+        daemon.options += ["-spec", self.path("driver.spec")]
+        daemon.spec = self.path("driver.spec")
+        daemon.start()
+        self.assertEqual(os.listdir("/run/docker/plugins"), ["other.sock"])
+        self.assertIn(f"removed {shadow}, which hid {daemon.spec}; restart dockerd",
+                      daemon.read_log())
+        self.assertEqual(daemon.stop(), 0)
+        self.bind(shadow).listen()
+        self.assert_fails(daemon, 75, f"another daemon answers on {shadow}")
+        self.assertEqual(os.listdir(self.directory), [])
+
+    def test_address_that_is_refused(self) -> None:
+        """Whoever reaches the port could take every address."""
+        for address in ("0.0.0.0:0", "[::]:0", "192.0.2.1:9090", "[2001:db8::1]:9090",
+                        "example.org:9090", "9090", "127.0.0.1", "127.0.0.1:65536", "127.0.0.1:-1",
+                        "127.0.0.1:x", "::1:x", "off"):
+            with self.subTest(address=address):
+                settings = gipam.read_settings({}, argparse.Namespace(address=address))
+                with self.assertRaisesRegex(gipam.ConfigError,
+                                            f"^-address '{re.escape(address)}' from the command"):
+                    gipam.build_config(settings)
+        daemon = TcpDaemon(self, "-address", "0.0.0.0:0")
+        self.assert_fails(daemon, 78, "not a loopback address: whoever reaches the port could take "
+                          "every address")
+        self.assertEqual(sorted(os.listdir(daemon.directory)), ["leases.json.lock", "log"])
+
+    def test_port_in_use(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            daemon = TcpDaemon(self, "-address", f"127.0.0.1:{port}")
+            self.assert_fails(daemon, 1, f"gipam: ('127.0.0.1', {port}): Address already in use")
+            self.assertFalse(os.path.exists(daemon.spec))
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+class StopTest(unittest.TestCase):
+    """SIGTERM cuts nobody off, and leaves no name behind."""
+
+    KINDS: tuple[type[Daemon], ...] = (Daemon, TcpDaemon)
+
+    def start(self, kind: type[Daemon], *options: str) -> tuple[Daemon, Any]:
+        daemon = slow_daemon(self, kind, "-v4", CASES_V4, *options).start()
+        return daemon, daemon.address if isinstance(daemon, TcpDaemon) else daemon.socket
+
+    def assert_stopped(self, daemon: Daemon) -> None:
+        assert daemon.process
+        self.assertEqual(daemon.process.wait(DEADLINE_S), 0)
+        self.assertEqual(sorted(os.listdir(daemon.directory)),
+                         ["leases.json", "leases.json.lock", "log"])
+        if os.environ.get("GIPAM_ISOLATED") == "yes":
+            self.assertFalse(os.path.lexists("/run/docker/plugins/gipam.sock"))
+        self.assertNotIn("Traceback", daemon.read_log())
+
+    def is_gone(self, path: str) -> bool:
+        return not os.path.lexists(path)
+
+    def test_slow_request_is_answered(self) -> None:
+        for kind, number in ((Daemon, signal.SIGTERM), (Daemon, signal.SIGINT),
+                             (TcpDaemon, signal.SIGTERM)):
+            with self.subTest(kind=kind.__name__, number=number):
+                daemon, address = self.start(kind)
+                assert daemon.process
+                name = daemon.spec if isinstance(daemon, TcpDaemon) else daemon.socket
+                with hold_disk(daemon) as wait_for_change:
+                    peer = Peer(self, address).send(NEW_POOL)
+                    wait_for_change()
+                    daemon.process.send_signal(number)
+                    wait_for(functools.partial(self.is_gone, name), "its name to go")
+                    self.assertIsNone(daemon.process.poll())
+                self.assertEqual([answer.status for answer in peer.answers()], [200])
+                self.assert_stopped(daemon)
+                self.assertEqual([pool["subnet"] for pool in read_state(daemon)["pools"]],
+                                 ["10.66.0.0/24"])
+
+    def test_backlog_is_drained(self) -> None:
+        """Closing a listener resets what is queued in it."""
+        for kind in self.KINDS:
+            with self.subTest(kind=kind.__name__):
+                daemon, address = self.start(kind)
+                assert daemon.process
+                with stopped(daemon):
+                    peers = [Peer(self, address).send(ACTIVATE) for _ in range(20)]
+                    daemon.process.send_signal(signal.SIGTERM)
+                for peer in peers:
+                    self.assertEqual([answer.body for answer in peer.answers()], [ACTIVATED])
+                self.assert_stopped(daemon)
+
+    def test_idle_connections_do_not_hold_it_up(self) -> None:
+        """Whoever writes later finds the end, and dials again with its whole body."""
+        for kind in self.KINDS:
+            with self.subTest(kind=kind.__name__):
+                daemon, address = self.start(kind)
+                peers = [Peer(self, address) for _ in range(5)]
+                self.assertTrue(peers[0].send(ACTIVATE).answer())
+                daemon.stop()
+                self.assert_stopped(daemon)
+                self.assertEqual([peer.answers() for peer in peers], [[]] * 5)
+
+    def test_what_is_already_there_is_answered(self) -> None:
+        """A request that lies in the socket of a kept connection, not yet read."""
+        for kind in self.KINDS:
+            with self.subTest(kind=kind.__name__):
+                daemon, address = self.start(kind)
+                assert daemon.process
+                peer = Peer(self, address)
+                with hold_disk(daemon) as wait_for_change:
+                    peer.send(NEW_POOL)
+                    wait_for_change()
+                    daemon.process.send_signal(signal.SIGTERM)
+                    peer.send(ACTIVATE)
+                self.assertEqual([answer.status for answer in peer.answers()], [200, 200])
+                self.assert_stopped(daemon)
+
+    def test_successor_of_what_is_undone_is_not_touched(self) -> None:
+        """The address of an unread answer was released meanwhile, and given to another."""
+        for kind in self.KINDS:
+            with self.subTest(kind=kind.__name__):
+                daemon, address = self.start(kind)
+                client = Peer(self, address)
+                answer = client.send(NEW_POOL).answer()
+                assert answer
+                lease = {"PoolID": answer.body["PoolID"], "Address": "10.66.0.9"}
+                peer = Peer(self, address).send(request("IpamDriver.RequestAddress", lease))
+                peer.wait_unread()
+                for method in ("ReleaseAddress", "RequestAddress"):
+                    answer = client.send(request("IpamDriver." + method, lease)).answer()
+                    self.assertEqual(answer and answer.status, 200)
+                peer.close()
+                daemon.stop()  # waits until each connection has ended
+                self.assert_stopped(daemon)
+                leases = read_state(daemon)["pools"][0]["addresses"]
+                self.assertEqual([(lease["address"], lease["seq"]) for lease in leases],
+                                 [("10.66.0.9", 4)])
+
+    def test_no_name_is_left(self) -> None:
+        for kind, options in ((Daemon, ()), (Daemon, ("-spec", "{}/gipam.spec")), (TcpDaemon, ())):
+            with self.subTest(kind=kind.__name__, options=options):
+                daemon = slow_daemon(self, kind, *options)
+                daemon.options = [option.format(daemon.directory) for option in daemon.options]
+                daemon.start().stop()
+                self.assert_stopped(daemon)
+
+    def test_service_manager_is_told(self) -> None:
+        """sd_notify(3): READY once it serves, STOPPING at its end; by path and by abstract name."""
+        for name in ("path", "@abstract"):
+            with self.subTest(name), tempfile.TemporaryDirectory(prefix="gipam-") as directory, \
+                    socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+                address = os.path.join(directory, "notify") if name == "path" else "@" + directory
+                manager.bind(address.replace("@", "\0"))
+                manager.settimeout(DEADLINE_S)
+                daemon = Daemon(self, env={"NOTIFY_SOCKET": address}).start(wait=False)
+                self.wait_for_message(manager, "READY=1")
+                self.assertEqual(Client(daemon.socket).call("Plugin.Activate"), ACTIVATED)
+                self.assertEqual(daemon.stop(), 0)
+                self.wait_for_message(manager, "STOPPING=1")
+
+    def wait_for_message(self, manager: socket.socket, text: str) -> None:
+        while text not in manager.recv(4096).decode().split("\n"):
+            pass
+
+    def test_no_service_manager(self) -> None:
+        """A NOTIFY_SOCKET that nobody reads from must not stop it."""
+        daemon = Daemon(self, env={"NOTIFY_SOCKET": "/nowhere/notify"}).start()
+        self.assertEqual(daemon.stop(), 0)
+
+
+# -- fuzzing
+
+JUNK: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1e400, 2**64, "", "x", "\x00", "\ud800", "0.0.0.0/0", "0.0.0.0/33",
+    "::/0", "10.2.0.0/16", "10.2.0.1", "255.255.255.255", "::ffff:10.2.0.1", "198.18.0.0/24",
+    "0.0.0.0/29", "::/80", "1.2.3.4/024", [], {}, [{}], {"gipam.name": "web"}, {"gipam.v4ab": "30"},
+    {"gipam.x": ""}, {"RequestAddressType": "com.docker.network.gateway"},
+    "10.3.0.0/24#0123456789abcdef", "10.3.0.0/24,10.3.0.0/25#0123456789abcdef", "x" * 300,
+    "9" * 400,
+)
+TOKENS = (b"\r\n", b"\r\n\r\n", b"\n", b"\x00", b" ", b":", b"HTTP/1.1", b"HTTP/1.0",
+          b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n",
+          b"Expect: 100-continue\r\n", b"0\r\n\r\n", b"{", b"}", b"\xff", b"-1", b"GET", b"/", b"%",
+          b"Content-Length: 99999999\r\n", b"X" * 70_000)
+
+
+class FuzzTest(unittest.TestCase):
+    """Requests mutated from real ones: each is answered, and a refused one changes nothing."""
+
+    def setUp(self) -> None:
+        self.random = random.Random(RANDOM_SEED)
+        silence = logging.NullHandler()
+        gipam.log.addHandler(silence)
+        self.addCleanup(gipam.log.removeHandler, silence)
+        self.rounds = 50_000 if os.environ.get("GIPAM_LONG") == "1" else 2_500
+
+    def seeds(self, client: Caller) -> list[tuple[str, dict[str, Any]]]:
+        """Return real requests, about what is held now; release most of it if it has grown much."""
+        pools = client.state()["pools"]
+        for pool in pools[3:] if len(pools) > 20 else ():
+            client.release_pool(pool["id"])
+        pool_id, address = "x", "10.2.0.1"
+        if pools:
+            pool = self.random.choice(pools[:3])
+            pool_id = pool["id"]
+            address = ([lease["address"] for lease in pool["addresses"]] or [address])[0]
+        subnet = f"10.{self.random.randrange(256)}.0.0/{self.random.randrange(8, 33)}"
+        space = {"AddressSpace": "gipam", "Options": {"gipam.name": "web"}}
+        lease = {"PoolID": pool_id, "Address": address}
+        return [("IpamDriver.RequestPool", {**space, "Pool": "", "SubPool": "", "V6": False}),
+                ("IpamDriver.RequestPool", {**space, "Pool": subnet, "SubPool": subnet}),
+                ("IpamDriver.RequestAddress", {**lease, "Options": None}),
+                ("IpamDriver.RequestAddress",
+                 {**lease, "Address": "", "Options": {gipam.ENDPOINT_NAME: "c"}}),
+                ("IpamDriver.ReleaseAddress", lease), ("IpamDriver.ReleasePool",
+                                                       {"PoolID": pool_id}),
+                ("Gipam.Release", {**lease, "Seq": self.random.randrange(99)}),
+                ("Gipam.Adopt", {"Subnet": subnet, "SubPool": "", "Leases": [
+                    {"Address": address, "Kind": "endpoint", "MAC": "", "Name": ""}]})]
+
+    def mutate_json(self, value: Any) -> Any:
+        """Return the arguments with something in them replaced, gone or added."""
+        if isinstance(value, dict) and value and self.random.random() < 0.8:
+            value, key = dict(value), self.random.choice(list(value))
+            kind = self.random.randrange(6)
+            if kind == 0:
+                del value[key]
+            elif kind == 1:
+                value[self.random.choice(("Pool", "pool", "", "Leases"))] = self.random.choice(JUNK)
+            else:
+                value[key] = self.mutate_json(value[key])
+            return value
+        if isinstance(value, str) and value and self.random.random() < 0.3:
+            at = self.random.randrange(len(value))
+            return value[:at] + self.random.choice("0./:,#x\x00é ") + value[at + 1:]
+        return self.random.choice(JUNK)
+
+    def mutate_bytes(self, data: bytes) -> bytes:
+        """Return the bytes with something in them changed, gone, doubled or added."""
+        at = self.random.randrange(len(data))
+        end = min(at + self.random.choice((1, 1, 2, 10, 100)), len(data))
+        return self.random.choice((
+            lambda: data[:at] + bytes([self.random.randrange(256)]) + data[at + 1:],
+            lambda: data[:at] + data[end:],
+            lambda: data[:at] + data[at:end] * 3 + data[end:],
+            lambda: data[:at] + self.random.choice(TOKENS) + data[at:],
+            lambda: data[:at],
+            lambda: data.replace(b"\r\n", self.random.choice(TOKENS), 1),
+            lambda: data + data[at:],
+        ))()
+
+    def test_bodies(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="gipam-") as directory:
+            client = InMemory(os.path.join(directory, "leases.json"))
+            statuses: set[int] = set()
+            for number in range(self.rounds):
+                method, arguments = self.random.choice(self.seeds(client))
+                body = json.dumps(self.mutate_json(arguments)).encode()
+                if self.random.random() < 0.3:
+                    body = self.mutate_bytes(body)
+                before = gipam.copy_state(client.service.state)
+                status, reply = client.post("/" + method, body)
+                about = f"seed {RANDOM_SEED}, round {number}: {method} {body!r} -> {status} {reply}"
+                self.assertIn(status, (200, 400, 403, 404, 503), about)
+                if status != 200:
+                    self.assertEqual(gipam.copy_state(client.service.state), before, about)
+                statuses.add(status)
+            self.assertLessEqual({200, 400, 403, 404}, statuses)
+            live = client.state()
+            client.open()
+            self.assertEqual(client.state(), live)
+
+    def test_requests(self) -> None:
+        daemon = Daemon(self, "-v4", CASES_V4).start()
+        client = OverSocket(UnixConnection(daemon.socket))
+        self.addCleanup(client.close)
+        for number in range(self.rounds):
+            method, arguments = self.random.choice(self.seeds(client))
+            data = request(method, arguments)
+            for _ in range(self.random.randrange(1, 4)):
+                data = self.mutate_bytes(data) or data
+            data = data.lstrip(b"\r\n") or b"x"  # empty lines have a case of their own
+            before = client.state()
+            peer = Peer(self, daemon.socket)
+            answers = peer.send(data, is_last=True).answers()
+            peer.close()
+            about = f"seed {RANDOM_SEED}, round {number}: {data!r} -> {answers}"
+            self.assertTrue(answers, about)
+            self.assertLessEqual({answer.status for answer in answers},
+                                 {100, 200, 400, 403, 404, 405, 413, 414, 431, 503, 505}, about)
+            if all(answer.status not in (100, 200) for answer in answers):
+                self.assertEqual(client.state(), before, about)
+        self.assertEqual(read_state(daemon)["pools"], client.state()["pools"])
+        self.assertEqual(daemon.stop(), 0)
+        self.assertNotIn("Traceback", daemon.read_log())
+
+
+# === Docker =======================================================================================
+#
+# Docker's part is played by FakeDocker: it asks gipam as dockerd does, and shows its networks and
+# containers as dockerd does, on a UNIX socket. The tests on a real dockerd hold its shapes against
+# the real ones.
+
+# GET /networks and /containers/json?all=1 of dockerd 26.1.5 (API 1.45), but for what a test sets.
+NETWORK: dict[str, Any] = {
+    "Name": "", "Id": "", "Created": "2026-11-24T09:11:54.920401741Z", "Scope": "local",
+    "Driver": "bridge", "EnableIPv6": False, "IPAM": {"Driver": "", "Options": {}, "Config": []},
+    "Internal": False, "Attachable": False, "Ingress": False, "ConfigFrom": {"Network": ""},
+    "ConfigOnly": False, "Containers": {}, "Options": {}, "Labels": {},
+}
+ENDPOINT: dict[str, Any] = {
+    "IPAMConfig": None, "Links": None, "Aliases": None, "MacAddress": "", "NetworkID": "",
+    "EndpointID": "", "Gateway": "", "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "",
+    "GlobalIPv6Address": "", "GlobalIPv6PrefixLen": 0, "DriverOpts": None, "DNSNames": None,
+}
+CONTAINER: dict[str, Any] = {
+    "Id": "", "Names": [], "Image": "bb", "ImageID": "sha256:a76a", "Command": "sleep 1000000",
+    "Created": 1795511518, "Ports": [], "Labels": {}, "State": "running", "Status": "Up 1 second",
+    "HostConfig": {"NetworkMode": ""}, "NetworkSettings": {"Networks": {}}, "Mounts": [],
+}
+# What Docker 29 (API 1.52) has besides, from moby's api/types.
+NETWORK_29 = {"EnableIPv4": True}
+ENDPOINT_29 = {"GwPriority": 0}
+CONTAINER_29 = {"ImageManifestDescriptor": None}
+NOT_RUNNING = {"State": "exited", "Status": "Exited (137) 2 seconds ago"}
+GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}
+CALM = 3600  # no suspect is that old: what is new is overlooked
+
+Steps = Iterator[None]  # an event in its steps: what Docker shows, what gipam is asked
+
+
+def identity(*names: str) -> str:
+    """Return 64 hexadecimal digits, as Docker's ids have them."""
+    return hashlib.sha256("/".join(names).encode()).hexdigest()
+
+
+class DockerApi(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Answers on Docker's socket."""
+
+    daemon_threads = True
+    docker: FakeDocker
+
+
+class DockerApiHandler(http.server.BaseHTTPRequestHandler):
+    server: DockerApi
+
+    def do_GET(self) -> None:
+        body = json.dumps(self.server.docker.answer(self.path)).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+
+class FakeDocker:
+    """A dockerd of the version: `call` asks gipam. Its networks and containers may be edited."""
+
+    def __init__(self, test: unittest.TestCase, path: str, call: Callable[..., Any], version: int = 26) -> None:
+        self.path, self.call, self.version = path, call, version
+        self.networks: dict[str, dict[str, Any]] = {}
+        self.containers: dict[str, dict[str, Any]] = {}
+        self.pool_ids: dict[tuple[str, int], str] = {}  # (network, family) -> id
+        self.asked: list[str] = []
+        self.before: Callable[[str], None] = lambda path: None  # an answer
+        self.starts = 0
+        server = DockerApi(path, DockerApiHandler)
+        server.docker = self
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        test.addCleanup(server.server_close)
+        test.addCleanup(server.shutdown)
+
+    def answer(self, path: str) -> Any:
+        self.before(path)
+        self.asked.append(path)
+        lists = {"/networks": self.networks, "/containers/json?all=1": self.containers}
+        return list(lists[path].values())
+
+    # -- networks
+
+    def show_network(self, name: str, *configs: dict[str, Any], driver: str = "gipam", **keys: Any) -> None:
+        """Let a network appear in Docker's list, without a word to gipam."""
+        has_v6 = any(":" in config["Subnet"] for config in configs)
+        ipam = {"Driver": driver, "Options": {}, "Config": list(configs)}
+        self.networks[name] = {**NETWORK, **(NETWORK_29 if self.version >= 29 else {}), "Name": name,
+                               "Id": identity(name, str(self.starts)), "EnableIPv6": has_v6, "IPAM": ipam, **keys}
+
+    def making_network(self, name: str, *subnets: str, sub_pool: str = "", options: dict[str, str] | None = None,
+                       **keys: Any) -> Steps:
+        """docker network create: "4" or "6" for any block; of a given subnet the gateway is not shown."""
+        configs = []
+        for subnet in subnets or ("4",):
+            version = 6 if ":" in subnet or subnet == "6" else 4
+            wanted = subnet if "/" in subnet else ""
+            reply = self.call("IpamDriver.RequestPool", AddressSpace="gipam", Pool=wanted, SubPool=sub_pool,
+                              Options=options or {}, V6=version == 6)
+            self.pool_ids[name, version] = reply["PoolID"]
+            yield
+            gateway = self.call("IpamDriver.RequestAddress", PoolID=reply["PoolID"], Address="", Options=GATEWAY)
+            yield
+            config = {"Subnet": wanted or reply["Pool"], "IPRange": sub_pool}
+            if not wanted:
+                is_cidr = version == 6 and self.version < 28
+                config["Gateway"] = gateway["Address"] if is_cidr else gateway["Address"].split("/")[0]
+            configs.append({key: value for key, value in config.items() if value})
+        self.starts += 1
+        self.show_network(name, *configs, **keys)
+        yield
+
+    def removing_network(self, name: str) -> Steps:
+        for (network, version), pool_id in list(self.pool_ids.items()):
+            if network == name:
+                self.call("IpamDriver.ReleasePool", PoolID=pool_id)
+                del self.pool_ids[network, version]
+                yield
+        del self.networks[name]
+        yield
+
+    # -- containers
+
+    def starting(self, name: str, *networks: str, address: str = "") -> Steps:
+        """docker start: gipam grants the addresses, and only then Docker shows them."""
+        self.starts += 1
+        endpoints, options = {}, {"com.docker.network.endpoint.macaddress": f"02:42:00:00:00:{self.starts:02x}"}
+        if self.version >= 29:
+            options["com.docker.network.endpoint.name"] = name
+        for network in networks:
+            endpoint = endpoints[network] = {**ENDPOINT, **(ENDPOINT_29 if self.version >= 29 else {})}
+            endpoint["NetworkID"], endpoint["MacAddress"] = self.networks[network]["Id"], options[next(iter(options))]
+            endpoint["EndpointID"] = identity(network, name, str(self.starts))
+            for version, keys in ((4, ("IPAddress", "IPPrefixLen")), (6, ("GlobalIPv6Address", "GlobalIPv6PrefixLen"))):
+                if (network, version) in self.pool_ids:
+                    reply = self.call("IpamDriver.RequestAddress", PoolID=self.pool_ids[network, version],
+                                      Address=address, Options=options)
+                    endpoint[keys[0]], length = reply["Address"].split("/")
+                    endpoint[keys[1]] = int(length)
+                    yield
+        self.containers.pop(name, None)  # the newest stands first
+        self.containers = {name: self.container(name, endpoints), **self.containers}
+        yield
+
+    def container(self, name: str, endpoints: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        return {**CONTAINER, **(CONTAINER_29 if self.version >= 29 else {}), "Id": identity(name), "Names": ["/" + name],
+                "HostConfig": {"NetworkMode": next(iter(endpoints), "host")},
+                "NetworkSettings": {"Networks": endpoints}}
+
+    def stopping(self, name: str, is_shown_late: bool = False, is_told: bool = True) -> Steps:
+        """docker stop: Docker forgets the addresses, before it tells gipam or after it did."""
+        if not is_shown_late:
+            endpoints = self.forget(name)
+            yield
+        else:
+            endpoints = self.containers[name]["NetworkSettings"]["Networks"]
+        for network, endpoint in endpoints.items() if is_told else ():
+            for version, key in ((4, "IPAddress"), (6, "GlobalIPv6Address")):
+                if endpoint[key]:
+                    self.call("IpamDriver.ReleaseAddress", PoolID=self.pool_ids[network, version], Address=endpoint[key])
+                    yield
+        if is_shown_late:
+            self.forget(name)
+            yield
+
+    def forget(self, name: str) -> dict[str, dict[str, Any]]:
+        """Show the container as stopped: its networks are there, but empty; return what they were."""
+        before: dict[str, dict[str, Any]] = self.containers[name]["NetworkSettings"]["Networks"]
+        empty = {network: {**ENDPOINT, "NetworkID": endpoint["NetworkID"]} for network, endpoint in before.items()}
+        self.containers[name] = {**self.container(name, empty), **NOT_RUNNING}
+        return before
+
+    def restarting(self, name: str, network: str) -> Steps:
+        yield from self.stopping(name)
+        yield from self.starting(name, network)
+
+    # -- whole events
+
+    def make_network(self, name: str, *subnets: str, **how: Any) -> None:
+        list(self.making_network(name, *subnets, **how))
+
+    def start(self, name: str, *networks: str, address: str = "") -> None:
+        list(self.starting(name, *networks, address=address))
+
+    def stop(self, name: str, is_told: bool = True) -> None:
+        list(self.stopping(name, is_told=is_told))
+
+    def address(self, container: str, network: str, key: str = "IPAddress") -> str:
+        return str(self.containers[container]["NetworkSettings"]["Networks"][network][key])
+
+
+class Finished(NamedTuple):
+    """What a command line led to."""
+
+    status: int
+    out: str
+    err: str  # with what is logged at WARNING and above
+
+
+class Terminal(io.StringIO):
+    """Standard output of a person."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def serve_in_thread(test: unittest.TestCase, server: gipam.Server) -> None:
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    test.addCleanup(server.server_close)
+    test.addCleanup(server.shutdown)
+
+
+class OperatedCase(unittest.TestCase):
+    """gipam, served from this process, a fake Docker beside it, and the commands."""
+
+    BASES = ("-v6", "2001:db8:0:100::/60", "-v4", "10.2.0.0/20")
+    version = 26
+    maxDiff = None
+
+    def setUp(self) -> None:
+        self.directory = os.path.realpath(tempfile.mkdtemp(prefix="gipam-"))
+        self.addCleanup(shutil.rmtree, self.directory, ignore_errors=True)
+        self.socket, self.file = (os.path.join(self.directory, name) for name in ("gipam.sock", "leases.json"))
+        self.proc = os.path.join(self.directory, "net")
+        os.mkdir(self.proc)
+        self.docker = FakeDocker(self, os.path.join(self.directory, "docker.sock"), self.call, self.version)
+        self.enterContext(mock.patch.object(gipam, "CHECK_PAUSE_S", 0))
+        self.service = self.open()
+        self.server = gipam.UnixServer(self.socket, self.service)
+        serve_in_thread(self, self.server)
+
+    def enterContext(self, manager: Any) -> Any:  # noqa: N802  (unittest has it from 3.11 on)
+        value = manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+        return value
+
+    def config(self, *options: str) -> tuple[Any, Any]:
+        arguments = gipam.build_parser().parse_args(gipam.normalise_arguments(
+            ["-unix", "-socket", self.socket, "-file", self.file, *self.BASES, *options]))
+        settings = gipam.read_settings({}, arguments)
+        return gipam.build_config(settings), settings
+
+    def open(self, *options: str) -> gipam.Service:
+        """Return a service that has nothing to ask Docker for."""
+        config, settings = self.config(*options)
+        store, state = gipam.Store(self.file), gipam.make_state(config)
+        store.write_snapshot(gipam.encode_snapshot({}, gipam.copy_state(state), None), is_named=False)
+        return gipam.Service(store, state, {"V4Pool": "10.2.0.0/20", "V6Pool": "2001:db8:0:100::/60"}, proc=self.proc)
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """What dockerd asks of gipam."""
+        reply = gipam.dispatch(self.service, "POST", "/" + method, json.dumps(arguments).encode())
+        decoded = json.loads(reply.body)
+        if reply.status != 200:
+            raise Refused(reply.status, decoded["Error"])
+        return decoded
+
+    def held(self) -> dict[str, list[str]]:
+        """Return what gipam holds: range or subnet -> addresses."""
+        return {pool["sub_pool"] or pool["subnet"]: [lease["address"] for lease in pool["addresses"]]
+                for pool in self.service.status(True)["pools"]}
+
+    def run_gipam(self, *arguments: str, out: io.StringIO | None = None, stdin: str = "", options: tuple[str, ...] = (),
+                  **variables: str) -> Finished:
+        """Run a command of gipam.py in this process."""
+        out, err, handler = out or io.StringIO(), io.StringIO(), logging.StreamHandler()
+        handler.setStream(err)
+        handler.setLevel(logging.WARNING)
+        environment = {"DOCKER_HOST": "unix://" + self.docker.path, **variables}
+        options = options or ("-unix", "-socket", self.socket, "-file", self.file)
+        gipam.log.addHandler(handler)
+        try:
+            with mock.patch.dict(os.environ, environment, clear=True), mock.patch.object(gipam, "set_up_log"), \
+                    contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+                    mock.patch.object(sys, "stdin", io.StringIO(stdin)):
+                status = gipam.main([*arguments, *options])
+        finally:
+            gipam.log.removeHandler(handler)
+        return Finished(status, out.getvalue(), err.getvalue())
+
+    def check(self, *arguments: str, grace: int = 0) -> list[str]:
+        """Return the lines of `check`, without the last, which counts; it must agree with the status."""
+        done = self.run_gipam("check", "--grace", str(grace), *arguments)
+        *lines, last = done.out.splitlines()
+        left = [line for line in lines if not line.endswith("; fixed")]
+        self.assertEqual((done.status, last), (
+            1 if left else 0, f"{len(lines)} differences, {len(left)} left" if lines else "no difference"), done)
+        return lines
+
+
+class ClaimsTest(OperatedCase):
+    """What Docker uses, as its API shows it."""
+
+    def claims(self) -> set[tuple[str, str, str, str]]:
+        """Return the claims to addresses: (network, subnet, address, who)."""
+        claims, _ = gipam.read_claims(self.docker.path, "gipam")
+        return {(claim.network, claim.sub_pool or claim.subnet, claim.address, claim.name or claim.kind)
+                for claim in claims}
+
+    def test_both_families_and_every_kind_of_address(self) -> None:
+        for self.docker.version in (26, 29):
+            with self.subTest(docker=self.docker.version):
+                self.docker.make_network("web", "4", "6")
+                self.docker.start("one", "web")
+                self.assertEqual(self.claims(), {
+                    ("web", "10.2.0.0/24", "", "pool"), ("web", "10.2.0.0/24", "10.2.0.1", "gateway"),
+                    ("web", "10.2.0.0/24", "10.2.0.2", "one"),
+                    ("web", "2001:db8:0:100::/64", "", "pool"),
+                    ("web", "2001:db8:0:100::/64", "2001:db8:0:100::1", "gateway"),
+                    ("web", "2001:db8:0:100::/64", "2001:db8:0:100::2", "one")})
+                self.docker.stop("one")
+                list(self.docker.removing_network("web"))
+                self.assertEqual(self.claims(), set())
+                self.service.state.families[4].cursors.clear()
+                self.service.state.families[6].cursors.clear()
+
+    def test_gateway_that_only_containers_show(self) -> None:
+        self.docker.make_network("lan", "10.9.0.0/24", sub_pool="10.9.0.64/26")
+        self.docker.start("one", "lan")
+        self.assertNotIn("Gateway", str(self.docker.networks))
+        self.docker.containers["one"]["NetworkSettings"]["Networks"]["lan"]["Gateway"] = "10.9.0.64"
+        self.assertIn(("lan", "10.9.0.64/26", "10.9.0.64", "gateway"), self.claims())
+
+    def test_addresses_as_the_user_spelt_them(self) -> None:
+        """Seen on dockerd 26.1.5."""
+        self.docker.show_network("odd", {
+            "Subnet": "FD00:0008:0::/64", "Gateway": "FD00:8:0::0F", "AuxiliaryAddresses": {"b": "fd00:8:0:0::00AA"}})
+        self.assertEqual(self.claims(), {
+            ("odd", "fd00:8::/64", "", "pool"), ("odd", "fd00:8::/64", "fd00:8::f", "gateway"),
+            ("odd", "fd00:8::/64", "fd00:8::aa", "auxiliary")})
+
+    def test_subnets_that_are_shown_but_not_taken(self) -> None:
+        """Each seen on dockerd 26.1.5, and of each RequestPool never came."""
+        self.docker.show_network("template", {"Subnet": "10.60.0.0/24"}, ConfigOnly=True, Driver="null")
+        self.docker.show_network("six", {"Subnet": "fd00:7::/64"}, EnableIPv6=False)
+        self.docker.show_network("four", {"Subnet": "10.61.0.0/24"}, EnableIPv4=False)  # from 28 on
+        self.assertEqual(self.claims(), set())
+
+    def test_size_hint_is_no_subnet_but_its_containers_tell(self) -> None:
+        """Before Docker 29 a network made with --subnet 0.0.0.0/28 is shown with that."""
+        self.docker.make_network("hint", "4", "6", options={"gipam.v4ab": "28"})
+        self.docker.networks["hint"]["IPAM"]["Config"] = [{"Subnet": "0.0.0.0/28"}, {"Subnet": "::/64"}]
+        self.docker.start("one", "hint")
+        self.assertEqual(self.claims(), {
+            ("hint", "10.2.0.0/28", "", "pool"), ("hint", "10.2.0.0/28", "10.2.0.2", "one"),
+            ("hint", "2001:db8:0:100::/64", "", "pool"), ("hint", "2001:db8:0:100::/64", "2001:db8:0:100::2", "one")})
+
+    def test_what_has_no_address_claims_none(self) -> None:
+        self.docker.make_network("web")
+        for network in ("host", "none"):
+            self.docker.show_network(network, driver="default", Driver=network, IPAM={
+                "Driver": "default", "Options": None, "Config": None})
+        self.docker.start("stopped", "web")
+        self.docker.stop("stopped")
+        created = {**ENDPOINT, "IPAMConfig": {"IPv4Address": "10.2.0.44"}}  # asked for, at the first start
+        self.docker.containers["created"] = self.docker.container("created", {"web": created})
+        for name, endpoints in (("on-host", {"host": ENDPOINT}), ("in-another", {})):
+            self.docker.containers[name] = self.docker.container(name, endpoints)
+        self.assertEqual({claim[3] for claim in self.claims()}, {"pool", "gateway"})
+
+    def test_networks_of_other_drivers_are_told_apart(self) -> None:
+        self.docker.show_network("bridge", {"Subnet": "172.17.0.0/16", "Gateway": "172.17.0.1"}, driver="default")
+        claims, foreign = gipam.read_claims(self.docker.path, "gipam")
+        self.assertEqual((claims, [claim.subnet for claim in foreign]), ([], ["172.17.0.0/16"]))
+
+    def test_two_requests_however_many_networks(self) -> None:
+        for number in range(300):
+            self.docker.show_network(f"net{number}", {"Subnet": f"10.{number // 256}.{number % 256}.0/24"})
+        gipam.read_claims(self.docker.path, "gipam")
+        self.assertEqual(self.docker.asked, ["/networks", "/containers/json?all=1"])
+
+    def test_docker_that_cannot_be_asked(self) -> None:
+        for host, words in (("tcp://192.0.2.1:2375", "not a UNIX socket"), ("ssh://root@h", "not a UNIX socket"),
+                            ("npipe:////./pipe/docker_engine", "not a UNIX socket"),
+                            (f"unix://{self.directory}/nothing", "No such file")):
+            with self.subTest(host):
+                done = self.run_gipam("check", DOCKER_HOST=host)
+                self.assertEqual((done.status, done.out), (2, ""))
+                self.assertRegex(done.err, f"^gipam: .*{re.escape(words)}.*\n$")
+
+
+class CheckTest(OperatedCase):
+    """Every kind of finding, in words, and its cure."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.docker.make_network("web", "4", "6")
+        self.docker.start("one", "web")
+
+    def assert_mended(self, *lines: str) -> None:
+        """`check` says these lines; --fix mends them; then no difference is left."""
+        self.assertEqual(self.check(), [line + "; `gipam.py check --fix` mends it" for line in lines])
+        self.assertEqual(self.check("--fix"), [line + "; fixed" for line in lines])
+        self.assertEqual(self.check(), [])
+
+    def test_no_difference(self) -> None:
+        self.docker.make_network("lan", "10.9.0.0/24")
+        self.docker.make_network("low", "10.50.0.0/24", sub_pool="10.50.0.0/25")
+        self.docker.make_network("high", "10.50.0.0/24", sub_pool="10.50.0.128/25")
+        self.docker.start("two", "lan", "low", "high")
+        self.docker.show_network("bridge", {"Subnet": "172.17.0.0/16"}, driver="default")
+        self.assertEqual(self.check(), [])
+
+    def test_leaked_addresses(self) -> None:
+        self.docker.stop("one", is_told=False)
+        self.assert_mended(
+            "leaked_address: address 10.2.0.2 of network web is held for 02:42:00:00:00:02, but nothing has it",
+            "leaked_address: address 2001:db8:0:100::2 of network web is held for 02:42:00:00:00:02, but nothing has it")
+        self.assertEqual(self.held(), {"10.2.0.0/24": ["10.2.0.1"], "2001:db8:0:100::/64": ["2001:db8:0:100::1"]})
+
+    def test_leaked_pools(self) -> None:
+        self.docker.stop("one")
+        del self.docker.networks["web"]
+        self.docker.make_network("other")
+        self.assert_mended("leaked_pool: subnet 10.2.0.0/24 is held with 1 addresses, but no network has it",
+                           "leaked_pool: subnet 2001:db8:0:100::/64 is held with 1 addresses, but no network has it")
+        self.assertEqual(list(self.held()), ["10.2.1.0/24"])
+
+    def test_leaked_range_of_a_subnet(self) -> None:
+        for name, sub_pool in (("low", "10.50.0.0/25"), ("high", "10.50.0.128/25")):
+            self.docker.make_network(name, "10.50.0.0/24", sub_pool=sub_pool)
+        self.docker.start("two", "low")
+        del self.docker.networks["high"]
+        self.assert_mended("leaked_pool: subnet 10.50.0.0/24 range 10.50.0.128/25 is held with 1 addresses, "
+                           "but no network has it")
+        self.assertEqual(self.held()["10.50.0.0/25"], ["10.50.0.1", "10.50.0.2"])
+
+    def test_leaked_auxiliary_address_and_gateway(self) -> None:
+        pool_id = self.docker.pool_ids["web", 4]
+        self.call("IpamDriver.RequestAddress", PoolID=pool_id, Address="10.2.0.77", Options=None)
+        self.call("IpamDriver.RequestAddress", PoolID=pool_id, Address="10.2.0.78", Options=GATEWAY)
+        self.assert_mended(
+            "leaked_address: address 10.2.0.77 of network web is held for auxiliary, but nothing has it",
+            "leaked_address: address 10.2.0.78 of network web is held for gateway, but nothing has it")
+
+    def test_missing_address(self) -> None:
+        self.call("IpamDriver.ReleaseAddress", PoolID=self.docker.pool_ids["web", 4], Address="10.2.0.2")
+        self.assert_mended("missing_address: address 10.2.0.2 of container one is not held: another container could get it")
+        lease = self.service.status(True)["pools"][0]["addresses"][-1]
+        self.assertEqual((lease["address"], lease["kind"], lease["mac"], lease["name"]),
+                         ("10.2.0.2", "endpoint", "02:42:00:00:00:02", "one"))
+
+    def test_missing_gateway(self) -> None:
+        self.call("IpamDriver.ReleaseAddress", PoolID=self.docker.pool_ids["web", 4], Address="10.2.0.1")
+        self.assert_mended("missing_address: address 10.2.0.1 of network web is not held: another container could get it")
+
+    def test_missing_pool_with_all_that_is_used_in_it(self) -> None:
+        for version in (4, 6):
+            self.call("IpamDriver.ReleasePool", PoolID=self.docker.pool_ids["web", version])
+        self.docker.make_network("other", "10.9.0.0/24")  # --fix needs a pool that Docker knows
+        self.assert_mended("missing_pool: subnet 10.2.0.0/24 of network web is not held: another network could get it",
+                           "missing_pool: subnet 2001:db8:0:100::/64 of network web is not held: another network could "
+                           "get it")
+        self.assertEqual({key: sorted(value) for key, value in self.held().items()}, {
+            "10.9.0.0/24": ["10.9.0.1"], "10.2.0.0/24": ["10.2.0.1", "10.2.0.2"],
+            "2001:db8:0:100::/64": ["2001:db8:0:100::1", "2001:db8:0:100::2"]})
+        self.docker.stop("one")  # Docker's ids are taken for the pools
+        self.assertEqual(self.check(), [])
+
+    def test_address_outside_its_network(self) -> None:
+        self.docker.containers["one"]["NetworkSettings"]["Networks"]["web"]["IPAddress"] = "10.3.0.2"
+        self.assertEqual(self.check()[-1], "address_outside: address 10.3.0.2 of container one is in no subnet of network "
+                                           "web: make the network anew")
+
+    def test_one_address_in_two_containers(self) -> None:
+        self.docker.start("two", "web")
+        for key in ("IPAddress", "GlobalIPv6Address"):
+            self.docker.containers["two"]["NetworkSettings"]["Networks"]["web"][key] = self.docker.address("one", "web", key)
+        self.assertEqual(self.check()[-2:], [
+            f"address_twice: address {address} is in container two and container one: restart one of them"
+            for address in ("10.2.0.2", "2001:db8:0:100::2")])
+
+    def test_subnet_of_another_driver_overlaps(self) -> None:
+        self.docker.show_network("old", {"Subnet": "10.2.0.0/22"}, driver="default")
+        self.docker.show_network("template", {"Subnet": "10.2.0.0/16"}, driver="default", ConfigOnly=True)
+        self.assertEqual(self.check(), ["overlap: subnet 10.2.0.0/22 of network old, of another IPAM driver, overlaps "
+                                        "10.2.0.0/24 of ours: remove one of the two networks"])
+
+    def test_gateway_that_docker_does_not_show_is_not_leaked(self) -> None:
+        self.docker.make_network("lan", "10.9.0.0/24")
+        self.docker.start("two", "lan")
+        self.docker.containers["two"]["NetworkSettings"]["Networks"]["lan"]["Gateway"] = "10.9.0.200"  # by the user
+        self.assertEqual([line for line in self.check() if "10.9.0.1 " in line], [])
+
+    def test_block_of_a_network_with_a_size_hint_is_not_leaked(self) -> None:
+        self.docker.make_network("hint")
+        self.docker.networks["hint"]["IPAM"]["Config"] = [{"Subnet": "0.0.0.0/24"}]
+        self.assertEqual(self.check(), [])
+        self.docker.start("two", "hint")
+        self.assertEqual(self.check(), [])
+        self.docker.stop("two", is_told=False)
+        self.docker.start("three", "hint")
+        self.assertEqual(len(self.check()), 1)
+
+    def test_json(self) -> None:
+        self.docker.stop("one", is_told=False)
+        done = self.run_gipam("check", "--json", "--grace", "0")
+        self.assertEqual(done.status, 1)
+        self.assertEqual(json.loads(done.out)["findings"][0], {
+            "kind": "leaked_address", "is_fixed": False, "text":
+            "address 10.2.0.2 of network web is held for 02:42:00:00:00:02, but nothing has it"})
+        fixed = self.run_gipam("check", "--json", "--fix", "--grace", "0")
+        self.assertEqual([finding["is_fixed"] for finding in json.loads(fixed.out)["findings"]], [True, True])
+        self.assertEqual((fixed.status, json.loads(self.run_gipam("check", "--json").out)), (0, {"findings": []}))
+
+    def test_what_is_younger_than_the_grace_time_is_overlooked(self) -> None:
+        self.docker.stop("one", is_told=False)
+        del self.docker.networks["web"]
+        self.docker.make_network("other")
+        self.assertEqual(self.check(grace=60), [])
+        with mock.patch.object(gipam.time, "time", return_value=time.time() + 61):
+            self.assertEqual(len(self.check(grace=60)), 2)
+        self.assertEqual(len(self.check(grace=0)), 2)
+
+    def test_fix_is_refused_when_that_docker_knows_none_of_the_pools(self) -> None:
+        before = self.held()
+        self.docker.networks.clear()
+        self.docker.containers.clear()
+        self.docker.make_network("bridge", "172.17.0.0/16", IPAM={"Driver": "default", "Config": None})
+        del before, self.docker.pool_ids["bridge", 4]
+        before = self.held()
+        done = self.run_gipam("check", "--fix", "--grace", "0")
+        self.assertEqual((done.status, done.out, self.held()), (2, "", before))
+        self.assertRegex(done.err, "knows none of the pools held: is it the one that gipam serves.*--force")
+        self.assertEqual(len(self.check("--fix", "--force")), 3)
+        self.assertEqual(self.held(), {})
+
+    def test_only_a_daemon_mends(self) -> None:
+        self.docker.stop("one", is_told=False)
+        options = ("-unix", "-socket", self.directory + "/none/gipam.sock", "-file", self.file)
+        self.assertEqual(self.run_gipam("check", "--grace", "0", options=options).out, self.run_gipam(
+            "check", "--grace", "0").out)
+        done = self.run_gipam("check", "--fix", "--grace", "0", options=options)
+        self.assertEqual(done.status, 2)
+        self.assertIn("--fix needs the daemon, and none answers", done.err)
+
+    def test_daemon_that_answers_with_an_error_is_no_difference(self) -> None:
+        with mock.patch.object(self.service, "status", side_effect=gipam.StoreLost("cannot sync")):
+            done = self.run_gipam("check")
+        self.assertEqual((done.status, done.out), (2, ""))
+
+    def test_what_changed_meanwhile_is_not_touched(self) -> None:
+        """The leak that `check` saw is given to a new container before --fix comes to it."""
+        self.docker.stop("one", is_told=False)
+        mend = gipam.mend
+
+        def mend_late(config: Any, findings: list[Any]) -> None:
+            for version, address in ((4, "10.2.0.2"), (6, "2001:db8:0:100::2")):
+                self.call("IpamDriver.ReleaseAddress", PoolID=self.docker.pool_ids["web", version], Address=address)
+            list(self.docker.removing_network("web"))
+            self.docker.make_network("web", "10.2.0.0/24")
+            self.docker.start("two", "web", address="10.2.0.2")
+            mend(config, findings)
+
+        with mock.patch.object(gipam, "mend", mend_late):
+            done = self.run_gipam("check", "--fix", "--grace", "0")
+        self.assertEqual(done.status, 0)
+        self.assertEqual(len(re.findall("not mended: .* is not what it was as change", done.err)), 2)
+        self.assertEqual(self.held(), {"10.2.0.0/24": ["10.2.0.1", "10.2.0.2"]})
+        self.assertEqual(self.check(), [])
+
+
+class ChangesDuringCheckTest(OperatedCase):
+    """Docker and gipam change while they are compared, and nothing false is reported."""
+
+    POINTS = range(5)  # before gipam is read; /networks; /containers; gipam again; and the pause
+
+    def find(self, schedule: list[int], steps: Steps) -> list[str]:
+        """Compare; at point n those steps are made that the schedule has for it. Return the texts."""
+        point = 0
+
+        def pass_point(*_: Any) -> None:
+            nonlocal point
+            while schedule and schedule[0] <= point:
+                schedule.pop(0)
+                next(steps)
+            point += 1
+
+        def read_status() -> Any:
+            pass_point()
+            return self.service.status(True)
+
+        self.docker.before = pass_point
+        with mock.patch.object(gipam.time, "sleep", lambda pause_s: pause_s < 1 or pass_point()), \
+                mock.patch.object(gipam, "CHECK_PAUSE_S", 1):
+            found = gipam.find_differences(read_status, self.docker.path, "gipam", 0)
+        self.docker.before = lambda path: None
+        for _ in steps:
+            pass  # a check that found nothing at first did not come so far
+        return [finding.text for finding in found.values()]
+
+    def test_order_of_reading(self) -> None:
+        """First gipam, then Docker, then gipam; and all of it again if anything was found."""
+        def read_status() -> Any:
+            self.docker.asked.append("gipam")
+            return self.service.status(True)
+
+        for is_leaked in (False, True):
+            with self.subTest(is_leaked=is_leaked):
+                if is_leaked:
+                    self.docker.make_network("web")
+                    del self.docker.networks["web"]
+                self.docker.asked.clear()
+                gipam.find_differences(read_status, self.docker.path, "gipam", 0)
+                order = ["gipam", "/networks", "/containers/json?all=1"]
+                self.assertEqual(self.docker.asked, [*order, "gipam"] * 2 if is_leaked else order)
+
+    def test_no_event_is_mistaken_for_a_difference(self) -> None:
+        """Each event is spread in every way over the points up to the pause, without any grace time."""
+        docker = self.docker
+        events: Dict[str, tuple[int, Callable[[], Steps]]] = {
+            "network made": (3, lambda: docker.making_network("new")),
+            "network removed": (2, lambda: docker.removing_network("old")),
+            "container started": (2, lambda: docker.starting("new", "web")),
+            "container stopped": (2, lambda: docker.stopping("one")),
+            "container stopped, shown late": (2, lambda: docker.stopping("one", is_shown_late=True)),
+            "container restarted": (4, lambda: docker.restarting("one", "web")),
+            "container killed, another gets its address": (4, lambda: itertools.chain(
+                docker.stopping("one"), docker.starting("two", "web", address=docker.address("one", "web")))),
+        }
+        for event, (count, begin) in events.items():
+            for schedule in itertools.combinations_with_replacement(self.POINTS, count):
+                with self.subTest(event, at=schedule):
+                    self.reset()
+                    self.assertEqual(self.find(list(schedule), begin()), [])
+
+    def reset(self) -> None:
+        for pool_id in list(self.service.state.pools):
+            self.call("IpamDriver.ReleasePool", PoolID=pool_id)
+        self.docker.networks.clear()
+        self.docker.containers.clear()
+        self.docker.pool_ids.clear()
+        self.docker.make_network("web")
+        self.docker.make_network("old")
+        self.docker.start("one", "web")
+
+    def test_leak_is_found_whatever_happens_around_it(self) -> None:
+        """The control: the events above do not hide what is really there."""
+        for schedule in itertools.combinations_with_replacement(self.POINTS, 2):
+            with self.subTest(at=schedule):
+                self.reset()
+                leaked = self.docker.address("one", "web")
+                self.docker.stop("one", is_told=False)
+                found = self.find(list(schedule), self.docker.starting("two", "web"))
+                self.assertEqual([text for text in found if leaked in text], found)
+                self.assertEqual(len(found), 1)
+
+
+class ImportTest(OperatedCase):
+    """A start without a lease file: Docker is asked what is in use."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.docker.make_network("web", "4", "6")
+        self.docker.make_network("lan", "10.9.0.0/24", sub_pool="10.9.0.64/26")
+        for number in range(3):
+            self.docker.start(f"c{number}", "web", "lan")
+        self.file = os.path.join(self.directory, "new.json")
+        self.enterContext(mock.patch.object(gipam, "IMPORT_PAUSE_S", 0.01))
+        self.enterContext(mock.patch.object(gipam, "IMPORT_PATIENCE_S", DEADLINE_S))
+
+    def lose(self, is_alive: bool = True) -> gipam.Service:
+        """Start without the lease file, or again; what Docker has asks this gipam from now on."""
+        self.enterContext(mock.patch.dict(os.environ, {"DOCKER_HOST": "unix://" + self.docker.path}))
+        config, settings = self.config()
+        store = gipam.Store(self.file)
+        with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive):
+            self.service = gipam.open_service(config, settings, store, gipam.read_lease_file(store, settings), lambda: None)
+        self.addCleanup(self.service.import_is_due.clear)  # else its thread would ask on for ever
+        self.server.service = self.service
+        return self.service
+
+    def wait_for_import(self) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while self.service.import_is_due.is_set():
+            self.assertLess(time.monotonic(), deadline, "no import")
+            time.sleep(0.01)
+
+    def assert_all_taken_over(self) -> None:
+        used = {use.address for use in gipam.read_claims(self.docker.path, "gipam")[0] if use.address}
+        held = {address for addresses in self.held().values() for address in addresses}
+        self.assertLessEqual(used, held)
+        self.assertEqual(held - used, {"10.9.0.64"})  # the gateway that Docker does not show
+
+    def test_with_docker_alive_all_is_taken_over_before_anything_is_served(self) -> None:
+        self.lose()
+        self.assertFalse(self.service.import_is_due.is_set())
+        self.assert_all_taken_over()
+        self.docker.start("c3", "web", "lan")
+        for network, key in (("web", "IPAddress"), ("web", "GlobalIPv6Address"), ("lan", "IPAddress")):
+            self.assertEqual(len({self.docker.address(f"c{number}", network, key) for number in range(4)}), 4)
+        self.docker.make_network("new", "4", "6")
+        self.assertEqual(self.check(), [])
+
+    def test_gateway_that_docker_does_not_show_is_no_containers(self) -> None:
+        for number in range(3):
+            self.docker.stop(f"c{number}")
+        self.lose()
+        self.docker.start("c3", "lan")
+        self.assertNotEqual(self.docker.address("c3", "lan"), "10.9.0.64")
+
+    def test_what_docker_only_shows_is_not_taken_over(self) -> None:
+        self.docker.show_network("template", {"Subnet": "10.60.0.0/24"}, ConfigOnly=True, Driver="null")
+        self.docker.show_network("six", {"Subnet": "fd00:7::/64"}, EnableIPv6=False)
+        self.docker.show_network("hint", {"Subnet": "0.0.0.0/28"})
+        before = set(self.held())
+        self.lose()
+        self.assertEqual(set(self.held()), before)
+
+    def test_docker_that_does_not_answer_does_not_hold_up_the_start(self) -> None:
+        for is_alive in (False, True):
+            with self.subTest(is_alive=is_alive):
+                answers = threading.Event()
+                self.addCleanup(answers.set)
+                self.docker.before = lambda path, answers=answers: answers.wait(DEADLINE_S)  # type: ignore[misc]
+                self.file = os.path.join(self.directory, f"alive-{is_alive}.json")
+                with mock.patch.object(gipam, "IMPORT_PATIENCE_S", 0.05):
+                    self.lose(is_alive)  # comes back, though Docker is silent
+                self.assertTrue(self.service.import_is_due.is_set())
+                self.assertEqual(self.held(), {})
+                self.docker.start("adopted", "web")  # and so does a request
+                answers.set()
+                self.wait_for_import()
+                self.docker.before = lambda path: None
+                self.assertLess({"10.2.0.0/24", "10.9.0.64/26"}, set(self.held()))
+                self.docker.stop("adopted")
+
+    def test_marker_survives_restarts_until_docker_has_answered(self) -> None:
+        path, self.docker.path = self.docker.path, self.directory + "/nothing.sock"
+        for _ in range(2):
+            self.lose()
+            self.service.import_is_due.clear()
+            self.assertIs(self.lease_file()["Import"], True)
+        self.docker.path = path
+        self.lose()
+        self.assert_all_taken_over()
+        deadline = time.monotonic() + DEADLINE_S
+        while "Import" in self.lease_file() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertNotIn("Import", self.lease_file())
+        asked = len(self.docker.asked)
+        self.lose()
+        self.assertEqual(len(self.docker.asked), asked)
+        self.assert_all_taken_over()
+
+    def lease_file(self) -> Any:
+        with open(self.file, encoding="utf-8") as file:
+            return json.load(file)
+
+    def test_marker_survives_a_clean_stop(self) -> None:
+        self.docker.path += ".nothing"
+        self.lose().fold(is_stopping=True)
+        self.assertIs(self.lease_file()["Import"], True)
+
+    def test_subnet_that_cannot_be_taken_over_does_not_stop_the_others(self) -> None:
+        self.docker.show_network("twice", {"Subnet": "10.2.0.0/22"})
+        with self.assertLogs("gipam", "ERROR") as logged:
+            self.lose()
+        self.assertIn("cannot take over subnet 10.2.0.0/22 of network twice from Docker: Pool overlaps", logged.output[0])
+        self.assertIn("10.9.0.64/26", self.held())
+
+    def test_adoption_asks_docker_for_the_rest(self) -> None:
+        """An old lease file that has lost its pools, without the marker."""
+        self.lose()
+        for pool_id in list(self.service.state.pools):
+            self.call("IpamDriver.ReleasePool", PoolID=pool_id)
+        self.docker.start("c3", "lan")
+        self.wait_for_import()
+        self.assertLess({"10.2.0.0/24", "2001:db8:0:100::/64"}, set(self.held()))
+
+    def test_first_parseable_id_is_bound_to_a_pool_taken_over(self) -> None:
+        pool_id = self.docker.pool_ids["lan", 4]
+        self.lose()
+        unbound = gipam.make_pool_id(ipaddress.ip_network("10.9.0.0/24"), ipaddress.ip_network("10.9.0.64/26"), "unbound")
+        self.assertIn(unbound, self.service.state.pools)
+        self.docker.stop("c0")
+        self.assertNotIn(unbound, self.service.state.pools)
+        self.assertIn(pool_id, self.service.state.pools)
+        self.assert_all_taken_over()
+        late = pool_id[:-1] + ("0" if pool_id[-1] != "0" else "1")  # of a network that had this range before
+        self.call("IpamDriver.ReleasePool", PoolID=late)
+        self.assertIn(pool_id, self.service.state.pools)
+        state = gipam.make_state(self.config()[0])  # and the binding is on disk
+        store = gipam.Store(self.file)
+        gipam.recover(store, store.read_snapshot(), state)
+        self.assertEqual(set(state.pools), set(self.service.state.pools))
+
+    def test_docker_is_alive_if_its_pid_file_names_a_process(self) -> None:
+        for text, error, is_alive in ((str(os.getpid()), None, True), ("1", PermissionError(), True),
+                                      ("4194305", None, False), ("garbage", None, False), ("", None, False)):
+            with self.subTest(text), mock.patch("builtins.open", mock.mock_open(read_data=text)), \
+                    mock.patch.object(os, "kill", side_effect=error) if error else contextlib.nullcontext():
+                self.assertIs(gipam.is_docker_alive(), is_alive)
+        with mock.patch("builtins.open", side_effect=FileNotFoundError()):
+            self.assertFalse(gipam.is_docker_alive())
+
+
+class ByHandTest(OperatedCase):
+    """POST /Gipam.Release and /Gipam.Adopt, which change only what is as it was seen."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.docker.make_network("web")
+        self.docker.start("one", "web")
+        self.pool = self.service.status(True)["pools"][0]
+        self.lease = self.pool["addresses"][1]
+
+    def test_release_is_conditional_on_the_sequence_number(self) -> None:
+        pool_id, before = self.pool["id"], self.held()
+        for address, seq in (("", self.pool["seq"] + 1), ("", self.lease["seq"]), ("10.2.0.2", self.pool["seq"]),
+                             ("10.2.0.2", self.lease["seq"] - 1), ("10.2.0.3", self.lease["seq"]), ("10.2.0.3", -1)):
+            with self.subTest(address=address, seq=seq):
+                with self.assertRaisesRegex(Refused, "is not what it was as change .*: look again") as caught:
+                    self.call("Gipam.Release", PoolID=pool_id, Address=address, Seq=seq)
+                self.assertEqual((caught.exception.status, self.held()), (403, before))
+        self.call("Gipam.Release", PoolID=pool_id, Address="10.2.0.2", Seq=self.lease["seq"])
+        self.assertEqual(self.held(), {"10.2.0.0/24": ["10.2.0.1"]})
+        self.call("Gipam.Release", PoolID=pool_id, Address="", Seq=self.pool["seq"])
+        self.assertEqual(self.held(), {})
+
+    def test_adoption_takes_what_is_not_held_and_leaves_the_rest(self) -> None:
+        lease = {"Address": "10.2.0.2", "Kind": "endpoint", "MAC": "02:42:00:00:00:99", "Name": "other"}
+        body = {"Subnet": "10.2.0.0/24", "SubPool": "", "Leases": [lease, {**lease, "Address": "10.2.0.3"}]}
+        self.assertEqual(self.call("Gipam.Adopt", **body), {"Adopted": 1})
+        self.assertEqual(self.call("Gipam.Adopt", **body), {"Adopted": 0})
+        leases = {lease["address"]: lease["mac"] for lease in self.service.status(True)["pools"][0]["addresses"]}
+        self.assertEqual((leases["10.2.0.2"], leases["10.2.0.3"]), (self.lease["mac"], "02:42:00:00:00:99"))
+
+    def test_what_makes_no_sense_is_refused_and_changes_nothing(self) -> None:
+        lease, before = {"Address": "10.9.0.2", "Kind": "endpoint", "MAC": "", "Name": ""}, self.service.status(True)
+        adopt = {"Subnet": "10.9.0.0/24", "SubPool": "", "Leases": [lease]}
+        release = {"PoolID": self.pool["id"], "Address": "", "Seq": self.pool["seq"]}
+        for method, body in (
+                ("Gipam.Adopt", {**adopt, "Subnet": ""}), ("Gipam.Adopt", {**adopt, "Subnet": "10.9.0.0"}),
+                ("Gipam.Adopt", {**adopt, "SubPool": "10.8.0.0/25"}), ("Gipam.Adopt", {**adopt, "Leases": None}),
+                ("Gipam.Adopt", {**adopt, "Subnet": "10.2.0.0/16"}), ("Gipam.Adopt", {**adopt, "Leases": ["10.9.0.2"]}),
+                ("Gipam.Adopt", {**adopt, "Leases": [lease, {**lease, "Address": "10.8.0.2"}]}),
+                ("Gipam.Adopt", {**adopt, "Leases": [lease, {**lease, "Address": "fd00::2"}]}),
+                ("Gipam.Adopt", {**adopt, "Leases": [{**lease, "Kind": "banana"}]}),
+                ("Gipam.Release", {**release, "PoolID": ""}), ("Gipam.Release", {**release, "Seq": "1"}),
+                ("Gipam.Release", {**release, "Seq": None}), ("Gipam.Release", {**release, "Address": "fd00::2"}),
+                ("Gipam.Release", {**release, "PoolID": "none"}), ("Gipam.Release", {})):
+            with self.subTest(method, body=body):
+                with self.assertRaises(Refused) as caught:
+                    self.call(method, **body)
+                self.assertIn(caught.exception.status, (400, 403))
+                self.assertEqual(self.service.status(True), before)
+
+
+class ReleaseTest(OperatedCase):
+    """`gipam.py release POOL [ADDRESS]`."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.docker.make_network("web")
+        self.docker.start("one", "web")
+
+    def test_it_asks_unless_told_not_to(self) -> None:
+        self.docker.stop("one", is_told=False)
+        for answer, status, count in (("\n", 1, 2), ("n\n", 1, 2), ("", 1, 2), ("yes\n", 0, 1)):
+            with self.subTest(answer=answer):
+                done = self.run_gipam("release", "10.2.0.0/24", "10.2.0.2", stdin=answer)
+                self.assertEqual((done.status, done.err, len(self.held()["10.2.0.0/24"])), (status, "", count))
+                self.assertTrue(done.out.startswith("release address 10.2.0.2 of 10.2.0.0/24? [y/N] "))
+        del self.docker.networks["web"]
+        self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes"), (0, "", ""))
+        self.assertEqual(self.held(), {})
+
+    def test_it_refuses_what_docker_uses_unless_forced(self) -> None:
+        self.docker.make_network("lan", "10.9.0.0/24")
+        self.docker.make_network("hint")
+        self.docker.networks["hint"]["IPAM"]["Config"] = [{"Subnet": "0.0.0.0/24"}]
+        before = self.held()
+        for arguments, words in ((("10.2.0.0/24",), "network web of Docker uses it"),
+                                 (("10.2.0.0/24", "10.2.0.1"), "network web of Docker uses it"),
+                                 (("10.2.0.0/24", "10.2.0.2"), "container one of Docker uses it"),
+                                 (("10.9.0.0/24", "10.9.0.1"), "of Docker uses it"),  # though it does not show it
+                                 (("10.2.1.0/24",), "of Docker uses it")):
+            with self.subTest(arguments):
+                done = self.run_gipam("release", *arguments, "--yes")
+                self.assertEqual((done.status, done.out, self.held()), (1, "", before))
+                self.assertRegex(done.err, f"^gipam: .*{words}.*--force\n$")
+        self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes", "--force").status, 0)
+        self.assertNotIn("10.2.0.0/24", self.held())
+
+    def test_pool_must_be_named_so_that_there_is_only_one(self) -> None:
+        for name, sub_pool in (("low", "10.50.0.0/25"), ("high", "10.50.0.128/25")):
+            self.docker.make_network(name, "10.50.0.0/24", sub_pool=sub_pool)
+        ids = [pool["id"] for pool in self.service.status(False)["pools"] if pool["sub_pool"]]
+        done = self.run_gipam("release", "10.50.0.0/24", "--force", "--yes")
+        self.assertEqual((done.status, done.out), (1, ""))
+        self.assertEqual(done.err, "gipam: '10.50.0.0/24' names 2 pools: give the id of one, as `status --json` has it\n"
+                         + "".join(f"  {pool_id}\n" for pool_id in ids))
+        for name in ("10.50.0.0/25", ids[1]):
+            self.assertEqual(self.run_gipam("release", name, "--force", "--yes").status, 0)
+        self.assertEqual(list(self.held()), ["10.2.0.0/24"])
+
+    def test_what_is_not_there(self) -> None:
+        for arguments, words in ((("10.77.0.0/24",), "names 0 pools"), (("10.2.0.0/24", "10.2.0.9"), "is not held in"),
+                                 (("10.2.0.0/24", "10.9.0.9"), "is not held in")):
+            with self.subTest(arguments):
+                done = self.run_gipam("release", *arguments, "--force", "--yes")
+                self.assertEqual((done.status, done.out), (1, ""))
+                self.assertIn(words, done.err)
+
+    def test_address_in_any_spelling(self) -> None:
+        self.docker.make_network("six", "fd00:9::/64")
+        self.assertEqual(self.run_gipam("release", "fd00:9::/64", "FD00:9::0:1", "--yes", "--force").status, 0)
+        self.assertEqual(self.held()["fd00:9::/64"], [])
+
+    def test_without_docker_or_daemon_nothing_is_released(self) -> None:
+        other = ("-unix", "-socket", self.directory + "/other.sock", "-file", self.file)
+        self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes", DOCKER_HOST="unix:///nothing").status, 2)
+        done = self.run_gipam("release", "10.2.0.0/24", "--yes", "--force", options=other)
+        self.assertEqual((done.status, done.err), (2, "gipam: release needs the daemon, and none answers\n"))
+
+
+class StatusTest(OperatedCase):
+    """`gipam.py status`, for people and for programs."""
+
+    NOW_S = 1_800_000_000
+    ROUTE = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\n" \
+            "tun0\t0003020A\t00000000\t0001\t0\t0\t0\t80FFFFFF\n"  # 10.2.3.0/25
+    TEXT = """\
+2001:db8:0:100::/60  [##..................]  1 of 16 blocks of /64 held, 15 free
+  #...............
+10.2.0.0/20  [#######.............]  5 of 16 blocks of /24 held, 10 free
+  #x.~+r.###......
+  # held  + partly  . free  x excluded  ~ route or address of this host  r kept for a name
+SUBNET               RANGE          HELD  OF                    NAME     AGE
+10.2.0.0/24          -              3     254                   -        3h
+2001:db8:0:100::/64  -              2     18446744073709551615  -        3h
+10.2.4.0/25          -              1     126                   -        3h
+10.50.0.0/24         10.50.0.64/26  1     64                    gateway  3h
+10.2.7.0/24          -              0     254                   -        2d
+10.2.8.0/23          -              0     510                   -        40s
+"""
+    LEASES = """\
+SUBNET               RANGE      HELD  OF                    NAME               AGE
+10.2.0.0/24          -          3     254                   -                  3h
+  10.2.0.1           gateway                                -                  3h
+  10.2.0.2           endpoint                               02:42:00:00:00:02  3h
+  10.2.0.200         auxiliary                              -                  3h
+2001:db8:0:100::/64  -          2     18446744073709551615  -                  3h
+  2001:db8:0:100::1  gateway                                -                  3h
+  2001:db8:0:100::2  endpoint                               02:42:00:00:00:02  3h
+"""
+
+    def fill(self) -> None:
+        """Hold a bit of everything."""
+        with open(os.path.join(self.proc, "route"), "w", encoding="ascii") as file:
+            file.write(self.ROUTE)
+        self.service.state.families[4] = gipam.make_state(self.config("-exclude", "10.2.1.0/24")[0]).families[4]
+        ask = self.docker.make_network
+        self.at(-3 * 3600, lambda: ask("web", "4", "6"))
+        self.at(-3 * 3600, lambda: self.docker.start("one", "web"))
+        self.at(-3 * 3600, lambda: self.call("IpamDriver.RequestAddress", PoolID=self.docker.pool_ids["web", 4],
+                                             Address="10.2.0.200", Options=None))
+        self.at(-3 * 3600, lambda: ask("partly", "10.2.4.0/25"))
+        ask("kept", "10.2.5.0/24", options={"gipam.name": "kept"})
+        list(self.docker.removing_network("kept"))
+        self.at(-3 * 3600, lambda: ask("range", "10.50.0.0/24", sub_pool="10.50.0.64/26", options={"gipam.name": "gateway"}))
+        self.at(-2 * 86400, lambda: self.pool("10.2.7.0/24"))
+        self.at(-40, lambda: self.pool("10.2.8.0/23"))
+
+    def pool(self, subnet: str) -> None:
+        self.call("IpamDriver.RequestPool", AddressSpace="gipam", Pool=subnet, SubPool="", Options=None, V6=False)
+
+    def at(self, offset_s: int, do: Callable[[], Any]) -> Any:
+        with mock.patch.object(gipam.time, "time", return_value=self.NOW_S + offset_s):
+            return do()
+
+    def status(self, *arguments: str, **how: Any) -> str:
+        done = self.at(0, lambda: self.run_gipam("status", *arguments, **how))
+        self.assertEqual((done.status, done.err), (0, ""))
+        return str(done.out)
+
+    def test_text(self) -> None:
+        self.fill()
+        self.assertEqual(self.status(), self.TEXT)
+
+    def test_text_with_leases(self) -> None:
+        self.fill()
+        bases, table = self.status("--leases").split("SUBNET")
+        self.assertEqual(bases, self.TEXT.split("SUBNET")[0])
+        self.assertEqual("".join(("SUBNET" + table).splitlines(keepends=True)[:8]), self.LEASES)
+
+    def test_name_of_the_container_where_docker_sends_it(self) -> None:
+        self.docker.version = 29
+        self.docker.make_network("web")
+        self.docker.start("one", "web")
+        self.assertRegex(self.status("--leases"), r"\n  10.2.0.2 +endpoint +one +")
+
+    def test_empty_and_full(self) -> None:
+        self.assertEqual(self.status(), (
+            "2001:db8:0:100::/60  [....................]  0 of 16 blocks of /64 held, 16 free\n  ................\n"
+            "10.2.0.0/20  [....................]  0 of 16 blocks of /24 held, 16 free\n  ................\n"
+            "  # held  + partly  . free  x excluded  ~ route or address of this host  r kept for a name\n"))
+        for _ in range(16):
+            self.docker.make_network("full")
+        self.assertIn("10.2.0.0/20  [####################]  16 of 16 blocks of /24 held, 0 free\n  ################\n",
+                      self.status())
+
+    def test_map_of_a_large_base_has_a_character_for_a_group_of_blocks(self) -> None:
+        base = {"prefix": "10.0.0.0/8", "blocks": 65536, "excluded": [], "remembered": {}}
+        for subnets, drawing in (([], "." * 32), (["10.0.0.0/24"], "+" + "." * 31), (["10.8.0.0/13"], ".#" + "." * 30),
+                                 (["10.0.0.0/14", "10.4.0.0/14"], "#" + "." * 31), (["10.255.255.0/24"], "." * 31 + "+"),
+                                 (["10.0.0.0/7"], "#" * 32), (["fd00::/8", "192.168.0.0/16"], "." * 32)):
+            with self.subTest(subnets):
+                pools = [{"subnet": subnet} for subnet in subnets]
+                self.assertEqual(gipam.draw_map(base, pools, 63), drawing)
+
+    def test_colour_only_on_a_terminal_that_wants_it(self) -> None:
+        self.fill()
+        plain = self.status(out=Terminal(), NO_COLOR="1", COLUMNS="100")
+        coloured = self.status(out=Terminal(), COLUMNS="100")
+        self.assertEqual(plain, self.TEXT)
+        self.assertIn("\033[", coloured)
+        self.assertEqual(re.sub("\033\\[[0-9]*m", "", coloured), plain)
+
+    def test_width_of_the_terminal_is_kept(self) -> None:
+        self.fill()
+        for columns in ("40", "60", "132"):
+            with self.subTest(columns):
+                text = self.status("--leases", out=Terminal(), NO_COLOR="1", COLUMNS=columns)
+                table = [line for line in text.splitlines() if not line.endswith("free") and "# held" not in line]
+                self.assertLessEqual(max(map(len, table)), int(columns))
+
+    def test_json(self) -> None:
+        """The documented interface: these keys stay."""
+        self.fill()
+        status = json.loads(self.status("--json"))
+        self.assertEqual(set(status), {"version", "seq", "bases", "pools"})
+        self.assertEqual(status["version"], gipam.__version__)
+        base = dict(status["bases"][1])
+        self.assertEqual(base, {"prefix": "10.2.0.0/20", "family": 4, "block_prefixlen": 24, "blocks": 16, "blocks_used": 5,
+                                "blocks_excluded": 1, "excluded": ["10.2.1.0/24"], "remembered": {"kept": "10.2.5.0/24"},
+                                "routes": ["10.2.3.0/25"]})
+        pool = next(pool for pool in status["pools"] if pool["subnet"] == "10.50.0.0/24")
+        self.assertRegex(pool.pop("id"), r"^10\.50\.0\.0/24,10\.50\.0\.64/26#[0-9a-f]{16}$")
+        self.assertGreater(pool.pop("seq"), 0)
+        self.assertEqual(pool, {"subnet": "10.50.0.0/24", "sub_pool": "10.50.0.64/26", "name": "gateway", "leases": 1,
+                                "usable": 64, "granted": self.NOW_S - 3 * 3600})
+        lease = json.loads(self.status("--json", "--leases"))["pools"][0]["addresses"][1]
+        self.assertGreater(lease.pop("seq"), 0)
+        self.assertEqual(lease, {"address": "10.2.0.2", "kind": "endpoint", "mac": "02:42:00:00:00:02", "name": "",
+                                 "granted_s": self.NOW_S - 3 * 3600})
+
+    def test_same_over_unix_and_tcp_and_without_a_daemon(self) -> None:
+        self.fill()
+        server = gipam.Server(("127.0.0.1", 0), self.service)
+        serve_in_thread(self, server)
+        nowhere = ("-socket", self.directory + "/nothing.sock")
+        tcp = (*nowhere, "-address", f"127.0.0.1:{server.server_address[1]}", "-file", self.directory + "/nothing.json")
+        self.assertEqual(self.status("--json", "--leases", options=tcp), self.status("--json", "--leases"))
+        deadline = time.monotonic() + DEADLINE_S
+        while not self.service._store.is_named and time.monotonic() < deadline:
+            time.sleep(0.01)  # it is folded once, after its first change
+        self.pool("10.77.0.0/24")
+        expected = json.loads(self.status("--json", "--leases"))
+        before = {name: self.read(name) for name in os.listdir(self.directory) if name.startswith("leases.json")}
+        self.assertEqual(len(before), 2, before)  # the snapshot and a journal
+        offline = (*nowhere, "-address", "127.0.0.1:1", "-file", self.file, *self.BASES, "-exclude", "10.2.1.0/24")
+        found = json.loads(self.status("--json", "--leases", options=offline))
+        self.assertEqual(before, {name: self.read(name) for name in before})
+        for base in expected["bases"]:
+            del base["routes"]
+        self.assertEqual(found, expected)
+
+    def read(self, name: str) -> bytes:
+        with open(os.path.join(self.directory, name), "rb") as file:
+            return file.read()
+
+    def test_neither_daemon_nor_lease_file(self) -> None:
+        options = ("-unix", "-socket", self.directory + "/no.sock", "-address", "127.0.0.1:1", "-file",
+                   self.directory + "/no.json")
+        done = self.run_gipam("status", options=options)
+        self.assertEqual((done.status, done.out), (2, ""))
+        self.assertEqual(done.err, f"gipam: no gipam answers on {options[2]} or 127.0.0.1:1, and there is no lease file "
+                         f"{options[6]}: say where with -socket, -address or -file\n")
+
+    def test_socket_that_may_not_be_used_is_named(self) -> None:
+        with mock.patch.object(socket.socket, "connect", side_effect=PermissionError(errno.EACCES, "Permission denied")):
+            done = self.run_gipam("status")
+        self.assertEqual((done.status, done.out), (2, ""))
+        self.assertRegex(done.err, f"^gipam: .*{re.escape(self.socket)}.*Permission denied.*\n$")
+
+    def test_reader_that_has_seen_enough(self) -> None:
+        """gipam.py status | head"""
+        class Closed(io.StringIO):
+            def write(self, text: str) -> int:
+                raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        with mock.patch.object(os, "dup2"):  # of the real standard output
+            self.assertEqual(self.run_gipam("status", out=Closed()).err, "")
+
+    def test_name_that_would_forge_a_line_is_refused(self) -> None:
+        for name in ("my\nnet", "\033[31mred", "a\0b"):
+            with self.subTest(name), self.assertRaises(Refused):
+                self.docker.make_network("web", options={"gipam.name": name})
+        self.docker.make_network("web", options={"gipam.name": "my net, größer"})
+        self.assertIn("  my net, größer  ", self.status())
+
+
+class MetricsTest(OperatedCase):
+    """GET /metrics and /healthz."""
+
+    NAMES = {"build_info": "gauge", "base_blocks": "gauge", "base_blocks_used": "gauge", "pool_addresses": "gauge",
+             "pool_addresses_used": "gauge", "requests_total": "counter", "request_duration_seconds": "histogram",
+             "journal_sync_duration_seconds": "histogram", "journal_bytes": "gauge",
+             "last_write_timestamp_seconds": "gauge"}
+
+    def get(self, path: str) -> tuple[int, str, str]:
+        reply = gipam.dispatch(self.service, "GET", path, b"")
+        return reply.status, reply.content_type, reply.body.decode()
+
+    def samples(self) -> dict[str, float]:
+        """Return the value of each series."""
+        lines = [line.rsplit(" ", 1) for line in self.get("/metrics")[2].splitlines() if not line.startswith("#")]
+        self.assertEqual(len(lines), len({series for series, _ in lines}), "a series stands twice")
+        return {series: float(value) for series, value in lines}
+
+    def fill(self) -> None:
+        self.docker.make_network("web", "4", "6")
+        self.docker.start("one", "web")
+        for sub_pool in ("10.50.0.0/25", "10.50.0.128/25", "10.50.0.0/24"):
+            self.docker.make_network("range" + sub_pool, "10.50.0.0/24", sub_pool=sub_pool)
+        with self.assertRaises(Refused):
+            self.docker.make_network("taken", "10.50.0.0/24")
+        gipam.dispatch(self.service, "GET", "/no/such\"{}path", b"")
+
+    def test_official_parser_reads_it(self) -> None:
+        try:
+            from prometheus_client.parser import text_string_to_metric_families
+        except ImportError:
+            if os.environ.get("GIPAM_REQUIRE_PROMETHEUS") == "1":
+                raise
+            self.skipTest("prometheus_client is missing: pip install prometheus-client")
+        for fill in (lambda: None, self.fill):
+            fill()
+            status, content_type, text = self.get("/metrics")
+            self.assertEqual((status, content_type), (200, "text/plain; version=0.0.4; charset=utf-8"))
+            families = {family.name: family for family in text_string_to_metric_families(text)}
+            found = {name + "_total" * (family.type == "counter"): family.type for name, family in families.items()}
+            self.assertEqual(found, {"gipam_" + name: kind for name, kind in self.NAMES.items()})
+            for family in families.values():
+                self.assertTrue(all(sample.name.startswith(family.name) for sample in family.samples))
+        histogram = families["gipam_request_duration_seconds"].samples
+        buckets = [sample.value for sample in histogram if sample.name.endswith("_bucket")]
+        self.assertEqual(buckets, sorted(buckets))
+        self.assertEqual(buckets[-1], next(sample.value for sample in histogram if sample.name.endswith("_count")))
+        self.assertEqual(histogram[len(buckets) - 1].labels, {"le": "+Inf"})
+
+    def test_values(self) -> None:
+        self.fill()
+        samples = self.samples()
+        for series, value in (
+                (f'gipam_build_info{{version="{gipam.__version__}"}}', 1),
+                ('gipam_base_blocks{base="10.2.0.0/20",family="4"}', 16),
+                ('gipam_base_blocks_used{base="10.2.0.0/20",family="4"}', 1),
+                ('gipam_base_blocks_used{base="2001:db8:0:100::/60",family="6"}', 1),
+                ('gipam_pool_addresses{pool="10.2.0.0/24"}', 254), ('gipam_pool_addresses_used{pool="10.2.0.0/24"}', 2),
+                ('gipam_pool_addresses{pool="10.50.0.128/25"}', 127),
+                ('gipam_requests_total{method="/IpamDriver.RequestPool",result="ok"}', 5),
+                ('gipam_requests_total{method="/IpamDriver.RequestPool",result="Forbidden"}', 1),
+                ('gipam_requests_total{method="unknown",result="InvalidRequest"}', 1),
+                ("gipam_journal_sync_duration_seconds_count", 12)):
+            with self.subTest(series):
+                self.assertEqual(samples.get(series), value)
+        self.assertGreater(samples["gipam_journal_bytes"], 0)
+        self.assertAlmostEqual(samples["gipam_last_write_timestamp_seconds"], time.time(), delta=DEADLINE_S)
+        requests = sum(value for series, value in samples.items() if series.startswith("gipam_requests_total"))
+        self.assertEqual(samples["gipam_request_duration_seconds_count"], requests)
+
+    def test_series_are_bounded_by_pools_never_by_addresses_or_containers(self) -> None:
+        self.fill()
+        self.get("/metrics")
+        self.docker.stop("one")
+        before = set(self.samples())
+        for number in range(20):
+            self.docker.start(f"name{number}", "web")
+            self.docker.stop(f"name{number}")
+            gipam.dispatch(self.service, "GET", f"/path{number}", b"")
+        after = self.samples()
+        self.assertEqual(set(after), before)
+        self.assertNotRegex(" ".join(after), r"name|path\d|10\.2\.0\.\d+\"|02:42")
+
+    def test_healthy_until_the_store_is_lost(self) -> None:
+        self.assertEqual(self.get("/healthz"), (200, "text/plain; charset=utf-8", "ok\n"))
+        self.docker.make_network("first")
+        failing = mock.Mock(wraps=os)
+        failing.pwrite.side_effect = OSError(errno.ENOSPC, "No space left on device")
+        with mock.patch.object(self.service._store, "calls", failing), self.assertRaises(Refused):
+            self.docker.make_network("web")
+        self.assertEqual(self.get("/healthz")[0], 200)  # nothing is lost: the next request may succeed
+        failing = mock.Mock(wraps=os)
+        failing.fdatasync.side_effect = OSError(errno.EIO, "Input/output error")
+        with mock.patch.object(self.service._store, "calls", failing), self.assertRaises(Refused):
+            self.docker.make_network("web")
+        status, _, text = self.get("/healthz")
+        self.assertEqual(status, 503)
+        self.assertIn("cannot sync", text)
+
+    def test_metrics_address_serves_pages_and_changes_nothing(self) -> None:
+        self.docker.make_network("web")
+        server = gipam.PublicServer(("127.0.0.1", 0), self.service)
+        serve_in_thread(self, server)
+        before = self.held()
+        for verb, path, status in (
+                ("GET", "/metrics", 200), ("GET", "/healthz", 200), ("GET", "/status", 200), ("GET", "/status?leases=1", 200),
+                ("POST", "/metrics", 405), ("POST", "/Gipam.Release", 404), ("POST", "/Gipam.Adopt", 404),
+                ("POST", "/IpamDriver.RequestPool", 404), ("POST", "/IpamDriver.ReleasePool", 404),
+                ("POST", "/Plugin.Activate", 404), ("GET", "/", 404)):
+            with self.subTest(verb + " " + path):
+                connection = http.client.HTTPConnection(*server.server_address, timeout=DEADLINE_S)
+                self.addCleanup(connection.close)
+                connection.request(verb, path, json.dumps({"PoolID": self.docker.pool_ids["web", 4], "Pool": ""}))
+                self.assertEqual(connection.getresponse().status, status)
+        self.assertEqual(self.held(), before)
+
+
+class LogTest(unittest.TestCase):
+    """What the daemon says: for the journal and for a terminal."""
+
+    CHANGE = r"(?P<what>[a-z_]+)( [a-z_]+=\S.*)? seq=(?P<seq>\d+) ms=[0-9.]+"
+
+    def run_daemon(self, **env: str) -> list[str]:
+        """Let a bit of everything happen; return the lines."""
+        daemon = Daemon(self, "-v4", "10.2.0.0/16", env={"DOCKER_HOST": "unix:///nothing", **env}).start()
+        client = daemon.client()
+        pool_id, _ = client.request_pool(gipam_name="my net")
+        client.request_address(pool_id, gateway=True)
+        client.request_address(pool_id, mac="02:42:00:00:00:01", name="web1")
+        client.release_address(pool_id, "10.2.0.2")
+        client.release_address(pool_id, "10.2.0.2")
+        client.call("Gipam.Adopt", Subnet="10.9.0.0/24", SubPool="", Leases=[])
+        client.release_pool(pool_id)
+        with self.assertRaises(Refused):
+            client.request_pool("10.9.0.0/25")
+        self.assertEqual(daemon.stop(), 0)
+        return daemon.read_log().splitlines()
+
+    def test_priorities_under_the_service_manager(self) -> None:
+        lines = self.run_daemon(JOURNAL_STREAM="8:12345")
+        for line in lines:
+            self.assertRegex(line, "^<[346]>[^<]")
+        self.assertEqual([line for line in lines if re.match("<4>(?!nothing to do for|refused )", line)], [])
+
+    def test_times_elsewhere(self) -> None:
+        for line in self.run_daemon():
+            self.assertRegex(line, r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) \S")
+
+    def test_one_line_a_change(self) -> None:
+        found = [re.fullmatch("<6>" + self.CHANGE, line) for line in self.run_daemon(JOURNAL_STREAM="8:12345")]
+        changes = [match for match in found if match]
+        self.assertEqual([match["what"] for match in changes[:4]],
+                         ["request_pool", "request_address", "request_address", "release_address"])
+        self.assertEqual(changes[-1]["what"], "release_pool")
+        self.assertEqual(int(changes[-1]["seq"]), 6)
+        self.assertEqual([word for match in changes for word in shlex.split(match.string)[1:] if "=" not in word], [])
+        self.assertRegex(changes[0].string, " subnet=10.2.0.0/24 .*name='my net' ")
+        self.assertRegex(changes[2].string, " address=10.2.0.2 kind=endpoint mac=02:42:00:00:00:01 name=web1 ")
+
+    def test_what_is_taken_over_by_hand_is_logged(self) -> None:
+        self.assertIn("10.9.0.0/24", "\n".join(line for line in self.run_daemon(JOURNAL_STREAM="8:1") if "<6>" in line))
+
+    def test_refused_requests_say_why(self) -> None:
+        text = "\n".join(self.run_daemon(JOURNAL_STREAM="8:12345"))
+        self.assertRegex(text, "\n<4>refused /IpamDriver.RequestPool: Pool overlaps with other one on this address space: "
+                               "10.9.0.0/25 with 10.9.0.0/24, held by .*; got b'.*10.9.0.0/25")
+        self.assertRegex(text, "\n<4>nothing to do for /IpamDriver.ReleaseAddress: not held; got b'.*10.2.0.2")
+
+
+# === Commands =====================================================================================
+
+LEASE_FILE_KEYS = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool",
+                   "v4ab": "V4AllocateBlock", "exclude": "Exclude"}
+SAMPLES = {"unix": "true", "address": "127.0.0.1:9191", "file": "/tmp/leases.json",
+           "v6": "2001:db8::/56,2001:db8:1::/56", "v4": "10.2.0.0/16", "v6ab": "72", "v4ab": "26",
+           "exclude": "10.2.0.0/24", "socket": "/run/web.sock", "spec": "/tmp/web.spec",
+           "metrics": ":9091", "tls": "/tmp"}
+
+
+class Outcome(NamedTuple):
+    """What a command line led to."""
+
+    status: int
+    out: str
+    err: str  # with what is logged at WARNING and above
+
+
+def run_main(*arguments: str, **variables: str) -> Outcome:
+    """Run a command line in this process, with no other GIPAM_ variables than these."""
+    out, err = io.StringIO(), io.StringIO()
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith("GIPAM_") and name != "JOURNAL_STREAM"}
+    handler = logging.StreamHandler(err)
+    handler.setLevel(logging.WARNING)
+    gipam.log.addHandler(handler)
+    try:
+        with mock.patch.dict(os.environ, {**environment, **variables}, clear=True), \
+                mock.patch.object(logging, "basicConfig"), \
+                mock.patch.object(gipam.Store, "lock",
+                                  side_effect=AssertionError("this would serve")), \
+                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = gipam.main(list(arguments))
+    except SystemExit as leaving:
+        status = int(leaving.code or 0)
+    finally:
+        gipam.log.removeHandler(handler)
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+V4, V6 = "-v4=10.2.0.0/16", "-v6=2001:db8::/56"
+FORM = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
+HOST_BITS = "has host bits set: the prefix is"
+BOOLEAN = "not a boolean, such as true or false"
+PATH = "not the path of a file"
+LISTEN = "not HOST:PORT, such as 127.0.0.1:9090"
+LOOPBACK = "not a loopback address: whoever reaches the port could take every address; use -tls"
+NUMBER = "not a prefix length in bits, such as 24"
+SIZE = "a block has two addresses or more"
+
+
+class CommandLineCase(unittest.TestCase):
+    """A lease file of its own, and `gipam.py config` over it."""
+
+    def setUp(self) -> None:
+        self.directory = os.path.realpath(tempfile.mkdtemp(prefix="gipam-"))
+        self.addCleanup(shutil.rmtree, self.directory)
+        self.file = os.path.join(self.directory, "leases.json")
+
+    def write(self, contents: Any) -> None:
+        """Make the lease file, of bytes as they are or of what JSON makes of anything else."""
+        with open(self.file, "wb") as file:
+            file.write(contents if isinstance(contents, bytes) else json.dumps(contents).encode())
+        os.chmod(self.file, 0o600)
+
+    def run_config(self, *arguments: str, **variables: str) -> Outcome:
+        return run_main("-file", self.file, "config", *arguments, **variables)
+
+    def effective(self, *arguments: str, **variables: str) -> dict[str, tuple[str, str]]:
+        """Return name -> (value, origin), as `gipam.py config` prints it."""
+        outcome = self.run_config(*arguments, **variables)
+        self.assertEqual((outcome.status, outcome.err), (0, ""))
+        rows = [re.fullmatch(r"(\w+) +(\S+) +(\S.*)", line) for line in outcome.out.splitlines()]
+        found = {row[1]: (row[2], row[3]) for row in rows if row}
+        self.assertEqual(list(found), [option.name for option in gipam.OPTIONS])
+        return found
+
+
+class OptionTest(CommandLineCase):
+    def test_defaults(self) -> None:
+        self.assertEqual(
+            {name: value for name, (value, origin) in self.effective().items()
+             if origin == "default"},
+            {"unix": "false", "address": ":9090", "v6": "none", "v4": "none", "v6ab": "64",
+             "v4ab": "24", "exclude": "none", "socket": "/run/docker/plugins/gipam.sock",
+             "spec": "/etc/docker/plugins/gipam.spec", "metrics": "off", "tls": "off"})
+
+    def test_each_option_has_a_flag_in_both_dash_styles_and_a_variable(self) -> None:
+        for option in gipam.OPTIONS:
+            name, value = option.name, SAMPLES[option.name]
+            forms = [[f"-{name}={value}"], [f"--{name}={value}"]]
+            forms += [[f"-{name}"], [f"--{name}"]] if name == "unix" else [
+                [f"-{name}", value], [f"--{name}", value]]
+            for form in forms:
+                with self.subTest(form):
+                    self.assertEqual(self.effective(V4, V6, *form)[name], (value, "command line"))
+            if name not in ("v4", "v6", "file"):
+                with self.subTest(option.variable):
+                    self.assertEqual(self.effective(V4, V6,
+                                                    **{f"GIPAM_{name.upper()}": value})[name],
+                                     (value, f"environment (GIPAM_{name.upper()})"))
+
+    def test_options_stand_before_the_command_or_after_it(self) -> None:
+        for words in (["-v4", "10.2.0.0/16", "config"], ["config", "-v4", "10.2.0.0/16"]):
+            outcome = run_main("-file", self.file, *words)
+            self.assertRegex(outcome.out, r"(?m)^v4 +10\.2\.0\.0/16 +command line$")
+
+    def test_booleans_are_those_of_go(self) -> None:
+        for value, texts in ((True, "1 t T TRUE true True"), (False, "0 f F FALSE false False")):
+            for text in texts.split():
+                self.assertIs(gipam.parse_bool(text), value)
+                self.assertEqual(self.effective(f"-unix={text}")["unix"][0], text)
+        for text in ("yes", "on", "", "2", "TRUe", "tRUE", " true", "-1"):
+            self.assertEqual(self.run_config(f"-unix={text}").status, 78, text)
+
+    def test_a_boolean_flag_never_takes_the_next_word(self) -> None:
+        for flag in ("-unix", "--unix"):
+            outcome = run_main("-file", self.file, flag, "config")
+            self.assertRegex(outcome.out, r"(?m)^unix +true +command line$")
+            outcome = run_main("-file", self.file, flag, "false", "config")
+            self.assertEqual((outcome.status, outcome.out), (2, ""), "false is no command")
+
+    def test_what_is_no_option_is_refused(self) -> None:
+        for words in (
+                "-colour=red", "--colour red", "-c", "-v", "-u", "-f x", "status2", "config more",
+                # no abbreviations, joined or not
+                "-v4a 26", "--v4a 26", "-v4a=26", "--v4a=26", "-v4ab26", "-v4a26", "-uni", "--uni",
+                "-un=true", "-u=true", "-soc /x", "--sock=/x", "-exc 10.2.0.0/24", "--fil x",
+                "--vers", "--hel", "-UNIX", "--V4=10.2.0.0/16",
+                # no value where one is due
+                "-v4 -unix", "-file -v4ab=24"):
+            for line in (f"config {words}", f"{words} config"):
+                with self.subTest(line):
+                    outcome = run_main(*line.split(), GIPAM_FILE=self.file)
+                    self.assertEqual((outcome.status, outcome.out), (2, ""), outcome)
+                    self.assertRegex(outcome.err,
+                                     r"(?s)^usage: gipam\.py .*\ngipam\.py[^\n]*: error: [^\n]+\n$")
+        self.assertEqual(run_main("config", "-v4").status, 2)
+
+    def test_version_and_help(self) -> None:
+        self.assertEqual(run_main("--version"), (0, gipam.__version__ + "\n", ""))
+        self.assertEqual(run_main("-version"), (0, gipam.__version__ + "\n", ""))
+        for words in (["--help"], ["-h"], ["serve", "-help"]):
+            outcome = run_main(*words)
+            self.assertEqual((outcome.status, outcome.err), (0, ""))
+            said = re.sub(r"\s+", " ", outcome.out)
+            for option in gipam.OPTIONS:
+                self.assertIn(f"--{option.name} {option.metavar} ", said)
+                self.assertIn(f"({option.variable}; default: {option.default or 'none'})", said)
+
+
+class ConfigurationTest(CommandLineCase):
+    def test_a_later_stage_wins(self) -> None:
+        variables = {"GIPAM_V4": "10.3.0.0/16", "GIPAM_V4AB": "25", "GIPAM_SOCKET": "/run/env.sock"}
+        arguments = ("-v4", "10.4.0.0/16", "-v4ab", "26")
+        found = self.effective(**variables)
+        self.assertEqual([found[name] for name in ("v4", "v4ab", "socket")],
+                         [("10.3.0.0/16", "environment (GIPAM_V4)"),
+                          ("25", "environment (GIPAM_V4AB)"),
+                          ("/run/env.sock", "environment (GIPAM_SOCKET)")])
+        found = self.effective(*arguments, **variables)
+        self.assertEqual([found[name] for name in ("v4", "v4ab", "socket")],
+                         [("10.4.0.0/16", "command line"), ("26", "command line"),
+                          ("/run/env.sock", "environment (GIPAM_SOCKET)")])
+        self.write({"V4Pool": "10.5.0.0/16", "V4AllocateBlock": 27, "socket": "/run/x"})
+        outcome = self.run_config(*arguments, **variables)
+        self.assertRegex(outcome.out, r"(?m)^v4 +10\.5\.0\.0/16 +lease file \(V4Pool in "
+                         + self.file + r"\)$")
+        self.assertRegex(outcome.out, r"(?m)^v4ab +27 +lease file \(V4AllocateBlock in "
+                         + self.file + r"\)$")
+        self.assertRegex(outcome.out, r"(?m)^socket +/run/env.sock +environment \(GIPAM_SOCKET\)$")
+
+    def test_the_lease_file_says_so_where_it_overrules(self) -> None:
+        for name, key in LEASE_FILE_KEYS.items():
+            held, asked = SAMPLES[name], {"v4": "10.0.0.0/8", "v6": "2001:db8::/32", "v4ab": "28",
+                                          "v6ab": "80", "exclude": "10.2.4.0/22"}[name]
+            for spelling in (key, key.lower()):
+                self.write({spelling: int(held) if held.isdigit() else held})
+                outcome = self.run_config(V4, V6, f"-{name}={asked}")
+                with self.subTest(spelling):
+                    said = outcome.err.splitlines()[-1]
+                    for part in (f"-{name} ", repr(held), repr(asked), self.file, "command line",
+                                 f"edit {key}"):
+                        self.assertIn(part, said)
+                    self.assertRegex(outcome.out, rf"(?m)^{name} +{re.escape(held)} +lease file")
+                    self.assertEqual(self.run_config(V4, V6, f"-{name}={held}").err, "",
+                                     "nothing to say")
+                    for nothing in (None, ""):
+                        self.write({spelling: nothing})
+                        self.assertEqual(self.effective(V4, V6, f"-{name}={asked}")[name],
+                                         (asked, "command line"))
+
+    def test_an_invalid_value_is_refused_by_option_origin_value_and_rule(self) -> None:
+        for name, value, rule, *others in (
+                ("unix", "maybe", BOOLEAN), ("unix", "", BOOLEAN),
+                ("address", "9090", LISTEN), ("address", "127.0.0.1", LISTEN),
+                ("address", ":65536", LISTEN), ("address", "", LISTEN), ("address", "off", LISTEN),
+                ("address", "0.0.0.0:9090", LOOPBACK), ("address", "[::]:9090", LOOPBACK),
+                ("address", "10.2.0.1:9090", LOOPBACK),
+                ("address", "web:9090", "'web' does not appear to be an IPv4 or IPv6 address"),
+                ("metrics", "9091", LISTEN), ("tls", "/nonexistent", "there is no such directory"),
+                ("file", "", PATH), ("file", "/tmp/", PATH), ("socket", "", PATH),
+                ("spec", "/tmp/", PATH),
+                ("v4", "10.2.0.0", f"'10.2.0.0' {FORM}"), ("v4", "10.2.0.0/16,", f"'' {FORM}"),
+                ("v4", "10.2.0.0/255.255.0.0", f"'10.2.0.0/255.255.0.0' {FORM}"),
+                ("v4", "10.2.0.1/16", f"'10.2.0.1/16' {HOST_BITS} 10.2.0.0/16"),
+                ("v6", "2001:db8::1/56", f"'2001:db8::1/56' {HOST_BITS} 2001:db8::/56"),
+                ("v4", "2001:db8::/56", "2001:db8::/56 is not an IPv4 prefix"),
+                ("v6", "10.2.0.0/16", "10.2.0.0/16 is not an IPv6 prefix"),
+                ("v4", "10.2.0.0/16,10.2.3.0/24", "10.2.3.0/24 overlaps another base"),
+                ("v4", "10.2.3.0/24,10.2.0.0/16", "10.2.0.0/16 overlaps another base"),
+                ("v6", "2001:db8::/56,2001:db8::/56", "2001:db8::/56 overlaps another base"),
+                ("v4ab", "x", NUMBER), ("v4ab", "-1", NUMBER), ("v4ab", "2.5", NUMBER),
+                ("v6ab", "1000", NUMBER), ("v4ab", "32", f"not from 1 to 31: {SIZE}"),
+                ("v4ab", "0", f"not from 1 to 31: {SIZE}"),
+                ("v6ab", "128", f"not from 1 to 127: {SIZE}"),
+                ("v4ab", "15", "a block of /15 is larger than its base 10.2.0.0/16", V4),
+                ("v6ab", "55", "a block of /55 is larger than its base 2001:db8::/56", V6),
+                ("exclude", "10.3.0.0/24", "10.3.0.0/24 lies in none of the bases", V4, V6),
+                ("exclude", "10.0.0.0/8", "10.0.0.0/8 lies in none of the bases", V4),
+                ("exclude", "2001:db8:1::/64", "2001:db8:1::/64 lies in none of the bases", V4, V6),
+                ("exclude", "10.2.0.0/24", "10.2.0.0/24 lies in none of the bases"),
+                ("exclude", "10.2.0.0/24,web", f"'web' {FORM}", V4)):
+            variable, key = f"GIPAM_{name.upper()}", LEASE_FILE_KEYS.get(name)
+            self.refused(name, value, rule, "command line", *others, f"-{name}={value}")
+            if name != "file":  # which the command line of this test gives
+                self.refused(name, value, rule, f"environment ({variable})", *others,
+                             **{variable: value})
+            if key and value:
+                self.write({key: value})
+                self.refused(name, value, rule, f"lease file ({key} in {self.file})", *others)
+                os.unlink(self.file)
+
+    def refused(self, name: str, value: str, rule: str, origin: str, *arguments: str,
+                **variables: str) -> None:
+        with self.subTest(name, value=value, origin=origin):
+            self.assertEqual(self.run_config(*arguments, **variables),
+                             (78, "", f"gipam: -{name} {value!r} from the {origin}: {rule}\n"))
+
+    def test_the_default_is_named_when_it_is_what_does_not_fit(self) -> None:
+        self.refused("v4ab", "24", "a block of /24 is larger than its base 10.2.0.0/26", "default",
+                     "-v4=10.2.0.0/26")
+
+    def test_a_lease_file_that_cannot_be_used_is_refused_by_name(self) -> None:
+        missing = os.path.join(self.directory, "missing", "leases.json")
+        for outcome, origin in ((run_main("config", "-file", missing), "command line"),
+                                (run_main("config", GIPAM_FILE=missing),
+                                 "environment (GIPAM_FILE)")):
+            self.assertEqual((outcome.status, outcome.out), (78, ""))
+            self.assertEqual(outcome.err, f"gipam: -file {missing!r} from the {origin}: "
+                             "its directory is not there\n")
+        for text, what in ((b"", "is not JSON"), (b"{", "is not JSON"), (b"\xff", "is not JSON"),
+                           (b"[" * 100_000, "is not JSON"), (b"[]", "is not a JSON object"),
+                           (b'{"Allocated":[1]}', "has something else than pools in Allocated"),
+                           (b'{"Allocated":7}', "has something else than pools in Allocated")):
+            self.write(text)
+            outcome = self.run_config()
+            with self.subTest(text[:9]):
+                self.assertEqual((outcome.status, outcome.out), (78, ""))
+                self.assertTrue(outcome.err.startswith(f"gipam: {self.file} {what}"), outcome.err)
+                self.assertRegex(outcome.err,
+                                 r"; gipam does not start on a guess: put back a backup[^\n]+\n$")
+        os.unlink(self.file)
+        os.mkdir(self.file)
+        self.assertEqual(self.run_config(),
+                         (78, "", f"gipam: cannot read lease file {self.file}: Is a directory\n"))
+
+    def test_unknown_keys_of_the_lease_file_are_reported_and_dropped(self) -> None:
+        self.write({"V4Pool": "10.2.0.0/16", "Colour": "red",
+                    "Allocated": [{"ID": "a", "V": 4, "Pool": "10.2.0.0/24", "Mood": 1}]})
+        self.assertEqual(self.run_config().err, f"unknown key 'Colour' in {self.file}: dropped\n"
+                         f"unknown key 'Mood' in {self.file}: dropped\n")
+
+    def test_config_leaves_everything_as_it_is(self) -> None:
+        self.effective()
+        self.assertEqual(os.listdir(self.directory), [])
+
+    def test_a_start_up_error_is_one_line_and_a_status_of_its_own(self) -> None:
+        """No traceback; and systemd must see that starting again cannot help."""
+        self.write(b"{")
+        fine = os.path.join(self.directory, "other.json")
+        for status, words in ((78, ["-file", self.file]),
+                              (78, ["-file", fine, "-v4", "10.2.0.1/16"]), (78, ["-file", ""]),
+                              (78, ["serve", "-unix", "-file", "/nonexistent/x"])):
+            done = subprocess.run([sys.executable, GIPAM, *words], capture_output=True,
+                                  encoding="utf-8", timeout=DEADLINE_S, stdin=subprocess.DEVNULL)
+            with self.subTest(words):
+                self.assertEqual((done.returncode, done.stdout), (status, ""), done.stderr)
+                self.assertRegex(done.stderr, r"^gipam: [^\n]+\n$")
+
+    def test_unix_serve(self) -> None:
+        """Nothing configured: explicit subnets still work, and gipam says that only they do."""
+        daemon = Daemon(self)
+        daemon.options = [*daemon.options, "serve"]  # after -unix …
+        daemon.start()
+        client = daemon.client()
+        with self.assertRaisesRegex(Refused, "^no IPv4 base to take a subnet from"):
+            client.request_pool()
+        self.assertEqual(client.request_pool("198.18.0.0/24")[1], "198.18.0.0/24")
+        self.assertIn("no base is configured (-v4, -v6): only networks with a --subnet can be made",
+                      daemon.read_log())
+        self.assertEqual(daemon.stop(), 0)
+
+
+ID4, ID6 = "Xq3vT0Zb9kLwYhUa", "7c9e6679f4b3"  # the Go program's are random strings
+GO_LEASES: dict[str, Any] = {
+    "V6Pool": "2001:db8:0:100::/56", "V6AllocateBlock": 64, "V6Idx": 2,
+    "V4Pool": "198.18.0.0/16", "V4AllocateBlock": 26, "V4Idx": 5,
+    "Allocated": [
+        {"ID": ID4, "V": 4, "Pool": "198.18.0.0/26", "Idx": 4, "Free": ["198.18.0.3"],
+         "Allocated": ["198.18.0.1", "198.18.0.2", "198.18.0.63"]},
+        {"ID": ID6, "V": 6, "Pool": "2001:db8:0:100::/64", "Idx": 7, "Free": None,
+         "Allocated": ["2001:db8:0:100::1"]}],
+    "Free": [{"ID": "", "V": 4, "Pool": "198.18.0.64/26", "Idx": 0, "Allocated": None,
+              "Free": None}]}
+
+
+def in_lower_case(value: Any) -> Any:
+    """Return the document as the later Go program wrote it."""
+    names = {"V6Pool": "v6", "V6AllocateBlock": "v6ab", "V4Pool": "v4", "V4AllocateBlock": "v4ab"}
+    if isinstance(value, dict):
+        return {names.get(key, key.lower()): in_lower_case(inner) for key, inner in value.items()}
+    return [in_lower_case(inner) for inner in value] if isinstance(value, list) else value
+
+
+class GoLeaseFileTest(unittest.TestCase):
+    """The lease files of both generations of the Go program go on where it stopped."""
+
+    def start(self, document: Any, *options: str) -> Daemon:
+        daemon = Daemon(self, *options)
+        with open(daemon.file, "w", encoding="utf-8") as file:
+            json.dump(document, file)
+        os.chmod(daemon.file, 0o600)
+        return daemon.start()
+
+    def test_ids_addresses_and_cursors_are_honoured(self) -> None:
+        for document in (GO_LEASES, in_lower_case(GO_LEASES)):
+            daemon = self.start(document, "-v4", "198.19.0.0/16", "-v6ab", "72")
+            with self.subTest(next(iter(document))):
+                self.use(daemon.client(), daemon)
+                self.assertEqual(daemon.stop(), 0)
+                self.assertNotIn("unknown key", daemon.read_log())
+
+    def use(self, client: Client, daemon: Daemon) -> None:
+        self.assertEqual(client.request_address(ID4), "198.18.0.4/26")
+        self.assertEqual(client.request_address(ID6), "2001:db8:0:100::7/64")
+        for pool_id, address in ((ID4, "198.18.0.2"), (ID4, "198.18.0.63"),
+                                 (ID6, "2001:db8:0:100::1")):
+            with self.assertRaisesRegex(Refused, "^Address already in use"):
+                client.request_address(pool_id, address)
+        self.assertEqual(client.request_address(ID4, "198.18.0.3"), "198.18.0.3/26")
+        self.assertEqual(client.request_pool()[1], "198.18.1.64/26")
+        self.assertEqual(client.request_pool(v6=True)[1], "2001:db8:0:102::/64")
+        self.assertEqual(client.request_pool("198.18.0.64/26")[1], "198.18.0.64/26",
+                         "it was in Free")
+        with self.assertRaisesRegex(Refused, "^Pool overlaps with other one on this address space"):
+            client.request_pool("198.18.0.0/26")
+        said = daemon.read_log()
+        for part in ("'198.19.0.0/16'", "'198.18.0.0/16'", "'72'", "'64'", daemon.file,
+                     "the lease file wins"):
+            self.assertIn(part, said)
+
+    def test_a_held_broadcast_address_is_kept_until_it_is_released(self) -> None:
+        """The Go program gave it out; gipam never does, but some container has it."""
+        daemon = self.start(GO_LEASES)
+        for _ in range(2):  # the second time out of gipam's own lease file
+            with open(daemon.file, encoding="utf-8") as file:
+                self.assertIn("198.18.0.63", json.load(file)["Allocated"][0]["Allocated"])
+            self.assertEqual(daemon.stop(), 0)
+            daemon.start()
+        client = daemon.client()
+        for _ in range(2):
+            client.release_address(ID4, "198.18.0.63")
+            with self.assertRaisesRegex(Refused, "198.18.0.63 is reserved in 198.18.0.0/26$"):
+                client.request_address(ID4, "198.18.0.63")
+        self.assertEqual(daemon.stop(), 0)
+        with open(daemon.file, encoding="utf-8") as file:
+            self.assertNotIn("198.18.0.63", json.load(file)["Allocated"][0]["Allocated"])
+
+    def test_lists_may_be_null(self) -> None:
+        empty = {**GO_LEASES, "Allocated": None, "Free": None}
+        bare = {**GO_LEASES, "Allocated": [{**GO_LEASES["Allocated"][0], "Allocated": None,
+                                            "Free": None}]}
+        for document, address in ((empty, ""), (bare, "198.18.0.4/26")):
+            daemon = self.start(document)
+            client = daemon.client()
+            self.assertEqual(client.request_pool()[1], "198.18.1.64/26")
+            if address:
+                self.assertEqual(client.request_address(ID4), address)
+            self.assertEqual(daemon.stop(), 0)
+
+
+class OptionsTableTest(unittest.TestCase):
+    """The OPTIONS table and the files that speak of the options agree."""
+
+    def read(self, name: str) -> str:
+        with open(os.path.join(HERE, name), encoding="utf-8") as file:
+            return file.read()
+
+    def test_gipam_env_shows_each_variable_with_its_default(self) -> None:
+        shown = re.findall(r"(?m)^(#?)(GIPAM_\w+)=(.*)$", self.read("gipam.env"))
+        self.assertEqual(sorted(name for _, name, _ in shown),
+                         sorted(option.variable for option in gipam.OPTIONS))
+        defaults = {option.variable: option.default for option in gipam.OPTIONS}
+        for comment, name, value in shown:
+            with self.subTest(name):
+                if comment:
+                    self.assertIn(value, (defaults[name], defaults[name].replace("off", "")))
+                else:
+                    self.assertNotEqual(value, defaults[name],
+                                        "needs no line that is not a comment")
+
+    def test_gipam_service_starts_what_there_is(self) -> None:
+        unit = self.read("gipam.service")
+        start = re.findall(r"(?m)^ExecStart=/usr/bin/(?:env )?python3 /opt/gipam/gipam\.py ?(.*)$",
+                           unit)
+        self.assertEqual(len(start), 1)
+        known = {f"-{option.name}" for option in gipam.OPTIONS}
+        self.assertLessEqual({word.split("=")[0].replace("--", "-")
+                              for word in start[0].split()} - {"serve"}, known)
+        self.assertIn("\nEnvironmentFile=/opt/gipam/.env\n", unit)
+        self.assertLessEqual(set(re.findall(r"GIPAM_\w+", unit)),
+                             {option.variable for option in gipam.OPTIONS})
+
+    def test_readme_has_a_row_for_each_option(self) -> None:
+        """A row is `| -v6, -v4 | GIPAM_V6, GIPAM_V4 | none | …`: flags, variables, defaults."""
+        shown = {}
+        for line in self.read("README.md").splitlines():
+            cells = [cell.strip() for cell in line.replace("`", "").split("|")[1:-1]]
+            if len(cells) > 2 and "GIPAM_" in cells[1]:
+                flags, variables, defaults = (re.split(r",\s*", cell) for cell in cells[:3])
+                shown.update({flag: (variable, (defaults * len(flags))[at])
+                              for at, (flag, variable) in enumerate(zip(flags, variables))})
+        self.assertEqual(shown, {f"-{option.name}": (option.variable, option.default or "none")
+                                 for option in gipam.OPTIONS})
+
+
+# === On a real dockerd ========================================================================
+#
+# One dockerd and one gipam live in mount, network and process namespaces of their own, with a
+# private /run and /etc/docker: everything has its usual path there, several runs do not meet, and
+# all of it ends with the namespaces' first process, which ends with the test's.
+
+
+BASE_V4 = "10.2.0.0/16"
+BASE_V6 = "2001:db8:0:100::/56"
+MASQUERADE_OFF = ("-o", "com.docker.network.bridge.enable_ip_masquerade=false")
+APPLETS = ("cat", "httpd", "ip", "nc", "ping", "sh", "sleep", "true")
+DOCKER_DEADLINE_S = 90.0  # dockerd waits 15 s for each network whose plugin does not answer
+
+FIRST_PROCESS = """
+import os, signal, subprocess, sys
+print(os.readlink("/proc/self"), flush=True)  # in the /proc of the caller: our pid as they see it
+def reap(*_):
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass  # a dead containerd that nobody waits for would block the next dockerd
+    except ChildProcessError:
+        pass
+os.makedirs("/etc/docker", exist_ok=True)
+for command in ("mount -t proc proc /proc", "mount -t tmpfs tmpfs /run",
+                "mount -t tmpfs tmpfs /etc/docker", "ip link set lo up"):
+    subprocess.check_call(command.split())
+signal.signal(signal.SIGCHLD, reap)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+REPORTER = """
+import socket, sys
+with socket.create_server(("::", 7000), family=socket.AF_INET6, dualstack_ipv6=True) as server:
+    print("ready", flush=True)
+    while True:
+        connection, peer = server.accept()
+        with connection:
+            connection.sendall((peer[0].replace("::ffff:", "") + "\\n").encode())
+"""
+
+
+def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
+    """Return the first true value of condition()."""
+    end = time.monotonic() + deadline_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {deadline_s:g} s in vain: {what}")
+        time.sleep(0.05)
+
+
+def docker_obstacle() -> str | None:
+    """Return why no dockerd can be run here, with the remedy; None if one can."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        return "needs Linux and root: run it with sudo"
+    for command, package in (("dockerd", "docker.io"), ("docker", "docker-cli"),
+                             ("ip", "iproute2"), ("iptables", "iptables"),
+                             ("busybox", "busybox-static"), ("nsenter", "util-linux")):
+        if shutil.which(command) is None:
+            return f"{command} is missing: apt-get install {package}"
+    trial = subprocess.run(["unshare", "--mount", "--net", "--pid", "--fork", "true"],
+                           stderr=subprocess.PIPE, encoding="utf-8")
+    if trial.returncode != 0:
+        return f"gets no namespaces ({trial.stderr.strip()}): run it in a privileged container"
+    return None
+
+
+def require_docker() -> None:
+    obstacle = docker_obstacle()
+    if obstacle and os.environ.get("GIPAM_REQUIRE_DOCKER") == "1":
+        raise AssertionError("GIPAM_REQUIRE_DOCKER=1, but dockerd cannot run: " + obstacle)
+    if obstacle:
+        raise unittest.SkipTest("dockerd " + obstacle)
+
+
+def image_of_busybox() -> bytes:
+    """Return a tar archive for `docker import`: a static busybox and links to it."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.add(os.path.realpath(str(shutil.which("busybox"))), "bin/busybox")
+        for applet in APPLETS:
+            link = tarfile.TarInfo("bin/" + applet)
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            archive.addfile(link)
+    return packed.getvalue()
+
+
+class DockerError(Exception):
+    """A command failed, most often docker; str() is what it said."""
+
+
+class Inside:
+    """A process in the namespaces; nsenter waits for it and ends as it ends."""
+
+    def __init__(self, docker: Docker, name: str, *command: str) -> None:
+        self.docker = docker
+        self.log = os.path.join(docker.directory, name + ".log")
+        self.pid_file = os.path.join(docker.directory, name + ".pid")
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                docker.entering("sh", "-c", 'echo $$ > "$0"; exec "$@"', self.pid_file, *command),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=docker.env)
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send the signal, unless it has ended, and return the exit status."""
+        if self.is_running():
+            with open(self.pid_file, encoding="ascii") as pid_file:
+                pid = pid_file.read().strip()
+            with contextlib.suppress(DockerError):  # it has ended just now
+                self.docker.run("kill", f"-{number}", pid)
+        return self.process.wait(DOCKER_DEADLINE_S)
+
+    def wait_until(self, condition: Callable[[], Any]) -> None:
+        """Wait for the condition; fail at once if the process ends before."""
+        try:
+            until(lambda: condition() or not self.is_running(), "start", DOCKER_DEADLINE_S)
+            if self.is_running():
+                return
+        except AssertionError:
+            pass
+        raise AssertionError("it did not come up:\n" + self.read_log()[-4000:])
+
+    def read_log(self) -> str:
+        with open(self.log, encoding="utf-8", errors="replace") as log:
+            return log.read()
+
+
+class Docker:
+    """One dockerd and one gipam in namespaces of their own."""
+
+    def __init__(self, *options: str) -> None:
+        """Make the namespaces; options are gipam's, beside its bases and its lease file."""
+        self.directory = tempfile.mkdtemp(prefix="gipam-docker-")
+        self.leases = os.path.join(self.directory, "leases.json")
+        self.gipam_options = (*options, "-v6", BASE_V6, "-v4", BASE_V4, "-file", self.leases)
+        self.env = {name: value for name, value in os.environ.items()
+                    if not name.startswith(("DOCKER_", "GIPAM_"))}
+        self.first = subprocess.Popen(
+            ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child",
+             sys.executable, "-c", FIRST_PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.first.stdin and self.first.stdout
+        self.pid = self.first.stdout.readline().decode().strip()
+        if self.first.stdout.readline() != b"ready\n":
+            raise AssertionError("the namespaces could not be set up")
+        self.containerd = Inside(self, "containerd", "containerd", "--config", "/dev/null",
+                                 "--root", os.path.join(self.directory, "containerd"))
+        self.containerd.wait_until(
+            lambda: os.path.exists(self.path("/run/containerd/containerd.sock")))
+        self.dockerd: Inside | None = None
+        self.gipam: Inside | None = None
+        self.wires = 0
+
+    def close(self) -> None:
+        assert self.first.stdin and self.first.stdout
+        self.first.stdin.close()  # the first process ends, and the kernel kills all others
+        self.first.wait()
+        self.first.stdout.close()
+        for process in (self.containerd, self.dockerd, self.gipam):
+            if process is not None:
+                process.process.wait()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    # -- the namespaces
+
+    def path(self, path: str) -> str:
+        """Return how a path in the namespaces is called outside."""
+        return f"/proc/{self.pid}/root{path}"
+
+    def entering(self, *command: str) -> list[str]:
+        return ["nsenter", "-t", self.pid, "-m", "-n", "-p", "--", *command]
+
+    def run(self, *command: str) -> str:
+        """Run a command in the namespaces and return what it prints. Raises: DockerError."""
+        done = subprocess.run(self.entering(*command), env=self.env, encoding="utf-8",
+                              capture_output=True, timeout=DOCKER_DEADLINE_S)
+        if done.returncode != 0:
+            raise DockerError(f"{' '.join(command)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def wire(self) -> tuple[str, str]:
+        """Make two connected interfaces, parents for macvlan networks."""
+        self.wires += 1
+        near, far = f"wire{self.wires}a", f"wire{self.wires}b"
+        self.run("ip", "link", "add", near, "type", "veth", "peer", "name", far)
+        self.run("ip", "link", "set", near, "up")
+        self.run("ip", "link", "set", far, "up")
+        return near, far
+
+    # -- dockerd and gipam
+
+    def start_dockerd(self, *options: str, wait: bool = True) -> None:
+        if self.dockerd is not None and self.dockerd.is_running():
+            raise AssertionError("dockerd runs already")
+        self.dockerd = Inside(
+            self, "dockerd", "dockerd", "--data-root", os.path.join(self.directory, "data"),
+            "--exec-opt", "native.cgroupdriver=cgroupfs",
+            *options)
+        if wait:
+            self.wait_for_dockerd()
+
+    def wait_for_dockerd(self) -> None:
+        assert self.dockerd is not None
+        self.dockerd.wait_until(self.is_dockerd_answering)
+        if "bb" not in self("images", "--format", "{{.Repository}}").split():
+            changes = ("-c", 'CMD ["sleep", "1000000"]', "-c", "STOPSIGNAL SIGKILL")
+            subprocess.run(self.cli("import", *changes, "-", "bb"), input=image_of_busybox(),
+                           stdout=subprocess.DEVNULL, check=True, env=self.env)
+
+    def is_dockerd_answering(self) -> bool:
+        connection = UnixConnection(self.path("/run/docker.sock"), timeout_s=5)
+        try:
+            connection.request("GET", "/_ping")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+    def start_gipam(self, *variables: str) -> None:
+        if self.gipam is not None and self.gipam.is_running():
+            raise AssertionError("gipam runs already")
+        self.gipam = Inside(self, "gipam", "env", *variables, sys.executable, GIPAM,
+                            *self.gipam_options)
+        self.gipam.wait_until(self.is_gipam_answering)
+
+    def command(self, *arguments: str) -> str:
+        """Return what e.g. `gipam.py check` prints. Raises: DockerError."""
+        return self.run(sys.executable, GIPAM, *self.gipam_options, *arguments)
+
+    def check(self, *arguments: str) -> list[tuple[str, str, bool]]:
+        """Return (kind, text, is fixed) of each difference that `gipam.py check` reports."""
+        command = [sys.executable, GIPAM, *self.gipam_options, "check", "--json", *arguments]
+        done = subprocess.run(self.entering(*command), env=self.env, stdout=subprocess.PIPE,
+                              encoding="utf-8", timeout=DOCKER_DEADLINE_S)
+        findings = [(finding["kind"], finding["text"], finding["is_fixed"])
+                    for finding in json.loads(done.stdout)["findings"]]
+        expected = 1 if any(not is_fixed for _, _, is_fixed in findings) else 0
+        if done.returncode != expected:
+            raise AssertionError(f"check ends with {done.returncode} and finds {findings}")
+        return findings
+
+    def is_gipam_answering(self) -> bool:
+        if "-unix" not in self.gipam_options:
+            return os.path.exists(self.path("/etc/docker/plugins/gipam.spec"))
+        client = Client(self.path("/run/docker/plugins/gipam.sock"))
+        try:
+            return "IpamDriver" in client.call("Plugin.Activate")["Implements"]
+        except OSError:
+            return False
+        finally:
+            client.close()
+
+    def stop(self, *names: str, number: int = signal.SIGTERM) -> None:
+        """End "dockerd", "gipam" or both with the signal."""
+        for name in names:
+            getattr(self, name).stop(number)
+
+    def start(self) -> None:
+        """Start what does not run: gipam first, as it is at boot."""
+        if self.gipam is None or not self.gipam.is_running():
+            self.start_gipam()
+        if self.dockerd is None or not self.dockerd.is_running():
+            self.start_dockerd()
+
+    def remove_leases(self) -> None:
+        for path in glob.glob(self.leases + "*"):
+            os.unlink(path)
+
+    def kill_and_start(self) -> None:
+        self.stop("gipam", "dockerd", number=signal.SIGKILL)
+        self.start()
+
+    # -- the docker command
+
+    def cli(self, *arguments: str) -> list[str]:
+        return ["docker", "-H", "unix://" + self.path("/run/docker.sock"), *arguments]
+
+    def begin(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a docker command without waiting for it."""
+        return subprocess.Popen(self.cli(*arguments), stdin=subprocess.DEVNULL, env=self.env,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+
+    def end(self, command: subprocess.Popen[str]) -> str:
+        """Return what it printed. Raises: DockerError."""
+        out, err = command.communicate(timeout=DOCKER_DEADLINE_S)
+        if command.returncode != 0:
+            raise DockerError(err.strip())
+        return out.strip()
+
+    def __call__(self, *arguments: str) -> str:
+        """Run e.g. docker("network", "create", ...). Raises: DockerError."""
+        return self.end(self.begin(*arguments))
+
+    def inspect(self, kind: str, *names: str) -> list[dict[str, Any]]:
+        return list(json.loads(self(kind, "inspect", *names))) if names else []
+
+    def network(self, name: str, *options: str) -> str:
+        """Create a network of gipam's and return its id."""
+        return self("network", "create", "--ipam-driver", "gipam", *options, name)
+
+    def container(self, name: str, network: str, *options: str) -> str:
+        """Start a container and return its id."""
+        return self("run", "-d", "--name", name, "--network", network, *options, "bb")
+
+    def address(self, container: str, network: str, v6: bool = False) -> str:
+        """Return the container's address as docker shows it; "" for none."""
+        settings = self.inspect("container", container)[0]["NetworkSettings"]["Networks"][network]
+        return str(settings["GlobalIPv6Address" if v6 else "IPAddress"])
+
+    def subnets(self, network: str) -> list[str]:
+        configs = self.inspect("network", network)[0]["IPAM"]["Config"] or []
+        return [config["Subnet"] for config in configs]
+
+    def remove_everything(self) -> None:
+        self.start()
+        containers = self("ps", "-aq").split()
+        if containers:
+            self("rm", "-f", *containers)
+        networks = self("network", "ls", "-q", "--filter", "type=custom").split()
+        for network in sorted(self.inspect("network", *networks), key=lambda it: it["ConfigOnly"]):
+            self("network", "rm", network["Id"])
+
+    # -- what each side believes: subnet -> addresses held in it
+
+    def status(self) -> dict[str, Any]:
+        if "-unix" not in self.gipam_options:  # on TCP, which cannot be reached from outside
+            return dict(json.loads(self.command("status", "--json", "--leases")))
+        connection = UnixConnection(self.path("/run/docker/plugins/gipam.sock"))
+        try:
+            connection.request("GET", "/status?leases=1")
+            return dict(json.loads(connection.getresponse().read()))
+        finally:
+            connection.close()
+
+    def held_by_gipam(self) -> dict[str, set[str]]:
+        held: dict[str, set[str]] = {}
+        for pool in self.status()["pools"]:
+            addresses = held.setdefault(pool["subnet"], set())
+            addresses.update(lease["address"] for lease in pool["addresses"])
+        return held
+
+    def held_by_docker(self) -> tuple[dict[str, set[str]], dict[str, int]]:
+        """Return Docker's view, and by subnet how many gateways it holds but does not show."""
+        held: dict[str, set[str]] = {}
+        hidden: dict[str, int] = {}
+        for network in self.inspect("network", *self("network", "ls", "-q").split()):
+            if network["IPAM"]["Driver"] != "gipam" or network["ConfigOnly"]:
+                continue
+            shown = self._interface_addresses(network)
+            for config in network["IPAM"]["Config"] or []:
+                if not ipaddress.ip_network(config["Subnet"]).network_address.is_unspecified:
+                    shown += self._config_addresses(config)
+                    held.setdefault(config["Subnet"], set())
+                    if network["Driver"] != "bridge" and not config.get("Gateway"):
+                        hidden[config["Subnet"]] = hidden.get(config["Subnet"], 0) + 1
+            for endpoint in network["Containers"].values():
+                shown += [endpoint["IPv4Address"], endpoint["IPv6Address"]]
+            for cidr in filter(None, shown):
+                interface = ipaddress.ip_interface(cidr)
+                held.setdefault(str(interface.network), set()).add(str(interface.ip))
+        return held, hidden
+
+    def _interface_addresses(self, network: dict[str, Any]) -> list[str]:
+        """Return the gateways of a bridge network, which the kernel knows best."""
+        if network["Driver"] != "bridge":
+            return []
+        name = network["Options"].get("com.docker.network.bridge.name",
+                                      "br-" + network["Id"][:12])
+        return addresses_of(self.run("ip", "-j", "addr", "show", name))[0]
+
+    @staticmethod
+    def _config_addresses(config: dict[str, Any]) -> list[str]:
+        prefixlen = config["Subnet"].split("/")[1]
+        bare = [config.get("Gateway") or "", *(config.get("AuxiliaryAddresses") or {}).values()]
+        return [f"{address.split('/')[0]}/{prefixlen}" for address in bare if address]
+
+    def disagreements(self) -> list[str]:
+        """Return each difference between what Docker, gipam and the containers' kernels believe."""
+        held, (used, hidden) = self.held_by_gipam(), self.held_by_docker()
+        found = [f"only gipam has {subnet}" for subnet in sorted(set(held) - set(used))]
+        found += [f"only docker has {subnet}" for subnet in sorted(set(used) - set(held))]
+        for subnet in sorted(set(held) & set(used)):
+            missing = sorted(used[subnet] - held[subnet])
+            extra = sorted(held[subnet] - used[subnet])
+            if missing:
+                found.append(f"{subnet}: gipam lacks {missing}")
+            if len(extra) != hidden.get(subnet, 0):
+                found.append(f"{subnet}: only gipam has {extra}")
+        return found + self._containers_that_differ()
+
+    def _containers_that_differ(self) -> list[str]:
+        running = self.inspect("container", *self("ps", "-q").split())
+        pids = [str(container["State"]["Pid"]) for container in running]
+        script = 'for pid; do nsenter -t "$pid" -n ip -j addr show; done'
+        kernel = addresses_of(self.run("sh", "-c", script, "sh", *pids))
+        return [f"{container['Name']} has {have}, docker says {expected}"
+                for container, have in zip(running, kernel)
+                for expected in [endpoint_addresses(container)] if have != expected]
+
+
+def addresses_of(text: str) -> list[list[str]]:
+    """Return the global addresses in each line of `ip -j addr`, sorted."""
+    found = []
+    for line in text.splitlines():
+        infos = [info for interface in json.loads(line) for info in interface.get("addr_info", [])]
+        found.append(sorted(f"{info['local']}/{info['prefixlen']}"
+                            for info in infos if info["scope"] == "global"))
+    return found
+
+
+def endpoint_addresses(container: dict[str, Any]) -> list[str]:
+    """Return what `docker inspect` shows as a container's addresses, in CIDR form, sorted."""
+    found = []
+    for settings in container["NetworkSettings"]["Networks"].values():
+        for address, prefixlen in (("IPAddress", "IPPrefixLen"),
+                                   ("GlobalIPv6Address", "GlobalIPv6PrefixLen")):
+            if settings[address]:
+                found.append(f"{settings[address]}/{settings[prefixlen]}")
+    return sorted(found)
+
+
+class DockerCase(unittest.TestCase):
+    """The tests of a class share one dockerd and one gipam; each leaves nothing behind."""
+
+    options: tuple[str, ...] = ("-unix",)
+    docker: Docker
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        require_docker()
+        cls.docker = Docker(*cls.options)
+        cls.addClassCleanup(cls.docker.close)
+
+    def setUp(self) -> None:
+        self.docker.start()
+        self.addCleanup(self.leave_nothing_behind)
+
+    def leave_nothing_behind(self) -> None:
+        self.docker.remove_everything()
+        self.assertEqual(self.docker.held_by_gipam(), {}, "left over after the last network rm")
+
+    def assert_agreement(self) -> None:
+        """Docker, gipam and the kernel agree, as soon as the last releases are through."""
+        with contextlib.suppress(AssertionError):
+            until(lambda: not self.docker.disagreements(), "agreement", 10)
+        self.assertEqual(self.docker.disagreements(), [])
+        self.assertEqual(self.docker.check("--grace", "0"), [])
+
+    def assert_mended(self, kinds: list[str]) -> None:
+        """`gipam.py check` finds these differences and no other; with --fix, none are left."""
+        found = self.docker.check("--grace", "0")
+        self.assertEqual(sorted(kind for kind, _, _ in found), kinds)
+        mended = self.docker.check("--grace", "0", "--fix")
+        self.assertEqual([is_fixed for _, _, is_fixed in mended], [True] * len(kinds))
+        self.assert_agreement()
+
+    def assert_refused(self, words: str, *arguments: str) -> None:
+        with self.assertRaises(DockerError) as caught:
+            self.docker(*arguments)
+        self.assertIn(words, str(caught.exception))
+
+    def assert_reaches(self, container: str, address: str) -> None:
+        def has_answered() -> bool:
+            try:
+                self.docker("exec", container, "ping", "-c", "1", "-W", "1", address)
+            except DockerError:
+                return False
+            return True
+        until(has_answered, f"{container} reaches {address}")
+
+    def running_addresses(self) -> list[str]:
+        """Return every address of every running container, doubles included."""
+        running = self.docker.inspect("container", *self.docker("ps", "-q").split())
+        return [cidr for container in running for cidr in endpoint_addresses(container)]
+
+
+class DockerNetworkTests(DockerCase):
+    """Networks: protocol.md 4.1 and 4.8."""
+
+    def test_network_gets_a_block_of_each_base(self) -> None:
+        self.docker.network("web", "--ipv6")
+        v4, v6 = map(ipaddress.ip_network, self.docker.subnets("web"))
+        self.assertEqual((v4.prefixlen, v6.prefixlen), (24, 64))
+        self.assertIn(v4.network_address, ipaddress.ip_network(BASE_V4))
+        self.assertIn(v6.network_address, ipaddress.ip_network(BASE_V6))
+        self.assert_agreement()
+
+    def test_containers_reach_each_other_over_both_families(self) -> None:
+        self.docker.network("web", "--ipv6")
+        self.docker.container("one", "web")
+        self.docker.container("two", "web")
+        self.assert_agreement()
+        self.assert_reaches("one", self.docker.address("two", "web"))
+        self.assert_reaches("one", self.docker.address("two", "web", v6=True))
+
+    def test_subnet_range_gateway_and_auxiliary_addresses_are_honoured(self) -> None:
+        self.docker.network(
+            "lan", "--ipv6", "--ipam-opt", "unknown.to=gipam",
+            "--subnet", "10.9.0.0/16", "--ip-range", "10.9.4.0/30", "--gateway", "10.9.0.9",
+            "--aux-address", "inside=10.9.4.1", "--aux-address", "outside=10.9.200.1",
+            "--subnet", "fd00:9::/64", "--ip-range", "fd00:9::40/126", "--gateway", "fd00:9::9",
+            "--aux-address", "inside6=fd00:9::41")
+        addresses, addresses_v6 = set(), set()
+        for name in ("one", "two", "three"):
+            self.docker.container(name, "lan")
+            addresses.add(self.docker.address(name, "lan"))
+            addresses_v6.add(self.docker.address(name, "lan", v6=True))
+        self.assertEqual(addresses, {"10.9.4.0", "10.9.4.2", "10.9.4.3"})
+        self.assertEqual(addresses_v6, {"fd00:9::40", "fd00:9::42", "fd00:9::43"})
+        self.assert_agreement()
+        self.assert_refused("no available addresses", "run", "--network", "lan", "bb", "true")
+        self.docker.container("static", "lan", "--ip", "10.9.77.77", "--ip6", "fd00:9::77")
+        self.assertEqual(self.docker.address("static", "lan"), "10.9.77.77")
+
+    def test_block_length_can_be_chosen_for_one_network(self) -> None:
+        for name, options in (
+                ("by-option", ("--ipam-opt", "gipam.v4ab=26", "--ipam-opt", "gipam.v6ab=72")),
+                ("by-hint", ("--subnet", "0.0.0.0/26", "--subnet", "::/72"))):
+            with self.subTest(name):
+                self.docker.network(name, "--ipv6", *options)
+                self.docker.container(name, name)
+                found = endpoint_addresses(self.docker.inspect("container", name)[0])
+                self.assertEqual([cidr.split("/")[1] for cidr in found], ["26", "72"])
+                self.assert_agreement()
+
+    def test_named_network_keeps_its_subnets_over_rm_and_create(self) -> None:
+        self.docker.network("web", "--ipv6", "--ipam-opt", "gipam.name=web")
+        before = self.docker.subnets("web")
+        self.docker("network", "rm", "web")
+        self.docker.network("other", "--ipv6")
+        self.docker.kill_and_start()
+        self.docker.network("web", "--ipv6", "--ipam-opt", "gipam.name=web")
+        self.assertEqual(self.docker.subnets("web"), before)
+
+    def test_released_block_is_not_the_next_one_given(self) -> None:
+        self.docker.network("first")
+        before = self.docker.subnets("first")
+        self.docker("network", "rm", "first")
+        self.docker.network("second")
+        self.assertNotEqual(self.docker.subnets("second"), before)
+
+    def test_macvlan_networks_with_ranges_of_one_subnet_never_share_an_address(self) -> None:
+        near, far = self.docker.wire()
+        subnet = ("-d", "macvlan", "--subnet", "10.50.0.0/24")
+        self.docker.network("near", *subnet, "--ip-range", "10.50.0.0/29", "-o", "parent=" + near,
+                            "--gateway", "10.50.0.200")
+        far_range = ("--ip-range", "10.50.0.8/29", "-o", "parent=" + far)
+        with self.assertRaisesRegex(DockerError, "Address already in use"):
+            self.docker.network("far", *subnet, *far_range, "--gateway", "10.50.0.200")
+        with self.assertRaisesRegex(DockerError, "Pool overlaps"):
+            self.docker.network("far", *subnet, "--ip-range", "10.50.0.0/29")
+        self.docker.network("far", *subnet, *far_range)
+        self.docker.container("one", "near")
+        self.docker.container("two", "far")
+        self.assert_agreement()
+        taken = self.docker.address("one", "near")
+        self.assert_reaches("two", taken)
+        self.assert_refused("Address already in use", "run", "--network", "far", "--ip", taken,
+                            "bb", "true")
+        self.docker("rm", "-f", "one")
+        self.docker("network", "rm", "near")
+        self.assert_agreement()
+        self.docker.container("three", "far", "--ip", taken)
+        self.assert_agreement()
+
+    def test_macvlan_network_may_have_several_subnets(self) -> None:
+        parent = self.docker.wire()[0]
+        self.docker.network("lan", "-d", "macvlan", "-o", "parent=" + parent, "--ipv6",
+                            "--subnet", "10.51.0.0/24", "--subnet", "10.52.0.0/24",
+                            "--subnet", "fd00:51::/64", "--gateway", "10.52.0.7")
+        self.docker.container("one", "lan", "--ip", "10.52.0.9")
+        self.docker.container("two", "lan")
+        self.assert_agreement()
+
+    def test_network_made_from_a_configuration_network(self) -> None:
+        self.docker("network", "create", "--config-only", "--ipam-driver", "gipam",
+                    "--subnet", "10.60.0.0/24", "--ip-range", "10.60.0.128/25", "config")
+        self.docker("network", "create", "-d", "bridge", "--config-from", "config", "made")
+        self.docker.container("one", "made")
+        self.assertIn(ipaddress.ip_address(self.docker.address("one", "made")),
+                      ipaddress.ip_network("10.60.0.128/25"))
+        self.assertEqual(self.docker.held_by_gipam(),
+                         {"10.60.0.0/24": {"10.60.0.128", "10.60.0.129"}})
+
+    def test_networks_made_at_once_get_different_blocks(self) -> None:
+        commands = [self.docker.begin("network", "create", "--ipam-driver", "gipam", "--ipv6",
+                                      f"net{number}") for number in range(10)]
+        for command in commands:
+            self.docker.end(command)
+        self.assert_agreement()
+        self.assertEqual(len(self.docker.held_by_gipam()), 20)
+
+    def test_network_in_use_is_not_removed(self) -> None:
+        self.docker.network("web")
+        self.docker.container("one", "web")
+        self.assert_refused("has active endpoints", "network", "rm", "web")
+        self.assert_agreement()
+
+
+class DockerContainerTests(DockerCase):
+    """Containers: protocol.md 4.3."""
+
+    def test_connect_and_disconnect_of_a_running_container(self) -> None:
+        self.docker.network("web", "--ipv6")
+        self.docker.network("lan", "--ipv6", "--subnet", "10.9.0.0/24", "--subnet", "fd00:9::/64")
+        self.docker.container("one", "web")
+        before = self.docker.held_by_gipam()
+        self.docker("network", "connect", "--ip", "10.9.0.77", "--ip6", "fd00:9::77", "lan", "one")
+        self.assertEqual(self.docker.address("one", "lan"), "10.9.0.77")
+        self.assertEqual(self.docker.address("one", "lan", v6=True), "fd00:9::77")
+        self.assert_agreement()
+        self.docker("network", "disconnect", "lan", "one")
+        self.assert_agreement()
+        self.assertEqual(self.docker.held_by_gipam(), before)
+
+    def test_stopped_container_holds_nothing_and_gets_addresses_again(self) -> None:
+        self.docker.network("web", "--ipv6")
+        empty = self.docker.held_by_gipam()
+        self.docker.container("one", "web")
+        for command in (("stop", "one"), ("start", "one"), ("restart", "one"), ("kill", "one"),
+                        ("start", "one"), ("pause", "one"), ("unpause", "one"),
+                        ("rename", "one", "two"), ("rm", "-f", "two")):
+            with self.subTest(" ".join(command)):
+                self.docker(*command)
+                self.assert_agreement()
+        self.assertEqual(self.docker.held_by_gipam(), empty)
+
+    def test_container_that_ends_by_itself_gives_its_addresses_back(self) -> None:
+        self.docker.network("web", "--ipv6")
+        empty = self.docker.held_by_gipam()
+        self.docker("run", "--name", "one", "--network", "web", "bb", "true")
+        self.assert_agreement()
+        self.assertEqual(self.docker.held_by_gipam(), empty)
+
+    def test_start_that_fails_after_the_addresses_were_given_leaves_none(self) -> None:
+        self.docker.network("web", "--ipv6")
+        empty = self.docker.held_by_gipam()
+        self.assert_refused("not found", "run", "--network", "web", "bb", "no-such-command")
+        self.docker.container("one", "web", "-p", "127.0.0.1:8000:80")
+        self.assert_refused("8000", "run", "--network", "web", "-p", "127.0.0.1:8000:80", "bb")
+        self.docker("rm", "-f", "one")
+        self.assert_agreement()
+        self.assertEqual(self.docker.held_by_gipam(), empty)
+
+    def test_fixed_mac_address_keeps_its_addresses_over_restarts(self) -> None:
+        self.docker.network("web", "--ipv6")
+        self.docker.container("one", "web", "--mac-address", "02:42:00:00:00:01")
+        before = self.running_addresses()
+        self.docker.container("two", "web")
+        self.docker("restart", "one")
+        self.docker("stop", "two", "one")
+        self.docker.kill_and_start()
+        self.docker("start", "one")
+        self.assertEqual(self.running_addresses(), before)
+
+    def test_released_address_is_not_the_next_one_given(self) -> None:
+        self.docker.network("web")
+        self.docker.container("one", "web")
+        before = self.docker.address("one", "web")
+        self.docker("rm", "-f", "one")
+        self.docker.container("two", "web")
+        self.assertNotEqual(self.docker.address("two", "web"), before)
+
+    def test_twenty_containers_started_at_once_have_different_addresses(self) -> None:
+        self.docker.network("web", "--ipv6")
+        commands = [self.docker.begin("run", "-d", "--network", "web", "bb") for _ in range(20)]
+        for command in commands:
+            self.docker.end(command)
+        self.assertEqual(len(set(self.running_addresses())), 40)
+        self.assert_agreement()
+
+    def test_subnet_can_be_filled_and_used_again(self) -> None:
+        self.docker.network("tiny", "--subnet", "10.9.0.0/30")
+        for _ in range(3):
+            self.docker.container("one", "tiny")
+            self.assertEqual(self.docker.address("one", "tiny"), "10.9.0.2")
+            self.assert_refused("no available addresses", "run", "--rm", "--network", "tiny",
+                                "bb", "true")
+            self.docker("rm", "-f", "one")
+        self.assert_agreement()
+
+
+class DockerRefusalTests(DockerCase):
+    """What gipam refuses, and what Docker gives back then: protocol.md 4.2."""
+
+    LAN = ("--subnet", "10.9.0.0/24", "--gateway", "10.9.0.1", "--aux-address", "router=10.9.0.5",
+           "--ipv6", "--subnet", "fd00:9::/64", "--gateway", "fd00:9::1",
+           "--aux-address", "router6=fd00:9::5")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.docker.network("lan", *self.LAN)
+        self.docker.container("one", "lan", "--ip", "10.9.0.7", "--ip6", "fd00:9::7")
+
+    def test_address_of_another_is_refused(self) -> None:
+        for option, address in (("--ip", "10.9.0.7"), ("--ip", "10.9.0.1"), ("--ip", "10.9.0.5"),
+                                ("--ip", "10.9.0.0"), ("--ip", "10.9.0.255")):
+            with self.subTest(address):
+                self.assert_refused("Address already in use", "run", "--network", "lan",
+                                    option, address, "bb", "true")
+        self.assert_agreement()
+        self.assert_refused("Address already in use", "network", "create", "--ipam-driver",
+                            "gipam", "--subnet", "10.8.0.0/24", "--gateway", "10.8.0.1",
+                            "--aux-address", "router=10.8.0.1", "other")
+        self.assert_agreement()
+
+    def test_ipv6_address_of_another_is_refused(self) -> None:
+        """Docker then leaks the IPv4 address that it got first: protocol.md 4.3; check finds it."""
+        taken = ("fd00:9::7", "fd00:9::1", "fd00:9::5", "fd00:9::")
+        for address in taken:
+            with self.subTest(address):
+                self.assert_refused("Address already in use", "run", "--network", "lan",
+                                    "--ip6", address, "bb", "true")
+        self.assertEqual(self.docker.held_by_gipam()["fd00:9::/64"],
+                         {"fd00:9::1", "fd00:9::5", "fd00:9::7"})
+        self.assert_mended(["leaked_address"] * len(taken))
+
+    def test_overlap_is_refused_and_does_not_hurt_the_first_network(self) -> None:
+        for subnet in ("10.9.0.0/24", "10.9.0.128/25", "10.0.0.0/12", "10.9.0.7/32"):
+            with self.subTest(subnet):
+                self.assert_refused("Pool overlaps with other one on this address space",
+                                    "network", "create", "--ipam-driver", "gipam",
+                                    "--subnet", subnet, "other")
+                self.assert_agreement()
+        for subnet in ("fd00:9::/64", "fd00::/16", "fd00:9::8000/113"):
+            with self.subTest(subnet):
+                self.assert_refused("Pool overlaps with other one on this address space",
+                                    "network", "create", "--ipam-driver", "gipam", "--ipv6",
+                                    "--subnet", subnet, "other")
+                self.assert_agreement()
+        self.docker("restart", "one")
+        self.docker.container("two", "lan")
+        self.assert_reaches("two", "10.9.0.7")
+        self.assert_reaches("two", "fd00:9::7")
+        self.assert_agreement()
+
+    def test_network_whose_driver_fails_leaves_nothing(self) -> None:
+        before = self.docker.held_by_gipam()
+        bridge = "br-" + self.docker.inspect("network", "lan")[0]["Id"][:12]
+        for driver, option in (("bridge", "com.docker.network.bridge.name=" + bridge),
+                               ("bridge", "com.docker.network.driver.mtu=x"),
+                               ("macvlan", "parent=no.such.parent")):
+            with self.subTest(option):
+                self.assert_refused("", "network", "create", "--ipam-driver", "gipam", "--ipv6",
+                                    "-d", driver, "-o", option, "other")
+                self.assertEqual(self.docker.held_by_gipam(), before)
+        self.assert_agreement()
+
+    def test_second_subnet_refused_leaves_nothing_of_the_first(self) -> None:
+        before = self.docker.held_by_gipam()
+        parent = self.docker.wire()[0]
+        self.assert_refused("Pool overlaps", "network", "create", "--ipam-driver", "gipam",
+                            "-d", "macvlan", "-o", "parent=" + parent,
+                            "--subnet", "10.8.0.0/24", "--subnet", "10.9.0.0/24", "other")
+        self.assertEqual(self.docker.held_by_gipam(), before)
+
+    def test_bridge_that_cannot_have_two_subnets_leaves_nothing(self) -> None:
+        before = self.docker.held_by_gipam()
+        self.assert_refused("", "network", "create", "--ipam-driver", "gipam",
+                            "--subnet", "10.8.0.0/24", "--subnet", "10.7.0.0/24", "other")
+        self.assertEqual(self.docker.held_by_gipam(), before)
+
+    def test_unknown_option_is_refused_with_the_known_ones(self) -> None:
+        self.assert_refused("gipam.v4ab", "network", "create", "--ipam-driver", "gipam",
+                            "--ipam-opt", "gipam.v4abc=26", "other")
+        self.assert_agreement()
+
+
+class DockerRestartTests(DockerCase):
+    """gipam and dockerd stopped and killed under live containers: protocol.md 4.5 to 4.7."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.docker.network("web", "--ipv6")
+        self.docker.container("one", "web", "--restart", "always")
+        self.docker.container("two", "web")
+
+    def assert_network_works(self) -> None:
+        """Agreement, and containers stop, start and reach each other without a double address."""
+        self.assert_agreement()
+        self.docker("start", "one", "two")
+        self.docker("restart", "two")
+        self.docker.container("three", "web")
+        found = self.running_addresses()
+        self.assertEqual((len(found), len(set(found))), (6, 6))
+        self.assert_agreement()
+        self.assert_reaches("three", self.docker.address("two", "web"))
+        self.assert_reaches("three", self.docker.address("one", "web", v6=True))
+
+    def restart_dockerd(self, number: int, *options: str) -> None:
+        self.docker.stop("dockerd", number=number)
+        self.docker.start_dockerd(*options)
+
+    def wait_for_restart_policy(self) -> None:
+        until(lambda: self.docker("ps", "-q", "--filter", "name=one"), "one runs again")
+
+    def test_gipam_restarted_under_live_containers(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+            with self.subTest(number):
+                before = self.docker.held_by_gipam()
+                self.docker.stop("gipam", number=number)
+                self.docker.start_gipam()
+                self.assertEqual(self.docker.held_by_gipam(), before)
+        self.assert_network_works()
+
+    def begin_starts(self) -> list[subprocess.Popen[str]]:
+        """Begin to start eight containers and return when the first addresses were given."""
+        subnet = self.docker.subnets("web")[0]
+        before = len(self.docker.held_by_gipam()[subnet])
+        commands = [self.docker.begin("run", "-d", "--network", "web", "bb") for _ in range(8)]
+        until(lambda: len(self.docker.held_by_gipam()[subnet]) > before + 1, "addresses given")
+        return commands
+
+    def assert_only_leaks(self) -> None:
+        """Docker has nothing that gipam does not hold, and check mends the rest."""
+        found = self.running_addresses()
+        self.assertEqual(len(found), len(set(found)))
+        kinds = {kind for kind, _, _ in self.docker.check("--grace", "0", "--fix")}
+        self.assertLessEqual(kinds, {"leaked_address"})
+        self.assert_agreement()
+
+    def test_gipam_restarted_while_containers_start_loses_no_request(self) -> None:
+        for _ in range(3):
+            commands = self.begin_starts()
+            self.docker.stop("gipam")
+            self.docker.start_gipam()
+            for command in commands:
+                self.docker.end(command)
+        self.assertEqual(len(self.running_addresses()), 4 + 3 * 8 * 2)
+        self.assert_agreement()
+
+    def test_gipam_killed_while_containers_start(self) -> None:
+        for _ in range(2):
+            commands = self.begin_starts()
+            self.docker.stop("gipam", number=signal.SIGKILL)
+            self.docker.start_gipam()
+            for command in commands:
+                command.communicate(timeout=DOCKER_DEADLINE_S)
+            self.assert_only_leaks()
+
+    def test_both_killed_while_containers_start(self) -> None:
+        for _ in range(2):
+            commands = self.begin_starts()
+            self.docker.kill_and_start()
+            for command in commands:
+                command.communicate(timeout=DOCKER_DEADLINE_S)
+            self.wait_for_restart_policy()
+            self.assert_only_leaks()
+
+    def test_dockerd_restarted_cleanly(self) -> None:
+        self.restart_dockerd(signal.SIGTERM)
+        self.wait_for_restart_policy()
+        self.assert_network_works()
+
+    def test_dockerd_killed(self) -> None:
+        self.restart_dockerd(signal.SIGKILL)
+        self.wait_for_restart_policy()
+        self.assert_network_works()
+
+    def test_live_restore_keeps_containers_and_addresses(self) -> None:
+        self.restart_dockerd(signal.SIGTERM, "--live-restore")
+        self.addCleanup(self.docker.stop, "dockerd")
+        self.docker("start", "one", "two")
+        before = self.running_addresses()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with self.subTest(number):
+                self.restart_dockerd(number, "--live-restore")
+                self.assertEqual(self.running_addresses(), before)
+                self.assert_agreement()
+        self.assert_network_works()
+
+    def test_container_that_died_while_dockerd_was_down_gives_its_addresses_back(self) -> None:
+        self.restart_dockerd(signal.SIGTERM, "--live-restore")
+        self.addCleanup(self.docker.stop, "dockerd")
+        self.docker("start", "one", "two")
+        pid = str(self.docker.inspect("container", "two")[0]["State"]["Pid"])
+        self.docker.stop("dockerd", number=signal.SIGKILL)
+        self.docker.run("kill", "-9", pid)
+        self.docker.start_dockerd("--live-restore")
+        self.assertEqual(len(self.running_addresses()), 2)
+        self.assert_network_works()
+
+    def test_both_killed(self) -> None:
+        self.docker.kill_and_start()
+        self.wait_for_restart_policy()
+        self.assert_network_works()
+
+    def test_dockerd_started_before_gipam_waits_for_it(self) -> None:
+        self.docker.stop("dockerd", "gipam")
+        self.docker.start_dockerd(wait=False)
+        self.docker.start_gipam()
+        self.docker.wait_for_dockerd()
+        self.wait_for_restart_policy()
+        self.assert_network_works()
+
+    def test_gipam_started_long_after_dockerd(self) -> None:
+        self.docker("update", "--restart", "no", "one")
+        self.docker.stop("dockerd", "gipam")
+        self.docker.start_dockerd()  # 15 s: dockerd looks for the plugin of its network five times
+        self.docker.start_gipam()
+        self.assert_network_works()
+
+    def test_stopped_gipam_does_not_delay_commands_that_look_for_plugins(self) -> None:
+        self.docker.stop("gipam")
+        started = time.monotonic()
+        self.docker("volume", "ls")
+        self.assertLess(time.monotonic() - started, 10)
+
+
+class DockerLostFileTests(DockerCase):
+    """The lease file is lost while networks and containers live."""
+
+    BLIND = "DOCKER_HOST=tcp://192.0.2.1:1"  # gipam then cannot ask Docker what is in use
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.docker.network("web", "--ipv6", "--subnet", "10.9.0.0/16", "--ip-range",
+                            "10.9.64.0/18", "--subnet", "fd00:9::/64")
+        self.docker.network("old", "--ipv6", "--ipam-opt", "gipam.v4ab=17")
+        for number in range(4):
+            self.docker.container(f"web{number}", "web")
+            self.docker.container(f"old{number}", "old")
+
+    def lose_lease_file(self, number: int, *variables: str) -> None:
+        self.docker.stop("gipam", number=number)
+        self.docker.remove_leases()
+        self.docker.start_gipam(*variables)
+
+    def test_what_docker_uses_is_taken_over_before_anything_is_served(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with self.subTest(number):
+                self.lose_lease_file(number)
+                self.docker.network(f"new{number}", "--ipv6")
+                self.docker.container(f"new{number}", "web")
+                self.assert_agreement()
+        self.docker("restart", "web0", "old0")
+        self.docker("rm", "-f", "web1", "old1")
+        self.assert_agreement()
+
+    def test_what_docker_uses_is_taken_over_after_a_boot(self) -> None:
+        self.docker("update", "--restart", "always", "web0", "old0")
+        self.docker.stop("gipam", "dockerd", number=signal.SIGKILL)
+        self.docker.remove_leases()
+        self.docker.start()
+        until(lambda: len(self.docker("ps", "-q").split()) == 2, "two run again")
+        self.assert_agreement()
+        self.docker("start", "web1", "old1")
+        self.assert_agreement()
+
+    def test_adopted_pools_lead_to_no_double_address(self) -> None:
+        self.lose_lease_file(signal.SIGKILL, self.BLIND)
+        for number in range(4):
+            self.docker.container(f"more{number}", "web")
+        found = self.running_addresses()
+        self.assertEqual((len(found), len(set(found))), (24, 24))
+
+    def test_host_routes_keep_new_networks_off_lost_subnets(self) -> None:
+        self.lose_lease_file(signal.SIGKILL, self.BLIND)
+        for number in range(5):
+            self.docker.network(f"new{number}", "--ipv6")
+        networks = self.docker("network", "ls", "-q", "--filter", "type=custom").split()
+        found = [ipaddress.ip_network(subnet) for network in networks
+                 for subnet in self.docker.subnets(network)]
+        self.assertEqual(len(found), 14)
+        for number, subnet in enumerate(found):
+            for other in found[:number]:
+                self.assertFalse(subnet.version == other.version and subnet.overlaps(other))
+
+    def test_adopted_containers_and_networks_live_on(self) -> None:
+        self.lose_lease_file(signal.SIGKILL, self.BLIND)
+        self.docker("restart", "web0", "web1", "old0", "old1")
+        self.docker("stop", "web2", "old2")
+        self.docker("start", "web2", "old2")
+        found = self.running_addresses()
+        self.assertEqual((len(found), len(set(found))), (16, 16))
+        self.assertIn(ipaddress.ip_address(self.docker.address("web0", "web")),
+                      ipaddress.ip_network("10.9.64.0/18"))
+        self.assert_reaches("web0", self.docker.address("web3", "web"))
+        self.assert_reaches("old0", self.docker.address("old3", "old", v6=True))
+
+
+class DockerCheckTests(DockerCase):
+    """What crashes leave behind is found and mended by `gipam.py check`, and nothing else is."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.docker.network("web", "--ipv6")
+        self.docker.network("old")
+        self.docker.container("one", "web")
+
+    def test_old_copy_of_the_lease_file(self) -> None:
+        self.docker.stop("gipam")
+        copy = shutil.copy(self.docker.leases, self.docker.leases + ".copy")
+        self.docker.start_gipam()
+        self.docker("rm", "-f", "one")
+        self.docker("network", "rm", "old")
+        self.docker.network("new", "--subnet", "10.9.0.0/24", "--gateway", "10.9.0.1",
+                            "--aux-address", "router=10.9.0.5")
+        self.docker.container("two", "web")
+        self.docker("network", "connect", "new", "two")
+        self.docker.stop("gipam")
+        os.replace(copy, self.docker.leases)
+        self.docker.start_gipam()
+        self.assert_mended(["leaked_address"] * 2 + ["leaked_pool"] + ["missing_address"] * 5
+                           + ["missing_pool"])
+
+    def test_releases_that_gipam_was_not_there_for(self) -> None:
+        self.docker.stop("gipam")
+        commands = [self.docker.begin("rm", "-f", "one"), self.docker.begin("network", "rm", "old")]
+        for command in commands:
+            self.docker.end(command)  # they succeed, after 15 s a release
+        self.docker.start_gipam()
+        self.assert_mended(["leaked_address"] * 2 + ["leaked_pool"])
+
+    def test_check_finds_nothing_false_while_containers_come_and_go(self) -> None:
+        count, seconds = (20, 60) if os.environ.get("GIPAM_LONG") else (6, 5)
+        names = [f"more{number}" for number in range(count)]
+        for name in names:
+            self.docker.container(name, "web")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            commands = [self.docker.begin("restart", name) for name in names]
+            while any(command.poll() is None for command in commands):
+                self.assertEqual(self.docker.check(), [])
+            for command in commands:
+                self.docker.end(command)
+        self.assert_agreement()
+
+
+class DockerRoutedTests(DockerCase):
+    """Containers are reached without NAT: the commands of the README."""
+
+    UPLINK_V4, UPLINK_V6 = "192.0.2.2", "2001:db8:ffff::2"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.add_upstream_router()
+        self.docker.run("ip", "route", "add", "blackhole", BASE_V4)
+        self.docker.run("ip", "-6", "route", "add", "blackhole", BASE_V6)
+        self.addCleanup(self.docker.run, "ip", "route", "del", "blackhole", BASE_V4)
+        self.addCleanup(self.docker.run, "ip", "-6", "route", "del", "blackhole", BASE_V6)
+        self.docker.network("web", "--ipv6", *MASQUERADE_OFF)
+        self.docker.container("one", "web")
+        self.docker("exec", "-d", "one", "httpd", "-f", "-p", "80")
+
+    def add_upstream_router(self) -> None:
+        """Another network namespace, to which eth0 leads and from which the bases are routed."""
+        for line in ("ip netns add upstream",
+                     "ip link add eth0 type veth peer name eth0 netns upstream",
+                     "ip addr add 192.0.2.1/24 dev eth0",
+                     "ip addr add 2001:db8:ffff::1/64 dev eth0 nodad",
+                     "ip link set eth0 up",
+                     "ip -n upstream addr add 192.0.2.2/24 dev eth0",
+                     "ip -n upstream addr add 2001:db8:ffff::2/64 dev eth0 nodad",
+                     "ip -n upstream link set eth0 up",
+                     "ip -n upstream link set lo up",
+                     f"ip -n upstream route add {BASE_V4} via 192.0.2.1",
+                     f"ip -n upstream route add {BASE_V6} via 2001:db8:ffff::1"):
+            self.docker.run(*line.split())
+        self.addCleanup(self.docker.run, "ip", "netns", "del", "upstream")
+        self.addCleanup(self.docker.run, "ip", "link", "del", "eth0")
+        reporter = Inside(self.docker, "reporter", "ip", "netns", "exec", "upstream",
+                          sys.executable, "-c", REPORTER)
+        self.addCleanup(reporter.stop, signal.SIGKILL)
+        reporter.wait_until(lambda: "ready" in reporter.read_log())
+
+    def let_in(self, *commands: str) -> None:
+        """DOCKER-USER outlives dockerd, so the rules are taken away again."""
+        for command in commands:
+            base = BASE_V4 if command == "iptables" else BASE_V6
+            rule = ("DOCKER-USER", "-i", "eth0", "-d", base, "-j", "ACCEPT")
+            self.docker.run(command, "-I", *rule)
+            self.addCleanup(self.docker.run, command, "-D", *rule)
+
+    def source_seen_upstream(self, container: str, server: str) -> str:
+        return self.docker("exec", container, "nc", server, "7000")
+
+    def can_fetch(self, address: str) -> bool:
+        script = f"import socket; socket.create_connection(({address!r}, 80), 1)"
+        try:
+            self.docker.run("ip", "netns", "exec", "upstream", sys.executable, "-c", script)
+        except DockerError:
+            return False
+        return True
+
+    def assert_reachable_as_itself(self) -> None:
+        for server, v6 in ((self.UPLINK_V4, False), (self.UPLINK_V6, True)):
+            with self.subTest(server):
+                own = self.docker.address("one", "web", v6=v6)
+                self.assert_reaches("one", server)
+                self.docker.run("ip", "netns", "exec", "upstream", "ping", "-c", "1", own)
+                self.assertTrue(self.can_fetch(own))
+                self.assertEqual(self.source_seen_upstream("one", server), own)
+
+    def test_container_is_reached_from_outside_without_nat(self) -> None:
+        self.let_in("iptables")
+        self.assert_reachable_as_itself()
+        self.assert_agreement()
+
+    def test_container_is_reached_from_outside_without_nat_under_ip6tables(self) -> None:
+        self.docker.stop("dockerd")
+        self.docker.start_dockerd("--experimental", "--ip6tables")
+        self.addCleanup(self.docker.stop, "dockerd")
+        self.docker("start", "one")
+        self.docker("exec", "-d", "one", "httpd", "-f", "-p", "80")
+        self.assertFalse(self.can_fetch(self.docker.address("one", "web", v6=True)))
+        self.let_in("iptables", "ip6tables")
+        self.assert_reachable_as_itself()
+
+    def test_docker_masquerades_by_default(self) -> None:
+        """The control: what this class shows is not so by itself."""
+        self.docker.network("hidden")
+        self.docker.container("two", "hidden")
+        self.assertFalse(self.can_fetch(self.docker.address("one", "web")))
+        self.assertEqual(self.source_seen_upstream("two", self.UPLINK_V4), "192.0.2.1")
+
+
+class DockerTcpTests(DockerCase):
+    """gipam on TCP, found through its plugin file."""
+
+    options = ("-address", "127.0.0.1:9090")
+
+    def test_network_over_tcp(self) -> None:
+        self.docker.network("web", "--ipv6")
+        self.docker.container("one", "web")
+        self.docker.container("two", "web")
+        self.assert_agreement()
+        self.assert_reaches("one", self.docker.address("two", "web"))
+        self.docker.stop("gipam")
+        self.assertFalse(os.path.exists(self.docker.path("/etc/docker/plugins/gipam.spec")))
+        self.docker.start_gipam()
+        self.docker("restart", "one")
+        self.assert_agreement()
+
+
+class DockerSwarmTests(DockerCase):
+    """A node-local network of a swarm, the kind that a v1 plugin can serve: protocol.md 4.9."""
+
+    def test_service_on_a_node_local_network(self) -> None:
+        self.docker.network("web")
+        self.gateway = self.docker.inspect("network", "web")[0]["IPAM"]["Config"][0]["Gateway"]
+        advertised, parent = self.docker.wire()
+        self.docker.run("ip", "addr", "add", "192.0.2.1/24", "dev", advertised)
+        self.docker("swarm", "init", "--advertise-addr", "192.0.2.1")
+        self.addCleanup(self.docker, "swarm", "leave", "--force")
+        self.docker("network", "create", "--config-only", "--ipam-driver", "gipam", "--subnet",
+                    "10.80.0.0/24", "--ip-range", "10.80.0.64/26", "-o", "parent=" + parent, "here")
+        self.docker("network", "create", "-d", "macvlan", "--scope", "swarm", "--attachable",
+                    "--config-from", "here", "lan")
+        self.docker("service", "create", "-d", "--network", "lan", "--replicas", "2",
+                    "--restart-delay", "100ms", "--name", "service", "bb")
+        self.wait_for_tasks()
+        self.docker.container("other", "lan")
+        self.assert_agreement()
+        self.docker("rm", "-f", "other")
+        self.docker.stop("dockerd")
+        self.assertEqual(list(self.docker.held_by_gipam().values()), [{self.gateway}])
+        self.docker.start_dockerd()
+        self.wait_for_tasks()
+        self.assert_agreement()
+        self.docker.stop("dockerd", number=signal.SIGKILL)  # it forgets the network, unreleased
+        self.docker.start_dockerd()
+        self.assertEqual([kind for kind, _, _ in self.docker.check("--grace", "0", "--fix")],
+                         ["leaked_pool"])
+        self.wait_for_tasks()
+        self.assert_agreement()
+        self.docker("service", "rm", "service")
+
+    def wait_for_tasks(self) -> None:
+        until(lambda: len(self.docker("ps", "-q").split()) == 2, "two tasks")
+
+
+class DockerDozenTests(DockerCase):
+    """A dozen networks of all kinds, everything killed twice."""
+
+    def networks(self) -> dict[str, tuple[str, ...]]:
+        wires = [*self.docker.wire(), *self.docker.wire()]
+        macvlan = [("-d", "macvlan", "-o", "parent=" + wire) for wire in wires]
+        lan = ("--subnet", "10.50.0.0/24")
+        return {
+            "plain": (), "dual": ("--ipv6",), "internal": ("--ipv6", "--internal"),
+            "small": ("--ipv6", "--ipam-opt", "gipam.v4ab=27", "--ipam-opt", "gipam.v6ab=80"),
+            "hint": ("--subnet", "0.0.0.0/28"),
+            "named": ("--ipv6", "--ipam-opt", "gipam.name=named"),
+            "explicit": ("--ipv6", "--subnet", "10.2.200.0/22", "--subnet", "2001:db8:0:1ff::/64"),
+            "outside": ("--subnet", "10.9.0.0/16", "--ip-range", "10.9.7.0/24", "--gateway",
+                        "10.9.0.9", "--aux-address", "a=10.9.7.0", "--aux-address", "b=10.9.0.1"),
+            "routed": ("--ipv6", *MASQUERADE_OFF),
+            "macvlan": (*macvlan[0], "--ipv6", "--subnet", "10.51.0.0/24", "--subnet",
+                        "10.52.0.0/24", "--subnet", "fd00:51::/64"),
+            "low": (*macvlan[1], *lan, "--ip-range", "10.50.0.0/25"),
+            "high": (*macvlan[2], *lan, "--ip-range", "10.50.0.128/25", "--gateway", "10.50.0.9"),
+            "whole": (*macvlan[3], *lan, "--ip-range", "10.50.0.0/24"),
+        }
+
+    def test_docker_and_gipam_agree_after_everything_was_killed_twice(self) -> None:
+        networks = self.networks()
+        for name, options in networks.items():
+            self.docker.network(name, *options)
+            restart = ("--restart", "always") if len(name) % 2 else ()
+            self.docker.container("in-" + name, name, *restart)
+        self.docker("network", "connect", "dual", "in-plain")
+        self.assert_agreement()
+        for _ in range(2):
+            self.docker.kill_and_start()
+            self.docker("start", *("in-" + name for name in networks))
+            self.assert_agreement()
+        found = self.running_addresses()
+        self.assertEqual(len(found), len(set(found)))
+
+
+if __name__ == "__main__":
+    unittest.main()
+
+
+# === Check on a real dockerd ======================================================================
+
+
+class CheckedDockerCase(DockerCase):
+    """What crashes leave behind is made, found, mended, and not found again."""
+
+    maxDiff = None
+
+    def setUp(self) -> None:
+        super().setUp()
+        until(self.is_import_done, "import")  # of the first start, else it would meet the test
+
+    def is_import_done(self) -> bool:
+        with open(self.docker.leases, encoding="utf-8") as file:
+            return "Import" not in json.load(file)
+
+    def check(self, *arguments: str, grace_s: int = 0) -> list[str]:
+        """Return what `check` found, as "kind: text", sorted; its status must agree."""
+        command = (sys.executable, GIPAM, "check", "-unix", "-file", self.docker.leases, "--json",
+                   "--grace", str(grace_s), *arguments)
+        done = subprocess.run(self.docker.entering(*command), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env=self.docker.env, encoding="utf-8", timeout=DOCKER_DEADLINE_S)
+        self.assertIn(done.returncode, (0, 1), done.stderr)
+        findings = json.loads(done.stdout)["findings"]
+        left = [finding for finding in findings if not finding["is_fixed"]]
+        self.assertEqual(done.returncode, 1 if left else 0, done)
+        return sorted(f"{finding['kind']}: {finding['text']}" for finding in findings)
+
+    def assert_mended(self, *findings: str) -> None:
+        """`check` finds exactly these; --fix mends them, a second check is clean; Docker agrees."""
+        self.assertEqual(self.check(), sorted(findings))
+        self.assertEqual(self.check("--fix"), sorted(findings))
+        self.assertEqual(self.check(), [])
+        self.assert_agreement()
+        self.assert_no_address_is_twice()
+
+    def assert_no_address_is_twice(self) -> None:
+        """In containers and on bridges."""
+        found = [cidr.split("/")[0] for cidr in self.running_addresses()]
+        for network in self.docker.inspect("network", *self.docker("network", "ls", "-q", "-f", "driver=bridge").split()):
+            found += [cidr.split("/")[0] for cidr in self.docker._interface_addresses(network)
+                      if network["Name"] != "bridge"]
+        self.assertEqual(sorted(found), sorted(set(found)))
+
+    def get(self, path: str, socket: str = "/run/docker.sock") -> Any:
+        """Return the JSON of a page of dockerd's or gipam's."""
+        connection = UnixConnection(self.docker.path(socket))
+        self.addCleanup(connection.close)
+        connection.request("GET", path)
+        return json.loads(connection.getresponse().read())
+
+    def pools(self) -> Any:
+        return self.get("/status?leases=1", "/run/docker/plugins/gipam.sock")["pools"]
+
+    def leaked(self, container: str, network: str, v6: bool = False) -> str:
+        """Return what `check` will say of a container's address, should it leak."""
+        endpoint = self.docker.inspect("container", container)[0]["NetworkSettings"]["Networks"][network]
+        return (f"leaked_address: address {self.docker.address(container, network, v6)} of network {network} is held for "
+                f"{endpoint['MacAddress']}, but nothing has it")
+
+    @staticmethod
+    def leaked_pool(subnet: str) -> str:
+        return f"leaked_pool: subnet {subnet} is held with 1 addresses, but no network has it"
+
+    def replace_lease_file(self, path: str = "") -> None:
+        """Put another file in its place, or nothing, while gipam is down."""
+        self.docker.stop("gipam")
+        for name in glob.glob(self.docker.leases + "*"):
+            os.unlink(name)
+        if path:
+            shutil.copy(path, self.docker.leases)
+        self.docker.start_gipam()
+
+    def keep_lease_file(self) -> str:
+        """Return a copy, as an operator would take it."""
+        copy = os.path.join(self.docker.directory, "copy.json")
+        self.docker.stop("gipam")
+        shutil.copy(self.docker.leases, copy)
+        self.docker.start_gipam()
+        return copy
+
+
+class CheckOnDockerTests(CheckedDockerCase):
+    def test_fake_docker_has_the_shapes_of_this_one(self) -> None:
+        """What the tests without dockerd build upon."""
+        version = int(self.docker("version", "-f", "{{.Server.Version}}").split(".")[0])
+        self.docker.network("web", "--ipv6")
+        self.docker.network("lan", "--subnet", "10.9.0.0/24", "--ip-range", "10.9.0.64/26", "--aux-address", "a=10.9.0.7")
+        self.docker.container("one", "web")
+        self.docker("network", "connect", "lan", "one")
+        self.docker("create", "--name", "created", "--network", "lan", "bb")
+        networks = {network["Name"]: network for network in self.get("/networks")}
+        containers = {container["Names"][0][1:]: container for container in self.get("/containers/json?all=1")}
+
+        subnets = dict(zip((False, True), map(ipaddress.ip_network, self.docker.subnets("web"))))
+
+        def grant(method: str, **arguments: Any) -> Any:
+            """What gipam granted to the real network."""
+            subnet = subnets[arguments.get("V6") or arguments.get("PoolID") == "6"]
+            if method == "IpamDriver.RequestPool":
+                return {"PoolID": str(subnet.version), "Pool": str(subnet)}
+            return {"Address": f"{subnet[1]}/{subnet.prefixlen}"}
+
+        fake = FakeDocker(self, os.path.join(self.docker.directory, "fake.sock"), grant, version)
+        fake.make_network("web", "4", "6")
+        fake.start("one", "web")
+        real, built = networks["web"], fake.networks["web"]
+        self.assertEqual(set(real) ^ set(built), set())
+        self.assertEqual({key: real["IPAM"][key] for key in ("Driver", "Options")}, {"Driver": "gipam", "Options": {}})
+        self.assertEqual(real["IPAM"]["Config"], built["IPAM"]["Config"])
+        self.assertEqual(networks["lan"]["IPAM"]["Config"], [{
+            "Subnet": "10.9.0.0/24", "IPRange": "10.9.0.64/26", "AuxiliaryAddresses": {"a": "10.9.0.7"}}])
+        self.assertEqual(set(containers["one"]) ^ set(fake.containers["one"]), set())
+        endpoints = {name: container["NetworkSettings"]["Networks"] for name, container in containers.items()}
+        self.assertEqual(set(endpoints["one"]["web"]) ^ set(
+            fake.containers["one"]["NetworkSettings"]["Networks"]["web"]), set())
+        self.assertEqual(endpoints["one"]["web"]["NetworkID"], real["Id"])
+        self.assertEqual(endpoints["one"]["lan"]["Gateway"], "10.9.0.64")
+        self.assertEqual(endpoints["created"]["lan"], {**ENDPOINT, "IPAMConfig": endpoints["created"]["lan"]["IPAMConfig"]})
+
+    def test_no_difference_with_networks_of_all_kinds(self) -> None:
+        """Gateways shown and not, spellings, hints, templates, families that are off."""
+        near, far = self.docker.wire()
+        macvlan = ("-d", "macvlan", "--subnet", "10.50.0.0/24")
+        networks = {
+            "dual": ("--ipv6",), "internal": ("--ipv6", "--internal"), "hint": ("--subnet", "0.0.0.0/28"),
+            "hint6": ("--ipv6", "--subnet", "::/72"), "small": ("--ipam-opt", "gipam.v4ab=27"),
+            "odd": ("--ipv6", "--subnet", "FD00:0008:0::/64", "--gateway", "FD00:8:0::0F", "--aux-address",
+                    "b=fd00:8:0:0::00AA"),
+            "six": ("--subnet", "fd00:7::/64"), "hidden": ("--ipv6", "--subnet", "10.9.0.0/24"),
+            "range": ("--subnet", "10.8.0.0/16", "--ip-range", "10.8.7.0/24", "--gateway", "10.8.0.9",
+                      "--aux-address", "a=10.8.7.0", "--aux-address", "DefaultGatewayIPv4=10.8.0.77"),
+            "near": (*macvlan, "--ip-range", "10.50.0.0/25", "-o", "parent=" + near),
+            "far": (*macvlan, "--ip-range", "10.50.0.128/25", "-o", "parent=" + far, "--gateway", "10.50.0.200")}
+        for name, options in networks.items():
+            self.docker.network(name, *options)
+        self.docker("network", "create", "--config-only", "--ipam-driver", "gipam", "--subnet", "10.60.0.0/24", "template")
+        self.docker("network", "create", "-d", "bridge", "--config-from", "template", "made")
+        self.docker("network", "create", "--config-only", "--ipam-driver", "gipam", "--subnet", "10.61.0.0/24", "unused")
+        self.assertEqual(self.check(), [])
+        for name in networks:
+            self.docker.container("in-" + name, name)
+        self.docker("stop", "in-dual")
+        self.assertEqual(self.check(), [])
+        before = self.docker.held_by_gipam()
+        self.replace_lease_file()  # what is in use can be told from Docker alone
+        self.assertEqual(self.check(), [])
+        self.assertEqual(self.docker.held_by_gipam(), before)
+        for number, name in enumerate(("hidden", "range", "near", "far")):
+            self.docker.container(f"more{number}", name)
+        self.assert_no_address_is_twice()
+
+    def test_containers_killed_and_networks_removed_while_gipam_is_down(self) -> None:
+        self.docker.network("web")
+        self.docker.network("gone")
+        self.docker.container("one", "web")
+        self.docker.container("two", "web")
+        self.docker.container("three", "web")
+        expected = [self.leaked("one", "web"), self.leaked("two", "web"), self.leaked_pool(self.docker.subnets("gone")[0])]
+        self.docker.stop("gipam", number=signal.SIGKILL)
+        commands = [self.docker.begin("kill", "one"), self.docker.begin("rm", "-f", "two"),
+                    self.docker.begin("network", "rm", "gone")]  # dockerd waits 15 s for each release
+        for command in commands:
+            self.docker.end(command)
+        self.docker.start_gipam()
+        self.assert_mended(*expected)
+        self.docker("start", "one")
+        self.assert_no_address_is_twice()
+
+    def test_start_whose_ipv6_half_fails(self) -> None:
+        self.docker.network("lan", "--ipv6", "--subnet", "10.9.0.0/24", "--subnet", "fd00:9::/64")
+        self.docker.container("one", "lan", "--ip6", "fd00:9::77")
+        self.assert_refused("Address already in use", "run", "--network", "lan", "--ip6", "fd00:9::77", "--mac-address",
+                            "02:42:00:00:00:09", "bb")
+        self.assert_mended("leaked_address: address 10.9.0.3 of network lan is held for 02:42:00:00:00:09, but nothing "
+                           "has it")
+
+    def test_lease_file_lost_under_running_containers(self) -> None:
+        self.docker.network("web", "--ipv6")
+        self.docker.network("lan", "--subnet", "10.9.0.0/24")
+        for number in range(3):
+            self.docker.container(f"web{number}", "web")
+            self.docker.container(f"lan{number}", "lan")
+        self.docker("rm", "-f", "web1", "lan0")
+        before = self.docker.held_by_gipam()
+        self.replace_lease_file()
+        self.assertEqual(self.docker.held_by_gipam(), before)
+        self.assertEqual(self.check(), [])
+        for number in range(3, 6):
+            self.docker.container(f"web{number}", "web")
+            self.docker.container(f"lan{number}", "lan")
+        self.docker.network("new", "--ipv6")
+        self.assert_mended()
+
+    def test_lease_file_restored_from_an_old_copy(self) -> None:
+        self.docker.network("web", "--ipv6")
+        self.docker.network("gone")
+        self.docker.container("one", "web")
+        expected = [self.leaked("one", "web"), self.leaked("one", "web", v6=True),
+                    self.leaked_pool(self.docker.subnets("gone")[0])]
+        copy = self.keep_lease_file()
+        self.docker("rm", "-f", "one")
+        self.docker("network", "rm", "gone")
+        self.docker.network("new")
+        self.docker.container("two", "web")
+        self.docker.container("three", "new")
+        self.replace_lease_file(copy)
+        expected += [f"missing_pool: subnet {self.docker.subnets('new')[0]} of network new is not held: another network "
+                     "could get it"]
+        expected += [f"missing_address: address {self.docker.address('two', 'web', v6)} of container two is not held: "
+                     "another container could get it" for v6 in (False, True)]
+        self.assert_mended(*expected)
+        self.docker.container("four", "web")
+        self.docker.container("five", "new")
+        self.docker.network("newer")
+        self.assert_mended()
+
+    def test_ranges_of_one_subnet_are_told_apart(self) -> None:
+        for name, sub_pool, parent in zip(("near", "far"), ("10.50.0.0/25", "10.50.0.128/25"), self.docker.wire()):
+            self.docker.network(name, "-d", "macvlan", "--subnet", "10.50.0.0/24", "--ip-range", sub_pool,
+                                "-o", "parent=" + parent)
+            self.docker.container("in-" + name, name)
+        self.docker.container("outside", "far", "--ip", "10.50.0.77")
+        client = Client(self.docker.path("/run/docker/plugins/gipam.sock"))
+        self.addCleanup(client.close)
+        for pool in self.pools():
+            client.request_address(pool["id"], mac="02:42:00:00:00:09")
+        self.assert_mended(*(f"leaked_address: address {address} of network {name} is held for 02:42:00:00:00:09, but "
+                             "nothing has it" for address, name in (("10.50.0.3", "near"), ("10.50.0.130", "far"))))
+
+    def test_network_of_another_driver_overlaps(self) -> None:
+        self.docker.network("ours", "--subnet", "10.9.0.0/24")
+        self.docker("network", "create", "-d", "macvlan", "-o", "parent=" + self.docker.wire()[0], "--subnet",
+                    "10.9.0.0/16", "theirs")
+        expected = ["overlap: subnet 10.9.0.0/16 of network theirs, of another IPAM driver, overlaps 10.9.0.0/24 of ours: "
+                    "remove one of the two networks"]
+        self.assertEqual(self.check(), expected)
+        self.assertEqual(self.check("--fix"), expected)
+        self.docker("network", "rm", "theirs")
+        self.assertEqual(self.check(), [])
+
+
+class PluginProxy(http.server.BaseHTTPRequestHandler):
+    """Stands between dockerd and gipam, and kills dockerd instead of handing a reply on."""
+
+    protocol_version = "HTTP/1.1"
+    server: PluginProxyServer
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        connection = UnixConnection(self.server.gipam)
+        connection.request(self.command, self.path, body)
+        reply = connection.getresponse()
+        text = reply.read()
+        connection.close()
+        if self.path.endswith(self.server.fatal):
+            self.server.fatal = "no more"
+            self.server.docker.stop("dockerd", number=signal.SIGKILL)
+            self.close_connection = True
+            return
+        self.send_response(reply.status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_POST
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+
+class PluginProxyServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+    gipam = ""  # the socket behind
+    fatal = "no method"
+    docker: Docker
+
+
+class CheckAfterDockerCrashTests(CheckedDockerCase):
+    def setUp(self) -> None:
+        super().setUp()
+        path = self.docker.path("/run/docker/plugins/gipam.sock")
+        self.docker.stop("dockerd")
+        os.rename(path, path + ".real")
+        self.proxy = PluginProxyServer(path, PluginProxy)
+        self.proxy.gipam, self.proxy.docker = path + ".real", self.docker
+        threading.Thread(target=self.proxy.serve_forever, args=(0.01,), daemon=True).start()
+        self.addCleanup(os.rename, path + ".real", path)
+        self.addCleanup(self.docker.stop, "dockerd")
+        self.addCleanup(self.proxy.server_close)
+        self.addCleanup(self.proxy.shutdown)
+
+    def test_dockerd_killed_between_a_reply_and_storing_it(self) -> None:
+        self.docker.start_dockerd()
+        self.docker.network("web", "--ipv6")
+        self.docker.container("one", "web")
+        for command in (("run", "-d", "--network", "web", "--mac-address", "02:42:00:00:00:09", "bb"),
+                        ("network", "create", "--ipam-driver", "gipam", "--subnet", "10.9.0.0/24", "lan")):
+            self.proxy.fatal = "RequestAddress"  # of the container, of the gateway
+            self.assertRaises(DockerError, self.docker, *command)
+            until(lambda: not (self.docker.dockerd and self.docker.dockerd.is_running()), "end of dockerd")
+            self.docker.start_dockerd()
+        self.docker("start", "one")
+        self.assert_mended("leaked_address: address 10.2.0.3 of network web is held for 02:42:00:00:00:09, but nothing "
+                           "has it", self.leaked_pool("10.9.0.0/24"))
+        self.docker.network("lan", "--subnet", "10.9.0.0/24")
+        self.assert_mended()
+
+
+class CheckWhileContainersComeAndGoTests(CheckedDockerCase):
+    GRACE_S = 10
+    CHURN_S = 60.0 if os.environ.get("GIPAM_LONG") == "1" else 20.0
+    WAYS = (("restart", "-t", "0"), ("stop", "-t", "0"), ("kill",))
+
+    def come_and_go(self, name: str, end: float) -> None:
+        for way in itertools.cycle(self.WAYS):
+            if time.monotonic() > end:
+                return
+            self.docker(*way, name)
+            self.docker("start", name)
+
+    def test_nothing_false_is_reported(self) -> None:
+        """The first stops are of leases past the grace time, which alone excuses nothing then."""
+        self.docker.network("web", "--ipv6")
+        self.docker.network("lan", "--subnet", "10.9.0.0/24")
+        commands = [self.docker.begin("run", "-d", "--name", f"c{number}", "--network", ("web", "lan")[number % 2], "bb")
+                    for number in range(20)]
+        for command in commands:
+            self.docker.end(command)
+        until(lambda: all(time.time() - lease["granted_s"] > self.GRACE_S for pool in self.pools()
+                          for lease in pool["addresses"]), "leases past the grace time")
+        end = time.monotonic() + self.CHURN_S
+        threads = [threading.Thread(target=self.come_and_go, args=(f"c{number}", end)) for number in range(20)]
+        for thread in threads:
+            thread.start()
+        found = []
+        while any(thread.is_alive() for thread in threads):
+            found.append(self.check(grace_s=self.GRACE_S))
+        self.assertEqual([findings for findings in found if findings], [])
+        self.assertGreater(len(found), 1)
+        self.assert_mended()
+
+
+# === Boot =========================================================================================
+#
+# A Debian machine with systemd and Docker is booted on an overlay over a tree that `.ci/tree` made.
+# gipam is installed in it once, by the README's commands; each test then has that disk to itself.
+
+SERVICE_CHAPTER = "As a service"
+CONTAINERS = 5  # that the machine always has: web1, web2, db1, db2 on dual-stack networks, lan1
+LOAD_COUNT = 50 if os.environ.get("GIPAM_LONG") else 10  # containers that start and stop under load
+DISTURBANCES = 20 if os.environ.get("GIPAM_LONG") else 3
+LOST_BODY = "the request has no body: dockerd lost it in a retry"
+CHECK = "python3 /opt/gipam/gipam.py check --grace 0"
+GIPAM_PID = "$(systemctl show gipam -p MainPID --value)"
+
+# A file system with a static busybox, a network of each kind, and containers on them. SIGKILL
+# stops a container at once: busybox as first process would ignore SIGTERM.
+SET_UP = f"""
+cd $(mktemp -d); mkdir bin; cp /bin/busybox bin; for name in sh sleep; do ln -s busybox bin/$name; done
+tar c . | docker import -c 'CMD ["sleep", "1000000"]' -c 'STOPSIGNAL SIGKILL' - bb
+docker network create --ipam-driver gipam spare
+docker network create --ipam-driver gipam --ipv6 --ipam-opt gipam.name=web web
+docker network create --ipam-driver gipam --ipv6 --ipam-opt gipam.name=db db
+docker network create --ipam-driver gipam --subnet 10.9.0.0/24 --ip-range 10.9.0.128/25 lan
+docker network rm spare
+for name in web1 web2 db1 db2 lan1; do docker run -d --restart=always --network ${{name%?}} --name $name bb; done
+"""
+
+# Each container stops and starts, over and over. A command that fails is printed, a round is counted.
+LOAD = f"""
+for n in $(seq {LOAD_COUNT - CONTAINERS}); do docker run -d --restart=always --network web bb > /dev/null; done
+for container in $(docker ps -q); do
+    while [ ! -e /run/load.end ]; do
+        for verb in stop start; do
+            said=$(docker $verb $container 2>&1) || echo $verb: $said
+        done
+        echo >> /run/load
+    done &
+done
+wait
+"""
+GO_ON = f"""
+touch /run/load
+goal=$(($(wc -l < /run/load) + {LOAD_COUNT}))
+until [ $(wc -l < /run/load) -ge $goal ]; do sleep 0.2; done
+"""
+
+
+def boot_obstacle() -> str | None:
+    """Return why no machine can be booted here, with the remedy; None if one can."""
+    if os.geteuid() != 0:
+        return "needs root: run it with sudo"
+    for variable in ("GIPAM_BOOT", "GIPAM_BOOT_TREE"):
+        if not os.path.exists(os.environ.get(variable, "")):
+            return f"needs a script that boots a Debian tree, and the tree ({variable}): .ci/run has both"
+    return None
+
+
+def require_boot() -> None:
+    obstacle = boot_obstacle()
+    if obstacle and os.environ.get("GIPAM_REQUIRE_BOOT") == "1":
+        raise AssertionError("GIPAM_REQUIRE_BOOT=1, but no machine can be booted: it " + obstacle)
+    if obstacle:
+        raise unittest.SkipTest("booting a machine " + obstacle)
+
+
+def readme_commands(title: str) -> list[str]:
+    """Return the sh blocks that stand in README.md under this heading, up to the next one."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
+        sections = re.split(r"^##+ ", readme.read(), flags=re.MULTILINE)
+    section, = (text for text in sections if text.startswith(title + "\n"))
+    return re.findall(r"^```sh\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+
+
+class Machine:
+    """A machine whose disk is an overlay: 3 ms to make, and what it lies on stays as it is."""
+
+    def __init__(self, *lower: str) -> None:
+        self.lower = ":".join(lower)
+        self.disk = tempfile.mkdtemp(prefix="gipam-boot-", dir="/var/tmp")
+        for name in ("upper", "work", "root"):
+            os.mkdir(os.path.join(self.disk, name))
+        self.process: subprocess.Popen[str] | None = None
+
+    def boot(self, *files: str, end: str = "cut") -> None:
+        """Boot, with files (SOURCE:PATH) put there first. The machine will end by poweroff, or as if by a power cut.
+
+        The overlay is mounted in a namespace that ends with the machine.
+        """
+        mount = ('mount -t overlay overlay -o "lowerdir=$0,upperdir=$1/upper,workdir=$1/work" "$1/root"'
+                 ' && exec "$2" "$1/root" "${@:3}"')
+        self.process = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "bash", "-c", mount, self.lower, self.disk,
+             os.environ["GIPAM_BOOT"], *files, "--", "bash", "-c", "echo is up; read"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env={**os.environ, "BOOT_END": end})
+        assert self.process.stdout
+        if self.process.stdout.readline() != "is up\n":
+            raise AssertionError("the machine did not boot")
+        self.pid, = (init for child in children(self.process.pid) for init in children(int(child))
+                     if read_file(f"/proc/{init}/comm") == "systemd\n")
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.communicate()  # its command reads the end of its input
+            self.process = None
+
+    def remove(self) -> None:
+        self.end()
+        shutil.rmtree(self.disk)
+
+    def begin(self, script: str) -> subprocess.Popen[str]:
+        """Start a bash script inside; it ends with the first command that fails."""
+        return subprocess.Popen(
+            ["nsenter", "-t", self.pid, "-a", "-r", "-w", "env", "-i", "HOME=/root",
+             "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "bash", "-e", "-o", "pipefail", "-c", script],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+
+    def __call__(self, script: str, *expected: int) -> str:
+        """Run a bash script inside and return what it says; fail if its status is not as expected (0)."""
+        process = self.begin(script)
+        out = process.communicate(timeout=120)[0]
+        if process.returncode not in (expected or (0,)):
+            raise AssertionError(f"exit status {process.returncode} of:\n{script}\n{out}")
+        return out.strip()
+
+    def follow(self, title: str, *which: int, directory: str = "/root") -> str:
+        """Run the README's commands under this heading word for word: all, or those blocks."""
+        blocks = readme_commands(title)
+        return "\n".join(self(f"cd {directory}\n{blocks[at]}") for at in which or range(len(blocks)))
+
+    def wait_for_containers(self) -> None:
+        """Wait until all that are to be restarted are running; by a poll inside, which costs least."""
+        self("deadline=$((SECONDS + 60)); until [ $(docker ps -q | wc -l) = $(docker ps -aq | wc -l) ]; do\n"
+             "    [ $SECONDS -lt $deadline ] || { docker ps -a; exit 1; }; sleep 0.1\ndone")
+
+    def containers(self) -> list[dict[str, Any]]:
+        return list(json.loads(self("docker inspect $(docker ps -aq)")))
+
+    def addresses(self) -> list[str]:
+        """Return all addresses of containers, as Docker shows them."""
+        return [endpoint[key] for container in self.containers()
+                for endpoint in container["NetworkSettings"]["Networks"].values()
+                for key in ("IPAddress", "GlobalIPv6Address") if endpoint[key]]
+
+    def subnets(self) -> dict[str, list[str]]:
+        """Return the subnets of each network of gipam's."""
+        networks = json.loads(self("docker network inspect $(docker network ls -q)"))
+        return {network["Name"]: [config["Subnet"] for config in network["IPAM"]["Config"]]
+                for network in networks if network["IPAM"]["Driver"] == "gipam"}
+
+    def log(self, unit: str) -> str:
+        return self(f"journalctl --no-pager -o cat -b -u {unit}")
+
+    def show(self, name: str, unit: str = "gipam") -> str:
+        """Return a property of a unit."""
+        return self(f"systemctl show -p {name} --value {unit}")
+
+
+def children(pid: int) -> list[str]:
+    return read_file(f"/proc/{pid}/task/{pid}/children").split()
+
+
+def read_file(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+class Load:
+    """All containers of a machine start and stop."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.process = machine.begin(LOAD)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Wait until as many containers as there are have stopped and started once more."""
+        self.machine(GO_ON)
+
+    def end(self) -> list[str]:
+        """End it and return what the commands said that failed."""
+        self.machine("touch /run/load.end")
+        return self.process.communicate(timeout=120)[0].splitlines()
+
+
+class BootTest(unittest.TestCase):
+    installed: Machine
+    subnets: dict[str, list[str]]
+    shared: Machine  # by the tests that leave it as they found it
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        require_boot()
+        cls.installed = machine = Machine(os.environ["GIPAM_BOOT_TREE"])
+        cls.addClassCleanup(machine.remove)
+        machine.boot(*(f"{path}:/root/gipam/{os.path.basename(path)}" for path in (
+            GIPAM, os.path.join(HERE, "gipam.env"), os.path.join(HERE, "gipam.service"))), end="poweroff")
+        machine("find /etc /opt /usr /var/lib -xdev ! -path '/var/lib/*/*' | sort > /root/before")
+        machine.follow(SERVICE_CHAPTER, 0, 1, directory="/root/gipam")
+        machine(SET_UP)
+        cls.subnets = machine.subnets()
+        machine.end()
+        cls.shared = cls.boot(cls.addClassCleanup)
+
+    @classmethod
+    def boot(cls, clean_up: Callable[[Callable[[], None]], None], *files: str) -> Machine:
+        """Return a machine that is up, with gipam and everything on it."""
+        machine = Machine(os.path.join(cls.installed.disk, "upper"), os.environ["GIPAM_BOOT_TREE"])
+        clean_up(machine.remove)
+        machine.boot(*files)
+        machine.wait_for_containers()
+        return machine
+
+    def machine(self, *files: str) -> Machine:
+        """Return a machine of this test alone."""
+        return self.boot(self.addCleanup, *files)
+
+    @contextlib.contextmanager
+    def load(self, machine: Machine, *excuses: str) -> Iterator[Load]:
+        """Let containers start and stop; then no command has failed, but for what excuses it."""
+        load = Load(machine)
+        try:
+            yield load
+        finally:
+            failures = load.end()
+        self.assertEqual([said for said in failures if not any(excuse in said for excuse in excuses)], [])
+
+    def assert_all_is_well(self, machine: Machine) -> None:
+        """All containers run, no address is there twice, gipam and Docker agree, subnets are the old ones."""
+        machine.wait_for_containers()
+        addresses = machine.addresses()
+        self.assertGreaterEqual(len(addresses), CONTAINERS * 2 - 1)  # one has no IPv6
+        self.assertEqual(len(set(addresses)), len(addresses))
+        self.assertEqual(machine.subnets(), self.subnets)
+        self.assertEqual(machine(CHECK), "no difference")
+
+    # -- a service that runs
+
+    def test_unit_is_valid_and_hardened(self) -> None:
+        unit = "/etc/systemd/system/gipam.service"
+        self.assertEqual(self.shared(f"systemd-analyze verify {unit}"), "")
+        self.shared(f"systemd-analyze security --no-pager --offline=true --threshold=15 {unit}")
+
+    def test_commands_of_the_readme_show_what_goes_on(self) -> None:
+        said = self.shared.follow(SERVICE_CHAPTER, 2)
+        for text in ("10.2.0.0/16", "lease file (V4Pool", "Active: active (running)", "serving on /run/gipam/gipam.sock",
+                     "no difference"):
+            self.assertIn(text, said)
+
+    def test_routes_and_addresses_of_the_host_are_seen_from_inside_the_sandbox(self) -> None:
+        machine = self.shared
+        create = "docker network create --ipam-driver gipam {0} > /dev/null; docker network inspect -f " \
+                 "'{{{{(index .IPAM.Config 0).Subnet}}}}' {0}"
+        third = int(machine(create.format("first")).split(".")[2])
+        machine(f"ip route add blackhole 10.2.{third + 1}.0/24; ip addr add 10.2.{third + 2}.9/32 dev lo")
+        self.assertEqual(machine(create.format("second")), f"10.2.{third + 3}.0/24")
+        machine(f"docker network rm first second; ip route del 10.2.{third + 1}.0/24; ip addr del 10.2.{third + 2}.9/32 dev lo")
+
+    def test_stop_leaves_no_dead_socket(self) -> None:
+        """A dead socket would cost `docker volume ls` 15 s; it passes over a link to nothing."""
+        machine = self.shared
+        machine("systemctl stop gipam")
+        machine("test -h /run/docker/plugins/gipam.sock -a ! -e /run/docker/plugins/gipam.sock -a ! -e /run/gipam")
+        machine("docker volume ls; systemctl start gipam")
+        self.assert_all_is_well(machine)
+
+    def test_switching_between_socket_and_tcp_takes_one_restart(self) -> None:
+        """The socket that systemd kept is given up first: nobody answers on it any more."""
+        machine = self.shared
+        for flag in ("false", "true") * 3:
+            machine(f"echo GIPAM_UNIX={flag} >> /opt/gipam/.env; systemctl reset-failed gipam; systemctl restart gipam")
+            self.assertEqual(machine.show("NRestarts"), "0")
+        self.assert_all_is_well(machine)
+
+    # -- reboots
+
+    def test_reboots_and_power_cuts_bring_everything_back(self) -> None:
+        machine = self.machine()  # its disk comes from a poweroff
+        for end in ("cut", "poweroff"):
+            with self.subTest(end):
+                if end == "cut":
+                    Load(machine)
+                machine.end()
+                machine.boot(end="poweroff")
+                machine.wait_for_containers()
+                if end == "cut":  # what Docker was about to be told is held, and nobody knows
+                    machine(CHECK + " --fix")
+                self.assert_all_is_well(machine)
+                began, ready = (int(machine.show(name, unit)) for name, unit in (
+                    ("ExecMainStartTimestampMonotonic", "docker"), ("ActiveEnterTimestampMonotonic", "gipam")))
+                self.assertGreater(began, ready)
+                self.assertNotRegex(machine.log("docker"), "Unable to (connect to|locate) plugin")
+
+    def test_named_network_made_again_has_its_old_subnets(self) -> None:
+        machine = self.machine()
+        machine("docker rm -f web1 web2 db1 db2; docker network rm web db")
+        machine("docker network create --ipam-driver gipam --ipv6 another")
+        for name in ("db", "web"):
+            machine(f"docker network create --ipam-driver gipam --ipv6 --ipam-opt gipam.name={name} {name}")
+        subnets = machine.subnets()
+        self.assertTrue(subnets.pop("another"))
+        self.assertEqual(subnets, self.subnets)
+
+    # -- restarts, crashes and hangs under load
+
+    def test_restarts_go_unnoticed(self) -> None:
+        machine = self.machine()
+        with self.load(machine) as load:
+            for _ in range(DISTURBANCES):
+                machine.follow(SERVICE_CHAPTER, 3, directory="/root/gipam")
+                load.go_on()
+        self.assert_all_is_well(machine)
+        self.assertNotIn("Unable to connect to plugin", machine.log("docker"))
+
+    def test_kill_fails_only_what_was_being_answered(self) -> None:
+        machine = self.machine()
+        with self.load(machine, LOST_BODY) as load:
+            for count in range(1, DISTURBANCES + 1):
+                machine(f"kill -KILL {GIPAM_PID}")
+                load.go_on()
+                self.assertEqual(machine.show("NRestarts"), str(count))
+        machine(CHECK + " --fix")  # a release may be lost, an address be given to nobody
+        self.assert_all_is_well(machine)
+
+    def test_hung_gipam_is_ended_by_the_watchdog(self) -> None:
+        machine = self.machine()
+        self.assertEqual(machine.show("WatchdogUSec"), "30s")
+        machine("mkdir -p /run/systemd/system/gipam.service.d; cd /run/systemd/system/gipam.service.d\n"
+                "printf '[Service]\\nWatchdogSec=2\\n' > test.conf; systemctl daemon-reload; systemctl restart gipam")
+        with self.load(machine, LOST_BODY) as load:
+            machine(f"kill -STOP {GIPAM_PID}")
+            load.go_on()
+        log = machine.log("gipam")
+        for text in ("Watchdog timeout", "most recent call first", "Failed with result 'watchdog'"):
+            self.assertIn(text, log)
+        self.assertEqual(machine.show("NRestarts"), "1")
+        self.assertEqual(machine("ls /opt/gipam | grep -v leases.json"), "gipam.py")  # no core file
+        machine(CHECK + " --fix")
+        self.assert_all_is_well(machine)
+
+    # -- a lease file that is damaged, lost or moved
+
+    def test_damaged_lease_file_fails_the_unit_once_and_its_message_mends_it(self) -> None:
+        machine = self.machine()
+        for damage, remedy in (
+                ("systemctl stop gipam; sed -i 's/10.9.0.128/10.9.0.77/' /opt/gipam/leases.json; systemctl start gipam || true",
+                 r"; or (move) (/opt/gipam/leases\.json\*) away: "),
+                ("docker network create --ipam-driver gipam extra; docker network rm extra\n"
+                 f"sed -i '2s/request/REQUEST/' /opt/gipam/leases.json.journal.*; kill -KILL {GIPAM_PID}",
+                 r": (truncate -s \d+) (/opt/gipam/leases\.json\.journal\.\d+), .* run `gipam.py check --fix`")):
+            machine(damage)
+            until(lambda: machine.show("ActiveState") == "failed", "the unit to fail")
+            status = machine("systemctl --no-pager status gipam", 3)
+            with self.subTest(status):
+                self.assertIn("status=78/CONFIG", status)
+                self.assertRegex(status, remedy)
+                command, path = re.findall(remedy, status)[0]
+                machine(f"mkdir -p /root/away; mv {path} /root/away" if command == "move" else f"{command} {path}")
+                machine("systemctl start gipam")
+                machine(CHECK + " --fix")
+                self.assert_all_is_well(machine)
+
+    def test_lost_lease_file_is_taken_over_from_docker(self) -> None:
+        machine = self.machine()
+        for when in ("while Docker runs", "while the machine is off"):
+            with self.subTest(when):
+                machine("systemctl stop gipam; rm /opt/gipam/leases.json*; systemctl start gipam"
+                        if when == "while Docker runs" else
+                        "systemctl stop docker.socket docker gipam; rm /opt/gipam/leases.json*")
+                if when == "while the machine is off":
+                    machine.end()
+                    machine.boot()
+                    machine.wait_for_containers()
+                    until(lambda: '"Import"' not in machine("cat /opt/gipam/leases.json"), "the import")
+                self.assert_all_is_well(machine)
+                machine("docker restart web1 lan1")
+                self.assert_all_is_well(machine)
+
+    def test_lease_file_moves_to_a_state_directory(self) -> None:
+        machine = self.machine()
+        machine.follow("The lease file elsewhere")
+        self.assertEqual(machine("ls -A /opt/gipam"), ".env\ngipam.py")
+        self.assertEqual(machine("stat -c '%a %n' /var/lib/gipam /var/lib/gipam/leases.json"),
+                         "700 /var/lib/gipam\n600 /var/lib/gipam/leases.json")
+        machine("docker restart web1 lan1")
+        self.assert_all_is_well(machine)
+
+    # -- other ways to run it
+
+    def test_socket_unit_starts_gipam_on_demand(self) -> None:
+        machine = self.machine()
+        machine.follow("A socket unit")
+        machine("docker restart web1 lan1")
+        self.assert_all_is_well(machine)
+        for action in ("restart", "stop"):  # a request starts it again
+            machine(f"systemctl {action} gipam; test -S /run/docker/plugins/gipam.sock; docker restart web1 lan1")
+            self.assert_all_is_well(machine)
+        machine("systemctl stop gipam.socket gipam; test ! -e /run/docker/plugins/gipam.sock")
+        self.assertNotIn("Unable to connect to plugin", machine.log("docker"))
+
+    def test_several_drivers_live_side_by_side(self) -> None:
+        machine = self.machine()
+        self.assertIn("10.3.0.0/24", machine.follow("Several drivers"))
+        self.assertEqual(machine("docker run --rm --network office bb sh -c 'echo $HOSTNAME' > /dev/null\n"
+                                 f"{CHECK} -unix -socket /run/docker/plugins/lan.sock"), "no difference")
+        self.assertEqual(machine("stat -c %a /run/gipam /run/gipam-lan"), "700\n700")
+        machine("systemctl restart gipam@lan; docker network rm office; systemctl stop gipam@lan; test ! -e /run/gipam-lan")
+        self.assert_all_is_well(machine)
+
+    def test_dockerd_uses_tls(self) -> None:
+        directory = tempfile.mkdtemp(prefix="gipam-")
+        self.addCleanup(shutil.rmtree, directory)
+        make_certificates(directory)
+        machine = self.machine(*(f"{directory}/{name}:/root/{name}" for name in os.listdir(directory)))
+        machine("ip addr add 192.0.2.7/32 dev lo")
+        said = machine.follow("On TCP, with TLS", 1, 2)
+        self.assertNotIn("failed", said)
+        self.assertEqual(machine.show("NRestarts"), "0")
+        self.assertIn("serving on ('192.0.2.7', 9090)", machine.log("gipam"))
+        machine("test ! -h /run/docker/plugins/gipam.sock; grep -q https://192.0.2.7:9090 /etc/docker/plugins/gipam.json")
+        machine.wait_for_containers()
+        machine("docker restart web1 lan1; docker network create --ipam-driver gipam over; docker network rm over")
+        self.assertNotIn("Unable to connect to plugin", machine.log("docker"))
+        self.assertEqual(machine(f"(set -a; . /opt/gipam/.env; {CHECK})"), "no difference")
+
+    def test_uninstalling_leaves_nothing(self) -> None:
+        machine = self.machine()
+        machine("docker rm -f $(docker ps -aq); docker network rm $(docker network ls -q --filter type=custom)")
+        machine.follow("Away with it")
+        self.assertEqual(machine("find /etc /opt /usr /var/lib -xdev ! -path '/var/lib/*/*' | sort | diff /root/before -"), "")
+        self.assertEqual(machine("find /run -xdev | grep gipam; systemctl list-units --all | grep gipam", 1), "")
+        machine("docker volume ls; systemctl restart docker")
+        self.assertNotRegex(machine.log("docker"), "Unable to (connect to|locate) plugin")
+
+
+def make_certificates(directory: str) -> None:
+    """Make the certificates of the README in a directory, by its commands."""
+    if shutil.which("openssl") is None:
+        raise unittest.SkipTest("openssl is missing: apt-get install openssl")
+    subprocess.run(["bash", "-ec", readme_commands("On TCP, with TLS")[0]], cwd=directory, check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+# === Bench ====================================================================================
+#
+# `python3 test_gipam.py bench [--quick]` prints the targets of design.md section 9, each beside
+# its figure, and asserts nothing. The client is this process, gipam another. What is compared is
+# measured in alternation in the same run, since on a busy machine only ratios last. A figure is
+# the median of the rounds' medians; in brackets stand the lowest and the highest round. The
+# files lie where TMPDIR says.
+
+ONE_SYNC_A_REQUEST = """
+class Store(gipam.Store):
+    def append(self, seq, records):
+        for at, record in enumerate(records, seq - len(records) + 1):
+            super().append(at, [record])
+gipam.Store = Store
+"""
+FOLDING_WITHOUT_END = """
+class Store(gipam.Store):
+    def write_snapshot(self, chunks, is_named):
+        super().write_snapshot(chunks, is_named)
+        self.is_named = False  # as after a start: the next change makes folding due
+gipam.Store = Store
+"""
+
+
+def post(method: str, body: bytes = b"") -> bytes:
+    """Return a request as dockerd writes it."""
+    return (f"POST /{method} HTTP/1.1\r\nHost: plugin.moby.localhost\r\n"
+            f"User-Agent: Go-http-client/1.1\r\nContent-Length: {len(body)}\r\n"
+            f"Accept: {gipam.REPLY_TYPE}\r\n\r\n").encode() + body
+
+
+def encode(**fields: Any) -> bytes:
+    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+
+
+ECHO = post("Plugin.Activate", encode(PoolID="10.2.0.0/16#0123456789abcdef", Address=""))
+
+
+class Traffic:
+    """Requests made beforehand, and to each reply the release of what it granted."""
+
+    def __init__(self, method: str, bodies: list[bytes], key: bytes, release: bytes) -> None:
+        self.requests = itertools.cycle([post(f"IpamDriver.Request{method}", body)
+                                         for body in bodies])
+        self.key = key
+        self.release = post(f"IpamDriver.Release{method}", release + b" " * 96)[:-96]
+
+    def answer(self, reply: bytes = b"") -> bytes:
+        """Return what to send next."""
+        start = reply.find(self.key) + len(self.key)
+        if start < len(self.key):
+            return next(self.requests)
+        granted = reply[start:reply.index(b'"', start)]
+        if self.key == b'"Address":"':
+            granted = granted.split(b"/")[0]
+        return self.release + (granted + b'"}').ljust(96)
+
+
+def addresses(pool_id: str, macs: int = 1000) -> Traffic:
+    """Return the traffic of containers that come and go in a network."""
+    bodies = [encode(PoolID=pool_id, Address="", Options={
+        "com.docker.network.endpoint.macaddress": f"02:42:00:00:{mac >> 8:02x}:{mac & 255:02x}"})
+        for mac in range(macs)]
+    return Traffic("Address", bodies, b'"Address":"', encode(PoolID=pool_id, Address="")[:-3])
+
+
+def networks(pool: str = "", v6: bool = False) -> Traffic:
+    """Return the traffic of networks that come and go."""
+    body = encode(AddressSpace="gipam", Pool=pool, SubPool="", Options={}, V6=v6)
+    return Traffic("Pool", [body], b'"PoolID":"', b'{"PoolID":"')
+
+
+def echoes() -> Traffic:
+    """Return traffic that changes nothing."""
+    traffic = Traffic("", [], b'"Address":"', b"")
+    traffic.requests = itertools.repeat(ECHO)
+    return traffic
+
+
+class Wire:
+    """A connection that costs the client as little as can be."""
+
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(DEADLINE_S)
+        self.socket.connect(path)
+
+    def receive(self) -> bytes:
+        reply = self.socket.recv(65536)  # gipam writes a reply at once
+        if not reply.startswith(b"HTTP/1.1 200 "):
+            raise Refused(0, reply.decode())
+        return reply
+
+    def call(self, data: bytes) -> tuple[float, bytes]:
+        """Return (seconds, reply)."""
+        started = time.perf_counter()
+        self.socket.sendall(data)
+        reply = self.receive()
+        return time.perf_counter() - started, reply
+
+    def pair(self, traffic: Traffic) -> list[float]:
+        """Request and release; return how long each took."""
+        first, reply = self.call(traffic.answer())
+        return [first, self.call(traffic.answer(reply))[0]]
+
+    def request_pool(self, pool: str = "") -> str:
+        reply = self.call(next(networks(pool).requests))[1]
+        return str(json.loads(reply.split(b"\r\n\r\n")[1])["PoolID"])
+
+
+def storm(path: str, traffic: Traffic, connections: int, for_s: float) -> tuple[float, list[float]]:
+    """Return how many calls a second so many connections get done, and how long each call took."""
+    poll, times = select.epoll(), []
+    wires = {wire.socket.fileno(): wire for wire in (Wire(path) for _ in range(connections))}
+    started = time.perf_counter()
+    sent = dict.fromkeys(wires, started)
+    for number, wire in wires.items():
+        poll.register(number, select.EPOLLIN)
+        wire.socket.sendall(traffic.answer())
+    while wires:
+        for number, _ in poll.poll():
+            reply, now = wires[number].receive(), time.perf_counter()
+            times.append(now - sent[number])
+            if now < started + for_s or traffic.key in reply:  # at the end it holds nothing
+                wires[number].socket.sendall(traffic.answer(reply))
+                sent[number] = now
+            else:
+                poll.unregister(number)
+                wires.pop(number).socket.close()
+    return len(times) / (time.perf_counter() - started), times
+
+
+class Disk:
+    """What a durable request cannot do without: a line at the end of a file, synced."""
+
+    def __init__(self, directory: str) -> None:
+        self.fd = os.open(os.path.join(directory, "floor"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def sync(self) -> float:
+        started = time.perf_counter()
+        os.write(self.fd, b"x" * 119 + b"\n")
+        os.fdatasync(self.fd)
+        return time.perf_counter() - started
+
+
+class Fixture:
+    """A state to start with: subnets with leases in them, and /24 of 10.0.0.0/8 likewise."""
+
+    def __init__(self, subnets: dict[str, int], blocks: int, leases: int) -> None:
+        self.subnets = {**subnets, **{f"10.{number >> 8}.{number & 255}.0/24": leases
+                                      for number in range(blocks)}}
+        self.pool_ids = [f"{subnet}#{number:016x}" for number, subnet in enumerate(self.subnets)]
+        self.leases = sum(self.subnets.values())
+
+    def write(self, path: str) -> None:
+        """Write it as a lease file, in a process of its own, which takes its memory with it."""
+        process = multiprocessing.get_context("fork").Process(target=self._write, args=(path,))
+        process.start()
+        process.join()
+
+    def _write(self, path: str) -> None:
+        state = gipam.State([gipam.Family(4, [], 24, []), gipam.Family(6, [], 64, [])])
+        mac = itertools.count(0x0242 << 32)
+        for pool_id, (subnet, leases) in zip(self.pool_ids, self.subnets.items()):
+            state.apply(gipam.RequestPool(pool_id, subnet, "", "", 1700000000, 0, -1))
+            pool = state.pools[pool_id]
+            for offset in range(1, leases + 1):
+                owner = next(mac).to_bytes(6, "big").hex(":")
+                state.apply(gipam.RequestAddress(pool_id, pool.format(offset), gipam.ENDPOINT,
+                                                 owner, "", 1700000000, offset + 1))
+        chunks = gipam.encode_snapshot({}, gipam.copy_state(state), None)
+        gipam.Store(path).write_snapshot(chunks, False)
+
+
+class BenchDaemon(Daemon):
+    """gipam.py with a state to start with, and with a few lines run before its main()."""
+
+    def __init__(self, bench: Bench, fixture: Fixture | None = None, patch: str = "") -> None:
+        super().__init__(bench, "-v4", "10.0.0.0/8", "-v6", "2001:db8::/32")
+        code = (f"import sys; sys.path.insert(0, {os.path.dirname(GIPAM)!r}); import gipam\n"
+                f"gipam.PLUGIN_SOCKET_DIR = {os.path.realpath(self.directory)!r}  # no link there\n"
+                f"{patch}\nsys.exit(gipam.main())")
+        self.command = (sys.executable, "-c", code)
+        if fixture:
+            fixture.write(self.file)
+
+    def start(self, wait: bool = True) -> BenchDaemon:
+        super().start(wait=False)
+        assert self.process is not None
+        while not self.is_answering():
+            if self.process.poll() is not None:
+                raise AssertionError("gipam did not come up:\n" + self.read_log())
+            time.sleep(0.002)
+        return self
+
+    def seconds_to_start(self) -> float:
+        """Return how long it takes from exec to the first answer."""
+        self.kill()
+        started = time.perf_counter()
+        self.start()
+        Wire(self.socket).call(ECHO)
+        return time.perf_counter() - started
+
+    def memory_bytes(self, key: str) -> int:
+        """Return a figure of /proc/PID/status."""
+        assert self.process is not None
+        with open(f"/proc/{self.process.pid}/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) << 10 for line in status if line.startswith(key))
+
+    def cpu_s(self) -> float:
+        """Return how much processor time it has used."""
+        assert self.process is not None
+        with open(f"/proc/{self.process.pid}/stat", encoding="ascii") as stat:
+            words = stat.read().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Bench(unittest.TestCase):
+    """No test: the daemons of the toolkit leave their clean-ups with it."""
+
+    quick = False
+
+    def rounds(self, quick: int, full: int) -> range:
+        return range(quick if self.quick else full)
+
+    def row(self, what: str, values: list[float], unit: str = "", at_most: float | None = None,
+            at_least: float | None = None) -> None:
+        """Print the median, the spread, and what it should be."""
+        scale, digits = (1e3, 3) if unit == "ms" else (1, 0 if unit in ("/s", "B") else 2)
+        middle, low, high = (f"{choose(values) * scale:,.{digits}f}"
+                             for choose in (statistics.median, min, max))
+        figure = f"{middle} {unit}" + (f" [{low} to {high}]" if len(values) > 1 else "")
+        target, is_met = "", True
+        if at_most is not None:
+            target, is_met = f"at most {at_most:g}", statistics.median(values) * scale <= at_most
+        if at_least is not None:
+            target, is_met = f"at least {at_least:g}", statistics.median(values) >= at_least
+        print(f"{what:62} {figure:34} {target}{'' if is_met else '  MISSED'}".rstrip(), flush=True)
+
+    # -- one connection, many connections
+
+    def one_connection(self) -> None:
+        daemon = BenchDaemon(self).start()
+        wire, disk = Wire(daemon.socket), Disk(daemon.directory)
+        traffic = addresses(wire.request_pool("10.2.0.0/16"))
+        syncs, echoes, calls = [], [], []
+        for _ in self.rounds(10, 40):
+            sync, echo, call = [], [], []
+            for _ in range(100):
+                sync.append(disk.sync())
+                echo.append(wire.call(ECHO)[0])
+                call += wire.pair(traffic)
+            for medians, times in ((syncs, sync), (echoes, echo), (calls, call)):
+                medians.append(statistics.median(times))
+        self.row("a line appended and synced, nothing else", syncs, "ms")
+        self.row("echo of the same server, nothing saved", echoes, "ms")
+        self.row("request or release, 1 connection", calls, "ms")
+        self.row("  / (sync + echo)", [call / (sync + echo) for call, sync, echo
+                                       in zip(calls, syncs, echoes)], "", at_most=1.5)
+
+    def many_connections(self) -> None:
+        grouped = BenchDaemon(self).start()
+        single = BenchDaemon(self, patch=ONE_SYNC_A_REQUEST).start()
+        disk, for_s = Disk(grouped.directory), 0.5 if self.quick else 2.0
+        rates: dict[Any, list[float]] = {}
+        traffic = {daemon: addresses(Wire(daemon.socket).request_pool("10.2.0.0/16"))
+                   for daemon in (grouped, single)}
+        for _ in self.rounds(3, 5):
+            for key in ((grouped, 1), (grouped, 8), (grouped, 64), (single, 64)):
+                rate = storm(key[0].socket, traffic[key[0]], key[1], for_s)[0]
+                rates.setdefault(key, []).append(rate)
+            rates.setdefault("echo", []).append(storm(grouped.socket, echoes(), 64, for_s)[0])
+            rates.setdefault("sync", []).append(
+                1 / statistics.median(disk.sync() for _ in range(300)))
+        for count in (1, 8, 64):
+            self.row(f"requests and releases, {count} connections", rates[grouped, count], "/s")
+        self.row("  the same, 64 connections, with one sync a call", rates[single, 64], "/s")
+        self.row("  echo of the same server, 64 connections", rates["echo"], "/s")
+        self.row("  a line appended and synced, in a loop", rates["sync"], "/s")
+        self.row("64 connections, group commit / one sync a call", [
+            fast / slow for fast, slow in zip(rates[grouped, 64], rates[single, 64])], "", at_least=4)
+        self.row("64 connections, group commit / a line synced in a loop", [
+            fast / slow for fast, slow in zip(rates[grouped, 64], rates["sync"])])
+
+    # -- a state of any size
+
+    def a_million_leases(self) -> None:
+        """Start, memory, and calls in alternation with a daemon that holds a hundred leases."""
+        wide, blocks = (10_000, 1_000) if self.quick else (100_000, 10_000)
+        few_held = Fixture({"2001:db8:ffff::/64": 10}, 9, 10)
+        many_held = Fixture({"2001:db8:ffff::/64": wide}, blocks, 90)
+        few, many = BenchDaemon(self, few_held).start(), BenchDaemon(self, many_held)
+        count = f"{many_held.leases:,} leases"
+        self.row(f"start with {count}", [many.seconds_to_start() for _ in self.rounds(1, 3)],
+                 "s", at_most=6)
+        for key, when in (("VmRSS", "after the start"), ("VmHWM", "at its peak")):
+            self.row(f"memory a lease, {when}", [(many.memory_bytes(key) - few.memory_bytes(key))
+                     / many_held.leases], "B", at_most=400 if key == "VmRSS" else None)
+        traffic = [addresses(pool_id, 4) for pool_id in random.sample(many_held.pool_ids[1:], 500)]
+        self.while_folding(many, traffic, 1, f"longest call while {count} are folded")
+        few_traffic = [addresses(pool_id, 4) for pool_id in few_held.pool_ids]
+        self.flat(f"{count} in {blocks + 1:,} pools / 100 in 10", few, few_traffic, many, traffic)
+        self.flat(f"one /64 with {wide:,} / 100 in 10", few, few_traffic, many,
+                  [addresses(many_held.pool_ids[0])])
+
+    def flat(self, what: str, few: BenchDaemon, few_traffic: list[Traffic], many: BenchDaemon,
+             many_traffic: list[Traffic]) -> None:
+        """Compare what a call costs the two daemons."""
+        sides = ((Wire(few.socket), few_traffic, []), (Wire(many.socket), many_traffic, []))
+        before = few.cpu_s(), many.cpu_s()
+        ratios = []
+        for _ in self.rounds(8, 30):
+            rounds: tuple[list[float], list[float]] = ([], [])
+            for number in range(100):
+                for (wire, traffic, _), times in zip(sides, rounds):
+                    times += wire.pair(traffic[number % len(traffic)])
+            ratios.append(statistics.median(rounds[1]) / statistics.median(rounds[0]))
+        self.row(f"time of a call, {what}", ratios, "", at_most=1.2)
+        self.row(f"processor time of a call, {what}", [
+            (many.cpu_s() - before[1]) / (few.cpu_s() - before[0])], "", at_most=1.2)
+
+    def full_and_crowded(self) -> None:
+        """Calls that must look for room in a state that has hardly any."""
+        held = Fixture({"172.16.0.0/16": 65533}, 6_000 if self.quick else 60_000, 0)
+        daemon = BenchDaemon(self, held).start()
+        for what, traffic in (
+                ("an address of a /16 with one free", addresses(held.pool_ids[0])),
+                (f"a dynamic pool, {len(held.pool_ids) - 1:,} /24 of a /8 held", networks()),
+                ("a dynamic IPv6 pool beside them", networks(v6=True)),
+                ("a /40 over blocks of /64", networks("2001:db8:ff00::/40", v6=True))):
+            wire, medians = Wire(daemon.socket), []
+            for _ in self.rounds(5, 20):
+                medians.append(statistics.median(wire.pair(traffic)[0] for _ in range(50)))
+            self.row(what, medians, "ms", at_most=1)
+
+    def empty_start(self) -> None:
+        daemon = BenchDaemon(self)
+        self.row("start with an empty state", [daemon.seconds_to_start() for _ in range(7)],
+                 "s", at_most=0.25)
+
+    # -- folding
+
+    def folding(self) -> None:
+        held = Fixture({}, 1_000, 100)
+        daemon = BenchDaemon(self, held, patch=FOLDING_WITHOUT_END).start()
+        traffic = [addresses(pool_id, 4) for pool_id in held.pool_ids]
+        self.while_folding(daemon, traffic, 5 if self.quick else 40,
+                           "longest call while 100,000 leases are folded", at_most=50)
+
+    def while_folding(self, daemon: BenchDaemon, traffic: list[Traffic], folds: int, what: str,
+                      at_most: float | None = None) -> None:
+        """Call until the lease file has been replaced so often."""
+        wire, worst, times = Wire(daemon.socket), [], []
+        for _ in range(folds):
+            inode, longest = os.stat(daemon.file).st_ino, 0.0
+            while os.stat(daemon.file).st_ino == inode:
+                pair = wire.pair(random.choice(traffic))
+                longest = max(longest, *pair)
+                times += pair
+            worst.append(longest)
+        self.row(what, worst, "ms", at_most)
+        self.row("  median call then", [statistics.median(times)], "ms")
+
+    # -- beside Docker
+
+    def beside_docker(self) -> None:
+        obstacle = docker_obstacle()
+        if obstacle:
+            print("docker network create, run, rm: not measured: dockerd " + obstacle, flush=True)
+            return
+        docker = Docker()
+        self.addCleanup(docker.close)
+        docker.start()
+        times: dict[str, list[float]] = {"gipam": [], "default": []}
+        for number in self.rounds(4, 25):
+            for driver in sorted(times, reverse=number % 2 == 0):
+                times[driver].append(self.life_of_a_network(docker, driver))
+        for driver, name in (("gipam", "gipam"), ("default", "the built-in IPAM")):
+            self.row(f"docker network create, run, rm with {name}", times[driver], "s")
+        self.row("  gipam / built-in", [ours / theirs for ours, theirs
+                                        in zip(times["gipam"], times["default"])], "", at_most=1.03)
+
+    @staticmethod
+    def life_of_a_network(docker: Docker, driver: str) -> float:
+        started = time.perf_counter()
+        docker("network", "create", "--ipam-driver", driver, "bench")
+        docker.container("bench", "bench")
+        docker("rm", "-f", "bench")
+        docker("network", "rm", "bench")
+        return time.perf_counter() - started
+
+
+def bench(arguments: list[str]) -> int:
+    """Print the table of design.md section 9; with --quick in a minute, from a smaller state."""
+    runner = Bench()
+    runner.quick = "--quick" in arguments
+    print(f"gipam {gipam.__version__}, Python {platform.python_version()}, "
+          f"{platform.system()} {platform.release()}, {os.cpu_count()} processors, "
+          f"load {os.getloadavg()[0]:.1f}, files in {tempfile.gettempdir()}\n")
+    try:
+        for section in (runner.one_connection, runner.many_connections, runner.empty_start,
+                        runner.a_million_leases, runner.full_and_crowded, runner.folding,
+                        runner.beside_docker):
+            section()
+            runner.doCleanups()
+    finally:
+        runner.doCleanups()
+    return 0
+
+
+# === Running ======================================================================================
+
+
+class Result(unittest.TextTestResult):
+    """Counts what passed, which unittest itself does not."""
+
+    passed = 0
+
+    def addSuccess(self, test: unittest.TestCase) -> None:  # noqa: N802
+        super().addSuccess(test)
+        self.passed += 1
+
+
+def main() -> int:
+    """Run the tests that the arguments choose, and close with the line that CI reads."""
+    if sys.argv[1:2] == ["bench"]:
+        return bench(sys.argv[2:])
+    isolate()
+    runner = unittest.TextTestRunner(resultclass=Result, verbosity=1 + ("-v" in sys.argv))
+    result = unittest.main(module=__name__, exit=False, testRunner=runner).result
+    assert isinstance(result, Result)
+    failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
+    print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)
+    return 1 if failed or not result.passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
