@@ -295,12 +295,13 @@ class StyleTest(unittest.TestCase):
         program = """if True:
             import logging, os, signal, sys, threading
             sys.path.insert(0, sys.argv.pop())
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             def look():
                 signals = [signal.getsignal(number) for number in signal.valid_signals()]
                 umask = os.umask(0)
                 os.umask(umask)
-                return (signals, umask, sys.argv, dict(os.environ), threading.enumerate(),
-                        logging.root.handlers, logging.root.level,
+                return (signals, umask, [*sys.argv], dict(os.environ), threading.enumerate(),
+                        [*logging.root.handlers], logging.root.level,
                         sorted(os.listdir("/proc/self/fd")))
             before = look()
             import gipam
@@ -1810,7 +1811,10 @@ class ConformanceTest(unittest.TestCase):
 IS_LONG = os.environ.get("GIPAM_LONG") == "1"
 MEMORY_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # fsync costs nothing there
 BASES = "10.2.0.0/16 2001:db8:0:100::/56"
-CONFIG = {"V4Pool": "10.2.0.0/16", "V4AllocateBlock": 24, "V6Pool": "2001:db8:0:100::/56", "V6AllocateBlock": 64}
+CONFIG = {"V4Pool": "10.2.0.0/16", "V4AllocateBlock": 24,
+          "V6Pool": "2001:db8:0:100::/56", "V6AllocateBlock": 64}
+UNKNOWN_ID = "10.2.0.0/24#0123456789abcdef"
+CHANGE = gipam.RequestPool("192.168.0.0/24#0123456789abcdef", "192.168.0.0/24", "", "", 0, 0, -1)
 SECTOR_BYTES = 512
 NO_DOCKER = {"DOCKER_HOST": "unix:///nonexistent"}  # whoever is asked what is in use
 SHORT, HALF = "short", "half"  # faults of pwrite: half is written; and after that the disk is full
@@ -1830,11 +1834,15 @@ def recover(path: str) -> gipam.State:
     return load(path)[1]
 
 
+def snapshot_of(state: gipam.State, segment: int | None = None) -> Iterator[str]:
+    return gipam.encode_snapshot(CONFIG, gipam.copy_state(state), segment)
+
+
 def begin(path: str, calls: Any = os, on_loss: Callable[[], None] = lambda: None) -> gipam.Service:
-    """Start a service on the lease file as `serve` does; but it folds only when fold() is called."""
+    """Start a service on the lease file as `serve` does, but folding only by fold()."""
     store, state, is_first = load(path, calls)
     if is_first:
-        store.write_snapshot(gipam.encode_snapshot(CONFIG, gipam.copy_state(state), None), is_named=False)
+        store.write_snapshot(snapshot_of(state), is_named=False)
     service = gipam.Service(store, state, CONFIG, on_loss=on_loss)
     setattr(service, "fold", lambda: True)  # noqa: B010 - what the folder thread calls
     return service
@@ -1865,7 +1873,7 @@ def held(state: gipam.State) -> dict[str, list[str]]:
 
 
 def record(service: gipam.Service) -> tuple[list[gipam.Change], list[gipam.Change]]:
-    """Return two lists that grow: the changes the state is made of from now on, and also failed ones."""
+    """Return two lists that grow: the changes that make the state from now on; all attempts."""
     changes: list[gipam.Change] = []
     attempts: list[gipam.Change] = []
     apply = service.state.apply
@@ -1916,7 +1924,8 @@ class Tenant:
                *["request_address"] * 6, *["release_address"] * 3)
     MAX_POOLS = 4
 
-    def __init__(self, client: Client, rng: random.Random, number: int = 0, shared: tuple[str, ...] = ()) -> None:
+    def __init__(self, client: Client, rng: random.Random, number: int = 0,
+                 shared: tuple[str, ...] = ()) -> None:
         self.client, self.rng, self.number, self.shared = client, rng, number, shared
         self.pools: dict[str, list[str]] = {pool_id: [] for pool_id in shared}
         self.pending: tuple[str, ...] = ()  # the call that is not answered: its name, pool, address
@@ -1937,7 +1946,8 @@ class Tenant:
     def request_pool(self, pool_id: str) -> None:
         if len(self.pools) >= self.MAX_POOLS + len(self.shared):
             return self.request_address(pool_id)
-        explicit = f"172.16.{self.number}.0/24", f"172.16.{self.number}.{self.rng.randrange(4) * 16}/28"
+        net = f"172.16.{self.number}."
+        explicit = net + "0/24", f"{net}{self.rng.randrange(4) * 16}/28"
         kinds: list[tuple[str, str, bool, dict[str, str]]] = [
             ("", "", False, {}), ("", "", True, {}), ("", "", False, {"gipam_v4ab": "26"}),
             ("", "", True, {"gipam_name": f"net{self.rng.randrange(3)}"}), (*explicit, False, {})]
@@ -1994,8 +2004,9 @@ class WatchedCalls:
         return call
 
     def hold(self, note: str) -> tuple[threading.Event, Callable[..., None]]:
-        """Hold up the next such call; return (it has come, let it go on, or fail with this errno)."""
+        """Hold up the next such call; return (it has come, let it go on or fail)."""
         come, go = self._held[note] = threading.Event(), threading.Event()
+
         def let_go(fault: Any = None) -> None:
             if fault is not None:
                 self.faults[len(self.made) - 1] = fault
@@ -2014,7 +2025,7 @@ class WatchedCalls:
         if isinstance(target, int) and target not in self._names:
             self.misuse.append(f"{name} after {self.made[-1]}")  # it may be another file's by now
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        path = self._names[target] if isinstance(target, int) else target
+        path: str = self._names[target] if isinstance(target, int) else target
         number, note = len(self.made), f"{name} {self._shorten(path)}"
         self.made.append(note)
         if note in self._held:
@@ -2029,25 +2040,26 @@ class WatchedCalls:
             if fault is None:
                 return written
         if name == "close":  # also where it fails, the descriptor is gone
-            del self._names[target]
+            self._names.pop(target)
             os.close(target)
         if fault is not None:
             raise OSError(fault, os.strerror(fault))
-        result = None if name == "close" else getattr(os, name)(*arguments)
+        result: Any = None if name == "close" else getattr(os, name)(*arguments)
         if name == "open":
             self._names[result] = path
         return result
 
     @staticmethod
     def _shorten(path: str) -> str:
-        return "directory" if os.path.isdir(path) else os.path.basename(path).replace("leases.json.", "")
+        name = os.path.basename(path)
+        return "directory" if os.path.isdir(path) else name.replace("leases.json.", "")
 
 
 class SimulatedDisk:
     """What Store calls, in memory: it knows what a kill would leave, and what a power cut could."""
 
     def __init__(self) -> None:
-        self.files: dict[str, list[bytes]] = {}  # name -> versions of the content; the first is on disk
+        self.files: dict[str, list[bytes]] = {}  # name -> versions of its content, [0] is on disk
         self.on_disk: dict[str, list[bytes]] = {}  # the directory as it is there
         self.pending: list[dict[str, list[bytes] | None]] = []  # what became of it since
         self.opened: list[list[bytes] | None] = []  # by descriptor, None: the directory
@@ -2121,7 +2133,8 @@ class SimulatedDisk:
         length = rng.choice([*lengths, rng.randint(min(lengths), max(lengths))])
         result = b""
         for at in range(0, length, SECTOR_BYTES):
-            sectors = [version[at:at + SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0") for version in versions]
+            sectors = [version[at:at + SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0")
+                       for version in versions]
             sector = rng.choice(sectors)
             if sum(a != b for a, b in zip(sector, sectors[-1])) == 1:
                 sector = sectors[-1]  # a single NUL cannot be told from damage: design section 6
@@ -2160,6 +2173,11 @@ class StoreCase(unittest.TestCase):
         self.addCleanup(end, service)
         return service
 
+    def daemon(self, *options: str, lines: str = "", inside: tuple[str, ...] = ()) -> Daemon:
+        """Return a daemon on the directory, which asks no Docker, and runs these lines first."""
+        return Daemon(self, *options, directory=self.directory, env=NO_DOCKER,
+                      command=(*inside, *launcher(self.directory, lines)))
+
     def read_files(self) -> dict[str, bytes]:
         files = {}
         for name in os.listdir(self.directory):
@@ -2189,13 +2207,13 @@ class StoreCase(unittest.TestCase):
         return changes
 
     def write(self, *segments: list[list[gipam.Change]]) -> dict[str, bytes]:
-        """Write a lease file that holds nothing, and what came after: a list of flushes a segment."""
+        """Write an empty lease file, and what came after: a list of flushes a segment."""
         store = gipam.Store(self.path, self.calls)
-        empty = gipam.copy_state(make_state(BASES))
         for flushes in segments:
             store.rotate()
             if not store.is_named:
-                store.write_snapshot(gipam.encode_snapshot(CONFIG, empty, store.segment), is_named=True)
+                empty = make_state(BASES)
+                store.write_snapshot(snapshot_of(empty, store.segment), is_named=True)
             for flush in flushes:
                 store.append(store.seq + len(flush), list(map(self.record, flush)))
         self.calls.close_all()
@@ -2208,10 +2226,9 @@ class StoreCase(unittest.TestCase):
     def append_one(self) -> None:
         """Go on where recovery ends, with one change more; check that recovery then has it."""
         store, state, _ = load(self.path, self.calls)
-        change = gipam.RequestPool("192.168.0.0/24#0123456789abcdef", "192.168.0.0/24", "", "", 0, 0, -1)
-        store.append(store.seq + 1, [self.record(change)])
+        store.append(store.seq + 1, [self.record(CHANGE)])
         self.calls.close_all()
-        state.apply(change)
+        state.apply(CHANGE)
         self.assertEqual(dump_state(recover(self.path)), dump_state(state))
 
     def assert_refused(self, pattern: str) -> str:
@@ -2221,8 +2238,8 @@ class StoreCase(unittest.TestCase):
             recover(self.path)
         self.assertEqual(raised.exception.exit_status, 78)
         self.assertEqual(self.read_files(), before)
-        self.assertRegex(str(raised.exception), f"^{re.escape(self.path)}.* does not start on a guess: .*"
-                         "(put|move|truncate)")
+        self.assertRegex(str(raised.exception), f"^{re.escape(self.path)}.* does not start on a "
+                         "guess: .*(put|move|truncate)")
         return str(raised.exception)
 
 
@@ -2237,12 +2254,13 @@ class JournalTest(StoreCase):
         self.one_segment = [[changes[0]], changes[1:4], [changes[4]], changes[5:7], changes[7:10]]
 
     def test_line_of_the_docstring_is_a_real_one(self) -> None:
-        match = re.search(r"^    ([0-9a-f]{8} [0-9a-f]{8} .*?\]\]\])$", gipam.__doc__ or "", re.M | re.S)
+        match = re.search(r"(?ms)^    ([0-9a-f]{8} [0-9a-f]{8} .*?\]\]\])$", gipam.__doc__ or "")
         assert match
         data = re.sub(r"\n *", "", match[1]).encode() + b"\n"
         (line,) = gipam.decode_lines(data, is_last=False)
         self.assertEqual(gipam.encode_line(line.seq, line.records), data)
-        self.assertEqual(gipam.CHANGES[line.records[0][0]](*line.records[0][1:]).address, "10.2.0.2")
+        kind, *values = line.records[0]
+        self.assertEqual(gipam.CHANGES[kind](*values).address, "10.2.0.2")
 
     def test_cut_at_any_byte_it_holds_what_was_whole_and_goes_on(self) -> None:
         files = self.write(self.one_segment)
@@ -2296,16 +2314,20 @@ class JournalTest(StoreCase):
                 command = re.search("truncate -s [0-9]+ [^ ,]+", message)
                 assert command
                 subprocess.run(command[0].split(), check=True)
-                self.assertEqual(dump_state(recover(self.path)), self.pictures[line.seq - len(line.records)])
+                expected = self.pictures[line.seq - len(line.records)]
+                self.assertEqual(dump_state(recover(self.path)), expected)
                 self.append_one()
 
+    LINE = gipam.encode_line(11, [["release_pool", UNKNOWN_ID]])
+
     def test_end_that_a_crash_tore_is_dropped(self) -> None:
-        line = gipam.encode_line(11, [["release_pool", "10.2.0.0/24#0123456789abcdef"]])
+        line = self.LINE
         for what, tail in {
             "nothing": b"", "a byte": line[:1], "half a head": line[:9], "a head": line[:18],
-            "half a line": line[:40], "a NUL": b"\0", "NULs": bytes(600), "a line of NULs": bytes(600) + b"\n",
-            "half a line, then NULs": line[:40] + bytes(600),
-            "NULs in a line": line[:40] + bytes(9) + line[49:], "NULs before its end": bytes(40) + line[40:],
+            "half a line": line[:40], "a NUL": b"\0", "NULs": bytes(600),
+            "a line of NULs": bytes(600) + b"\n", "half a line, then NULs": line[:40] + bytes(600),
+            "NULs in a line": line[:40] + bytes(9) + line[49:],
+            "NULs before its end": bytes(40) + line[40:],
         }.items():
             with self.subTest(what, GIPAM_TEST_SEED=self.seed):
                 files = self.write(self.one_segment)
@@ -2314,28 +2336,33 @@ class JournalTest(StoreCase):
                 self.append_one()
 
     def test_end_that_no_crash_tore_is_refused(self) -> None:
-        line = gipam.encode_line(11, [["release_pool", "10.2.0.0/24#0123456789abcdef"]])
-        payload, place = line[18:], r"journal\.1.* line 7 at byte \d+ "
-        for what, (tail, pattern) in {
-            "an end of line": (b"\n", place), "garbage": (b"x" * 40, place), "half a line that ends": (line[:40] + b"\n", place),
-            "a wrong checksum": (line[:9] + b"00000000 " + payload, place),
-            "a wrong length": (b"00000001" + line[8:], place), "too great a length": (b"00000fff" + line[8:], place),
-            "a NUL in it": (line[:40] + b"\0" + line[41:], place),
-            "NULs before another line": (bytes(40) + line[40:] + line, place),
-            "a line of the past": (gipam.encode_line(9, [["release_pool", "x"]]), "goes on with change 9, but 11 is due"),
-            "a line of the future": (gipam.encode_line(12, [["release_pool", "x"]]), "goes on with change 12, but 11 is due"),
-            "a release of what is not held": (line, place + "contradicts .* is not held"),
-            "a change that nobody knows": (gipam.encode_line(11, [["resign"]]), place + "contradicts"),
-            "a change with too little": (gipam.encode_line(11, [["release_pool"]]), place + "contradicts"),
+        line, place = self.LINE, r"journal\.1.* line 7 at byte \d+ "
+        for what, tail in {
+            "an end of line": b"\n", "garbage": b"x" * 40, "half a line": line[:40] + b"\n",
+            "a wrong checksum": line[:9] + b"00000000 " + line[18:],
+            "a NUL": line[:40] + b"\0" + line[41:],
+            "a wrong length": b"00000001" + line[8:], "too great a length": b"00000fff" + line[8:],
+            "NULs before another line": bytes(40) + line[40:] + line,
         }.items():
-            with self.subTest(what, GIPAM_TEST_SEED=self.seed):
-                files = self.write(self.one_segment)
-                self.write_file("leases.json.journal.1", files["leases.json.journal.1"] + tail)
-                self.assert_refused(pattern)
+            self.check_refusal(what, tail, place + "has not the length and checksum that it says")
+        for what, seq, record, pattern in (
+            ("the past", 9, ["release_pool", "x"], "goes on with change 9, but 11 is due"),
+            ("the future", 12, ["release_pool", "x"], "goes on with change 12, but 11 is due"),
+            ("not held", 11, ["release_pool", "x"], place + "contradicts .* is not held"),
+            ("unknown", 11, ["resign"], place + "contradicts"),
+            ("too little", 11, ["release_pool"], place + "contradicts"),
+        ):
+            self.check_refusal(what, gipam.encode_line(seq, [record]), pattern)
+
+    def check_refusal(self, what: str, tail: bytes, pattern: str) -> None:
+        with self.subTest(what, GIPAM_TEST_SEED=self.seed):
+            files = self.write(self.one_segment)
+            self.write_file("leases.json.journal.1", files["leases.json.journal.1"] + tail)
+            self.assert_refused(pattern)
 
 
 def flips(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (place, new value, data with it) for each byte and several values, NUL and LF among them."""
+    """Yield (place, value, data with it) for each byte and several values, also NUL and LF."""
     for at, byte in enumerate(data):
         for value in sorted({0, 10, 32, 57, byte ^ 1, byte ^ 2, byte ^ 32, byte ^ 128} - {byte}):
             yield at, value, data[:at] + bytes([value]) + data[at + 1:]
@@ -2349,30 +2376,36 @@ class FilesTest(StoreCase):
         self.seed = seeds(1)[0]
         changes = self.changes = self.live(12, random.Random(self.seed))
         self.pictures = pictures(changes)
-        self.files = self.write([changes[:2], changes[2:4]], [changes[4:8]], [changes[8:11], changes[11:]])
-        self.segments = [self.files[f"leases.json.journal.{number}"] for number in (1, 2, 3)]
+        files = self.write([changes[:2], changes[2:4]], [changes[4:8]],
+                           [changes[8:11], changes[11:]])
+        self.segments = [files[f"leases.json.journal.{number}"] for number in (1, 2, 3)]
 
     def arrange(self, snapshot: bytes | None, *segments: bytes | None) -> None:
-        files = {f"leases.json.journal.{number}": data for number, data in enumerate(segments, 1) if data is not None}
-        self.write_files(files if snapshot is None else {"leases.json": snapshot, **files})
+        """Let these files be there, the segments from the first on; None is not."""
+        files = {"leases.json": snapshot, **{f"leases.json.journal.{number}": data
+                                             for number, data in enumerate(segments, 1)}}
+        self.write_files({name: data for name, data in files.items() if data is not None})
 
     def snapshot(self, seq: int, segment: int | None) -> bytes:
         """Return the lease file as it is after so many changes."""
         state = make_state(BASES)
         for change in self.changes[:seq]:
             state.apply(change)
-        return "".join(gipam.encode_snapshot(CONFIG, gipam.copy_state(state), segment)).encode()
+        return "".join(snapshot_of(state, segment)).encode()
 
     def test_what_a_fold_may_leave_is_whole(self) -> None:
         one, two, three = self.segments
-        first, fourth, eighth = (self.snapshot(seq, segment) for seq, segment in ((0, 1), (4, 2), (8, 3)))
+        first, fourth, eighth = self.snapshot(0, 1), self.snapshot(4, 2), self.snapshot(8, 3)
+        stopped = self.snapshot(12, None)
         for what, files in {
             "never folded": (first, one, two, three), "not yet renamed": (fourth, one, two, three),
             "renamed": (eighth, one, two, three), "the oldest deleted": (eighth, None, two, three),
-            "an older one come back": (eighth, one, None, three), "all deleted": (eighth, None, None, three),
-            "the middle of a line is the snapshot": (self.snapshot(9, 3), None, two, three),
-            "folded at the stop, before deletion": (self.snapshot(12, None), one, two, three),
-            "folded at the stop": (self.snapshot(12, None),),
+            "all deleted": (eighth, None, None, three),
+            "an older one come back": (eighth, one, None, three),
+            "the snapshot ends inside a line": (self.snapshot(9, 3), None, two, three),
+            "the stop, renamed": (stopped, one, two, three), "the stop, all deleted": (stopped,),
+            "the stop, the oldest come back": (stopped, one),
+            "the stop, the newest come back": (stopped, None, None, three),
         }.items():
             with self.subTest(what, GIPAM_TEST_SEED=self.seed):
                 self.arrange(*files)
@@ -2382,20 +2415,25 @@ class FilesTest(StoreCase):
         one, two, three = self.segments
         first, fourth = self.snapshot(0, 1), self.snapshot(4, 2)
         gap = "goes on with change {}, but {} is due"
-        for what, (files, pattern) in {
-            "the first missing": ((first, None, two, three), r"journal\.1 is missing"),
-            "the middle one missing": ((first, one, None, three), r"journal\.2 is missing"),
-            "the one of the lease file missing": ((fourth, None, None, three), r"journal\.2 is missing"),
-            "the newest missing": ((self.snapshot(8, 3), one, two), r"journal\.3 is missing"),
-            "all missing": ((first,), r"journal\.1 is missing"),
-            "one there twice": ((first, one, one, two), r"journal\.2 " + gap.format(1, 5)),
-            "the newest there twice": ((first, one, two, three, three), r"journal\.4 " + gap.format(9, 13)),
-            "two in wrong order": ((first, two, one, three), r"journal\.1 " + gap.format(5, 1)),
-            "an old lease file, named": ((first, None, None, three), r"journal\.1 is missing"),
-            "an old lease file, alone": ((self.snapshot(4, None), None, None, three), r"journal\.3 " + gap.format(9, 5)),
-            "no lease file": ((None, one, two, three), r"journal\.1 is there without its lease file .*leases\.json;"),
-            "no lease file, and a late one": ((None, None, None, three), r"journal\.3 is there without its lease file"),
-        }.items():
+        for what, files, pattern in (
+            ("the first missing", (first, None, two, three), r"journal\.1 is missing"),
+            ("the middle one missing", (first, one, None, three), r"journal\.2 is missing"),
+            ("the named one missing", (fourth, None, None, three), r"journal\.2 is missing"),
+            ("the newest missing", (self.snapshot(8, 3), one, two), r"journal\.3 is missing"),
+            ("the newest missing, not yet named", (fourth, None, two), r"journal\.3 is missing"),
+            ("all missing", (first,), r"journal\.1 is missing"),
+            ("one there twice", (first, one, one, two), r"journal\.2 " + gap.format(1, 5)),
+            ("the newest there twice", (first, one, two, three, three),
+             r"journal\.4 " + gap.format(9, 13)),
+            ("two in wrong order", (first, two, one, three), r"journal\.1 " + gap.format(5, 1)),
+            ("an old lease file, named", (first, None, None, three), r"journal\.1 is missing"),
+            ("an old lease file, alone", (self.snapshot(4, None), None, None, three),
+             r"journal\.3 " + gap.format(9, 5)),
+            ("no lease file", (None, one, two, three),
+             r"journal\.1 is there without its lease file"),
+            ("no lease file, and a late one", (None, None, None, three),
+             r"journal\.3 is there without its lease file"),
+        ):
             with self.subTest(what, GIPAM_TEST_SEED=self.seed):
                 self.arrange(*files)
                 message = self.assert_refused(pattern)
@@ -2404,14 +2442,9 @@ class FilesTest(StoreCase):
                 state = recover(self.path)
                 self.assertEqual(dump_state(state), self.pictures[state.seq])
 
-    def test_newest_one_missing_after_a_fold_that_failed_is_refused(self) -> None:
-        """Then the lease file names an older one: nothing but the newest itself tells of it."""
-        self.arrange(self.snapshot(4, 2), None, self.segments[1])
-        self.assert_refused(r"journal\.3 is missing")
-
     def test_without_bases_the_message_helps_as_well(self) -> None:
         state = make_state("")
-        state.apply(gipam.RequestPool("192.168.0.0/24#0123456789abcdef", "192.168.0.0/24", "", "", 0, 0, -1))
+        state.apply(CHANGE)
         snapshot = "".join(gipam.encode_snapshot({}, gipam.copy_state(state), 1))
         self.write_files({"leases.json": snapshot.encode()})
         self.assertEqual(self.do_as_told(self.assert_refused(r"journal\.1 is missing")), "")
@@ -2448,7 +2481,7 @@ class SnapshotFileTest(StoreCase):
         state = make_state(BASES)
         for change in self.changes:
             state.apply(change)
-        self.snapshot = "".join(gipam.encode_snapshot(CONFIG, gipam.copy_state(state), None)).encode()
+        self.snapshot = "".join(snapshot_of(state)).encode()
         self.picture = dump_state(state)
 
     def test_any_byte_of_the_state_flipped_it_holds_all_or_is_refused(self) -> None:
@@ -2459,7 +2492,7 @@ class SnapshotFileTest(StoreCase):
                 try:
                     self.assertEqual(dump_state(recover(self.path)), self.picture)
                 except gipam.DamageError as error:
-                    self.assertRegex(str(error), f"^{re.escape(self.path)} .*: put back a backup; or move")
+                    self.assertRegex(str(error), f"^{self.path} .*: put back a backup; or move")
 
     def test_cut_anywhere_it_is_refused(self) -> None:
         for cut in range(len(self.snapshot) - 1):
@@ -2468,9 +2501,10 @@ class SnapshotFileTest(StoreCase):
                 self.assert_refused("is not JSON")
 
     def test_configuration_may_be_edited_and_the_state_not(self) -> None:
-        self.write_file("leases.json", self.snapshot.replace(b'"V4AllocateBlock":24', b'"V4AllocateBlock":26'))
+        edited = self.snapshot.replace(b'"V4AllocateBlock":24', b'"V4AllocateBlock":26')
+        self.write_file("leases.json", edited)
         self.assertEqual(recover(self.path).seq, 8)
-        self.write_file("leases.json", self.snapshot.replace(b'"Seq":8', b'"Seq":7'))
+        self.write_file("leases.json", edited.replace(b'"Seq":8', b'"Seq":7'))
         self.assert_refused("contradicts itself: .*checksum")
 
     def test_it_is_written_for_its_owner_only(self) -> None:
@@ -2485,24 +2519,24 @@ class LockTest(StoreCase):
     """One daemon a lease file."""
 
     def test_second_one_is_told_who_holds_it(self) -> None:
-        daemon = Daemon(self, directory=self.directory, command=launcher(self.directory), env=NO_DOCKER).start()
-        assert daemon.process
-        second = Daemon(self, "-socket", self.path + ".sock", directory=self.directory, command=launcher(self.directory),
-                        env=NO_DOCKER)
-        second.start(wait=False)
+        first = self.daemon().start().process
+        second = self.daemon("-socket", self.path + ".sock").start(wait=False)
         self.assertEqual(second.stop(0), 75)
-        self.assertIn(f"gipam: lease file {self.path} is held by process {daemon.process.pid}: stop it", second.read_log())
+        assert first
+        self.assertIn(f"gipam: lease file {self.path} is held by process {first.pid}: stop it",
+                      second.read_log())
 
     def test_second_one_waits_for_the_first_to_end(self) -> None:
-        holder = subprocess.Popen([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import gipam; "
-                                   "gipam.Store(sys.argv[2]).lock(); print(flush=True); sys.stdin.read()",
-                                   os.path.dirname(GIPAM), self.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        hold = ("import sys; sys.path.insert(0, sys.argv[1]); import gipam; "
+                "gipam.Store(sys.argv[2]).lock(); print(flush=True); sys.stdin.read()")
+        holder = subprocess.Popen([sys.executable, "-c", hold, os.path.dirname(GIPAM), self.path],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert holder.stdout and holder.stdin
         self.addCleanup(holder.wait)
         self.addCleanup(holder.stdout.close)
         holder.stdout.readline()
-        tries = mock.Mock(side_effect=lambda _: holder.stdin and holder.stdin.close())
-        with mock.patch.object(gipam.time, "sleep", tries):
+        tries = mock.Mock(side_effect=lambda _, stdin=holder.stdin: stdin.close())
+        with mock.patch("gipam.time.sleep", tries):
             gipam.Store(self.path).lock()
         self.assertTrue(tries.called)
         with open(self.path + ".lock", encoding="ascii") as file:
@@ -2510,49 +2544,51 @@ class LockTest(StoreCase):
 
 
 def launcher(directory: str, lines: str = "") -> tuple[str, ...]:
-    """Return the command of a gipam.py that keeps to its directory, with a few lines run before its main()."""
-    return (sys.executable, "-c", f"import os, sys; sys.path.insert(0, {os.path.dirname(GIPAM)!r}); import gipam\n"
-            f"gipam.PLUGIN_SOCKET_DIR = {os.path.realpath(directory)!r}\n{lines}\nsys.exit(gipam.main())")
+    """Return the command of a gipam.py that keeps to its directory, and runs these lines first."""
+    return sys.executable, "-c", "\n".join((
+        f"import os, sys; sys.path.insert(0, {os.path.dirname(GIPAM)!r}); import gipam",
+        f"gipam.PLUGIN_SOCKET_DIR = {os.path.realpath(directory)!r}", lines,
+        "sys.exit(gipam.main())"))
 
 
 class CallsTest(StoreCase):
     """The order of file operations, and each of them failing."""
 
     def assert_in_order(self, calls: list[str], wanted: list[str]) -> None:
-        rest = iter(calls)
-        missing = [call for call in wanted if call not in rest]  # each `in` goes on where the last ended
-        self.assertEqual(missing, [], f"out of order in {calls}")
+        rest = iter(calls)  # each `in` goes on where the last one ended
+        self.assertEqual([call for call in wanted if call not in rest], [], calls)
 
     def test_everything_is_synced_before_what_depends_on_it(self) -> None:
-        segment = ["open journal.{0}", "pwrite journal.{0}", "fdatasync journal.{0}", "fsync directory"]
-        request = ["pwrite journal.{0}", "fdatasync journal.{0}", "reply"]
-        snapshot = ["open leases.json.tmp", "pwrite tmp", "fsync tmp", "replace tmp", "fsync directory"]
+        begun = "open journal.{0}", "pwrite journal.{0}", "fdatasync journal.{0}", "fsync directory"
+        request = "pwrite journal.{0}", "fdatasync journal.{0}", "reply"
+        written = "pwrite tmp", "fsync tmp", "replace tmp", "fsync directory"
         service = self.begin()
+        self.assert_in_order(self.calls.made, [*written])
         client = Direct(service)
-        for what, action, wanted in (
-            ("first start", lambda: None, snapshot[1:]),
-            ("first request", client.request_pool, segment + request),
-            ("request", client.request_pool, request),
-            ("fold", lambda: fold(service), [call.replace("{0}", "{1}") for call in segment] + snapshot[1:] + ["unlink journal.1"]),
-            ("request after it", client.request_pool, ["pwrite journal.2", "fdatasync journal.2", "reply"]),
-            ("fold at the stop", lambda: fold(service, is_stopping=True), snapshot[1:] + ["unlink journal.2"]),
+        for what, action, number, wanted in (
+            ("first request", client.request_pool, 1, [*begun, *request]),
+            ("request", client.request_pool, 1, [*request]),
+            ("fold", lambda: fold(service), 2, [*begun, *written, "unlink journal.1"]),
+            ("request after it", client.request_pool, 2, [*request]),
+            ("stop", lambda: fold(service, is_stopping=True), 2, [*written, "unlink journal.{0}"]),
         ):
             with self.subTest(what):
-                if what != "first start":
-                    del self.calls.made[:]
+                del self.calls.made[:]
                 action()
-                self.assert_in_order([*self.calls.made, "reply"], [call.format(1, 2) for call in wanted])
-                last = [call for call in self.calls.made if call.startswith("unlink")]
-                self.assertEqual(self.calls.made[len(self.calls.made) - len(last):], last)
+                self.assert_in_order([*self.calls.made, "reply"],
+                                     [call.format(number) for call in wanted])
+                deleted = [call for call in self.calls.made if call.startswith("unlink")]
+                self.assertEqual(self.calls.made[len(self.calls.made) - len(deleted):], deleted)
 
     def test_whatever_fails_memory_disk_and_answers_agree(self) -> None:
         seed = seeds(1)[0]
         torn = self.torn_journal(seed)
-        for what, files in (("first start", {}), ("a line without its end", torn[0]), ("half a line", torn[1])):
+        for what, files in (("first start", {}), ("a line without its end", torn[0]),
+                            ("half a line", torn[1])):
             made = self.run_with(seed, files, {})
             for number, note in enumerate(made):
                 for fault, faults in self.faults_of(note, number).items():
-                    with self.subTest(what, GIPAM_TEST_SEED=seed, number=number, note=note, fault=fault):
+                    with self.subTest(what, GIPAM_TEST_SEED=seed, call=(number, note), fault=fault):
                         self.run_with(seed, files, faults)
 
     @staticmethod
@@ -2571,8 +2607,8 @@ class CallsTest(StoreCase):
         """Return files with a last line that lacks its end, or half of itself."""
         changes = self.live(6, random.Random(seed))
         files = self.write([changes[:3], changes[3:]])
-        data = files["leases.json.journal.1"]
-        return {**files, "leases.json.journal.1": data[:-1]}, {**files, "leases.json.journal.1": data[:-40]}
+        name = "leases.json.journal.1"
+        return {**files, name: files[name][:-1]}, {**files, name: files[name][:-40]}
 
     def run_with(self, seed: int, files: dict[str, bytes], faults: dict[int, Any]) -> list[str]:
         """Live on these files with faults, and check what they do; return the calls made."""
@@ -2594,8 +2630,8 @@ class CallsTest(StoreCase):
             if min(faults, default=1 << 20) < len(calls.made):
                 self.check(service, tenant, lost, attempts)
         if lost.is_set():
-            culprits = {calls.made[number].split()[0] for number in faults if number < len(calls.made)}
-            self.assertTrue(culprits & {"fdatasync", "ftruncate", "close"}, culprits)
+            culprits = {calls.made[at].split()[0] for at in faults if at < len(calls.made)}
+            self.assertTrue(culprits & {"fdatasync", "ftruncate", "fsync"}, culprits)
             with self.assertRaisesRegex(Refused, "cannot"):
                 tenant.client.request_pool()
         else:
@@ -2612,7 +2648,7 @@ class CallsTest(StoreCase):
 
     def check(self, service: gipam.Service, tenant: Tenant, lost: threading.Event,
               attempts: list[gipam.Change]) -> None:
-        """Check that answers, memory and disk agree; if the disk is lost, it may be ahead by what failed."""
+        """Check that answers, memory and disk agree; a lost disk may be ahead by what failed."""
         self.assertEqual(held(service.state), {pool_id: sorted(addresses)
                                                for pool_id, addresses in tenant.pools.items()})
         disk = recover(self.path)
@@ -2649,14 +2685,15 @@ class PowerCutTest(StoreCase):
 
     def test_everything_acknowledged_is_there_after_a_power_cut(self) -> None:
         for seed in seeds(2):
-            rng, images, disk = random.Random(seed), {}, SimulatedDisk()
+            rng, disk = random.Random(seed), SimulatedDisk()
+            images: dict[Any, int] = {}  # name and content of the files -> what was acknowledged
 
-            def at_call(acknowledged: int, rng: random.Random = rng, images: dict[Any, int] = images,
-                        disk: SimulatedDisk = disk) -> None:
+            def photograph(acknowledged: int, rng: random.Random = rng, disk: SimulatedDisk = disk,
+                           images: dict[Any, int] = images) -> None:
                 for files in (disk.after_kill(), *(disk.after_power_cut(rng) for _ in range(5))):
                     images[tuple(sorted(files.items()))] = acknowledged
 
-            expected = pictures(self.live_on(disk, rng, at_call))
+            expected = pictures(self.live_on(disk, rng, photograph))
             with self.subTest(GIPAM_TEST_SEED=seed):
                 for image, acknowledged in images.items():
                     self.write_files(dict(image))
@@ -2669,17 +2706,15 @@ class PowerCutTest(StoreCase):
         seed = seeds(1)[0]
         rng, disk, kills = random.Random(seed), SimulatedDisk(), []
         self.live_on(disk, rng, lambda _: kills.append(copy.deepcopy(disk)))
-        for what, act in (
-            ("a grant", lambda client: client.request_pool("192.168.0.0/24")),
-            ("a release of nothing", lambda client: client.release_pool("10.2.0.0/24#0123456789abcdef")),
-        ):
+        for what, method, argument in (("a grant", Direct.request_pool, "192.168.0.0/24"),
+                                       ("a release of nothing", Direct.release_pool, UNKNOWN_ID)):
             with self.subTest(what, GIPAM_TEST_SEED=seed):
                 for disk in kills if IS_LONG else rng.sample(kills, 60):
                     self.write_files(disk.after_kill())
                     second = copy.deepcopy(disk)
                     second.watch = lambda: None
                     service = begin(self.path, second)
-                    act(Direct(service))
+                    method(Direct(service), argument)
                     end(service)
                     for _ in range(4):
                         self.write_files(second.after_power_cut(rng))
@@ -2699,17 +2734,19 @@ class RealDiskTest(StoreCase):
         super().setUp()
         if os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("nsenter"):
             self.skipTest("needs to mount: run it as root, with util-linux")
-        holder = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs "$0" && echo && exec cat', self.make("disk")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        mount = 'mount -t tmpfs -o size=64k tmpfs "$0" && echo && exec cat'
+        holder = subprocess.Popen(["unshare", "--mount", "sh", "-c", mount, self.make("disk")],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE)
         self.addCleanup(holder.communicate)
         assert holder.stdout and holder.stderr
         if not holder.stdout.readline():
-            self.skipTest(f"gets no mount namespace ({holder.stderr.read().decode().strip()}): run it privileged")
+            text = holder.stderr.read().decode().strip()
+            self.skipTest(f"gets no mount namespace ({text}): run it in a privileged container")
         self.inside = ("nsenter", "-t", str(holder.pid), "-m", "--")
         self.disk = f"/proc/{holder.pid}/root{self.directory}/disk"  # as seen from here
-        self.daemon = Daemon(self, "-v4", "10.2.0.0/16", "-file", f"{self.directory}/disk/leases.json",
-                             directory=self.directory, command=(*self.inside, *launcher(self.directory)), env=NO_DOCKER)
+        self.served = self.daemon("-v4", "10.2.0.0/16", "-file",
+                                  f"{self.directory}/disk/leases.json", inside=self.inside)
 
     def make(self, name: str) -> str:
         path = os.path.join(self.directory, name)
@@ -2738,43 +2775,44 @@ class RealDiskTest(StoreCase):
             pool_id: sorted(addresses) for pool_id, addresses in tenant.pools.items()})
 
     def test_full_disk_costs_errors_and_no_lease(self) -> None:
-        tenant = Tenant(self.daemon.start().client(), random.Random(1))
+        tenant = Tenant(self.served.start().client(), random.Random(1))
         tenant.pools[tenant.client.request_pool(pool="10.2.0.0/16")[0]] = []
         self.fill()
         for end_daemon in (signal.SIGKILL, signal.SIGTERM):
-            self.assertRegex(self.request_until_full(tenant), "cannot write .*leases.json.journal.*: No space left")
+            error = self.request_until_full(tenant)
+            self.assertRegex(error, r"cannot write .*/disk/.*journal\.\d: No space left")
             self.check(tenant)
-            self.daemon.stop(end_daemon)
+            self.served.stop(end_daemon)
             self.check(tenant)
-            tenant.client = self.daemon.start().client()  # also on a full disk
+            tenant.client = self.served.start().client()  # also on a full disk
         self.request_until_full(tenant)
         os.unlink(f"{self.disk}/filler")
         tenant.request_address(next(iter(tenant.pools)))
-        self.assertEqual(self.daemon.stop(), 0)
+        self.assertEqual(self.served.stop(), 0)
         self.check(tenant)
 
     def test_first_start_on_a_full_disk_names_the_file(self) -> None:
         self.fill()
-        self.daemon.start(wait=False)
-        self.assertEqual(self.daemon.stop(0), 1)
-        self.assertRegex(self.daemon.read_log(), f"(?m)^gipam: {self.directory}/disk/leases.json.*: No space left on device")
+        self.served.start(wait=False)
+        self.assertEqual(self.served.stop(0), 1)
+        self.assertRegex(self.served.read_log(), "(?m)^gipam: /.*/disk/leases.*: No space left")
 
     def test_read_only_disk_is_named(self) -> None:
-        self.daemon.start().client().request_pool()
-        self.daemon.kill()
+        self.served.start().client().request_pool()
+        self.served.kill()
         before = recover(f"{self.disk}/leases.json")
-        subprocess.run([*self.inside, "mount", "-o", "remount,ro", f"{self.directory}/disk"], check=True)
-        self.daemon.start(wait=False)
-        self.assertEqual(self.daemon.stop(0), 1)
-        self.assertRegex(self.daemon.read_log(), f"(?m)^gipam: {self.directory}/disk/leases.json.*: Read-only file system")
+        remount = "mount", "-o", "remount,ro", self.directory + "/disk"
+        subprocess.run([*self.inside, *remount], check=True)
+        self.served.start(wait=False)
+        self.assertEqual(self.served.stop(0), 1)
+        self.assertRegex(self.served.read_log(), "(?m)^gipam: /.*/disk/leases.json.*: Read-only")
         self.assertEqual(dump_state(recover(f"{self.disk}/leases.json")), dump_state(before))
 
     def test_directory_that_is_gone_costs_errors_until_it_is_back(self) -> None:
-        daemon = Daemon(self, "-file", os.path.join(self.make("gone"), "leases.json"), directory=self.directory,
-                        command=launcher(self.directory), env=NO_DOCKER).start()
+        daemon = self.daemon("-file", os.path.join(self.make("gone"), "leases.json")).start()
         shutil.rmtree(os.path.join(self.directory, "gone"))
         client = daemon.client()
-        with self.assertRaisesRegex(Refused, "cannot write .*gone/leases.json.journal.1: No such file"):
+        with self.assertRaisesRegex(Refused, r"cannot write .*/gone/.*journal\.1: No such file"):
             client.request_pool("10.9.0.0/24")
         self.make("gone")
         client.request_pool("10.9.0.0/24")  # it was not held, and is now
@@ -2786,20 +2824,20 @@ class RealDiskTest(StoreCase):
         self.assertIn("its directory is not there", daemon.read_log())
 
     def test_disk_that_cannot_sync_ends_the_daemon_and_the_next_one_goes_on(self) -> None:
-        fail = ("def fail(fd):\n    raise OSError(5, 'Input/output error')\n"
-                "sync, calls = os.fdatasync, []\n"
-                "os.fdatasync = lambda fd: calls.append(fd) or (fail if len(calls) > 5 else sync)(fd)")
-        daemon = Daemon(self, directory=self.directory, command=launcher(self.directory, fail), env=NO_DOCKER).start()
+        daemon = self.daemon(lines="calls, sync = [], os.fdatasync\n"
+                             "def fail(fd): raise OSError(5, 'Input/output error')\n"
+                             "os.fdatasync = lambda fd: calls.append(fd) or "
+                             "(sync, fail)[len(calls) > 5](fd)").start()
         client = daemon.client()
-        pools = {}
+        pools: set[str] = set()
         with self.assertRaisesRegex(Refused, r"cannot sync .*journal\.\d: Input/output error"):
             for number in range(10):
-                pools[client.request_pool(f"10.9.{number}.0/24")[0]] = []
+                pools.add(client.request_pool(f"10.9.{number}.0/24")[0])
         self.assertEqual(daemon.stop(0), 74)
         daemon.command = launcher(self.directory)
         daemon.start().client().request_pool("10.10.0.0/24")
         daemon.kill()
-        self.assertLessEqual(pools.keys(), held(recover(self.path)).keys())
+        self.assertLessEqual(pools, recover(self.path).pools.keys())
 
 
 # === Service ======================================================================================
@@ -2860,7 +2898,7 @@ class GroupCommitTest(ServiceCase):
             "a foreign id": self.ask(client.request_address, "nonsense"),
             "an overlap": self.ask(client.request_pool, "10.9.0.0/16"),
             "an adoption refused": self.ask(client.request_address, "10.9.0.0/16#0123456789abcdef"),
-            "a take-back of nothing": self.ask(self.service.take_back, gipam.Ticket(None, 0, lambda: None)),
+            "a take-back": self.ask(self.service.take_back, gipam.Ticket(None, 0, lambda: None)),
         }
         made = self.calls.made[:]
         for what, future in {"the first": first, **futures}.items():
@@ -2869,8 +2907,8 @@ class GroupCommitTest(ServiceCase):
         for future in (first, *futures.values()):
             future.exception(DEADLINE_S)
         self.assertEqual(self.calls.made[len(made):], ["pwrite journal.1", "fdatasync journal.1"])
-        refused = {what for what, future in futures.items() if future.exception()}
-        self.assertEqual(refused, {"a refusal", "a foreign id", "an overlap", "an adoption refused"})
+        self.assertEqual({what for what, future in futures.items() if future.exception()},
+                         {"a refusal", "a foreign id", "an overlap", "an adoption refused"})
         self.assert_agreed()
 
     def test_requests_during_a_flush_share_the_next_one(self) -> None:
@@ -2888,16 +2926,20 @@ class GroupCommitTest(ServiceCase):
         client, state = self.client, self.service.state
         first, go = self.hold("pwrite journal.1", client.request_pool, gipam_name="web")
         pool_id = list(state.pools)[-1]
-        futures = [first, self.ask(client.request_address, pool_id, mac="02:42:00:00:00:01"),
-                   self.ask(client.release_address, pool_id, "10.2.0.1"),
-                   self.ask(client.request_address, pool_id, "10.2.0.1"),
-                   self.ask(client.release_address, self.pool_id, "10.9.0.3"),
-                   self.ask(client.request_address, self.pool_id, "10.9.0.3", name="db"),
-                   self.ask(client.release_pool, pool_id), self.ask(client.request_pool, gipam_name="web"),
-                   self.ask(client.request_pool, "10.10.0.0/24", "10.10.0.0/28"),
-                   self.ask(client.request_pool, "10.10.0.0/24", "10.10.0.16/28"),
-                   self.ask(client.release_pool, "none"), self.ask(client.release_pool, self.pool_id),
-                   self.ask(client.request_pool, "10.9.0.0/24", gipam_name="web")]
+        futures = [first]
+        for method, arguments, options in (
+            (client.request_address, (pool_id,), {"mac": "02:42:00:00:00:01"}),
+            (client.release_address, (pool_id, "10.2.0.1"), {}),
+            (client.request_address, (pool_id, "10.2.0.1"), {}),
+            (client.release_address, (self.pool_id, "10.9.0.3"), {}),
+            (client.request_address, (self.pool_id, "10.9.0.3"), {"name": "db"}),
+            (client.release_pool, (pool_id,), {}), (client.request_pool, (), {"gipam_name": "web"}),
+            (client.request_pool, ("10.10.0.0/24", "10.10.0.0/28"), {}),
+            (client.request_pool, ("10.10.0.0/24", "10.10.0.16/28"), {}),
+            (client.release_pool, ("none",), {}), (client.release_pool, (self.pool_id,), {}),
+            (client.request_pool, ("10.9.0.0/24",), {"gipam_name": "web"}),
+        ):
+            futures.append(self.ask(method, *arguments, **options))
         return futures, go
 
     def test_failed_flush_reverts_all_that_was_queued_newest_first(self) -> None:
@@ -2906,7 +2948,8 @@ class GroupCommitTest(ServiceCase):
         self.assertEqual(self.service.state.seq, 3 + 12)
         go(errno.ENOSPC)
         for future in futures:
-            self.assertRegex(str(future.exception(DEADLINE_S)), "cannot write .*: No space left .*; nothing has changed")
+            self.assertRegex(str(future.exception(DEADLINE_S)),
+                             "cannot write .*: No space left .*; nothing has changed")
         self.assertEqual(dump_state(self.service.state), before)
         self.assert_agreed()
         self.client.request_address(self.pool_id)  # it serves on
@@ -2925,12 +2968,12 @@ class GroupCommitTest(ServiceCase):
         self.addCleanup(end, service)
         client, before = Direct(service), copy.deepcopy(dump_state(service.state))
         first, go = self.hold("fdatasync journal.1", client.request_address, self.pool_id)
-        futures = [first, *(self.threads.submit(client.request_address, self.pool_id) for _ in range(3))]
+        futures = [self.threads.submit(client.request_address, self.pool_id) for _ in range(3)]
         go(errno.EIO)
-        for future in (*futures, self.threads.submit(client.release_pool, "none")):
-            self.assertRegex(str(future.exception(DEADLINE_S)), "cannot sync .*: Input/output error")
+        for future in (first, *futures, self.threads.submit(client.release_pool, "none")):
+            self.assertRegex(str(future.exception(DEADLINE_S)), "cannot sync .*: Input/output")
         self.assertTrue(lost.wait(DEADLINE_S))
-        self.assertEqual(service.flusher.loss.exit_status, 74)
+        self.assertEqual(service.flusher.loss and service.flusher.loss.exit_status, 74)
         self.assertEqual(dump_state(service.state), before)
 
 
@@ -2946,16 +2989,17 @@ class FoldTest(ServiceCase):
         return sorted(name.rpartition(".")[2] for name in glob.glob(self.path + ".journal.*"))
 
     def test_no_request_waits_for_it(self) -> None:
-        for at, note in enumerate(("open tmp", "pwrite tmp", "fsync tmp", "replace tmp", "unlink journal.{}")):
+        notes = "open tmp", "pwrite tmp", "fsync tmp", "replace tmp", "unlink journal.5"
+        for number, note in enumerate(notes, 1):
             with self.subTest(note):
-                folding, go = self.hold(note.format(at + 1), fold, self.service)
+                folding, go = self.hold(note, fold, self.service)
                 address = self.client.request_address(self.pool_id).partition("/")[0]
                 self.client.release_address(self.pool_id, address)
                 self.assert_agreed()
                 go()
                 self.assertTrue(folding.result(DEADLINE_S))
                 self.assert_agreed()
-                self.assertEqual(self.journals(), [str(at + 2)])
+                self.assertEqual(self.journals(), [str(number + 1)])
 
     def test_crash_at_any_call_of_a_fold_is_harmless(self) -> None:
         expected = dump_state(self.service.state)
@@ -2980,7 +3024,8 @@ class FoldTest(ServiceCase):
         seed = seeds(1)[0]
         changes, _ = record(self.service)
         base, stop = recover(self.path), threading.Event()
-        tenants = [Tenant(self.client, random.Random(seed + number), number, (self.pool_id,)) for number in range(4)]
+        tenants = [Tenant(self.client, random.Random(seed + number), number, (self.pool_id,))
+                   for number in range(4)]
 
         def live(tenant: Tenant) -> None:
             while not stop.is_set():
@@ -3003,7 +3048,8 @@ class FoldTest(ServiceCase):
         setattr(self.service, "fold", lambda: fold(self.service))  # noqa: B010 - the real one again
         with mock.patch.object(gipam, "MIN_FOLD_BYTES", 1000):
             for number in itertools.count():
-                self.client.release_address(self.pool_id, self.client.request_address(self.pool_id).partition("/")[0])
+                address = self.client.request_address(self.pool_id).partition("/")[0]
+                self.client.release_address(self.pool_id, address)
                 if self.journals()[-1] >= "4":
                     break
                 self.assertLess(number, 10_000)
@@ -3035,7 +3081,8 @@ class FoldTest(ServiceCase):
                     self.assertEqual(held(recover(self.path)), held(self.service.state))
 
     def test_fold_that_fails_costs_nothing(self) -> None:
-        for note, is_stopping in itertools.product(("open tmp", "fsync tmp", "replace tmp"), (False, True)):
+        notes = "open tmp", "fsync tmp", "replace tmp"
+        for note, is_stopping in itertools.product(notes, (False, True)):
             with self.subTest(note, is_stopping=is_stopping):
                 folding, go = self.hold(note, fold, self.service, is_stopping)
                 go(errno.ENOSPC)
@@ -3049,21 +3096,22 @@ class FoldTest(ServiceCase):
 
 
 class TakeBackTest(ServiceCase):
-    """A reply that never arrived is undone, by sequence number: a late one never touches a successor."""
+    """A reply that never arrived is undone by sequence number: a successor is not touched."""
 
     def setUp(self) -> None:
         super().setUp()
         self.pool_id, _ = self.client.request_pool("10.9.0.0/24")
 
-    def ticket_of(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> gipam.Ticket:
-        function(*arguments, **options)
+    def ticket_of(self, method: Callable[..., Any], *arguments: Any) -> gipam.Ticket:
+        method(*arguments)
         assert self.client.ticket
         return self.client.ticket
 
     def test_what_was_granted_is_released(self) -> None:
         before = held(self.service.state)
-        for function, arguments in ((self.client.request_address, (self.pool_id,)), (self.client.request_pool, ())):
-            self.service.take_back(self.ticket_of(function, *arguments))
+        for method, *arguments in ((self.client.request_address, self.pool_id),
+                                   (self.client.request_pool,)):
+            self.service.take_back(self.ticket_of(method, *arguments))
             self.assertEqual(held(self.service.state), before)
             self.assert_agreed()
 
@@ -3080,12 +3128,13 @@ class TakeBackTest(ServiceCase):
             client.release_address(pool_id, address)
             client.request_address(pool_id, address, name="successor")
 
+        request, release = client.request_address, client.release_address
         for what, ticket, then in (
-            ("an address that another has now", self.ticket_of(client.request_address, pool_id, address), reassign),
-            ("an address that is gone", self.ticket_of(client.request_address, pool_id, "10.9.0.8"),
-             lambda: client.release_address(pool_id, "10.9.0.8")),
-            ("a pool that was adopted again", self.ticket_of(client.request_address, other_id, "10.10.0.9"), readopt),
-            ("a release", self.ticket_of(client.release_address, other_id, "10.10.0.9"), lambda: None),
+            ("another has it", self.ticket_of(request, pool_id, address), reassign),
+            ("it is gone", self.ticket_of(request, pool_id, "10.9.0.8"),
+             lambda: release(pool_id, "10.9.0.8")),
+            ("its pool was adopted again", self.ticket_of(request, other_id, "10.10.0.9"), readopt),
+            ("a release", self.ticket_of(release, other_id, "10.10.0.9"), lambda: None),
             ("a pool that is gone", gone, lambda: client.release_pool(gone.change.pool_id)),
         ):
             with self.subTest(what):
@@ -3106,23 +3155,26 @@ class AdoptionTest(ServiceCase):
                               ("2001:db8:0:105::/64#0123456789abcdef", "2001:db8:0:105::9/64")):
             with self.subTest(pool_id):
                 made = self.calls.made.count("fdatasync journal.1")
-                self.assertEqual(self.client.request_address(pool_id, cidr.partition("/")[0]), cidr)
-                self.assertEqual(self.client.request_address(pool_id).partition("/")[2], cidr.partition("/")[2])
+                address, _, length = cidr.partition("/")
+                self.assertEqual(self.client.request_address(pool_id, address), cidr)
+                self.assertEqual(self.client.request_address(pool_id).partition("/")[2], length)
                 self.assertLessEqual(self.calls.made.count("fdatasync journal.1") - made, 3)
                 self.assert_agreed()
 
     def test_error_leaves_state_and_disk_as_they_were(self) -> None:
         self.client.request_pool("10.9.0.0/24")
         before, files = copy.deepcopy(dump_state(self.service.state)), self.read_files()
-        for pool_id, address, pattern in (
-            ("10.8.0.0/24#0123456789abcdef", "10.7.0.1", "requested address is out of range"),
-            ("10.8.0.0/24#0123456789abcdef", "10.8.0.0", "Address already in use: .* reserved"),
-            ("10.8.0.0/24#0123456789abcdef", "2001:db8::1", "invalid address"),
-            ("10.9.0.0/24#0123456789abcdef", "", "nor adopt it: Pool overlaps"),
-            ("10.9.0.0/24,10.9.0.0/28#0123456789abcdef", "", "nor adopt it: Pool overlaps"),
-            ("10.8.0.0/24,10.9.0.0/28#0123456789abcdef", "", "nor adopt it: invalid address subpool"),
-            ("10.8.0.1/24#0123456789abcdef", "", "cannot find address pool"), ("1234", "", "cannot find address pool"),
+        for prefixes, address, pattern in (
+            ("10.8.0.0/24", "10.7.0.1", "requested address is out of range"),
+            ("10.8.0.0/24", "10.8.0.0", "Address already in use: .* reserved"),
+            ("10.8.0.0/24", "2001:db8::1", "invalid address"),
+            ("10.9.0.0/24", "", "nor adopt it: Pool overlaps"),
+            ("10.9.0.0/24,10.9.0.0/28", "", "nor adopt it: Pool overlaps"),
+            ("10.8.0.0/24,10.9.0.0/28", "", "nor adopt it: invalid address subpool"),
+            ("10.8.0.1/24", "", "cannot find address pool"),
+            ("web", "", "cannot find address pool"),
         ):
+            pool_id = f"{prefixes}#{TOKEN}"
             with self.subTest(pool_id=pool_id, address=address):
                 with self.assertRaisesRegex(Refused, pattern):
                     self.client.request_address(pool_id, address)
@@ -3132,7 +3184,8 @@ class AdoptionTest(ServiceCase):
     def test_failed_flush_reverts_the_adoption_with_the_address(self) -> None:
         self.client.request_pool("10.9.0.0/24")
         before = copy.deepcopy(dump_state(self.service.state))
-        future, go = self.hold("pwrite journal.1", self.client.request_address, "10.8.0.0/24#0123456789abcdef")
+        pool_id = f"10.8.0.0/24#{TOKEN}"
+        future, go = self.hold("pwrite journal.1", self.client.request_address, pool_id)
         go(errno.ENOSPC)
         self.assertRegex(str(future.exception(DEADLINE_S)), "No space left")
         self.assertEqual(dump_state(self.service.state), before)
@@ -3146,60 +3199,63 @@ class Load:
         self.test, self.daemon = test, daemon
         client = daemon.client()
         shared = (client.request_pool()[0], client.request_pool(v6=True)[0])
-        self.tenants = [Tenant(client, random.Random(seed + number), number, shared) for number in range(clients)]
+        self.tenants = [Tenant(client, random.Random(seed + number), number, shared)
+                        for number in range(clients)]
         self.stop, self.is_dying = threading.Event(), threading.Event()
-        self.failures: list[BaseException] = []
-        self.threads: list[threading.Thread] = []
+        self.threads = concurrent.futures.ThreadPoolExecutor(clients)
+        test.addCleanup(self.threads.shutdown)
+        test.addCleanup(self.stop.set)
+        self.lives: list[concurrent.futures.Future[None]] = []
 
     def start(self) -> None:
         self.stop.clear()
         self.is_dying.clear()
-        self.threads = [threading.Thread(target=self._live, args=(tenant,)) for tenant in self.tenants]
-        for thread in self.threads:
-            thread.start()
+        self.lives = [self.threads.submit(self._live, tenant) for tenant in self.tenants]
 
     def wait_for(self, replies: int) -> None:
-        """Wait for so many replies more, or the first failure."""
+        """Wait for so many replies more, or until somebody gives up."""
         deadline, goal = time.monotonic() + DEADLINE_S, self.replies() + replies
-        while self.replies() < goal and not self.failures and time.monotonic() < deadline:
+        while self.replies() < goal and self.is_well() and time.monotonic() < deadline:
             time.sleep(0.001)
+
+    def is_well(self) -> bool:
+        return not any(life.done() for life in self.lives)
 
     def replies(self) -> int:
         return sum(tenant.replies for tenant in self.tenants)
 
     def join(self) -> None:
-        for thread in self.threads:
-            thread.join(DEADLINE_S)
-        self.test.assertEqual(self.failures, [], self.daemon.read_log()[-2000:])
-        self.test.assertFalse(any(thread.is_alive() for thread in self.threads))
+        for life in self.lives:
+            life.result(DEADLINE_S)
 
     def _live(self, tenant: Tenant) -> None:
         tenant.client = client = Client(self.daemon.socket)
         try:
             while not self.stop.is_set():
                 tenant.step()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException):
             if not self.is_dying.is_set():
-                self.failures.append(error)
-        except BaseException as error:
-            self.failures.append(error)
+                raise
         finally:
             client.close()
 
     def reconcile(self, state: gipam.State) -> None:
-        """Check that the disk has all that was acknowledged, nothing twice, and beyond that only
-        what the calls that were not answered explain; then let the tenants know how those ended."""
-        on_disk = {(pool_id, address) for pool_id, addresses in held(state).items() for address in ("", *addresses)}
-        known = [(pool_id, address) for tenant in self.tenants for pool_id, addresses in tenant.pools.items()
-                 for address in addresses]
+        """Check that all that was acknowledged is there, and nothing is held twice.
+
+        Beyond that there is what the calls that were not answered explain; tell the tenants.
+        """
+        on_disk = {(pool_id, address) for pool_id, addresses in held(state).items()
+                   for address in ("", *addresses)}
+        known = [(pool_id, address) for tenant in self.tenants
+                 for pool_id, addresses in tenant.pools.items() for address in addresses]
         self.test.assertEqual(len(known), len(set(known)), "an address was given twice")
         known += [(pool_id, "") for tenant in self.tenants for pool_id in tenant.pools]
         surplus, gone = on_disk - set(known), []
         for pool_id, address in set(known) - on_disk:
             owner = next(tenant for tenant in self.tenants if pool_id in tenant.pools
                          and address in ("", *tenant.pools[pool_id]))
-            self.test.assertIn(owner.pending, (("release_pool", pool_id), ("release_address", pool_id, address)),
-                               f"{pool_id} {address} was acknowledged, and is lost")
+            releases = ("release_pool", pool_id), ("release_address", pool_id, address)
+            self.test.assertIn(owner.pending, releases, f"{pool_id} {address} is lost")
             if address:
                 owner.pools[pool_id].remove(address)
             elif owner.pending[0] == "release_pool":
@@ -3218,10 +3274,10 @@ class KillTest(StoreCase):
     """A real daemon under load."""
 
     def start(self, clients: int, seed: int) -> Load:
-        quick = "gipam.MIN_FOLD_BYTES, gipam.FOLD_PATIENCE_S = 2000, 0.01"  # a fold each few dozen requests
-        self.daemon = Daemon(self, "-v4", "10.2.0.0/16", "-v6", "2001:db8:0:100::/56", directory=self.directory,
-                             command=launcher(self.directory, quick), env=NO_DOCKER).start()
-        return Load(self, self.daemon, clients, seed)
+        self.served = self.daemon(
+            "-v4", "10.2.0.0/16", "-v6", "2001:db8:0:100::/56",  # a fold each few dozen requests
+            lines="gipam.MIN_FOLD_BYTES, gipam.FOLD_PATIENCE_S = 2000, 0.01").start()
+        return Load(self, self.served, clients, seed)
 
     def test_no_kill_under_load_loses_or_doubles_a_lease(self) -> None:
         seed = seeds(1)[0]
@@ -3233,17 +3289,18 @@ class KillTest(StoreCase):
                 load.start()
                 load.wait_for(rng.randrange(400))
                 load.is_dying.set()
-                self.daemon.kill()
+                self.served.kill()
                 load.join()
                 load.reconcile(recover(self.path))
-                self.daemon.start()
+                self.served.start()
             load.start()
             load.wait_for(200)
             load.stop.set()
             load.join()
             before = recover(self.path)
-            self.assertEqual(self.daemon.stop(), 0)  # now the lease file has what was in memory
-            self.assertEqual(sorted(os.listdir(self.directory)), ["leases.json", "leases.json.lock", "log"])
+            self.assertEqual(self.served.stop(), 0)  # now the lease file has what was in memory
+            self.assertEqual(sorted(os.listdir(self.directory)),
+                             ["leases.json", "leases.json.lock", "log"])
             load.reconcile(recover(self.path))
             self.assertEqual(dump_state(recover(self.path)), dump_state(before))
 
@@ -3252,7 +3309,7 @@ class KillTest(StoreCase):
         load = self.start(clients, seed)
         load.start()
         figures, started = [], time.monotonic()
-        while time.monotonic() < started + for_s and not load.failures:
+        while time.monotonic() < started + for_s and load.is_well():
             load.stop.wait(0.1)
             figures.append(self.measure())
         load.stop.set()
@@ -3265,20 +3322,21 @@ class KillTest(StoreCase):
             self.assertLessEqual(max(it["descriptors"] for it in figures), clients + 16)
             self.assertLess(max(it["bytes"] for it in figures), 1 << 20)
         if IS_LONG:
-            print(f"soak: {load.replies()} replies in {for_s:g} s; after a third {early}, at the end {late}")
+            print(f"soak: {load.replies()} replies in {for_s:g} s; after a third {early}, "
+                  f"at the end {late}")
 
     def measure(self) -> dict[str, int]:
         """Return memory, threads and descriptors of the daemon, and the size of its files."""
-        assert self.daemon.process
-        process = f"/proc/{self.daemon.process.pid}"
+        assert self.served.process
+        process = f"/proc/{self.served.process.pid}"
         with open(process + "/status", encoding="ascii") as file:
             status = dict(line.split(":", 1) for line in file)
         size = 0
         for name in glob.glob(self.path + "*"):
             with contextlib.suppress(FileNotFoundError):
                 size += os.path.getsize(name)
-        return {"kB": int(status["VmRSS"].split()[0]), "threads": int(status["Threads"]), "bytes": size,
-                "descriptors": len(os.listdir(process + "/fd"))}
+        return {"kB": int(status["VmRSS"].split()[0]), "threads": int(status["Threads"]),
+                "bytes": size, "descriptors": len(os.listdir(process + "/fd"))}
 
 
 # === Protocol =====================================================================================
@@ -3831,7 +3889,7 @@ class ConformanceCases(StageCases):
 
     def test_names_of_any_kind(self) -> None:
         """TestEndpointNameLabel, TestNetworkMarshalling."""
-        names = ["web", "naïve café ☕", "\U0001f40b", "\ud800", "a\nb\x1b[31m", "x" * 255]
+        names = ["web", "naïve café ☕", "\U0001f40b", "'\"\\ {}%s", "x" * 255]
         pools = [self.pool(f"10.3{at}.0.0/24", gipam_name=name) for at, name in enumerate(names)]
         for pool_id, name in zip(pools, names):
             self.caller.request_address(pool_id, name=name, mac="02:42:0a:00:00:01")
@@ -4155,6 +4213,8 @@ class RefusalTextTest(StageCases, unittest.TestCase):
             (400, "option gipam.v6ab is not a prefix length: ''", {"Options": {"gipam.v6ab": ""}}),
             (400, "option gipam.name is longer than 255 characters",
              {"Options": {"gipam.name": "x" * 256}}),
+            (400, "option gipam.name has characters that cannot be printed: 'a\\nb'",
+             {"Options": {"gipam.name": "a\nb"}}),
             (400, "Options is not a map of strings: [1]", {"Options": [1]}),
             (400, "Pool is not a string: 5", {"Pool": 5}),
         )
@@ -4825,7 +4885,7 @@ class SendingTest(unittest.TestCase):
 
     def test_request_that_does_not_end(self) -> None:
         """On TCP its connection ends after a while; an idle one, and one that is busy, does not."""
-        server = self.serve(WatchedTcp, ("127.0.0.1", 0))
+        server = self.serve(gipam.Server, ("127.0.0.1", 0))
         idle, slow = Peer(self, server.server_address), Peer(self, server.server_address)
         with mock.patch.object(gipam, "REQUEST_PATIENCE_S", 0.01):
             slow.send(NEW_POOL[:50])
@@ -4902,6 +4962,12 @@ class Stock(http.server.BaseHTTPRequestHandler):
 class HeadTest(unittest.TestCase):
     """gipam reads heads as http.server does: same verdict, status, and connection afterwards."""
 
+    def setUp(self) -> None:
+        directory = tempfile.mkdtemp(prefix="gipam-")
+        self.addCleanup(shutil.rmtree, directory)
+        self.server = gipam.UnixServer(os.path.join(directory, "sock"), mock.Mock())
+        self.addCleanup(self.server.server_close)
+
     def test_heads_are_read_as_http_server_reads_them(self) -> None:
         for head in HEADS:
             with self.subTest(head[:60], length=len(head)):
@@ -4934,10 +5000,9 @@ class HeadTest(unittest.TestCase):
             events.append(error.http_status)
             return gipam.Reply(error.http_status, b"")
 
-        server = mock.Mock(address_family=socket.AF_UNIX, is_public=False, is_retiring=False)
         with mock.patch.object(gipam, "dispatch", dispatch), \
                 mock.patch.object(gipam, "refuse", refuse), mock.patch.object(gipam.log, "warning"):
-            interim = self.talk(data, lambda connection: gipam.Handler(connection, "", server))
+            interim = self.talk(data, lambda peer: gipam.Handler(peer, "", self.server))
         return interim + events
 
 
@@ -5231,13 +5296,12 @@ class StopTest(unittest.TestCase):
             with self.subTest(kind=kind.__name__):
                 daemon, address = self.start(kind)
                 assert daemon.process
-                peer = Peer(self, address)
-                with hold_disk(daemon) as wait_for_change:
+                peer = Peer(self, address).send(ACTIVATE)
+                self.assertTrue(peer.answer())
+                with stopped(daemon):
                     peer.send(NEW_POOL)
-                    wait_for_change()
                     daemon.process.send_signal(signal.SIGTERM)
-                    peer.send(ACTIVATE)
-                self.assertEqual([answer.status for answer in peer.answers()], [200, 200])
+                self.assertEqual([answer.status for answer in peer.answers()], [200])
                 self.assert_stopped(daemon)
 
     def test_successor_of_what_is_undone_is_not_touched(self) -> None:
@@ -5465,6 +5529,9 @@ class DockerApi(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     docker: FakeDocker
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Stay silent when gipam has not waited for the answer."""
+
 
 class DockerApiHandler(http.server.BaseHTTPRequestHandler):
     server: DockerApi
@@ -5650,6 +5717,9 @@ class OperatedCase(unittest.TestCase):
         os.mkdir(self.proc)
         self.docker = FakeDocker(self, os.path.join(self.directory, "docker.sock"), self.call, self.version)
         self.enterContext(mock.patch.object(gipam, "CHECK_PAUSE_S", 0))
+        silence = logging.NullHandler()  # what is refused is expected
+        gipam.log.addHandler(silence)
+        self.addCleanup(gipam.log.removeHandler, silence)
         self.service = self.open()
         self.server = gipam.UnixServer(self.socket, self.service)
         serve_in_thread(self, self.server)
@@ -5952,7 +6022,7 @@ class CheckTest(OperatedCase):
 
     def test_only_a_daemon_mends(self) -> None:
         self.docker.stop("one", is_told=False)
-        options = ("-unix", "-socket", self.directory + "/none/gipam.sock", "-file", self.file)
+        options = ("-socket", self.directory + "/none/gipam.sock", "-address", "127.0.0.1:1", "-file", self.file)
         self.assertEqual(self.run_gipam("check", "--grace", "0", options=options).out, self.run_gipam(
             "check", "--grace", "0").out)
         done = self.run_gipam("check", "--fix", "--grace", "0", options=options)
@@ -6334,7 +6404,7 @@ class ReleaseTest(OperatedCase):
         self.assertEqual(self.held()["fd00:9::/64"], [])
 
     def test_without_docker_or_daemon_nothing_is_released(self) -> None:
-        other = ("-unix", "-socket", self.directory + "/other.sock", "-file", self.file)
+        other = ("-socket", self.directory + "/none/gipam.sock", "-address", "127.0.0.1:1", "-file", self.file)
         self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes", DOCKER_HOST="unix:///nothing").status, 2)
         done = self.run_gipam("release", "10.2.0.0/24", "--yes", "--force", options=other)
         self.assertEqual((done.status, done.err), (2, "gipam: release needs the daemon, and none answers\n"))
@@ -6361,14 +6431,14 @@ SUBNET               RANGE          HELD  OF                    NAME     AGE
 10.2.8.0/23          -              0     510                   -        40s
 """
     LEASES = """\
-SUBNET               RANGE      HELD  OF                    NAME               AGE
-10.2.0.0/24          -          3     254                   -                  3h
-  10.2.0.1           gateway                                -                  3h
-  10.2.0.2           endpoint                               02:42:00:00:00:02  3h
-  10.2.0.200         auxiliary                              -                  3h
-2001:db8:0:100::/64  -          2     18446744073709551615  -                  3h
-  2001:db8:0:100::1  gateway                                -                  3h
-  2001:db8:0:100::2  endpoint                               02:42:00:00:00:02  3h
+SUBNET               RANGE          HELD  OF                    NAME               AGE
+10.2.0.0/24          -              3     254                   -                  3h
+  10.2.0.1           gateway                                    -                  3h
+  10.2.0.2           endpoint                                   02:42:00:00:00:02  3h
+  10.2.0.200         auxiliary                                  -                  3h
+2001:db8:0:100::/64  -              2     18446744073709551615  -                  3h
+  2001:db8:0:100::1  gateway                                    -                  3h
+  2001:db8:0:100::2  endpoint                                   02:42:00:00:00:02  3h
 """
 
     def fill(self) -> None:
@@ -7189,6 +7259,8 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_
 
 def docker_obstacle() -> str | None:
     """Return why no dockerd can be run here, with the remedy; None if one can."""
+    if os.environ.get("GIPAM_SKIP_DOCKER") == "1":
+        return "is not asked for: GIPAM_SKIP_DOCKER=1"
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "needs Linux and root: run it with sudo"
     for command, package in (("dockerd", "docker.io"), ("docker", "docker-cli"),
@@ -8350,10 +8422,6 @@ class DockerDozenTests(DockerCase):
         self.assertEqual(len(found), len(set(found)))
 
 
-if __name__ == "__main__":
-    unittest.main()
-
-
 # === Check on a real dockerd ======================================================================
 
 
@@ -8742,6 +8810,17 @@ goal=$(($(wc -l < /run/load) + {LOAD_COUNT}))
 until [ $(wc -l < /run/load) -ge $goal ]; do sleep 0.2; done
 """
 
+UNSHARE = ("unshare", "--mount", "--propagation", "private", "bash", "-ec")
+# Run in a mount namespace of its own, with the lower directories, the disk's and boot-systemd's arguments.
+BOOT = """
+mount -t cgroup2 cgroup2 "$1/cgroup"; mkdir "$1/cgroup/${1##*/}"; echo $$ > "$1/cgroup/${1##*/}/cgroup.procs"
+mount -t overlay overlay -o "lowerdir=$0,upperdir=$1/upper,workdir=$1/work" "$1/root"
+exec "$2" "$1/root" "${@:3}" -- bash -c "echo is up; read"
+"""
+CLEAN_UP = """
+mount -t cgroup2 cgroup2 "$0/cgroup"; find "$0/cgroup/${0##*/}" -depth -type d -exec rmdir {} +
+"""
+
 
 def boot_obstacle() -> str | None:
     """Return why no machine can be booted here, with the remedy; None if one can."""
@@ -8770,25 +8849,22 @@ def readme_commands(title: str) -> list[str]:
 
 
 class Machine:
-    """A machine whose disk is an overlay: 3 ms to make, and what it lies on stays as it is."""
+    """A machine whose disk is an overlay: 3 ms to make, and what it lies on stays as it is.
+
+    It has a control group of its own, for several may be up, with containers of the same id.
+    """
 
     def __init__(self, *lower: str) -> None:
         self.lower = ":".join(lower)
         self.disk = tempfile.mkdtemp(prefix="gipam-boot-", dir="/var/tmp")
-        for name in ("upper", "work", "root"):
+        for name in ("upper", "work", "root", "cgroup"):
             os.mkdir(os.path.join(self.disk, name))
         self.process: subprocess.Popen[str] | None = None
 
     def boot(self, *files: str, end: str = "cut") -> None:
-        """Boot, with files (SOURCE:PATH) put there first. The machine will end by poweroff, or as if by a power cut.
-
-        The overlay is mounted in a namespace that ends with the machine.
-        """
-        mount = ('mount -t overlay overlay -o "lowerdir=$0,upperdir=$1/upper,workdir=$1/work" "$1/root"'
-                 ' && exec "$2" "$1/root" "${@:3}"')
+        """Boot, with files (SOURCE:PATH) put there first. It will end by poweroff, or as if by a power cut."""
         self.process = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "private", "bash", "-c", mount, self.lower, self.disk,
-             os.environ["GIPAM_BOOT"], *files, "--", "bash", "-c", "echo is up; read"],
+            [*UNSHARE, BOOT, self.lower, self.disk, os.environ["GIPAM_BOOT"], *files],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env={**os.environ, "BOOT_END": end})
         assert self.process.stdout
         if self.process.stdout.readline() != "is up\n":
@@ -8800,6 +8876,7 @@ class Machine:
         if self.process is not None:
             self.process.communicate()  # its command reads the end of its input
             self.process = None
+            subprocess.run([*UNSHARE, CLEAN_UP, self.disk], check=True)
 
     def remove(self) -> None:
         self.end()
@@ -8862,7 +8939,7 @@ def read_file(path: str) -> str:
         return file.read()
 
 
-class Load:
+class BootLoad:
     """All containers of a machine start and stop."""
 
     def __init__(self, machine: Machine) -> None:
@@ -8913,9 +8990,9 @@ class BootTest(unittest.TestCase):
         return self.boot(self.addCleanup, *files)
 
     @contextlib.contextmanager
-    def load(self, machine: Machine, *excuses: str) -> Iterator[Load]:
+    def load(self, machine: Machine, *excuses: str) -> Iterator[BootLoad]:
         """Let containers start and stop; then no command has failed, but for what excuses it."""
-        load = Load(machine)
+        load = BootLoad(machine)
         try:
             yield load
         finally:
@@ -8976,7 +9053,7 @@ class BootTest(unittest.TestCase):
         for end in ("cut", "poweroff"):
             with self.subTest(end):
                 if end == "cut":
-                    Load(machine)
+                    BootLoad(machine)
                 machine.end()
                 machine.boot(end="poweroff")
                 machine.wait_for_containers()
@@ -9058,19 +9135,18 @@ class BootTest(unittest.TestCase):
                 self.assert_all_is_well(machine)
 
     def test_lost_lease_file_is_taken_over_from_docker(self) -> None:
+        """Also the gateway of a network without containers, which Docker up to 28 does not show."""
         machine = self.machine()
-        for when in ("while Docker runs", "while the machine is off"):
-            with self.subTest(when):
-                machine("systemctl stop gipam; rm /opt/gipam/leases.json*; systemctl start gipam"
-                        if when == "while Docker runs" else
-                        "systemctl stop docker.socket docker gipam; rm /opt/gipam/leases.json*")
-                if when == "while the machine is off":
+        for what, loss in (("Docker runs", "systemctl stop gipam; rm /opt/gipam/leases.json*; systemctl start gipam"),
+                           ("the machine is off", "systemctl stop docker.socket docker gipam; rm /opt/gipam/leases.json*")):
+            with self.subTest(f"lost while {what}"):
+                machine("docker stop lan1\n" + loss)
+                if what == "the machine is off":
                     machine.end()
                     machine.boot()
                     machine.wait_for_containers()
-                    until(lambda: '"Import"' not in machine("cat /opt/gipam/leases.json"), "the import")
-                self.assert_all_is_well(machine)
-                machine("docker restart web1 lan1")
+                    machine("while grep -q Import /opt/gipam/leases.json; do sleep 0.1; done")
+                machine("docker start lan1; docker restart web1 lan1")
                 self.assert_all_is_well(machine)
 
     def test_lease_file_moves_to_a_state_directory(self) -> None:
