@@ -526,7 +526,8 @@ class Family:
                 ahead.append((number - low, middle, low + count))
                 behind.append((number - low, low, middle))
                 number += count
-        for shift, node, end in ahead + behind:
+        for shift, start, end in ahead + behind:
+            node = start
             while node < end:
                 found = tree.find_free(prefixlen, node)
                 if found is None or found >= end:
@@ -595,7 +596,7 @@ class State:
         family = self.families[network.version]
         subnet = family.find_overlap(network) or Subnet(network)
         pool = Pool(change, subnet, self.seq + 1)
-        if subnet.network != network or None in subnet.pools or subnet.pools and not pool.sub_pool:
+        if subnet.network != network or None in subnet.pools or (subnet.pools and not pool.sub_pool):
             raise ValueError(f"pool {network} overlaps {subnet.network}")
         if pool.pool_id in self.pools or pool.sub_pool in subnet.pools:
             raise ValueError(f"pool {pool.pool_id!r} is held twice")
@@ -674,7 +675,8 @@ def copy_state(state: State) -> tuple[dict[str, Any], list[Any]]:
     It is taken under the lock in milliseconds; the rest of a pool, and a lease, never change.
     """
     families = state.families
-    cursors = {(version, length): number for version in families for length, number in families[version].cursors.items()}
+    cursors = {(version, length): number for version, family in families.items()
+               for length, number in family.cursors.items()}
     names = [(name, *entry) for family in families.values() for name, entry in family.names.items()]
     head = {
         "Seq": state.seq,
@@ -693,7 +695,8 @@ def copy_state(state: State) -> tuple[dict[str, Any], list[Any]]:
     return head, pools
 
 
-def encode_snapshot(config: dict[str, Any], copy: Any, segment: int | None, is_import_due: bool = False) -> Iterator[str]:
+def encode_snapshot(config: dict[str, Any], copy: Any, segment: int | None,
+                    is_import_due: bool = False) -> Iterator[str]:
     """Yield the lease file in portions: configuration, the segment that goes on, state, checksum."""
     head, pools = copy
     keys = {**config, **({"Journal": segment} if segment else {}), **({"Import": True} if is_import_due else {})}
@@ -766,7 +769,7 @@ def decode_pool(entry: dict[str, Any], state: State) -> None:
         offset = pool.offset(address)
         if not 0 <= offset <= subnet.last_offset:
             raise ValueError(f"address {address} is outside {subnet.network}")
-        if offset in pool.leases or offset in subnet.held and offset not in reserved:
+        if offset in pool.leases or (offset in subnet.held and offset not in reserved):
             raise ValueError(f"address {address} of {subnet.network} is held twice")
         subnet.held.add(offset)
         pool.leases[offset] = Lease(*lease)
@@ -1023,12 +1026,12 @@ def decode_lines(data: bytes, is_last: bool) -> Iterator[Line]:
         end = offset + 18 + int(head[1], 16) if head else len(data)
         payload, rest = data[offset + 18:end], len(data) - end
         is_whole = head and rest >= 0 and zlib.crc32(payload) == int(head[2], 16)
-        if is_whole and (data[end:end + 1] == b"\n" or is_last and rest <= 1):
+        if is_whole and (data[end:end + 1] == b"\n" or (is_last and rest <= 1)):
             yield Line(number, offset, end + 1, *json.loads(payload))
         else:
             is_short = rest <= 0 if head else len(data) - offset < 18
             if data.find(b"\n", offset, -1) < 0 and (
-                    data.find(b"\0\0", offset) >= 0 or is_short and data[-1:] != b"\n"):
+                    data.find(b"\0\0", offset) >= 0 or (is_short and data[-1:] != b"\n")):
                 return
             raise ValueError(f"line {number} at byte {offset} has not the length and checksum that it says")
         offset, number = end + 1, number + 1
@@ -1122,7 +1125,7 @@ class Store:
                 following, first = line.next_segment, line.seq - len(line.records) + 1
                 if document is None and line.seq:
                     raise self.damage(path, f"is there without its lease file {self.path}")
-                if first > self.seq + 1 or line.records and seq < first <= self.seq:
+                if first > self.seq + 1 or (line.records and seq < first <= self.seq):
                     raise self.damage(path, f"goes on with change {first}, but {self.seq + 1} is due",
                                       "put the missing segment back, or move the surplus one away")
                 for at, record in enumerate(line.records, first):
@@ -1779,7 +1782,7 @@ def decode_fields(body: bytes) -> dict[str, Any]:
 def read_text(fields: dict[str, Any], key: str, is_needed: bool = False) -> str:
     """Return a text field, "" where there is none. Raises: InvalidRequest."""
     value = fields.get(key, "")
-    if not isinstance(value, str) or is_needed and not value:
+    if not isinstance(value, str) or (is_needed and not value):
         raise InvalidRequest(f"{key} is not a string{' with something in it' * is_needed}: {value!r}")
     return value
 
@@ -1832,7 +1835,7 @@ def read_pool_request(fields: dict[str, Any]) -> PoolRequest:
     options = read_options(fields)
     if space not in ("", ADDRESS_SPACE):
         raise InvalidRequest(f"invalid address space: {space!r} is not {ADDRESS_SPACE!r}")
-    if not isinstance(is_v6, bool) or is_v6 and subnet and subnet.version == 4:
+    if not isinstance(is_v6, bool) or (is_v6 and subnet and subnet.version == 4):
         raise InvalidRequest(f"invalid address pool: {subnet} with V6 {is_v6!r}")
     version = subnet.version if subnet else 6 if is_v6 else 4
     prefixlen = read_prefixlen(options, version)
@@ -1958,7 +1961,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def address_string(self) -> str:
         """Name the peer; on a UNIX socket it has no address, and the stock method fails."""
-        return str(self.client_address[0]) if self.client_address else "unix"
+        return "unix" if self.server.address_family == socket.AF_UNIX else str(self.client_address[0])
 
     def handle(self) -> None:
         """Serve the connection to its end; take back what a reply granted that never arrived."""
@@ -2010,16 +2013,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _refuse_browsers(self) -> None:
         """Keep out web pages, which can reach a loopback port but must say that they are one."""
-        if self.server.address_family != socket.AF_UNIX and not self.server.is_public:
-            if "Origin" in self.headers or "Sec-Fetch-Site" in self.headers:
-                raise Forbidden("requests from web pages are not served")
+        is_page = "Origin" in self.headers or "Sec-Fetch-Site" in self.headers
+        if is_page and self.server.address_family != socket.AF_UNIX and not self.server.is_public:
+            raise Forbidden("requests from web pages are not served")
 
     def _read_body(self) -> bytes:
         """Return the body: Content-Length bytes, or chunks. Raises: InvalidRequest."""
         lengths = [text.strip() for text in self.headers.get_all("Content-Length", [])]
         coding = self.headers.get("Transfer-Encoding")
         if coding is None:
-            if len(lengths) > 1 or lengths and not re.fullmatch("[0-9]{1,19}", lengths[0]):
+            if len(lengths) > 1 or (lengths and not re.fullmatch("[0-9]{1,19}", lengths[0])):
                 raise InvalidRequest(f"Content-Length is not one number: {', '.join(lengths)}")
             return self._read_exactly(int(lengths[0]) if lengths else 0, 0)
         if coding.lower() != "chunked" or lengths:
@@ -2056,7 +2059,7 @@ IDLE, BUSY = 0.0, float("inf")  # states of a connection; else the time by which
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """The plugin on TCP: a thread a connection. (HTTPServer would look up the host's name.)"""
+    """The plugin on TCP, a thread a connection; HTTPServer would look up the host's name."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -2138,7 +2141,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what ended a connection."""
-        log.exception("connection failed")
+        log.error("connection failed", exc_info=sys.exc_info())
 
     def retire(self) -> None:
         """End the kept connections while the socket still listens.
@@ -2367,7 +2370,7 @@ class Claim(NamedTuple):
     @property
     def is_hint(self) -> bool:
         """Return whether Docker shows no subnet, but only the length that was asked for (before 29)."""
-        return self.subnet.startswith(("0.0.0.0/", "::/"))
+        return self.subnet == hint_of(self.subnet)
 
     def as_lease(self) -> dict[str, str]:
         """Return it as /Gipam.Adopt takes it."""
@@ -2464,7 +2467,7 @@ def claim_endpoint(container: dict[str, Any], endpoint: dict[str, Any], keys: tu
 
 def hint_of(subnet: str) -> str:
     """Return the size hint that asks for any block of this length."""
-    return f"{'::' if ':' in subnet else '0.0.0.0'}/{subnet.partition('/')[2]}"
+    return f"{'::' if ':' in subnet else '0.0.0.0'}/{subnet.partition('/')[2]}"  # noqa: S104
 
 
 class Finding(NamedTuple):
@@ -2685,12 +2688,12 @@ class Option(NamedTuple):
 
 OPTIONS = (
     Option("unix", parse_bool, "false", "BOOL", "serve on a UNIX socket instead of TCP"),
-    Option("address", parse_listen, ":9090", "HOST:PORT", "TCP address, without HOST on loopback; elsewhere it needs -tls"),
+    Option("address", parse_listen, ":9090", "HOST:PORT", "TCP address, without HOST on loopback; elsewhere with -tls"),
     Option("file", parse_path, "leases.json", "FILE", "lease file"),
     Option("v6", parse_prefixes, "", "PREFIXES", "IPv6 bases, separated by commas, used in order", "V6Pool"),
     Option("v4", parse_prefixes, "", "PREFIXES", "IPv4 bases, likewise", "V4Pool"),
-    Option("v6ab", parse_number, "64", "BITS", "prefix length of the IPv6 block that a network gets", "V6AllocateBlock"),
-    Option("v4ab", parse_number, "24", "BITS", "prefix length of the IPv4 block that a network gets", "V4AllocateBlock"),
+    Option("v6ab", parse_number, "64", "BITS", "prefix length of a network's IPv6 block", "V6AllocateBlock"),
+    Option("v4ab", parse_number, "24", "BITS", "prefix length of a network's IPv4 block", "V4AllocateBlock"),
     Option("exclude", parse_prefixes, "", "PREFIXES", "prefixes in the bases that are never handed out", "Exclude"),
     Option("socket", parse_path, PLUGIN_SOCKET_DIR + "/gipam.sock", "PATH", "socket; its base name names the driver"),
     Option("spec", parse_path, "/etc/docker/plugins/gipam.spec", "PATH", "plugin file of TCP mode; likewise"),
@@ -2765,7 +2768,7 @@ def build_config(settings: dict[str, Setting]) -> Config:
 
     values = {option.name: parse_setting(settings, option) for option in OPTIONS}
     config = Config(**values, is_spec_given=settings["spec"].origin != "default")
-    if not config.address:
+    if settings["address"].text in ("", "off"):
         fail("address", "not HOST:PORT, such as 127.0.0.1:9090")
     if not config.unix and not config.tls and not ipaddress.ip_address(config.address[0]).is_loopback:
         fail("address", "not a loopback address: whoever reaches the port could take every address; use -tls")
@@ -2891,9 +2894,9 @@ def render_status(status: dict[str, Any], width: int, now_s: int) -> Iterator[st
     for pool in status["pools"]:
         rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]), str(pool["usable"]),
                      pool["name"] or "-", format_age(now_s - pool["granted"])))
-        for lease in pool.get("addresses", ()):
-            rows.append((f"  {lease['address']}", lease["kind"], "", "", lease["name"] or lease["mac"] or "-",
-                         format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?"))
+        rows += [(f"  {lease['address']}", lease["kind"], "", "", lease["name"] or lease["mac"] or "-",
+                  format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?")
+                 for lease in pool.get("addresses", ())]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows if status["pools"] else ():
         yield "  ".join(text.ljust(size) for text, size in zip(row, widths)).rstrip()[:width]
@@ -2968,8 +2971,8 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     status = read_status(arguments, True)
     pools = [pool for pool in status["pools"] if arguments.pool in (pool["id"], pool["subnet"], pool["sub_pool"])]
     if len(pools) != 1:
-        raise InvalidRequest(f"{arguments.pool!r} names {len(pools)} pools: give the id of one, as `status --json` has it"
-                             + "".join(f"\n  {pool['id']}" for pool in pools))
+        raise InvalidRequest(f"{arguments.pool!r} names {len(pools)} pools: give the id of one, as `status --json` "
+                             "has it" + "".join(f"\n  {pool['id']}" for pool in pools))
     pool = pools[0]
     address = arguments.lease and normalise_address(arguments.lease)
     leases = [lease for lease in pool["addresses"] if lease["address"] == address]
@@ -3188,8 +3191,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except OSError as error:
-        hint = "; run gipam as root, or give it -file, -socket and -spec where it may write" * isinstance(error, PermissionError)
-        print(f"gipam: {error.filename}: {error.strerror}{hint}", file=sys.stderr)
+        hint = "; run gipam as root, or give it -file, -socket and -spec where it may write"
+        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"gipam: {problem}{hint * isinstance(error, PermissionError)}", file=sys.stderr)
         return 1
 
 

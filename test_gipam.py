@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -36,6 +35,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import ssl
 import stat
 import statistics
 import subprocess
@@ -45,9 +45,8 @@ import tempfile
 import threading
 import time
 import unittest
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Sequence, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, NamedTuple, Sequence
 from unittest import mock
 
 HERE = os.environ.get("GIPAM_TREE") or os.path.dirname(os.path.abspath(__file__))
@@ -224,7 +223,7 @@ def require_isolation() -> None:
 
 # === The text of gipam.py =========================================================================
 
-MAX_LINES = 2000
+MAX_LINES = 3250
 MAX_FUNCTION_LINES = 50
 
 
@@ -4314,8 +4313,8 @@ SLOW_DISK = """if True:
     import os, runpy, sys, time
     hold, sync = sys.argv[1], os.fdatasync
     def fdatasync(fd):
-        while os.path.exists(hold):
-            open(hold + ".reached", "w").close()
+        while os.path.islink(hold):
+            open(os.readlink(hold), "w").close()
             time.sleep(0.005)
         sync(fd)
     os.fdatasync = fdatasync
@@ -4429,23 +4428,22 @@ class SlowTcpStage(SlowUnixStage):
 
 def slow_daemon(test: unittest.TestCase, kind: type[Daemon], *options: str) -> Daemon:
     """Return a daemon, not yet started, that hold_disk() can stop in the middle of a request."""
-    directory = tempfile.mkdtemp(prefix="gipam-")
+    directory = tempfile.mkdtemp(prefix="gipam-hold-")
     test.addCleanup(shutil.rmtree, directory, ignore_errors=True)
     command = (sys.executable, "-c", SLOW_DISK, os.path.join(directory, "hold"), GIPAM)
-    return kind(test, *options, directory=directory, command=command)
+    return kind(test, *options, command=command)
 
 
 @contextlib.contextmanager
 def hold_disk(daemon: Daemon) -> Iterator[Callable[[], None]]:
     """No change is on disk before the block ends; the value waits until one is on its way there."""
-    hold = os.path.join(daemon.directory, "hold")
-    open(hold, "w").close()
+    hold = daemon.command[-2]
+    reached = f"{hold}.{time.monotonic_ns()}"  # where the daemon leaves a sign
+    os.symlink(reached, hold)
     try:
-        yield lambda: wait_for(lambda: os.path.exists(hold + ".reached"), "a change to write")
+        yield lambda: wait_for(lambda: os.path.exists(reached), "a change to write")
     finally:
         os.unlink(hold)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(hold + ".reached")
 
 
 @contextlib.contextmanager
@@ -4512,7 +4510,7 @@ GOOD_CHUNKS = (b"17\r\n%b\r\n0\r\n\r\n", b"17;a=b\r\n%b\r\n0;c\r\n\r\n",
                b"1\r\n \r\n17\r\n%b\r\nA\r\n          \r\na\r\n          \r\n0\r\n\r\n")
 BAD_CHUNKS = (b"zz\r\n%b\r\n0\r\n\r\n", b"-17\r\n%b\r\n0\r\n\r\n", b"0x17\r\n%b\r\n0\r\n\r\n",
               b"\r\n%b\r\n0\r\n\r\n", b";x\r\n%b\r\n0\r\n\r\n", b"000000017\r\n%b\r\n0\r\n\r\n",
-              b"17\r\n%bXX\r\n0\r\n\r\n", b"10\r\n%b\r\n0\r\n\r\n", b"19\r\n%b\r\n0\r\n\r\n",
+              b"17\r\n%bXX\r\n\r\n0\r\n\r\n", b"10\r\n%b\r\n0\r\n\r\n", b"19\r\n%b\r\n0\r\n\r\n",
               b"17\r\n%b\r\n", b"17\r\n%b\r\n0\r\n", b"17\r\n", b"17", b"",
               b"17\r\n%b\r\n1" + b"0" * 65_536 + b"\r\n", b"17 17\r\n%b\r\n0\r\n\r\n")
 CHUNKED_POOL = b'{"Pool":"10.66.0.0/24"}'  # 0x17 bytes
@@ -5273,7 +5271,7 @@ class StopTest(unittest.TestCase):
                 daemon, address = self.start(kind)
                 assert daemon.process
                 with stopped(daemon):
-                    peers = [Peer(self, address).send(ACTIVATE) for _ in range(20)]
+                    peers = [Peer(self, address).send(ACTIVATE) for _ in range(250)]
                     daemon.process.send_signal(signal.SIGTERM)
                 for peer in peers:
                     self.assertEqual([answer.body for answer in peer.answers()], [ACTIVATED])
@@ -5348,8 +5346,7 @@ class StopTest(unittest.TestCase):
                 self.wait_for_message(manager, "STOPPING=1")
 
     def wait_for_message(self, manager: socket.socket, text: str) -> None:
-        while text not in manager.recv(4096).decode().split("\n"):
-            pass
+        wait_for(lambda: text in manager.recv(4096).decode().split("\n"), text)
 
     def test_no_service_manager(self) -> None:
         """A NOTIFY_SOCKET that nobody reads from must not stop it."""
@@ -5482,6 +5479,267 @@ class FuzzTest(unittest.TestCase):
         self.assertEqual(read_state(daemon)["pools"], client.state()["pools"])
         self.assertEqual(daemon.stop(), 0)
         self.assertNotIn("Traceback", daemon.read_log())
+
+
+# === TLS and limits ===============================================================================
+
+
+def readme_commands(title: str) -> list[str]:
+    """Return the sh blocks that stand in README.md under this heading, up to the next one."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
+        sections = re.split(r"^##+ ", readme.read(), flags=re.MULTILINE)
+    section, = (text for text in sections if text.startswith(title + "\n"))
+    return re.findall(r"^```sh\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+
+
+# A certificate of the README's CA that has expired.
+SIGN_LATE = """
+openssl req -newkey rsa:2048 -nodes -subj /CN=late -keyout late-key.pem -out late.csr
+echo '[ca]
+default_ca = ca
+database = index
+new_certs_dir = .
+serial = serial
+default_md = sha256
+policy = policy
+[policy]
+commonName = supplied' > ca.cnf; touch index
+openssl ca -batch -notext -create_serial -config ca.cnf -cert ca.pem -keyfile ca-key.pem \\
+  -startdate 200101000000Z -enddate 200102000000Z -in late.csr -out late-cert.pem
+"""
+
+
+def make_certificates(directory: str, address: str = "192.0.2.7", more: str = "") -> None:
+    """Make the certificates of the README by its commands, for this address, and more with $sign."""
+    if shutil.which("openssl") is None:
+        raise unittest.SkipTest("openssl is missing: apt-get install openssl")
+    script = readme_commands("On TCP, with TLS")[0].replace("192.0.2.7", address) + more
+    subprocess.run(["bash", "-ec", script], cwd=directory, check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def impatient(**limits: float) -> tuple[str, ...]:
+    """Return the command of a gipam with other limits."""
+    settings = "; ".join(f"gipam.{name} = {value}" for name, value in limits.items())
+    return (sys.executable, "-c", f"import sys; sys.path.insert(0, {os.path.dirname(GIPAM)!r}); import gipam; "
+            f"{settings}; sys.exit(gipam.main())")
+
+
+def is_ended(peer: socket.socket) -> bool:
+    """Wait until the other side closes."""
+    try:
+        return not peer.recv(1)
+    except ConnectionError:
+        return True
+
+
+class TlsDaemon(TcpDaemon):
+    """A real gipam.py process on a loopback port, with TLS."""
+
+    def __init__(self, test: unittest.TestCase, directory: str, **details: Any) -> None:
+        super().__init__(test, "-tls", directory, **details)
+        self.plugin_file = self.spec.replace(".spec", ".json")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        with open(self.plugin_file, encoding="ascii") as file:
+            host, port = json.load(file)["Addr"].replace("https://", "").rsplit(":", 1)
+        return host, int(port)
+
+    def peer(self, context: ssl.SSLContext | None = None) -> socket.socket:
+        """Return a connection: with TLS if there is a context."""
+        peer = socket.create_connection(self.address, timeout=DEADLINE_S)
+        self.test.addCleanup(peer.close)
+        return context.wrap_socket(peer, server_hostname=self.address[0]) if context else peer
+
+    def activate(self, context: ssl.SSLContext) -> Any:
+        """Return the answer to Plugin.Activate. Raises: OSError."""
+        caller = OverSocket(http.client.HTTPSConnection(*self.address, timeout=DEADLINE_S, context=context))
+        self.test.addCleanup(caller.close)
+        return caller.call("Plugin.Activate")
+
+
+class TlsTest(unittest.TestCase):
+    good: str  # directories
+    foreign: str
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.good, cls.foreign = (os.path.realpath(tempfile.mkdtemp(prefix="gipam-")) for _ in range(2))
+        for directory in (cls.good, cls.foreign):
+            cls.addClassCleanup(shutil.rmtree, directory)
+            make_certificates(directory, "127.0.0.1", SIGN_LATE)
+
+    def context(self, directory: str = "", stem: str | None = "") -> ssl.SSLContext:
+        """Return what a client needs that trusts the good CA, with a certificate or none."""
+        context = ssl.create_default_context(cafile=os.path.join(self.good, "ca.pem"))
+        if stem is not None:
+            context.load_cert_chain(*(os.path.join(directory or self.good, f"{stem}{name}.pem")
+                                      for name in ("cert", "key")))
+        return context
+
+    def daemon(self, **details: Any) -> TlsDaemon:
+        return TlsDaemon(self, self.good, **details)
+
+    def test_plugin_file_says_all_that_dockerd_needs(self) -> None:
+        daemon = self.daemon()
+        with open(daemon.spec, "w", encoding="ascii") as old:
+            old.write("tcp://127.0.0.1:9090\n")  # would hide the other
+        daemon.start()
+        with open(daemon.plugin_file, encoding="ascii") as file:
+            files = json.load(file)["TLSConfig"]
+        context = ssl.create_default_context(cafile=files["CAFile"])
+        context.load_cert_chain(files["CertFile"], files["KeyFile"])
+        self.assertEqual(daemon.activate(context), {"Implements": ["IpamDriver"]})
+        self.assertFalse(os.path.exists(daemon.spec))
+        self.assertEqual(os.stat(daemon.plugin_file).st_mode & 0o777, 0o600)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertFalse(os.path.exists(daemon.plugin_file))
+
+    def test_peers_that_cannot_prove_who_they_are_are_refused(self) -> None:
+        daemon = self.daemon().start()
+        old = self.context()
+        old.set_ciphers("ALL:@SECLEVEL=0")
+        old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+        for what, context, reason in (
+                ("no certificate", self.context(stem=None), "peer did not return a certificate"),
+                ("one of another CA", self.context(self.foreign), "certificate verify failed: self.signed certificate in"
+                 "|unable to get local issuer certificate"),
+                ("an expired one", self.context(stem="late-"), "certificate has expired"),
+                ("that of the server", self.context(stem="server-"), "(unsuitable|unsupported) certificate purpose"),
+                ("TLS 1.1", old, "unsupported protocol")):
+            with self.subTest(what):
+                self.assertRaises(OSError, daemon.activate, context)
+                pattern = f"(?i) refused TLS peer 127.0.0.1: .*({reason})"
+                wait_for(lambda: re.search(pattern, daemon.read_log().replace("_", " ")), pattern)  # noqa: B023
+        self.assertEqual(daemon.activate(self.context()), {"Implements": ["IpamDriver"]})
+
+    def test_peers_that_do_not_speak_tls_are_refused(self) -> None:
+        daemon = self.daemon().start()
+        for said in (b"POST /Plugin.Activate HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00", b"\0" * 100, b""):
+            with self.subTest(said):
+                peer = daemon.peer()
+                peer.sendall(said)
+                peer.shutdown(socket.SHUT_WR)
+                while peer.recv(100):
+                    pass
+        wait_for(lambda: daemon.read_log().count("refused TLS peer 127.0.0.1: ") == 5, "a line each, and start()'s")
+        self.assertNotIn("Traceback", daemon.read_log())
+        self.assertEqual(daemon.activate(self.context()), {"Implements": ["IpamDriver"]})
+
+    def test_silent_and_slow_peers_hold_nobody_up(self) -> None:
+        for patience_s in (gipam.REQUEST_PATIENCE_S, 0.2):
+            with self.subTest(patience_s=patience_s):
+                daemon = self.daemon(command=impatient(REQUEST_PATIENCE_S=patience_s)).start()
+                peers = [daemon.peer() for _ in range(20)]
+                for peer in peers[10:]:
+                    peer.sendall(b"\x16\x03\x01\x02")  # the beginning of a handshake
+                self.assertEqual(daemon.activate(self.context()), {"Implements": ["IpamDriver"]})
+                if patience_s < 1:
+                    self.assertTrue(all(map(is_ended, peers)))
+
+    def test_commands_reach_the_daemon(self) -> None:
+        daemon = self.daemon().start()
+        for options, status, text in ((("-tls", self.good), 0, '"pools": []'), ((), 2, "no answer to GET /status"),
+                                      (("-tls", self.foreign), 2, "certificate verify failed")):
+            with self.subTest(options):
+                done = subprocess.run(
+                    [*daemon.command, "status", "--json", "-address", "%s:%d" % daemon.address, "-unix=false",
+                     "-socket", "/nowhere/gipam.sock", "-file", daemon.file, *options],
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=daemon.env)
+                self.assertEqual(done.returncode, status, done.stdout)
+                self.assertIn(text, done.stdout)
+                self.assertNotIn("Traceback", done.stdout)
+
+    def test_directory_that_is_refused(self) -> None:
+        directory = tempfile.mkdtemp(prefix="gipam-")
+        self.addCleanup(shutil.rmtree, directory)
+        for name, replacement in (("ca.pem", ""), ("server-cert.pem", ""), ("server-key.pem", ""),
+                                  ("ca.pem", "server-key.pem"), ("server-key.pem", "key.pem")):
+            with self.subTest(f"{name}: {replacement or 'missing'}"):
+                for path in os.listdir(self.good):
+                    shutil.copy(os.path.join(self.good, path), directory)
+                os.unlink(os.path.join(directory, name))
+                if replacement:
+                    shutil.copy(os.path.join(directory, replacement), os.path.join(directory, name))
+                daemon = TlsDaemon(self, directory)
+                daemon.start(wait=False)
+                assert daemon.process
+                self.assertEqual(daemon.process.wait(DEADLINE_S), 78)
+                self.assertRegex(daemon.read_log(), f"^gipam: -tls '{directory}': cannot use ca.pem, server-cert.pem "
+                                 "and server-key.pem in it: .*\n$")
+
+
+class LimitTest(unittest.TestCase):
+    """On TCP a local client that is stuck, or hostile, cannot starve Docker; the UNIX socket is Docker's."""
+
+    request = b"POST /Plugin.Activate HTTP/1.1\r\nContent-Length: 0\r\n\r\n"
+
+    def peer(self, daemon: TcpDaemon, said: bytes = b"") -> socket.socket:
+        peer = socket.create_connection(daemon.address, timeout=DEADLINE_S)
+        self.addCleanup(peer.close)
+        peer.sendall(said)
+        return peer
+
+    def assert_served(self, peer: socket.socket) -> None:
+        peer.sendall(self.request)
+        self.assertTrue(peer.recv(1000).endswith(b'{"Implements":["IpamDriver"]}'))
+
+    def test_request_that_arrives_too_slowly_is_given_up(self) -> None:
+        daemon = TcpDaemon(self, command=impatient(REQUEST_PATIENCE_S=0.2)).start()
+        idle = self.peer(daemon)
+        self.assert_served(idle)
+        for part in (b"P", b"POST /Plugin.Activate HTTP/1.1\r\n", self.request.replace(b"0", b"9"),
+                     b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n"):
+            with self.subTest(part):
+                self.assertTrue(is_ended(self.peer(daemon, part)))
+        self.assert_served(idle)  # one that does not ask is not overdue
+        self.assertNotIn("Traceback", daemon.read_log())
+
+    def test_request_that_is_being_answered_is_not_given_up(self) -> None:
+        daemon = TcpDaemon(self)
+        gate = os.path.join(daemon.directory, "gate")
+        os.mkfifo(gate)
+        daemon.command = impatient(REQUEST_PATIENCE_S=0.05, MAX_TCP_CONNECTIONS=4)
+        daemon.command = (*daemon.command[:-1], daemon.command[-1].replace(
+            "sys.exit(", f"dispatch = gipam.dispatch; gipam.dispatch = lambda *_: (open({gate!r}).close(), "
+            "dispatch(*_))[1]; sys.exit("))
+        busy = self.peer(daemon.start(), self.request)
+        for _ in range(10):
+            overdue = self.peer(daemon, b"P")
+        self.assertTrue(is_ended(overdue))
+        with open(gate, "w", encoding="ascii"):
+            self.assertTrue(busy.recv(1000).endswith(b'{"Implements":["IpamDriver"]}'))
+
+    @mock.patch.object(gipam, "MAX_TCP_CONNECTIONS", 4)
+    def test_longest_idle_connection_goes_first(self) -> None:
+        server = gipam.Server(("127.0.0.1", 0), mock.Mock())
+        self.addCleanup(server.server_close)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.shutdown)
+        peers: list[socket.socket] = []
+        for at in (0, 1, 2, 3, 0, 4):
+            if at == len(peers):
+                peers.append(socket.create_connection(server.server_address[:2], timeout=DEADLINE_S))
+                self.addCleanup(peers[at].close)
+            self.assert_served(peers[at])
+            wait_for(lambda: set(server.connections.values()) == {gipam.IDLE}, "the end of the answer")
+        self.assertTrue(is_ended(peers[1]))
+        for at in (0, 2, 3, 4):
+            self.assert_served(peers[at])
+
+    def test_unix_socket_is_not_limited(self) -> None:
+        daemon = Daemon(self, command=impatient(REQUEST_PATIENCE_S=0.05, MAX_TCP_CONNECTIONS=4)).start()
+        peers = [socket.socket(socket.AF_UNIX) for _ in range(50)]
+        for peer in peers:
+            self.addCleanup(peer.close)
+            peer.settimeout(DEADLINE_S)
+            peer.connect(daemon.socket)
+            peer.sendall(self.request[:9])
+        time.sleep(1.2)  # past the patience, and past a round of the loop that would end them
+        for peer in peers:
+            peer.sendall(self.request[9:])
+            self.assertTrue(peer.recv(1000).endswith(b'{"Implements":["IpamDriver"]}'))
 
 
 # === Docker =======================================================================================
@@ -6622,7 +6880,7 @@ class MetricsTest(OperatedCase):
             self.docker.make_network("range" + sub_pool, "10.50.0.0/24", sub_pool=sub_pool)
         with self.assertRaises(Refused):
             self.docker.make_network("taken", "10.50.0.0/24")
-        gipam.dispatch(self.service, "GET", "/no/such\"{}path", b"")
+        gipam.dispatch(self.service, "GET", '/no/such"{}path', b"")
 
     def test_official_parser_reads_it(self) -> None:
         try:
@@ -7650,7 +7908,10 @@ class DockerCase(unittest.TestCase):
 
     def leave_nothing_behind(self) -> None:
         self.docker.remove_everything()
-        self.assertEqual(self.docker.held_by_gipam(), {}, "left over after the last network rm")
+        left_over = self.docker.held_by_gipam()
+        if left_over:  # it shall not fail the next test too
+            self.docker.check("--grace", "0", "--fix", "--force")
+        self.assertEqual(left_over, {}, "left over after the last network rm")
 
     def assert_agreement(self) -> None:
         """Docker, gipam and the kernel agree, as soon as the last releases are through."""
@@ -8214,8 +8475,8 @@ class DockerCheckTests(DockerCase):
         self.docker.stop("gipam")
         os.replace(copy, self.docker.leases)
         self.docker.start_gipam()
-        self.assert_mended(["leaked_address"] * 2 + ["leaked_pool"] + ["missing_address"] * 5
-                           + ["missing_pool"])
+        self.assert_mended(["leaked_address"] * 2 + ["leaked_pool"] + ["missing_address"] * 2
+                           + ["missing_pool"])  # with all of its addresses
 
     def test_releases_that_gipam_was_not_there_for(self) -> None:
         self.docker.stop("gipam")
@@ -8433,6 +8694,13 @@ class CheckedDockerCase(DockerCase):
     def setUp(self) -> None:
         super().setUp()
         until(self.is_import_done, "import")  # of the first start, else it would meet the test
+
+    def leave_nothing_behind(self) -> None:
+        try:
+            super().leave_nothing_behind()
+        except AssertionError:
+            self.replace_lease_file()  # the next test shall not find what this one failed to mend
+            raise
 
     def is_import_done(self) -> bool:
         with open(self.docker.leases, encoding="utf-8") as file:
@@ -8780,7 +9048,7 @@ GIPAM_PID = "$(systemctl show gipam -p MainPID --value)"
 
 # A file system with a static busybox, a network of each kind, and containers on them. SIGKILL
 # stops a container at once: busybox as first process would ignore SIGTERM.
-SET_UP = f"""
+SET_UP = """
 cd $(mktemp -d); mkdir bin; cp /bin/busybox bin; for name in sh sleep; do ln -s busybox bin/$name; done
 tar c . | docker import -c 'CMD ["sleep", "1000000"]' -c 'STOPSIGNAL SIGKILL' - bb
 docker network create --ipam-driver gipam spare
@@ -8788,7 +9056,7 @@ docker network create --ipam-driver gipam --ipv6 --ipam-opt gipam.name=web web
 docker network create --ipam-driver gipam --ipv6 --ipam-opt gipam.name=db db
 docker network create --ipam-driver gipam --subnet 10.9.0.0/24 --ip-range 10.9.0.128/25 lan
 docker network rm spare
-for name in web1 web2 db1 db2 lan1; do docker run -d --restart=always --network ${{name%?}} --name $name bb; done
+for name in web1 web2 db1 db2 lan1; do docker run -d --restart=always --network ${name%?} --name $name bb; done
 """
 
 # Each container stops and starts, over and over. A command that fails is printed, a round is counted.
@@ -8803,11 +9071,6 @@ for container in $(docker ps -q); do
     done &
 done
 wait
-"""
-GO_ON = f"""
-touch /run/load
-goal=$(($(wc -l < /run/load) + {LOAD_COUNT}))
-until [ $(wc -l < /run/load) -ge $goal ]; do sleep 0.2; done
 """
 
 UNSHARE = ("unshare", "--mount", "--propagation", "private", "bash", "-ec")
@@ -8838,14 +9101,6 @@ def require_boot() -> None:
         raise AssertionError("GIPAM_REQUIRE_BOOT=1, but no machine can be booted: it " + obstacle)
     if obstacle:
         raise unittest.SkipTest("booting a machine " + obstacle)
-
-
-def readme_commands(title: str) -> list[str]:
-    """Return the sh blocks that stand in README.md under this heading, up to the next one."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
-        sections = re.split(r"^##+ ", readme.read(), flags=re.MULTILINE)
-    section, = (text for text in sections if text.startswith(title + "\n"))
-    return re.findall(r"^```sh\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
 
 
 class Machine:
@@ -8902,10 +9157,13 @@ class Machine:
         blocks = readme_commands(title)
         return "\n".join(self(f"cd {directory}\n{blocks[at]}") for at in which or range(len(blocks)))
 
+    def wait_until(self, condition: str) -> None:
+        """Wait until a command succeeds; the poll is inside, where it costs least."""
+        self(f"until {condition}; do [ $SECONDS -lt {DEADLINE_S * 3:.0f} ] || {{ docker ps -a; exit 1; }}; sleep 0.1; done")
+
     def wait_for_containers(self) -> None:
-        """Wait until all that are to be restarted are running; by a poll inside, which costs least."""
-        self("deadline=$((SECONDS + 60)); until [ $(docker ps -q | wc -l) = $(docker ps -aq | wc -l) ]; do\n"
-             "    [ $SECONDS -lt $deadline ] || { docker ps -a; exit 1; }; sleep 0.1\ndone")
+        """Wait until all that there are are running."""
+        self.wait_until("[ $(docker ps -q | wc -l) = $(docker ps -aq | wc -l) ]")
 
     def containers(self) -> list[dict[str, Any]]:
         return list(json.loads(self("docker inspect $(docker ps -aq)")))
@@ -8949,7 +9207,8 @@ class BootLoad:
 
     def go_on(self) -> None:
         """Wait until as many containers as there are have stopped and started once more."""
-        self.machine(GO_ON)
+        rounds = int(self.machine("touch /run/load; wc -l < /run/load"))
+        self.machine.wait_until(f"[ $(wc -l < /run/load) -ge {rounds + LOAD_COUNT} ]")
 
     def end(self) -> list[str]:
         """End it and return what the commands said that failed."""
@@ -9123,7 +9382,7 @@ class BootTest(unittest.TestCase):
                  f"sed -i '2s/request/REQUEST/' /opt/gipam/leases.json.journal.*; kill -KILL {GIPAM_PID}",
                  r": (truncate -s \d+) (/opt/gipam/leases\.json\.journal\.\d+), .* run `gipam.py check --fix`")):
             machine(damage)
-            until(lambda: machine.show("ActiveState") == "failed", "the unit to fail")
+            machine.wait_until("systemctl is-failed -q gipam")
             status = machine("systemctl --no-pager status gipam", 3)
             with self.subTest(status):
                 self.assertIn("status=78/CONFIG", status)
@@ -9145,7 +9404,7 @@ class BootTest(unittest.TestCase):
                     machine.end()
                     machine.boot()
                     machine.wait_for_containers()
-                    machine("while grep -q Import /opt/gipam/leases.json; do sleep 0.1; done")
+                    machine.wait_until("! grep -q Import /opt/gipam/leases.json")
                 machine("docker start lan1; docker restart web1 lan1")
                 self.assert_all_is_well(machine)
 
@@ -9204,14 +9463,6 @@ class BootTest(unittest.TestCase):
         self.assertEqual(machine("find /run -xdev | grep gipam; systemctl list-units --all | grep gipam", 1), "")
         machine("docker volume ls; systemctl restart docker")
         self.assertNotRegex(machine.log("docker"), "Unable to (connect to|locate) plugin")
-
-
-def make_certificates(directory: str) -> None:
-    """Make the certificates of the README in a directory, by its commands."""
-    if shutil.which("openssl") is None:
-        raise unittest.SkipTest("openssl is missing: apt-get install openssl")
-    subprocess.run(["bash", "-ec", readme_commands("On TCP, with TLS")[0]], cwd=directory, check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 # === Bench ====================================================================================
