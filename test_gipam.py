@@ -19,6 +19,7 @@ import glob
 import hashlib
 import http.client
 import http.server
+import importlib
 import io
 import ipaddress
 import itertools
@@ -46,7 +47,7 @@ import threading
 import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from unittest import mock
 
 HERE = os.environ.get("GIPAM_TREE") or os.path.dirname(os.path.abspath(__file__))
@@ -223,7 +224,7 @@ def require_isolation() -> None:
 
 # === The text of gipam.py =========================================================================
 
-MAX_LINES = 3250
+MAX_LINES = 3250  # style.md asks for 2,000: see the note on step 1
 MAX_FUNCTION_LINES = 50
 
 
@@ -3355,6 +3356,8 @@ else:
 class Caller(Client):
     """A client of whatever stage."""
 
+    calls = 0  # of this test
+
     def __init__(self) -> None:  # the stages have different connections, or none
         pass
 
@@ -3402,12 +3405,10 @@ class InMemory(Caller):
 class Reopened(InMemory):
     """The same, but time and again with what is on disk: after a crash, or after a clean stop."""
 
-    calls = 0
-
     def post(self, path: str, body: bytes, verb: str = "POST") -> tuple[int, Any]:
         self.calls += 1
-        if self.calls % 20 == 0 or "Pool" in path:
-            if self.calls % 2:
+        if self.calls % (5 if self.calls < 40 else 50) == 0:
+            if self.calls % 10 == 0:
                 gipam.Service.fold(self.service, is_stopping=True)
             self.open()
         return super().post(path, body, verb)
@@ -3529,6 +3530,7 @@ class StageCases(Mixin):
 
     def setUp(self) -> None:
         self.random = random.Random(RANDOM_SEED)
+        self.caller.calls = 0
 
     def pool(self, subnet: str = "", sub_pool: str = "", v6: bool = False, **options: str) -> str:
         """Return the id of a pool that goes with the test."""
@@ -3932,6 +3934,11 @@ class ConformanceTcpTest(ConformanceCases, unittest.TestCase):
 class ParallelCases(StageCases):
     """What moby tests with goroutines, here with as many connections."""
 
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)  # in memory, threads meet everywhere
+
     def run_parallel(self, jobs: Sequence[Callable[[Any], Any]], parallelism: int) -> list[Any]:
         """Return the results, a Refused among them, of jobs that take a client each."""
         clients = self.stage.clients(parallelism)
@@ -4313,9 +4320,13 @@ SLOW_DISK = """if True:
     import os, runpy, sys, time
     hold, sync = sys.argv[1], os.fdatasync
     def fdatasync(fd):
-        while os.path.islink(hold):
-            open(os.readlink(hold), "w").close()
-            time.sleep(0.005)
+        try:
+            reached = os.readlink(hold)
+            open(reached, "w").close()
+            while os.readlink(hold) == reached:
+                time.sleep(0.005)
+        except FileNotFoundError:
+            pass
         sync(fd)
     os.fdatasync = fdatasync
     del sys.argv[:2]
@@ -4857,11 +4868,17 @@ class SendingTest(unittest.TestCase):
         silence = logging.NullHandler()
         gipam.log.addHandler(silence)
         self.addCleanup(gipam.log.removeHandler, silence)
+        self.kinds = ((WatchedUnix, os.path.join(self.directory, "sock")),
+                      (WatchedTcp, ("127.0.0.1", 0)))
+
+    def listen(self, kind: type[Any], address: Any) -> Any:
+        server = kind(address, InMemory(os.path.join(self.directory, kind.__name__)).service)
+        server.sent, server.no_delay = [], []
+        return server
 
     def serve(self, kind: type[Any], address: Any) -> Any:
         """Return a server that runs in a thread of this process."""
-        server = kind(address, InMemory(os.path.join(self.directory, kind.__name__)).service)
-        server.sent, server.no_delay = [], []
+        server = self.listen(kind, address)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         for cleanup in (server.server_close, thread.join, server.shutdown):
@@ -4872,14 +4889,25 @@ class SendingTest(unittest.TestCase):
         data = (ACTIVATE, NEW_POOL, request("IpamDriver.ReleasePool"), request("nope"),
                 request("status", verb="GET"), b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n")
         statuses = [200, 200, 400, 404, 200, 400]
-        for kind, address in ((WatchedUnix, os.path.join(self.directory, "sock")),
-                              (WatchedTcp, ("127.0.0.1", 0))):
+        for kind, address in self.kinds:
             with self.subTest(kind=kind.__name__):
                 server = self.serve(kind, address)
                 answers = Peer(self, server.server_address).send(b"".join(data), True).answers()
                 self.assertEqual([answer.status for answer in answers], statuses)
                 self.assertEqual([int(piece.split()[1]) for piece in server.sent], statuses)
                 self.assertEqual(server.no_delay, [1] * (kind is WatchedTcp))
+
+    def test_drain_waits_for_all_connections(self) -> None:
+        """Those in the backlog are accepted, answered and ended before drain() returns."""
+        for kind, address in self.kinds:
+            with self.subTest(kind=kind.__name__):
+                server = self.listen(kind, address)
+                peers = [Peer(self, server.server_address) for _ in range(9)]
+                for peer in peers[1:]:
+                    peer.send(ACTIVATE)
+                server.drain()
+                self.assertEqual(list(server.connections), [])
+                self.assertEqual([len(peer.answers()) for peer in peers], [0] + [1] * 8)
 
     def test_request_that_does_not_end(self) -> None:
         """On TCP its connection ends after a while; an idle one, and one that is busy, does not."""
@@ -5620,7 +5648,8 @@ class TlsTest(unittest.TestCase):
             with self.subTest(said):
                 peer = daemon.peer()
                 peer.sendall(said)
-                peer.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):  # reset already
+                    peer.shutdown(socket.SHUT_WR)
                 while peer.recv(100):
                     pass
         wait_for(lambda: daemon.read_log().count("refused TLS peer 127.0.0.1: ") == 5, "a line each, and start()'s")
@@ -5771,7 +5800,6 @@ ENDPOINT_29 = {"GwPriority": 0}
 CONTAINER_29 = {"ImageManifestDescriptor": None}
 NOT_RUNNING = {"State": "exited", "Status": "Exited (137) 2 seconds ago"}
 GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}
-CALM = 3600  # no suspect is that old: what is new is overlooked
 
 Steps = Iterator[None]  # an event in its steps: what Docker shows, what gipam is asked
 
@@ -5893,8 +5921,8 @@ class FakeDocker:
         yield
 
     def container(self, name: str, endpoints: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        return {**CONTAINER, **(CONTAINER_29 if self.version >= 29 else {}), "Id": identity(name), "Names": ["/" + name],
-                "HostConfig": {"NetworkMode": next(iter(endpoints), "host")},
+        return {**CONTAINER, **(CONTAINER_29 if self.version >= 29 else {}), "Id": identity(name),
+                "Names": ["/" + name], "HostConfig": {"NetworkMode": next(iter(endpoints), "host")},
                 "NetworkSettings": {"Networks": endpoints}}
 
     def stopping(self, name: str, is_shown_late: bool = False, is_told: bool = True) -> Steps:
@@ -5907,7 +5935,8 @@ class FakeDocker:
         for network, endpoint in endpoints.items() if is_told else ():
             for version, key in ((4, "IPAddress"), (6, "GlobalIPv6Address")):
                 if endpoint[key]:
-                    self.call("IpamDriver.ReleaseAddress", PoolID=self.pool_ids[network, version], Address=endpoint[key])
+                    self.call("IpamDriver.ReleaseAddress", PoolID=self.pool_ids[network, version],
+                              Address=endpoint[key])
                     yield
         if is_shown_late:
             self.forget(name)
@@ -6019,6 +6048,7 @@ class OperatedCase(unittest.TestCase):
         out, err, handler = out or io.StringIO(), io.StringIO(), logging.StreamHandler()
         handler.setStream(err)
         handler.setLevel(logging.WARNING)
+        handler.addFilter(lambda record: record.thread == threading.get_ident())  # not what a daemon says
         environment = {"DOCKER_HOST": "unix://" + self.docker.path, **variables}
         options = options or ("-unix", "-socket", self.socket, "-file", self.file)
         gipam.log.addHandler(handler)
@@ -6030,6 +6060,14 @@ class OperatedCase(unittest.TestCase):
         finally:
             gipam.log.removeHandler(handler)
         return Finished(status, out.getvalue(), err.getvalue())
+
+    def settle(self) -> None:
+        """Wait until the first change is folded: then the files stay as they are."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not self.service._store.is_named and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with self.service._fold_lock:
+            self.assertTrue(self.service._store.is_named)
 
     def check(self, *arguments: str, grace: int = 0) -> list[str]:
         """Return the lines of `check`, without the last, which counts; it must agree with the status."""
@@ -6158,7 +6196,8 @@ class CheckTest(OperatedCase):
         self.docker.stop("one", is_told=False)
         self.assert_mended(
             "leaked_address: address 10.2.0.2 of network web is held for 02:42:00:00:00:02, but nothing has it",
-            "leaked_address: address 2001:db8:0:100::2 of network web is held for 02:42:00:00:00:02, but nothing has it")
+            "leaked_address: address 2001:db8:0:100::2 of network web is held for 02:42:00:00:00:02, but nothing "
+            "has it")
         self.assertEqual(self.held(), {"10.2.0.0/24": ["10.2.0.1"], "2001:db8:0:100::/64": ["2001:db8:0:100::1"]})
 
     def test_leaked_pools(self) -> None:
@@ -6188,14 +6227,16 @@ class CheckTest(OperatedCase):
 
     def test_missing_address(self) -> None:
         self.call("IpamDriver.ReleaseAddress", PoolID=self.docker.pool_ids["web", 4], Address="10.2.0.2")
-        self.assert_mended("missing_address: address 10.2.0.2 of container one is not held: another container could get it")
+        self.assert_mended(
+            "missing_address: address 10.2.0.2 of container one is not held: another container could get it")
         lease = self.service.status(True)["pools"][0]["addresses"][-1]
         self.assertEqual((lease["address"], lease["kind"], lease["mac"], lease["name"]),
                          ("10.2.0.2", "endpoint", "02:42:00:00:00:02", "one"))
 
     def test_missing_gateway(self) -> None:
         self.call("IpamDriver.ReleaseAddress", PoolID=self.docker.pool_ids["web", 4], Address="10.2.0.1")
-        self.assert_mended("missing_address: address 10.2.0.1 of network web is not held: another container could get it")
+        self.assert_mended(
+            "missing_address: address 10.2.0.1 of network web is not held: another container could get it")
 
     def test_missing_pool_with_all_that_is_used_in_it(self) -> None:
         for version in (4, 6):
@@ -6212,13 +6253,14 @@ class CheckTest(OperatedCase):
 
     def test_address_outside_its_network(self) -> None:
         self.docker.containers["one"]["NetworkSettings"]["Networks"]["web"]["IPAddress"] = "10.3.0.2"
-        self.assertEqual(self.check()[-1], "address_outside: address 10.3.0.2 of container one is in no subnet of network "
-                                           "web: make the network anew")
+        self.assertEqual(self.check()[-1], "address_outside: address 10.3.0.2 of container one is in no subnet of "
+                                           "network web: make the network anew")
 
     def test_one_address_in_two_containers(self) -> None:
         self.docker.start("two", "web")
         for key in ("IPAddress", "GlobalIPv6Address"):
-            self.docker.containers["two"]["NetworkSettings"]["Networks"]["web"][key] = self.docker.address("one", "web", key)
+            address = self.docker.address("one", "web", key)
+            self.docker.containers["two"]["NetworkSettings"]["Networks"]["web"][key] = address
         self.assertEqual(self.check()[-2:], [
             f"address_twice: address {address} is in container two and container one: restart one of them"
             for address in ("10.2.0.2", "2001:db8:0:100::2")])
@@ -6258,12 +6300,17 @@ class CheckTest(OperatedCase):
 
     def test_what_is_younger_than_the_grace_time_is_overlooked(self) -> None:
         self.docker.stop("one", is_told=False)
-        del self.docker.networks["web"]
-        self.docker.make_network("other")
+        self.docker.make_network("gone")
+        del self.docker.networks["gone"]
         self.assertEqual(self.check(grace=60), [])
-        with mock.patch.object(gipam.time, "time", return_value=time.time() + 61):
-            self.assertEqual(len(self.check(grace=60)), 2)
-        self.assertEqual(len(self.check(grace=0)), 2)
+        for offset_s, count in ((59, 0), (61, 3)):
+            with mock.patch.object(time, "time", return_value=time.time() + offset_s):
+                self.assertEqual(len(self.check(grace=60)), count)
+        self.assertEqual(len(self.check(grace=0)), 3)
+
+    def test_what_is_missing_has_no_grace_time(self) -> None:
+        self.call("IpamDriver.ReleaseAddress", PoolID=self.docker.pool_ids["web", 4], Address="10.2.0.2")
+        self.assertEqual(len(self.check(grace=60)), 1)
 
     def test_fix_is_refused_when_that_docker_knows_none_of_the_pools(self) -> None:
         before = self.held()
@@ -6280,6 +6327,7 @@ class CheckTest(OperatedCase):
 
     def test_only_a_daemon_mends(self) -> None:
         self.docker.stop("one", is_told=False)
+        self.settle()
         options = ("-socket", self.directory + "/none/gipam.sock", "-address", "127.0.0.1:1", "-file", self.file)
         self.assertEqual(self.run_gipam("check", "--grace", "0", options=options).out, self.run_gipam(
             "check", "--grace", "0").out)
@@ -6316,7 +6364,8 @@ class CheckTest(OperatedCase):
 class ChangesDuringCheckTest(OperatedCase):
     """Docker and gipam change while they are compared, and nothing false is reported."""
 
-    POINTS = range(5)  # before gipam is read; /networks; /containers; gipam again; and the pause
+    POINTS = range(5)  # before gipam is read; /networks; /containers; gipam again; the pause
+    LATER_POINTS = range(5, 9)  # the same after the pause, if a first look has found anything
 
     def find(self, schedule: list[int], steps: Steps) -> list[str]:
         """Compare; at point n those steps are made that the schedule has for it. Return the texts."""
@@ -6329,12 +6378,16 @@ class ChangesDuringCheckTest(OperatedCase):
                 next(steps)
             point += 1
 
+        def pass_pause(pause_s: float) -> None:
+            if pause_s:
+                pass_point()
+
         def read_status() -> Any:
             pass_point()
             return self.service.status(True)
 
         self.docker.before = pass_point
-        with mock.patch.object(gipam.time, "sleep", lambda pause_s: pause_s < 1 or pass_point()), \
+        with mock.patch.object(time, "sleep", pass_pause), \
                 mock.patch.object(gipam, "CHECK_PAUSE_S", 1):
             found = gipam.find_differences(read_status, self.docker.path, "gipam", 0)
         self.docker.before = lambda path: None
@@ -6361,7 +6414,7 @@ class ChangesDuringCheckTest(OperatedCase):
     def test_no_event_is_mistaken_for_a_difference(self) -> None:
         """Each event is spread in every way over the points up to the pause, without any grace time."""
         docker = self.docker
-        events: Dict[str, tuple[int, Callable[[], Steps]]] = {
+        events: dict[str, tuple[int, Callable[[], Steps]]] = {
             "network made": (3, lambda: docker.making_network("new")),
             "network removed": (2, lambda: docker.removing_network("old")),
             "container started": (2, lambda: docker.starting("new", "web")),
@@ -6388,15 +6441,19 @@ class ChangesDuringCheckTest(OperatedCase):
         self.docker.start("one", "web")
 
     def test_leak_is_found_whatever_happens_around_it(self) -> None:
-        """The control: the events above do not hide what is really there."""
-        for schedule in itertools.combinations_with_replacement(self.POINTS, 2):
-            with self.subTest(at=schedule):
-                self.reset()
-                leaked = self.docker.address("one", "web")
-                self.docker.stop("one", is_told=False)
-                found = self.find(list(schedule), self.docker.starting("two", "web"))
-                self.assertEqual([text for text in found if leaked in text], found)
-                self.assertEqual(len(found), 1)
+        """It is not hidden by an event, nor does that appear beside it, also after the pause."""
+        for points in (self.POINTS, self.LATER_POINTS):
+            for schedule in itertools.combinations_with_replacement(points, 2):
+                for is_start in (False, True):
+                    with self.subTest(at=schedule, is_start=is_start):
+                        self.reset()
+                        self.docker.start("two", "web")
+                        leaked = self.docker.address("one", "web")
+                        self.docker.stop("one", is_told=False)
+                        event = self.docker.starting("new", "web") if is_start else self.docker.stopping("two")
+                        found = self.find(list(schedule), event)
+                        self.assertEqual([text for text in found if f" {leaked} " in text], found)
+                        self.assertEqual(len(found), 1)
 
 
 class ImportTest(OperatedCase):
@@ -6418,7 +6475,8 @@ class ImportTest(OperatedCase):
         config, settings = self.config()
         store = gipam.Store(self.file)
         with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive):
-            self.service = gipam.open_service(config, settings, store, gipam.read_lease_file(store, settings), lambda: None)
+            document = gipam.read_lease_file(store, settings)
+            self.service = gipam.open_service(config, settings, store, document, lambda: None)
         self.addCleanup(self.service.import_is_due.clear)  # else its thread would ask on for ever
         self.server.service = self.service
         return self.service
@@ -6509,7 +6567,8 @@ class ImportTest(OperatedCase):
         self.docker.show_network("twice", {"Subnet": "10.2.0.0/22"})
         with self.assertLogs("gipam", "ERROR") as logged:
             self.lose()
-        self.assertIn("cannot take over subnet 10.2.0.0/22 of network twice from Docker: Pool overlaps", logged.output[0])
+        self.assertIn("cannot take over subnet 10.2.0.0/22 of network twice from Docker: Pool overlaps",
+                      logged.output[0])
         self.assertIn("10.9.0.64/26", self.held())
 
     def test_adoption_asks_docker_for_the_rest(self) -> None:
@@ -6524,7 +6583,7 @@ class ImportTest(OperatedCase):
     def test_first_parseable_id_is_bound_to_a_pool_taken_over(self) -> None:
         pool_id = self.docker.pool_ids["lan", 4]
         self.lose()
-        unbound = gipam.make_pool_id(ipaddress.ip_network("10.9.0.0/24"), ipaddress.ip_network("10.9.0.64/26"), "unbound")
+        unbound = gipam.make_pool_id(*map(ipaddress.ip_network, ("10.9.0.0/24", "10.9.0.64/26")), "unbound")
         self.assertIn(unbound, self.service.state.pools)
         self.docker.stop("c0")
         self.assertNotIn(unbound, self.service.state.pools)
@@ -6642,8 +6701,8 @@ class ReleaseTest(OperatedCase):
         ids = [pool["id"] for pool in self.service.status(False)["pools"] if pool["sub_pool"]]
         done = self.run_gipam("release", "10.50.0.0/24", "--force", "--yes")
         self.assertEqual((done.status, done.out), (1, ""))
-        self.assertEqual(done.err, "gipam: '10.50.0.0/24' names 2 pools: give the id of one, as `status --json` has it\n"
-                         + "".join(f"  {pool_id}\n" for pool_id in ids))
+        self.assertEqual(done.err, "gipam: '10.50.0.0/24' names 2 pools: give the id of one, as `status --json` "
+                         "has it\n" + "".join(f"  {pool_id}\n" for pool_id in ids))
         for name in ("10.50.0.0/25", ids[1]):
             self.assertEqual(self.run_gipam("release", name, "--force", "--yes").status, 0)
         self.assertEqual(list(self.held()), ["10.2.0.0/24"])
@@ -6662,6 +6721,7 @@ class ReleaseTest(OperatedCase):
         self.assertEqual(self.held()["fd00:9::/64"], [])
 
     def test_without_docker_or_daemon_nothing_is_released(self) -> None:
+        self.settle()
         other = ("-socket", self.directory + "/none/gipam.sock", "-address", "127.0.0.1:1", "-file", self.file)
         self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes", DOCKER_HOST="unix:///nothing").status, 2)
         done = self.run_gipam("release", "10.2.0.0/24", "--yes", "--force", options=other)
@@ -6712,7 +6772,8 @@ SUBNET               RANGE          HELD  OF                    NAME            
         self.at(-3 * 3600, lambda: ask("partly", "10.2.4.0/25"))
         ask("kept", "10.2.5.0/24", options={"gipam.name": "kept"})
         list(self.docker.removing_network("kept"))
-        self.at(-3 * 3600, lambda: ask("range", "10.50.0.0/24", sub_pool="10.50.0.64/26", options={"gipam.name": "gateway"}))
+        self.at(-3 * 3600, lambda: ask("range", "10.50.0.0/24", sub_pool="10.50.0.64/26",
+                                       options={"gipam.name": "gateway"}))
         self.at(-2 * 86400, lambda: self.pool("10.2.7.0/24"))
         self.at(-40, lambda: self.pool("10.2.8.0/23"))
 
@@ -6720,7 +6781,7 @@ SUBNET               RANGE          HELD  OF                    NAME            
         self.call("IpamDriver.RequestPool", AddressSpace="gipam", Pool=subnet, SubPool="", Options=None, V6=False)
 
     def at(self, offset_s: int, do: Callable[[], Any]) -> Any:
-        with mock.patch.object(gipam.time, "time", return_value=self.NOW_S + offset_s):
+        with mock.patch.object(time, "time", return_value=self.NOW_S + offset_s):
             return do()
 
     def status(self, *arguments: str, **how: Any) -> str:
@@ -6756,8 +6817,9 @@ SUBNET               RANGE          HELD  OF                    NAME            
 
     def test_map_of_a_large_base_has_a_character_for_a_group_of_blocks(self) -> None:
         base = {"prefix": "10.0.0.0/8", "blocks": 65536, "excluded": [], "remembered": {}}
-        for subnets, drawing in (([], "." * 32), (["10.0.0.0/24"], "+" + "." * 31), (["10.8.0.0/13"], ".#" + "." * 30),
-                                 (["10.0.0.0/14", "10.4.0.0/14"], "#" + "." * 31), (["10.255.255.0/24"], "." * 31 + "+"),
+        for subnets, drawing in (([], "." * 32), (["10.0.0.0/24"], "+" + "." * 31),
+                                 (["10.8.0.0/13"], ".#" + "." * 30), (["10.255.255.0/24"], "." * 31 + "+"),
+                                 (["10.0.0.0/14", "10.4.0.0/14"], "#" + "." * 31),
                                  (["10.0.0.0/7"], "#" * 32), (["fd00::/8", "192.168.0.0/16"], "." * 32)):
             with self.subTest(subnets):
                 pools = [{"subnet": subnet} for subnet in subnets]
@@ -6786,9 +6848,10 @@ SUBNET               RANGE          HELD  OF                    NAME            
         self.assertEqual(set(status), {"version", "seq", "bases", "pools"})
         self.assertEqual(status["version"], gipam.__version__)
         base = dict(status["bases"][1])
-        self.assertEqual(base, {"prefix": "10.2.0.0/20", "family": 4, "block_prefixlen": 24, "blocks": 16, "blocks_used": 5,
-                                "blocks_excluded": 1, "excluded": ["10.2.1.0/24"], "remembered": {"kept": "10.2.5.0/24"},
-                                "routes": ["10.2.3.0/25"]})
+        self.assertEqual(base, {
+            "prefix": "10.2.0.0/20", "family": 4, "block_prefixlen": 24, "blocks": 16, "blocks_used": 5,
+            "blocks_excluded": 1, "excluded": ["10.2.1.0/24"], "remembered": {"kept": "10.2.5.0/24"},
+            "routes": ["10.2.3.0/25"]})
         pool = next(pool for pool in status["pools"] if pool["subnet"] == "10.50.0.0/24")
         self.assertRegex(pool.pop("id"), r"^10\.50\.0\.0/24,10\.50\.0\.64/26#[0-9a-f]{16}$")
         self.assertGreater(pool.pop("seq"), 0)
@@ -6806,9 +6869,7 @@ SUBNET               RANGE          HELD  OF                    NAME            
         nowhere = ("-socket", self.directory + "/nothing.sock")
         tcp = (*nowhere, "-address", f"127.0.0.1:{server.server_address[1]}", "-file", self.directory + "/nothing.json")
         self.assertEqual(self.status("--json", "--leases", options=tcp), self.status("--json", "--leases"))
-        deadline = time.monotonic() + DEADLINE_S
-        while not self.service._store.is_named and time.monotonic() < deadline:
-            time.sleep(0.01)  # it is folded once, after its first change
+        self.settle()
         self.pool("10.77.0.0/24")
         expected = json.loads(self.status("--json", "--leases"))
         before = {name: self.read(name) for name in os.listdir(self.directory) if name.startswith("leases.json")}
@@ -6829,11 +6890,12 @@ SUBNET               RANGE          HELD  OF                    NAME            
                    self.directory + "/no.json")
         done = self.run_gipam("status", options=options)
         self.assertEqual((done.status, done.out), (2, ""))
-        self.assertEqual(done.err, f"gipam: no gipam answers on {options[2]} or 127.0.0.1:1, and there is no lease file "
-                         f"{options[6]}: say where with -socket, -address or -file\n")
+        self.assertEqual(done.err, f"gipam: no gipam answers on {options[2]} or 127.0.0.1:1, and there is no lease "
+                         f"file {options[6]}: say where with -socket, -address or -file\n")
 
     def test_socket_that_may_not_be_used_is_named(self) -> None:
-        with mock.patch.object(socket.socket, "connect", side_effect=PermissionError(errno.EACCES, "Permission denied")):
+        denied = PermissionError(errno.EACCES, "Permission denied")
+        with mock.patch.object(socket.socket, "connect", side_effect=denied):
             done = self.run_gipam("status")
         self.assertEqual((done.status, done.out), (2, ""))
         self.assertRegex(done.err, f"^gipam: .*{re.escape(self.socket)}.*Permission denied.*\n$")
@@ -6884,16 +6946,18 @@ class MetricsTest(OperatedCase):
 
     def test_official_parser_reads_it(self) -> None:
         try:
-            from prometheus_client.parser import text_string_to_metric_families
+            parse: Any = importlib.import_module("prometheus_client.parser").text_string_to_metric_families
         except ImportError:
             if os.environ.get("GIPAM_REQUIRE_PROMETHEUS") == "1":
                 raise
             self.skipTest("prometheus_client is missing: pip install prometheus-client")
-        for fill in (lambda: None, self.fill):
-            fill()
+        families: dict[str, Any] = {}
+        for is_filled in (False, True):
+            if is_filled:
+                self.fill()
             status, content_type, text = self.get("/metrics")
             self.assertEqual((status, content_type), (200, "text/plain; version=0.0.4; charset=utf-8"))
-            families = {family.name: family for family in text_string_to_metric_families(text)}
+            families = {family.name: family for family in parse(text)}
             found = {name + "_total" * (family.type == "counter"): family.type for name, family in families.items()}
             self.assertEqual(found, {"gipam_" + name: kind for name, kind in self.NAMES.items()})
             for family in families.values():
@@ -6960,12 +7024,12 @@ class MetricsTest(OperatedCase):
         serve_in_thread(self, server)
         before = self.held()
         for verb, path, status in (
-                ("GET", "/metrics", 200), ("GET", "/healthz", 200), ("GET", "/status", 200), ("GET", "/status?leases=1", 200),
-                ("POST", "/metrics", 405), ("POST", "/Gipam.Release", 404), ("POST", "/Gipam.Adopt", 404),
+                ("GET", "/metrics", 200), ("GET", "/healthz", 200), ("GET", "/status", 200),
+                ("GET", "/status?leases=1", 200), ("POST", "/metrics", 405), ("POST", "/Gipam.Release", 404), ("POST", "/Gipam.Adopt", 404),
                 ("POST", "/IpamDriver.RequestPool", 404), ("POST", "/IpamDriver.ReleasePool", 404),
                 ("POST", "/Plugin.Activate", 404), ("GET", "/", 404)):
             with self.subTest(verb + " " + path):
-                connection = http.client.HTTPConnection(*server.server_address, timeout=DEADLINE_S)
+                connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=DEADLINE_S)
                 self.addCleanup(connection.close)
                 connection.request(verb, path, json.dumps({"PoolID": self.docker.pool_ids["web", 4], "Pool": ""}))
                 self.assertEqual(connection.getresponse().status, status)
@@ -7019,8 +7083,8 @@ class LogTest(unittest.TestCase):
 
     def test_refused_requests_say_why(self) -> None:
         text = "\n".join(self.run_daemon(JOURNAL_STREAM="8:12345"))
-        self.assertRegex(text, "\n<4>refused /IpamDriver.RequestPool: Pool overlaps with other one on this address space: "
-                               "10.9.0.0/25 with 10.9.0.0/24, held by .*; got b'.*10.9.0.0/25")
+        self.assertRegex(text, "\n<4>refused /IpamDriver.RequestPool: Pool overlaps with other one on this address "
+                               "space: 10.9.0.0/25 with 10.9.0.0/24, held by .*; got b'.*10.9.0.0/25")
         self.assertRegex(text, "\n<4>nothing to do for /IpamDriver.ReleaseAddress: not held; got b'.*10.2.0.2")
 
 
@@ -8718,7 +8782,7 @@ class CheckedDockerCase(DockerCase):
         self.assertEqual(done.returncode, 1 if left else 0, done)
         return sorted(f"{finding['kind']}: {finding['text']}" for finding in findings)
 
-    def assert_mended(self, *findings: str) -> None:
+    def assert_found_and_mended(self, *findings: str) -> None:
         """`check` finds exactly these; --fix mends them, a second check is clean; Docker agrees."""
         self.assertEqual(self.check(), sorted(findings))
         self.assertEqual(self.check("--fix"), sorted(findings))
@@ -8729,9 +8793,9 @@ class CheckedDockerCase(DockerCase):
     def assert_no_address_is_twice(self) -> None:
         """In containers and on bridges."""
         found = [cidr.split("/")[0] for cidr in self.running_addresses()]
-        for network in self.docker.inspect("network", *self.docker("network", "ls", "-q", "-f", "driver=bridge").split()):
-            found += [cidr.split("/")[0] for cidr in self.docker._interface_addresses(network)
-                      if network["Name"] != "bridge"]
+        bridges = self.docker("network", "ls", "-q", "-f", "driver=bridge", "-f", "type=custom").split()
+        for network in self.docker.inspect("network", *bridges):
+            found += [cidr.split("/")[0] for cidr in self.docker._interface_addresses(network)]
         self.assertEqual(sorted(found), sorted(set(found)))
 
     def get(self, path: str, socket: str = "/run/docker.sock") -> Any:
@@ -8747,8 +8811,8 @@ class CheckedDockerCase(DockerCase):
     def leaked(self, container: str, network: str, v6: bool = False) -> str:
         """Return what `check` will say of a container's address, should it leak."""
         endpoint = self.docker.inspect("container", container)[0]["NetworkSettings"]["Networks"][network]
-        return (f"leaked_address: address {self.docker.address(container, network, v6)} of network {network} is held for "
-                f"{endpoint['MacAddress']}, but nothing has it")
+        return (f"leaked_address: address {self.docker.address(container, network, v6)} of network {network} is "
+                f"held for {endpoint['MacAddress']}, but nothing has it")
 
     @staticmethod
     def leaked_pool(subnet: str) -> str:
@@ -8777,7 +8841,8 @@ class CheckOnDockerTests(CheckedDockerCase):
         """What the tests without dockerd build upon."""
         version = int(self.docker("version", "-f", "{{.Server.Version}}").split(".")[0])
         self.docker.network("web", "--ipv6")
-        self.docker.network("lan", "--subnet", "10.9.0.0/24", "--ip-range", "10.9.0.64/26", "--aux-address", "a=10.9.0.7")
+        self.docker.network("lan", "--subnet", "10.9.0.0/24", "--ip-range", "10.9.0.64/26",
+                            "--aux-address", "a=10.9.0.7")
         self.docker.container("one", "web")
         self.docker("network", "connect", "lan", "one")
         self.docker("create", "--name", "created", "--network", "lan", "bb")
@@ -8808,7 +8873,8 @@ class CheckOnDockerTests(CheckedDockerCase):
             fake.containers["one"]["NetworkSettings"]["Networks"]["web"]), set())
         self.assertEqual(endpoints["one"]["web"]["NetworkID"], real["Id"])
         self.assertEqual(endpoints["one"]["lan"]["Gateway"], "10.9.0.64")
-        self.assertEqual(endpoints["created"]["lan"], {**ENDPOINT, "IPAMConfig": endpoints["created"]["lan"]["IPAMConfig"]})
+        created = endpoints["created"]["lan"]
+        self.assertEqual(created, {**ENDPOINT, "IPAMConfig": created["IPAMConfig"]})
 
     def test_no_difference_with_networks_of_all_kinds(self) -> None:
         """Gateways shown and not, spellings, hints, templates, families that are off."""
@@ -8826,9 +8892,9 @@ class CheckOnDockerTests(CheckedDockerCase):
             "far": (*macvlan, "--ip-range", "10.50.0.128/25", "-o", "parent=" + far, "--gateway", "10.50.0.200")}
         for name, options in networks.items():
             self.docker.network(name, *options)
-        self.docker("network", "create", "--config-only", "--ipam-driver", "gipam", "--subnet", "10.60.0.0/24", "template")
+        self.docker.network("template", "--config-only", "--subnet", "10.60.0.0/24")
         self.docker("network", "create", "-d", "bridge", "--config-from", "template", "made")
-        self.docker("network", "create", "--config-only", "--ipam-driver", "gipam", "--subnet", "10.61.0.0/24", "unused")
+        self.docker.network("unused", "--config-only", "--subnet", "10.61.0.0/24")
         self.assertEqual(self.check(), [])
         for name in networks:
             self.docker.container("in-" + name, name)
@@ -8848,14 +8914,15 @@ class CheckOnDockerTests(CheckedDockerCase):
         self.docker.container("one", "web")
         self.docker.container("two", "web")
         self.docker.container("three", "web")
-        expected = [self.leaked("one", "web"), self.leaked("two", "web"), self.leaked_pool(self.docker.subnets("gone")[0])]
+        expected = [self.leaked("one", "web"), self.leaked("two", "web"),
+                    self.leaked_pool(self.docker.subnets("gone")[0])]
         self.docker.stop("gipam", number=signal.SIGKILL)
         commands = [self.docker.begin("kill", "one"), self.docker.begin("rm", "-f", "two"),
                     self.docker.begin("network", "rm", "gone")]  # dockerd waits 15 s for each release
         for command in commands:
             self.docker.end(command)
         self.docker.start_gipam()
-        self.assert_mended(*expected)
+        self.assert_found_and_mended(*expected)
         self.docker("start", "one")
         self.assert_no_address_is_twice()
 
@@ -8864,8 +8931,8 @@ class CheckOnDockerTests(CheckedDockerCase):
         self.docker.container("one", "lan", "--ip6", "fd00:9::77")
         self.assert_refused("Address already in use", "run", "--network", "lan", "--ip6", "fd00:9::77", "--mac-address",
                             "02:42:00:00:00:09", "bb")
-        self.assert_mended("leaked_address: address 10.9.0.3 of network lan is held for 02:42:00:00:00:09, but nothing "
-                           "has it")
+        self.assert_found_and_mended(
+            "leaked_address: address 10.9.0.3 of network lan is held for 02:42:00:00:00:09, but nothing has it")
 
     def test_lease_file_lost_under_running_containers(self) -> None:
         self.docker.network("web", "--ipv6")
@@ -8882,7 +8949,7 @@ class CheckOnDockerTests(CheckedDockerCase):
             self.docker.container(f"web{number}", "web")
             self.docker.container(f"lan{number}", "lan")
         self.docker.network("new", "--ipv6")
-        self.assert_mended()
+        self.assert_found_and_mended()
 
     def test_lease_file_restored_from_an_old_copy(self) -> None:
         self.docker.network("web", "--ipv6")
@@ -8897,15 +8964,15 @@ class CheckOnDockerTests(CheckedDockerCase):
         self.docker.container("two", "web")
         self.docker.container("three", "new")
         self.replace_lease_file(copy)
-        expected += [f"missing_pool: subnet {self.docker.subnets('new')[0]} of network new is not held: another network "
-                     "could get it"]
+        expected += [f"missing_pool: subnet {self.docker.subnets('new')[0]} of network new is not held: another "
+                     "network could get it"]
         expected += [f"missing_address: address {self.docker.address('two', 'web', v6)} of container two is not held: "
                      "another container could get it" for v6 in (False, True)]
-        self.assert_mended(*expected)
+        self.assert_found_and_mended(*expected)
         self.docker.container("four", "web")
         self.docker.container("five", "new")
         self.docker.network("newer")
-        self.assert_mended()
+        self.assert_found_and_mended()
 
     def test_ranges_of_one_subnet_are_told_apart(self) -> None:
         for name, sub_pool, parent in zip(("near", "far"), ("10.50.0.0/25", "10.50.0.128/25"), self.docker.wire()):
@@ -8917,15 +8984,16 @@ class CheckOnDockerTests(CheckedDockerCase):
         self.addCleanup(client.close)
         for pool in self.pools():
             client.request_address(pool["id"], mac="02:42:00:00:00:09")
-        self.assert_mended(*(f"leaked_address: address {address} of network {name} is held for 02:42:00:00:00:09, but "
-                             "nothing has it" for address, name in (("10.50.0.3", "near"), ("10.50.0.130", "far"))))
+        self.assert_found_and_mended(*(
+            f"leaked_address: address {address} of network {name} is held for 02:42:00:00:00:09, but nothing has it"
+            for address, name in (("10.50.0.3", "near"), ("10.50.0.130", "far"))))
 
     def test_network_of_another_driver_overlaps(self) -> None:
         self.docker.network("ours", "--subnet", "10.9.0.0/24")
         self.docker("network", "create", "-d", "macvlan", "-o", "parent=" + self.docker.wire()[0], "--subnet",
                     "10.9.0.0/16", "theirs")
-        expected = ["overlap: subnet 10.9.0.0/16 of network theirs, of another IPAM driver, overlaps 10.9.0.0/24 of ours: "
-                    "remove one of the two networks"]
+        expected = ["overlap: subnet 10.9.0.0/16 of network theirs, of another IPAM driver, overlaps 10.9.0.0/24 of "
+                    "ours: remove one of the two networks"]
         self.assertEqual(self.check(), expected)
         self.assertEqual(self.check("--fix"), expected)
         self.docker("network", "rm", "theirs")
@@ -8993,10 +9061,11 @@ class CheckAfterDockerCrashTests(CheckedDockerCase):
             until(lambda: not (self.docker.dockerd and self.docker.dockerd.is_running()), "end of dockerd")
             self.docker.start_dockerd()
         self.docker("start", "one")
-        self.assert_mended("leaked_address: address 10.2.0.3 of network web is held for 02:42:00:00:00:09, but nothing "
-                           "has it", self.leaked_pool("10.9.0.0/24"))
+        self.assert_found_and_mended(
+            "leaked_address: address 10.2.0.3 of network web is held for 02:42:00:00:00:09, but nothing has it",
+            self.leaked_pool("10.9.0.0/24"))
         self.docker.network("lan", "--subnet", "10.9.0.0/24")
-        self.assert_mended()
+        self.assert_found_and_mended()
 
 
 class CheckWhileContainersComeAndGoTests(CheckedDockerCase):
@@ -9015,8 +9084,8 @@ class CheckWhileContainersComeAndGoTests(CheckedDockerCase):
         """The first stops are of leases past the grace time, which alone excuses nothing then."""
         self.docker.network("web", "--ipv6")
         self.docker.network("lan", "--subnet", "10.9.0.0/24")
-        commands = [self.docker.begin("run", "-d", "--name", f"c{number}", "--network", ("web", "lan")[number % 2], "bb")
-                    for number in range(20)]
+        commands = [self.docker.begin("run", "-d", "--name", f"c{number}", "--network",
+                                      ("web", "lan")[number % 2], "bb") for number in range(20)]
         for command in commands:
             self.docker.end(command)
         until(lambda: all(time.time() - lease["granted_s"] > self.GRACE_S for pool in self.pools()
@@ -9030,7 +9099,7 @@ class CheckWhileContainersComeAndGoTests(CheckedDockerCase):
             found.append(self.check(grace_s=self.GRACE_S))
         self.assertEqual([findings for findings in found if findings], [])
         self.assertGreater(len(found), 1)
-        self.assert_mended()
+        self.assert_found_and_mended()
 
 
 # === Boot =========================================================================================
@@ -9206,9 +9275,9 @@ class BootLoad:
         self.go_on()
 
     def go_on(self) -> None:
-        """Wait until as many containers as there are have stopped and started once more."""
+        """Wait until half as many containers as there are have stopped and started once more."""
         rounds = int(self.machine("touch /run/load; wc -l < /run/load"))
-        self.machine.wait_until(f"[ $(wc -l < /run/load) -ge {rounds + LOAD_COUNT} ]")
+        self.machine.wait_until(f"[ $(wc -l < /run/load) -ge {rounds + LOAD_COUNT // 2} ]")
 
     def end(self) -> list[str]:
         """End it and return what the commands said that failed."""
