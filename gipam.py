@@ -2336,6 +2336,8 @@ def take_listener(address: Any) -> socket.socket | None:
             found = listener
         else:
             notify(f"FDSTOREREMOVE=1\nFDNAME={names[at] if at < len(names) else FD_NAME}")
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # refuse at once, for nobody will answer on it
             listener.close()
     return found
 
