@@ -1653,7 +1653,8 @@ def recover(store: Store, document: dict[str, Any] | None, state: State) -> None
         try:
             decode_snapshot(document, state)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise store.damage(store.path, f"contradicts itself: {error!r}") from None
+            what = str(error) if type(error) is ValueError else repr(error)
+            raise store.damage(store.path, f"contradicts itself: {what}") from None
     for place, record in store.replay(document, state.seq):
         try:
             state.apply(CHANGES[record[0]](*record[1:]))
@@ -2535,13 +2536,22 @@ def compare(status: dict[str, Any], claims: list[Claim], now_s: int, grace_s: in
     return findings
 
 
-def find_uses(pool: Claim, claims: list[Claim]) -> list[Claim]:
+def group_uses(claims: Iterable[Claim]) -> dict[tuple[str, str], dict[str, Claim]]:
+    """Return the claims to addresses, the first to each: (subnet, sub_pool) -> address -> claim."""
+    uses: dict[tuple[str, str], dict[str, Claim]] = {}
+    for claim in claims:
+        if claim.address:
+            uses.setdefault((claim.subnet, claim.sub_pool), {}).setdefault(claim.address, claim)
+    return uses
+
+
+def find_uses(pool: Claim, uses_by_pool: Mapping[tuple[str, str], dict[str, Claim]]) -> list[Claim]:
     """Return the claims to addresses of a pool, and one to a gateway, at an unknown address if none is shown.
 
     Docker does not show the gateway of a network with a --subnet and no --gateway. It then is the
     first address that was free, and must not become a container's.
     """
-    uses = [use for use in claims if use.address and (use.subnet, use.sub_pool) == (pool.subnet, pool.sub_pool)]
+    uses = list(uses_by_pool.get((pool.subnet, pool.sub_pool), {}).values())
     has_gateway = any(use.kind == GATEWAY for use in uses)
     return uses if has_gateway else [*uses, pool._replace(kind=GATEWAY)]
 
@@ -2550,10 +2560,11 @@ def find_missing(pools: dict[Any, Any], claimed: dict[Any, Claim], used: dict[An
     """Return what Docker uses and gipam does not hold, or holds only once."""
     findings: dict[Any, Finding] = {}
     held = {(pool["subnet"], lease["address"]) for pool in pools.values() for lease in pool["addresses"]}
+    uses_by_pool = group_uses(claims[0] for claims in used.values())
     for key, claim in claimed.items():
         subnet, sub_pool = key
         if key not in pools and not claim.is_hint:
-            uses = find_uses(claim, [claims[0] for claims in used.values()])
+            uses = find_uses(claim, uses_by_pool)
             findings["no pool", claim] = Finding(
                 "missing_pool", f"subnet {subnet} of {claim} is not held: another network could get it", "/Gipam.Adopt",
                 {"Subnet": subnet, "SubPool": sub_pool, "Leases": [use.as_lease() for use in uses]})
@@ -2569,7 +2580,7 @@ def find_missing(pools: dict[Any, Any], claimed: dict[Any, Claim], used: dict[An
                 "/Gipam.Adopt", {"Subnet": subnet, "SubPool": claim.sub_pool, "Leases": [claim.as_lease()]})
         holders = {claim.identity: claim for claim in claims if claim.kind == ENDPOINT}
         if len(holders) > 1:
-            findings[("twice", address, *sorted(holders))] = Finding(
+            findings["twice", address, tuple(sorted(holders))] = Finding(
                 "address_twice", f"address {address} is in {' and '.join(map(str, holders.values()))}: restart "
                 "one of them", "", {})
     return findings
@@ -2589,9 +2600,11 @@ def find_differences(read_status: Callable[[], Any], path: str, driver: str, gra
         found = compare(before, claims, now_s, grace_s)
         again = compare(read_status(), claims, now_s, grace_s) if found else {}
         found = {key: finding for key, finding in found.items() if key in again}
+        prefixes = {pool["id"]: parse_prefix(pool["subnet"]) for pool in before["pools"] if foreign}
         for claim in foreign:
+            prefix = parse_prefix(claim.subnet)
             for pool in before["pools"]:
-                if parse_prefix(claim.subnet).overlaps(parse_prefix(pool["subnet"])):
+                if prefix.overlaps(prefixes[pool["id"]]):
                     found["overlap", claim.identity, pool["id"]] = Finding(
                         "overlap", f"subnet {claim.subnet} of network {claim.network}, of another IPAM driver, "
                         f"overlaps {pool['subnet']} of ours: remove one of the two networks", "", {})
@@ -2604,11 +2617,12 @@ def find_differences(read_status: Callable[[], Any], path: str, driver: str, gra
 def take_over(service: Service, driver: str, timeout_s: float) -> None:
     """Adopt all that Docker uses of this driver. Raises: Unreachable."""
     claims, _ = read_claims(docker_socket(), driver, timeout_s)
+    uses_by_pool = group_uses(claims)
     for claim in claims:
         if claim.address or claim.is_hint:
             continue
         subnet, sub_pool = parse_prefix(claim.subnet), parse_prefix(claim.sub_pool) if claim.sub_pool else None
-        requests = [AddressRequest(use.address, use.kind, use.mac, use.name) for use in find_uses(claim, claims)]
+        requests = [AddressRequest(use.address, use.kind, use.mac, use.name) for use in find_uses(claim, uses_by_pool)]
         try:
             if service.adopt(subnet, sub_pool, requests):
                 log.warning("took over subnet %s of network %s with %d addresses from Docker", subnet,
