@@ -2321,25 +2321,30 @@ def load_tls(directory: str, is_server: bool) -> ssl.SSLContext | None:
 
 
 def take_listener(address: Any) -> socket.socket | None:
-    """Return the listening socket for the address that the service manager handed over, if there is one.
+    """Return the listening socket for the address that the service manager handed over, if any.
 
-    Others are given back. Source: sd_listen_fds(3), FDSTORE in sd_notify(3).
+    It may come twice, from a socket unit and from the store: then the copy is closed, and nothing
+    is ever shut down, for that would end both. One for another address, which the store has kept
+    from before a change of options, is given back, and its name goes: it must not look alive.
+    Source: sd_listen_fds(3), FDSTORE in sd_notify(3).
     """
     found = None
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     count = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
     for at in range(count):
         listener = socket.socket(fileno=3 + at)
-        is_ours = listener.getsockname() == address if isinstance(address, str) else \
-            listener.family != socket.AF_UNIX and listener.getsockname()[:2] == address
-        if found is None and is_ours and (not isinstance(address, str) or os.path.exists(address)):
+        name = listener.getsockname()
+        is_ours = name == address and os.path.exists(address) if isinstance(address, str) else \
+            listener.family != socket.AF_UNIX and name[:2] == address
+        if is_ours and found is None:
             listener.setblocking(True)
             found = listener
-        else:
-            notify(f"FDSTOREREMOVE=1\nFDNAME={names[at] if at < len(names) else FD_NAME}")
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)  # refuse at once, for nobody will answer on it
-            listener.close()
+            continue
+        listener.close()
+        if not is_ours and names[at:at + 1] == [FD_NAME]:
+            notify(f"FDSTOREREMOVE=1\nFDNAME={FD_NAME}")
+            if isinstance(name, str) and os.path.lexists(name):
+                os.unlink(name)
     return found
 
 
