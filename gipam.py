@@ -69,7 +69,7 @@ import sys
 import threading
 import time
 import zlib
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple, Union
+from typing import Any, Callable, Container, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple, Union
 
 __version__ = "1.0.0"
 
@@ -803,7 +803,7 @@ def describe_state(state: State, has_leases: bool) -> dict[str, Any]:
     for pool in list(state.pools.values()):
         entry = {"id": pool.pool_id, "subnet": str(pool.subnet.network), "sub_pool": str(pool.sub_pool or ""),
                  "name": pool.name, "leases": len(pool.leases), "usable": pool.usable(),
-                 "granted": pool.granted_s, "seq": pool.seq}
+                 "granted_s": pool.granted_s, "seq": pool.seq}
         if has_leases:
             entry["addresses"] = [{"address": pool.format(offset), **lease._asdict()}
                                   for offset, lease in pool.leases.copy().items()]
@@ -1306,6 +1306,9 @@ class Histogram:
         yield f"{name}_count {total}"
 
 
+RESULTS = ("ok", "bug", *(kind.__name__ for kind in (InvalidRequest, Forbidden, Unavailable, StoreError, StoreLost)))
+
+
 class Metrics:
     """What is counted while serving."""
 
@@ -1318,7 +1321,9 @@ class Metrics:
     def count(self, method: str, result: str, duration_s: float) -> None:
         """Count one request."""
         with self.lock:
-            self.requests[method, result] = self.requests.get((method, result), 0) + 1
+            if (method, result) not in self.requests:  # errors from 0 on, or Prometheus misses the first
+                self.requests.update({(method, other): 0 for other in RESULTS if (method, other) not in self.requests})
+            self.requests[method, result] += 1
             self.request_s.observe(duration_s)
 
 
@@ -1518,22 +1523,28 @@ class Service:
 
         return self._commit(decide)
 
-    def adopt(self, subnet: Network, sub_pool: Network | None, requests: list[AddressRequest]) -> int:
-        """Take over what Docker uses and the state does not hold; return how much that was.
+    def adopt(self, subnet: Network, sub_pool: Network | None, requests: list[AddressRequest],
+              seq: int | None = None) -> range:
+        """Take over what Docker uses and the state does not hold; return the numbers of the changes.
 
-        Durable: on return. Raises: as check_subnet() and check_address(), and nothing is taken over.
+        With seq, only if the pool still is the one granted as that change; 0: if there is none.
+        Durable: on return. Raises: Forbidden, as check_subnet() and check_address(), and nothing is
+        taken over.
         """
-        now_s, count = int(time.time()), 0
+        now_s, done = int(time.time()), range(0)
 
         def decide() -> None:
-            nonlocal count
+            nonlocal done
+            first = self.state.seq + 1
             other = self.state.families[subnet.version].find_overlap(subnet)
             pool = other.pools.get(sub_pool) if other and other.network == subnet else None
+            if seq is not None and seq != (pool.seq if pool else 0):
+                raise Forbidden(f"pool {sub_pool or subnet} is not what it was as change {seq}: look again")
             if pool is None:
                 check_subnet(self.state, subnet, sub_pool, now_s)
                 pool_id = make_pool_id(subnet, sub_pool, UNBOUND)
                 self.flusher.submit(RequestPool(pool_id, str(subnet), str(sub_pool or ""), "", now_s, 0, -1))
-                pool, count = self.state.pools[pool_id], 1
+                pool = self.state.pools[pool_id]
             for request in requests:
                 if request.address:
                     is_held = parse_offset(pool, request.address) in pool.subnet.held
@@ -1542,10 +1553,10 @@ class Service:
                         or pool.subnet.held.next_absent(pool.low) > pool.high
                 if not is_held:
                     self.flusher.submit(decide_request_address(pool, request, now_s))
-                    count += 1
+            done = range(first, self.state.seq + 1)
 
         self._commit(decide)
-        return count
+        return done
 
     def status(self, has_leases: bool) -> dict[str, Any]:
         """Return what `status --json` shows, with the routes of the host inside the bases."""
@@ -1905,7 +1916,10 @@ def release_by_hand(service: Service, fields: dict[str, Any]) -> tuple[Any, Tick
 
 
 def adopt_by_hand(service: Service, fields: dict[str, Any]) -> tuple[Any, None]:
-    """Take over what Docker uses: Subnet, SubPool, and Leases with Address, Kind, MAC and Name."""
+    """Take over what Docker uses: Subnet, SubPool, Seq of the pool, Leases: Address, Kind, MAC, Name.
+
+    Seq is 0 where there was no pool. The answer: how many changes that was, and the last one's Seq.
+    """
     subnet, sub_pool, leases = read_prefix(fields, "Subnet"), read_prefix(fields, "SubPool"), fields.get("Leases")
     if subnet is None or not isinstance(leases, list) or not all(isinstance(lease, dict) for lease in leases):
         raise InvalidRequest("Subnet or the list Leases is missing")
@@ -1914,10 +1928,10 @@ def adopt_by_hand(service: Service, fields: dict[str, Any]) -> tuple[Any, None]:
     for request in requests:
         if request.kind not in (GATEWAY, AUXILIARY, ENDPOINT):
             raise InvalidRequest(f"Kind is none of {GATEWAY}, {AUXILIARY}, {ENDPOINT}: {request.kind!r}")
-    count = service.adopt(subnet, sub_pool, requests)
+    done = service.adopt(subnet, sub_pool, requests, read_number(fields, "Seq"))
     log.info("adopt subnet=%s sub_pool=%s leases=%s adopted=%d", subnet, sub_pool or "",
-             ",".join(request.address for request in requests), count)
-    return {"Adopted": count}, None
+             ",".join(request.address for request in requests), len(done))
+    return {"Adopted": len(done), "Seq": done.stop - 1}, None
 
 
 def show_status(service: Service, query: str) -> Reply:
@@ -2426,9 +2440,13 @@ def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[C
 
     Two requests, but for networks made with --config-from: GET /networks, then all containers.
     """
-    networks = call(UnixConnection(path, timeout_s), "GET", "/networks")
-    containers = call(UnixConnection(path, timeout_s), "GET", "/containers/json?all=1")
-    networks = [call(UnixConnection(path, timeout_s), "GET", f"/networks/{network['Id']}")
+    end = time.monotonic() + timeout_s
+
+    def get(target: str) -> Any:
+        return call(UnixConnection(path, max(end - time.monotonic(), 0.001)), "GET", target)
+
+    networks, containers = get("/networks"), get("/containers/json?all=1")
+    networks = [get(f"/networks/{network['Id']}")
                 if (network.get("ConfigFrom") or {}).get("Network") else network  # the list leaves its IPAM out
                 for network in networks]
     ours: dict[str, list[Claim]] = {}  # network id -> subnets
@@ -2523,7 +2541,7 @@ def compare(status: dict[str, Any], claims: list[Claim], now_s: int, grace_s: in
             used.setdefault((claim.subnet, claim.address), []).append(claim)
     for key, pool in pools.items():
         if key not in claimed:
-            if now_s - pool["granted"] >= grace_s and (hint_of(key[0]), "") not in claimed:
+            if now_s - pool["granted_s"] >= grace_s and (hint_of(key[0]), "") not in claimed:
                 body = {"PoolID": pool["id"], "Address": "", "Seq": pool["seq"]}
                 findings["pool", pool["id"], pool["seq"]] = Finding(
                     "leaked_pool", f"subnet {' range '.join(filter(None, key))} is held with {pool['leases']} "
@@ -2572,7 +2590,7 @@ def find_missing(pools: dict[Any, Any], claimed: dict[Any, Claim], used: dict[An
             uses = find_uses(claim, uses_by_pool)
             findings["no pool", claim] = Finding(
                 "missing_pool", f"subnet {subnet} of {claim} is not held: another network could get it", "/Gipam.Adopt",
-                {"Subnet": subnet, "SubPool": sub_pool, "Leases": [use.as_lease() for use in uses]})
+                {"Subnet": subnet, "SubPool": sub_pool, "Seq": 0, "Leases": [use.as_lease() for use in uses]})
     for (subnet, address), claims in used.items():
         claim = claims[0]
         if not subnet:
@@ -2582,7 +2600,8 @@ def find_missing(pools: dict[Any, Any], claimed: dict[Any, Claim], used: dict[An
         elif (subnet, address) not in held and (subnet, claim.sub_pool) in pools:
             findings["no lease", claim] = Finding(
                 "missing_address", f"address {address} of {claim} is not held: another container could get it",
-                "/Gipam.Adopt", {"Subnet": subnet, "SubPool": claim.sub_pool, "Leases": [claim.as_lease()]})
+                "/Gipam.Adopt", {"Subnet": subnet, "SubPool": claim.sub_pool, "Leases": [claim.as_lease()],
+                                 "Seq": pools[subnet, claim.sub_pool]["seq"]})
         holders = {claim.identity: claim for claim in claims if claim.kind == ENDPOINT}
         if len(holders) > 1:
             findings["twice", address, tuple(sorted(holders))] = Finding(
@@ -2619,21 +2638,39 @@ def find_differences(read_status: Callable[[], Any], path: str, driver: str, gra
     return findings or {}
 
 
+def find_surplus(status: dict[str, Any], claims: list[Claim], adopted: Container[int]) -> Iterator[dict[str, Any]]:
+    """Yield what to release again: taken over, and no longer claimed when Docker is read once more.
+
+    Docker may have released it after the first reading, when gipam did not hold it yet.
+    """
+    for finding in compare(status, claims, int(time.time()), 0).values():
+        if finding.path == "/Gipam.Release" and finding.body["Seq"] in adopted:
+            yield finding.body
+
+
 def take_over(service: Service, driver: str, timeout_s: float) -> None:
     """Adopt all that Docker uses of this driver. Raises: Unreachable."""
     claims, _ = read_claims(docker_socket(), driver, timeout_s)
     uses_by_pool = group_uses(claims)
+    adopted: set[int] = set()
     for claim in claims:
         if claim.address or claim.is_hint:
             continue
         subnet, sub_pool = parse_prefix(claim.subnet), parse_prefix(claim.sub_pool) if claim.sub_pool else None
         requests = [AddressRequest(use.address, use.kind, use.mac, use.name) for use in find_uses(claim, uses_by_pool)]
         try:
-            if service.adopt(subnet, sub_pool, requests):
+            done = service.adopt(subnet, sub_pool, requests)
+            if done:
                 log.warning("took over subnet %s of network %s with %d addresses from Docker", subnet,
                             claim.network, len(requests))
+            adopted.update(done)
         except GipamError as error:
             log.error("cannot take over subnet %s of network %s from Docker: %s", subnet, claim.network, error)
+    if adopted:
+        claims, _ = read_claims(docker_socket(), driver, timeout_s)
+        for body in find_surplus(service.status(has_leases=True), claims, adopted):
+            with contextlib.suppress(Forbidden):  # Docker has just released it itself
+                service.release_if(body["PoolID"], body["Address"], body["Seq"])
     service.import_is_due.clear()
     service.flusher.fold_is_due.set()
 
@@ -2890,7 +2927,7 @@ def find_daemon(config: Config) -> Callable[[], http.client.HTTPConnection] | No
     return None
 
 
-def read_status(arguments: argparse.Namespace, has_leases: bool) -> dict[str, Any]:
+def read_status(arguments: argparse.Namespace, has_leases: bool, is_second_look: bool = False) -> dict[str, Any]:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
     config, store, document = load(arguments)
     dial = find_daemon(config)
@@ -2900,7 +2937,12 @@ def read_status(arguments: argparse.Namespace, has_leases: bool) -> dict[str, An
         raise Unreachable(f"no gipam answers on {config.socket} or {config.address[0]}:{config.address[1]}, and "
                           f"there is no lease file {config.file}: say where with -socket, -address or -file")
     state = make_state(config)
-    recover(store, document, state)
+    try:
+        recover(store, document, state)
+    except DamageError:  # perhaps a daemon was just ending, and folded the journal into the file
+        if is_second_look:
+            raise
+        return read_status(arguments, has_leases, is_second_look=True)
     return describe_state(state, has_leases)
 
 
@@ -2938,7 +2980,7 @@ def render_status(status: dict[str, Any], width: int, now_s: int) -> Iterator[st
     rows = [("SUBNET", "RANGE", "HELD", "OF", "NAME", "AGE")]
     for pool in status["pools"]:
         rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]), str(pool["usable"]),
-                     pool["name"] or "-", format_age(now_s - pool["granted"])))
+                     pool["name"] or "-", format_age(now_s - pool["granted_s"])))
         rows += [(f"  {lease['address']}", lease["kind"], "", "", lease["name"] or lease["mac"] or "-",
                   format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?")
                  for lease in pool.get("addresses", ())]
@@ -2984,7 +3026,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         if pools and not arguments.force and not pools & {claim.subnet for claim in read_claims(path, driver)[0]}:
             raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one that gipam serves? "
                               "If so, use --force")
-        mend(config, list(found.values()))
+        mend(config, list(found.values()), lambda: read_claims(path, driver)[0])
         left = find()
     if arguments.json:
         print(json.dumps({"findings": [{"kind": finding.kind, "text": finding.text, "is_fixed": key not in left}
@@ -2997,17 +3039,24 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     return 1 if left else 0
 
 
-def mend(config: Config, findings: list[Finding]) -> None:
+def mend(config: Config, findings: list[Finding], read_claims_again: Callable[[], list[Claim]]) -> None:
     """Ask the daemon to mend what it can; each request is refused if things have changed. Raises: Unreachable."""
     dial = find_daemon(config)
     if dial is None:
         raise Unreachable(f"--fix needs the daemon, and none answers on {config.socket}")
+    adopted: set[int] = set()
     for finding in findings:
         if finding.path:
             try:
-                call(dial(), "POST", finding.path, finding.body)
+                reply = call(dial(), "POST", finding.path, finding.body)
+                adopted.update(range(reply["Seq"] - reply["Adopted"] + 1, reply["Seq"] + 1) if reply else ())
             except Refused as error:
                 log.warning("not mended: %s: %s", finding.text, error)
+    if adopted:
+        status = call(dial(), "GET", "/status?leases=1")
+        for body in find_surplus(status, read_claims_again(), adopted):
+            with contextlib.suppress(Refused):  # Docker has just released it itself
+                call(dial(), "POST", "/Gipam.Release", body)
 
 
 def cmd_release(arguments: argparse.Namespace) -> int:
@@ -3078,6 +3127,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     gc.disable()  # it would take a third of the time to load a million leases
     document = read_lease_file(store, settings)
     config = build_config(settings)
+    if config.unix and "LISTEN_FDS" not in os.environ:
+        clear_path(config.socket)  # a second daemon writes and imports nothing
     service = open_service(config, settings, store, document, stop.set)
     gc.freeze()  # nor need it look at them later: 270 ms for a million
     gc.enable()
