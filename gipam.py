@@ -93,6 +93,7 @@ REQUEST_PATIENCE_S = 10.0  # on TCP, from the first byte of a request to its las
 MAX_TCP_CONNECTIONS = 256  # past it the longest idle one goes: a local client cannot starve Docker
 START_PATIENCE_S = 300  # asked of the service manager, for a large state
 RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection closed to dial again
+DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has dialled to send its request
 CHECK_PAUSE_S = 1.0  # between the two looks of a check
 IMPORT_PAUSE_S = 1.0
 DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
@@ -1356,7 +1357,11 @@ class Ticket:
 
 
 class Flusher:
-    """Group commit: a thread that writes, in one flush, what queued up while the last one ran."""
+    """Group commit: one flush writes what queued up while the last one ran.
+
+    A request that finds nothing being flushed does it itself, which saves two changes of thread:
+    measured, a call takes 0.7 of the time. What queues up meanwhile is left to the flusher thread.
+    """
 
     def __init__(self, state: State, store: Store, lock: threading.Lock, metrics: Metrics,
                  on_loss: Callable[[], None]) -> None:
@@ -1369,8 +1374,19 @@ class Flusher:
         self.loss: StoreError | None = None  # after it, nothing is written any more
         threading.Thread(target=self._run, name="flusher", daemon=True).start()
 
+    def commit(self, decide: Callable[[], Ticket]) -> Ticket:
+        """Call it under the lock; return its ticket when that is on disk. Raises: as it; StoreError."""
+        with self._lock:
+            ticket = decide()
+            is_leader = bool(self._queue) and not self._is_busy
+            self._is_busy |= is_leader
+        if is_leader and self._flush_queue():
+            self._wakeup.release()
+        ticket.wait()
+        return ticket
+
     def submit(self, change: Change | None, is_rotating: bool = False) -> Ticket:
-        """Apply the change and queue it. The caller holds the lock. Raises: StoreLost.
+        """Apply the change and queue it: in a commit(). Raises: StoreLost.
 
         Without a change, the ticket waits for those before it; with is_rotating, also for a new
         segment, which holds all that is queued after.
@@ -1379,18 +1395,15 @@ class Flusher:
             raise self.loss
         undo = self._state.apply(change) if change else lambda: None
         ticket = Ticket(change, self._state.seq, undo)
-        if change or is_rotating or self._is_busy:
+        if change or is_rotating or self._is_busy or self._queue:
             self._is_rotating |= is_rotating
             self._queue.append(ticket)
-            if not self._is_busy:
-                self._is_busy = True
-                self._wakeup.release()
         else:
             ticket.finish()
         return ticket
 
     def retract(self, length: int) -> None:
-        """Undo what the caller, who has held the lock all the time, queued past this length."""
+        """Undo what this commit() has queued past this length."""
         while len(self._queue) > length:
             self._queue.pop().undo()
 
@@ -1398,24 +1411,28 @@ class Flusher:
         return len(self._queue)
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                batch, self._queue = self._queue, []
-                is_rotating, self._is_rotating = self._is_rotating, False
-                self._is_busy = bool(batch)
-            if not batch:
-                self._wakeup.acquire()
-                continue
-            error: StoreError | None = None
-            try:
-                self._flush(batch, is_rotating)
-            except Exception as failure:
-                if not isinstance(failure, StoreError):  # a bug: nobody may wait for ever
-                    log.exception("the journal cannot be written")
-                    failure = StoreLost("internal error of gipam: see its log")
-                error, batch = failure, self._revert(batch, failure)
-            for ticket in batch:
-                ticket.finish(error)
+        while self._wakeup.acquire():
+            while self._flush_queue():
+                pass
+
+    def _flush_queue(self) -> bool:
+        """Flush what is queued, and wake who waits for it; return whether more has queued up."""
+        with self._lock:
+            batch, self._queue = self._queue, []
+            is_rotating, self._is_rotating = self._is_rotating, False
+        error: StoreError | None = None
+        try:
+            self._flush(batch, is_rotating)
+        except Exception as failure:
+            if not isinstance(failure, StoreError):  # a bug: nobody may wait for ever
+                log.exception("the journal cannot be written")
+                failure = StoreLost("internal error of gipam: see its log")
+            error, batch = failure, self._revert(batch, failure)
+        for ticket in batch:
+            ticket.finish(error)
+        with self._lock:
+            self._is_busy = bool(self._queue)
+            return self._is_busy
 
     def _flush(self, batch: list[Ticket], is_rotating: bool) -> None:
         store = self._store
@@ -1606,22 +1623,23 @@ class Service:
 
     def probe(self) -> None:
         """Return once all that is queued is on disk; hang if a flush does. Raises: StoreError."""
-        with self._lock:
-            ticket = self.flusher.submit(None)
-        ticket.wait()
+        self.flusher.commit(lambda: self.flusher.submit(None))
 
     def _commit(self, decide: Callable[[], Change | None]) -> Ticket:
         """Decide and apply under the lock; return, or raise the refusal, when all is on disk."""
-        refusal = None
-        with self._lock:
+        refusal: GipamError | None = None
+
+        def submit() -> Ticket:
+            nonlocal refusal
             length = len(self.flusher)
             try:
-                ticket = self.flusher.submit(decide())
+                return self.flusher.submit(decide())
             except GipamError as error:
                 refusal = error
                 self.flusher.retract(length)
-                ticket = self.flusher.submit(None)
-        ticket.wait()
+                return self.flusher.submit(None)
+
+        ticket = self.flusher.commit(submit)
         if refusal:
             raise refusal
         return ticket
@@ -1631,19 +1649,23 @@ class Service:
 
         At a clean stop the lease file is left alone, whole in itself, for people to copy.
         """
-        store = self._store
+        store, copies = self._store, []
+
+        def begin() -> Ticket:
+            copies.append(copy_state(self.state))
+            ticket = self.flusher.submit(None, is_rotating=not is_stopping)
+            if is_stopping:  # what came now would be in no file
+                self.flusher.loss = StoreError("gipam is stopping: try again")
+            return ticket
+
         with self._fold_lock:
+            before = store.segment
             try:
-                with self._lock:
-                    copy, before = copy_state(self.state), store.segment
-                    ticket = self.flusher.submit(None, is_rotating=not is_stopping)
-                    if is_stopping:  # what came now would be in no file
-                        self.flusher.loss = StoreError("gipam is stopping: try again")
-                ticket.wait()  # now the copy is on disk, and what came later in a new segment
+                self.flusher.commit(begin)  # the copy is on disk, and what comes later in a new segment
                 segment = None if is_stopping else store.segment
                 if segment == before:
                     return False
-                chunks = encode_snapshot(self._config, copy, segment, self.import_is_due.is_set())
+                chunks = encode_snapshot(self._config, copies[0], segment, self.import_is_due.is_set())
                 store.write_snapshot(chunks, not is_stopping)
                 store.remove_segments(store.segment + is_stopping)
             except (OSError, StoreError) as error:
@@ -2031,6 +2053,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, path: str, body: bytes) -> None:
         self.server.mark(self.request, BUSY)
+        self.server.silent.discard(self.request)
         self._send(dispatch(self.server.service, self.command, path, body, self.server.is_public))
         self.server.mark(self.request, IDLE)
 
@@ -2105,11 +2128,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     request_queue_size = BACKLOG
     is_public = False  # whether only pages are served
     is_retiring = False  # whether each reply is the last of its connection
+    is_kept = False  # whether the service manager keeps the socket, for the next process
 
     def __init__(self, address: Any, service: Service, listener: socket.socket | None = None,
                  tls: ssl.SSLContext | None = None) -> None:
         self.service, self.tls = service, tls
         self.connections: dict[Any, float] = {}  # -> IDLE, BUSY or when its request is due
+        self.silent: set[Any] = set()  # connections that no request has come from yet
         self.is_changed = threading.Condition()
         if isinstance(address, tuple):
             self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -2138,6 +2163,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.reap(MAX_TCP_CONNECTIONS - 1)
         self.mark(request, time.monotonic() + REQUEST_PATIENCE_S if self.tls else IDLE, is_new=True)
+        self.silent.add(request)
         super().process_request(request, client_address)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
@@ -2176,6 +2202,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         super().shutdown_request(request)
         with self.is_changed:
             self.connections.pop(request, None)
+            self.silent.discard(request)
             self.is_changed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -2183,28 +2210,30 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         log.error("connection failed", exc_info=sys.exc_info())
 
     def retire(self) -> None:
-        """End the kept connections while the socket still listens.
+        """End the kept connections while somebody still listens.
 
-        Go's HTTP client that finds one closed as it writes dials at once, with the body at hand; if
-        that fails, dockerd's own retry comes without (protocol.md 2.3).
+        Go's HTTP client that finds one closed as it writes dials at once, with the body at hand;
+        not so on a connection that it has just dialled: there dockerd's own retry comes, without
+        the body (protocol.md 2.3). So those that are silent yet are left alone.
         """
         self.is_retiring = True
         with self.is_changed:
-            for request in self.connections:
+            for request in self.connections.keys() - self.silent:
                 self._end(request, socket.SHUT_RD)  # it reads what is there, then the end
 
     def drain(self) -> None:
         """Answer those in the backlog too, then close. serve_forever() must have ended.
 
-        Who has dialled gets the time to send its request; who dials later is refused, and dials
-        again with its whole body, or waits in the socket that the service manager keeps.
+        Whoever dials later is refused, and dials again with its whole body; or waits in the socket
+        that the service manager keeps, as the backlog then does too.
         """
         self.socket.setblocking(False)
         with contextlib.suppress(BlockingIOError):
-            while True:
+            while not self.is_kept:
                 self.process_request(*self.get_request())
         with self.is_changed:
-            self.is_changed.wait_for(lambda: not self.connections, RETIRE_PATIENCE_S)
+            self.is_changed.wait_for(lambda: not self.silent, DIAL_PATIENCE_S)
+            self.silent.clear()
         self.retire()
         with self.is_changed:
             self.is_changed.wait_for(lambda: not self.connections, DRAIN_PATIENCE_S)
@@ -2276,7 +2305,8 @@ def open_unix(config: Config, service: Service, remove: Callable[[str], None]) -
     if kept is None:
         clear_path(config.socket)
     server = UnixServer(config.socket, service, kept)
-    if not keep_listener(server.socket) and kept is None:
+    server.is_kept = keep_listener(server.socket) or kept is not None
+    if not server.is_kept:
         remove(config.socket)
     link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
     if config.socket != link:
@@ -2295,8 +2325,9 @@ def open_unix(config: Config, service: Service, remove: Callable[[str], None]) -
 
 def open_tcp(config: Config, service: Service, remove: Callable[[str], None]) -> Server:
     """Listen on the address, and write the plugin file. Raises: GipamError, OSError."""
-    server = Server(config.address, service, take_listener(config.address), load_tls(config.tls, is_server=True))
-    keep_listener(server.socket)
+    kept = take_listener(config.address)
+    server = Server(config.address, service, kept, load_tls(config.tls, is_server=True))
+    server.is_kept = keep_listener(server.socket) or kept is not None
     host, port = str(server.server_address[0]), server.server_address[1]
     address, stem = f"{f'[{host}]' if ':' in host else host}:{port}", os.path.splitext(config.spec)[0]
     shadows = [os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock")]
@@ -3147,6 +3178,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         watch(service, servers, stop)
         notify("STOPPING=1")
         for server in servers:
+            if server.is_kept:
+                server.shutdown()  # who dials now is for the next process
             server.retire()
         time.sleep(RETIRE_PATIENCE_S)
     for server in servers:

@@ -1860,12 +1860,8 @@ def end(service: gipam.Service) -> None:
 
     setattr(service, "fold", leave)  # noqa: B010
     service.flusher.fold_is_due.set()
-    setattr(service._store, "rotate", leave)  # noqa: B010
-    try:
-        with service._lock:
-            service.flusher.submit(None, is_rotating=True)
-    except gipam.StoreError:
-        pass  # its flusher waits for ever
+    setattr(service.flusher, "_flush_queue", leave)  # noqa: B010
+    service.flusher._wakeup.release()
 
 
 def held(state: gipam.State) -> dict[str, list[str]]:
@@ -5341,6 +5337,20 @@ class StopTest(unittest.TestCase):
                     daemon.process.send_signal(signal.SIGTERM)
                 for peer in peers:
                     self.assertEqual([answer.body for answer in peer.answers()], [ACTIVATED])
+                self.assert_stopped(daemon)
+
+    def test_who_has_dialled_and_not_spoken_yet_is_answered(self) -> None:
+        """Go would not send the request again on another connection, and dockerd only without its body."""
+        for kind in self.KINDS:
+            with self.subTest(kind=kind.__name__):
+                daemon, address = self.start(kind)
+                assert daemon.process
+                kept, peer = Peer(self, address).send(ACTIVATE), Peer(self, address)
+                self.assertTrue(kept.answer())
+                daemon.process.send_signal(signal.SIGTERM)
+                self.assertEqual(kept.answers(), [])  # it has ended, so the stop is on its way
+                peer.send(NEW_POOL)
+                self.assertEqual([answer.status for answer in peer.answers()], [200])
                 self.assert_stopped(daemon)
 
     def test_idle_connections_do_not_hold_it_up(self) -> None:
