@@ -86,7 +86,6 @@ MAX_REMEMBERED = 1024  # owners a subnet, names a family; past it the older half
 MIN_FOLD_BYTES = 1 << 20  # a journal is folded once it is longer than this and than the snapshot
 FOLD_PATIENCE_S = 10.0  # after a fold that failed
 ENCODE_LEASES = 250  # between two chances for other threads; measured: 0.4 ms
-SWITCH_INTERVAL_S = 0.0005  # so long a fold may hold up each step of a request; by default 5 ms
 LOCK_PATIENCE_S = 2.0  # a predecessor may still be folding
 DRAIN_PATIENCE_S = 30.0
 REQUEST_PATIENCE_S = 10.0  # on TCP, from the first byte of a request to its last
@@ -762,6 +761,16 @@ def decode_snapshot(document: dict[str, Any], state: State) -> None:
     state.seq = int(document.get("Seq") or 0)
 
 
+def compact_leases(entry: dict[str, Any]) -> dict[str, Any]:
+    """Make the leases of a pool what they will be while the JSON is still being read (object_hook).
+
+    Lists that live longer leave holes: measured, 495 bytes a lease instead of 315.
+    """
+    with contextlib.suppress(LookupError, ValueError, TypeError):  # decode_pool() tells what is wrong
+        entry["Leases"] = [Lease(sys.intern(kind), *rest) for kind, *rest in entry["Leases"]]
+    return entry
+
+
 def decode_pool(entry: dict[str, Any], state: State) -> None:
     """Add a pool of a lease file, with its leases. Raises: as decode_snapshot()."""
     pool_id, addresses = entry["ID"], entry.get("Allocated") or []
@@ -780,7 +789,7 @@ def decode_pool(entry: dict[str, Any], state: State) -> None:
         if offset in pool.leases or (offset in subnet.held and offset not in reserved):
             raise ValueError(f"address {address} of {subnet.network} is held twice")
         subnet.held.add(offset)
-        pool.leases[offset] = Lease(*lease)
+        pool.leases[offset] = lease if isinstance(lease, Lease) else Lease(*lease)
     for owner, (address, seq) in (entry.get("Remembered") or {}).items():
         subnet.memory[owner] = (pool.offset(address), seq)
 
@@ -1078,14 +1087,14 @@ class Store:
             os.ftruncate(fd, 0)
             os.pwrite(fd, b"%d\n" % os.getpid(), 0)
 
-    def read_snapshot(self) -> dict[str, Any] | None:
+    def read_snapshot(self, object_hook: Any = None) -> dict[str, Any] | None:
         """Return the JSON object of the lease file, None if there is none. Raises: ConfigError."""
         try:
             with open(self.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
                 if os.fstat(file.fileno()).st_mode & 0o077:
                     log.warning("%s is open to other users: chmod 600 it", self.path)
                 text = file.read()
-            document = json.loads(text)
+            document = json.loads(text, object_hook=object_hook)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -1340,6 +1349,7 @@ class Ticket:
 
     def __init__(self, change: Change | None, seq: int, undo: Undo) -> None:
         self.change, self.seq, self.undo = change, seq, undo
+        self.asked_s = time.perf_counter()
         self.error: StoreError | None = None
         self._lock = threading.Lock()  # cheaper than an Event: one release wakes one waiter
         self._lock.acquire()
@@ -1354,6 +1364,25 @@ class Ticket:
         self._lock.acquire()
         if self.error:
             raise self.error
+
+
+IS_PLAIN = re.compile(r"[\w.:/#,@+=-]*").fullmatch  # needs no quotes in the log
+
+
+def log_changes(tickets: Iterable[Ticket]) -> None:
+    """Log a line for each change: what, for whom, how long until it was durable; all in one write.
+
+    With a write for each, 64 connections got 0.5 of the calls done: a write gives the interpreter away.
+    """
+    now_s, lines = time.perf_counter(), []
+    for ticket in tickets:
+        if ticket.change:
+            pairs = [f"{key}={text if IS_PLAIN(text) else ascii(text)}" for key, text in
+                     zip(ticket.change._fields, map(str, ticket.change)) if text]
+            lines.append(f"{CHANGE_NAMES[type(ticket.change)]} {' '.join(pairs)} seq={ticket.seq} "
+                         f"ms={(now_s - ticket.asked_s) * 1e3:.2f}")
+    if lines:
+        log.info("%s", "\n".join(lines))
 
 
 class Flusher:
@@ -1430,6 +1459,8 @@ class Flusher:
             error, batch = failure, self._revert(batch, failure)
         for ticket in batch:
             ticket.finish(error)
+        if not error:
+            log_changes(batch)
         with self._lock:
             self._is_busy = bool(self._queue)
             return self._is_busy
@@ -1675,9 +1706,9 @@ class Service:
 
     def _fold_when_due(self) -> None:
         while self.flusher.fold_is_due.wait():
-            self.flusher.fold_is_due.clear()
             if not self.fold():
                 time.sleep(FOLD_PATIENCE_S)
+            self.flusher.fold_is_due.clear()  # each flush looks anew
 
 
 def recover(store: Store, document: dict[str, Any] | None, state: State) -> None:
@@ -1738,7 +1769,6 @@ def read_rows(path: str) -> list[list[str]]:
 NAME_OPTION, LENGTH_OPTIONS = "gipam.name", {4: "gipam.v4ab", 6: "gipam.v6ab"}
 ENDPOINT_NAME = "com.docker.network.endpoint.name"
 ENDPOINT_MAC = "com.docker.network.endpoint.macaddress"
-IS_PLAIN = re.compile(r"[\w.:/#,@+=-]*").fullmatch  # needs no quotes in the log
 
 
 class Reply(NamedTuple):
@@ -1768,21 +1798,10 @@ def dispatch(service: Service, verb: str, target: str, body: bytes, is_public: b
     except Exception:  # a bug: Docker gets an answer, the operator the traceback
         log.exception("failed %s; got %r", path, body[:MAX_TEXT_CHARS])
         reply, result = refuse(GipamError("internal error of gipam: see its log")), "bug"
-    duration_s = time.perf_counter() - started
-    service.metrics.count(path if path in PATHS else "unknown", result, duration_s)
-    if reply.ticket:
-        log_change(reply.ticket, path, body, duration_s)
-    return reply
-
-
-def log_change(ticket: Ticket, path: str, body: bytes, duration_s: float) -> None:
-    """Log one line a change: what, for whom, and how long it took."""
-    if ticket.change:
-        pairs = [(key, str(value)) for key, value in zip(ticket.change._fields, ticket.change) if value != ""]
-        what = " ".join([f"{key}={text if IS_PLAIN(text) else ascii(text)}" for key, text in pairs])
-        log.info("%s %s seq=%d ms=%.2f", CHANGE_NAMES[type(ticket.change)], what, ticket.seq, duration_s * 1e3)
-    else:
+    service.metrics.count(path if path in PATHS else "unknown", result, time.perf_counter() - started)
+    if reply.ticket and not reply.ticket.change:
         log.warning("nothing to do for %s: not held; got %r", path, body[:MAX_TEXT_CHARS])
+    return reply
 
 
 def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> Reply:
@@ -2703,7 +2722,7 @@ def take_over(service: Service, driver: str, timeout_s: float) -> None:
             with contextlib.suppress(Forbidden):  # Docker has just released it itself
                 service.release_if(body["PoolID"], body["Address"], body["Seq"])
     service.import_is_due.clear()
-    service.flusher.fold_is_due.set()
+    service.fold()  # Docker need not be asked again
 
 
 def is_docker_alive() -> bool:
@@ -2912,7 +2931,7 @@ def open_store(settings: dict[str, Setting]) -> Store:
 
 def read_lease_file(store: Store, settings: dict[str, Setting]) -> dict[str, Any] | None:
     """Return the snapshot with its keys as gipam spells them, and let its settings win."""
-    document = store.read_snapshot()
+    document = store.read_snapshot(compact_leases)
     if document is None:
         return None
     document, unknown = normalise_keys(document, (*CONFIG_KEYS, *STATE_KEYS, "Journal", "Import", "Checksum"))
@@ -3154,7 +3173,6 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     store = open_store(settings)
     store.lock()
     notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.disable()  # it would take a third of the time to load a million leases
     document = read_lease_file(store, settings)
     config = build_config(settings)
@@ -3293,14 +3311,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class LogFormatter(logging.Formatter):
+    """Puts the head of a message before each of its lines: to the journal every line is one message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines."""
+        text = super().format(record)
+        head = text[:text.index(record.message)]
+        return text.replace("\n", "\n" + head)
+
+
 def set_up_log() -> None:
     """Log to stderr: with priorities under systemd (sd-daemon(3)), with the time elsewhere."""
+    form = "%(asctime)s %(levelname)s %(message)s"
     if "JOURNAL_STREAM" in os.environ:
+        form = "%(levelname)s%(message)s"
         for level, priority in ((logging.DEBUG, 7), (logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
             logging.addLevelName(level, f"<{priority}>")
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s%(message)s")
-    else:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(form))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def main(argv: list[str] | None = None) -> int:

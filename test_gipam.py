@@ -225,7 +225,7 @@ def require_isolation() -> None:
 
 # === The text of gipam.py =========================================================================
 
-MAX_LINES = 3250  # style.md asks for 2,000: see the note on step 1
+MAX_LINES = 3400  # style.md asks for 2,000: see the note on step 1
 MAX_FUNCTION_LINES = 50
 
 
