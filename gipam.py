@@ -69,7 +69,7 @@ import sys
 import threading
 import time
 import zlib
-from typing import Any, Callable, Container, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple, Union
+from typing import Any, Callable, Container, Dict, Iterable, Iterator, Mapping, NamedTuple, Union
 
 __version__ = "1.0.0"
 
@@ -187,7 +187,8 @@ def parse_prefix(text: str, mask: bool = False) -> Network:
     """
     address, _, length = text.partition("/")
     if "%" in address or not (length.isascii() and length.isdigit()):
-        raise ValueError(f"{text!r} is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56")
+        raise ValueError(f"{text!r} is not a prefix in CIDR form, such as 10.2.0.0/16 or "
+                         "2001:db8::/56")
     network = ipaddress.ip_network(text, strict=False)
     if not mask and network[0] != ipaddress.ip_address(address):
         raise ValueError(f"{text!r} has host bits set: the prefix is {network}")
@@ -336,8 +337,7 @@ class AddressSet:
 
 def put(mapping: dict[Any, Any], key: Any, value: Any, steps: list[Undo]) -> None:
     """Set the key, or delete it where the value is None; append what takes that back."""
-    before = mapping.get(key)
-    steps.append(lambda: mapping.pop(key, None) if before is None else mapping.__setitem__(key, before))
+    steps.append(functools.partial(put, mapping, key, mapping.get(key), []))
     if value is None:
         mapping.pop(key, None)
     else:
@@ -380,7 +380,7 @@ class PrefixTree:
         return 0 if is_covered else self.free(node)[1]
 
     def cover(self, network: Network, times: int = 1) -> None:
-        """Add the prefix, or with times=-1 take it away once, and bring its ancestors up to date."""
+        """Add the prefix, or with times=-1 take it away once; bring its ancestors up to date."""
         node = self.node(network)
         put(self._covers, node, self._covers.get(node, 0) + times or None, [])
         while node:
@@ -433,10 +433,11 @@ class Obstacles:
     def find_overlap(self, network: Network) -> int | None:
         """Return the last address of the first range that overlaps, None if there is none."""
         at = bisect.bisect_left(self._lasts, int(network[0]))
-        return self._lasts[at] if at < len(self._lasts) and self._firsts[at] <= int(network[-1]) else None
+        is_hit = at < len(self._lasts) and self._firsts[at] <= int(network[-1])
+        return self._lasts[at] if is_hit else None
 
 
-class Memory(Dict[str, Tuple[Any, int]]):
+class Memory(Dict[str, Any]):
     """Who had what last: key -> (value, seq). At its limit it forgets the older half."""
 
     def remember(self, key: str, value: Any, seq: int, steps: list[Undo]) -> list[Any]:
@@ -466,7 +467,7 @@ class Subnet:
 
     @property
     def reserved(self) -> set[int]:
-        """Return the offsets that are never handed out. Source: moby defaultipam, protocol.md 5.3."""
+        """Return the offsets that are never handed out. Source: protocol.md 5.3."""
         if self.version == 6:
             return {0}  # the subnet-router anycast address
         return {0, self.last_offset} if self.last_offset >= 3 else set()
@@ -498,18 +499,23 @@ class Pool:
 
     def usable(self) -> int:
         """Return how many addresses of its range can be handed out."""
-        return self.high - self.low + 1 - sum(self.low <= at <= self.high for at in self.subnet.reserved)
+        reserved = sum(self.low <= offset <= self.high for offset in self.subnet.reserved)
+        return self.high - self.low + 1 - reserved
 
 
 class Family:
     """IPv4 or IPv6: the bases, what is free in them, cursors, names, and the subnets in use."""
 
-    def __init__(self, version: int, bases: list[Network], prefixlen: int, excluded: list[Network]) -> None:
+    def __init__(self, version: int, bases: list[Network], prefixlen: int,
+                 excluded: list[Network]) -> None:
         self.version, self.bases, self.excluded = version, bases, excluded
         self.prefixlen = prefixlen  # of a block, where the network does not ask for another
-        self.held, self.usable, self.free, self.fresh = (PrefixTree(BITS[version]) for _ in range(4))
-        for network in excluded:  # usable: but for exclusions; free: and subnets in use;
-            for tree in (self.usable, self.free, self.fresh):  # fresh: and blocks kept for names
+        self.held = PrefixTree(BITS[version])  # subnets in use
+        self.usable = PrefixTree(BITS[version])  # all but exclusions
+        self.free = PrefixTree(BITS[version])  # nor subnets in use
+        self.fresh = PrefixTree(BITS[version])  # nor blocks kept for names
+        for network in excluded:
+            for tree in (self.usable, self.free, self.fresh):
                 tree.cover(network)
         self.subnets: dict[Network, Subnet] = {}
         self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
@@ -517,9 +523,11 @@ class Family:
 
     def blocks(self, prefixlen: int) -> int:
         """Return how many blocks of this length the bases have, free or not."""
-        return sum(1 << prefixlen - base.prefixlen for base in self.bases if base.prefixlen <= prefixlen)
+        return sum(1 << prefixlen - base.prefixlen for base in self.bases
+                   if base.prefixlen <= prefixlen)
 
-    def candidates(self, tree: PrefixTree, prefixlen: int, obstacles: Obstacles) -> Iterator[tuple[int, Network]]:
+    def candidates(self, tree: PrefixTree, prefixlen: int,
+                   obstacles: Obstacles) -> Iterator[tuple[int, Network]]:
         """Yield (number, block) for the free blocks, from the cursor on, once round the bases."""
         cursor = self.cursors.get(prefixlen, 0) % max(self.blocks(prefixlen), 1)
         number, ahead, behind = 0, [], []
@@ -601,7 +609,8 @@ class State:
         family = self.families[network.version]
         subnet = family.find_overlap(network) or Subnet(network)
         pool = Pool(change, subnet, self.seq + 1)
-        if subnet.network != network or None in subnet.pools or (subnet.pools and not pool.sub_pool):
+        is_whole = None in subnet.pools or not pool.sub_pool
+        if subnet.network != network or (subnet.pools and is_whole):
             raise ValueError(f"pool {network} overlaps {subnet.network}")
         if pool.pool_id in self.pools or pool.sub_pool in subnet.pools:
             raise ValueError(f"pool {pool.pool_id!r} is held twice")
@@ -640,7 +649,8 @@ class State:
         pool = self._pool(change.pool_id)
         offset = pool.offset(change.address)
         if not 0 <= offset <= pool.subnet.last_offset or offset in pool.subnet.held:
-            raise ValueError(f"address {change.address} is held already or outside {pool.subnet.network}")
+            raise ValueError(f"address {change.address} is held already or outside "
+                             f"{pool.subnet.network}")
         lease = Lease(change.kind, change.mac, change.name, change.granted_s, self.seq + 1)
         put(pool.leases, offset, lease, steps)
         pool.subnet.held.add(offset)
@@ -666,10 +676,10 @@ class State:
         return self.pools[pool_id]
 
 
-UNBOUND = "unbound"  # in place of the token, until Docker sends the id of a pool that was taken over
-STATE_KEYS = ("Seq", "V6Idx", "V4Idx", "Cursors", "Names", "Free", "Allocated")  # under the checksum
-POOL_KEYS = ("ID", "V", "Pool", "SubPool", "Name", "Granted", "Seq", "Idx", "Remembered", "Free", "Allocated",
-             "Leases")
+UNBOUND = "unbound"  # in place of the token, until Docker sends the id of a pool taken over
+STATE_KEYS = ("Seq", "V6Idx", "V4Idx", "Cursors", "Names", "Free", "Allocated")  # are checksummed
+POOL_KEYS = ("ID", "V", "Pool", "SubPool", "Name", "Granted", "Seq", "Idx", "Remembered", "Free",
+             "Allocated", "Leases")
 CONFIG_KEYS = ("V6Pool", "V6AllocateBlock", "V4Pool", "V4AllocateBlock", "Exclude")
 OTHER_NAMES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
 
@@ -679,18 +689,16 @@ def copy_state(state: State) -> tuple[dict[str, Any], list[Any]]:
 
     It is taken under the lock in milliseconds; the rest of a pool, and a lease, never change.
     """
-    families = state.families
-    cursors = {(version, length): number for version, family in families.items()
-               for length, number in family.cursors.items()}
-    names = [(name, *entry) for family in families.values() for name, entry in family.names.items()]
-    head = {
-        "Seq": state.seq,
-        **{f"V{version}Idx": cursors.pop((version, families[version].prefixlen), 0) for version in (6, 4)},
-        "Cursors": {f"{version}/{length}": number for (version, length), number in cursors.items()},
-        "Names": [[name, str(block), seq] for name, block, seq in names],
-        "Free": [{"V": block.version, "Pool": str(block)} for _, block, _ in names
-                 if families[block.version].is_block(block)],
-    }
+    families = [state.families[version] for version in (6, 4)]
+    names = [(name, *entry) for family in families for name, entry in family.names.items()]
+    head: dict[str, Any] = {"Seq": state.seq}
+    head.update((f"V{family.version}Idx", family.cursors.get(family.prefixlen, 0))
+                for family in families)
+    head["Cursors"] = {f"{family.version}/{length}": number for family in families
+                       for length, number in family.cursors.items() if length != family.prefixlen}
+    head["Names"] = [[name, str(block), seq] for name, block, seq in names]
+    head["Free"] = [{"V": block.version, "Pool": str(block)} for _, block, _ in names
+                    if state.families[block.version].is_block(block)]
     pools = []
     for pool in state.pools.values():
         is_first = next(iter(pool.subnet.pools.values())) is pool  # it stands for its subnet
@@ -702,12 +710,11 @@ def copy_state(state: State) -> tuple[dict[str, Any], list[Any]]:
 
 def encode_snapshot(config: dict[str, Any], copy: Any, segment: int | None,
                     is_import_due: bool = False) -> Iterator[str]:
-    """Yield the lease file in portions: configuration, the segment that goes on, state, checksum."""
-    head, pools = copy
-    keys = {**config, **({"Journal": segment} if segment else {}), **({"Import": True} if is_import_due else {})}
-    yield "{\n" + "".join(f"{dumps(key)}:{dumps(value)},\n" for key, value in keys.items())
+    """Yield the lease file in portions: configuration, segment that goes on, state, checksum."""
+    keys = {**config, "Journal": segment, "Import": is_import_due}
+    yield "{\n" + "".join(f"{dumps(key)}:{dumps(value)},\n" for key, value in keys.items() if value)
     checksum = 0
-    for chunk in encode_state(head, pools):
+    for chunk in encode_state(*copy):
         checksum = zlib.crc32(chunk.encode(), checksum)
         yield chunk + "\n"
     yield f',"Checksum":"{checksum:08x}"}}\n'
@@ -719,8 +726,9 @@ def encode_state(head: dict[str, Any], pools: list[Any]) -> Iterator[str]:
     comma = ""
     for pool, pool_id, cursor, leases, memory, free in pools:
         owners = {owner: [pool.format(offset), seq] for owner, (offset, seq) in memory.items()}
-        values = (pool_id, pool.subnet.version, str(pool.subnet.network), str(pool.sub_pool or ""), pool.name,
-                  pool.granted_s, pool.seq, cursor, owners, [pool.format(offset) for offset in sorted(free)])
+        values = (pool_id, pool.subnet.version, str(pool.subnet.network), str(pool.sub_pool or ""),
+                  pool.name, pool.granted_s, pool.seq, cursor, owners,
+                  [pool.format(offset) for offset in sorted(free)])
         yield comma + dumps(dict(zip(POOL_KEYS, values)))[:-1] + ',"Allocated":['
         yield from encode_list([pool.format(offset) for offset in leases])
         yield '],"Leases":['
@@ -739,7 +747,7 @@ def encode_list(values: list[Any]) -> Iterator[str]:
 def decode_snapshot(document: dict[str, Any], state: State) -> None:
     """Fill the empty state from a lease file; the Go program's ones have no checksum.
 
-    Raises: ValueError for a wrong checksum or a contradiction; KeyError, TypeError for other shapes.
+    Raises: ValueError for a wrong checksum or a contradiction; KeyError, TypeError for bad shapes.
     """
     if "Checksum" in document:
         text = dumps({key: document[key] for key in STATE_KEYS})[1:-1]
@@ -766,7 +774,7 @@ def compact_leases(entry: dict[str, Any]) -> dict[str, Any]:
 
     Lists that live longer leave holes: measured, 495 bytes a lease instead of 315.
     """
-    with contextlib.suppress(LookupError, ValueError, TypeError):  # decode_pool() tells what is wrong
+    with contextlib.suppress(LookupError, ValueError, TypeError):  # decode_pool() tells what it is
         entry["Leases"] = [Lease(sys.intern(kind), *rest) for kind, *rest in entry["Leases"]]
     return entry
 
@@ -774,13 +782,13 @@ def compact_leases(entry: dict[str, Any]) -> dict[str, Any]:
 def decode_pool(entry: dict[str, Any], state: State) -> None:
     """Add a pool of a lease file, with its leases. Raises: as decode_snapshot()."""
     pool_id, addresses = entry["ID"], entry.get("Allocated") or []
-    state.apply(RequestPool(pool_id, entry["Pool"], entry.get("SubPool") or "", "", entry.get("Granted") or 0,
-                            int(entry.get("Idx") or 0), -1))
+    state.apply(RequestPool(pool_id, entry["Pool"], entry.get("SubPool") or "", "",
+                            entry.get("Granted") or 0, int(entry.get("Idx") or 0), -1))
     pool = state.pools[pool_id]
     pool.name, pool.seq = entry.get("Name") or "", int(entry.get("Seq") or 0)
     leases = entry.get("Leases", [(ENDPOINT, "", "", 0, 0)] * len(addresses))
     if len(leases) != len(addresses):
-        raise ValueError(f"pool {pool_id!r} has {len(addresses)} addresses and {len(leases)} leases")
+        raise ValueError(f"pool {pool_id!r} has {len(addresses)} addresses, {len(leases)} leases")
     subnet, reserved = pool.subnet, pool.subnet.reserved
     for address, lease in zip(addresses, leases):
         offset = pool.offset(address)
@@ -794,38 +802,53 @@ def decode_pool(entry: dict[str, Any], state: State) -> None:
         subnet.memory[owner] = (pool.offset(address), seq)
 
 
+def describe_base(family: Family, base: Network) -> dict[str, Any]:
+    """Return what `status --json` shows of a base."""
+    size = 1 << BITS[family.version] - family.prefixlen
+    usable, free = family.usable.addresses(base), family.free.addresses(base)
+    names = {name: str(block) for name, (block, _) in family.names.copy().items()
+             if base.overlaps(block)}
+    return {
+        "prefix": str(base), "family": family.version, "block_prefixlen": family.prefixlen,
+        "blocks": 1 << family.prefixlen - base.prefixlen,
+        "blocks_used": -((free - usable) // size),
+        "blocks_excluded": -((usable - base.num_addresses) // size),
+        "excluded": [str(network) for network in family.excluded if base.overlaps(network)],
+        "remembered": names,
+    }
+
+
+def describe_pool(pool: Pool, has_leases: bool) -> dict[str, Any]:
+    """Return what `status --json` shows of a pool."""
+    leases = pool.leases.copy() if has_leases else {}
+    addresses = [{"address": pool.format(at), **lease._asdict()} for at, lease in leases.items()]
+    return {
+        "id": pool.pool_id, "subnet": str(pool.subnet.network),
+        "sub_pool": str(pool.sub_pool or ""), "name": pool.name, "leases": len(pool.leases),
+        "usable": pool.usable(), "granted_s": pool.granted_s, "seq": pool.seq,
+        **({"addresses": addresses} if has_leases else {}),
+    }
+
+
 def describe_state(state: State, has_leases: bool) -> dict[str, Any]:
     """Return what `status --json` shows; it takes copies, each in one step, and needs no lock."""
-    bases = []
-    for family in state.families.values():
-        for base in family.bases:
-            size = 1 << BITS[family.version] - family.prefixlen
-            usable, free = family.usable.addresses(base), family.free.addresses(base)
-            bases.append({
-                "prefix": str(base), "family": family.version, "block_prefixlen": family.prefixlen,
-                "blocks": 1 << family.prefixlen - base.prefixlen, "blocks_used": -((free - usable) // size),
-                "blocks_excluded": -((usable - base.num_addresses) // size),
-                "excluded": [str(network) for network in family.excluded if base.overlaps(network)],
-                "remembered": {name: str(block) for name, (block, _) in family.names.copy().items()
-                               if base.overlaps(block)},
-            })
-    pools = []
-    for pool in list(state.pools.values()):
-        entry = {"id": pool.pool_id, "subnet": str(pool.subnet.network), "sub_pool": str(pool.sub_pool or ""),
-                 "name": pool.name, "leases": len(pool.leases), "usable": pool.usable(),
-                 "granted_s": pool.granted_s, "seq": pool.seq}
-        if has_leases:
-            entry["addresses"] = [{"address": pool.format(offset), **lease._asdict()}
-                                  for offset, lease in pool.leases.copy().items()]
-        pools.append(entry)
+    bases = [describe_base(family, base) for family in state.families.values()
+             for base in family.bases]
+    pools = [describe_pool(pool, has_leases) for pool in list(state.pools.values())]
     return {"version": __version__, "seq": state.seq, "bases": bases, "pools": pools}
 
 
-def normalise_keys(document: dict[str, Any], keys: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+def normalise_keys(document: dict[str, Any],
+                   keys: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """Return (the document with its keys spelt as these, the keys that are none of them)."""
     spelling = {**{key.lower(): key for key in keys}, **OTHER_NAMES}
-    known = {spelling[key.lower()]: value for key, value in document.items() if key.lower() in spelling}
-    return known, [key for key in document if key.lower() not in spelling]
+    known, unknown = {}, []
+    for key, value in document.items():
+        if key.lower() in spelling:
+            known[spelling[key.lower()]] = value
+        else:
+            unknown.append(key)
+    return known, unknown
 
 
 # === Allocator ====================================================================================
@@ -947,8 +970,8 @@ def describe_blocks(family: Family, prefixlen: int) -> str:
     bases = [base for base in family.bases if base.prefixlen <= prefixlen]
     usable, free = (sum(map(tree.addresses, bases)) / size for tree in (family.usable, family.free))
     return (f"of {total} blocks of /{prefixlen} in {', '.join(map(str, bases))}, "
-            f"{usable - free:.12g} are held, {total - usable:.12g} excluded, and {free:.12g} overlap "
-            "routes or addresses of this host or lie in smaller pieces")
+            f"{usable - free:.12g} are held, {total - usable:.12g} excluded, and {free:.12g} "
+            "overlap routes or addresses of this host or lie in smaller pieces")
 
 
 def decide_request_address(pool: Pool, request: AddressRequest, now_s: int) -> RequestAddress:
@@ -986,7 +1009,8 @@ def parse_offset(pool: Pool, address: str) -> int:
     try:
         return pool.offset(address)
     except ValueError as error:
-        raise InvalidRequest(f"invalid address: {error}, as {pool.subnet.network} has them") from None
+        raise InvalidRequest(f"invalid address: {error}, as {pool.subnet.network} "
+                             "has them") from None
 
 
 def check_address(pool: Pool, address: str) -> int:
@@ -1050,7 +1074,8 @@ def decode_lines(data: bytes, is_last: bool) -> Iterator[Line]:
             if data.find(b"\n", offset, -1) < 0 and (
                     data.find(b"\0\0", offset) >= 0 or (is_short and data[-1:] != b"\n")):
                 return
-            raise ValueError(f"line {number} at byte {offset} has not the length and checksum that it says")
+            raise ValueError(f"line {number} at byte {offset} has not the length and checksum "
+                             "that it says")
         offset, number = end + 1, number + 1
 
 
@@ -1070,8 +1095,9 @@ class Store:
         self._end = 0  # bytes of the segment that are on disk
 
     def lock(self) -> None:
-        """Keep others off the lease file for the life of the process. Raises: BusyError, OSError."""
-        fd = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        """Keep others off the lease file while the process lives. Raises: BusyError, OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(self.path + ".lock", flags, 0o600)
         deadline = time.monotonic() + LOCK_PATIENCE_S
         while True:
             try:
@@ -1089,8 +1115,11 @@ class Store:
 
     def read_snapshot(self, object_hook: Any = None) -> dict[str, Any] | None:
         """Return the JSON object of the lease file, None if there is none. Raises: ConfigError."""
+        def open_file(path: str, flags: int) -> int:
+            return os.open(path, flags | os.O_NOFOLLOW)
+
         try:
-            with open(self.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
+            with open(self.path, "rb", opener=open_file) as file:
                 if os.fstat(file.fileno()).st_mode & 0o077:
                     log.warning("%s is open to other users: chmod 600 it", self.path)
                 text = file.read()
@@ -1108,8 +1137,8 @@ class Store:
 
     def damage(self, place: str, what: str, remedy: str = "") -> DamageError:
         """Return the error that names the place, what is wrong there, and what to do."""
-        remedy = remedy or (f"put back a backup; or move {self.path}* away: gipam then starts as if "
-                            "they were lost, and takes over what Docker uses")
+        remedy = remedy or (f"put back a backup; or move {self.path}* away: gipam then starts as "
+                            "if they were lost, and takes over what Docker uses")
         return DamageError(f"{place} {what}; gipam does not start on a guess: {remedy}")
 
     def segments(self) -> list[int]:
@@ -1132,27 +1161,30 @@ class Store:
         named = document.get("Journal") if document else None
         self.is_named = named is not None
         if self.is_named and named not in numbers:
-            raise self.damage(f"{self.path}.journal.{named}", "is missing", "put it back; or give up "
-                              f'what it held: delete the line "Journal" from {self.path}, start '
-                              "gipam, and run `gipam.py check --fix`")
+            raise self.damage(
+                self.segment_path(named), "is missing", "put it back; or give up what it held: "
+                f'delete the line "Journal" from {self.path}, start gipam, and run '
+                "`gipam.py check --fix`")
         for self.segment in numbers:
-            path = self.segment_path(self.segment)
-            following = 0
+            path, following = self.segment_path(self.segment), 0
             for line in self._read_segment(path, self.segment == numbers[-1]):
                 following, first = line.next_segment, line.seq - len(line.records) + 1
                 if document is None and line.seq:
                     raise self.damage(path, f"is there without its lease file {self.path}")
                 if first > self.seq + 1 or (line.records and seq < first <= self.seq):
-                    raise self.damage(path, f"goes on with change {first}, but {self.seq + 1} is due",
-                                      "put the missing segment back, or move the surplus one away")
+                    raise self.damage(
+                        path, f"goes on with change {first}, but {self.seq + 1} is due",
+                        "put the missing segment back, or move the surplus one away")
                 for at, record in enumerate(line.records, first):
                     if at > self.seq:
                         self.seq = at
                         yield f"{path} line {line.number} at byte {line.offset}", record
-            if following and following not in numbers and (self.segment >= named if named else line.seq > seq):
-                raise self.damage(self.segment_path(following), "is missing", f"put it back; or give up what it "
-                                  f"held: truncate -s {line.offset} {path}, start gipam, and run "
-                                  "`gipam.py check --fix`")
+            is_needed = self.segment >= named if named else self.seq > seq
+            if following and is_needed and following not in numbers:
+                raise self.damage(
+                    self.segment_path(following), "is missing", "put it back; or give up what it "
+                    f"held: truncate -s {line.offset} {path}, start gipam, and run "
+                    "`gipam.py check --fix`")
 
     def _read_segment(self, path: str, is_last: bool) -> Iterator[Line]:
         with open(path, "rb") as file:
@@ -1163,9 +1195,10 @@ class Store:
                 self._end = line.end
                 yield line
         except ValueError as error:
-            raise self.damage(path, f"is damaged: {error}", "put back a backup; or give up that line "
-                              f"and all after it: truncate -s {self._end} {path}, move later "
-                              "segments away, start gipam, run `gipam.py check --fix`") from None
+            raise self.damage(
+                path, f"is damaged: {error}", "put back a backup; or give up that line and all "
+                f"after it: truncate -s {self._end} {path}, move later segments away, start gipam, "
+                "run `gipam.py check --fix`") from None
         if self._end < len(data):
             log.warning("dropped the end of %s from byte %d on: a crash cut it off before it was "
                         "acknowledged", path, self._end)
@@ -1188,7 +1221,8 @@ class Store:
         try:
             self.calls.fdatasync(self._fd)
         except OSError as error:
-            raise StoreLost(f"cannot sync {self.segment_path(self.segment)}: {error.strerror}") from None
+            path = self.segment_path(self.segment)
+            raise StoreLost(f"cannot sync {path}: {error.strerror}") from None
         self._end += len(data)
         self.journal_bytes += len(data)
         self.seq = seq
@@ -1263,7 +1297,7 @@ class Store:
             self._close(fd)
 
     def write_snapshot(self, chunks: Iterable[str], is_named: bool) -> None:
-        """Replace the lease file. Durable: on return. Raises: OSError; the old one is whole then."""
+        """Replace the lease file. Durable: on return. Raises: OSError; the old one is whole."""
         path, offset = self.path + ".tmp", 0
         fd = self.calls.open(path, CREATE, 0o600)
         try:
@@ -1316,7 +1350,7 @@ class Histogram:
         yield f"{name}_count {total}"
 
 
-RESULTS = ("ok", "bug", *(kind.__name__ for kind in (InvalidRequest, Forbidden, Unavailable, StoreError, StoreLost)))
+RESULTS = ("ok", "bug", "InvalidRequest", "Forbidden", "Unavailable", "StoreError", "StoreLost")
 
 
 class Metrics:
@@ -1331,8 +1365,8 @@ class Metrics:
     def count(self, method: str, result: str, duration_s: float) -> None:
         """Count one request."""
         with self.lock:
-            if (method, result) not in self.requests:  # errors from 0 on, or Prometheus misses the first
-                self.requests.update({(method, other): 0 for other in RESULTS if (method, other) not in self.requests})
+            if (method, result) not in self.requests:  # all from 0 on: increase() needs that
+                self.requests.update({(method, result): 0 for result in RESULTS})
             self.requests[method, result] += 1
             self.request_s.observe(duration_s)
 
@@ -1372,7 +1406,7 @@ IS_PLAIN = re.compile(r"[\w.:/#,@+=-]*").fullmatch  # needs no quotes in the log
 def log_changes(tickets: Iterable[Ticket]) -> None:
     """Log a line for each change: what, for whom, how long until it was durable; all in one write.
 
-    With a write for each, 64 connections got 0.5 of the calls done: a write gives the interpreter away.
+    With a write for each, 64 connections got half the calls done: each gives the interpreter away.
     """
     now_s, lines = time.perf_counter(), []
     for ticket in tickets:
@@ -1404,7 +1438,7 @@ class Flusher:
         threading.Thread(target=self._run, name="flusher", daemon=True).start()
 
     def commit(self, decide: Callable[[], Ticket]) -> Ticket:
-        """Call it under the lock; return its ticket when that is on disk. Raises: as it; StoreError."""
+        """Call it under the lock; return its ticket when that is on disk. Raises: StoreError."""
         with self._lock:
             ticket = decide()
             is_leader = bool(self._queue) and not self._is_busy
@@ -1472,13 +1506,15 @@ class Flusher:
                 store.rotate()
             except OSError as error:
                 log.warning("cannot begin a new journal segment: %s", error)
-        records = [[CHANGE_NAMES[type(ticket.change)], *ticket.change] for ticket in batch if ticket.change]
+        changes = [ticket.change for ticket in batch if ticket.change]
+        records = [[CHANGE_NAMES[type(change)], *change] for change in changes]
         if records:
             started = time.perf_counter()
             store.append(store.seq + len(records), records)
             self._metrics.sync_s.observe(time.perf_counter() - started)
             self._metrics.last_write_s = time.time()
-            if not store.is_named or store.journal_bytes > max(MIN_FOLD_BYTES, store.snapshot_bytes):
+            limit_bytes = max(MIN_FOLD_BYTES, store.snapshot_bytes)
+            if not store.is_named or store.journal_bytes > limit_bytes:
                 self.fold_is_due.set()
 
     def _revert(self, batch: list[Ticket], error: StoreError) -> list[Ticket]:
@@ -1498,8 +1534,8 @@ class Flusher:
 class Service:
     """The driver: decide, apply, queue, flush, answer. Its one lock guards the state."""
 
-    def __init__(self, store: Store, state: State, config: dict[str, Any], proc: str = "/proc/self/net",
-                 on_loss: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, store: Store, state: State, config: dict[str, Any],
+                 proc: str = "/proc/self/net", on_loss: Callable[[], None] = lambda: None) -> None:
         self.state, self._store, self._proc = state, store, proc
         store.settle()
         self._config = config  # the keys of the lease file
@@ -1516,10 +1552,11 @@ class Service:
             bases = self.state.families[request.version].bases
             obstacles = Obstacles(read_obstacles(self._proc, request.version, bases))
         now_s, token = int(time.time()), secrets.token_hex(8)
-        return self._commit(lambda: decide_request_pool(self.state, request, obstacles, now_s, token))
+        return self._commit(functools.partial(decide_request_pool, self.state, request, obstacles,
+                                              now_s, token))
 
     def release_pool(self, pool_id: str) -> Ticket:
-        """Release a pool with its leases; an unknown one is gone already. Durable. Raises: StoreError."""
+        """Release a pool with its leases; an unknown one is gone already. Durable: on return."""
         return self._commit(lambda: ReleasePool(pool_id) if self._find_pool(pool_id) else None)
 
     def request_address(self, pool_id: str, request: AddressRequest) -> tuple[Ticket, int]:
@@ -1536,7 +1573,8 @@ class Service:
                 adoption = decide_adoption(self.state, pool_id, now_s, secrets.token_hex(8))
                 self.flusher.submit(adoption)
                 self.import_is_due.set()
-                log.warning("adopting pool_id=%r: Docker holds it, the lease file does not", pool_id)
+                log.warning("adopting pool_id=%r: Docker holds it, the lease file does not",
+                            pool_id)
             pool = self.state.pools[pool_id]
             prefixlen = pool.subnet.network.prefixlen
             return decide_request_address(pool, request, now_s)
@@ -1544,7 +1582,7 @@ class Service:
         return self._commit(decide), prefixlen
 
     def release_address(self, pool_id: str, address: str) -> Ticket:
-        """Release an address; what is not held is gone already. Durable. Raises: InvalidRequest, StoreError."""
+        """Release an address; what is not held is gone already. Raises: InvalidRequest."""
         def decide() -> Change | None:
             pool = self._find_pool(pool_id)
             return decide_release_address(pool, address) if pool else None
@@ -1566,14 +1604,15 @@ class Service:
             pool = self.state.pools.get(pool_id)
             lease = pool.leases.get(parse_offset(pool, address)) if pool and address else None
             if not pool or (lease.seq if lease else None if address else pool.seq) != seq:
-                raise Forbidden(f"{address or 'pool'} of {pool_id!r} is not what it was as change {seq}: look again")
+                raise Forbidden(f"{address or 'pool'} of {pool_id!r} is not what it was as change "
+                                f"{seq}: look again")
             return ReleaseAddress(pool_id, address) if address else ReleasePool(pool_id)
 
         return self._commit(decide)
 
     def adopt(self, subnet: Network, sub_pool: Network | None, requests: list[AddressRequest],
               seq: int | None = None) -> range:
-        """Take over what Docker uses and the state does not hold; return the numbers of the changes.
+        """Take over what Docker uses and the state does not hold; return the changes' numbers.
 
         With seq, only if the pool still is the one granted as that change; 0: if there is none.
         Durable: on return. Raises: Forbidden, as check_subnet() and check_address(), and nothing is
@@ -1587,12 +1626,14 @@ class Service:
             other = self.state.families[subnet.version].find_overlap(subnet)
             pool = other.pools.get(sub_pool) if other and other.network == subnet else None
             if seq is not None and seq != (pool.seq if pool else 0):
-                raise Forbidden(f"pool {sub_pool or subnet} is not what it was as change {seq}: look again")
+                raise Forbidden(f"pool {sub_pool or subnet} is not what it was as change {seq}: "
+                                "look again")
             if pool is None:
                 check_subnet(self.state, subnet, sub_pool, now_s)
-                pool_id = make_pool_id(subnet, sub_pool, UNBOUND)
-                self.flusher.submit(RequestPool(pool_id, str(subnet), str(sub_pool or ""), "", now_s, 0, -1))
-                pool = self.state.pools[pool_id]
+                change = RequestPool(make_pool_id(subnet, sub_pool, UNBOUND), str(subnet),
+                                     str(sub_pool or ""), "", now_s, 0, -1)
+                self.flusher.submit(change)
+                pool = self.state.pools[change.pool_id]
             for request in requests:
                 if request.address:
                     is_held = parse_offset(pool, request.address) in pool.subnet.held
@@ -1609,48 +1650,43 @@ class Service:
     def status(self, has_leases: bool) -> dict[str, Any]:
         """Return what `status --json` shows, with the routes of the host inside the bases."""
         status = describe_state(self.state, has_leases)
-        for version, family in self.state.families.items():
-            routes = list(read_obstacles(self._proc, version, family.bases)) if family.bases else []
-            for base in status["bases"]:
-                if base["family"] == version:
-                    base["routes"] = [str(route) for route in routes if route.overlaps(parse_prefix(base["prefix"]))]
+        for base in status["bases"]:
+            prefix = parse_prefix(base["prefix"])
+            routes = read_obstacles(self._proc, prefix.version, [prefix])
+            base["routes"] = [str(route) for route in routes]
         return status
 
     def samples(self) -> Iterator[str]:
         """Yield the lines of GET /metrics."""
         metrics, status = self.metrics, describe_state(self.state, has_leases=False)
+        bases = [(f'base="{base["prefix"]}",family="{base["family"]}"', base)
+                 for base in status["bases"]]
+        pools = [(f'pool="{pool["sub_pool"] or pool["subnet"]}"', pool) for pool in status["pools"]]
         yield from sample("build_info", "gauge", [(f'version="{__version__}"', 1)])
-        for name, key in (("base_blocks", "blocks"), ("base_blocks_used", "blocks_used")):
-            yield from sample(name, "gauge", [(f'base="{base["prefix"]}",family="{base["family"]}"', base[key])
-                                              for base in status["bases"]])
-        for name, key in (("pool_addresses", "usable"), ("pool_addresses_used", "leases")):
-            yield from sample(name, "gauge", [(f'pool="{pool["sub_pool"] or pool["subnet"]}"', pool[key])
-                                              for pool in status["pools"]])
+        for name, key, entries in (("base_blocks", "blocks", bases),
+                                   ("base_blocks_used", "blocks_used", bases),
+                                   ("pool_addresses", "usable", pools),
+                                   ("pool_addresses_used", "leases", pools)):
+            yield from sample(name, "gauge", [(labels, entry[key]) for labels, entry in entries])
         with metrics.lock:
-            yield from sample("requests_total", "counter", [(f'method="{method}",result="{result}"', count)
-                                                            for (method, result), count in metrics.requests.items()])
+            yield from sample("requests_total", "counter", [
+                (f'method="{method}",result="{result}"', count)
+                for (method, result), count in metrics.requests.items()])
             for name, histogram in (("request_duration_seconds", metrics.request_s),
                                     ("journal_sync_duration_seconds", metrics.sync_s)):
-                yield from (f"# TYPE gipam_{name} histogram", *histogram.samples(f"gipam_{name}"))
+                yield f"# TYPE gipam_{name} histogram"
+                yield from histogram.samples(f"gipam_{name}")
         yield from sample("journal_bytes", "gauge", [("", self._store.journal_bytes)])
         yield from sample("last_write_timestamp_seconds", "gauge", [("", metrics.last_write_s)])
 
     def take_back(self, ticket: Ticket) -> None:
         """Release what a reply granted that never arrived, if that is still the very same."""
         change = ticket.change
-
-        def decide() -> Change | None:
-            pool = self.state.pools.get(change.pool_id) if change else None
-            if pool and isinstance(change, RequestPool) and pool.seq == ticket.seq:
-                return ReleasePool(change.pool_id)
-            if pool and isinstance(change, RequestAddress):
-                lease = pool.leases.get(pool.offset(change.address))
-                if lease and lease.seq == ticket.seq:
-                    return ReleaseAddress(change.pool_id, change.address)
-            return None  # a release is never undone
-
-        if self._commit(decide).change:
-            log.warning("took back what a lost reply had granted: %s", change)
+        if isinstance(change, (RequestPool, RequestAddress)):  # a release is never undone
+            address = change.address if isinstance(change, RequestAddress) else ""
+            with contextlib.suppress(Forbidden):
+                self.release_if(change.pool_id, address, ticket.seq)
+                log.warning("took back what a lost reply had granted: %s", change)
 
     def probe(self) -> None:
         """Return once all that is queued is on disk; hang if a flush does. Raises: StoreError."""
@@ -1692,11 +1728,12 @@ class Service:
         with self._fold_lock:
             before = store.segment
             try:
-                self.flusher.commit(begin)  # the copy is on disk, and what comes later in a new segment
+                self.flusher.commit(begin)  # what comes later is in a new segment
                 segment = None if is_stopping else store.segment
                 if segment == before:
                     return False
-                chunks = encode_snapshot(self._config, copies[0], segment, self.import_is_due.is_set())
+                is_import_due = self.import_is_due.is_set()
+                chunks = encode_snapshot(self._config, copies[0], segment, is_import_due)
                 store.write_snapshot(chunks, not is_stopping)
                 store.remove_segments(store.segment + is_stopping)
             except (OSError, StoreError) as error:
@@ -1737,7 +1774,7 @@ def read_obstacles(proc: str, version: int, bases: list[Network]) -> Iterator[Ne
 
 
 def read_host_prefixes(proc: str, version: int) -> Iterator[Network]:
-    """Yield each route, and each own address at full length. Source: proc(5), net/ipv4/fib_trie.c."""
+    """Yield each route, and each own address at full length. Source: net/ipv4/fib_trie.c."""
     if version == 6:
         for row in read_rows(proc + "/ipv6_route"):
             yield ipaddress.ip_network((bytes.fromhex(row[0]), int(row[1], 16)))

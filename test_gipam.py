@@ -2904,7 +2904,8 @@ class GroupCommitTest(ServiceCase):
             "a foreign id": self.ask(client.request_address, "nonsense"),
             "an overlap": self.ask(client.request_pool, "10.9.0.0/16"),
             "an adoption refused": self.ask(client.request_address, "10.9.0.0/16#0123456789abcdef"),
-            "a take-back": self.ask(self.service.take_back, gipam.Ticket(None, 0, lambda: None)),
+            "a take-back": self.ask(self.service.take_back, gipam.Ticket(
+                gipam.RequestPool("none", "10.8.0.0/24", "", "", 0, 0, -1), 1, lambda: None)),
         }
         made = self.calls.made[:]
         for what, future in {"the first": first, **futures}.items():
