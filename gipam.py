@@ -1160,7 +1160,7 @@ class Store:
         self.seq, numbers = seq, self.segments()
         named = document.get("Journal") if document else None
         self.is_named = named is not None
-        if self.is_named and named not in numbers:
+        if named is not None and named not in numbers:
             raise self.damage(
                 self.segment_path(named), "is missing", "put it back; or give up what it held: "
                 f'delete the line "Journal" from {self.path}, start gipam, and run '

@@ -245,7 +245,7 @@ def bound_names(node: ast.stmt) -> set[str]:
     """Return the names that a statement of a module defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+    targets: list[Any] = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
@@ -588,7 +588,7 @@ class PrefixTreeTest(unittest.TestCase):
 
     def compare_overlap(self, probe: gipam.Network, naive: list[gipam.Network],
                         found: gipam.Network | None) -> None:
-        around = [cover for cover in naive if cover.overlaps(probe)]
+        around: list[Any] = [cover for cover in naive if cover.overlaps(probe)]
         if any(cover.prefixlen <= probe.prefixlen for cover in around):
             around = [cover for cover in around if cover.prefixlen <= probe.prefixlen]
         self.assertIn(found, around or [None], probe)
@@ -7015,6 +7015,16 @@ SUBNET               RANGE          HELD  OF                    NAME            
         with mock.patch.object(gipam, "recover", side_effect=gipam.DamageError("is missing")):
             self.assertEqual(self.run_gipam("status", options=offline).status, 78)
 
+    def test_readme_names_each_key_of_the_json_and_no_other(self) -> None:
+        self.fill()
+        status = json.loads(self.status("--json", "--leases"))
+        base, pool = status["bases"][0], status["pools"][0]
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
+            rows = re.findall(r"^\| (all|a base|a pool|a lease) \| (.*) \|$", readme.read(), re.MULTILINE)
+        named = {what: set(re.findall("`([a-z_]+)`", re.sub(r"\([^)]*\)", "", text))) for what, text in rows}
+        self.assertEqual(named, {"all": set(status), "a base": set(base), "a pool": set(pool),
+                                 "a lease": set(pool["addresses"][0])})
+
     def read(self, name: str) -> bytes:
         with open(os.path.join(self.directory, name), "rb") as file:
             return file.read()
@@ -9173,6 +9183,7 @@ class CheckWhileContainersComeAndGoTests(CheckedDockerCase):
         store = gipam.Store(self.docker.leases)
         state = gipam.State(gipam.Family(version, [], prefixlen, []) for version, prefixlen in ((6, 64), (4, 24)))
         document = store.read_snapshot()
+        assert document is not None
         gipam.recover(store, document, state)
         for pool in state.pools.values():
             for offset, lease in pool.leases.items():
@@ -10092,7 +10103,8 @@ def main() -> int:
     isolate()
     if sys.argv[1:2] == ["bench"]:
         return bench(sys.argv[2:])
-    runner = unittest.TextTestRunner(resultclass=Result, verbosity=1 + ("-v" in sys.argv))
+    kind: Any = Result
+    runner = unittest.TextTestRunner(resultclass=kind, verbosity=1 + ("-v" in sys.argv))
     result = unittest.main(module=__name__, exit=False, testRunner=runner).result
     assert isinstance(result, Result)
     failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
