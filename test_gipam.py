@@ -245,7 +245,7 @@ def bound_names(node: ast.stmt) -> set[str]:
     """Return the names that a statement of a module defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
-    targets: list[Any] = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+    targets: list[Any] = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
