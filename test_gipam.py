@@ -245,7 +245,9 @@ def bound_names(node: ast.stmt) -> set[str]:
     """Return the names that a statement of a module defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
-    targets: list[Any] = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    targets: list[Any] = [getattr(node, "target", None)]
+    if isinstance(node, ast.Assign):
+        targets = list(node.targets)
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
