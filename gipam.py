@@ -1809,7 +1809,7 @@ ENDPOINT_MAC = "com.docker.network.endpoint.macaddress"
 
 
 class Reply(NamedTuple):
-    """What goes back: HTTP status, body, and what must be undone should it never arrive."""
+    """What goes back, and what must be undone should it never arrive."""
 
     status: int
     body: bytes
@@ -1817,27 +1817,81 @@ class Reply(NamedTuple):
     content_type: str = REPLY_TYPE
 
 
-def dispatch(service: Service, verb: str, target: str, body: bytes, is_public: bool = False) -> Reply:
-    """Answer a request: bytes in, bytes out. Never raises; a refused request changes nothing.
+class Fields(Dict[str, Any]):
+    """The arguments of a call. A method that reads one raises InvalidRequest."""
 
-    In public, only pages are served, which change nothing.
-    """
-    started = time.perf_counter()
+    def text(self, key: str, is_needed: bool = False) -> str:
+        """Return a string, "" where there is none."""
+        value = self.get(key, "")
+        if not isinstance(value, str) or (is_needed and not value):
+            more = " with something in it" if is_needed else ""
+            raise InvalidRequest(f"{key} is not a string{more}: {value!r}")
+        return value
+
+    def pool_id(self) -> str:
+        """Return the PoolID, which must be there."""
+        return self.text("PoolID", is_needed=True)
+
+    def address(self, is_needed: bool = False) -> str:
+        """Return a bare address of either family, "" where there is none."""
+        text = self.text("Address", is_needed)
+        if not text:
+            return text
+        for version in BITS:
+            with contextlib.suppress(ValueError):
+                return format_address(parse_address(text, version), version)
+        raise InvalidRequest(f"invalid address: {text!r} is not a bare IP address")
+
+    def seq(self) -> int:
+        """Return the number of a change."""
+        value = self.get("Seq")
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise InvalidRequest(f"Seq is not a number: {value!r}")
+        return value
+
+    def prefix(self, key: str) -> Network | None:
+        """Return a prefix, its host bits cleared: Docker <= 24 passes them."""
+        text = self.text(key)
+        try:
+            return parse_prefix(text, mask=True) if text else None
+        except ValueError as error:
+            raise InvalidRequest(f"invalid address {key.lower()}: {error}") from None
+
+    def options(self) -> dict[str, str]:
+        """Return the map of options, {} where there is none."""
+        options = {} if self.get("Options") is None else self["Options"]
+        if not isinstance(options, dict) \
+                or not all(isinstance(text, str) for text in options.values()):
+            raise InvalidRequest(f"Options is not a map of strings: {options!r}")
+        for key in (NAME_OPTION, ENDPOINT_NAME, ENDPOINT_MAC):
+            text = options.get(key, "")
+            if len(text) > MAX_TEXT_CHARS:
+                raise InvalidRequest(f"option {key} is longer than {MAX_TEXT_CHARS} characters")
+            if not text.isprintable():
+                raise InvalidRequest(
+                    f"option {key} has characters that cannot be printed: {text!r}")
+        return options
+
+
+def dispatch(service: Service, verb: str, target: str, body: bytes,
+             is_public: bool = False) -> Reply:
+    """Answer a request, in public only for pages. Never raises; if refused, nothing changes."""
+    started, result, got = time.perf_counter(), "ok", body[:MAX_TEXT_CHARS]
     path, _, query = target.partition("?")
     try:
         if is_public and path not in PAGES:
             raise InvalidRequest(f"{path} is not served here, only {', '.join(PAGES)}", 404)
         reply = answer(service, verb, path, query, body)
-        result = "ok"
     except GipamError as error:
-        log.warning("refused %s: %s; got %r", path, error, body[:MAX_TEXT_CHARS])
+        log.warning("refused %s: %s; got %r", path, error, got)
         reply, result = refuse(error), type(error).__name__
     except Exception:  # a bug: Docker gets an answer, the operator the traceback
-        log.exception("failed %s; got %r", path, body[:MAX_TEXT_CHARS])
+        log.exception("failed %s; got %r", path, got)
         reply, result = refuse(GipamError("internal error of gipam: see its log")), "bug"
-    service.metrics.count(path if path in PATHS else "unknown", result, time.perf_counter() - started)
+    method = path if path in PATHS else "unknown"
+    service.metrics.count(method, result, time.perf_counter() - started)
     if reply.ticket and not reply.ticket.change:
-        log.warning("nothing to do for %s: not held; got %r", path, body[:MAX_TEXT_CHARS])
+        log.warning("nothing to do for %s: not held; got %r", path, got)
     return reply
 
 
@@ -1849,9 +1903,10 @@ def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> R
     if verb != needed:
         raise InvalidRequest(f"{path} takes {needed}, not {verb}", 405)
     if path in PAGES:
-        return PAGES[path](service, query)
+        content_type, page = PAGES[path]
+        return Reply(200, page(service, query).encode(), None, content_type)
     if path in CONSTANT_ANSWERS:
-        return Reply(200, CONSTANT_ANSWERS[path])
+        return Reply(200, dumps(CONSTANT_ANSWERS[path]).encode())
     result, ticket = METHODS[path](service, decode_fields(body))
     return Reply(200, dumps(result).encode(), ticket)
 
@@ -1861,76 +1916,24 @@ def refuse(error: GipamError) -> Reply:
     return Reply(error.http_status, dumps({"Err": str(error), "Error": str(error)}).encode())
 
 
-def decode_fields(body: bytes) -> dict[str, Any]:
-    """Return the arguments of a call. Raises: InvalidRequest.
-
-    An empty body is a retry of dockerd that lost them (moby#39331): never read it as defaults.
-    """
-    if not body:
-        raise InvalidRequest("the request has no body: dockerd lost it in a retry; run the command again")
+def decode_fields(body: bytes) -> Fields:
+    """Return the arguments of a call. Raises: InvalidRequest."""
+    if not body:  # moby#39331: never read it as defaults
+        raise InvalidRequest("the request has no body: dockerd lost it in a retry; "
+                             "run the command again")
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InvalidRequest("the body is not a JSON object")
-    return fields
+    return Fields(fields)
 
 
-def read_text(fields: dict[str, Any], key: str, is_needed: bool = False) -> str:
-    """Return a text field, "" where there is none. Raises: InvalidRequest."""
-    value = fields.get(key, "")
-    if not isinstance(value, str) or (is_needed and not value):
-        raise InvalidRequest(f"{key} is not a string{' with something in it' * is_needed}: {value!r}")
-    return value
-
-
-def read_address(fields: dict[str, Any], is_needed: bool = False) -> str:
-    """Return the Address field, a bare address of either family or "". Raises: InvalidRequest."""
-    text = read_text(fields, "Address", is_needed)
-    for version in BITS if text else ():
-        with contextlib.suppress(ValueError):
-            return format_address(parse_address(text, version), version)
-    if text:
-        raise InvalidRequest(f"invalid address: {text!r} is not a bare IP address")
-    return text
-
-
-def read_number(fields: dict[str, Any], key: str) -> int:
-    """Return a number. Raises: InvalidRequest."""
-    value = fields.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidRequest(f"{key} is not a number: {value!r}")
-    return value
-
-
-def read_prefix(fields: dict[str, Any], key: str) -> Network | None:
-    """Return a prefix, its host bits cleared (Docker <= 24 passes them). Raises: InvalidRequest."""
-    text = read_text(fields, key)
-    try:
-        return parse_prefix(text, mask=True) if text else None
-    except ValueError as error:
-        raise InvalidRequest(f"invalid address {key.lower()}: {error}") from None
-
-
-def read_options(fields: dict[str, Any]) -> dict[str, str]:
-    """Return the map of options, {} where there is none. Raises: InvalidRequest."""
-    options = {} if fields.get("Options") is None else fields["Options"]
-    if not isinstance(options, dict) or not all(isinstance(text, str) for text in options.values()):
-        raise InvalidRequest(f"Options is not a map of strings: {options!r}")
-    for key in (NAME_OPTION, ENDPOINT_NAME, ENDPOINT_MAC):
-        if len(options.get(key, "")) > MAX_TEXT_CHARS:
-            raise InvalidRequest(f"option {key} is longer than {MAX_TEXT_CHARS} characters")
-        if not options.get(key, "").isprintable():
-            raise InvalidRequest(f"option {key} has characters that cannot be printed: {options[key]!r}")
-    return options
-
-
-def read_pool_request(fields: dict[str, Any]) -> PoolRequest:
+def read_pool_request(fields: Fields) -> PoolRequest:
     """Return what a network asks for. Raises: InvalidRequest."""
-    space, is_v6 = read_text(fields, "AddressSpace"), fields.get("V6", False)
-    subnet, sub_pool = read_prefix(fields, "Pool"), read_prefix(fields, "SubPool")
-    options = read_options(fields)
+    space, is_v6 = fields.text("AddressSpace"), fields.get("V6", False)
+    subnet, sub_pool, options = fields.prefix("Pool"), fields.prefix("SubPool"), fields.options()
     if space not in ("", ADDRESS_SPACE):
         raise InvalidRequest(f"invalid address space: {space!r} is not {ADDRESS_SPACE!r}")
     if not isinstance(is_v6, bool) or (is_v6 and subnet and subnet.version == 4):
@@ -1940,12 +1943,13 @@ def read_pool_request(fields: dict[str, Any]) -> PoolRequest:
     if subnet and not int(subnet[0]):  # 0.0.0.0/26 or ::/72: any block of this length
         prefixlen, subnet = subnet.prefixlen, None
     if sub_pool and not subnet:
-        raise InvalidRequest(f"invalid address subpool: {sub_pool} comes without the subnet it is in")
+        raise InvalidRequest(
+            f"invalid address subpool: {sub_pool} comes without the subnet it is in")
     return PoolRequest(version, subnet, sub_pool, prefixlen, options.get(NAME_OPTION, ""))
 
 
 def read_prefixlen(options: dict[str, str], version: int) -> int | None:
-    """Return the length of block asked for. Raises: InvalidRequest, for unknown gipam options too."""
+    """Return the length of block asked for. Raises: InvalidRequest, also for unknown options."""
     known = (NAME_OPTION, *LENGTH_OPTIONS.values())
     for key, text in options.items():
         if key.startswith("gipam.") and key not in known:
@@ -1956,22 +1960,16 @@ def read_prefixlen(options: dict[str, str], version: int) -> int | None:
     return int(text) if text else None
 
 
-def request_pool(service: Service, fields: dict[str, Any]) -> tuple[Any, Ticket]:
+def request_pool(service: Service, fields: Fields) -> tuple[Any, Ticket]:
     """Grant a network its subnet."""
     ticket = service.request_pool(read_pool_request(fields))
     assert isinstance(ticket.change, RequestPool)
     return {"PoolID": ticket.change.pool_id, "Pool": ticket.change.subnet, "Data": {}}, ticket
 
 
-def release_pool(service: Service, fields: dict[str, Any]) -> tuple[Any, Ticket]:
-    """Release the subnet of a network that is removed."""
-    return {}, service.release_pool(read_text(fields, "PoolID", is_needed=True))
-
-
-def request_address(service: Service, fields: dict[str, Any]) -> tuple[Any, Ticket]:
+def request_address(service: Service, fields: Fields) -> tuple[Any, Ticket]:
     """Grant an address to a gateway, to a container, or aside for the user (auxiliary)."""
-    pool_id, address = read_text(fields, "PoolID", is_needed=True), read_address(fields)
-    options = read_options(fields)
+    pool_id, address, options = fields.pool_id(), fields.address(), fields.options()
     mac, name = options.get(ENDPOINT_MAC, ""), options.get(ENDPOINT_NAME, "")
     kind = ENDPOINT if mac or name or not address else AUXILIARY
     if options.get("RequestAddressType") == "com.docker.network.gateway":
@@ -1981,80 +1979,67 @@ def request_address(service: Service, fields: dict[str, Any]) -> tuple[Any, Tick
     return {"Address": f"{ticket.change.address}/{prefixlen}", "Data": {}}, ticket
 
 
-def release_address(service: Service, fields: dict[str, Any]) -> tuple[Any, Ticket]:
-    """Release the address of a container that has stopped."""
-    pool_id = read_text(fields, "PoolID", is_needed=True)
-    return {}, service.release_address(pool_id, read_address(fields, is_needed=True))
-
-
-def release_by_hand(service: Service, fields: dict[str, Any]) -> tuple[Any, Ticket]:
-    """Release what `check --fix` or `release` saw: PoolID, Address or "", and the Seq of either."""
-    pool_id, address = read_text(fields, "PoolID", is_needed=True), read_address(fields)
-    return {}, service.release_if(pool_id, address, read_number(fields, "Seq"))
-
-
-def adopt_by_hand(service: Service, fields: dict[str, Any]) -> tuple[Any, None]:
-    """Take over what Docker uses: Subnet, SubPool, Seq of the pool, Leases: Address, Kind, MAC, Name.
-
-    Seq is 0 where there was no pool. The answer: how many changes that was, and the last one's Seq.
-    """
-    subnet, sub_pool, leases = read_prefix(fields, "Subnet"), read_prefix(fields, "SubPool"), fields.get("Leases")
-    if subnet is None or not isinstance(leases, list) or not all(isinstance(lease, dict) for lease in leases):
+def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
+    """Take over what Docker uses; answer how many changes that was, and the last one's Seq."""
+    subnet, sub_pool = fields.prefix("Subnet"), fields.prefix("SubPool")
+    leases, kinds = fields.get("Leases"), (GATEWAY, AUXILIARY, ENDPOINT)
+    if not subnet or not isinstance(leases, list) \
+            or not all(isinstance(lease, dict) for lease in leases):
         raise InvalidRequest("Subnet or the list Leases is missing")
-    requests = [AddressRequest(*(read_text(lease, key)[:MAX_TEXT_CHARS] for key in ("Address", "Kind", "MAC", "Name")))
+    keys = ("Address", "Kind", "MAC", "Name")
+    requests = [AddressRequest(*(Fields(lease).text(key)[:MAX_TEXT_CHARS] for key in keys))
                 for lease in leases]
     for request in requests:
-        if request.kind not in (GATEWAY, AUXILIARY, ENDPOINT):
-            raise InvalidRequest(f"Kind is none of {GATEWAY}, {AUXILIARY}, {ENDPOINT}: {request.kind!r}")
-    done = service.adopt(subnet, sub_pool, requests, read_number(fields, "Seq"))
+        if request.kind not in kinds:
+            raise InvalidRequest(f"Kind is none of {', '.join(kinds)}: {request.kind!r}")
+    done = service.adopt(subnet, sub_pool, requests, fields.seq())
     log.info("adopt subnet=%s sub_pool=%s leases=%s adopted=%d", subnet, sub_pool or "",
              ",".join(request.address for request in requests), len(done))
     return {"Adopted": len(done), "Seq": done.stop - 1}, None
 
 
-def show_status(service: Service, query: str) -> Reply:
-    """Show the state; with leases=1 each lease too."""
-    return Reply(200, dumps(service.status("leases=1" in query.split("&"))).encode(), None, "application/json")
-
-
-def show_metrics(service: Service, query: str) -> Reply:
-    """Show the metrics, in Prometheus' text format."""
-    return Reply(200, "".join(line + "\n" for line in service.samples()).encode(), None,
-                 "text/plain; version=0.0.4; charset=utf-8")
-
-
-def show_health(service: Service, query: str) -> Reply:
+def show_health(service: Service, _: str) -> str:
     """Say whether gipam answers and can still write. Raises: StoreLost."""
     service.probe()
-    return Reply(200, b"ok\n", None, "text/plain; charset=utf-8")
+    return "ok\n"
 
 
 CONSTANT_ANSWERS = {
-    "/Plugin.Activate": b'{"Implements":["IpamDriver"]}',
-    # MAC addresses tell owners; replay could make dockerd panic or release live pools (protocol.md 3.6)
-    "/IpamDriver.GetCapabilities": b'{"RequiresMACAddress":true,"RequiresRequestReplay":false}',
-    "/IpamDriver.GetDefaultAddressSpaces": dumps({"LocalDefaultAddressSpace": ADDRESS_SPACE,
-                                                  "GlobalDefaultAddressSpace": ADDRESS_SPACE}).encode(),
+    "/Plugin.Activate": {"Implements": ["IpamDriver"]},
+    # MACs tell owners; a replay could make dockerd panic or release live pools (protocol.md 3.6)
+    "/IpamDriver.GetCapabilities": {"RequiresMACAddress": True, "RequiresRequestReplay": False},
+    "/IpamDriver.GetDefaultAddressSpaces": {"LocalDefaultAddressSpace": ADDRESS_SPACE,
+                                            "GlobalDefaultAddressSpace": ADDRESS_SPACE},
 }
-METHODS = {
+METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Ticket | None]]] = {
     "/IpamDriver.RequestPool": request_pool,
-    "/IpamDriver.ReleasePool": release_pool,
+    "/IpamDriver.ReleasePool": lambda service, fields: (
+        {}, service.release_pool(fields.pool_id())),
     "/IpamDriver.RequestAddress": request_address,
-    "/IpamDriver.ReleaseAddress": release_address,
-    "/Gipam.Release": release_by_hand,
+    "/IpamDriver.ReleaseAddress": lambda service, fields: (
+        {}, service.release_address(fields.pool_id(), fields.address(is_needed=True))),
+    "/Gipam.Release": lambda service, fields: (  # of what `check --fix` or `release` saw
+        {}, service.release_if(fields.pool_id(), fields.address(), fields.seq())),
     "/Gipam.Adopt": adopt_by_hand,
 }
-PAGES = {"/status": show_status, "/metrics": show_metrics, "/healthz": show_health}
+PAGES: dict[str, tuple[str, Callable[[Service, str], str]]] = {  # -> content type, text
+    "/status": ("application/json",
+                lambda service, query: dumps(service.status("leases=1" in query.split("&")))),
+    "/metrics": ("text/plain; version=0.0.4; charset=utf-8",
+                 lambda service, _: "".join(line + "\n" for line in service.samples())),
+    "/healthz": ("text/plain; charset=utf-8", show_health),
+}
 PATHS = {*CONSTANT_ANSWERS, *METHODS, *PAGES}
 
 
 # === Transport ====================================================================================
 
-
-# What dockerd writes, to the letter (protocol.md 1.6): read in 2 us, where http.server's parser takes 20.
+# What dockerd writes, to the letter (protocol.md 1.6): read in 2 us; http.server's parser takes 20.
 PLAIN_REQUEST = re.compile(
-    rb"POST (/[A-Za-z.]+) HTTP/1\.1\r\nHost: [!-~]+\r\nUser-Agent: [!-~]+\r\nContent-Length: ([0-9]{1,4})\r\n"
-    rb"Accept: [!-~]+\r\n(?:Accept-Encoding: gzip\r\n)?\r\n").match
+    rb"POST (/[A-Za-z.]+) HTTP/1\.1\r\nHost: [!-~]+\r\nUser-Agent: [!-~]+\r\n"
+    rb"Content-Length: ([0-9]{1,4})\r\nAccept: [!-~]+\r\n(?:Accept-Encoding: gzip\r\n)?\r\n").match
+FD_NAME = "gipam"  # of the socket that the service manager keeps
+IDLE, BUSY = 0.0, float("inf")  # states of a connection; else the time by which its request is due
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2068,13 +2053,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def address_string(self) -> str:
         """Name the peer; on a UNIX socket it has no address, and the stock method fails."""
-        return "unix" if self.server.address_family == socket.AF_UNIX else str(self.client_address[0])
+        return "unix" if self.server.address_family == socket.AF_UNIX else self.client_address[0]
 
     def handle(self) -> None:
         """Serve the connection to its end; take back what a reply granted that never arrived."""
         try:
             super().handle()
-        except (ConnectionError, ssl.SSLError):
+        except OSError:  # a connection that breaks, of TLS or not
             if self.ticket:
                 self.server.service.take_back(self.ticket)
 
@@ -2087,30 +2072,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.mark(self.request, time.monotonic() + REQUEST_PATIENCE_S)
         plain = PLAIN_REQUEST(start)
         if plain and len(start) >= plain.end() + int(plain[2]):
-            self.close_connection, self.command = False, "POST"
-            body = self.rfile.read(plain.end() + int(plain[2]))[plain.end():]
-            self._answer(plain[1].decode(), body)
-            return
-        self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
-        if self.raw_requestline in (b"\r\n", b"\n"):  # RFC 9112 section 2.2
-            self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
-        if not self.raw_requestline:
-            self.close_connection = True
-        elif len(self.raw_requestline) > MAX_LINE_BYTES:
-            self.send_error(414)
-        elif self.parse_request():
+            self.close_connection, self.command, self.path = False, "POST", plain[1].decode()
+            self._answer(self.rfile.read(plain.end() + int(plain[2]))[plain.end():])
+        else:
             try:
-                self._refuse_browsers()
-                body = self._read_body()
+                if self._read_head():
+                    self._answer(self._read_body())
             except GipamError as error:
                 self.send_error(error.http_status, str(error))
-            else:
-                self._answer(self.path, body)
 
-    def _answer(self, path: str, body: bytes) -> None:
+    def _answer(self, body: bytes) -> None:
         self.server.mark(self.request, BUSY)
         self.server.silent.discard(self.request)
-        self._send(dispatch(self.server.service, self.command, path, body, self.server.is_public))
+        self._send(dispatch(self.server.service, self.command, self.path, body,
+                            self.server.is_public))
         self.server.mark(self.request, IDLE)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
@@ -2126,25 +2101,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection |= self.server.is_retiring
         close = "Connection: close\r\n" if self.close_connection else ""
         head = (f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
-                f"Content-Type: {reply.content_type}\r\nContent-Length: {len(reply.body)}\r\n{close}\r\n")
+                f"Content-Type: {reply.content_type}\r\n"
+                f"Content-Length: {len(reply.body)}\r\n{close}\r\n")
         self.connection.sendall(head.encode() + (b"" if self.command == "HEAD" else reply.body))
 
-    def _refuse_browsers(self) -> None:
-        """Keep out web pages, which can reach a loopback port but must say that they are one."""
-        is_page = "Origin" in self.headers or "Sec-Fetch-Site" in self.headers
-        if is_page and self.server.address_family != socket.AF_UNIX and not self.server.is_public:
-            raise Forbidden("requests from web pages are not served")
+    def _read_head(self) -> bool:
+        """Read the head; return False at the end, and when it was refused. Raises: Forbidden."""
+        for _ in range(2):  # an empty line may come before (RFC 9112 section 2.2)
+            self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
+            if self.raw_requestline not in (b"\r\n", b"\n"):
+                break
+        if len(self.raw_requestline) > MAX_LINE_BYTES:
+            self.send_error(414)
+            return False
+        is_read = self.parse_request()  # of nothing: False, and it closes
+        if is_read and self.server.address_family != socket.AF_UNIX and not self.server.is_public \
+                and ("Origin" in self.headers or "Sec-Fetch-Site" in self.headers):
+            raise Forbidden("requests from web pages are not served")  # but they reach loopback
+        return is_read
 
     def _read_body(self) -> bytes:
         """Return the body: Content-Length bytes, or chunks. Raises: InvalidRequest."""
-        lengths = [text.strip() for text in self.headers.get_all("Content-Length", [])]
+        lengths = self.headers.get_all("Content-Length", [])
         coding = self.headers.get("Transfer-Encoding")
         if coding is None:
-            if len(lengths) > 1 or (lengths and not re.fullmatch("[0-9]{1,19}", lengths[0])):
-                raise InvalidRequest(f"Content-Length is not one number: {', '.join(lengths)}")
-            return self._read_exactly(int(lengths[0]) if lengths else 0, 0)
+            length = ", ".join(text.strip() for text in lengths or ["0"])
+            if not re.fullmatch("[0-9]{1,19}", length):
+                raise InvalidRequest(f"Content-Length is not one number: {length}")
+            return self._read_exactly(int(length), 0)
         if coding.lower() != "chunked" or lengths:
-            raise InvalidRequest("Transfer-Encoding is served only as chunked, without Content-Length")
+            raise InvalidRequest("Transfer-Encoding is served only as chunked, "
+                                 "without Content-Length")
         body, size = b"", 1
         while size:  # RFC 9112 section 7.1
             text = self._read_line().split(b";")[0].strip()
@@ -2170,10 +2157,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if len(body) < length:
             raise InvalidRequest(f"the body ends after {len(body)} of {length} bytes")
         return body
-
-
-FD_NAME = "gipam"  # of the socket that the service manager keeps
-IDLE, BUSY = 0.0, float("inf")  # states of a connection; else the time by which its request is due
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -2207,7 +2190,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise OSError(error.errno, error.strerror, str(self.server_address)) from None
 
     def get_request(self) -> Any:
-        """Accept; a TLS handshake waits for the thread of the connection, where it holds nobody up."""
+        """Accept; a TLS handshake is left to the connection's thread, where it holds nobody up."""
         request, client_address = super().get_request()
         if self.tls:
             request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
@@ -2218,8 +2201,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if self.address_family != socket.AF_UNIX:  # Nagle's algorithm could hold a reply for 40 ms
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.reap(MAX_TCP_CONNECTIONS - 1)
-        self.mark(request, time.monotonic() + REQUEST_PATIENCE_S if self.tls else IDLE, is_new=True)
-        self.silent.add(request)
+        with self.is_changed:
+            self.connections[request] = time.monotonic() + REQUEST_PATIENCE_S if self.tls else IDLE
+            self.silent.add(request)
         super().process_request(request, client_address)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
@@ -2233,15 +2217,15 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.mark(request, IDLE)
         super().finish_request(request, client_address)
 
-    def mark(self, request: Any, state: float, is_new: bool = False) -> None:
+    def mark(self, request: Any, state: float) -> None:
         """Note what a connection on TCP does; the one that has done it longest stands first."""
-        if is_new or self.address_family != socket.AF_UNIX:
+        if self.address_family != socket.AF_UNIX:
             with self.is_changed:
-                if self.connections.pop(request, None) is not None or is_new:
+                if self.connections.pop(request, None) is not None:
                     self.connections[request] = state
 
     def reap(self, limit: int) -> None:
-        """On TCP, end connections whose request is overdue, and the longest idle ones past the limit."""
+        """On TCP, end connections that are overdue, and the longest idle ones past the limit."""
         with self.is_changed:
             surplus, now = len(self.connections) - limit, time.monotonic()
             for request, state in list(self.connections.items()):
@@ -2284,14 +2268,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         that the service manager keeps, as the backlog then does too.
         """
         self.socket.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # at the latest: nobody is left in it
             while not self.is_kept:
                 self.process_request(*self.get_request())
         with self.is_changed:
             self.is_changed.wait_for(lambda: not self.silent, DIAL_PATIENCE_S)
             self.silent.clear()
-        self.retire()
-        with self.is_changed:
+            self.retire()
             self.is_changed.wait_for(lambda: not self.connections, DRAIN_PATIENCE_S)
         self.server_close()
 
@@ -2300,7 +2283,6 @@ class UnixServer(Server):
     """The plugin on a UNIX socket."""
 
     address_family = socket.AF_UNIX
-    allow_reuse_address = False
 
     def server_bind(self) -> None:
         """Bind, for root only. Raises: OSError."""
@@ -2314,26 +2296,59 @@ class PublicServer(Server):
     is_public = True
 
 
+def listen(kind: type[Server], address: Any, service: Service,
+           tls: ssl.SSLContext | None = None) -> Server:
+    """Listen; the service manager keeps the socket, so that a restart never refuses Docker."""
+    listener = take_listener(address)
+    if listener is None and isinstance(address, str):
+        clear_path(address)
+    server = kind(address, service, listener, tls)
+    server.is_kept = listener is not None or "FDSTORE" in os.environ
+    if "FDSTORE" in os.environ:
+        notify(f"FDSTORE=1\nFDNAME={FD_NAME}", [server.socket.fileno()])
+    return server
+
+
+def take_listener(address: Any) -> socket.socket | None:
+    """Return the socket for the address that the service manager handed over (sd_listen_fds(3)).
+
+    It may come twice, from a socket unit and from the store: the copy is closed, never shut down,
+    which would end both. One for another address, kept from before a change of options, is given
+    back, and its name goes: it must not look alive.
+    """
+    found = None
+    is_for_us = os.environ.get("LISTEN_PID") == str(os.getpid())
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    for at in range(int(os.environ.get("LISTEN_FDS", "0")) if is_for_us else 0):
+        listener = socket.socket(fileno=3 + at)
+        bound = listener.getsockname()
+        is_ours = (bound == address and os.path.exists(bound)) if isinstance(address, str) \
+            else bound[:2] == address
+        if is_ours and found is None:
+            listener.setblocking(True)
+            found = listener
+            continue
+        listener.close()
+        if not is_ours and names[at:at + 1] == [FD_NAME]:
+            notify(f"FDSTOREREMOVE=1\nFDNAME={FD_NAME}")
+            if isinstance(bound, str) and os.path.lexists(bound):
+                os.unlink(bound)
+    return found
+
+
 def clear_path(path: str) -> None:
-    """Make the directory of a socket or link to be, and remove a dead one. Raises: GipamError, OSError."""
+    """Make the directory of a socket or link, remove a dead one. Raises: GipamError, OSError."""
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     if not os.path.lexists(path):
         return
     mode = os.lstat(path).st_mode
     if not stat.S_ISSOCK(mode) and not stat.S_ISLNK(mode):
-        raise ConfigError(f"{path} is in the way and is not a socket: remove it, or use another name")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        raise ConfigError(f"{path} is in the way and is not a socket: "
+                          "remove it, or use another name")
+    with socket.socket(socket.AF_UNIX) as probe:
         if probe.connect_ex(path) == 0:
             raise BusyError(f"another daemon answers on {path}: stop it, or use another name")
     os.unlink(path)
-
-
-def write_whole(path: str, text: str) -> None:
-    """Write a small file, whole or not at all. Raises: OSError."""
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8", opener=lambda path, _: os.open(path, CREATE, 0o600)) as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
 
 
 def notify(state: str, fds: list[int] | None = None) -> None:
@@ -2347,113 +2362,76 @@ def notify(state: str, fds: list[int] | None = None) -> None:
             manager.sendmsg([state.encode()], rights)
 
 
-def make_link(link: str, target: str) -> None:
-    """Make a symbolic link, in place of a dead socket or a link of ours. Raises: GipamError, OSError."""
-    if os.path.islink(link) and os.readlink(link) == target:
-        os.unlink(link)
-    clear_path(link)
-    os.symlink(target, link)
-
-
 def open_unix(config: Config, service: Service, remove: Callable[[str], None]) -> Server:
-    """Listen on the socket, or on the one that the service manager kept. Raises: GipamError, OSError."""
-    kept = take_listener(config.socket)
-    if kept is None:
-        clear_path(config.socket)
-    server = UnixServer(config.socket, service, kept)
-    server.is_kept = keep_listener(server.socket) or kept is not None
+    """Listen on the socket, and show Docker where it is. Raises: GipamError, OSError."""
+    server = listen(UnixServer, config.socket, service)
     if not server.is_kept:
         remove(config.socket)
     link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
     if config.socket != link:
         try:
-            make_link(link, config.socket)
+            if os.path.islink(link) and os.readlink(link) == config.socket:
+                os.unlink(link)  # ours: else it would pass for another daemon
+            clear_path(link)
+            os.symlink(config.socket, link)
             if "FDSTORE" not in os.environ:
                 remove(link)
         except PermissionError:
             if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
                 raise
     if config.is_spec_given:
-        write_whole(config.spec, f"unix://{config.socket}\n")
-        remove(config.spec)
+        write_spec(config.spec, f"unix://{config.socket}\n", remove)
     return server
 
 
 def open_tcp(config: Config, service: Service, remove: Callable[[str], None]) -> Server:
     """Listen on the address, and write the plugin file. Raises: GipamError, OSError."""
-    kept = take_listener(config.address)
-    server = Server(config.address, service, kept, load_tls(config.tls, is_server=True))
-    server.is_kept = keep_listener(server.socket) or kept is not None
+    server = listen(Server, config.address, service, load_tls(config.tls, is_server=True))
     host, port = str(server.server_address[0]), server.server_address[1]
-    address, stem = f"{f'[{host}]' if ':' in host else host}:{port}", os.path.splitext(config.spec)[0]
-    shadows = [os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock")]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    stem = os.path.splitext(config.spec)[0]
+    shadows = {os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock"): clear_path}
     path, text = config.spec, f"tcp://{address}\n"
     if config.tls:
-        shadows.append(config.spec)
+        shadows[path] = os.unlink
         files = {key: os.path.join(config.tls, name) for key, name in
                  (("CAFile", "ca.pem"), ("CertFile", "cert.pem"), ("KeyFile", "key.pem"))}
-        path, text = stem + ".json", json.dumps({"Addr": f"https://{address}", "TLSConfig": files}) + "\n"
-    for shadow in filter(os.path.lexists, shadows):
-        if shadow == config.spec:
-            os.unlink(shadow)
-        else:
-            clear_path(shadow)
-        log.warning("removed %s, which hid %s; restart dockerd if it has used it", shadow, path)
-    write_whole(path, text)
-    remove(path)
+        path = stem + ".json"
+        text = json.dumps({"Addr": f"https://{address}", "TLSConfig": files}) + "\n"
+    for shadow, clear in shadows.items():
+        if os.path.lexists(shadow):
+            clear(shadow)
+            log.warning("removed %s, which hid %s; restart dockerd if it has used it", shadow, path)
+    write_spec(path, text, remove)
     return server
+
+
+def write_spec(path: str, text: str, remove: Callable[[str], None]) -> None:
+    """Write the plugin file, whole or not at all; it goes at the end. Raises: OSError."""
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    with open(path + ".tmp", "w", encoding="utf-8",
+              opener=lambda path, _: os.open(path, CREATE, 0o600)) as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
+    remove(path)
 
 
 def load_tls(directory: str, is_server: bool) -> ssl.SSLContext | None:
     """Return what both sides need: TLS 1.2, a certificate, and the other's. Raises: ConfigError."""
     if not directory:
         return None
-    purpose, stem = (ssl.PROTOCOL_TLS_SERVER, "server-") if is_server else (ssl.PROTOCOL_TLS_CLIENT, "")
-    context = ssl.SSLContext(purpose)
+    stem = "server-" if is_server else ""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
     try:
         context.load_verify_locations(os.path.join(directory, "ca.pem"))
-        context.load_cert_chain(*(os.path.join(directory, f"{stem}{name}.pem") for name in ("cert", "key")))
+        context.load_cert_chain(os.path.join(directory, f"{stem}cert.pem"),
+                                os.path.join(directory, f"{stem}key.pem"))
     except OSError as error:
-        raise ConfigError(f"-tls {directory!r}: cannot use ca.pem, {stem}cert.pem and {stem}key.pem in it: "
-                          f"{error}") from None
+        raise ConfigError(f"-tls {directory!r}: cannot use ca.pem, {stem}cert.pem and "
+                          f"{stem}key.pem in it: {error}") from None
     return context
-
-
-def take_listener(address: Any) -> socket.socket | None:
-    """Return the listening socket for the address that the service manager handed over, if any.
-
-    It may come twice, from a socket unit and from the store: then the copy is closed, and nothing
-    is ever shut down, for that would end both. One for another address, which the store has kept
-    from before a change of options, is given back, and its name goes: it must not look alive.
-    Source: sd_listen_fds(3), FDSTORE in sd_notify(3).
-    """
-    found = None
-    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    count = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
-    for at in range(count):
-        listener = socket.socket(fileno=3 + at)
-        name = listener.getsockname()
-        is_ours = name == address and os.path.exists(address) if isinstance(address, str) else \
-            listener.family != socket.AF_UNIX and name[:2] == address
-        if is_ours and found is None:
-            listener.setblocking(True)
-            found = listener
-            continue
-        listener.close()
-        if not is_ours and names[at:at + 1] == [FD_NAME]:
-            notify(f"FDSTOREREMOVE=1\nFDNAME={FD_NAME}")
-            if isinstance(name, str) and os.path.lexists(name):
-                os.unlink(name)
-    return found
-
-
-def keep_listener(listener: socket.socket) -> bool:
-    """Let the service manager keep the socket, so that a restart never refuses Docker; return if it does."""
-    if "FDSTORE" in os.environ:
-        notify(f"FDSTORE=1\nFDNAME={FD_NAME}", [listener.fileno()])
-    return "FDSTORE" in os.environ
 
 
 # === Docker =======================================================================================

@@ -5290,6 +5290,22 @@ def has_ipv6() -> bool:
     return True
 
 
+HANDS_OVER = """
+import fcntl, os, socket, sys
+gipam, names, path, *options = sys.argv[1:]
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(path)
+listener.listen()
+high = fcntl.fcntl(listener, fcntl.F_DUPFD, 10)
+listener.close()
+for at in range(len(names.split(":"))):
+    os.dup2(high, 3 + at)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(at + 1), LISTEN_FDNAMES=names)
+os.close(high)
+os.execv(sys.executable, [sys.executable, gipam, *options])
+"""
+
+
 class StopTest(unittest.TestCase):
     """SIGTERM cuts nobody off, and leaves no name behind."""
 
@@ -5426,6 +5442,50 @@ class StopTest(unittest.TestCase):
 
     def wait_for_message(self, manager: socket.socket, text: str) -> None:
         wait_for(lambda: text in manager.recv(4096).decode().split("\n"), text)
+
+    def hand_over(self, path: str, *names: str) -> tuple[Daemon, socket.socket]:
+        """Start gipam with a listening socket handed over under these names; return it and its manager."""
+        manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(manager.close)
+        directory = tempfile.mkdtemp(prefix="gipam-")
+        self.addCleanup(shutil.rmtree, directory)
+        manager.bind(os.path.join(directory, "notify"))
+        manager.settimeout(DEADLINE_S)
+        daemon = Daemon(self, env={"NOTIFY_SOCKET": os.path.join(directory, "notify"), "FDSTORE": "4"},
+                        command=(sys.executable, "-c", HANDS_OVER, GIPAM, ":".join(names), path))
+        if not path:
+            daemon.command = (*daemon.command[:-1], daemon.socket)
+        return daemon.start(), manager
+
+    def test_unit_and_store_hand_over_the_same_socket(self) -> None:
+        """The second is a copy of the first: shutting it down would end both."""
+        daemon, manager = self.hand_over("", "gipam.socket", "gipam")
+        self.assertEqual(Client(daemon.socket).call("Plugin.Activate"), ACTIVATED)
+        assert daemon.process
+        self.assertFalse(os.path.exists(f"/proc/{daemon.process.pid}/fd/4")
+                         and os.readlink(f"/proc/{daemon.process.pid}/fd/4").startswith("socket:")
+                         and os.readlink(f"/proc/{daemon.process.pid}/fd/4") == os.readlink(
+                             f"/proc/{daemon.process.pid}/fd/3"))
+        self.wait_for_message(manager, "FDSTORE=1")
+        self.assertEqual(daemon.stop(), 0)
+        self.assertTrue(os.path.exists(daemon.socket))  # the next process listens there
+
+    def test_stored_socket_of_another_address_is_given_back(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="gipam-") as directory:
+            other = os.path.join(directory, "old.sock")
+            daemon, manager = self.hand_over(other, "gipam")
+            self.assertEqual(Client(daemon.socket).call("Plugin.Activate"), ACTIVATED)
+            self.wait_for_message(manager, "FDSTOREREMOVE=1")
+            self.assertFalse(os.path.lexists(other))
+            self.assertEqual(daemon.stop(), 0)
+
+    def test_socket_of_a_unit_for_another_address_is_left_to_the_unit(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="gipam-") as directory:
+            other = os.path.join(directory, "old.sock")
+            daemon, _ = self.hand_over(other, "gipam.socket")
+            self.assertEqual(Client(daemon.socket).call("Plugin.Activate"), ACTIVATED)
+            self.assertTrue(os.path.lexists(other))
+            self.assertEqual(daemon.stop(), 0)
 
     def test_no_service_manager(self) -> None:
         """A NOTIFY_SOCKET that nobody reads from must not stop it."""
