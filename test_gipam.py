@@ -9398,7 +9398,8 @@ class Machine:
 
     def wait_until(self, condition: str) -> None:
         """Wait until a command succeeds; the poll is inside, where it costs least."""
-        self(f"until {condition}; do [ $SECONDS -lt {DEADLINE_S * 3:.0f} ] || {{ docker ps -a; exit 1; }}; sleep 0.1; done")
+        said = "docker ps -a; journalctl --no-pager -o cat -u docker -u gipam -p warning | cut -c 1-500 | tail -n 40"
+        self(f"until {condition}; do [ $SECONDS -lt {DEADLINE_S * 3:.0f} ] || {{ {said}; exit 1; }}; sleep 0.1; done")
 
     def wait_for_containers(self) -> None:
         """Wait until all that there are are running."""
