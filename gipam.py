@@ -889,7 +889,8 @@ def decide_request_pool(state: State, request: PoolRequest, obstacles: Obstacles
 def decide_adoption(state: State, pool_id: str, now_s: int, token: str) -> RequestPool:
     """Take over a pool that Docker holds and the state does not know.
 
-    Its addresses start at a random place, for the first ones are the likeliest to be in use.
+    Its addresses start at a random place: past the first ones, of which one likely is the gateway,
+    which Docker does not ask for again; and in the lower half, so that these come last.
     Raises: InvalidRequest if the id is not one of ours, or its subnet could not be granted now.
     """
     parsed = parse_pool_id(pool_id)
@@ -902,7 +903,8 @@ def decide_adoption(state: State, pool_id: str, now_s: int, token: str) -> Reque
         raise InvalidRequest(f"cannot find address pool for {pool_id!r}, nor adopt it: {error}",
                              404) from None
     dynamic = sub_pool or subnet
-    cursor = int(dynamic[0]) - int(subnet[0]) + int(token, 16) % dynamic.num_addresses
+    low, room = int(dynamic[0]) - int(subnet[0]), max(dynamic.num_addresses // 2 - 2, 1)
+    cursor = low + 2 + int(token, 16) % room
     return RequestPool(pool_id, str(subnet), str(sub_pool or ""), "", now_s, cursor, -1)
 
 

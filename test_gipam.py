@@ -1119,18 +1119,31 @@ class PoolOverlapTest(unittest.TestCase):
 
     def test_a_pool_that_docker_holds_is_adopted_where_it_could_be_granted(self) -> None:
         alone = Alone()
-        for text, cursor in ((f"10.2.0.0/24,10.2.0.64/26#{TOKEN}", 64 + 5),
-                             (f"2001:db8::/64#{TOKEN}", 5), (f"10.3.0.0/24#{TOKEN}", 5)):
-            change = gipam.decide_adoption(alone.state, text, NOW_S, f"{(1 << 40) + 5:016x}")
-            self.assertEqual((change.pool_id, change.cursor % (1 << 32)), (text, cursor))
+        for text, cursor in ((f"10.2.0.0/24,10.2.0.64/26#{TOKEN}", 64 + 2 + 5),
+                             (f"2001:db8::/64#{TOKEN}", 2 + (1 << 40) + 5), (f"10.3.0.0/24#{TOKEN}", 2 + 5)):
+            token = (1 << 40) * 30 * 126 + 5 if "." in text else (1 << 40) + 5  # 30, 126: half of the range, less 2
+            change = gipam.decide_adoption(alone.state, text, NOW_S, f"{token:016x}")
+            self.assertEqual((change.pool_id, change.cursor), (text, cursor))
             alone.apply(change)
         self.assertEqual(alone.request_address(alone.state.pools[f"10.3.0.0/24#{TOKEN}"]),
-                         "10.3.0.5")
+                         "10.3.0.7")
         for text in (f"10.2.0.0/24#{TOKEN}", f"10.2.0.0/16#{TOKEN}",
                      f"10.9.0.0/24,10.8.0.0/25#{TOKEN}", "", "web"):
             with self.subTest(text), self.assertRaisesRegex(gipam.InvalidRequest,
                                                             "^cannot find address pool for"):
                 gipam.decide_adoption(alone.state, text, NOW_S, TOKEN)
+
+
+    def test_adopted_pool_gives_the_first_address_last_for_it_may_be_the_gateway(self) -> None:
+        """Docker, which has it already, does not ask for it again; the import may come late."""
+        for subnet, before in (("10.2.0.0/24", 120), ("10.2.0.0/29", 4), ("10.2.0.0/30", 1), ("2001:db8::/120", 120)):
+            for number in range(300):
+                alone = Alone()
+                change = gipam.decide_adoption(alone.state, f"{subnet}#{TOKEN}", NOW_S, f"{number:016x}")
+                alone.apply(change)
+                pool = alone.state.pools[change.pool_id]
+                given = [alone.request_address(pool) for _ in range(before)]
+                self.assertNotIn(pool.format(1), given, (subnet, number))
 
 
 class AddressOrderTest(unittest.TestCase):
