@@ -69,7 +69,7 @@ import sys
 import threading
 import time
 import zlib
-from typing import Any, Callable, Container, Dict, Iterable, Iterator, Mapping, NamedTuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Union
 
 __version__ = "1.0.0"
 
@@ -2438,119 +2438,90 @@ def load_tls(directory: str, is_server: bool) -> ssl.SSLContext | None:
 
 # === Docker =======================================================================================
 
+Json = Dict[str, Any]  # an object
 
-class UnixConnection(http.client.HTTPConnection):
-    """HTTP to a UNIX socket: Docker's, or our own daemon's."""
 
-    def __init__(self, path: str, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
+class Connection(http.client.HTTPConnection):
+    """HTTP to Docker or to our own daemon: at the path of a socket, or at (host, port)."""
+
+    def __init__(self, address: Any, timeout_s: float, tls: ssl.SSLContext | None = None) -> None:
+        host, port = address if isinstance(address, tuple) else ("localhost", None)
+        super().__init__(host, port, timeout=timeout_s)
+        self._address, self._tls = address, tls
 
     def connect(self) -> None:
         """Connect. Raises: OSError."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+        if isinstance(self._address, tuple):
+            super().connect()
+        else:
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sock.settimeout(self.timeout)
+            self.sock.connect(self._address)
+        if self._tls:
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
 
 
 def call(connection: http.client.HTTPConnection, verb: str, path: str, body: Any = None) -> Any:
     """Return the JSON reply. Raises: Unreachable; Refused with the text of the other side."""
     try:
-        connection.request(verb, path, None if body is None else dumps(body))
+        connection.request(verb, path, dumps(body) if body else None)
         response = connection.getresponse()
         reply = json.loads(response.read())
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Unreachable(f"no answer to {verb} {path}: {error}") from None
     finally:
-        connection.close()
+        connection.close()  # the next call connects again
     if response.status != 200:
-        raise Refused(f"{verb} {path}: {reply.get('Error') or reply.get('message')}")
+        text = (reply.get("Error") or reply.get("message")) if isinstance(reply, dict) else reply
+        raise Refused(f"{verb} {path}: {text}")
     return reply
-
-
-class Claim(NamedTuple):
-    """What Docker uses: a subnet (address ""), or an address in it."""
-
-    network: str  # name
-    subnet: str
-    sub_pool: str
-    address: str  # bare
-    kind: str
-    mac: str
-    name: str  # of the container
-    identity: str  # new whenever Docker makes the network or the endpoint anew
-
-    @property
-    def is_hint(self) -> bool:
-        """Return whether Docker shows no subnet, but only the length that was asked for (before 29)."""
-        return self.subnet == hint_of(self.subnet)
-
-    def as_lease(self) -> dict[str, str]:
-        """Return it as /Gipam.Adopt takes it."""
-        return {"Address": self.address, "Kind": self.kind, "MAC": self.mac, "Name": self.name}
-
-    def __str__(self) -> str:
-        return f"container {self.name}" if self.name else f"network {self.network}"
 
 
 def docker_socket() -> str:
     """Return where Docker listens. Raises: Unreachable for a Docker on another host."""
     host = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
     if not host.startswith("unix://"):
-        raise Unreachable(f"DOCKER_HOST {host!r} is not a UNIX socket (unix:///...): gipam serves the "
-                          "Docker of its own host, and to another one everything would look leaked")
+        raise Unreachable(
+            f"DOCKER_HOST {host!r} is not a UNIX socket (unix:///...): gipam serves the Docker of "
+            "its own host, and to another one everything would look leaked")
     return host[7:]
 
 
-def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Claim], list[Claim]]:
-    """Return (what Docker uses of this driver, the subnets that it has from others). Raises: Unreachable.
-
-    Two requests, but for networks made with --config-from: GET /networks, then all containers.
-    """
-    end = time.monotonic() + timeout_s
-
-    def get(target: str) -> Any:
-        return call(UnixConnection(path, max(end - time.monotonic(), 0.001)), "GET", target)
-
-    networks, containers = get("/networks"), get("/containers/json?all=1")
-    networks = [get(f"/networks/{network['Id']}")
-                if (network.get("ConfigFrom") or {}).get("Network") else network  # the list leaves its IPAM out
-                for network in networks]
-    ours: dict[str, list[Claim]] = {}  # network id -> subnets
-    claims, foreign = [], []
-    for network in networks:
-        for config in claimed_configs(network):
-            subnet, sub_pool = (str(parse_prefix(config[key], mask=True)) if config.get(key) else ""
-                                for key in ("Subnet", "IPRange"))
-            claim = Claim(network["Name"], subnet, sub_pool, "", "pool", "", "", network["Id"])
-            if network["IPAM"].get("Driver") != driver:
-                foreign.append(claim)
-                continue
-            ours.setdefault(network["Id"], []).append(claim)
-            claims.append(claim)
-            if config.get("Gateway"):
-                claims.append(claim._replace(address=normalise_address(config["Gateway"]), kind=GATEWAY))
-            claims += [claim._replace(address=normalise_address(address), kind=AUXILIARY)
-                       for address in (config.get("AuxiliaryAddresses") or {}).values()]
-    for container in containers:
-        if container.get("State") not in ("running", "paused", "restarting"):
-            continue  # after a crash of dockerd, or a failed start, what it had is still shown
-        for endpoint in ((container.get("NetworkSettings") or {}).get("Networks") or {}).values():
-            subnets = ours.get(endpoint.get("NetworkID"), [])
-            for keys in (("IPAddress", "IPPrefixLen", "Gateway"),
-                         ("GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPv6Gateway")):
-                if subnets and endpoint.get(keys[0]):
-                    claims += claim_endpoint(container, endpoint, keys, subnets)
-    known = {(claim.identity, hint_of(claim.subnet)) for claim in claims if not claim.address and not claim.is_hint}
-    return [claim for claim in claims if not claim.is_hint or (claim.identity, claim.subnet) not in known], foreign
+def hint_of(subnet: str) -> str:
+    """Return the size hint that asks for any block of this length."""
+    return f"{'::' if ':' in subnet else '0.0.0.0'}/{subnet.partition('/')[2]}"  # noqa: S104
 
 
-def claimed_configs(network: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the subnets that a network has: a --config-only one has none, nor has it of a family that is off."""
-    for config in (network.get("IPAM") or {}).get("Config") or []:
-        family = "EnableIPv6" if ":" in config.get("Subnet", ":") else "EnableIPv4"
-        if config.get("Subnet") and network.get(family, True) and not network.get("ConfigOnly"):
-            yield config
+class Claim(NamedTuple):
+    """What Docker uses: a subnet (address ""), or an address in it."""
+
+    driver: str | None
+    network: str  # name
+    identity: str  # new whenever Docker makes the network or the endpoint anew
+    subnet: str
+    sub_pool: str
+    address: str = ""  # bare
+    kind: str = "pool"
+    mac: str = ""
+    name: str = ""  # of the container
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Return what tells pools apart."""
+        return self.subnet, self.sub_pool
+
+    @property
+    def is_pool(self) -> bool:
+        """Return whether it is a subnet, not only the length asked for (Docker < 29 shows that)."""
+        return not self.address and self.subnet != hint_of(self.subnet)
+
+    def __str__(self) -> str:
+        return f"container {self.name}" if self.name else f"network {self.network}"
+
+
+def is_inside(address: str, subnet: str) -> bool:
+    """Return whether the bare address lies in the subnet, and there is one."""
+    return bool(subnet) and ipaddress.ip_address(address) in parse_prefix(subnet)
 
 
 def normalise_address(text: str) -> str:
@@ -2559,185 +2530,242 @@ def normalise_address(text: str) -> str:
     return format_address(int(address), address.version)
 
 
-def claim_endpoint(container: dict[str, Any], endpoint: dict[str, Any], keys: tuple[str, str, str],
-                   subnets: list[Claim]) -> Iterator[Claim]:
-    """Yield the claims of a container: to its address and, which its network may not show, to the gateway.
+def read_claims(path: str, driver: str,
+                timeout_s: float = 60.0) -> tuple[list[Claim], list[Claim]]:
+    """Return (what Docker uses of this driver, the subnets of others). Raises: Unreachable."""
+    end = time.monotonic() + timeout_s
 
-    The address lies in the subnet that has it, else in none (""). Of a network made with a size
-    hint, Docker < 29 shows only 0.0.0.0/26: its subnet is known by its containers.
+    def get(target: str) -> Any:
+        return call(Connection(path, max(end - time.monotonic(), 0.001)), "GET", target)
+
+    try:
+        networks, containers = get("/networks"), get("/containers/json?all=1")
+        networks = [get(f"/networks/{network['Id']}")  # the list leaves the IPAM of such a one out
+                    if (network.get("ConfigFrom") or {}).get("Network") else network
+                    for network in networks]
+        return find_claims(networks, containers, driver)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Unreachable(f"the Docker at {path} answers what gipam does not understand: "
+                          f"{error!r}") from error
+
+
+def find_claims(networks: list[Json], containers: list[Json],
+                driver: str) -> tuple[list[Claim], list[Claim]]:
+    """Return (the claims of our networks and of containers in them, the subnets of others)."""
+    claims = [claim for network in networks for claim in claim_network(network)]
+    foreign = [claim for claim in claims if claim.driver != driver and not claim.address]
+    claims = [claim for claim in claims if claim.driver == driver]
+    subnets: dict[str, list[Claim]] = {}  # of our networks, by id
+    for claim in claims:
+        if not claim.address:
+            subnets.setdefault(claim.identity, []).append(claim)
+    for container in containers:
+        claims += claim_container(container, subnets)
+    known = {(claim.identity, hint_of(claim.subnet)) for claim in claims if claim.is_pool}
+    return [claim for claim in claims if (claim.identity, claim.subnet) not in known], foreign
+
+
+def claim_network(network: Json) -> Iterator[Claim]:
+    """Yield the claims of a network: subnets, gateways and auxiliary addresses."""
+    ipam = network.get("IPAM") or {}
+    for config in ipam.get("Config") or []:
+        family = "EnableIPv6" if ":" in config.get("Subnet", "") else "EnableIPv4"
+        if not config.get("Subnet") or network.get("ConfigOnly") or not network.get(family, True):
+            continue  # it is shown, but was never asked for
+        subnet, sub_pool = (str(parse_prefix(config[key], mask=True)) if config.get(key) else ""
+                            for key in ("Subnet", "IPRange"))
+        claim = Claim(ipam.get("Driver"), network["Name"], network["Id"], subnet, sub_pool)
+        yield claim
+        if config.get("Gateway"):
+            yield claim._replace(address=normalise_address(config["Gateway"]), kind=GATEWAY)
+        for address in (config.get("AuxiliaryAddresses") or {}).values():
+            yield claim._replace(address=normalise_address(address), kind=AUXILIARY)
+
+
+def claim_container(container: Json, subnets: dict[str, list[Claim]]) -> Iterator[Claim]:
+    """Yield the claims of a container in the networks with these subnets, by id; and to gateways.
+
+    Of a network made with a size hint, Docker < 29 shows only 0.0.0.0/26; these show its subnet.
     """
-    address, length, gateway = (endpoint.get(key) or "" for key in keys)
-    subnet = str(parse_prefix(f"{address}/{length}", mask=True))
-    home = next((claim for claim in subnets if ipaddress.ip_address(address) in parse_prefix(claim.subnet)),
-                subnets[0]._replace(subnet="", sub_pool=""))
-    for hint in subnets:
-        if not home.subnet and hint.subnet == hint_of(subnet):
-            home = hint._replace(subnet=subnet)
-            yield home
-    if gateway and home.subnet and ipaddress.ip_address(gateway) in parse_prefix(home.subnet):
-        yield home._replace(address=normalise_address(gateway), kind=GATEWAY,
-                            identity="gateway of " + home.identity)
-    yield home._replace(address=normalise_address(address), kind=ENDPOINT, mac=endpoint.get("MacAddress") or "",
-                        name=(container.get("Names") or ["/" + container["Id"][:12]])[0][1:],
-                        identity=endpoint.get("EndpointID") or container["Id"])
-
-
-def hint_of(subnet: str) -> str:
-    """Return the size hint that asks for any block of this length."""
-    return f"{'::' if ':' in subnet else '0.0.0.0'}/{subnet.partition('/')[2]}"  # noqa: S104
+    if container.get("State") not in ("running", "paused", "restarting"):
+        return  # after a crash of dockerd, or a failed start, what it had is still shown
+    name = (container.get("Names") or ["/" + container["Id"][:12]])[0][1:]
+    for endpoint in ((container.get("NetworkSettings") or {}).get("Networks") or {}).values():
+        pools = subnets.get(endpoint.get("NetworkID"))
+        for keys in (("IPAddress", "IPPrefixLen", "Gateway"),
+                     ("GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPv6Gateway")):
+            address, length, gateway = (endpoint.get(key) or "" for key in keys)
+            if not pools or not address:
+                continue
+            subnet = str(parse_prefix(f"{address}/{length}", mask=True))
+            hint = hint_of(subnet)
+            hinted = [pool._replace(subnet=subnet) for pool in pools if pool.subnet == hint]
+            home = next((pool for pool in (*pools, *hinted) if is_inside(address, pool.subnet)),
+                        pools[0]._replace(subnet="", sub_pool=""))
+            if home in hinted:
+                yield home
+            if gateway and is_inside(gateway, home.subnet):
+                yield home._replace(address=normalise_address(gateway), kind=GATEWAY,
+                                    identity="gateway of " + home.identity)
+            yield home._replace(address=normalise_address(address), kind=ENDPOINT, name=name,
+                                mac=endpoint.get("MacAddress") or "",
+                                identity=endpoint.get("EndpointID") or container["Id"])
 
 
 class Finding(NamedTuple):
     """A difference between gipam and Docker, and the request that mends it."""
 
     kind: str
+    identity: Any  # the same as long as this difference lasts
     text: str
-    path: str  # "": gipam cannot mend it
-    body: dict[str, Any]
+    path: str = ""  # "": gipam cannot mend it
+    body: Any = None
 
 
-def compare(status: dict[str, Any], claims: list[Claim], now_s: int, grace_s: int) -> dict[Any, Finding]:
-    """Return what differs between gipam's status with leases and Docker's claims, by identity."""
-    findings: dict[Any, Finding] = {}
-    pools = {(pool["subnet"], pool["sub_pool"]): pool for pool in status["pools"]}
-    claimed = {(claim.subnet, claim.sub_pool): claim for claim in claims if not claim.address}
-    shown = {claim._replace(address="", kind="pool") for claim in claims if claim.kind == GATEWAY}
-    used: dict[tuple[str, str], list[Claim]] = {}  # (subnet, address) -> claims
-    for claim in claims:
-        if claim.address:
-            used.setdefault((claim.subnet, claim.address), []).append(claim)
-    for key, pool in pools.items():
-        if key not in claimed:
-            if now_s - pool["granted_s"] >= grace_s and (hint_of(key[0]), "") not in claimed:
-                body = {"PoolID": pool["id"], "Address": "", "Seq": pool["seq"]}
-                findings["pool", pool["id"], pool["seq"]] = Finding(
-                    "leaked_pool", f"subnet {' range '.join(filter(None, key))} is held with {pool['leases']} "
-                    "addresses, but no network has it", "/Gipam.Release", body)
-            continue
-        for lease in pool["addresses"]:
-            is_used = (key[0], lease["address"]) in used or (lease["kind"] == GATEWAY and claimed[key] not in shown)
-            if not is_used and now_s - lease["granted_s"] >= grace_s:
-                body = {"PoolID": pool["id"], "Address": lease["address"], "Seq": lease["seq"]}
-                findings["lease", pool["id"], lease["address"], lease["seq"]] = Finding(
-                    "leaked_address", f"address {lease['address']} of network {claimed[key].network} is held for "
-                    f"{lease['name'] or lease['mac'] or lease['kind']}, but nothing has it",
-                    "/Gipam.Release", body)
-    findings.update(find_missing(pools, claimed, used))
-    return findings
+def release_body(pool: Json, lease: Json | None = None) -> Json:
+    """Return what /Gipam.Release takes of a pool, or of a lease in it."""
+    held = lease or pool
+    return {"PoolID": pool["id"], "Address": held.get("address", ""), "Seq": held["seq"]}
 
 
-def group_uses(claims: Iterable[Claim]) -> dict[tuple[str, str], dict[str, Claim]]:
-    """Return the claims to addresses, the first to each: (subnet, sub_pool) -> address -> claim."""
+def adopt_body(pool: Claim, uses: list[Claim], seq: int) -> Json:
+    """Return what /Gipam.Adopt takes; seq is that of the pool."""
+    leases = [{"Address": use.address, "Kind": use.kind, "MAC": use.mac, "Name": use.name}
+              for use in uses]
+    return {"Subnet": pool.subnet, "SubPool": pool.sub_pool, "Leases": leases, "Seq": seq}
+
+
+def group_uses(claims: list[Claim]) -> Iterator[tuple[Claim, list[Claim]]]:
+    """Yield each pool with the claims to its addresses, the first to each, and one to a gateway.
+
+    Docker does not show the gateway of a network with a --subnet and no --gateway. It then is the
+    first address that was free (in the claim ""), and must not become a container's.
+    """
     uses: dict[tuple[str, str], dict[str, Claim]] = {}
     for claim in claims:
         if claim.address:
-            uses.setdefault((claim.subnet, claim.sub_pool), {}).setdefault(claim.address, claim)
-    return uses
+            uses.setdefault(claim.key, {}).setdefault(claim.address, claim)
+    for key, pool in {claim.key: claim for claim in claims if claim.is_pool}.items():
+        found = list(uses.get(key, {}).values())
+        has_gateway = any(use.kind == GATEWAY for use in found)
+        yield pool, found if has_gateway else [*found, pool._replace(kind=GATEWAY)]
 
 
-def find_uses(pool: Claim, uses_by_pool: Mapping[tuple[str, str], dict[str, Claim]]) -> list[Claim]:
-    """Return the claims to addresses of a pool, and one to a gateway, at an unknown address if none is shown.
+def find_leaks(status: Json, claims: list[Claim], until_s: float) -> Iterator[Finding]:
+    """Yield what gipam holds, granted until that time, and Docker does not use."""
+    claimed = {claim.key: claim for claim in claims if not claim.address}
+    used = {(claim.subnet, claim.address) for claim in claims}
+    shown = {claim._replace(address="", kind="pool") for claim in claims if claim.kind == GATEWAY}
+    for pool in status["pools"]:
+        key = (pool["subnet"], pool["sub_pool"])
+        if key not in claimed:
+            if (hint_of(key[0]), "") not in claimed and pool["granted_s"] <= until_s:
+                yield Finding("leaked_pool", (pool["id"], pool["seq"]),
+                              f"subnet {' range '.join(filter(None, key))} is held with "
+                              f"{pool['leases']} addresses, but no network has it",
+                              "/Gipam.Release", release_body(pool))
+            continue
+        for lease in pool["addresses"]:
+            address, owner = lease["address"], lease["name"] or lease["mac"] or lease["kind"]
+            is_hidden = lease["kind"] == GATEWAY and claimed[key] not in shown
+            if not is_hidden and (key[0], address) not in used and lease["granted_s"] <= until_s:
+                yield Finding("leaked_address", (pool["id"], address, lease["seq"]), f"address "
+                              f"{address} of network {claimed[key].network} is held for {owner}, "
+                              "but nothing has it", "/Gipam.Release", release_body(pool, lease))
 
-    Docker does not show the gateway of a network with a --subnet and no --gateway. It then is the
-    first address that was free, and must not become a container's.
-    """
-    uses = list(uses_by_pool.get((pool.subnet, pool.sub_pool), {}).values())
-    has_gateway = any(use.kind == GATEWAY for use in uses)
-    return uses if has_gateway else [*uses, pool._replace(kind=GATEWAY)]
 
-
-def find_missing(pools: dict[Any, Any], claimed: dict[Any, Claim], used: dict[Any, list[Claim]]) -> dict[Any, Finding]:
-    """Return what Docker uses and gipam does not hold, or holds only once."""
-    findings: dict[Any, Finding] = {}
-    held = {(pool["subnet"], lease["address"]) for pool in pools.values() for lease in pool["addresses"]}
-    uses_by_pool = group_uses(claims[0] for claims in used.values())
-    for key, claim in claimed.items():
-        subnet, sub_pool = key
-        if key not in pools and not claim.is_hint:
-            uses = find_uses(claim, uses_by_pool)
-            findings["no pool", claim] = Finding(
-                "missing_pool", f"subnet {subnet} of {claim} is not held: another network could get it", "/Gipam.Adopt",
-                {"Subnet": subnet, "SubPool": sub_pool, "Seq": 0, "Leases": [use.as_lease() for use in uses]})
-    for (subnet, address), claims in used.items():
-        claim = claims[0]
-        if not subnet:
-            findings["outside", claim] = Finding(
-                "address_outside", f"address {address} of {claim} is in no subnet of network {claim.network}: "
-                "make the network anew", "", {})
-        elif (subnet, address) not in held and (subnet, claim.sub_pool) in pools:
-            findings["no lease", claim] = Finding(
-                "missing_address", f"address {address} of {claim} is not held: another container could get it",
-                "/Gipam.Adopt", {"Subnet": subnet, "SubPool": claim.sub_pool, "Leases": [claim.as_lease()],
-                                 "Seq": pools[subnet, claim.sub_pool]["seq"]})
-        holders = {claim.identity: claim for claim in claims if claim.kind == ENDPOINT}
+def find_missing(status: Json, claims: list[Claim]) -> Iterator[Finding]:
+    """Yield what Docker uses and gipam does not hold, or holds only once."""
+    pools = {(pool["subnet"], pool["sub_pool"]): pool for pool in status["pools"]}
+    held = {(pool["subnet"], lease["address"])
+            for pool in status["pools"] for lease in pool["addresses"]}
+    for claim, uses in group_uses(claims):
+        if claim.key not in pools:
+            yield Finding("missing_pool", claim, f"subnet {claim.subnet} of {claim} is not held: "
+                          "another network could get it",
+                          "/Gipam.Adopt", adopt_body(claim, uses, 0))
+    users: dict[tuple[str, str], list[Claim]] = {}
+    for claim in claims:
+        if claim.address:
+            users.setdefault((claim.subnet, claim.address), []).append(claim)
+    for key, sharers in users.items():
+        claim, what = sharers[0], f"address {key[1]}"
+        if not claim.subnet:
+            yield Finding("address_outside", claim, f"{what} of {claim} is in no subnet of network "
+                          f"{claim.network}: make the network anew")
+        elif key not in held and claim.key in pools:
+            yield Finding("missing_address", claim,
+                          f"{what} of {claim} is not held: another container could get it",
+                          "/Gipam.Adopt", adopt_body(claim, [claim], pools[claim.key]["seq"]))
+        holders = {sharer.identity: str(sharer) for sharer in sharers if sharer.kind == ENDPOINT}
         if len(holders) > 1:
-            findings["twice", address, tuple(sorted(holders))] = Finding(
-                "address_twice", f"address {address} is in {' and '.join(map(str, holders.values()))}: restart "
-                "one of them", "", {})
-    return findings
+            yield Finding("address_twice", (what, *sorted(holders)), f"{what} is in "
+                          f"{' and '.join(holders.values())}: restart one of them")
 
 
-def find_differences(read_status: Callable[[], Any], path: str, driver: str, grace_s: int) -> dict[Any, Finding]:
+def compare(status: Json, claims: list[Claim], foreign: list[Claim],
+            until_s: float) -> dict[Any, Finding]:
+    """Return all that differs, and where subnets of other drivers overlap, by kind and identity."""
+    found = [*find_leaks(status, claims, until_s), *find_missing(status, claims)]
+    pools = [(pool["id"], parse_prefix(pool["subnet"])) for pool in status["pools"] if foreign]
+    for claim in foreign:
+        prefix = parse_prefix(claim.subnet)
+        found += [Finding("overlap", (claim.identity, pool_id), f"subnet {prefix} of network "
+                          f"{claim.network}, of another IPAM driver, overlaps {subnet} of ours: "
+                          "remove one of the two networks")
+                  for pool_id, subnet in pools if prefix.overlaps(subnet)]
+    return {finding[:2]: finding for finding in found}
+
+
+def find_differences(read_status: Callable[[], Json], path: str, driver: str,
+                     grace_s: int) -> dict[Any, Finding]:
     """Compare gipam with Docker until no passing difference can be left. Raises: Unreachable.
 
     A round reads gipam, Docker, gipam, and keeps what both readings show. What is left is looked at
     again a moment later, for Docker shows a container that stops before it releases its address.
     """
-    findings: dict[Any, Finding] | None = None
+    found: dict[Any, Finding] = {}
     for pause_s in (0.0, CHECK_PAUSE_S):
         time.sleep(pause_s)
-        before, now_s = read_status(), int(time.time())
-        claims, foreign = read_claims(path, driver)
-        found = compare(before, claims, now_s, grace_s)
-        again = compare(read_status(), claims, now_s, grace_s) if found else {}
-        found = {key: finding for key, finding in found.items() if key in again}
-        prefixes = {pool["id"]: parse_prefix(pool["subnet"]) for pool in before["pools"] if foreign}
-        for claim in foreign:
-            prefix = parse_prefix(claim.subnet)
-            for pool in before["pools"]:
-                if prefix.overlaps(prefixes[pool["id"]]):
-                    found["overlap", claim.identity, pool["id"]] = Finding(
-                        "overlap", f"subnet {claim.subnet} of network {claim.network}, of another IPAM driver, "
-                        f"overlaps {pool['subnet']} of ours: remove one of the two networks", "", {})
-        findings = {key: finding for key, finding in found.items() if findings is None or key in findings}
-        if not findings:
+        before, until_s = read_status(), int(time.time()) - grace_s
+        docker = read_claims(path, driver)
+        first = compare(before, *docker, until_s)
+        again = compare(read_status(), *docker, until_s) if first else {}
+        kept = again.keys() & (found or again).keys()
+        found = {key: finding for key, finding in first.items() if key in kept}
+        if not found:
             break
-    return findings or {}
+    return found
 
 
-def find_surplus(status: dict[str, Any], claims: list[Claim], adopted: Container[int]) -> Iterator[dict[str, Any]]:
-    """Yield what to release again: taken over, and no longer claimed when Docker is read once more.
-
-    Docker may have released it after the first reading, when gipam did not hold it yet.
-    """
-    for finding in compare(status, claims, int(time.time()), 0).values():
-        if finding.path == "/Gipam.Release" and finding.body["Seq"] in adopted:
-            yield finding.body
+def release_surplus(status: Json, claims: list[Claim], adopted: set[int],
+                    release: Callable[[Json], Any]) -> None:
+    """Release what was adopted, and let go by Docker before gipam held it: nobody claims it."""
+    for finding in find_leaks(status, claims, time.time()):
+        if finding.body["Seq"] in adopted:
+            with contextlib.suppress(Forbidden, Refused):  # Docker has just released it itself
+                release(finding.body)
 
 
 def take_over(service: Service, driver: str, timeout_s: float) -> None:
     """Adopt all that Docker uses of this driver. Raises: Unreachable."""
-    claims, _ = read_claims(docker_socket(), driver, timeout_s)
-    uses_by_pool = group_uses(claims)
     adopted: set[int] = set()
-    for claim in claims:
-        if claim.address or claim.is_hint:
-            continue
-        subnet, sub_pool = parse_prefix(claim.subnet), parse_prefix(claim.sub_pool) if claim.sub_pool else None
-        requests = [AddressRequest(use.address, use.kind, use.mac, use.name) for use in find_uses(claim, uses_by_pool)]
+    for claim, uses in group_uses(read_claims(docker_socket(), driver, timeout_s)[0]):
+        subnet = parse_prefix(claim.subnet)
+        sub_pool = parse_prefix(claim.sub_pool) if claim.sub_pool else None
+        requests = [AddressRequest(use.address, use.kind, use.mac, use.name) for use in uses]
         try:
             done = service.adopt(subnet, sub_pool, requests)
-            if done:
-                log.warning("took over subnet %s of network %s with %d addresses from Docker", subnet,
-                            claim.network, len(requests))
             adopted.update(done)
+            if done:
+                log.warning("took over subnet %s of %s with %d addresses from Docker",
+                            subnet, claim, len(requests))
         except GipamError as error:
-            log.error("cannot take over subnet %s of network %s from Docker: %s", subnet, claim.network, error)
+            log.error("cannot take over subnet %s of %s from Docker: %s", subnet, claim, error)
     if adopted:
         claims, _ = read_claims(docker_socket(), driver, timeout_s)
-        for body in find_surplus(service.status(has_leases=True), claims, adopted):
-            with contextlib.suppress(Forbidden):  # Docker has just released it itself
-                service.release_if(body["PoolID"], body["Address"], body["Seq"])
+        release_surplus(service.status(has_leases=True), claims, adopted, lambda body: (
+            service.release_if(body["PoolID"], body["Address"], body["Seq"])))
     service.import_is_due.clear()
     service.fold()  # Docker need not be asked again
 
@@ -2747,10 +2775,8 @@ def is_docker_alive() -> bool:
     try:
         with open("/var/run/docker.pid", encoding="ascii") as file:
             os.kill(int(file.read()), 0)
-    except PermissionError:
-        return True
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError) as error:
+        return isinstance(error, PermissionError)
     return True
 
 
@@ -2762,8 +2788,7 @@ def take_over_when_due(service: Service, driver: str) -> None:
     while service.import_is_due.wait():
         try:
             take_over(service, driver, timeout_s=60.0)
-        except (Unreachable, Refused) as error:
-            log.debug("Docker cannot be asked yet: %s", error)
+        except GipamError:  # Docker does not answer yet, or the disk is full
             time.sleep(IMPORT_PAUSE_S)
 
 
@@ -2772,11 +2797,9 @@ def take_over_when_due(service: Service, driver: str) -> None:
 
 def parse_bool(text: str) -> bool:
     """Return a boolean as Go's strconv.ParseBool reads it. Raises: ValueError."""
-    if text in ("1", "t", "T", "TRUE", "true", "True"):
-        return True
-    if text in ("0", "f", "F", "FALSE", "false", "False"):
-        return False
-    raise ValueError("not a boolean, such as true or false")
+    if not re.fullmatch("[1tT0fF]|TRUE|[tT]rue|FALSE|[fF]alse", text):
+        raise ValueError("not a boolean, such as true or false")
+    return text[0] in "1tT"
 
 
 def parse_number(text: str) -> int:
@@ -2792,7 +2815,7 @@ def parse_prefixes(text: str) -> list[Network]:
 
 
 def parse_path(text: str) -> str:
-    """Return the absolute path of a file to be, its directory without symbolic links. Raises: ValueError."""
+    """Return the path of a file to be, its directory absolute and without symbolic links."""
     directory, name = os.path.split(text)
     if not name or "\0" in text:
         raise ValueError("not the path of a file")
@@ -2801,15 +2824,13 @@ def parse_path(text: str) -> str:
 
 def parse_directory(text: str) -> str:
     """Return the absolute path of a directory that is there, "" for none. Raises: ValueError."""
-    if text in ("", "off"):
-        return ""
-    if not os.path.isdir(text):
+    if text not in ("", "off") and not os.path.isdir(text):
         raise ValueError("there is no such directory")
-    return os.path.realpath(text)
+    return "" if text in ("", "off") else os.path.realpath(text)
 
 
 def parse_listen(text: str) -> tuple[str, int] | None:
-    """Return (host, port), without a host the loopback address; None for none. Raises: ValueError."""
+    """Return (host, port), without a host the loopback one; None for none. Raises: ValueError."""
     if text in ("", "off"):
         return None
     match = re.fullmatch(r"\[?([^\[\]]*?)\]?:([0-9]{1,5})", text)
@@ -2827,7 +2848,6 @@ class Option(NamedTuple):
     default: str
     metavar: str
     help: str
-    key: str = ""  # in the lease file
 
     @property
     def variable(self) -> str:
@@ -2837,172 +2857,165 @@ class Option(NamedTuple):
 
 OPTIONS = (
     Option("unix", parse_bool, "false", "BOOL", "serve on a UNIX socket instead of TCP"),
-    Option("address", parse_listen, ":9090", "HOST:PORT", "TCP address, without HOST on loopback; elsewhere with -tls"),
+    Option("address", parse_listen, ":9090", "HOST:PORT",
+           "TCP address, without HOST on loopback; elsewhere with -tls"),
     Option("file", parse_path, "leases.json", "FILE", "lease file"),
-    Option("v6", parse_prefixes, "", "PREFIXES", "IPv6 bases, separated by commas, used in order", "V6Pool"),
-    Option("v4", parse_prefixes, "", "PREFIXES", "IPv4 bases, likewise", "V4Pool"),
-    Option("v6ab", parse_number, "64", "BITS", "prefix length of a network's IPv6 block", "V6AllocateBlock"),
-    Option("v4ab", parse_number, "24", "BITS", "prefix length of a network's IPv4 block", "V4AllocateBlock"),
-    Option("exclude", parse_prefixes, "", "PREFIXES", "prefixes in the bases that are never handed out", "Exclude"),
-    Option("socket", parse_path, PLUGIN_SOCKET_DIR + "/gipam.sock", "PATH", "socket; its base name names the driver"),
-    Option("spec", parse_path, "/etc/docker/plugins/gipam.spec", "PATH", "plugin file of TCP mode; likewise"),
-    Option("metrics", parse_listen, "off", "HOST:PORT", "address for GET /metrics, /healthz and /status"),
-    Option("tls", parse_directory, "off", "DIR", "certificates for TCP: ca.pem, server-cert.pem, server-key.pem; "
-           "for dockerd cert.pem, key.pem"),
+    Option("v6", parse_prefixes, "", "PREFIXES", "IPv6 bases, separated by commas, used in order"),
+    Option("v4", parse_prefixes, "", "PREFIXES", "IPv4 bases, likewise"),
+    Option("v6ab", parse_number, "64", "BITS", "prefix length of a network's IPv6 block"),
+    Option("v4ab", parse_number, "24", "BITS", "prefix length of a network's IPv4 block"),
+    Option("exclude", parse_prefixes, "", "PREFIXES",
+           "prefixes in the bases that are never handed out"),
+    Option("socket", parse_path, PLUGIN_SOCKET_DIR + "/gipam.sock", "PATH",
+           "socket; its base name names the driver"),
+    Option("spec", parse_path, "/etc/docker/plugins/gipam.spec", "PATH",
+           "plugin file of TCP mode; likewise"),
+    Option("metrics", parse_listen, "off", "HOST:PORT",
+           "address for GET /metrics, /healthz and /status"),
+    Option("tls", parse_directory, "off", "DIR", "certificates for TCP: ca.pem, server-cert.pem, "
+           "server-key.pem; for dockerd cert.pem, key.pem"),
 )
 
 
 class Setting(NamedTuple):
     """The text of an option, and where it comes from."""
 
+    option: Option
     text: str
     origin: str
 
+    def error(self, rule: object) -> ConfigError:
+        """Return the error that names all three, and the rule that the text breaks."""
+        return ConfigError(f"-{self.option.name} {self.text!r} from the {self.origin}: {rule}")
 
-class Config(NamedTuple):
-    """All options, parsed and checked; the names are theirs."""
-
-    unix: bool
-    address: tuple[str, int]
-    file: str
-    v6: list[Network]
-    v4: list[Network]
-    v6ab: int
-    v4ab: int
-    exclude: list[Network]
-    socket: str
-    spec: str
-    metrics: tuple[str, int] | None
-    tls: str
-    is_spec_given: bool
+    def parse(self) -> Any:
+        """Return the value. Raises: ConfigError."""
+        try:
+            return self.option.parse(self.text)
+        except ValueError as error:
+            raise self.error(error) from None
 
 
-def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace) -> dict[str, Setting]:
-    """Return the first two stages: the command line wins over the environment, and that over defaults."""
+class Config(argparse.Namespace):
+    """All options under their names, parsed and checked; and what build_config() adds."""
+
+
+def read_settings(environment: Mapping[str, str],
+                  arguments: argparse.Namespace) -> dict[str, Setting]:
+    """Return the first two stages: command line over environment over default."""
     settings = {}
     for option in OPTIONS:
-        settings[option.name] = Setting(option.default, "default")
+        text, origin = option.default, "default"
         if option.variable in environment:
-            settings[option.name] = Setting(environment[option.variable], f"environment ({option.variable})")
+            text, origin = environment[option.variable], f"environment ({option.variable})"
         if hasattr(arguments, option.name):
-            settings[option.name] = Setting(getattr(arguments, option.name), "command line")
+            text, origin = getattr(arguments, option.name), "command line"
+        settings[option.name] = Setting(option, text, origin)
     return settings
 
 
-def overrule_settings(settings: dict[str, Setting], document: dict[str, Any], path: str) -> None:
+def overrule_settings(settings: dict[str, Setting], document: Json, path: str) -> None:
     """Let the lease file win, the third stage; say so where it is not what was asked for."""
-    for option in OPTIONS:
-        if document.get(option.key) not in (None, "", 0):
-            before, text = settings[option.name], str(document[option.key])
-            settings[option.name] = Setting(text, f"lease file ({option.key} in {path})")
-            if before.origin != "default" and before.text != text:
-                log.warning("-%s is %r as the lease file %s says, not %r as the %s does: the lease file wins; to "
-                            "change it, stop gipam and edit %s there",
-                            option.name, text, path, before.text, before.origin, option.key)
-
-
-def parse_setting(settings: dict[str, Setting], option: Option) -> Any:
-    """Return the value of an option. Raises: ConfigError: which, from where, its text, and the rule."""
-    text, origin = settings[option.name]
-    try:
-        return option.parse(text)
-    except ValueError as error:
-        raise ConfigError(f"-{option.name} {text!r} from the {origin}: {error}") from None
+    for name, key in (*OTHER_NAMES.items(), ("exclude", "Exclude")):
+        if document.get(key) not in (None, "", 0):
+            option, text, origin = settings[name]
+            found = str(document[key])
+            settings[name] = Setting(option, found, f"lease file ({key} in {path})")
+            if origin != "default" and text != found:
+                log.warning("-%s is %r as the lease file %s says, not %r as the %s does: the lease "
+                            "file wins; to change it, stop gipam and edit %s there",
+                            name, found, path, text, origin, key)
 
 
 def build_config(settings: dict[str, Setting]) -> Config:
-    """Parse and check all options. Raises: ConfigError: which, from where, its value, and the rule."""
-    def fail(name: str, rule: object) -> None:
-        raise ConfigError(f"-{name} {settings[name].text!r} from the {settings[name].origin}: {rule}")
-
-    values = {option.name: parse_setting(settings, option) for option in OPTIONS}
-    config = Config(**values, is_spec_given=settings["spec"].origin != "default")
-    if settings["address"].text in ("", "off"):
-        fail("address", "not HOST:PORT, such as 127.0.0.1:9090")
-    if not config.unix and not config.tls and not ipaddress.ip_address(config.address[0]).is_loopback:
-        fail("address", "not a loopback address: whoever reaches the port could take every address; use -tls")
-    for version, bases, prefixlen in ((4, config.v4, config.v4ab), (6, config.v6, config.v6ab)):
-        if not 1 <= prefixlen < BITS[version]:
-            fail(f"v{version}ab", f"not from 1 to {BITS[version] - 1}: a block has two addresses or more")
+    """Parse and check all options. Raises: ConfigError."""
+    config = Config(**{name: setting.parse() for name, setting in settings.items()})
+    config.is_spec_given = settings["spec"].origin != "default"
+    path = config.socket if config.unix else config.spec
+    config.driver = os.path.splitext(os.path.basename(path))[0]  # its name to Docker
+    config.families = ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab))
+    address = settings["address"]
+    if address.text in ("", "off"):
+        raise address.error("not HOST:PORT, such as 127.0.0.1:9090")
+    if not (config.unix or config.tls or ipaddress.ip_address(config.address[0]).is_loopback):
+        raise address.error("not a loopback address: whoever reaches the port could take every "
+                            "address; use -tls")
+    for version, bases, prefixlen in reversed(config.families):
+        given, block = settings[f"v{version}"], settings[f"v{version}ab"]
+        longest = BITS[version] - 1
+        if not 1 <= prefixlen <= longest:
+            raise block.error(f"not from 1 to {longest}: a block has two addresses or more")
         for at, base in enumerate(bases):
             if base.version != version:
-                fail(f"v{version}", f"{base} is not an IPv{version} prefix")
+                raise given.error(f"{base} is not an IPv{version} prefix")
             if base.prefixlen > prefixlen:
-                fail(f"v{version}ab", f"a block of /{prefixlen} is larger than its base {base}")
+                raise block.error(f"a block of /{prefixlen} is larger than its base {base}")
             if any(base.overlaps(other) for other in bases[:at]):
-                fail(f"v{version}", f"{base} overlaps another base")
+                raise given.error(f"{base} overlaps another base")
     for network in config.exclude:
-        if not any(base.version == network.version and base.overlaps(network)
-                   and base.prefixlen <= network.prefixlen for base in config.v4 + config.v6):
-            fail("exclude", f"{network} lies in none of the bases")
+        if not any(base.overlaps(network) and base.prefixlen <= network.prefixlen
+                   for base in config.v4 + config.v6):
+            raise settings["exclude"].error(f"{network} lies in none of the bases")
     return config
 
 
-def open_store(settings: dict[str, Setting]) -> Store:
-    """Return the store of the lease file. Raises: ConfigError if there is no such directory."""
-    path = parse_setting(settings, next(option for option in OPTIONS if option.name == "file"))
-    if not os.path.isdir(os.path.dirname(path)):
-        raise ConfigError(f"-file {path!r} from the {settings['file'].origin}: its directory is not there")
-    return Store(path)
-
-
-def read_lease_file(store: Store, settings: dict[str, Setting]) -> dict[str, Any] | None:
+def read_lease_file(store: Store, settings: dict[str, Setting]) -> Json | None:
     """Return the snapshot with its keys as gipam spells them, and let its settings win."""
     document = store.read_snapshot(compact_leases)
     if document is None:
         return None
-    document, unknown = normalise_keys(document, (*CONFIG_KEYS, *STATE_KEYS, "Journal", "Import", "Checksum"))
+    document, unknown = normalise_keys(
+        document, (*CONFIG_KEYS, *STATE_KEYS, "Journal", "Import", "Checksum"))
     try:
-        entries = [normalise_keys(entry, POOL_KEYS) for entry in document.get("Allocated") or ()]
+        pools = [normalise_keys(entry, POOL_KEYS) for entry in document.get("Allocated") or ()]
     except (TypeError, AttributeError):
         raise store.damage(store.path, "has something else than pools in Allocated") from None
-    document["Allocated"] = [entry for entry, _ in entries]
-    for key in sorted({*unknown, *(key for _, keys in entries for key in keys)}):
+    document["Allocated"] = [entry for entry, _ in pools]
+    for key in sorted({*unknown, *(key for _, keys in pools for key in keys)}):
         log.warning("unknown key %r in %s: dropped", key, store.path)
     overrule_settings(settings, document, store.path)
     return document
 
 
-def load(arguments: argparse.Namespace) -> tuple[Config, Store, dict[str, Any] | None]:
-    """Return the configuration of all three stages, and the lease file, for commands that only look."""
+def load(arguments: argparse.Namespace,
+         is_daemon: bool = False) -> tuple[Config, dict[str, Setting], Store, Json | None]:
+    """Return the configuration of all three stages, and the lease file, which a daemon locks."""
     settings = read_settings(os.environ, arguments)
-    store = open_store(settings)
+    store = Store(settings["file"].parse())
+    if not os.path.isdir(os.path.dirname(store.path)):
+        raise settings["file"]._replace(text=store.path).error("its directory is not there")
+    if is_daemon:
+        store.lock()
     document = read_lease_file(store, settings)
-    return build_config(settings), store, document
+    return build_config(settings), settings, store, document
 
 
-def find_daemon(config: Config) -> Callable[[], http.client.HTTPConnection] | None:
-    """Return how to reach the running daemon, by its socket or its address; None: none runs."""
-    def dial_socket() -> http.client.HTTPConnection:
-        return UnixConnection(config.socket, DAEMON_PATIENCE_S)
-
-    def dial_address() -> http.client.HTTPConnection:
-        tls = load_tls(config.tls, is_server=False)
-        if tls:
-            return http.client.HTTPSConnection(*config.address, timeout=DAEMON_PATIENCE_S, context=tls)
-        return http.client.HTTPConnection(*config.address, timeout=DAEMON_PATIENCE_S)
-
-    for dial in (dial_socket, dial_address):
+def find_daemon(config: Config) -> Connection | None:
+    """Return how to call the running daemon, by its socket or its address; None: none runs."""
+    for address, tls in ((config.socket, ""), (config.address, config.tls)):
+        connection = Connection(address, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
         try:
             with contextlib.suppress(ConnectionError, FileNotFoundError, socket.timeout), \
-                    contextlib.closing(dial()) as connection:
+                    contextlib.closing(connection):
                 connection.connect()
-                return dial
+                return connection
         except OSError as error:
             raise Unreachable(f"cannot reach the daemon, by {config.socket} or {config.address[0]}:"
                               f"{config.address[1]}: {error}") from None
     return None
 
 
-def read_status(arguments: argparse.Namespace, has_leases: bool, is_second_look: bool = False) -> dict[str, Any]:
+def read_status(arguments: argparse.Namespace, has_leases: bool,
+                is_second_look: bool = False) -> Json:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
-    config, store, document = load(arguments)
-    dial = find_daemon(config)
-    if dial:
-        return dict(call(dial(), "GET", f"/status?leases={int(has_leases)}"))
+    config, _, store, document = load(arguments)
+    daemon = find_daemon(config)
+    if daemon:
+        return dict(call(daemon, "GET", f"/status?leases={int(has_leases)}"))
     if document is None:
-        raise Unreachable(f"no gipam answers on {config.socket} or {config.address[0]}:{config.address[1]}, and "
-                          f"there is no lease file {config.file}: say where with -socket, -address or -file")
+        raise Unreachable(
+            f"no gipam answers on {config.socket} or {config.address[0]}:{config.address[1]}, and "
+            f"there is no lease file {config.file}: say where with -socket, -address or -file")
     state = make_state(config)
     try:
         recover(store, document, state)
@@ -3015,65 +3028,69 @@ def read_status(arguments: argparse.Namespace, has_leases: bool, is_second_look:
 
 def make_state(config: Config) -> State:
     """Return the empty state of a configuration."""
-    return State(Family(version, bases, prefixlen, [net for net in config.exclude if net.version == version])
-                 for version, bases, prefixlen in ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab)))
+    return State(Family(version, bases, prefixlen,
+                        [network for network in config.exclude if network.version == version])
+                 for version, bases, prefixlen in config.families)
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
     """Show bases, pools and, with --leases, each lease."""
-    status = read_status(arguments, arguments.leases)
+    status, is_terminal = read_status(arguments, arguments.leases), sys.stdout.isatty()
     if arguments.json:
         print(json.dumps(status, indent=2))
         return 0
-    is_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    width = max(shutil.get_terminal_size().columns, 40) if sys.stdout.isatty() else 100
+    has_colour = is_terminal and "NO_COLOR" not in os.environ
+    width = max(shutil.get_terminal_size().columns, 40) if is_terminal else 100
     for line in render_status(status, width, int(time.time())):
-        print(re.sub("[#+]+", "\033[33m\\g<0>\033[0m", line) if is_terminal and line.startswith("  ") else line)
+        is_map = has_colour and line.startswith("  ")
+        print(re.sub("[#+]+", "\033[33m\\g<0>\033[0m", line) if is_map else line)
     return 0
 
 
-def render_status(status: dict[str, Any], width: int, now_s: int) -> Iterator[str]:
-    """Yield the lines of the text form: for each base a bar and a map, then the pools as a table."""
+def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
+    """Yield the lines of the text form: a bar and a map for each base, a table of the pools."""
     for base in status["bases"]:
         total, used = base["blocks"], base["blocks_used"]
         bar = ("#" * -(-20 * used // total)).ljust(20, ".")
-        yield (f"{base['prefix']}  [{bar}]  {used} of {total} blocks of /{base['block_prefixlen']} held, "
-               f"{total - used - base['blocks_excluded']} free")
+        yield (f"{base['prefix']}  [{bar}]  {used} of {total} blocks of /{base['block_prefixlen']} "
+               f"held, {total - used - base['blocks_excluded']} free")
         cells = draw_map(base, status["pools"], 4 * (width - 4))
         for start in range(0, len(cells), width - 4):
             yield "  " + cells[start:start + width - 4]
     if status["bases"]:
-        yield "  # held  + partly  . free  x excluded  ~ route or address of this host  r kept for a name"
+        yield ("  # held  + partly  . free  x excluded  ~ route or address of this host  "
+               "r kept for a name")
     rows = [("SUBNET", "RANGE", "HELD", "OF", "NAME", "AGE")]
     for pool in status["pools"]:
-        rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]), str(pool["usable"]),
-                     pool["name"] or "-", format_age(now_s - pool["granted_s"])))
-        rows += [(f"  {lease['address']}", lease["kind"], "", "", lease["name"] or lease["mac"] or "-",
-                  format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?")
-                 for lease in pool.get("addresses", ())]
+        age = format_age(now_s - pool["granted_s"])
+        rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]),
+                     str(pool["usable"]), pool["name"] or "-", age))
+        for lease in pool.get("addresses", ()):
+            age = format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?"
+            owner = lease["name"] or lease["mac"] or "-"
+            rows.append(("  " + lease["address"], lease["kind"], "", "", owner, age))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows if status["pools"] else ():
-        yield "  ".join(text.ljust(size) for text, size in zip(row, widths)).rstrip()[:width]
+        yield "  ".join(map(str.ljust, row, widths)).rstrip()[:width]
 
 
-def draw_map(base: dict[str, Any], pools: list[dict[str, Any]], limit: int) -> str:
+def draw_map(base: Json, pools: list[Json], limit: int) -> str:
     """Return a character for each block of the base, or for each group of 2, 4, 8 … blocks."""
-    network = parse_prefix(base["prefix"])
-    count = base["blocks"]
+    network, count = parse_prefix(base["prefix"]), base["blocks"]
     while count > limit:
         count //= 2
     size, first = network.num_addresses // count, int(network[0])
     cells, held = ["."] * count, [0] * count
-    subnets = {pool["subnet"] for pool in pools}
-    for mark, texts in (("r", base["remembered"].values()), ("~", base.get("routes", ())), ("x", base["excluded"]),
-                        ("#", subnets)):
-        for inside in (parse_prefix(text) for text in texts):
-            if inside.version == network.version and inside.overlaps(network):
-                low, high = (max(int(inside[0]), first) - first), (min(int(inside[-1]), int(network[-1])) - first)
-                for cell in range(low // size, high // size + 1):
-                    held[cell] += min(high + 1, (cell + 1) * size) - max(low, cell * size) if mark == "#" else 0
-                    cells[cell] = mark if mark != "#" or held[cell] == size else "+"
-    return "".join(cells)
+    for mark, texts in (("r", base["remembered"].values()), ("~", base.get("routes", ())),
+                        ("x", base["excluded"]), ("+", {pool["subnet"] for pool in pools})):
+        for inside in filter(network.overlaps, map(parse_prefix, texts)):
+            low = max(int(inside[0]) - first, 0)
+            end = min(int(inside[-1]) - first, network.num_addresses - 1) + 1
+            for cell in range(low // size, (end - 1) // size + 1):
+                cells[cell] = mark
+                if mark == "+":
+                    held[cell] += min(end, (cell + 1) * size) - max(low, cell * size)
+    return "".join("#" if there == size else mark for mark, there in zip(cells, held))
 
 
 def cmd_check(arguments: argparse.Namespace) -> int:
@@ -3082,77 +3099,80 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
     config = load(arguments)[0]
-    path, driver = docker_socket(), driver_name(config)
-
-    def find() -> dict[Any, Finding]:
-        return find_differences(lambda: read_status(arguments, True), path, driver, arguments.grace)
-
-    found = left = find()
+    path, driver = docker_socket(), config.driver
+    read_docker = functools.partial(read_claims, path, driver)
+    read_gipam = functools.partial(read_status, arguments, has_leases=True)
+    found = left = find_differences(read_gipam, path, driver, arguments.grace)
     if arguments.fix and found:
-        pools = {pool["subnet"] for pool in read_status(arguments, False)["pools"]}
-        if pools and not arguments.force and not pools & {claim.subnet for claim in read_claims(path, driver)[0]}:
-            raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one that gipam serves? "
-                              "If so, use --force")
-        mend(config, list(found.values()), lambda: read_claims(path, driver)[0])
-        left = find()
+        held = {pool["subnet"] for pool in read_gipam()["pools"]}
+        if held and not arguments.force \
+                and held.isdisjoint(claim.subnet for claim in read_docker()[0]):
+            raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one "
+                              "that gipam serves? If so, use --force")
+        mend(config, list(found.values()), read_docker)
+        left = find_differences(read_gipam, path, driver, arguments.grace)
+    all_found = {**found, **left}
     if arguments.json:
-        print(json.dumps({"findings": [{"kind": finding.kind, "text": finding.text, "is_fixed": key not in left}
-                                       for key, finding in {**found, **left}.items()]}, indent=2))
-    else:
-        for key, finding in {**found, **left}.items():
-            hint = "fixed" if key not in left else "`gipam.py check --fix` mends it" if finding.path else ""
-            print(f"{finding.kind}: {finding.text}{hint and '; ' + hint}")
-        print(f"{len(found)} differences, {len(left)} left" if found or left else "no difference")
+        print(json.dumps({"findings": [
+            {"kind": finding.kind, "text": finding.text, "is_fixed": key not in left}
+            for key, finding in all_found.items()]}, indent=2))
+        return 1 if left else 0
+    for key, finding in all_found.items():
+        mendable = "; `gipam.py check --fix` mends it" if finding.path else ""
+        print(f"{finding.kind}: {finding.text}{mendable if key in left else '; fixed'}")
+    print(f"{len(found)} differences, {len(left)} left" if all_found else "no difference")
     return 1 if left else 0
 
 
-def mend(config: Config, findings: list[Finding], read_claims_again: Callable[[], list[Claim]]) -> None:
-    """Ask the daemon to mend what it can; each request is refused if things have changed. Raises: Unreachable."""
-    dial = find_daemon(config)
-    if dial is None:
+def mend(config: Config, findings: list[Finding],
+         read_docker: Callable[[], tuple[list[Claim], list[Claim]]]) -> None:
+    """Ask the daemon to mend what it can, unless it has changed since. Raises: Unreachable."""
+    daemon = find_daemon(config)
+    if daemon is None:
         raise Unreachable(f"--fix needs the daemon, and none answers on {config.socket}")
     adopted: set[int] = set()
     for finding in findings:
         if finding.path:
             try:
-                reply = call(dial(), "POST", finding.path, finding.body)
-                adopted.update(range(reply["Seq"] - reply["Adopted"] + 1, reply["Seq"] + 1) if reply else ())
+                reply = {"Adopted": 0, "Seq": 0, **call(daemon, "POST", finding.path, finding.body)}
+                adopted.update(range(reply["Seq"] - reply["Adopted"] + 1, reply["Seq"] + 1))
             except Refused as error:
                 log.warning("not mended: %s: %s", finding.text, error)
     if adopted:
-        status = call(dial(), "GET", "/status?leases=1")
-        for body in find_surplus(status, read_claims_again(), adopted):
-            with contextlib.suppress(Refused):  # Docker has just released it itself
-                call(dial(), "POST", "/Gipam.Release", body)
+        release_surplus(call(daemon, "GET", "/status?leases=1"), read_docker()[0], adopted,
+                        functools.partial(call, daemon, "POST", "/Gipam.Release"))
 
 
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
     config = load(arguments)[0]
     status = read_status(arguments, True)
-    pools = [pool for pool in status["pools"] if arguments.pool in (pool["id"], pool["subnet"], pool["sub_pool"])]
+    pools = [pool for pool in status["pools"]
+             if arguments.pool in (pool["id"], pool["subnet"], pool["sub_pool"])]
     if len(pools) != 1:
-        raise InvalidRequest(f"{arguments.pool!r} names {len(pools)} pools: give the id of one, as `status --json` "
-                             "has it" + "".join(f"\n  {pool['id']}" for pool in pools))
-    pool = pools[0]
-    address = arguments.lease and normalise_address(arguments.lease)
-    leases = [lease for lease in pool["addresses"] if lease["address"] == address]
-    if address and not leases:
+        raise InvalidRequest(
+            f"{arguments.pool!r} names {len(pools)} pools: give the id of one, as `status --json` "
+            "has it" + "".join(f"\n  {pool['id']}" for pool in pools))
+    pool, address = pools[0], arguments.lease and normalise_address(arguments.lease)
+    lease = next((lease for lease in pool["addresses"] if lease["address"] == address), None)
+    if address and not lease:
         raise InvalidRequest(f"{address} is not held in {pool['subnet']}")
-    seq = leases[0]["seq"] if leases else pool["seq"]
+    body = release_body(pool, lease)
     if not arguments.force:
-        claims, leaked = read_claims(docker_socket(), driver_name(config))[0], ("pool", pool["id"], pool["seq"])
-        if not {leaked, ("lease", pool["id"], address, seq)} & set(compare(status, claims, int(time.time()), 0)):
-            users = [str(claim) for claim in claims if (claim.subnet, claim.address) == (pool["subnet"], address)]
-            raise Forbidden(f"{(users or ['a network'])[0]} of Docker uses it: remove that first, or use --force")
+        claims, _ = read_claims(docker_socket(), config.driver)
+        leaks = [finding.body for finding in find_leaks(status, claims, time.time())]
+        if body not in leaks and release_body(pool) not in leaks:
+            users = [str(claim) for claim in claims
+                     if (claim.subnet, claim.address) == (pool["subnet"], address)]
+            raise Forbidden(f"{(users or ['a network'])[0]} of Docker uses it: remove that first, "
+                            "or use --force")
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
     if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
-    body = {"PoolID": pool["id"], "Address": address, "Seq": seq}
-    dial = find_daemon(config)
-    if dial is None:
+    daemon = find_daemon(config)
+    if daemon is None:
         raise Unreachable("release needs the daemon, and none answers")
-    call(dial(), "POST", "/Gipam.Release", body)
+    call(daemon, "POST", "/Gipam.Release", body)
     return 0
 
 
@@ -3164,17 +3184,9 @@ def ask(question: str) -> bool:
     return False
 
 
-def driver_name(config: Config) -> str:
-    """Return the name that Docker knows gipam by."""
-    return os.path.splitext(os.path.basename(config.socket if config.unix else config.spec))[0]
-
-
 def cmd_config(arguments: argparse.Namespace) -> int:
     """Print each effective value with its origin."""
-    settings = read_settings(os.environ, arguments)
-    read_lease_file(open_store(settings), settings)
-    build_config(settings)
-    for name, setting in settings.items():
+    for name, setting in load(arguments)[1].items():
         print(f"{name:8} {setting.text or 'none':34} {setting.origin}")
     return 0
 
@@ -3186,13 +3198,9 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    settings = read_settings(os.environ, arguments)
-    store = open_store(settings)
-    store.lock()
     notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
     gc.disable()  # it would take a third of the time to load a million leases
-    document = read_lease_file(store, settings)
-    config = build_config(settings)
+    config, settings, store, document = load(arguments, is_daemon=True)
     if config.unix and "LISTEN_FDS" not in os.environ:
         clear_path(config.socket)  # a second daemon writes and imports nothing
     service = open_service(config, settings, store, document, stop.set)
@@ -3242,100 +3250,104 @@ def watch(service: Service, servers: list[Server], stop: threading.Event) -> Non
         told = status
 
 
-def open_service(config: Config, settings: dict[str, Setting], store: Store, document: dict[str, Any] | None,
-                 on_loss: Callable[[], None]) -> Service:
+def open_service(config: Config, settings: dict[str, Setting], store: Store,
+                 document: Json | None, on_loss: Callable[[], None]) -> Service:
     """Recover the state; at a first start, write the lease file before anything is served.
 
     No lease file may mean a lost one: then Docker is asked what is in use, at once if it is alive,
     else when it answers. (While it starts, Docker accepts connections, but waits for gipam.)
     """
-    keys: dict[str, Any] = {}
-    for version, bases, prefixlen in ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab)):
+    keys: Json = {}  # of the lease file
+    for version, bases, prefixlen in config.families:
         if bases:
-            keys[f"V{version}Pool"], keys[f"V{version}AllocateBlock"] = settings[f"v{version}"].text, prefixlen
+            keys[f"V{version}Pool"] = settings[f"v{version}"].text
+            keys[f"V{version}AllocateBlock"] = prefixlen
     if config.exclude:
         keys["Exclude"] = settings["exclude"].text
-    state = make_state(config)
+    state, driver = make_state(config), config.driver
     recover(store, document, state)
     if document is None:
-        store.write_snapshot(encode_snapshot(keys, copy_state(state), None, is_import_due=True), is_named=False)
+        chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
+        store.write_snapshot(chunks, is_named=False)
     service = Service(store, state, keys, on_loss=on_loss)
     if document is None or document.get("Import"):
         service.import_is_due.set()
         if is_docker_alive():
             try:
-                take_over(service, driver_name(config), IMPORT_PATIENCE_S)
-            except (Unreachable, Refused) as error:
+                take_over(service, driver, IMPORT_PATIENCE_S)
+            except GipamError as error:
                 log.warning("Docker cannot be asked yet what is in use: %s", error)
-    threading.Thread(target=take_over_when_due, args=(service, driver_name(config)), name="import", daemon=True).start()
+    threading.Thread(target=take_over_when_due, args=(service, driver), name="import",
+                     daemon=True).start()
     return service
 
 
 def warn_of_bases(config: Config, path: str) -> None:
-    """Log what about the bases will surprise: none, or one that is an on-link route (protocol.md 3.3)."""
+    """Log what about the bases will surprise: none, or an on-link route (protocol.md 3.3)."""
     if not config.v4 and not config.v6:
         log.warning("no base is configured (-v4, -v6): only networks with a --subnet can be made")
-    for base in config.v4:
-        for row in read_rows(path)[1:]:
-            first, mask = (int.from_bytes(bytes.fromhex(row[at]), sys.byteorder) for at in (1, 7))
-            is_on_link = row[0] != "*" and not int(row[3], 16) & 2  # RTF_GATEWAY
-            if is_on_link and mask and int(base[0]) & mask == first and bin(mask).count("1") <= base.prefixlen:
-                log.warning("the base %s is part of an on-link route of %s: Docker will refuse every block of it; "
-                            "replace the route: ip route add blackhole %s", base, row[0], base)
+    for row in read_rows(path)[1:]:
+        first, mask = (int.from_bytes(bytes.fromhex(row[at]), sys.byteorder) for at in (1, 7))
+        is_on_link = row[0] != "*" and not int(row[3], 16) & 2  # RTF_GATEWAY
+        for base in config.v4 if is_on_link and mask else ():
+            if int(base[0]) & mask == first and bin(mask).count("1") <= base.prefixlen:
+                log.warning("the base %s is part of an on-link route of %s: Docker will refuse "
+                            "every block of it; replace the route: ip route add blackhole %s",
+                            base, row[0], base)
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:
-    """Turn Go's one dash into two, and a boolean flag into one with a value: argparse then guesses nothing."""
+    """Turn Go's one dash into two, and a boolean flag into one with a value."""
     booleans = ["--" + option.name for option in OPTIONS if option.parse is parse_bool]
-    result = []
-    for argument in arguments:
-        dashed = "-" + argument if re.match(r"-[a-zA-Z]\w", argument) else argument
-        result.append(dashed + "=true" if dashed in booleans else dashed)
-    return result
+    words = [re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument) for argument in arguments]
+    return [word + "=true" if word in booleans else word for word in words]
 
 
-COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, dict[str, Any]]], ...] = (
+COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, str]], ...] = (
     (cmd_serve, {}),
-    (cmd_status, {"--json": {"help": "as JSON, the stable form"}, "--leases": {"help": "with each lease"}}),
-    (cmd_check, {"--json": {"help": "as JSON"}, "--fix": {"help": "mend what differs"},
-                 "--force": {"help": "with --fix, also when Docker knows none of the pools"},
-                 "--grace": {"type": int, "default": 60, "metavar": "SECONDS", "action": "store",
-                             "help": "overlook what is younger (default: 60)"}}),
-    (cmd_release, {"pool": {"action": "store", "metavar": "POOL", "help": "id or subnet"},
-                   "lease": {"action": "store", "metavar": "ADDRESS", "nargs": "?", "default": "", "help": "in it"},
-                   "--yes": {"help": "do not ask"}, "--force": {"help": "even if Docker uses it"}}),
+    (cmd_status, {"--json": "as JSON, the stable form", "--leases": "with each lease"}),
+    (cmd_check, {"--json": "as JSON", "--fix": "mend what differs",
+                 "--force": "with --fix, also when Docker knows none of the pools",
+                 "--grace": "overlook what is younger (default: 60)"}),
+    (cmd_release, {"pool": "id or subnet", "lease": "in it", "--yes": "do not ask",
+                   "--force": "even if Docker uses it"}),
     (cmd_config, {}),
 )
+VALUES: dict[str, Json] = {  # the arguments of commands that are no switches
+    "--grace": {"type": int, "default": 60, "metavar": "SECONDS"}, "pool": {"metavar": "POOL"},
+    "lease": {"metavar": "ADDRESS", "nargs": "?", "default": ""},
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser: options may stand before the command or after it."""
     options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     for option in OPTIONS:
-        options.add_argument("--" + option.name, metavar=option.metavar, help=f"{option.help} "
-                             f"({option.variable}; default: {option.default or 'none'})")
+        text = f"{option.help} ({option.variable}; default: {option.default or 'none'})"
+        options.add_argument("--" + option.name, metavar=option.metavar, help=text)
     parser = argparse.ArgumentParser(prog="gipam.py", parents=[options], allow_abbrev=False,
-                                     description="Docker IPAM driver that hands out routed prefixes")
+                                     description="Docker IPAM driver that hands out routed "
+                                                 "prefixes")
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(func=cmd_serve)
     commands = parser.add_subparsers(metavar="COMMAND", help="default: serve")
     for function, flags in COMMANDS:
+        purpose = function.__doc__ or ""
         command = commands.add_parser(function.__name__[4:], parents=[options], allow_abbrev=False,
-                                      help=(function.__doc__ or "").split("\n")[0], description=function.__doc__)
+                                      help=purpose.split("\n")[0], description=purpose)
         command.set_defaults(func=function)
-        for flag, details in flags.items():
-            command.add_argument(flag, **{"action": "store_true", **details})
+        for flag, text in flags.items():
+            command.add_argument(flag, help=text, **VALUES.get(flag, {"action": "store_true"}))
     return parser
 
 
 class LogFormatter(logging.Formatter):
-    """Puts the head of a message before each of its lines: to the journal every line is one message."""
+    """Puts the head of a message before each of its lines: to the journal every line is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines."""
         text = super().format(record)
-        head = text[:text.index(record.message)]
-        return text.replace("\n", "\n" + head)
+        return text.replace("\n", "\n" + text[:text.index(record.message)])
 
 
 def set_up_log() -> None:
@@ -3343,7 +3355,7 @@ def set_up_log() -> None:
     form = "%(asctime)s %(levelname)s %(message)s"
     if "JOURNAL_STREAM" in os.environ:
         form = "%(levelname)s%(message)s"
-        for level, priority in ((logging.DEBUG, 7), (logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
+        for level, priority in ((logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
             logging.addLevelName(level, f"<{priority}>")
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(form))
@@ -3353,11 +3365,11 @@ def set_up_log() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, or that of the error."""
     parser, words = build_parser(), normalise_arguments(sys.argv[1:] if argv is None else argv)
-    known = {"help", "version", *(option.name for option in OPTIONS),
-             *(flag[2:] for _, flags in COMMANDS for flag in flags)}
-    for word in words:
-        if word.startswith("--") and word[2:].partition("=")[0] not in known:
-            parser.error(f"unknown option {word.partition('=')[0]}: see gipam.py --help")
+    known = {"--help", "--version", *("--" + option.name for option in OPTIONS),
+             *(flag for _, flags in COMMANDS for flag in flags)}
+    for flag in (word.partition("=")[0] for word in words):
+        if flag.startswith("--") and flag not in known:
+            parser.error(f"unknown option {flag}: see gipam.py --help")
     arguments = parser.parse_args(words)
     set_up_log()
     try:
@@ -3369,12 +3381,11 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_status
     except BrokenPipeError:  # `status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except OSError as error:
         hint = "; run gipam as root, or give it -file, -socket and -spec where it may write"
         problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"gipam: {problem}{hint * isinstance(error, PermissionError)}", file=sys.stderr)
-        return 1
+    return 1
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def require_isolation() -> None:
 # === The text of gipam.py =========================================================================
 
 MAX_LINES = 3400  # style.md asks for 2,000: see the note on step 1
-MAX_FUNCTION_LINES = 50
+MAX_FUNCTION_LINES, MAX_COLUMNS = 50, 100
 
 
 def evaluated(node: ast.AST, is_import: bool = False) -> Iterator[ast.AST]:
@@ -322,6 +322,7 @@ class StyleTest(unittest.TestCase):
         self.assertLessEqual(statistics.median(sizes.values()), 10)
         self.assertLess(sorted(sizes.values())[len(sizes) * 9 // 10], 30)
         self.assertLessEqual(self.source.count("\n"), MAX_LINES)
+        self.assertLessEqual(max(map(len, self.source.splitlines())), MAX_COLUMNS)
 
     def test_banners_are_the_sections_of_the_docstring(self) -> None:
         banners = re.findall(r"^# === (\w+) =+$", self.source, re.M)
