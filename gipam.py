@@ -381,18 +381,18 @@ class PrefixTree:
 
     def cover(self, network: Network, times: int = 1) -> None:
         """Add the prefix, or with times=-1 take it away once; bring its ancestors up to date."""
-        node = self.node(network)
+        node, length = self.node(network), network.prefixlen
         put(self._covers, node, self._covers.get(node, 0) + times or None, [])
         while node:
-            length = node.bit_length() - 1
-            left, right = self.free(2 * node), self.free(2 * node + 1)
+            half = (length + 1, 1 << max(self.bits - length - 1, 0))  # as free() has a free half
+            left, right = self._free.get(2 * node, half), self._free.get(2 * node + 1, half)
             if node in self._covers:
                 self._free[node] = (self.bits + 1, 0)
-            elif left[0] == right[0] == length + 1 or length == self.bits:
-                self._free.pop(node, None)  # both halves are free
+            elif left == right == half:
+                self._free.pop(node, None)
             else:
                 self._free[node] = (min(left[0], right[0]), left[1] + right[1])
-            node >>= 1
+            node, length = node >> 1, length - 1
 
     def find_overlap(self, network: Network) -> Network | None:
         """Return a cover that contains the prefix, else one inside it, else None."""
