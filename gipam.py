@@ -85,7 +85,8 @@ BACKLOG = 1024  # with socketserver's 5, parallel connects of dockerd fail with 
 MAX_REMEMBERED = 1024  # owners a subnet, names a family; past it the older half is forgotten
 MIN_FOLD_BYTES = 1 << 20  # a journal is folded once it is longer than this and than the snapshot
 FOLD_PATIENCE_S = 10.0  # after a fold that failed
-ENCODE_LEASES = 250  # between two chances for other threads; measured: 0.4 ms
+ENCODE_LEASES = 250  # of a snapshot at a time; measured: 0.4 ms
+WRITE_BYTES = 16384  # of a snapshot at a time; each write is a chance for other threads
 LOCK_PATIENCE_S = 2.0  # a predecessor may still be folding
 DRAIN_PATIENCE_S = 30.0
 REQUEST_PATIENCE_S = 10.0  # on TCP, from the first byte of a request to its last
@@ -1300,13 +1301,15 @@ class Store:
 
     def write_snapshot(self, chunks: Iterable[str], is_named: bool) -> None:
         """Replace the lease file. Durable: on return. Raises: OSError; the old one is whole."""
-        path, offset = self.path + ".tmp", 0
+        path, offset, data = self.path + ".tmp", 0, b""
         fd = self.calls.open(path, CREATE, 0o600)
         try:
             for chunk in chunks:
-                data = chunk.encode()
-                self._write(fd, data, offset)
-                offset += len(data)
+                data += chunk.encode()
+                if len(data) >= WRITE_BYTES:
+                    self._write(fd, data, offset)
+                    offset, data = offset + len(data), b""
+            self._write(fd, data, offset)
             self.calls.fsync(fd)
         except OSError as error:
             self.calls.unlink(path)
@@ -1315,7 +1318,7 @@ class Store:
             self._close(fd)
         self.calls.replace(path, self.path)
         self._sync_directory()
-        self.snapshot_bytes, self.is_named = offset, is_named
+        self.snapshot_bytes, self.is_named = offset + len(data), is_named
 
     def remove_segments(self, below: int) -> None:
         """Remove segments that the snapshot has made superfluous. Raises: OSError."""
