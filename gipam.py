@@ -1547,6 +1547,7 @@ class Service:
         self._lock, self._fold_lock = threading.Lock(), threading.Lock()
         self.metrics = Metrics()
         self.import_is_due = threading.Event()  # ask Docker what it uses, once it answers
+        self.adopted: set[int] = set()  # changes of the import, until Docker is asked once more
         self.flusher = Flusher(state, store, self._lock, self.metrics, on_loss)
         threading.Thread(target=self._fold_when_due, name="folder", daemon=True).start()
 
@@ -2751,24 +2752,25 @@ def release_surplus(status: Json, claims: list[Claim], adopted: set[int],
 
 
 def take_over(service: Service, driver: str, timeout_s: float) -> None:
-    """Adopt all that Docker uses of this driver. Raises: Unreachable."""
-    adopted: set[int] = set()
-    for claim, uses in group_uses(read_claims(docker_socket(), driver, timeout_s)[0]):
+    """Adopt all that Docker uses of this driver. Raises: Unreachable; what is adopted stays so."""
+    path, end = docker_socket(), time.monotonic() + timeout_s
+    for claim, uses in group_uses(read_claims(path, driver, timeout_s)[0]):
         subnet = parse_prefix(claim.subnet)
         sub_pool = parse_prefix(claim.sub_pool) if claim.sub_pool else None
         requests = [AddressRequest(use.address, use.kind, use.mac, use.name) for use in uses]
         try:
             done = service.adopt(subnet, sub_pool, requests)
-            adopted.update(done)
+            service.adopted.update(done)
             if done:
                 log.warning("took over subnet %s of %s with %d addresses from Docker",
                             subnet, claim, len(requests))
         except GipamError as error:
             log.error("cannot take over subnet %s of %s from Docker: %s", subnet, claim, error)
-    if adopted:
-        claims, _ = read_claims(docker_socket(), driver, timeout_s)
-        release_surplus(service.status(has_leases=True), claims, adopted, lambda body: (
+    if service.adopted:
+        claims, _ = read_claims(path, driver, max(end - time.monotonic(), 0.001))
+        release_surplus(service.status(has_leases=True), claims, service.adopted, lambda body: (
             service.release_if(body["PoolID"], body["Address"], body["Seq"])))
+        service.adopted.clear()
     service.import_is_due.clear()
     service.fold()  # Docker need not be asked again
 

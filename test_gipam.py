@@ -6644,8 +6644,11 @@ class ImportTest(OperatedCase):
         self.docker.make_network("new", "4", "6")
         self.assertEqual(self.check(), [])
 
-    def test_what_docker_releases_between_reading_and_adoption_is_let_go(self) -> None:
-        """gipam does not hold it then, so that the release passes by; nobody would release it again."""
+    def lose_while_docker_releases(self) -> None:
+        """Start without the lease file; between the reading and the adoption something is released.
+
+        gipam does not hold it then, so that the release passes by; nobody would release it again.
+        """
         self.docker.make_network("old", "10.8.0.0/24")
         real = gipam.Service.adopt
 
@@ -6658,9 +6661,32 @@ class ImportTest(OperatedCase):
 
         with mock.patch.object(gipam.Service, "adopt", adopt):
             self.lose()
+
+    def assert_nothing_is_left_over(self) -> None:
         self.assertNotIn("10.8.0.0/24", self.held())
         self.assertEqual(self.check(), [])
         self.assert_all_taken_over()
+
+    def test_what_docker_releases_between_reading_and_adoption_is_let_go(self) -> None:
+        self.lose_while_docker_releases()
+        self.assert_nothing_is_left_over()
+
+    def test_second_reading_of_docker_is_made_up_for_if_it_takes_too_long(self) -> None:
+        answers = threading.Event()
+        self.addCleanup(answers.set)
+
+        def hesitate(path: str) -> None:
+            if len(self.docker.asked) == 2:  # the first reading is over
+                answers.wait(DEADLINE_S)
+
+        self.docker.before = hesitate
+        with mock.patch.object(gipam, "IMPORT_PATIENCE_S", 1.0):
+            self.lose_while_docker_releases()
+        self.assertTrue(self.service.import_is_due.is_set())
+        self.assertIn("10.8.0.0/24", self.held())
+        answers.set()
+        self.wait_for_import()
+        self.assert_nothing_is_left_over()
 
     def test_patience_is_for_all_that_docker_is_asked(self) -> None:
         """Not for each answer anew."""
