@@ -1370,9 +1370,9 @@ class Metrics:
     def count(self, method: str, result: str, duration_s: float) -> None:
         """Count one request."""
         with self.lock:
-            if (method, result) not in self.requests:  # all from 0 on: increase() needs that
-                self.requests.update({(method, result): 0 for result in RESULTS})
-            self.requests[method, result] += 1
+            if (method, "ok") not in self.requests:  # all from 0 on: increase() needs that
+                self.requests.update({(method, kind): 0 for kind in RESULTS})
+            self.requests[method, result] = self.requests.get((method, result), 0) + 1
             self.request_s.observe(duration_s)
 
 
