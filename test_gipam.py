@@ -9361,7 +9361,11 @@ mount -t overlay overlay -o "lowerdir=$0,upperdir=$1/upper,workdir=$1/work" "$1/
 exec "$2" "$1/root" "${@:3}" -- bash -c "echo is up; read"
 """
 CLEAN_UP = """
-mount -t cgroup2 cgroup2 "$0/cgroup"; find "$0/cgroup/${0##*/}" -depth -type d -exec rmdir {} +
+mount -t cgroup2 cgroup2 "$0/cgroup"; cd "$0/cgroup/${0##*/}"; echo 1 > cgroup.kill
+until find . -depth -mindepth 1 -type d -exec rmdir {} +; do  # what was killed has to be reaped first
+    [ $SECONDS -lt 30 ]; sleep 0.1
+done 2> /dev/null
+cd ..; until rmdir "${0##*/}"; do [ $SECONDS -lt 30 ]; sleep 0.1; done 2> /dev/null
 """
 
 
