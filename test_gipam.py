@@ -1139,7 +1139,7 @@ class PoolOverlapTest(unittest.TestCase):
     def test_adopted_pool_gives_the_first_address_last_for_it_may_be_the_gateway(self) -> None:
         """Docker, which has it already, does not ask for it again; the import may come late."""
         for subnet, before in (("10.2.0.0/24", 120), ("10.2.0.0/29", 4), ("10.2.0.0/30", 1), ("2001:db8::/120", 120)):
-            for number in range(300):
+            for number in range(0, 300, 7):
                 alone = Alone()
                 change = gipam.decide_adoption(alone.state, f"{subnet}#{TOKEN}", NOW_S, f"{number:016x}")
                 alone.apply(change)
