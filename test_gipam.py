@@ -6476,6 +6476,17 @@ class CheckTest(OperatedCase):
         self.assertEqual(done.status, 2)
         self.assertIn("--fix needs the daemon, and none answers", done.err)
 
+    def test_docker_that_answers_what_nobody_understands(self) -> None:
+        for network in ({"Name": "odd"}, {"Name": "odd", "Id": "1", "IPAM": {"Config": [{"Subnet": "nonsense"}]}},
+                        {"Name": "odd", "Id": "1", "IPAM": "none"}):
+            with self.subTest(network):
+                self.docker.networks["odd"] = {"Id": "", "IPAM": {"Config": [{"Subnet": "10.9.0.0/24"}]}, **network}
+                if network == {"Name": "odd"}:
+                    del self.docker.networks["odd"]["Id"]
+                done = self.run_gipam("check")
+                self.assertEqual((done.status, done.out), (2, ""))
+                self.assertRegex(done.err, "^gipam: the Docker at .* answers what gipam does not understand: .*\n$")
+
     def test_daemon_that_answers_with_an_error_is_no_difference(self) -> None:
         with mock.patch.object(self.service, "status", side_effect=gipam.StoreLost("cannot sync")):
             done = self.run_gipam("check")
