@@ -1656,10 +1656,12 @@ class Service:
     def status(self, has_leases: bool) -> dict[str, Any]:
         """Return what `status --json` shows, with the routes of the host inside the bases."""
         status = describe_state(self.state, has_leases)
+        routes = {version: list(read_obstacles(self._proc, version, family.bases))
+                  for version, family in self.state.families.items() if family.bases}
         for base in status["bases"]:
             prefix = parse_prefix(base["prefix"])
-            routes = read_obstacles(self._proc, prefix.version, [prefix])
-            base["routes"] = [str(route) for route in routes]
+            base["routes"] = [str(route) for route in routes[prefix.version]
+                              if prefix.overlaps(route)]
         return status
 
     def samples(self) -> Iterator[str]:
@@ -1912,7 +1914,7 @@ def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> R
         content_type, page = PAGES[path]
         return Reply(200, page(service, query).encode(), None, content_type)
     if path in CONSTANT_ANSWERS:
-        return Reply(200, dumps(CONSTANT_ANSWERS[path]).encode())
+        return Reply(200, CONSTANT_ANSWERS[path])
     result, ticket = METHODS[path](service, decode_fields(body))
     return Reply(200, dumps(result).encode(), ticket)
 
@@ -2010,13 +2012,13 @@ def show_health(service: Service, _: str) -> str:
     return "ok\n"
 
 
-CONSTANT_ANSWERS = {
+CONSTANT_ANSWERS = {path: dumps(value).encode() for path, value in {
     "/Plugin.Activate": {"Implements": ["IpamDriver"]},
     # MACs tell owners; a replay could make dockerd panic or release live pools (protocol.md 3.6)
     "/IpamDriver.GetCapabilities": {"RequiresMACAddress": True, "RequiresRequestReplay": False},
     "/IpamDriver.GetDefaultAddressSpaces": {"LocalDefaultAddressSpace": ADDRESS_SPACE,
                                             "GlobalDefaultAddressSpace": ADDRESS_SPACE},
-}
+}.items()}
 METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Ticket | None]]] = {
     "/IpamDriver.RequestPool": request_pool,
     "/IpamDriver.ReleasePool": lambda service, fields: (

@@ -1135,7 +1135,6 @@ class PoolOverlapTest(unittest.TestCase):
                                                             "^cannot find address pool for"):
                 gipam.decide_adoption(alone.state, text, NOW_S, TOKEN)
 
-
     def test_adopted_pool_gives_the_first_address_last_for_it_may_be_the_gateway(self) -> None:
         """Docker, which has it already, does not ask for it again; the import may come late."""
         for subnet, before in (("10.2.0.0/24", 120), ("10.2.0.0/29", 4), ("10.2.0.0/30", 1), ("2001:db8::/120", 120)):
