@@ -2182,6 +2182,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.service, self.tls = service, tls
         self.connections: dict[Any, float] = {}  # -> IDLE, BUSY or when its request is due
         self.silent: set[Any] = set()  # connections that no request has come from yet
+        self.retired: set[Any] = set()  # connections that stay open, half, until the process ends
         self.is_changed = threading.Condition()
         if isinstance(address, tuple):
             self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -2246,12 +2247,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             socket.socket.shutdown(request, how)  # of TLS too: the bytes below it
 
     def shutdown_request(self, request: Any) -> None:
-        """End the connection, and count it out."""
-        super().shutdown_request(request)
+        """Count the connection out, and end it."""
         with self.is_changed:
             self.connections.pop(request, None)
             self.silent.discard(request)
             self.is_changed.notify_all()
+        if request not in self.retired:
+            super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what ended a connection."""
@@ -2260,14 +2262,22 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def retire(self) -> None:
         """End the kept connections while somebody still listens.
 
-        Go's HTTP client that finds one closed as it writes dials at once, with the body at hand;
-        not so on a connection that it has just dialled: there dockerd's own retry comes, without
-        the body (protocol.md 2.3). So those that are silent yet are left alone.
+        Go's HTTP client that cannot write to one dials at once, with the body at hand. Not so on a
+        connection that it has just dialled, nor when it sees the end of one while it takes it up
+        (golang/go#22158): there dockerd's own retry comes, without the body (protocol.md 2.3). So
+        those that are silent yet are left alone, and on a UNIX socket the others are only shut for
+        reading; the service manager keeps them so until dockerd has found out and hung up.
         """
         self.is_retiring = True
         with self.is_changed:
-            for request in self.connections.keys() - self.silent:
+            retired = self.connections.keys() - self.silent
+            for request in retired:
                 self._end(request, socket.SHUT_RD)  # it reads what is there, then the end
+            if self.address_family != socket.AF_UNIX:
+                return  # its peer notices nothing until the end
+            self.retired |= retired
+            for request in retired if self.is_kept else ():
+                notify("FDSTORE=1\nFDNAME=retired", [request.fileno()])
 
     def drain(self) -> None:
         """Answer those in the backlog too, then close. serve_forever() must have ended.
@@ -2329,6 +2339,9 @@ def take_listener(address: Any) -> socket.socket | None:
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     for at in range(int(os.environ.get("LISTEN_FDS", "0")) if is_for_us else 0):
         listener = socket.socket(fileno=3 + at)
+        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            listener.close()  # a retired connection, which the store keeps
+            continue
         bound = listener.getsockname()
         is_ours = (bound == address and os.path.exists(bound)) if isinstance(address, str) \
             else bound[:2] == address

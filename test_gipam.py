@@ -4446,6 +4446,24 @@ class Peer:
         """Return what comes until the connection ends."""
         return list(iter(self.answer, None))
 
+    def wait_until_retired(self) -> None:
+        """Wait until it can no longer be written to; over TCP, until it has ended."""
+        if self.socket.family == socket.AF_UNIX:
+            wait_for(self.is_shut, "the connection to be shut")
+        else:
+            wait_for(lambda: self.answer() is None, "the end")
+
+    def is_shut(self) -> bool:
+        """Whether the other side has shut it for reading (nothing is written to find out)."""
+        try:
+            self.socket.send(b"")
+        except BrokenPipeError:
+            return True
+        return False
+
+    def has_ended(self) -> bool:
+        return bool(select.select([self.socket], [], [], 0)[0])
+
     def wait_unread(self) -> None:
         """Wait for an answer without reading it."""
         if not select.select([self.socket], [], [], DEADLINE_S)[0]:
@@ -5314,6 +5332,12 @@ high = fcntl.fcntl(listener, fcntl.F_DUPFD, 10)
 listener.close()
 for at in range(len(names.split(":"))):
     os.dup2(high, 3 + at)
+    if names.split(":")[at] == "retired":
+        peer = socket.socket(socket.AF_UNIX)
+        peer.connect(path)
+        connection = socket.socket(fileno=os.dup(high)).accept()[0]
+        print("inode", os.fstat(connection.fileno()).st_ino, file=sys.stderr, flush=True)
+        os.dup2(connection.fileno(), 3 + at)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(at + 1), LISTEN_FDNAMES=names)
 os.close(high)
 os.execv(sys.executable, [sys.executable, gipam, *options])
@@ -5381,7 +5405,7 @@ class StopTest(unittest.TestCase):
                 kept, peer = Peer(self, address).send(ACTIVATE), Peer(self, address)
                 self.assertTrue(kept.answer())
                 daemon.process.send_signal(signal.SIGTERM)
-                self.assertEqual(kept.answers(), [])  # it has ended, so the stop is on its way
+                kept.wait_until_retired()
                 peer.send(NEW_POOL)
                 self.assertEqual([answer.status for answer in peer.answers()], [200])
                 self.assert_stopped(daemon)
@@ -5478,6 +5502,43 @@ class StopTest(unittest.TestCase):
         self.assertEqual(daemon.client().call("Plugin.Activate"), ACTIVATED)
         self.assertEqual(daemon.stop(), 0)
         self.assertTrue(os.path.exists(daemon.socket))  # the next process listens there
+
+    def test_kept_connections_are_never_seen_to_end(self) -> None:
+        """Whose end Go saw in the moment of its next request, its call would fail (golang/go#22158)."""
+        daemon, manager = self.hand_over("", "gipam.socket")
+        self.wait_for_message(manager, "READY=1")
+        peers = [Peer(self, daemon.socket) for _ in range(3)]
+        for peer in peers:
+            self.assertTrue(peer.send(ACTIVATE).answer())
+        self.assertFalse(peers[0].is_shut())
+        assert daemon.process
+        daemon.process.terminate()
+        stored: list[socket.socket] = []
+        while len(stored) < len(peers):
+            text, rights, _, _ = manager.recvmsg(4096, 4096)
+            if text == b"FDSTORE=1\nFDNAME=retired":
+                stored.append(socket.socket(fileno=int.from_bytes(rights[0][2], sys.byteorder)))
+                self.addCleanup(stored[-1].close)
+        self.assertEqual(daemon.process.wait(DEADLINE_S), 0)
+        self.assertEqual([(peer.is_shut(), peer.has_ended()) for peer in peers], [(True, False)] * 3)
+        hangs_up = select.poll()  # as systemd waits, to forget what it keeps
+        for connection in stored:
+            hangs_up.register(connection, 0)
+        self.assertEqual(hangs_up.poll(0), [])
+        for peer in peers:
+            peer.close()
+        self.assertEqual([event for _, event in hangs_up.poll(0)], [select.POLLHUP] * 3)
+
+    def test_retired_connection_that_is_handed_over_is_left_to_the_store(self) -> None:
+        """It bears the address of the listener that accepted it, and comes before it here."""
+        daemon, _ = self.hand_over("", "retired", "gipam")
+        self.assertEqual(daemon.client().call("Plugin.Activate"), ACTIVATED)
+        found = re.search(r"inode (\d+)", daemon.read_log())
+        assert found and daemon.process
+        fds = f"/proc/{daemon.process.pid}/fd"
+        self.assertNotIn(f"socket:[{found[1]}]", [os.readlink(f"{fds}/{fd}") for fd in os.listdir(fds)
+                                                  if os.path.lexists(f"{fds}/{fd}")])
+        self.assertEqual(daemon.stop(), 0)
 
     def test_stored_socket_of_another_address_is_given_back(self) -> None:
         with tempfile.TemporaryDirectory(prefix="gipam-") as directory:
