@@ -9708,6 +9708,15 @@ class BootTest(unittest.TestCase):
         self.assert_all_is_well(machine)
         self.assertEqual(machine.complaints(), [])
 
+    def test_connections_of_dockerd_stay_with_systemd_until_it_hangs_up(self) -> None:
+        machine = self.machine()
+        machine("docker network create --ipam-driver gipam extra; systemctl restart gipam")
+        self.assertGreater(int(machine.show("NFileDescriptorStore")), 1)
+        machine("docker network rm extra")  # here it finds out, and dials
+        machine.wait_until("[ $(systemctl show gipam -p NFileDescriptorStore --value) = 1 ]")
+        self.assertEqual(machine.complaints(), [])
+        self.assert_all_is_well(machine)
+
     def test_kill_fails_only_what_was_being_answered(self) -> None:
         machine = self.machine()
         with self.load(machine, LOST_BODY) as load:
