@@ -178,6 +178,7 @@ class BusyError(GipamError):
 # === Model ========================================================================================
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+Json = Dict[str, Any]  # an object
 Undo = Callable[[], Any]
 
 
@@ -685,14 +686,14 @@ CONFIG_KEYS = ("V6Pool", "V6AllocateBlock", "V4Pool", "V4AllocateBlock", "Exclud
 OTHER_NAMES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
 
 
-def copy_state(state: State) -> tuple[dict[str, Any], list[Any]]:
+def copy_state(state: State) -> tuple[Json, list[Any]]:
     """Return (the small keys, what changes of each pool): a shallow copy.
 
     It is taken under the lock in milliseconds; the rest of a pool, and a lease, never change.
     """
     families = [state.families[version] for version in (6, 4)]
     names = [(name, *entry) for family in families for name, entry in family.names.items()]
-    head: dict[str, Any] = {"Seq": state.seq}
+    head: Json = {"Seq": state.seq}
     head.update((f"V{family.version}Idx", family.cursors.get(family.prefixlen, 0))
                 for family in families)
     head["Cursors"] = {f"{family.version}/{length}": number for family in families
@@ -709,7 +710,7 @@ def copy_state(state: State) -> tuple[dict[str, Any], list[Any]]:
     return head, pools
 
 
-def encode_snapshot(config: dict[str, Any], copy: Any, segment: int | None,
+def encode_snapshot(config: Json, copy: Any, segment: int | None,
                     is_import_due: bool = False) -> Iterator[str]:
     """Yield the lease file in portions: configuration, segment that goes on, state, checksum."""
     keys = {**config, "Journal": segment, "Import": is_import_due}
@@ -721,7 +722,7 @@ def encode_snapshot(config: dict[str, Any], copy: Any, segment: int | None,
     yield f',"Checksum":"{checksum:08x}"}}\n'
 
 
-def encode_state(head: dict[str, Any], pools: list[Any]) -> Iterator[str]:
+def encode_state(head: Json, pools: list[Any]) -> Iterator[str]:
     """Yield the state as the JSON text that is checksummed, cut between elements."""
     yield dumps(head)[1:-1] + ',"Allocated":['
     comma = ""
@@ -745,7 +746,7 @@ def encode_list(values: list[Any]) -> Iterator[str]:
         yield ("," if start else "") + dumps(values[start:start + ENCODE_LEASES])[1:-1]
 
 
-def decode_snapshot(document: dict[str, Any], state: State) -> None:
+def decode_snapshot(document: Json, state: State) -> None:
     """Fill the empty state from a lease file; the Go program's ones have no checksum.
 
     Raises: ValueError for a wrong checksum or a contradiction; KeyError, TypeError for bad shapes.
@@ -770,7 +771,7 @@ def decode_snapshot(document: dict[str, Any], state: State) -> None:
     state.seq = int(document.get("Seq") or 0)
 
 
-def compact_leases(entry: dict[str, Any]) -> dict[str, Any]:
+def compact_leases(entry: Json) -> Json:
     """Make the leases of a pool what they will be while the JSON is still being read (object_hook).
 
     Lists that live longer leave holes: measured, 495 bytes a lease instead of 315.
@@ -780,7 +781,7 @@ def compact_leases(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def decode_pool(entry: dict[str, Any], state: State) -> None:
+def decode_pool(entry: Json, state: State) -> None:
     """Add a pool of a lease file, with its leases. Raises: as decode_snapshot()."""
     pool_id, addresses = entry["ID"], entry.get("Allocated") or []
     state.apply(RequestPool(pool_id, entry["Pool"], entry.get("SubPool") or "", "",
@@ -803,7 +804,7 @@ def decode_pool(entry: dict[str, Any], state: State) -> None:
         subnet.memory[owner] = (pool.offset(address), seq)
 
 
-def describe_base(family: Family, base: Network) -> dict[str, Any]:
+def describe_base(family: Family, base: Network) -> Json:
     """Return what `status --json` shows of a base."""
     size = 1 << BITS[family.version] - family.prefixlen
     usable, free = family.usable.addresses(base), family.free.addresses(base)
@@ -819,7 +820,7 @@ def describe_base(family: Family, base: Network) -> dict[str, Any]:
     }
 
 
-def describe_pool(pool: Pool, has_leases: bool) -> dict[str, Any]:
+def describe_pool(pool: Pool, has_leases: bool) -> Json:
     """Return what `status --json` shows of a pool."""
     leases = pool.leases.copy() if has_leases else {}
     addresses = [{"address": pool.format(at), **lease._asdict()} for at, lease in leases.items()]
@@ -831,7 +832,7 @@ def describe_pool(pool: Pool, has_leases: bool) -> dict[str, Any]:
     }
 
 
-def describe_state(state: State, has_leases: bool) -> dict[str, Any]:
+def describe_state(state: State, has_leases: bool) -> Json:
     """Return what `status --json` shows; it takes copies, each in one step, and needs no lock."""
     bases = [describe_base(family, base) for family in state.families.values()
              for base in family.bases]
@@ -839,8 +840,7 @@ def describe_state(state: State, has_leases: bool) -> dict[str, Any]:
     return {"version": __version__, "seq": state.seq, "bases": bases, "pools": pools}
 
 
-def normalise_keys(document: dict[str, Any],
-                   keys: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+def normalise_keys(document: Json, keys: Iterable[str]) -> tuple[Json, list[str]]:
     """Return (the document with its keys spelt as these, the keys that are none of them)."""
     spelling = {**{key.lower(): key for key in keys}, **OTHER_NAMES}
     known, unknown = {}, []
@@ -882,9 +882,14 @@ def decide_request_pool(state: State, request: PoolRequest, obstacles: Obstacles
         subnet, next_block = choose_block(state.families[request.version], request, obstacles)
     else:
         check_subnet(state, subnet, sub_pool, now_s)
-    cursor = int(sub_pool[0]) - int(subnet[0]) if sub_pool else 0
-    return RequestPool(make_pool_id(subnet, sub_pool, token), str(subnet), str(sub_pool or ""),
-                       request.name, now_s, cursor, next_block)
+    return grant(subnet, sub_pool, token, now_s)._replace(name=request.name, next_block=next_block)
+
+
+def grant(subnet: Network, sub_pool: Network | None, token: str, now_s: int) -> RequestPool:
+    """Return the change that grants a subnet, or a range of it, from its first address on."""
+    cursor = int((sub_pool or subnet)[0]) - int(subnet[0])
+    return RequestPool(make_pool_id(subnet, sub_pool, token), str(subnet), str(sub_pool or ""), "",
+                       now_s, cursor, -1)
 
 
 def decide_adoption(state: State, pool_id: str, now_s: int, token: str) -> RequestPool:
@@ -903,10 +908,35 @@ def decide_adoption(state: State, pool_id: str, now_s: int, token: str) -> Reque
     except GipamError as error:
         raise InvalidRequest(f"cannot find address pool for {pool_id!r}, nor adopt it: {error}",
                              404) from None
-    dynamic = sub_pool or subnet
-    low, room = int(dynamic[0]) - int(subnet[0]), max(dynamic.num_addresses // 2 - 2, 1)
-    cursor = low + 2 + int(token, 16) % room
-    return RequestPool(pool_id, str(subnet), str(sub_pool or ""), "", now_s, cursor, -1)
+    change, room = grant(subnet, sub_pool, "", now_s), (sub_pool or subnet).num_addresses // 2 - 2
+    ahead = 2 + int(token, 16) % max(room, 1)
+    return change._replace(pool_id=pool_id, cursor=change.cursor + ahead)
+
+
+def decide_import(state: State, subnet: Network, sub_pool: Network | None,
+                  requests: list[AddressRequest], seq: int | None, now_s: int) -> Iterator[Change]:
+    """Take over what Docker uses and the state does not hold; apply each change before the next.
+
+    With seq, only if the pool still is the one granted as that change; 0: if there is none.
+    Raises: Forbidden, as check_subnet() and check_address().
+    """
+    other = state.families[subnet.version].find_overlap(subnet)
+    pool = other.pools.get(sub_pool) if other and other.network == subnet else None
+    if seq is not None and seq != (pool.seq if pool else 0):
+        raise Forbidden(f"pool {sub_pool or subnet} is not what it was as change {seq}: look again")
+    if pool is None:
+        check_subnet(state, subnet, sub_pool, now_s)
+        change = grant(subnet, sub_pool, UNBOUND, now_s)
+        yield change
+        pool = state.pools[change.pool_id]
+    for request in requests:
+        if request.address:
+            is_held = parse_offset(pool, request.address) in pool.subnet.held
+        else:  # the gateway, wherever it is
+            is_held = any(lease.kind == GATEWAY for lease in pool.leases.values()) \
+                or pool.subnet.held.next_absent(pool.low) > pool.high
+        if not is_held:
+            yield decide_request_address(pool, request, now_s)
 
 
 def check_subnet(state: State, subnet: Network, sub_pool: Network | None, now_s: int) -> None:
@@ -936,8 +966,7 @@ def format_age(age_s: int) -> str:
     return f"{max(age_s, 0)}s"
 
 
-def choose_block(family: Family, request: PoolRequest,
-                 obstacles: Obstacles) -> tuple[Network, int]:
+def choose_block(family: Family, request: PoolRequest, obstacles: Obstacles) -> tuple[Network, int]:
     """Return a free block, and the number of the block to try next (-1: as it was).
 
     First the block that the name had; then next-fit among those that no name had; then among all
@@ -1116,7 +1145,7 @@ class Store:
             os.ftruncate(fd, 0)
             os.pwrite(fd, b"%d\n" % os.getpid(), 0)
 
-    def read_snapshot(self, object_hook: Any = None) -> dict[str, Any] | None:
+    def read_snapshot(self, object_hook: Any = None) -> Json | None:
         """Return the JSON object of the lease file, None if there is none. Raises: ConfigError."""
         def open_file(path: str, flags: int) -> int:
             return os.open(path, flags | os.O_NOFOLLOW)
@@ -1155,7 +1184,7 @@ class Store:
         """Return where a segment lies."""
         return f"{self.path}.journal.{number}"
 
-    def replay(self, document: dict[str, Any] | None, seq: int) -> Iterator[tuple[str, Any]]:
+    def replay(self, document: Json | None, seq: int) -> Iterator[tuple[str, Any]]:
         """Yield (place, record) of each change after the snapshot's seq, and be ready to append.
 
         Raises: DamageError for a damaged line, for a segment that is missing or there twice.
@@ -1442,15 +1471,32 @@ class Flusher:
         self.loss: StoreError | None = None  # after it, nothing is written any more
         threading.Thread(target=self._run, name="flusher", daemon=True).start()
 
-    def commit(self, decide: Callable[[], Ticket]) -> Ticket:
-        """Call it under the lock; return its ticket when that is on disk. Raises: StoreError."""
+    def commit(self, decide: Callable[[], Change | None], is_rotating: bool = False,
+               is_last: bool = False) -> Ticket:
+        """Decide and apply under the lock; return, or raise the refusal, when all is on disk.
+
+        decide() may itself submit() changes that come before; a refusal undoes them. After the
+        last one, nothing is written any more. Raises: as decide() and submit(); StoreError.
+        """
+        refusal: GipamError | None = None
         with self._lock:
-            ticket = decide()
+            length = len(self._queue)
+            try:
+                ticket = self.submit(decide(), is_rotating)
+            except GipamError as error:
+                refusal = error
+                while len(self._queue) > length:
+                    self._queue.pop().undo()
+                ticket = self.submit(None)
+            if is_last:
+                self.loss = StoreError("gipam is stopping: try again")
             is_leader = bool(self._queue) and not self._is_busy
             self._is_busy |= is_leader
         if is_leader and self._flush_queue():
             self._wakeup.release()
         ticket.wait()
+        if refusal:
+            raise refusal
         return ticket
 
     def submit(self, change: Change | None, is_rotating: bool = False) -> Ticket:
@@ -1469,14 +1515,6 @@ class Flusher:
         else:
             ticket.finish()
         return ticket
-
-    def retract(self, length: int) -> None:
-        """Undo what this commit() has queued past this length."""
-        while len(self._queue) > length:
-            self._queue.pop().undo()
-
-    def __len__(self) -> int:
-        return len(self._queue)
 
     def _run(self) -> None:
         while self._wakeup.acquire():
@@ -1539,7 +1577,7 @@ class Flusher:
 class Service:
     """The driver: decide, apply, queue, flush, answer. Its one lock guards the state."""
 
-    def __init__(self, store: Store, state: State, config: dict[str, Any],
+    def __init__(self, store: Store, state: State, config: Json,
                  proc: str = "/proc/self/net", on_loss: Callable[[], None] = lambda: None) -> None:
         self.state, self._store, self._proc = state, store, proc
         store.settle()
@@ -1558,12 +1596,13 @@ class Service:
             bases = self.state.families[request.version].bases
             obstacles = Obstacles(read_obstacles(self._proc, request.version, bases))
         now_s, token = int(time.time()), secrets.token_hex(8)
-        return self._commit(functools.partial(decide_request_pool, self.state, request, obstacles,
-                                              now_s, token))
+        return self.flusher.commit(functools.partial(decide_request_pool, self.state, request,
+                                                     obstacles, now_s, token))
 
     def release_pool(self, pool_id: str) -> Ticket:
         """Release a pool with its leases; an unknown one is gone already. Durable: on return."""
-        return self._commit(lambda: ReleasePool(pool_id) if self._find_pool(pool_id) else None)
+        return self.flusher.commit(
+            lambda: ReleasePool(pool_id) if self._find_pool(pool_id) else None)
 
     def request_address(self, pool_id: str, request: AddressRequest) -> tuple[Ticket, int]:
         """Grant an address; return the prefixlen of its subnet too. Durable: on return.
@@ -1585,7 +1624,7 @@ class Service:
             prefixlen = pool.subnet.network.prefixlen
             return decide_request_address(pool, request, now_s)
 
-        return self._commit(decide), prefixlen
+        return self.flusher.commit(decide), prefixlen
 
     def release_address(self, pool_id: str, address: str) -> Ticket:
         """Release an address; what is not held is gone already. Raises: InvalidRequest."""
@@ -1593,7 +1632,7 @@ class Service:
             pool = self._find_pool(pool_id)
             return decide_release_address(pool, address) if pool else None
 
-        return self._commit(decide)
+        return self.flusher.commit(decide)
 
     def _find_pool(self, pool_id: str) -> Pool | None:
         """Return the pool of the id; one taken over without an id gets it now. The lock is held."""
@@ -1614,46 +1653,26 @@ class Service:
                                 f"{seq}: look again")
             return ReleaseAddress(pool_id, address) if address else ReleasePool(pool_id)
 
-        return self._commit(decide)
+        return self.flusher.commit(decide)
 
     def adopt(self, subnet: Network, sub_pool: Network | None, requests: list[AddressRequest],
               seq: int | None = None) -> range:
-        """Take over what Docker uses and the state does not hold; return the changes' numbers.
+        """Adopt, as decide_import(); return the numbers of the changes. Durable: on return.
 
-        With seq, only if the pool still is the one granted as that change; 0: if there is none.
-        Durable: on return. Raises: Forbidden, as check_subnet() and check_address(), and nothing is
-        taken over.
+        Raises: as decide_import(), and nothing is taken over; StoreError.
         """
-        now_s, done = int(time.time()), range(0)
+        now_s, first = int(time.time()), 0
 
         def decide() -> None:
-            nonlocal done
+            nonlocal first
             first = self.state.seq + 1
-            other = self.state.families[subnet.version].find_overlap(subnet)
-            pool = other.pools.get(sub_pool) if other and other.network == subnet else None
-            if seq is not None and seq != (pool.seq if pool else 0):
-                raise Forbidden(f"pool {sub_pool or subnet} is not what it was as change {seq}: "
-                                "look again")
-            if pool is None:
-                check_subnet(self.state, subnet, sub_pool, now_s)
-                change = RequestPool(make_pool_id(subnet, sub_pool, UNBOUND), str(subnet),
-                                     str(sub_pool or ""), "", now_s, 0, -1)
+            for change in decide_import(self.state, subnet, sub_pool, requests, seq, now_s):
                 self.flusher.submit(change)
-                pool = self.state.pools[change.pool_id]
-            for request in requests:
-                if request.address:
-                    is_held = parse_offset(pool, request.address) in pool.subnet.held
-                else:  # the gateway, wherever it is
-                    is_held = any(lease.kind == GATEWAY for lease in pool.leases.values()) \
-                        or pool.subnet.held.next_absent(pool.low) > pool.high
-                if not is_held:
-                    self.flusher.submit(decide_request_address(pool, request, now_s))
-            done = range(first, self.state.seq + 1)
 
-        self._commit(decide)
-        return done
+        end = self.flusher.commit(decide).seq + 1
+        return range(first, end)
 
-    def status(self, has_leases: bool) -> dict[str, Any]:
+    def status(self, has_leases: bool) -> Json:
         """Return what `status --json` shows, with the routes of the host inside the bases."""
         status = describe_state(self.state, has_leases)
         routes = {version: list(read_obstacles(self._proc, version, family.bases))
@@ -1698,26 +1717,7 @@ class Service:
 
     def probe(self) -> None:
         """Return once all that is queued is on disk; hang if a flush does. Raises: StoreError."""
-        self.flusher.commit(lambda: self.flusher.submit(None))
-
-    def _commit(self, decide: Callable[[], Change | None]) -> Ticket:
-        """Decide and apply under the lock; return, or raise the refusal, when all is on disk."""
-        refusal: GipamError | None = None
-
-        def submit() -> Ticket:
-            nonlocal refusal
-            length = len(self.flusher)
-            try:
-                return self.flusher.submit(decide())
-            except GipamError as error:
-                refusal = error
-                self.flusher.retract(length)
-                return self.flusher.submit(None)
-
-        ticket = self.flusher.commit(submit)
-        if refusal:
-            raise refusal
-        return ticket
+        self.flusher.commit(lambda: None)
 
     def fold(self, is_stopping: bool = False) -> bool:
         """Write the state to the lease file, drop the journal that it replaces; False: it failed.
@@ -1726,17 +1726,13 @@ class Service:
         """
         store, copies = self._store, []
 
-        def begin() -> Ticket:
+        def begin() -> None:
             copies.append(copy_state(self.state))
-            ticket = self.flusher.submit(None, is_rotating=not is_stopping)
-            if is_stopping:  # what came now would be in no file
-                self.flusher.loss = StoreError("gipam is stopping: try again")
-            return ticket
 
         with self._fold_lock:
             before = store.segment
             try:
-                self.flusher.commit(begin)  # what comes later is in a new segment
+                self.flusher.commit(begin, is_rotating=not is_stopping, is_last=is_stopping)
                 segment = None if is_stopping else store.segment
                 if segment == before:
                     return False
@@ -1756,7 +1752,7 @@ class Service:
             self.flusher.fold_is_due.clear()  # each flush looks anew
 
 
-def recover(store: Store, document: dict[str, Any] | None, state: State) -> None:
+def recover(store: Store, document: Json | None, state: State) -> None:
     """Fill the state with what is on disk. Raises: DamageError with the place and what to do."""
     if document is not None:
         try:
@@ -2021,8 +2017,7 @@ CONSTANT_ANSWERS = {path: dumps(value).encode() for path, value in {
 }.items()}
 METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Ticket | None]]] = {
     "/IpamDriver.RequestPool": request_pool,
-    "/IpamDriver.ReleasePool": lambda service, fields: (
-        {}, service.release_pool(fields.pool_id())),
+    "/IpamDriver.ReleasePool": lambda service, fields: ({}, service.release_pool(fields.pool_id())),
     "/IpamDriver.RequestAddress": request_address,
     "/IpamDriver.ReleaseAddress": lambda service, fields: (
         {}, service.release_address(fields.pool_id(), fields.address(is_needed=True))),
@@ -2119,8 +2114,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
             if self.raw_requestline not in (b"\r\n", b"\n"):
                 break
-        if len(self.raw_requestline) > MAX_LINE_BYTES:
-            self.send_error(414)
+        is_long = len(self.raw_requestline) > MAX_LINE_BYTES
+        if is_long or (self.raw_requestline and not str(self.raw_requestline, "latin-1").strip()):
+            self.send_error(414 if is_long else 400)  # of blanks, parse_request() says nothing
             return False
         is_read = self.parse_request()  # of nothing: False, and it closes
         if is_read and self.server.address_family != socket.AF_UNIX and not self.server.is_public \
@@ -2173,7 +2169,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     daemon_threads = True
     allow_reuse_address = True
     request_queue_size = BACKLOG
-    is_public = False  # whether only pages are served
+    is_public = False  # whether only pages are served, to whoever may reach the address
     is_retiring = False  # whether each reply is the last of its connection
     is_kept = False  # whether the service manager keeps the socket, for the next process
 
@@ -2182,7 +2178,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.service, self.tls = service, tls
         self.connections: dict[Any, float] = {}  # -> IDLE, BUSY or when its request is due
         self.silent: set[Any] = set()  # connections that no request has come from yet
-        self.retired: set[Any] = set()  # connections that stay open, half, until the process ends
+        self.retired: set[Any] = set()  # connections that stay open, half, to the end of drain()
         self.is_changed = threading.Condition()
         if isinstance(address, tuple):
             self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -2263,10 +2259,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """End the kept connections while somebody still listens.
 
         Go's HTTP client that cannot write to one dials at once, with the body at hand. Not so on a
-        connection that it has just dialled, nor when it sees the end of one while it takes it up
+        connection that it has just dialled, nor when it sees one end while it takes it up
         (golang/go#22158): there dockerd's own retry comes, without the body (protocol.md 2.3). So
-        those that are silent yet are left alone, and on a UNIX socket the others are only shut for
-        reading; the service manager keeps them so until dockerd has found out and hung up.
+        silent ones are left alone, and on a UNIX socket the others only shut for reading; the
+        service manager keeps them until dockerd hangs up.
         """
         self.is_retiring = True
         with self.is_changed:
@@ -2295,6 +2291,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.retire()
             self.is_changed.wait_for(lambda: not self.connections, DRAIN_PATIENCE_S)
         self.server_close()
+        for request in self.retired:
+            request.close()
 
 
 class UnixServer(Server):
@@ -2306,12 +2304,6 @@ class UnixServer(Server):
         """Bind, for root only. Raises: OSError."""
         super().server_bind()
         os.chmod(self.socket.getsockname(), 0o600)
-
-
-class PublicServer(Server):
-    """Pages for whoever may reach the address of -metrics."""
-
-    is_public = True
 
 
 def listen(kind: type[Server], address: Any, service: Service,
@@ -2457,8 +2449,6 @@ def load_tls(directory: str, is_server: bool) -> ssl.SSLContext | None:
 
 # === Docker =======================================================================================
 
-Json = Dict[str, Any]  # an object
-
 
 class Connection(http.client.HTTPConnection):
     """HTTP to Docker or to our own daemon: at the path of a socket, or at (host, port)."""
@@ -2549,8 +2539,7 @@ def normalise_address(text: str) -> str:
     return format_address(int(address), address.version)
 
 
-def read_claims(path: str, driver: str,
-                timeout_s: float = 60.0) -> tuple[list[Claim], list[Claim]]:
+def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Claim], list[Claim]]:
     """Return (what Docker uses of this driver, the subnets of others). Raises: Unreachable."""
     end = time.monotonic() + timeout_s
 
@@ -2617,8 +2606,7 @@ def claim_container(container: Json, subnets: dict[str, list[Claim]]) -> Iterato
             if not pools or not address:
                 continue
             subnet = str(parse_prefix(f"{address}/{length}", mask=True))
-            hint = hint_of(subnet)
-            hinted = [pool._replace(subnet=subnet) for pool in pools if pool.subnet == hint]
+            hinted = [pool._replace(subnet=subnet) for pool in pools if pool.subnet == hint_of(subnet)]
             home = next((pool for pool in (*pools, *hinted) if is_inside(address, pool.subnet)),
                         pools[0]._replace(subnet="", sub_pool=""))
             if home in hinted:
@@ -2849,15 +2837,16 @@ def parse_directory(text: str) -> str:
     return "" if text in ("", "off") else os.path.realpath(text)
 
 
-def parse_listen(text: str) -> tuple[str, int] | None:
-    """Return (host, port), without a host the loopback one; None for none. Raises: ValueError."""
-    if text in ("", "off"):
-        return None
+def parse_listen(text: str) -> tuple[str, int]:
+    """Return (host, port), without a host the loopback one. Raises: ValueError."""
     match = re.fullmatch(r"\[?([^\[\]]*?)\]?:([0-9]{1,5})", text)
     if match is None or int(match[2]) > 65535:
         raise ValueError("not HOST:PORT, such as 127.0.0.1:9090")
     host = "127.0.0.1" if match[1] in ("", "localhost") else match[1]
     return str(ipaddress.ip_address(host)), int(match[2])
+
+
+Config = argparse.Namespace  # all options under their names, parsed; and what build_config() adds
 
 
 class Option(NamedTuple):
@@ -2890,8 +2879,8 @@ OPTIONS = (
            "socket; its base name names the driver"),
     Option("spec", parse_path, "/etc/docker/plugins/gipam.spec", "PATH",
            "plugin file of TCP mode; likewise"),
-    Option("metrics", parse_listen, "off", "HOST:PORT",
-           "address for GET /metrics, /healthz and /status"),
+    Option("metrics", lambda text: None if text in ("", "off") else parse_listen(text), "off",
+           "HOST:PORT", "address for GET /metrics, /healthz and /status"),
     Option("tls", parse_directory, "off", "DIR", "certificates for TCP: ca.pem, server-cert.pem, "
            "server-key.pem; for dockerd cert.pem, key.pem"),
 )
@@ -2914,10 +2903,6 @@ class Setting(NamedTuple):
             return self.option.parse(self.text)
         except ValueError as error:
             raise self.error(error) from None
-
-
-class Config(argparse.Namespace):
-    """All options under their names, parsed and checked; and what build_config() adds."""
 
 
 def read_settings(environment: Mapping[str, str],
@@ -2947,19 +2932,21 @@ def overrule_settings(settings: dict[str, Setting], document: Json, path: str) -
                             name, found, path, text, origin, key)
 
 
+def find_driver(settings: dict[str, Setting]) -> str:
+    """Return the driver's name to Docker: the base name of the socket or the plugin file."""
+    path: str = settings["socket" if settings["unix"].parse() else "spec"].parse()
+    return os.path.splitext(os.path.basename(path))[0]
+
+
 def build_config(settings: dict[str, Setting]) -> Config:
     """Parse and check all options. Raises: ConfigError."""
     config = Config(**{name: setting.parse() for name, setting in settings.items()})
     config.is_spec_given = settings["spec"].origin != "default"
-    path = config.socket if config.unix else config.spec
-    config.driver = os.path.splitext(os.path.basename(path))[0]  # its name to Docker
+    config.driver = find_driver(settings)
     config.families = ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab))
-    address = settings["address"]
-    if address.text in ("", "off"):
-        raise address.error("not HOST:PORT, such as 127.0.0.1:9090")
     if not (config.unix or config.tls or ipaddress.ip_address(config.address[0]).is_loopback):
-        raise address.error("not a loopback address: whoever reaches the port could take every "
-                            "address; use -tls")
+        raise settings["address"].error("not a loopback address: whoever reaches the port could "
+                                        "take every address; use -tls")
     for version, bases, prefixlen in reversed(config.families):
         given, block = settings[f"v{version}"], settings[f"v{version}ab"]
         longest = BITS[version] - 1
@@ -3010,9 +2997,10 @@ def load(arguments: argparse.Namespace,
     return build_config(settings), settings, store, document
 
 
-def find_daemon(config: Config) -> Connection | None:
+def find_daemon(settings: dict[str, Setting]) -> Connection | None:
     """Return how to call the running daemon, by its socket or its address; None: none runs."""
-    for address, tls in ((config.socket, ""), (config.address, config.tls)):
+    path, tcp, tls_directory = (settings[name].parse() for name in ("socket", "address", "tls"))
+    for address, tls in ((path, ""), (tcp, tls_directory)):
         connection = Connection(address, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
         try:
             with contextlib.suppress(ConnectionError, FileNotFoundError, socket.timeout), \
@@ -3020,18 +3008,18 @@ def find_daemon(config: Config) -> Connection | None:
                 connection.connect()
                 return connection
         except OSError as error:
-            raise Unreachable(f"cannot reach the daemon, by {config.socket} or {config.address[0]}:"
-                              f"{config.address[1]}: {error}") from None
+            raise Unreachable(f"cannot reach the daemon, by {path} or {tcp[0]}:{tcp[1]}: "
+                              f"{error}") from None
     return None
 
 
 def read_status(arguments: argparse.Namespace, has_leases: bool,
                 is_second_look: bool = False) -> Json:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
-    config, _, store, document = load(arguments)
-    daemon = find_daemon(config)
+    daemon = find_daemon(read_settings(os.environ, arguments))
     if daemon:
         return dict(call(daemon, "GET", f"/status?leases={int(has_leases)}"))
+    config, _, store, document = load(arguments)
     if document is None:
         raise Unreachable(
             f"no gipam answers on {config.socket} or {config.address[0]}:{config.address[1]}, and "
@@ -3118,8 +3106,8 @@ def cmd_check(arguments: argparse.Namespace) -> int:
 
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
-    config = load(arguments)[0]
-    path, driver = docker_socket(), config.driver
+    settings = read_settings(os.environ, arguments)
+    path, driver = docker_socket(), find_driver(settings)
     read_docker = functools.partial(read_claims, path, driver)
     read_gipam = functools.partial(read_status, arguments, has_leases=True)
     found = left = find_differences(read_gipam, path, driver, arguments.grace)
@@ -3129,7 +3117,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
                 and held.isdisjoint(claim.subnet for claim in read_docker()[0]):
             raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one "
                               "that gipam serves? If so, use --force")
-        mend(config, list(found.values()), read_docker)
+        mend(settings, list(found.values()), read_docker)
         left = find_differences(read_gipam, path, driver, arguments.grace)
     all_found = {**found, **left}
     if arguments.json:
@@ -3144,12 +3132,12 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     return 1 if left else 0
 
 
-def mend(config: Config, findings: list[Finding],
+def mend(settings: dict[str, Setting], findings: list[Finding],
          read_docker: Callable[[], tuple[list[Claim], list[Claim]]]) -> None:
     """Ask the daemon to mend what it can, unless it has changed since. Raises: Unreachable."""
-    daemon = find_daemon(config)
+    daemon = find_daemon(settings)
     if daemon is None:
-        raise Unreachable(f"--fix needs the daemon, and none answers on {config.socket}")
+        raise Unreachable("--fix needs the daemon, and none answers")
     adopted: set[int] = set()
     for finding in findings:
         if finding.path:
@@ -3165,8 +3153,7 @@ def mend(config: Config, findings: list[Finding],
 
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
-    config = load(arguments)[0]
-    status = read_status(arguments, True)
+    settings, status = read_settings(os.environ, arguments), read_status(arguments, True)
     pools = [pool for pool in status["pools"]
              if arguments.pool in (pool["id"], pool["subnet"], pool["sub_pool"])]
     if len(pools) != 1:
@@ -3179,7 +3166,7 @@ def cmd_release(arguments: argparse.Namespace) -> int:
         raise InvalidRequest(f"{address} is not held in {pool['subnet']}")
     body = release_body(pool, lease)
     if not arguments.force:
-        claims, _ = read_claims(docker_socket(), config.driver)
+        claims, _ = read_claims(docker_socket(), find_driver(settings))
         leaks = [finding.body for finding in find_leaks(status, claims, time.time())]
         if body not in leaks and release_body(pool) not in leaks:
             users = [str(claim) for claim in claims
@@ -3189,7 +3176,7 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
     if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
-    daemon = find_daemon(config)
+    daemon = find_daemon(settings)
     if daemon is None:
         raise Unreachable("release needs the daemon, and none answers")
     call(daemon, "POST", "/Gipam.Release", body)
@@ -3232,7 +3219,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
 
         servers = [(open_unix if config.unix else open_tcp)(config, service, remove)]
         if config.metrics:
-            servers.append(PublicServer(config.metrics, service))
+            servers.append(Server(config.metrics, service))
+            servers[-1].is_public = True
         for server in servers:
             threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
         warn_of_bases(config, "/proc/self/net/route")

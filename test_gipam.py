@@ -2877,10 +2877,10 @@ class ServiceCase(StoreCase):
 
     def ask(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call in a thread; return when the call is queued for a flush, or has returned."""
-        queued = len(self.service.flusher)
+        queued = len(self.service.flusher._queue)
         future = self.threads.submit(function, *arguments, **options)
         deadline = time.monotonic() + DEADLINE_S
-        while len(self.service.flusher) == queued and not future.done():
+        while len(self.service.flusher._queue) == queued and not future.done():
             self.assertLess(time.monotonic(), deadline)
             time.sleep(0.001)
         return future
@@ -4575,6 +4575,7 @@ BAD_HEADS = {
     b"POST /x HTTP/1.x\r\n\r\n": 400, b"POST /x HTTP/1.1.1\r\n\r\n": 400,
     b"POST /x HTTP/1.1 y\r\n\r\n": 400, b"POST /x http/1.1\r\n\r\n": 400,
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n": 505, b"POST /x HTTP/3.0\r\n\r\n": 505, b"GET /x\r\n": 404,
+    b"\x1d\n": 400, b" \t\r\n\r\n": 400, b"\xa0\n": 400, b"\r\n\r\n\r\n": 400,
     b"POST /" + b"x" * 65_536 + b" HTTP/1.1\r\n\r\n": 414, b"\x00" * 20 + b"\r\n": 400,
     b"POST /Plugin.Activate HTTP/1.1\r\nX: " + b"y" * 65_536 + b"\r\n\r\n": 431,
     b"POST /Plugin.Activate HTTP/1.1\r\n" + b"X: y\r\n" * 101 + b"\r\n": 431,
@@ -7338,7 +7339,8 @@ class MetricsTest(OperatedCase):
 
     def test_metrics_address_serves_pages_and_changes_nothing(self) -> None:
         self.docker.make_network("web")
-        server = gipam.PublicServer(("127.0.0.1", 0), self.service)
+        server = gipam.Server(("127.0.0.1", 0), self.service)
+        server.is_public = True
         serve_in_thread(self, server)
         before = self.held()
         for verb, path, status in (
