@@ -1656,21 +1656,19 @@ class Service:
         return self.flusher.commit(decide)
 
     def adopt(self, subnet: Network, sub_pool: Network | None, requests: list[AddressRequest],
-              seq: int | None = None) -> range:
+              seq: int | None = None) -> list[int]:
         """Adopt, as decide_import(); return the numbers of the changes. Durable: on return.
 
         Raises: as decide_import(), and nothing is taken over; StoreError.
         """
-        now_s, first = int(time.time()), 0
+        adopted: list[int] = []
 
         def decide() -> None:
-            nonlocal first
-            first = self.state.seq + 1
-            for change in decide_import(self.state, subnet, sub_pool, requests, seq, now_s):
-                self.flusher.submit(change)
+            changes = decide_import(self.state, subnet, sub_pool, requests, seq, int(time.time()))
+            adopted.extend(self.flusher.submit(change).seq for change in changes)
 
-        end = self.flusher.commit(decide).seq + 1
-        return range(first, end)
+        self.flusher.commit(decide)
+        return adopted
 
     def status(self, has_leases: bool) -> Json:
         """Return what `status --json` shows, with the routes of the host inside the bases."""
@@ -1984,7 +1982,7 @@ def request_address(service: Service, fields: Fields) -> tuple[Any, Ticket]:
 
 
 def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
-    """Take over what Docker uses; answer how many changes that was, and the last one's Seq."""
+    """Take over what Docker uses; answer in how many changes, and the Seq of the last."""
     subnet, sub_pool = fields.prefix("Subnet"), fields.prefix("SubPool")
     leases, kinds = fields.get("Leases"), (GATEWAY, AUXILIARY, ENDPOINT)
     if not subnet or not isinstance(leases, list) \
@@ -1999,7 +1997,7 @@ def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
     done = service.adopt(subnet, sub_pool, requests, fields.seq())
     log.info("adopt subnet=%s sub_pool=%s leases=%s adopted=%d", subnet, sub_pool or "",
              ",".join(request.address for request in requests), len(done))
-    return {"Adopted": len(done), "Seq": done.stop - 1}, None
+    return {"Adopted": len(done), "Seq": done[-1] if done else 0}, None
 
 
 def show_health(service: Service, _: str) -> str:
@@ -2606,7 +2604,8 @@ def claim_container(container: Json, subnets: dict[str, list[Claim]]) -> Iterato
             if not pools or not address:
                 continue
             subnet = str(parse_prefix(f"{address}/{length}", mask=True))
-            hinted = [pool._replace(subnet=subnet) for pool in pools if pool.subnet == hint_of(subnet)]
+            hint = hint_of(subnet)
+            hinted = [pool._replace(subnet=subnet) for pool in pools if pool.subnet == hint]
             home = next((pool for pool in (*pools, *hinted) if is_inside(address, pool.subnet)),
                         pools[0]._replace(subnet="", sub_pool=""))
             if home in hinted:

@@ -6905,7 +6905,7 @@ class ByHandTest(OperatedCase):
                 "Seq": self.pool["seq"]}
         seq = self.service.state.seq + 1
         self.assertEqual(self.call("Gipam.Adopt", **body), {"Adopted": 1, "Seq": seq})
-        self.assertEqual(self.call("Gipam.Adopt", **body), {"Adopted": 0, "Seq": seq})
+        self.assertEqual(self.call("Gipam.Adopt", **body), {"Adopted": 0, "Seq": 0})
         leases = {lease["address"]: lease["mac"] for lease in self.service.status(True)["pools"][0]["addresses"]}
         self.assertEqual((leases["10.2.0.2"], leases["10.2.0.3"]), (self.lease["mac"], "02:42:00:00:00:99"))
 
