@@ -7079,6 +7079,16 @@ SUBNET               RANGE          HELD  OF                    NAME            
         self.fill()
         self.assertEqual(self.status(), self.TEXT)
 
+    def test_lease_file_is_left_alone_while_the_daemon_answers(self) -> None:
+        """It may be large; and what is wrong with it concerns the next start."""
+        self.docker.make_network("web")
+        with open(self.file, "w", encoding="ascii") as file:
+            file.write("not JSON")
+        self.assertIn("10.2.0.0/24", self.status())
+        self.assertEqual(self.run_gipam("check"), Finished(0, "no difference\n", ""))
+        refused = self.run_gipam("release", "10.2.0.0/24", "--yes")
+        self.assertRegex(refused.err, "network web of Docker uses it")
+
     def test_text_with_leases(self) -> None:
         self.fill()
         bases, table = self.status("--leases").split("SUBNET")
