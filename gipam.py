@@ -1656,19 +1656,21 @@ class Service:
         return self.flusher.commit(decide)
 
     def adopt(self, subnet: Network, sub_pool: Network | None, requests: list[AddressRequest],
-              seq: int | None = None) -> list[int]:
+              seq: int | None = None) -> range:
         """Adopt, as decide_import(); return the numbers of the changes. Durable: on return.
 
         Raises: as decide_import(), and nothing is taken over; StoreError.
         """
-        adopted: list[int] = []
+        now_s, first = int(time.time()), 0
 
         def decide() -> None:
-            changes = decide_import(self.state, subnet, sub_pool, requests, seq, int(time.time()))
-            adopted.extend(self.flusher.submit(change).seq for change in changes)
+            nonlocal first
+            first = self.state.seq + 1
+            for change in decide_import(self.state, subnet, sub_pool, requests, seq, now_s):
+                self.flusher.submit(change)
 
-        self.flusher.commit(decide)
-        return adopted
+        ticket = self.flusher.commit(decide)
+        return range(first, ticket.seq + 1)
 
     def status(self, has_leases: bool) -> Json:
         """Return what `status --json` shows, with the routes of the host inside the bases."""
@@ -1982,7 +1984,7 @@ def request_address(service: Service, fields: Fields) -> tuple[Any, Ticket]:
 
 
 def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
-    """Take over what Docker uses; answer in how many changes, and the Seq of the last."""
+    """Take over what Docker uses; answer how many changes that was, and the last one's Seq."""
     subnet, sub_pool = fields.prefix("Subnet"), fields.prefix("SubPool")
     leases, kinds = fields.get("Leases"), (GATEWAY, AUXILIARY, ENDPOINT)
     if not subnet or not isinstance(leases, list) \
@@ -1997,7 +1999,7 @@ def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
     done = service.adopt(subnet, sub_pool, requests, fields.seq())
     log.info("adopt subnet=%s sub_pool=%s leases=%s adopted=%d", subnet, sub_pool or "",
              ",".join(request.address for request in requests), len(done))
-    return {"Adopted": len(done), "Seq": done[-1] if done else 0}, None
+    return {"Adopted": len(done), "Seq": done.stop - 1}, None
 
 
 def show_health(service: Service, _: str) -> str:
@@ -2846,6 +2848,7 @@ def parse_listen(text: str) -> tuple[str, int]:
 
 
 Config = argparse.Namespace  # all options under their names, parsed; and what build_config() adds
+Settings = Dict[str, "Setting"]  # all options under their names, as text
 
 
 class Option(NamedTuple):
@@ -2904,8 +2907,7 @@ class Setting(NamedTuple):
             raise self.error(error) from None
 
 
-def read_settings(environment: Mapping[str, str],
-                  arguments: argparse.Namespace) -> dict[str, Setting]:
+def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace) -> Settings:
     """Return the first two stages: command line over environment over default."""
     settings = {}
     for option in OPTIONS:
@@ -2918,7 +2920,7 @@ def read_settings(environment: Mapping[str, str],
     return settings
 
 
-def overrule_settings(settings: dict[str, Setting], document: Json, path: str) -> None:
+def overrule_settings(settings: Settings, document: Json, path: str) -> None:
     """Let the lease file win, the third stage; say so where it is not what was asked for."""
     for name, key in (*OTHER_NAMES.items(), ("exclude", "Exclude")):
         if document.get(key) not in (None, "", 0):
@@ -2931,13 +2933,13 @@ def overrule_settings(settings: dict[str, Setting], document: Json, path: str) -
                             name, found, path, text, origin, key)
 
 
-def find_driver(settings: dict[str, Setting]) -> str:
+def find_driver(settings: Settings) -> str:
     """Return the driver's name to Docker: the base name of the socket or the plugin file."""
     path: str = settings["socket" if settings["unix"].parse() else "spec"].parse()
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def build_config(settings: dict[str, Setting]) -> Config:
+def build_config(settings: Settings) -> Config:
     """Parse and check all options. Raises: ConfigError."""
     config = Config(**{name: setting.parse() for name, setting in settings.items()})
     config.is_spec_given = settings["spec"].origin != "default"
@@ -2965,7 +2967,7 @@ def build_config(settings: dict[str, Setting]) -> Config:
     return config
 
 
-def read_lease_file(store: Store, settings: dict[str, Setting]) -> Json | None:
+def read_lease_file(store: Store, settings: Settings) -> Json | None:
     """Return the snapshot with its keys as gipam spells them, and let its settings win."""
     document = store.read_snapshot(compact_leases)
     if document is None:
@@ -2983,20 +2985,18 @@ def read_lease_file(store: Store, settings: dict[str, Setting]) -> Json | None:
     return document
 
 
-def load(arguments: argparse.Namespace,
-         is_daemon: bool = False) -> tuple[Config, dict[str, Setting], Store, Json | None]:
-    """Return the configuration of all three stages, and the lease file, which a daemon locks."""
-    settings = read_settings(os.environ, arguments)
+def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Json | None]:
+    """Add the third stage; return the configuration and the lease file, which a daemon locks."""
     store = Store(settings["file"].parse())
     if not os.path.isdir(os.path.dirname(store.path)):
         raise settings["file"]._replace(text=store.path).error("its directory is not there")
     if is_daemon:
         store.lock()
     document = read_lease_file(store, settings)
-    return build_config(settings), settings, store, document
+    return build_config(settings), store, document
 
 
-def find_daemon(settings: dict[str, Setting]) -> Connection | None:
+def find_daemon(settings: Settings) -> Connection | None:
     """Return how to call the running daemon, by its socket or its address; None: none runs."""
     path, tcp, tls_directory = (settings[name].parse() for name in ("socket", "address", "tls"))
     for address, tls in ((path, ""), (tcp, tls_directory)):
@@ -3012,13 +3012,12 @@ def find_daemon(settings: dict[str, Setting]) -> Connection | None:
     return None
 
 
-def read_status(arguments: argparse.Namespace, has_leases: bool,
-                is_second_look: bool = False) -> Json:
+def read_status(settings: Settings, has_leases: bool, is_second_look: bool = False) -> Json:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
-    daemon = find_daemon(read_settings(os.environ, arguments))
+    daemon = find_daemon(settings)
     if daemon:
         return dict(call(daemon, "GET", f"/status?leases={int(has_leases)}"))
-    config, _, store, document = load(arguments)
+    config, store, document = load(settings)
     if document is None:
         raise Unreachable(
             f"no gipam answers on {config.socket} or {config.address[0]}:{config.address[1]}, and "
@@ -3029,7 +3028,7 @@ def read_status(arguments: argparse.Namespace, has_leases: bool,
     except DamageError:  # perhaps a daemon was just ending, and folded the journal into the file
         if is_second_look:
             raise
-        return read_status(arguments, has_leases, is_second_look=True)
+        return read_status(settings, has_leases, is_second_look=True)
     return describe_state(state, has_leases)
 
 
@@ -3042,7 +3041,7 @@ def make_state(config: Config) -> State:
 
 def cmd_status(arguments: argparse.Namespace) -> int:
     """Show bases, pools and, with --leases, each lease."""
-    status, is_terminal = read_status(arguments, arguments.leases), sys.stdout.isatty()
+    status, is_terminal = read_status(arguments.settings, arguments.leases), sys.stdout.isatty()
     if arguments.json:
         print(json.dumps(status, indent=2))
         return 0
@@ -3105,10 +3104,9 @@ def cmd_check(arguments: argparse.Namespace) -> int:
 
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
-    settings = read_settings(os.environ, arguments)
-    path, driver = docker_socket(), find_driver(settings)
+    settings, path, driver = arguments.settings, docker_socket(), find_driver(arguments.settings)
     read_docker = functools.partial(read_claims, path, driver)
-    read_gipam = functools.partial(read_status, arguments, has_leases=True)
+    read_gipam = functools.partial(read_status, settings, has_leases=True)
     found = left = find_differences(read_gipam, path, driver, arguments.grace)
     if arguments.fix and found:
         held = {pool["subnet"] for pool in read_gipam()["pools"]}
@@ -3131,7 +3129,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     return 1 if left else 0
 
 
-def mend(settings: dict[str, Setting], findings: list[Finding],
+def mend(settings: Settings, findings: list[Finding],
          read_docker: Callable[[], tuple[list[Claim], list[Claim]]]) -> None:
     """Ask the daemon to mend what it can, unless it has changed since. Raises: Unreachable."""
     daemon = find_daemon(settings)
@@ -3152,7 +3150,7 @@ def mend(settings: dict[str, Setting], findings: list[Finding],
 
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
-    settings, status = read_settings(os.environ, arguments), read_status(arguments, True)
+    settings, status = arguments.settings, read_status(arguments.settings, has_leases=True)
     pools = [pool for pool in status["pools"]
              if arguments.pool in (pool["id"], pool["subnet"], pool["sub_pool"])]
     if len(pools) != 1:
@@ -3192,7 +3190,8 @@ def ask(question: str) -> bool:
 
 def cmd_config(arguments: argparse.Namespace) -> int:
     """Print each effective value with its origin."""
-    for name, setting in load(arguments)[1].items():
+    load(arguments.settings)
+    for name, setting in arguments.settings.items():
         print(f"{name:8} {setting.text or 'none':34} {setting.origin}")
     return 0
 
@@ -3206,10 +3205,10 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stop.set())
     notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
     gc.disable()  # it would take a third of the time to load a million leases
-    config, settings, store, document = load(arguments, is_daemon=True)
+    config, store, document = load(arguments.settings, is_daemon=True)
     if config.unix and "LISTEN_FDS" not in os.environ:
         clear_path(config.socket)  # a second daemon writes and imports nothing
-    service = open_service(config, settings, store, document, stop.set)
+    service = open_service(config, arguments.settings, store, document, stop.set)
     gc.freeze()  # nor need it look at them later: 270 ms for a million
     gc.enable()
     with contextlib.ExitStack() as made:
@@ -3257,7 +3256,7 @@ def watch(service: Service, servers: list[Server], stop: threading.Event) -> Non
         told = status
 
 
-def open_service(config: Config, settings: dict[str, Setting], store: Store,
+def open_service(config: Config, settings: Settings, store: Store,
                  document: Json | None, on_loss: Callable[[], None]) -> Service:
     """Recover the state; at a first start, write the lease file before anything is served.
 
@@ -3378,6 +3377,7 @@ def main(argv: list[str] | None = None) -> int:
         if flag.startswith("--") and flag not in known:
             parser.error(f"unknown option {flag}: see gipam.py --help")
     arguments = parser.parse_args(words)
+    arguments.settings = read_settings(os.environ, arguments)  # the first two stages
     set_up_log()
     try:
         status = int(arguments.func(arguments))

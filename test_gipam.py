@@ -1138,7 +1138,7 @@ class PoolOverlapTest(unittest.TestCase):
     def test_adopted_pool_gives_the_first_address_last_for_it_may_be_the_gateway(self) -> None:
         """Docker, which has it already, does not ask for it again; the import may come late."""
         for subnet, before in (("10.2.0.0/24", 120), ("10.2.0.0/29", 4), ("10.2.0.0/30", 1), ("2001:db8::/120", 120)):
-            for number in range(0, 300, 7):
+            for number in range(300):
                 alone = Alone()
                 change = gipam.decide_adoption(alone.state, f"{subnet}#{TOKEN}", NOW_S, f"{number:016x}")
                 alone.apply(change)
@@ -6504,6 +6504,7 @@ class CheckTest(OperatedCase):
         self.docker.stop("one", is_told=False)
         self.docker.make_network("gone")
         del self.docker.networks["gone"]
+        self.assertEqual(self.check(grace=60), [])
         pools = self.service.status(True)["pools"]
         granted_s = [held["granted_s"] for pool in pools for held in (pool, *pool["addresses"])]
         for now_s, count in ((min(granted_s) + 59, 0), (max(granted_s) + 60, 3)):
@@ -6906,7 +6907,7 @@ class ByHandTest(OperatedCase):
                 "Seq": self.pool["seq"]}
         seq = self.service.state.seq + 1
         self.assertEqual(self.call("Gipam.Adopt", **body), {"Adopted": 1, "Seq": seq})
-        self.assertEqual(self.call("Gipam.Adopt", **body), {"Adopted": 0, "Seq": 0})
+        self.assertEqual(self.call("Gipam.Adopt", **body), {"Adopted": 0, "Seq": seq})
         leases = {lease["address"]: lease["mac"] for lease in self.service.status(True)["pools"][0]["addresses"]}
         self.assertEqual((leases["10.2.0.2"], leases["10.2.0.3"]), (self.lease["mac"], "02:42:00:00:00:99"))
 
