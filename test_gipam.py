@@ -45,6 +45,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -513,7 +514,7 @@ class PoolIdTest(unittest.TestCase):
 
 class AddressSetTest(unittest.TestCase):
     def test_it_is_a_set_that_finds_the_next_absent_number(self) -> None:
-        corners = (0, 1 << 16, 1 << 24, 1 << 64, (1 << 127) - 40)
+        corners = (0, 1 << 11, 1 << 16, 1 << 64, (1 << 127) - 40)
         for seed in seeds(6):
             rng, numbers = random.Random(seed), gipam.AddressSet()
             naive: set[int] = set()
@@ -533,10 +534,10 @@ class AddressSetTest(unittest.TestCase):
                     self.assertEqual(numbers.next_absent(probe), after)
 
     def test_a_run_over_several_bitmaps_is_passed(self) -> None:
-        numbers = gipam.AddressSet()
-        numbers._bitmaps = {1: (1 << (1 << 16)) - 1, 2: (1 << (1 << 16)) - 1, 3: 7}
-        for probe, after in ((0, 0), ((1 << 16) - 1, (1 << 16) - 1), (1 << 16, (3 << 16) + 3),
-                             ((2 << 16) - 1, (3 << 16) + 3), ((3 << 16) + 2, (3 << 16) + 3)):
+        numbers, size = gipam.AddressSet(), gipam.AddressSet.MASK + 1
+        numbers._bitmaps = {1: (1 << size) - 1, 2: (1 << size) - 1, 3: 7}
+        for probe, after in ((0, 0), (size - 1, size - 1), (size, 3 * size + 3),
+                             (2 * size - 1, 3 * size + 3), (3 * size + 2, 3 * size + 3)):
             self.assertEqual(numbers.next_absent(probe), after)
 
     def test_what_is_empty_again_takes_no_room(self) -> None:
@@ -809,6 +810,22 @@ class StateTest(unittest.TestCase):
             with self.subTest(change=change):
                 self.assertRaises(ValueError, state.apply, change)
                 self.assertEqual(dump_state(state), before)
+
+    def test_a_lease_costs_little_memory_wherever_its_address_lies(self) -> None:
+        """The last address of each 64 Ki fills its bitmap to the end."""
+        for step, limit in ((1, 400), (1 << 16, 1000)):
+            state = make_state("10.2.0.0/16")
+            state.apply(grant("a", "fd00::/64"))
+            tracemalloc.start()
+            self.addCleanup(tracemalloc.stop)
+            for at in range(1, 5001):
+                offset = at * step + step - 1
+                address = gipam.format_address((0xfd << 120) + offset, 6)
+                state.apply(lease("a", address, f"web-{at}")._replace(
+                    mac=gipam.format_address(at, 6), granted_s=NOW_S + at))
+            with self.subTest(step=step):
+                self.assertLessEqual(tracemalloc.get_traced_memory()[0] / 5000, limit)
+            tracemalloc.stop()
 
     def test_the_same_changes_make_the_same_state(self) -> None:
         """Recovery applies what the journal holds: no clock and no chance counts."""
