@@ -54,6 +54,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -69,7 +70,7 @@ import sys
 import threading
 import time
 import zlib
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple, Union
 
 __version__ = "1.0.0"
 
@@ -178,6 +179,7 @@ class BusyError(GipamError):
 # === Model ========================================================================================
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+Range = Tuple[int, int]  # first and last address
 Json = Dict[str, Any]  # an object
 Undo = Callable[[], Any]
 
@@ -208,6 +210,11 @@ def parse_address(text: str, version: int) -> int:
 def format_address(number: int, version: int) -> str:
     """Return the bare address as text (RFC 5952)."""
     return socket.inet_ntop(SOCKET_FAMILY[version], number.to_bytes(BITS[version] // 8, "big"))
+
+
+def format_range(first: int, last: int, version: int) -> str:
+    """Return the prefix of these addresses as text."""
+    return f"{format_address(first, version)}/{BITS[version] - (last - first).bit_length()}"
 
 
 def make_pool_id(subnet: Network, sub_pool: Network | None, token: str) -> str:
@@ -423,10 +430,10 @@ class PrefixTree:
 class Obstacles:
     """Ranges that no block may touch, merged and sorted: routes and addresses of the host."""
 
-    def __init__(self, networks: Iterable[Network] = ()) -> None:
+    def __init__(self, ranges: Iterable[Range] = ()) -> None:
         self._firsts: list[int] = []
         self._lasts: list[int] = []
-        for first, last in sorted((int(network[0]), int(network[-1])) for network in networks):
+        for first, last in sorted(ranges):
             if self._lasts and first <= self._lasts[-1] + 1:
                 self._lasts[-1] = max(self._lasts[-1], last)
             else:
@@ -1676,12 +1683,13 @@ class Service:
     def status(self, has_leases: bool) -> Json:
         """Return what `status --json` shows, with the routes of the host inside the bases."""
         status = describe_state(self.state, has_leases)
-        routes = {version: list(read_obstacles(self._proc, version, family.bases))
+        routes = {version: read_obstacles(self._proc, version, family.bases)
                   for version, family in self.state.families.items() if family.bases}
         for base in status["bases"]:
             prefix = parse_prefix(base["prefix"])
-            base["routes"] = [str(route) for route in routes[prefix.version]
-                              if prefix.overlaps(route)]
+            low, high = int(prefix[0]), int(prefix[-1])
+            base["routes"] = [format_range(first, last, prefix.version)
+                              for first, last in routes[prefix.version] if low <= first <= high]
         return status
 
     def samples(self) -> Iterator[str]:
@@ -1768,42 +1776,47 @@ def recover(store: Store, document: Json | None, state: State) -> None:
             raise store.damage(place, f"contradicts what stands before it: {error}") from None
 
 
-def read_obstacles(proc: str, version: int, bases: list[Network]) -> Iterator[Network]:
-    """Yield the routes and addresses of this host that lie in a base, as the kernel has them now.
+def read_obstacles(proc: str, version: int, bases: list[Network]) -> list[Range]:
+    """Return the routes and addresses of this host that lie in a base, as the kernel has them now.
 
-    A route that contains a whole base is the routed prefix itself, or the default route.
+    A route that contains a whole base is the routed prefix itself, or the default route. Numbers
+    are compared, since there may be 20,000 routes.
     """
-    for network in read_host_prefixes(proc, version):
-        if any(network.prefixlen > base.prefixlen and base.overlaps(network) for base in bases):
-            yield network
+    limits = [(int(base[0]), int(base[-1]), base.prefixlen) for base in bases]
+    return [(first, first | (1 << BITS[version] - length) - 1)
+            for first, length in read_host_prefixes(proc, version)
+            for low, high, shortest in limits if low <= first <= high and length > shortest]
 
 
-def read_host_prefixes(proc: str, version: int) -> Iterator[Network]:
-    """Yield each route, and each own address at full length. Source: net/ipv4/fib_trie.c."""
+def read_host_prefixes(proc: str, version: int) -> Iterator[tuple[int, int]]:
+    """Yield (address, prefixlen) of each route of every table, and of each own address."""
     if version == 6:
         for row in read_rows(proc + "/ipv6_route"):
-            yield ipaddress.ip_network((bytes.fromhex(row[0]), int(row[1], 16)))
+            yield int(row[0], 16), int(row[1], 16)
         for row in read_rows(proc + "/if_inet6"):
-            yield ipaddress.ip_network((bytes.fromhex(row[0]), 128))
+            yield int(row[0], 16), 128
         return
-    for row in read_rows(proc + "/route")[1:]:
-        first, mask = (int.from_bytes(bytes.fromhex(row[at]), sys.byteorder) for at in (1, 7))
-        yield ipaddress.ip_network((first, bin(mask).count("1")))
-    address = ""
-    for row in read_rows(proc + "/fib_trie"):
-        if row[0] == "|--":
-            address = row[1]
-        elif row[1:] == ["host", "LOCAL"]:
-            yield ipaddress.ip_network(address + row[0])
+    address, is_merged = 0, False
+    for row in read_rows(proc + "/fib_trie"):  # Source: net/ipv4/fib_trie.c
+        if row[0] == b"|--":
+            address = int.from_bytes(socket.inet_aton(row[1].decode()), "big")
+        elif row[0][:1] == b"/" and row[2] != b"BROADCAST":
+            yield address, int(row[0][1:])
+            is_merged = is_merged or row[2] == b"LOCAL"
+        elif row == [b"Main:"]:
+            is_merged = False
+        elif row == [b"Local:"] and is_merged:
+            return  # the last table, which is Main once more as long as there are no own rules
 
 
-def read_rows(path: str) -> list[list[str]]:
-    """Return the words of each line; none if there is no such file (IPv6 is off)."""
-    try:
-        with open(path, encoding="ascii") as file:
-            return [line.split() for line in file]
-    except FileNotFoundError:
-        return []
+def read_rows(path: str) -> Iterator[list[bytes]]:
+    """Yield the words of each line; none if there is no such file (IPv6 is off).
+
+    Bytes, since an interface may be called anything, in any encoding.
+    """
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=1 << 16) as file:
+        for line in file:
+            yield line.split()
 
 
 # === Protocol =====================================================================================
@@ -3293,14 +3306,14 @@ def warn_of_bases(config: Config, path: str) -> None:
     """Log what about the bases will surprise: none, or an on-link route (protocol.md 3.3)."""
     if not config.v4 and not config.v6:
         log.warning("no base is configured (-v4, -v6): only networks with a --subnet can be made")
-    for row in read_rows(path)[1:]:
-        first, mask = (int.from_bytes(bytes.fromhex(row[at]), sys.byteorder) for at in (1, 7))
-        is_on_link = row[0] != "*" and not int(row[3], 16) & 2  # RTF_GATEWAY
+    for row in itertools.islice(read_rows(path), 1, None):
+        first, mask = (socket.ntohl(int(row[at], 16)) for at in (1, 7))
+        is_on_link = row[0] != b"*" and not int(row[3], 16) & 2  # RTF_GATEWAY
         for base in config.v4 if is_on_link and mask else ():
             if int(base[0]) & mask == first and bin(mask).count("1") <= base.prefixlen:
-                log.warning("the base %s is part of an on-link route of %s: Docker will refuse "
+                log.warning("the base %s is part of an on-link route of %r: Docker will refuse "
                             "every block of it; replace the route: ip route add blackhole %s",
-                            base, row[0], base)
+                            base, os.fsdecode(row[0]), base)
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:

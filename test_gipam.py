@@ -560,6 +560,11 @@ def random_prefix(rng: random.Random, world: gipam.Network, shortest: int = 0) -
                                 strict=False)
 
 
+def ranges(networks: Iterable[gipam.Network]) -> list[gipam.Range]:
+    """Return (first, last) of each."""
+    return [(int(network[0]), int(network[-1])) for network in networks]
+
+
 def numbers_of(networks: list[gipam.Network]) -> set[int]:
     """Return all addresses, listed."""
     return {int(network[0]) + at for network in networks for at in range(network.num_addresses)}
@@ -629,7 +634,7 @@ class ObstaclesTest(unittest.TestCase):
             rng = random.Random(seed)
             for world in WORLDS:
                 networks = [random_prefix(rng, world, 3) for _ in range(rng.randrange(12))]
-                obstacles, taken = gipam.Obstacles(networks), numbers_of(networks)
+                obstacles, taken = gipam.Obstacles(ranges(networks)), numbers_of(networks)
                 for _ in range(100):
                     probe = random_prefix(rng, world)
                     last = min(numbers_of([probe]) & taken, default=None)
@@ -677,7 +682,8 @@ def decide(state: gipam.State, request: Request, token: str) -> gipam.Change | N
     """Return the change that a request leads to, as Service has it. Raises: GipamError."""
     if request.verb == "request_pool":
         assert request.pool is not None
-        return gipam.decide_request_pool(state, request.pool, gipam.Obstacles(request.obstacles),
+        return gipam.decide_request_pool(state, request.pool,
+                                         gipam.Obstacles(ranges(request.obstacles)),
                                          NOW_S, token)
     if request.verb == "release_pool":
         return gipam.ReleasePool(request.pool_id)
@@ -947,7 +953,7 @@ class Alone:
                                     gipam.parse_prefix(sub_pool) if sub_pool else None, prefixlen,
                                     name)
         change = gipam.decide_request_pool(self.state, request,
-                                           gipam.Obstacles(prefixes(obstacles)), self.now_s,
+                                           gipam.Obstacles(ranges(prefixes(obstacles))), self.now_s,
                                            f"{self.state.seq:016x}")
         self.apply(change)
         return self.state.pools[change.pool_id]
@@ -3246,6 +3252,79 @@ class AdoptionTest(ServiceCase):
         self.assert_agreed()
 
 
+IN_NAMESPACE = """
+ip link set lo name b\u00fcro0 && ip link set b\u00fcro0 up &&
+ip addr add 10.2.9.1/24 dev b\u00fcro0 && ip addr add 2001:db8:0:105::1/64 dev b\u00fcro0 nodad &&
+ip route add blackhole 10.2.0.0/16 && ip route add 10.2.3.0/24 dev b\u00fcro0 table 220 && ip route add 10.2.8.0/24 dev b\u00fcro0 &&
+ip route add local 0.0.0.0/0 dev b\u00fcro0 table 100 && ip route add unreachable 10.2.4.0/26 &&
+ip -6 route add 2001:db8:0:103::/64 dev b\u00fcro0 table 51820 &&
+python3 -c 'for at in range(20000): print(f"route add blackhole 172.16.{at >> 8}.{at & 255}")' |
+ip -batch - && $1 && exec python3 -c '
+import gipam
+for version, base in (4, "10.2.0.0/16"), (6, "2001:db8:0:100::/56"):
+    for route in gipam.read_obstacles("/proc/self/net", version, [gipam.parse_prefix(base)]):
+        print(gipam.format_range(*route, version))
+gipam.warn_of_bases(gipam.argparse.Namespace(v4=[gipam.parse_prefix("10.2.8.0/25")], v6=[]),
+                    "/proc/self/net/route")'
+"""
+
+
+class HostRoutesTest(unittest.TestCase):
+    """Where containers would take addresses that this host or its networks have."""
+
+    def read(self, version: int, *bases: str, **files: str) -> list[str]:
+        with tempfile.TemporaryDirectory(prefix="gipam-") as directory:
+            for name, text in files.items():
+                with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
+                    file.write(text)
+            found = gipam.read_obstacles(directory, version, prefixes(" ".join(bases)))
+        return [gipam.format_range(*route, version) for route in found]
+
+    def test_ipv4_routes_of_every_table_and_own_addresses(self) -> None:
+        own = "127.0.0.0/8=LOCAL 10.2.9.1/32=LOCAL 10.2.9.255/32=BROADCAST"
+        for what, tables, expected in (
+                ("none", {}, ""),
+                ("default, the base itself, and what it lies in",
+                 {"Main": "0.0.0.0/0 10.0.0.0/8 10.2.0.0/16 10.2.0.0/16=BLACKHOLE"}, ""),
+                ("outside", {"Main": "10.1.255.0/24 10.3.0.0/24 192.0.2.7/32"}, ""),
+                ("a VPN", {"Id_220": "10.2.3.0/24", "Main": "0.0.0.0/0", "Local": own},
+                 "10.2.3.0/24 10.2.9.1/32"),
+                ("what is merged, once", {"Main": f"10.2.4.0/26 {own}", "Local": f"10.2.4.0/26 {own}"},
+                 "10.2.4.0/26 10.2.9.1/32"),
+                ("addresses of a VRF", {"Id_10": own, "Main": "10.2.4.0/26=UNREACHABLE",
+                                        "Local": "10.2.5.1/32=LOCAL"},
+                 "10.2.9.1/32 10.2.4.0/26 10.2.5.1/32")):
+            with self.subTest(what):
+                self.assertEqual(self.read(4, "10.2.0.0/16", fib_trie=fib_trie(**tables)),
+                                 expected.split())
+
+    def test_ipv6_routes_and_own_addresses(self) -> None:
+        def row(*words: str) -> str:
+            return " ".join(words) + "   b\u00fc \u3000ro0\n"
+
+        base, rest = "20010db800000100", "0" * 16
+        self.assertEqual(self.read(
+            6, "2001:db8:0:100::/56",
+            ipv6_route=row("0" * 32, "00") + row(base + rest, "38") + row("20010db800000103" + rest, "40"),
+            if_inet6=row("20010db8000001050000000000000001", "01", "40") + row("0" * 31 + "1", "01")),
+            ["2001:db8:0:103::/64", "2001:db8:0:105::1/128"])
+
+    def test_on_a_real_host(self) -> None:
+        """With a VPN in a table of its own, and an interface whose name is not ASCII."""
+        expected = ["10.2.3.0/24", "10.2.4.0/26", "10.2.8.0/24", "10.2.9.0/24", "10.2.9.1/32"]
+        for rule in (":", "ip rule add from 10.2.9.1 lookup 220"):  # after it Local is a table of its own
+            done = subprocess.run(["unshare", "-rn", "bash", "-ec", IN_NAMESPACE, "bash", rule], check=False,
+                                  cwd=os.path.dirname(GIPAM), env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+            if "unshare" in done.stderr or "ip: command not found" in done.stderr:
+                raise unittest.SkipTest(f"no network namespace: {done.stderr.strip()}")
+            with self.subTest(rule):
+                self.assertIn("10.2.8.0/25 is part of an on-link route of 'b\u00fcro0'", done.stderr)
+                self.assertEqual(sorted({route for route in done.stdout.split() if "." in route}), expected)
+                self.assertLessEqual({"2001:db8:0:103::/64", "2001:db8:0:105::/64", "2001:db8:0:105::1/128"},
+                                     set(done.stdout.split()))
+
+
 class Load:
     """Tenants on a daemon, each in a thread with a connection of its own."""
 
@@ -4110,16 +4189,23 @@ DYNAMIC_CASES = (  # bases, block, held, routes of the host; what comes ("": not
 )
 
 
+def fib_trie(**tables: str) -> str:
+    """Return /proc/net/fib_trie of these routes, each "PREFIX" or "PREFIX=TYPE"."""
+    lines = []
+    for name, routes in tables.items():
+        lines += [name.replace("_", " ") + ":", "  +-- 0.0.0.0/0 3 0 5"]
+        for prefix, _, kind in (route.partition("=") for route in routes.split()):
+            address, _, length = prefix.partition("/")
+            lines += [f"     |-- {address}", f"        /{length} link {kind or 'UNICAST'}"]
+    return "".join(line + "\n" for line in lines)
+
+
 class DynamicPoolTest(unittest.TestCase):
     def ask(self, bases: str, length: int, held: str, routes: str) -> str:
         """Return what a new gipam gives on a host with these routes, "" for nothing."""
         with tempfile.TemporaryDirectory(prefix="gipam-") as directory:
-            with open(os.path.join(directory, "route"), "w", encoding="ascii") as file:
-                file.write("Iface Destination Gateway Flags RefCnt Use Metric Mask MTU\n")
-                for network in map(gipam.parse_prefix, routes.split()):
-                    first, mask = (int.from_bytes(part.packed, sys.byteorder)
-                                   for part in (network.network_address, network.netmask))
-                    file.write(f"eth0 {first:08X} 00000000 0001 0 0 0 {mask:08X} 0\n")
+            with open(os.path.join(directory, "fib_trie"), "w", encoding="ascii") as file:
+                file.write(fib_trie(Main=routes))
             client = InMemory(os.path.join(directory, "leases.json"), proc=directory, v4=bases,
                               v4ab=str(length))
             for subnet in held.split():
@@ -7037,8 +7123,6 @@ class StatusTest(OperatedCase):
     """`gipam.py status`, for people and for programs."""
 
     NOW_S = 1_800_000_000
-    ROUTE = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\n" \
-            "tun0\t0003020A\t00000000\t0001\t0\t0\t0\t80FFFFFF\n"  # 10.2.3.0/25
     TEXT = """\
 2001:db8:0:100::/60  [##..................]  1 of 16 blocks of /64 held, 15 free
   #...............
@@ -7066,8 +7150,8 @@ SUBNET               RANGE          HELD  OF                    NAME            
 
     def fill(self) -> None:
         """Hold a bit of everything."""
-        with open(os.path.join(self.proc, "route"), "w", encoding="ascii") as file:
-            file.write(self.ROUTE)
+        with open(os.path.join(self.proc, "fib_trie"), "w", encoding="ascii") as file:
+            file.write(fib_trie(Main="10.2.3.0/25"))
         self.service.state.families[4] = gipam.make_state(self.config("-exclude", "10.2.1.0/24")[0]).families[4]
         ask = self.docker.make_network
         self.at(-3 * 3600, lambda: ask("web", "4", "6"))
