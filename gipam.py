@@ -212,6 +212,14 @@ def format_address(number: int, version: int) -> str:
     return socket.inet_ntop(SOCKET_FAMILY[version], number.to_bytes(BITS[version] // 8, "big"))
 
 
+def is_hint(subnet: Network) -> bool:
+    """Return whether it is 0.0.0.0/26, ::/72 or so: any block of this length, /0: of any.
+
+    Source: moby TestPredefinedPoolWithPreferredSubnetSize.
+    """
+    return not int(subnet[0])
+
+
 def format_range(first: int, last: int, version: int) -> str:
     """Return the prefix of these addresses as text."""
     return f"{format_address(first, version)}/{BITS[version] - (last - first).bit_length()}"
@@ -912,7 +920,7 @@ def decide_adoption(state: State, pool_id: str, now_s: int, token: str) -> Reque
         raise InvalidRequest(f"cannot find address pool for {pool_id!r}: no pool has this id", 404)
     subnet, sub_pool = parsed
     try:
-        check_subnet(state, subnet, sub_pool, now_s)
+        check_adoption(state, subnet, sub_pool, now_s)
     except GipamError as error:
         raise InvalidRequest(f"cannot find address pool for {pool_id!r}, nor adopt it: {error}",
                              404) from None
@@ -926,14 +934,14 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None,
     """Take over what Docker uses and the state does not hold; apply each change before the next.
 
     With seq, only if the pool still is the one granted as that change; 0: if there is none.
-    Raises: Forbidden, as check_subnet() and check_address().
+    Raises: InvalidRequest, Forbidden, as check_adoption() and check_address().
     """
     other = state.families[subnet.version].find_overlap(subnet)
     pool = other.pools.get(sub_pool) if other and other.network == subnet else None
     if seq is not None and seq != (pool.seq if pool else 0):
         raise Forbidden(f"pool {sub_pool or subnet} is not what it was as change {seq}: look again")
     if pool is None:
-        check_subnet(state, subnet, sub_pool, now_s)
+        check_adoption(state, subnet, sub_pool, now_s)
         change = grant(subnet, sub_pool, UNBOUND, now_s)
         yield change
         pool = state.pools[change.pool_id]
@@ -945,6 +953,13 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None,
                 or pool.subnet.held.next_absent(pool.low) > pool.high
         if not is_held:
             yield decide_request_address(pool, request, now_s)
+
+
+def check_adoption(state: State, subnet: Network, sub_pool: Network | None, now_s: int) -> None:
+    """Check that an explicit request would be granted. Raises: InvalidRequest, Forbidden."""
+    if is_hint(subnet):
+        raise InvalidRequest(f"invalid address pool: {subnet} means any block of this length")
+    check_subnet(state, subnet, sub_pool, now_s)
 
 
 def check_subnet(state: State, subnet: Network, sub_pool: Network | None, now_s: int) -> None:
@@ -998,7 +1013,7 @@ def check_prefixlen(family: Family, prefixlen: int) -> None:
     if not family.bases:
         raise Unavailable(f"no IPv{family.version} base to take a subnet from: start gipam with "
                           f"-v{family.version} PREFIX, or give the network a --subnet")
-    lowest, highest = min(base.prefixlen for base in family.bases), BITS[family.version] - 1
+    lowest, highest = min(base.prefixlen for base in family.bases), BITS[family.version]
     if not lowest <= prefixlen <= highest:
         raise InvalidRequest(f"invalid address pool: the IPv{family.version} bases have blocks of "
                              f"/{lowest} to /{highest}, not of /{prefixlen}")
@@ -1958,8 +1973,8 @@ def read_pool_request(fields: Fields) -> PoolRequest:
         raise InvalidRequest(f"invalid address pool: {subnet} with V6 {is_v6!r}")
     version = subnet.version if subnet else 6 if is_v6 else 4
     prefixlen = read_prefixlen(options, version)
-    if subnet and not int(subnet[0]):  # 0.0.0.0/26 or ::/72: any block of this length
-        prefixlen, subnet = subnet.prefixlen, None
+    if subnet and is_hint(subnet):
+        prefixlen, subnet = subnet.prefixlen or prefixlen, None
     if sub_pool and not subnet:
         raise InvalidRequest(
             f"invalid address subpool: {sub_pool} comes without the subnet it is in")

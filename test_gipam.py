@@ -1313,10 +1313,10 @@ class ErrorTextTest(unittest.TestCase):
         self.assert_refused(gipam.Unavailable, 503,
                             "no IPv6 base to take a subnet from: start gipam with -v6 PREFIX, "
                             "or give the network a --subnet", ask, v6=True)
-        for prefixlen in (15, 32):
+        for prefixlen in (15, 33):
             self.assert_refused(gipam.InvalidRequest, 400,
                                 "invalid address pool: the IPv4 bases have blocks of /16 to "
-                                f"/31, not of /{prefixlen}", ask, prefixlen=prefixlen)
+                                f"/32, not of /{prefixlen}", ask, prefixlen=prefixlen)
         for subnet, sub_pool in (("10.5.0.0/24", "10.6.0.0/25"), ("10.5.0.0/24", "10.4.0.0/15"),
                                  ("10.5.0.0/24", "2001:db8::/64"),
                                  ("2001:db8::/64", "2001:db8:1::/72")):
@@ -3231,6 +3231,9 @@ class AdoptionTest(ServiceCase):
             ("10.9.0.0/24", "", "nor adopt it: Pool overlaps"),
             ("10.9.0.0/24,10.9.0.0/28", "", "nor adopt it: Pool overlaps"),
             ("10.8.0.0/24,10.9.0.0/28", "", "nor adopt it: invalid address subpool"),
+            ("0.0.0.0/0", "", "nor adopt it: invalid address pool"),  # would block every dynamic pool
+            ("0.0.0.0/26,0.0.0.0/27", "", "nor adopt it: invalid address pool"),
+            ("::/0", "::1", "nor adopt it: invalid address pool"),
             ("10.8.0.1/24", "", "cannot find address pool"),
             ("web", "", "cannot find address pool"),
         ):
@@ -3806,10 +3809,15 @@ class ConformanceCases(StageCases):
         self.assertEqual([network.prefixlen for network in networks], [24, 24, 25, 72, 72, 26, 80])
         for one, other in itertools.combinations(networks, 2):
             self.assertFalse(one.version == other.version and one.overlaps(other), (one, other))
-        for hint in ("/24", "0.0.0.0/AB", "0.0.0.0/33", "0.0.0.0/0", "0.0.0.0/32", "0.0.0.0",
-                     "::/129", "::/0"):
+        for hint in ("/24", "0.0.0.0/AB", "0.0.0.0/33", "0.0.0.0/1", "0.0.0.0", "::/129", "::/1"):
             with self.subTest(hint=hint):
                 self.assert_refused("invalid address pool: ", self.caller.request_pool, hint)
+
+    def test_size_hints_of_no_length_and_of_one_address(self) -> None:
+        for hint, options, length in (("0.0.0.0/0", {}, 24), ("::/0", {}, 64), ("0.0.0.0/32", {}, 32),
+                                      ("::/128", {}, 128), ("0.0.0.0/0", {"gipam_v4ab": "27"}, 27)):
+            with self.subTest(hint=hint):
+                self.assertEqual(self.dynamic(hint, **options).partition("/")[2], str(length))
 
     def test_pools_of_both_families_are_released(self) -> None:
         """TestRemoveSubnet."""
@@ -4360,10 +4368,10 @@ class RefusalTextTest(StageCases, unittest.TestCase):
              {"SubPool": "10.8.0.0/25"}),
             (400, "invalid address pool: 10.8.0.0/24 with V6 True",
              {"Pool": "10.8.0.0/24", "V6": True}),
-            (400, "invalid address pool: the IPv4 bases have blocks of /16 to /31, not of /8",
+            (400, "invalid address pool: the IPv4 bases have blocks of /16 to /32, not of /8",
              {"Pool": "0.0.0.0/8"}),
-            (400, "invalid address pool: the IPv6 bases have blocks of /56 to /127, not of /128",
-             {"V6": True, "Options": {"gipam.v6ab": "128"}}),
+            (400, "invalid address pool: the IPv6 bases have blocks of /56 to /128, not of /129",
+             {"V6": True, "Options": {"gipam.v6ab": "129"}}),
             (400, f"unknown option 'gipam.v4': {known}", {"Options": {"gipam.v4": "24"}}),
             (400, f"unknown option 'gipam.': {known}",
              {"Pool": "10.8.0.0/24", "Options": {"gipam.": "", "x": "y"}}),
@@ -7013,6 +7021,13 @@ class ByHandTest(OperatedCase):
         self.assertEqual(self.call("Gipam.Adopt", **body), {"Adopted": 0, "Seq": seq})
         leases = {lease["address"]: lease["mac"] for lease in self.service.status(True)["pools"][0]["addresses"]}
         self.assertEqual((leases["10.2.0.2"], leases["10.2.0.3"]), (self.lease["mac"], "02:42:00:00:00:99"))
+
+    def test_what_reads_as_a_size_hint_is_not_adopted(self) -> None:
+        before = self.held()
+        for subnet in ("0.0.0.0/0", "0.0.0.0/26", "::/0"):
+            with self.subTest(subnet), self.assertRaisesRegex(Refused, "means any block of this length"):
+                self.call("Gipam.Adopt", Subnet=subnet, SubPool="", Leases=[], Seq=0)
+        self.assertEqual(self.held(), before)
 
     def test_adoption_is_conditional_on_the_pool_that_was_seen(self) -> None:
         lease = {"Address": "10.2.0.9", "Kind": "endpoint", "MAC": "", "Name": ""}
