@@ -203,7 +203,7 @@ def parse_address(text: str, version: int) -> int:
     """Return a bare address of the family as a number. Raises: ValueError."""
     try:
         return int.from_bytes(socket.inet_pton(SOCKET_FAMILY[version], text), "big")
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         raise ValueError(f"{text!r} is not a bare IPv{version} address") from None
 
 
@@ -695,9 +695,14 @@ class State:
 
 
 UNBOUND = "unbound"  # in place of the token, until Docker sends the id of a pool taken over
-STATE_KEYS = ("Seq", "V6Idx", "V4Idx", "Cursors", "Names", "Free", "Allocated")  # are checksummed
-POOL_KEYS = ("ID", "V", "Pool", "SubPool", "Name", "Granted", "Seq", "Idx", "Remembered", "Free",
-             "Allocated", "Leases")
+STATE_KEYS: dict[str, type] = {  # are checksummed
+    "Seq": int, "V6Idx": int, "V4Idx": int, "Cursors": dict, "Names": list, "Free": list,
+    "Allocated": list,
+}
+POOL_KEYS: dict[str, type] = {
+    "ID": str, "V": int, "Pool": str, "SubPool": str, "Name": str, "Granted": int, "Seq": int,
+    "Idx": int, "Remembered": dict, "Free": list, "Allocated": list, "Leases": list,
+}
 CONFIG_KEYS = ("V6Pool", "V6AllocateBlock", "V4Pool", "V4AllocateBlock", "Exclude")
 OTHER_NAMES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
 
@@ -762,29 +767,49 @@ def encode_list(values: list[Any]) -> Iterator[str]:
         yield ("," if start else "") + dumps(values[start:start + ENCODE_LEASES])[1:-1]
 
 
+def read_keys(document: Json, keys: Mapping[str, type], what: str) -> Json:
+    """Return the value of each key, an empty one for null. Raises: ValueError for a wrong type."""
+    values = {key: kind() if document.get(key) is None else document[key]
+              for key, kind in keys.items()}
+    for key, kind in keys.items():
+        if type(values[key]) is not kind:
+            raise ValueError(f"{key} of {what} is {values[key]!r:.80}, no {kind.__name__}")
+    return values
+
+
+def typed_rows(what: str, rows: Iterable[Any], *kinds: type) -> Iterator[Any]:
+    """Yield the rows, which are lists of values of these types. Raises: ValueError."""
+    for row in rows:
+        if not isinstance(row, (list, tuple)) or tuple(map(type, row)) != kinds:
+            names = ", ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{what} has {row!r:.80}, no list of {names}")
+        yield row
+
+
 def decode_snapshot(document: Json, state: State) -> None:
     """Fill the empty state from a lease file; the Go program's ones have no checksum.
 
-    Raises: ValueError for a wrong checksum or a contradiction; KeyError, TypeError for bad shapes.
+    Raises: ValueError for a wrong checksum, type or address, or a contradiction.
     """
     if "Checksum" in document:
         text = dumps({key: document[key] for key in STATE_KEYS})[1:-1]
         if document["Checksum"] != f"{zlib.crc32(text.encode()):08x}":
             raise ValueError("its checksum does not match what it holds from Seq on")
-    entries = document.get("Allocated") or []
+    values = read_keys(document, STATE_KEYS, "the state")
+    entries = values["Allocated"]
     entries.reverse()
     while entries:
         decode_pool(entries.pop(), state)  # whose memory serves the next
     for version, family in state.families.items():
-        if document.get(f"V{version}Idx"):
-            family.cursors[family.prefixlen] = int(document[f"V{version}Idx"])
-    for key, number in (document.get("Cursors") or {}).items():
+        if values[f"V{version}Idx"]:
+            family.cursors[family.prefixlen] = values[f"V{version}Idx"]
+    for key, number in typed_rows("Cursors", values["Cursors"].items(), str, int):
         version, _, prefixlen = key.partition("/")
-        state.families[int(version)].cursors[int(prefixlen)] = int(number)
-    for name, text, seq in document.get("Names") or []:
+        state.families[int(version)].cursors[int(prefixlen)] = number
+    for name, text, seq in typed_rows("Names", values["Names"], str, str, int):
         block = parse_prefix(text)
         state.families[block.version].remember(name, block, seq, [])
-    state.seq = int(document.get("Seq") or 0)
+    state.seq = values["Seq"]
 
 
 def compact_leases(entry: Json) -> Json:
@@ -799,16 +824,19 @@ def compact_leases(entry: Json) -> Json:
 
 def decode_pool(entry: Json, state: State) -> None:
     """Add a pool of a lease file, with its leases. Raises: as decode_snapshot()."""
-    pool_id, addresses = entry["ID"], entry.get("Allocated") or []
-    state.apply(RequestPool(pool_id, entry["Pool"], entry.get("SubPool") or "", "",
-                            entry.get("Granted") or 0, int(entry.get("Idx") or 0), -1))
+    what = f"pool {entry['ID']!r}"
+    values = read_keys(entry, POOL_KEYS, what)
+    pool_id, addresses = values["ID"], values["Allocated"]
+    state.apply(RequestPool(pool_id, values["Pool"], values["SubPool"], "", values["Granted"],
+                            values["Idx"], -1))
     pool = state.pools[pool_id]
-    pool.name, pool.seq = entry.get("Name") or "", int(entry.get("Seq") or 0)
-    leases = entry.get("Leases", [(ENDPOINT, "", "", 0, 0)] * len(addresses))
+    pool.name, pool.seq = values["Name"], values["Seq"]
+    unknown = [(ENDPOINT, "", "", 0, 0)] * len(addresses)  # as the Go program has them
+    leases = values["Leases"] if "Leases" in entry else unknown
     if len(leases) != len(addresses):
-        raise ValueError(f"pool {pool_id!r} has {len(addresses)} addresses, {len(leases)} leases")
+        raise ValueError(f"{what} has {len(addresses)} addresses, {len(leases)} leases")
     subnet, reserved = pool.subnet, pool.subnet.reserved
-    for address, lease in zip(addresses, leases):
+    for address, lease in zip(addresses, typed_rows(what, leases, str, str, str, int, int)):
         offset = pool.offset(address)
         if not 0 <= offset <= subnet.last_offset:
             raise ValueError(f"address {address} is outside {subnet.network}")
@@ -816,7 +844,8 @@ def decode_pool(entry: Json, state: State) -> None:
             raise ValueError(f"address {address} of {subnet.network} is held twice")
         subnet.held.add(offset)
         pool.leases[offset] = lease if isinstance(lease, Lease) else Lease(*lease)
-    for owner, (address, seq) in (entry.get("Remembered") or {}).items():
+    remembered = ((owner, *entry) for owner, entry in values["Remembered"].items())
+    for owner, address, seq in typed_rows(what, remembered, str, str, int):
         subnet.memory[owner] = (pool.offset(address), seq)
 
 

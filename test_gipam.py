@@ -7803,6 +7803,35 @@ class ConfigurationTest(CommandLineCase):
         self.assertEqual(self.run_config(),
                          (78, "", f"gipam: cannot read lease file {self.file}: Is a directory\n"))
 
+    def test_a_lease_file_with_wrong_types_is_refused_with_the_place(self) -> None:
+        """Without a checksum, as people and the Go program write it."""
+        lease = ["endpoint", "02:42:0a:02:00:02", "web1", NOW_S, 3]
+        pool = {"ID": "a", "V": 4, "Pool": "10.2.0.0/24", "Allocated": ["10.2.0.2"], "Leases": [lease]}
+        wrong: tuple[tuple[str, Any], ...] = (
+            ("Granted", "yesterday"), ("Granted", 1.5), ("Seq", float("inf")), ("Seq", "3"), ("Seq", True),
+            ("Idx", [1]), ("Idx", "4"), ("Idx", 1e400), ("ID", 7), ("ID", ["a"]), ("Pool", 10), ("SubPool", 5),
+            ("Name", ["web"]), ("Name", 0), ("Allocated", "10.2.0.2"), ("Allocated", [7]), ("Allocated", [None]),
+            ("Allocated", {"10.2.0.2": 1}), ("Leases", 5), ("Leases", "abcde"), ("Leases", [5]),
+            ("Leases", ["abcde"]), ("Leases", [[]]), ("Leases", [{}]), ("Leases", [None]), ("Free", 1),
+            ("Remembered", []), ("Remembered", {"web": 5}), ("Remembered", {"web": ["10.2.0.9", "x"]}),
+            ("Remembered", {"web": ["10.2.0.9"]}), ("Remembered", {"web": [9, 1]}), ("Remembered", {"web": "ab"}),
+            *(("Leases", [[*lease[:at], value, *lease[at + 1:]]])
+              for at in range(5) for value in (None, 1.5, [], {}, True, 7 if at < 3 else "7")))
+        of_state: tuple[tuple[str, Any], ...] = (
+            ("Seq", 1e400), ("Seq", "1"), ("V4Idx", [1]), ("V6Idx", 1.5), ("Cursors", [1]), ("Cursors", {"4/26": "x"}),
+            ("Cursors", {"4": 1}), ("Cursors", {"5/24": 1}), ("Names", {"web": 1}), ("Names", ["web"]), ("Free", {}),
+            ("Names", [["web", "10.2.0.0/24", "1"]]), ("Names", [["web", 7, 1]]), ("Names", [[None, "10.2.0.0/24", 1]]))
+        self.write({"Allocated": [pool]})
+        options = ("-file", self.file, "-socket", self.file + ".sock", "-address", "127.0.0.1:1")
+        self.assertEqual(run_main("status", *options).status, 0)
+        for document in (*({"Allocated": [{**pool, key: value}]} for key, value in wrong),
+                         *({key: value} for key, value in of_state), {"Allocated": [{"Pool": "10.2.0.0/24"}]}):
+            with self.subTest(document):
+                self.write(document)
+                outcome = run_main("status", *options)
+                self.assertEqual((outcome.status, outcome.out), (78, ""))
+                self.assertRegex(outcome.err, f"^gipam: {re.escape(self.file)} contradicts itself: [^\n]+\n$")
+
     def test_unknown_keys_of_the_lease_file_are_reported_and_dropped(self) -> None:
         self.write({"V4Pool": "10.2.0.0/16", "Colour": "red",
                     "Allocated": [{"ID": "a", "V": 4, "Pool": "10.2.0.0/24", "Mood": 1}]})
