@@ -241,6 +241,11 @@ def parse_pool_id(pool_id: str) -> tuple[Network, Network | None] | None:
     return None
 
 
+def printable(text: str) -> str:
+    """Return the text as it may be kept and shown: what cannot be printed escaped, and cut."""
+    return (text if text.isprintable() else repr(text)[1:-1])[:MAX_TEXT_CHARS]
+
+
 ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps() would make one each time: 2 us
 
 
@@ -1882,12 +1887,16 @@ class Reply(NamedTuple):
 class Fields(Dict[str, Any]):
     """The arguments of a call. A method that reads one raises InvalidRequest."""
 
-    def text(self, key: str, is_needed: bool = False) -> str:
-        """Return a string, "" where there is none."""
-        value = self.get(key, "")
+    def text(self, key: str, is_needed: bool = False, what: str = "") -> str:
+        """Return a string that may be kept and printed, "" where there is none."""
+        value, what = self.get(key, ""), what or key
         if not isinstance(value, str) or (is_needed and not value):
             more = " with something in it" if is_needed else ""
-            raise InvalidRequest(f"{key} is not a string{more}: {value!r}")
+            raise InvalidRequest(f"{what} is not a string{more}: {printable(repr(value))}")
+        if len(value) > MAX_TEXT_CHARS:
+            raise InvalidRequest(f"{what} is longer than {MAX_TEXT_CHARS} characters")
+        if not value.isprintable():
+            raise InvalidRequest(f"{what} has characters that cannot be printed: {value!r}")
         return value
 
     def pool_id(self) -> str:
@@ -1908,7 +1917,7 @@ class Fields(Dict[str, Any]):
         """Return the number of a change."""
         value = self.get("Seq")
         if not isinstance(value, int) or isinstance(value, bool):
-            raise InvalidRequest(f"Seq is not a number: {value!r}")
+            raise InvalidRequest(f"Seq is not a number: {printable(repr(value))}")
         return value
 
     def prefix(self, key: str) -> Network | None:
@@ -1920,18 +1929,14 @@ class Fields(Dict[str, Any]):
             raise InvalidRequest(f"invalid address {key.lower()}: {error}") from None
 
     def options(self) -> dict[str, str]:
-        """Return the map of options, {} where there is none."""
+        """Return the map of options, {} where there is none; those of others are left alone."""
         options = {} if self.get("Options") is None else self["Options"]
         if not isinstance(options, dict) \
                 or not all(isinstance(text, str) for text in options.values()):
-            raise InvalidRequest(f"Options is not a map of strings: {options!r}")
-        for key in (NAME_OPTION, ENDPOINT_NAME, ENDPOINT_MAC):
-            text = options.get(key, "")
-            if len(text) > MAX_TEXT_CHARS:
-                raise InvalidRequest(f"option {key} is longer than {MAX_TEXT_CHARS} characters")
-            if not text.isprintable():
-                raise InvalidRequest(
-                    f"option {key} has characters that cannot be printed: {text!r}")
+            raise InvalidRequest(f"Options is not a map of strings: {printable(repr(options))}")
+        for key in options:
+            if key.startswith("gipam.") or key in (ENDPOINT_NAME, ENDPOINT_MAC):
+                Fields(options).text(key, what=f"option {printable(key)}")
         return options
 
 
@@ -2015,7 +2020,8 @@ def read_prefixlen(options: dict[str, str], version: int) -> int | None:
     known = (NAME_OPTION, *LENGTH_OPTIONS.values())
     for key, text in options.items():
         if key.startswith("gipam.") and key not in known:
-            raise InvalidRequest(f"unknown option {key!r}: gipam has {', '.join(known)}")
+            raise InvalidRequest(f"unknown option {printable(repr(key))}: "
+                                 f"gipam has {', '.join(known)}")
         if key in known[1:] and not re.fullmatch("[0-9]{1,3}", text):
             raise InvalidRequest(f"option {key} is not a prefix length: {text!r}")
     text = options.get(LENGTH_OPTIONS[version], "")
@@ -2049,14 +2055,13 @@ def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
             or not all(isinstance(lease, dict) for lease in leases):
         raise InvalidRequest("Subnet or the list Leases is missing")
     keys = ("Address", "Kind", "MAC", "Name")
-    requests = [AddressRequest(*(Fields(lease).text(key)[:MAX_TEXT_CHARS] for key in keys))
-                for lease in leases]
+    requests = [AddressRequest(*(Fields(lease).text(key) for key in keys)) for lease in leases]
     for request in requests:
         if request.kind not in kinds:
             raise InvalidRequest(f"Kind is none of {', '.join(kinds)}: {request.kind!r}")
     done = service.adopt(subnet, sub_pool, requests, fields.seq())
     log.info("adopt subnet=%s sub_pool=%s leases=%s adopted=%d", subnet, sub_pool or "",
-             ",".join(request.address for request in requests), len(done))
+             printable(",".join(request.address for request in requests)), len(done))
     return {"Adopted": len(done), "Seq": done.stop - 1}, None
 
 
@@ -2640,7 +2645,8 @@ def claim_network(network: Json) -> Iterator[Claim]:
             continue  # it is shown, but was never asked for
         subnet, sub_pool = (str(parse_prefix(config[key], mask=True)) if config.get(key) else ""
                             for key in ("Subnet", "IPRange"))
-        claim = Claim(ipam.get("Driver"), network["Name"], network["Id"], subnet, sub_pool)
+        claim = Claim(ipam.get("Driver"), printable(network["Name"]), network["Id"], subnet,
+                      sub_pool)
         yield claim
         if config.get("Gateway"):
             yield claim._replace(address=normalise_address(config["Gateway"]), kind=GATEWAY)
@@ -2655,7 +2661,7 @@ def claim_container(container: Json, subnets: dict[str, list[Claim]]) -> Iterato
     """
     if container.get("State") not in ("running", "paused", "restarting"):
         return  # after a crash of dockerd, or a failed start, what it had is still shown
-    name = (container.get("Names") or ["/" + container["Id"][:12]])[0][1:]
+    name = printable((container.get("Names") or ["/" + container["Id"][:12]])[0][1:])
     for endpoint in ((container.get("NetworkSettings") or {}).get("Networks") or {}).values():
         pools = subnets.get(endpoint.get("NetworkID"))
         for keys in (("IPAddress", "IPPrefixLen", "Gateway"),
@@ -2674,7 +2680,7 @@ def claim_container(container: Json, subnets: dict[str, list[Claim]]) -> Iterato
                 yield home._replace(address=normalise_address(gateway), kind=GATEWAY,
                                     identity="gateway of " + home.identity)
             yield home._replace(address=normalise_address(address), kind=ENDPOINT, name=name,
-                                mac=endpoint.get("MacAddress") or "",
+                                mac=printable(endpoint.get("MacAddress") or ""),
                                 identity=endpoint.get("EndpointID") or container["Id"])
 
 

@@ -4461,6 +4461,34 @@ class RefusalTextTest(StageCases, unittest.TestCase):
             self.check("ReleasePool", 500, "internal error of gipam: see its log", PoolID="x")
         self.assertIn("nobody foresaw it", logged.output[0])
 
+    def test_text_that_cannot_be_kept_or_printed(self) -> None:
+        """Nothing of it reaches disk, log or status: no line is forged, no encoder fails."""
+        pool_id = self.pool("10.9.0.0/24")
+        before, lease = self.caller.state(), {"Address": "10.9.0.9", "Kind": "endpoint", "MAC": "", "Name": ""}
+        whole = {"PoolID": pool_id, "Subnet": "10.9.0.0/24", "SubPool": "", "Leases": [], "Seq": 1}
+        for text in ("\ud800", "a\ud83d", "a\nb", "\x1b[31m", "\x00", "\x7f", "\u2028", "\u202e", "x" * 256, "x" * 10**6):
+            for path, arguments in (
+                    *(("/IpamDriver.RequestPool", {key: text}) for key in ("AddressSpace", "Pool", "SubPool")),
+                    *(("/IpamDriver.RequestPool", {"Options": {key: text}})
+                      for key in (gipam.NAME_OPTION, *gipam.LENGTH_OPTIONS.values())),
+                    ("/IpamDriver.RequestPool", {"Options": {"gipam." + text: "1"}}),
+                    ("/IpamDriver.RequestPool", {"Options": [text]}), ("/IpamDriver.ReleasePool", {"PoolID": [text]}),
+                    *((f"/IpamDriver.{method}", {"PoolID": text, "Address": "10.9.0.9"})
+                      for method in ("ReleasePool", "RequestAddress", "ReleaseAddress")),
+                    *((f"/IpamDriver.{method}", {"PoolID": pool_id, "Address": text})
+                      for method in ("RequestAddress", "ReleaseAddress")),
+                    *(("/IpamDriver.RequestAddress", {"PoolID": pool_id, "Options": {key: text}})
+                      for key in (gipam.ENDPOINT_NAME, gipam.ENDPOINT_MAC)),
+                    *(("/Gipam.Release", {**whole, key: text}) for key in ("PoolID", "Address", "Seq")),
+                    *(("/Gipam.Adopt", {**whole, key: text}) for key in ("Subnet", "SubPool", "Leases", "Seq")),
+                    *(("/Gipam.Adopt", {**whole, "Leases": [{**lease, key: text}]}) for key in lease)):
+                with self.subTest(path, text=text[:9], keys=list(arguments)), self.assertLogs("gipam") as logged:
+                    status, reply = self.caller.post(path, json.dumps(arguments).encode())
+                    self.assertEqual((status, reply["Error"].isprintable()), (400, True), reply)
+                    self.assertLess(len(reply["Error"]), 1000)
+                    self.assertEqual([line.isprintable() and len(line) < 2000 for line in logged.output], [True])
+        self.assertEqual(self.caller.state(), before)
+
     def test_options_that_are_not_there(self) -> None:
         """TestDockerNetworkIPAMOptions: null from config-from; those of others are left alone."""
         others = {"com.example.x": "y", "gipam": "z"}
@@ -6466,6 +6494,18 @@ class ClaimsTest(OperatedCase):
                 done = self.run_gipam("check", DOCKER_HOST=host)
                 self.assertEqual((done.status, done.out), (2, ""))
                 self.assertRegex(done.err, f"^gipam: .*{re.escape(words)}.*\n$")
+
+
+    def test_names_that_cannot_be_printed_are_escaped(self) -> None:
+        self.docker.make_network("lan", "10.9.0.0/24")
+        self.docker.start("one", "lan")
+        self.docker.networks["lan"]["Name"] = "l\x1bn"
+        self.docker.containers["one"]["Names"] = ["/o\ud800e"]
+        self.docker.containers["one"]["NetworkSettings"]["Networks"]["lan"]["MacAddress"] = "\n" * 500
+        claims = gipam.find_claims(list(self.docker.networks.values()), list(self.docker.containers.values()),
+                                   "gipam")[0]
+        self.assertEqual({claim.network for claim in claims}, {r"l\x1bn"})
+        self.assertEqual({(claim.name, claim.mac) for claim in claims if claim.name}, {(r"o\ud800e", r"\n" * 127 + "\\")})
 
 
 class CheckTest(OperatedCase):
