@@ -212,6 +212,11 @@ def format_address(number: int, version: int) -> str:
     return socket.inet_ntop(SOCKET_FAMILY[version], number.to_bytes(BITS[version] // 8, "big"))
 
 
+def span(network: Network) -> Range:
+    """Return its first and last address as numbers."""
+    return int(network[0]), int(network[-1])
+
+
 def is_hint(subnet: Network) -> bool:
     """Return whether it is 0.0.0.0/26, ::/72 or so: any block of this length, /0: of any.
 
@@ -367,6 +372,25 @@ def put(mapping: dict[Any, Any], key: Any, value: Any, steps: list[Undo]) -> Non
         mapping[key] = value
 
 
+class Obstacles:
+    """Ranges that no block may touch, merged and sorted: exclusions, routes, the host's addresses."""
+
+    def __init__(self, ranges: Iterable[Range] = ()) -> None:
+        self._firsts: list[int] = []
+        self._lasts: list[int] = []
+        for first, last in sorted(ranges):
+            if self._lasts and first <= self._lasts[-1] + 1:
+                self._lasts[-1] = max(self._lasts[-1], last)
+            else:
+                self._firsts.append(first)
+                self._lasts.append(last)
+
+    def find_overlap(self, first: int, last: int) -> int | None:
+        """Return the last address of the first range that overlaps this one, None: none does."""
+        at = bisect.bisect_left(self._lasts, first)
+        return self._lasts[at] if at < len(self._lasts) and self._firsts[at] <= last else None
+
+
 class PrefixTree:
     """A multiset of prefixes ("covers") of one family, and what they leave free.
 
@@ -429,35 +453,22 @@ class PrefixTree:
             node = 2 * node if 2 * node in self._free else 2 * node + 1
         return self.network(node)
 
-    def find_free(self, prefixlen: int, low: int, node: int = 1) -> int | None:
+    def find_free(self, prefixlen: int, low: int, obstacles: Obstacles, node: int = 1) -> int | None:
         """Return the least free node of this length, from node low on, inside a node."""
         shift = prefixlen - node.bit_length() + 1
         if self.free(node)[0] > prefixlen or node + 1 << shift <= low:
             return None
-        if node not in self._free:
-            return max(node << shift, low)
-        left = self.find_free(prefixlen, low, 2 * node)
-        return self.find_free(prefixlen, low, 2 * node + 1) if left is None else left
-
-
-class Obstacles:
-    """Ranges that no block may touch, merged and sorted: routes and addresses of the host."""
-
-    def __init__(self, ranges: Iterable[Range] = ()) -> None:
-        self._firsts: list[int] = []
-        self._lasts: list[int] = []
-        for first, last in sorted(ranges):
-            if self._lasts and first <= self._lasts[-1] + 1:
-                self._lasts[-1] = max(self._lasts[-1], last)
-            else:
-                self._firsts.append(first)
-                self._lasts.append(last)
-
-    def find_overlap(self, network: Network) -> int | None:
-        """Return the last address of the first range that overlaps, None if there is none."""
-        at = bisect.bisect_left(self._lasts, int(network[0]))
-        is_hit = at < len(self._lasts) and self._firsts[at] <= int(network[-1])
-        return self._lasts[at] if is_hit else None
+        if node in self._free:
+            left = self.find_free(prefixlen, low, obstacles, 2 * node)
+            return left or self.find_free(prefixlen, low, obstacles, 2 * node + 1)
+        block, end, size = max(node << shift, low), node + 1 << shift, self.bits - prefixlen
+        while block < end:
+            first = (block ^ 1 << prefixlen) << size
+            last = obstacles.find_overlap(first, first | (1 << size) - 1)
+            if last is None:
+                return block
+            block = (1 << prefixlen | last >> size) + 1
+        return None
 
 
 class Memory(Dict[str, Any]):
@@ -534,12 +545,7 @@ class Family:
         self.version, self.bases, self.excluded = version, bases, excluded
         self.prefixlen = prefixlen  # of a block, where the network does not ask for another
         self.held = PrefixTree(BITS[version])  # subnets in use
-        self.usable = PrefixTree(BITS[version])  # all but exclusions
-        self.free = PrefixTree(BITS[version])  # nor subnets in use
-        self.fresh = PrefixTree(BITS[version])  # nor blocks kept for names
-        for network in excluded:
-            for tree in (self.usable, self.free, self.fresh):
-                tree.cover(network)
+        self.kept = PrefixTree(BITS[version])  # and blocks kept for names
         self.subnets: dict[Network, Subnet] = {}
         self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
         self.names = Memory()  # gipam.name -> Network
@@ -549,31 +555,29 @@ class Family:
         return sum(1 << prefixlen - base.prefixlen for base in self.bases
                    if base.prefixlen <= prefixlen)
 
-    def candidates(self, tree: PrefixTree, prefixlen: int,
-                   obstacles: Obstacles) -> Iterator[tuple[int, Network]]:
-        """Yield (number, block) for the free blocks, from the cursor on, once round the bases."""
-        cursor = self.cursors.get(prefixlen, 0) % max(self.blocks(prefixlen), 1)
-        number, ahead, behind = 0, [], []
-        for base in self.bases:
-            if base.prefixlen <= prefixlen:
+    def find_block(self, tree: PrefixTree, prefixlen: int,
+                   obstacles: Obstacles) -> tuple[Network, int] | None:
+        """Return (a free block, the number to try next): from the cursor on, round all bases."""
+        bases = [base for base in self.bases if base.prefixlen <= prefixlen]
+        total = self.blocks(prefixlen)
+        for start in (self.cursors.get(prefixlen, 0) % max(total, 1), 0):
+            number = 0  # of the base's first block
+            for base in bases:
                 count = 1 << prefixlen - base.prefixlen
-                low = tree.node(base) << prefixlen - base.prefixlen
-                middle = low + min(max(cursor - number, 0), count)
-                ahead.append((number - low, middle, low + count))
-                behind.append((number - low, low, middle))
+                first = tree.node(base) * count
+                found = tree.find_free(prefixlen, first + max(start - number, 0), obstacles)
+                if found and found < first + count:
+                    return tree.network(found), (number + found - first + 1) % total
                 number += count
-        for shift, start, end in ahead + behind:
-            node = start
-            while node < end:
-                found = tree.find_free(prefixlen, node)
-                if found is None or found >= end:
-                    break
-                block = tree.network(found)
-                obstacle = obstacles.find_overlap(block)
-                if obstacle is None:
-                    yield found + shift, block
-                    obstacle = int(block[-1])
-                node = (1 << prefixlen | obstacle >> tree.bits - prefixlen) + 1
+        return None
+
+    def count(self, base: Network) -> tuple[int, int, int]:
+        """Return how many addresses of a base are held, excluded, and neither."""
+        networks: Any = (network for network in self.excluded if base.overlaps(network))
+        excluded = list(ipaddress.collapse_addresses(networks))
+        shut = sum(network.num_addresses for network in excluded)
+        free = self.held.addresses(base) - sum(map(self.held.addresses, excluded))
+        return base.num_addresses - shut - free, shut, free
 
     def find_overlap(self, network: Network) -> Subnet | None:
         """Return a subnet in use that overlaps the prefix."""
@@ -581,21 +585,21 @@ class Family:
         return self.subnets[overlap] if overlap else None
 
     def is_block(self, network: Network) -> bool:
-        """Return whether the prefix lies in a base and is free."""
-        return self.free.find_overlap(network) is None and any(
+        """Return whether the prefix lies in a base and is not in use."""
+        return self.held.find_overlap(network) is None and any(
             base.prefixlen <= network.prefixlen and base.overlaps(network) for base in self.bases)
 
     def hold(self, subnet: Subnet, times: int, steps: list[Undo]) -> None:
         """Count the subnet as in use, or with times=-1 as free again."""
         put(self.subnets, subnet.network, subnet if times > 0 else None, steps)
-        for tree in (self.held, self.free, self.fresh):
+        for tree in (self.held, self.kept):
             self._cover(tree, subnet.network, times, steps)
 
     def remember(self, name: str, network: Network, seq: int, steps: list[Undo]) -> None:
         """Keep the block for the name: others get it only when nothing else is left."""
-        self._cover(self.fresh, network, 1, steps)
+        self._cover(self.kept, network, 1, steps)
         for forgotten in self.names.remember(name, network, seq, steps):
-            self._cover(self.fresh, forgotten, -1, steps)
+            self._cover(self.kept, forgotten, -1, steps)
 
     @staticmethod
     def _cover(tree: PrefixTree, network: Network, times: int, steps: list[Undo]) -> None:
@@ -857,16 +861,13 @@ def decode_pool(entry: Json, state: State) -> None:
 def describe_base(family: Family, base: Network) -> Json:
     """Return what `status --json` shows of a base."""
     size = 1 << BITS[family.version] - family.prefixlen
-    usable, free = family.usable.addresses(base), family.free.addresses(base)
-    names = {name: str(block) for name, (block, _) in family.names.copy().items()
-             if base.overlaps(block)}
+    used, excluded, _ = (-(-count // size) for count in family.count(base))
     return {
         "prefix": str(base), "family": family.version, "block_prefixlen": family.prefixlen,
-        "blocks": 1 << family.prefixlen - base.prefixlen,
-        "blocks_used": -((free - usable) // size),
-        "blocks_excluded": -((usable - base.num_addresses) // size),
+        "blocks": base.num_addresses // size, "blocks_used": used, "blocks_excluded": excluded,
         "excluded": [str(network) for network in family.excluded if base.overlaps(network)],
-        "remembered": names,
+        "remembered": {name: str(block) for name, (block, _) in family.names.copy().items()
+                       if base.overlaps(block)},
     }
 
 
@@ -924,12 +925,12 @@ class AddressRequest(NamedTuple):
     name: str
 
 
-def decide_request_pool(state: State, request: PoolRequest, obstacles: Obstacles, now_s: int,
+def decide_request_pool(state: State, request: PoolRequest, routes: list[Range], now_s: int,
                         token: str) -> RequestPool:
     """Decide which subnet a network gets. Raises: InvalidRequest, Forbidden, Unavailable."""
     subnet, sub_pool, next_block = request.subnet, request.sub_pool, -1
     if subnet is None:
-        subnet, next_block = choose_block(state.families[request.version], request, obstacles)
+        subnet, next_block = choose_block(state.families[request.version], request, routes)
     else:
         check_subnet(state, subnet, sub_pool, now_s)
     return grant(subnet, sub_pool, token, now_s)._replace(name=request.name, next_block=next_block)
@@ -1023,7 +1024,8 @@ def format_age(age_s: int) -> str:
     return f"{max(age_s, 0)}s"
 
 
-def choose_block(family: Family, request: PoolRequest, obstacles: Obstacles) -> tuple[Network, int]:
+def choose_block(family: Family, request: PoolRequest,
+                 routes: list[Range]) -> tuple[Network, int]:
     """Return a free block, and the number of the block to try next (-1: as it was).
 
     First the block that the name had; then next-fit among those that no name had; then among all
@@ -1031,15 +1033,22 @@ def choose_block(family: Family, request: PoolRequest, obstacles: Obstacles) -> 
     """
     prefixlen = family.prefixlen if request.prefixlen is None else request.prefixlen
     check_prefixlen(family, prefixlen)
+    obstacles = Obstacles([*routes, *map(span, family.excluded)])
     kept = family.names[request.name][0] if request.name in family.names else None
     if kept and kept.prefixlen == prefixlen and family.is_block(kept) \
-            and obstacles.find_overlap(kept) is None:
+            and obstacles.find_overlap(*span(kept)) is None:
         return kept, -1
-    for tree in (family.fresh, family.free):
-        for number, block in family.candidates(tree, prefixlen, obstacles):
-            return block, (number + 1) % family.blocks(prefixlen)
-    raise Unavailable("all predefined address pools have been fully subnetted: "
-                      + describe_blocks(family, prefixlen))
+    for tree in (family.kept, family.held):
+        found = family.find_block(tree, prefixlen, obstacles)
+        if found:
+            return found
+    total, size = family.blocks(prefixlen), 1 << BITS[family.version] - prefixlen
+    bases = [base for base in family.bases if base.prefixlen <= prefixlen]
+    held, excluded, free = (sum(counts) / size for counts in zip(*map(family.count, bases)))
+    raise Unavailable(f"all predefined address pools have been fully subnetted: of {total} blocks "
+                      f"of /{prefixlen} in {', '.join(map(str, bases))}, {held:.12g} are held, "
+                      f"{excluded:.12g} excluded, and {free:.12g} overlap routes or addresses of "
+                      "this host or lie in smaller pieces")
 
 
 def check_prefixlen(family: Family, prefixlen: int) -> None:
@@ -1051,16 +1060,6 @@ def check_prefixlen(family: Family, prefixlen: int) -> None:
     if not lowest <= prefixlen <= highest:
         raise InvalidRequest(f"invalid address pool: the IPv{family.version} bases have blocks of "
                              f"/{lowest} to /{highest}, not of /{prefixlen}")
-
-
-def describe_blocks(family: Family, prefixlen: int) -> str:
-    """Say in numbers where the blocks of this length have gone."""
-    total, size = family.blocks(prefixlen), 1 << BITS[family.version] - prefixlen
-    bases = [base for base in family.bases if base.prefixlen <= prefixlen]
-    usable, free = (sum(map(tree.addresses, bases)) / size for tree in (family.usable, family.free))
-    return (f"of {total} blocks of /{prefixlen} in {', '.join(map(str, bases))}, "
-            f"{usable - free:.12g} are held, {total - usable:.12g} excluded, and {free:.12g} "
-            "overlap routes or addresses of this host or lie in smaller pieces")
 
 
 def decide_request_address(pool: Pool, request: AddressRequest, now_s: int) -> RequestAddress:
@@ -1648,13 +1647,13 @@ class Service:
 
     def request_pool(self, request: PoolRequest) -> Ticket:
         """Grant a subnet. Durable: on return. Raises: as decide_request_pool(); StoreError."""
-        obstacles = Obstacles()
+        routes: list[Range] = []
         if request.subnet is None:  # read now, never cached: a VPN may have come up
             bases = self.state.families[request.version].bases
-            obstacles = Obstacles(read_obstacles(self._proc, request.version, bases))
+            routes = read_obstacles(self._proc, request.version, bases)
         now_s, token = int(time.time()), secrets.token_hex(8)
         return self.flusher.commit(functools.partial(decide_request_pool, self.state, request,
-                                                     obstacles, now_s, token))
+                                                     routes, now_s, token))
 
     def release_pool(self, pool_id: str) -> Ticket:
         """Release a pool with its leases; an unknown one is gone already. Durable: on return."""
@@ -1736,7 +1735,7 @@ class Service:
                   for version, family in self.state.families.items() if family.bases}
         for base in status["bases"]:
             prefix = parse_prefix(base["prefix"])
-            low, high = int(prefix[0]), int(prefix[-1])
+            low, high = span(prefix)
             base["routes"] = [format_range(first, last, prefix.version)
                               for first, last in routes[prefix.version] if low <= first <= high]
         return status
@@ -1831,7 +1830,7 @@ def read_obstacles(proc: str, version: int, bases: list[Network]) -> list[Range]
     A route that contains a whole base is the routed prefix itself, or the default route. Numbers
     are compared, since there may be 20,000 routes.
     """
-    limits = [(int(base[0]), int(base[-1]), base.prefixlen) for base in bases]
+    limits = [(*span(base), base.prefixlen) for base in bases]
     return [(first, first | (1 << BITS[version] - length) - 1)
             for first, length in read_host_prefixes(proc, version)
             for low, high, shortest in limits if low <= first <= high and length > shortest]

@@ -397,7 +397,7 @@ def dump_pool(pool: gipam.Pool) -> Any:
 
 def dump_family(family: gipam.Family) -> Any:
     trees = [(dict(tree._covers), dict(tree._free))
-             for tree in (family.held, family.usable, family.free, family.fresh)]
+             for tree in (family.held, family.kept)]
     subnets = {network: (dict(subnet.held._bitmaps), dict(subnet.memory),
                          {sub_pool: pool.pool_id for sub_pool, pool in subnet.pools.items()})
                for network, subnet in family.subnets.items()}
@@ -611,8 +611,12 @@ class PrefixTreeTest(unittest.TestCase):
                 if taken.isdisjoint(range(int(block[0]), int(block[-1]) + 1))]
         low = tree.node(random_prefix(rng, world)) >> (world.max_prefixlen - length)
         low |= 1 << length
-        self.assertEqual(tree.find_free(length, low, tree.node(world)),
-                         min((node for node in free if node >= low), default=None))
+        obstacle = random_prefix(rng, world, 3)
+        passed = numbers_of([obstacle])
+        for obstacles, around in ((gipam.Obstacles(), set()), (gipam.Obstacles(ranges([obstacle])), passed)):
+            self.assertEqual(tree.find_free(length, low, obstacles, tree.node(world)),
+                             min((node for node in free if node >= low
+                                  and around.isdisjoint(numbers_of([tree.network(node)]))), default=None))
         shortest, count = tree.free(tree.node(world))
         self.assertEqual(count, world.num_addresses - len(taken))
         self.assertEqual(shortest <= length, bool(free))
@@ -625,7 +629,8 @@ class PrefixTreeTest(unittest.TestCase):
             tree.cover(whole)
             self.assertEqual(tree.find_overlap(WORLDS[0] if whole.version == 4 else WORLDS[1]),
                              whole)
-            self.assertEqual((tree.free(1)[1], tree.find_free(whole.max_prefixlen, 0)), (0, None))
+            self.assertEqual((tree.free(1)[1], tree.find_free(whole.max_prefixlen, 0, gipam.Obstacles())),
+                             (0, None))
 
 
 class ObstaclesTest(unittest.TestCase):
@@ -641,7 +646,7 @@ class ObstaclesTest(unittest.TestCase):
                     while last is not None and last + 1 in taken:
                         last += 1
                     with self.subTest(GIPAM_TEST_SEED=seed, probe=probe):
-                        self.assertEqual(obstacles.find_overlap(probe), last)
+                        self.assertEqual(obstacles.find_overlap(*ranges([probe])[0]), last)
 
 
 class MemoryTest(unittest.TestCase):
@@ -682,8 +687,7 @@ def decide(state: gipam.State, request: Request, token: str) -> gipam.Change | N
     """Return the change that a request leads to, as Service has it. Raises: GipamError."""
     if request.verb == "request_pool":
         assert request.pool is not None
-        return gipam.decide_request_pool(state, request.pool,
-                                         gipam.Obstacles(ranges(request.obstacles)),
+        return gipam.decide_request_pool(state, request.pool, ranges(request.obstacles),
                                          NOW_S, token)
     if request.verb == "release_pool":
         return gipam.ReleasePool(request.pool_id)
@@ -953,7 +957,7 @@ class Alone:
                                     gipam.parse_prefix(sub_pool) if sub_pool else None, prefixlen,
                                     name)
         change = gipam.decide_request_pool(self.state, request,
-                                           gipam.Obstacles(ranges(prefixes(obstacles))), self.now_s,
+                                           ranges(prefixes(obstacles)), self.now_s,
                                            f"{self.state.seq:016x}")
         self.apply(change)
         return self.state.pools[change.pool_id]
@@ -1467,7 +1471,7 @@ class Naive:
         prefixlen, none = request.prefixlen or family.prefixlen, WORLDS[0]
         if not family.bases:
             return f"no IPv{version} base", none
-        if not min(base.prefixlen for base in family.bases) <= prefixlen < {4: 32, 6: 128}[version]:
+        if not min(base.prefixlen for base in family.bases) <= prefixlen <= {4: 32, 6: 128}[version]:
             return "invalid address pool: ", none
         blocks = [block for base in family.bases if base.prefixlen <= prefixlen
                   for block in base.subnets(new_prefix=prefixlen)]
