@@ -373,17 +373,12 @@ def put(mapping: dict[Any, Any], key: Any, value: Any, steps: list[Undo]) -> Non
 
 
 class Obstacles:
-    """Ranges that no block may touch, merged and sorted: exclusions, routes, the host's addresses."""
+    """Ranges that no block may touch: exclusions, routes of the host, its addresses."""
 
-    def __init__(self, ranges: Iterable[Range] = ()) -> None:
-        self._firsts: list[int] = []
-        self._lasts: list[int] = []
-        for first, last in sorted(ranges):
-            if self._lasts and first <= self._lasts[-1] + 1:
-                self._lasts[-1] = max(self._lasts[-1], last)
-            else:
-                self._firsts.append(first)
-                self._lasts.append(last)
+    def __init__(self, ranges: Iterable[Range]) -> None:
+        in_order = sorted(ranges)
+        self._firsts = [first for first, _ in in_order]
+        self._lasts = list(itertools.accumulate((last for _, last in in_order), max))
 
     def find_overlap(self, first: int, last: int) -> int | None:
         """Return the last address of the first range that overlaps this one, None: none does."""
@@ -550,24 +545,20 @@ class Family:
         self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
         self.names = Memory()  # gipam.name -> Network
 
-    def blocks(self, prefixlen: int) -> int:
-        """Return how many blocks of this length the bases have, free or not."""
-        return sum(1 << prefixlen - base.prefixlen for base in self.bases
-                   if base.prefixlen <= prefixlen)
-
-    def find_block(self, tree: PrefixTree, prefixlen: int,
+    def find_block(self, tree: PrefixTree, bases: list[Network], prefixlen: int,
                    obstacles: Obstacles) -> tuple[Network, int] | None:
-        """Return (a free block, the number to try next): from the cursor on, round all bases."""
-        bases = [base for base in self.bases if base.prefixlen <= prefixlen]
-        total = self.blocks(prefixlen)
-        for start in (self.cursors.get(prefixlen, 0) % max(total, 1), 0):
-            number = 0  # of the base's first block
-            for base in bases:
-                count = 1 << prefixlen - base.prefixlen
+        """Return (a free block, the number to try next): from the cursor on, once round the bases.
+
+        Blocks are numbered over those bases that have any of this length.
+        """
+        counts = [1 << prefixlen - base.prefixlen for base in bases]
+        for start in (self.cursors.get(prefixlen, 0) % sum(counts), 0):
+            number = 0
+            for base, count in zip(bases, counts):
                 first = tree.node(base) * count
                 found = tree.find_free(prefixlen, first + max(start - number, 0), obstacles)
                 if found and found < first + count:
-                    return tree.network(found), (number + found - first + 1) % total
+                    return tree.network(found), (number + found - first + 1) % sum(counts)
                 number += count
         return None
 
@@ -1032,27 +1023,27 @@ def choose_block(family: Family, request: PoolRequest,
     that are free. Raises: InvalidRequest for an impossible length, Unavailable.
     """
     prefixlen = family.prefixlen if request.prefixlen is None else request.prefixlen
-    check_prefixlen(family, prefixlen)
+    bases = choose_bases(family, prefixlen)
     obstacles = Obstacles([*routes, *map(span, family.excluded)])
     kept = family.names[request.name][0] if request.name in family.names else None
     if kept and kept.prefixlen == prefixlen and family.is_block(kept) \
             and obstacles.find_overlap(*span(kept)) is None:
         return kept, -1
     for tree in (family.kept, family.held):
-        found = family.find_block(tree, prefixlen, obstacles)
+        found = family.find_block(tree, bases, prefixlen, obstacles)
         if found:
             return found
-    total, size = family.blocks(prefixlen), 1 << BITS[family.version] - prefixlen
-    bases = [base for base in family.bases if base.prefixlen <= prefixlen]
+    size = 1 << BITS[family.version] - prefixlen
     held, excluded, free = (sum(counts) / size for counts in zip(*map(family.count, bases)))
+    total = sum(base.num_addresses for base in bases) // size
     raise Unavailable(f"all predefined address pools have been fully subnetted: of {total} blocks "
                       f"of /{prefixlen} in {', '.join(map(str, bases))}, {held:.12g} are held, "
                       f"{excluded:.12g} excluded, and {free:.12g} overlap routes or addresses of "
                       "this host or lie in smaller pieces")
 
 
-def check_prefixlen(family: Family, prefixlen: int) -> None:
-    """Check that the bases have blocks of this length. Raises: InvalidRequest, Unavailable."""
+def choose_bases(family: Family, prefixlen: int) -> list[Network]:
+    """Return the bases that have blocks of this length. Raises: InvalidRequest, Unavailable."""
     if not family.bases:
         raise Unavailable(f"no IPv{family.version} base to take a subnet from: start gipam with "
                           f"-v{family.version} PREFIX, or give the network a --subnet")
@@ -1060,6 +1051,7 @@ def check_prefixlen(family: Family, prefixlen: int) -> None:
     if not lowest <= prefixlen <= highest:
         raise InvalidRequest(f"invalid address pool: the IPv{family.version} bases have blocks of "
                              f"/{lowest} to /{highest}, not of /{prefixlen}")
+    return [base for base in family.bases if base.prefixlen <= prefixlen]
 
 
 def decide_request_address(pool: Pool, request: AddressRequest, now_s: int) -> RequestAddress:
