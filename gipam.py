@@ -214,7 +214,7 @@ def format_address(number: int, version: int) -> str:
 
 def span(network: Network) -> Range:
     """Return its first and last address as numbers."""
-    return int(network[0]), int(network[-1])
+    return int(network.network_address), int(network.broadcast_address)
 
 
 def is_hint(subnet: Network) -> bool:
@@ -448,7 +448,8 @@ class PrefixTree:
             node = 2 * node if 2 * node in self._free else 2 * node + 1
         return self.network(node)
 
-    def find_free(self, prefixlen: int, low: int, obstacles: Obstacles, node: int = 1) -> int | None:
+    def find_free(self, prefixlen: int, low: int, obstacles: Obstacles,
+                  node: int = 1) -> int | None:
         """Return the least free node of this length, from node low on, inside a node."""
         shift = prefixlen - node.bit_length() + 1
         if self.free(node)[0] > prefixlen or node + 1 << shift <= low:
@@ -469,15 +470,12 @@ class PrefixTree:
 class Memory(Dict[str, Any]):
     """Who had what last: key -> (value, seq). At its limit it forgets the older half."""
 
-    def remember(self, key: str, value: Any, seq: int, steps: list[Undo]) -> list[Any]:
-        """Remember the value; return those that are forgotten for it."""
-        forgotten = [self[key][0]] if key in self else []
+    def remember(self, key: str, value: Any, seq: int, steps: list[Undo]) -> None:
+        """Remember the value, and forget old ones for it."""
         put(self, key, (value, seq), steps)
         if len(self) > MAX_REMEMBERED:
             for old in sorted(self, key=lambda name: self[name][1])[:MAX_REMEMBERED // 2]:
-                forgotten.append(self[old][0])
                 put(self, old, None, steps)
-        return forgotten
 
 
 class Subnet:
@@ -540,12 +538,11 @@ class Family:
         self.version, self.bases, self.excluded = version, bases, excluded
         self.prefixlen = prefixlen  # of a block, where the network does not ask for another
         self.held = PrefixTree(BITS[version])  # subnets in use
-        self.kept = PrefixTree(BITS[version])  # and blocks kept for names
         self.subnets: dict[Network, Subnet] = {}
         self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
         self.names = Memory()  # gipam.name -> Network
 
-    def find_block(self, tree: PrefixTree, bases: list[Network], prefixlen: int,
+    def find_block(self, bases: list[Network], prefixlen: int,
                    obstacles: Obstacles) -> tuple[Network, int] | None:
         """Return (a free block, the number to try next): from the cursor on, once round the bases.
 
@@ -555,10 +552,10 @@ class Family:
         for start in (self.cursors.get(prefixlen, 0) % sum(counts), 0):
             number = 0
             for base, count in zip(bases, counts):
-                first = tree.node(base) * count
-                found = tree.find_free(prefixlen, first + max(start - number, 0), obstacles)
+                first = self.held.node(base) * count
+                found = self.held.find_free(prefixlen, first + max(start - number, 0), obstacles)
                 if found and found < first + count:
-                    return tree.network(found), (number + found - first + 1) % sum(counts)
+                    return self.held.network(found), (number + found - first + 1) % sum(counts)
                 number += count
         return None
 
@@ -583,19 +580,8 @@ class Family:
     def hold(self, subnet: Subnet, times: int, steps: list[Undo]) -> None:
         """Count the subnet as in use, or with times=-1 as free again."""
         put(self.subnets, subnet.network, subnet if times > 0 else None, steps)
-        for tree in (self.held, self.kept):
-            self._cover(tree, subnet.network, times, steps)
-
-    def remember(self, name: str, network: Network, seq: int, steps: list[Undo]) -> None:
-        """Keep the block for the name: others get it only when nothing else is left."""
-        self._cover(self.kept, network, 1, steps)
-        for forgotten in self.names.remember(name, network, seq, steps):
-            self._cover(self.kept, forgotten, -1, steps)
-
-    @staticmethod
-    def _cover(tree: PrefixTree, network: Network, times: int, steps: list[Undo]) -> None:
-        tree.cover(network, times)
-        steps.append(lambda: tree.cover(network, -times))
+        self.held.cover(subnet.network, times)
+        steps.append(lambda: self.held.cover(subnet.network, -times))
 
 
 class State:
@@ -641,7 +627,7 @@ class State:
         if change.next_block >= 0:
             put(family.cursors, network.prefixlen, change.next_block, steps)
         if pool.name:
-            family.remember(pool.name, network, pool.seq, steps)
+            family.names.remember(pool.name, network, pool.seq, steps)
 
     def _release_pool(self, change: ReleasePool, steps: list[Undo]) -> None:
         pool = self._pool(change.pool_id)
@@ -808,7 +794,7 @@ def decode_snapshot(document: Json, state: State) -> None:
         state.families[int(version)].cursors[int(prefixlen)] = number
     for name, text, seq in typed_rows("Names", values["Names"], str, str, int):
         block = parse_prefix(text)
-        state.families[block.version].remember(name, block, seq, [])
+        state.families[block.version].names.remember(name, block, seq, [])
     state.seq = values["Seq"]
 
 
@@ -1024,13 +1010,14 @@ def choose_block(family: Family, request: PoolRequest,
     """
     prefixlen = family.prefixlen if request.prefixlen is None else request.prefixlen
     bases = choose_bases(family, prefixlen)
-    obstacles = Obstacles([*routes, *map(span, family.excluded)])
+    shut = [*routes, *map(span, family.excluded)]
+    names = [span(block) for block, _ in family.names.values()]
     kept = family.names[request.name][0] if request.name in family.names else None
     if kept and kept.prefixlen == prefixlen and family.is_block(kept) \
-            and obstacles.find_overlap(*span(kept)) is None:
+            and Obstacles(shut).find_overlap(*span(kept)) is None:
         return kept, -1
-    for tree in (family.kept, family.held):
-        found = family.find_block(tree, bases, prefixlen, obstacles)
+    for ranges in ([*shut, *names], shut):
+        found = family.find_block(bases, prefixlen, Obstacles(ranges))
         if found:
             return found
     size = 1 << BITS[family.version] - prefixlen
