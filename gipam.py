@@ -218,16 +218,8 @@ def span(network: Network) -> Range:
 
 
 def is_hint(subnet: Network) -> bool:
-    """Return whether it is 0.0.0.0/26, ::/72 or so: any block of this length, /0: of any.
-
-    Source: moby TestPredefinedPoolWithPreferredSubnetSize.
-    """
+    """Return whether it only asks for a length, as 0.0.0.0/26 and ::/72, or not even that: /0."""
     return not int(subnet[0])
-
-
-def format_range(first: int, last: int, version: int) -> str:
-    """Return the prefix of these addresses as text."""
-    return f"{format_address(first, version)}/{BITS[version] - (last - first).bit_length()}"
 
 
 def make_pool_id(subnet: Network, sub_pool: Network | None, token: str) -> str:
@@ -755,9 +747,9 @@ def encode_list(values: list[Any]) -> Iterator[str]:
 
 def read_keys(document: Json, keys: Mapping[str, type], what: str) -> Json:
     """Return the value of each key, an empty one for null. Raises: ValueError for a wrong type."""
-    values = {key: kind() if document.get(key) is None else document[key]
-              for key, kind in keys.items()}
+    values = {}
     for key, kind in keys.items():
+        values[key] = kind() if document.get(key) is None else document[key]
         if type(values[key]) is not kind:
             raise ValueError(f"{key} of {what} is {values[key]!r:.80}, no {kind.__name__}")
     return values
@@ -810,7 +802,7 @@ def compact_leases(entry: Json) -> Json:
 
 def decode_pool(entry: Json, state: State) -> None:
     """Add a pool of a lease file, with its leases. Raises: as decode_snapshot()."""
-    what = f"pool {entry['ID']!r}"
+    what = f"pool {entry['ID']!r:.80}"
     values = read_keys(entry, POOL_KEYS, what)
     pool_id, addresses = values["ID"], values["Allocated"]
     state.apply(RequestPool(pool_id, values["Pool"], values["SubPool"], "", values["Granted"],
@@ -1713,10 +1705,10 @@ class Service:
         routes = {version: read_obstacles(self._proc, version, family.bases)
                   for version, family in self.state.families.items() if family.bases}
         for base in status["bases"]:
-            prefix = parse_prefix(base["prefix"])
-            low, high = span(prefix)
-            base["routes"] = [format_range(first, last, prefix.version)
-                              for first, last in routes[prefix.version] if low <= first <= high]
+            version, (low, high) = base["family"], span(parse_prefix(base["prefix"]))
+            base["routes"] = [f"{format_address(first, version)}/"
+                              f"{BITS[version] - (last - first).bit_length()}"
+                              for first, last in routes[version] if low <= first <= high]
         return status
 
     def samples(self) -> Iterator[str]:

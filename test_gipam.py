@@ -3270,10 +3270,16 @@ ip -batch - && $1 && exec python3 -c '
 import gipam
 for version, base in (4, "10.2.0.0/16"), (6, "2001:db8:0:100::/56"):
     for route in gipam.read_obstacles("/proc/self/net", version, [gipam.parse_prefix(base)]):
-        print(gipam.format_range(*route, version))
+        print(*route, version)
 gipam.warn_of_bases(gipam.argparse.Namespace(v4=[gipam.parse_prefix("10.2.8.0/25")], v6=[]),
                     "/proc/self/net/route")'
 """
+
+
+def prefix_texts(routes: Iterable[tuple[int, int, int]]) -> list[str]:
+    """Return the prefixes of (first, last, version)."""
+    return [f"{gipam.format_address(first, version)}/{gipam.BITS[version] - (last - first).bit_length()}"
+            for first, last, version in routes]
 
 
 class HostRoutesTest(unittest.TestCase):
@@ -3285,7 +3291,7 @@ class HostRoutesTest(unittest.TestCase):
                 with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
                     file.write(text)
             found = gipam.read_obstacles(directory, version, prefixes(" ".join(bases)))
-        return [gipam.format_range(*route, version) for route in found]
+        return prefix_texts((*route, version) for route in found)
 
     def test_ipv4_routes_of_every_table_and_own_addresses(self) -> None:
         own = "127.0.0.0/8=LOCAL 10.2.9.1/32=LOCAL 10.2.9.255/32=BROADCAST"
@@ -3327,9 +3333,10 @@ class HostRoutesTest(unittest.TestCase):
                 raise unittest.SkipTest(f"no network namespace: {done.stderr.strip()}")
             with self.subTest(rule):
                 self.assertIn("10.2.8.0/25 is part of an on-link route of 'b\u00fcro0'", done.stderr)
-                self.assertEqual(sorted({route for route in done.stdout.split() if "." in route}), expected)
-                self.assertLessEqual({"2001:db8:0:103::/64", "2001:db8:0:105::/64", "2001:db8:0:105::1/128"},
-                                     set(done.stdout.split()))
+                rows = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+                found = set(prefix_texts((first, last, version) for first, last, version in rows))
+                self.assertEqual(sorted(route for route in found if "." in route), expected)
+                self.assertLessEqual({"2001:db8:0:103::/64", "2001:db8:0:105::/64", "2001:db8:0:105::1/128"}, found)
 
 
 class Load:
