@@ -312,11 +312,6 @@ class Lease(NamedTuple):
     granted_s: int
     seq: int  # of the change that granted it
 
-    @property
-    def owner(self) -> str:
-        """Return who shall have the address again: the container's name, else its MAC address."""
-        return self.name or self.mac
-
 
 class AddressSet:
     """A set of numbers that finds the next absent one: bitmaps of 2 Ki numbers each.
@@ -663,8 +658,9 @@ class State:
         put(pool.leases, offset, None, steps)
         pool.subnet.release(offset)
         steps.append(functools.partial(pool.subnet.held.add, offset))
-        if lease.owner:
-            pool.subnet.memory.remember(lease.owner, offset, self.seq + 1, steps)
+        owner = lease.name or lease.mac  # who shall have the address again
+        if owner:
+            pool.subnet.memory.remember(owner, offset, self.seq + 1, steps)
 
     def _pool(self, pool_id: str) -> Pool:
         if pool_id not in self.pools:
@@ -1003,13 +999,13 @@ def choose_block(family: Family, request: PoolRequest,
     prefixlen = family.prefixlen if request.prefixlen is None else request.prefixlen
     bases = choose_bases(family, prefixlen)
     shut = [*routes, *map(span, family.excluded)]
-    names = [span(block) for block, _ in family.names.values()]
     kept = family.names[request.name][0] if request.name in family.names else None
     if kept and kept.prefixlen == prefixlen and family.is_block(kept) \
             and Obstacles(shut).find_overlap(*span(kept)) is None:
         return kept, -1
-    for ranges in ([*shut, *names], shut):
-        found = family.find_block(bases, prefixlen, Obstacles(ranges))
+    for names in (family.names, ()):
+        obstacles = Obstacles([*shut, *(span(family.names[name][0]) for name in names)])
+        found = family.find_block(bases, prefixlen, obstacles)
         if found:
             return found
     size = 1 << BITS[family.version] - prefixlen

@@ -1569,7 +1569,7 @@ class AllocatorModelTest(unittest.TestCase):
                 self.assertEqual(got, expected, request)
             if change:
                 state.apply(change)
-        self.assertEqual({(pool.subnet.network, pool.format(offset)): (pool.pool_id, lease.owner)
+        self.assertEqual({(pool.subnet.network, pool.format(offset)): (pool.pool_id, lease.name or lease.mac)
                           for pool in state.pools.values() for offset,
                           lease in pool.leases.items()}, naive.leases)
 
