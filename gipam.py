@@ -44,7 +44,10 @@ from __future__ import annotations
 import argparse
 import array
 import bisect
+import collections
+import concurrent.futures
 import contextlib
+import errno
 import faulthandler
 import fcntl
 import functools
@@ -60,6 +63,8 @@ import logging
 import os
 import re
 import secrets
+import select
+import selectors
 import shutil
 import signal
 import socket
@@ -70,7 +75,8 @@ import sys
 import threading
 import time
 import zlib
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple, Union
+from typing import (
+    Any, Callable, Collection, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple, TypeVar, Union)
 
 __version__ = "1.0.0"
 
@@ -87,14 +93,22 @@ MAX_REMEMBERED = 1024  # owners a subnet, names a family; past it the older half
 MIN_FOLD_BYTES = 1 << 20  # a journal is folded once it is longer than this and than the snapshot
 FOLD_PATIENCE_S = 10.0  # after a fold that failed
 ENCODE_LEASES = 250  # of a snapshot at a time; measured: 0.4 ms
-WRITE_BYTES = 16384  # of a snapshot at a time; each write is a chance for other threads
+WRITE_BYTES = 16384  # of a snapshot, and of a page, at a time
+ROOM_BYTES = 1 << 20  # zeros ahead of the end of the journal: an append then changes no metadata
+LINE_BYTES = 64  # of a line of the journal, beside its records
+SECTOR_BYTES = 512  # a disk writes it as a whole or not at all
 LOCK_PATIENCE_S = 2.0  # a predecessor may still be folding
-DRAIN_PATIENCE_S = 30.0
-REQUEST_PATIENCE_S = 10.0  # on TCP, from the first byte of a request to its last
-MAX_TCP_CONNECTIONS = 256  # past it the longest idle one goes: a local client cannot starve Docker
+MAX_HEAD_BYTES = 1 << 18  # of a request
+RECEIVE_BYTES = 65536
+REQUEST_PATIENCE_S = 10.0  # on TCP, for a request that has begun, and for a peer to take a reply
+MAX_TCP_CLIENTS = 256  # past it the longest idle one goes
+MAX_TCP_STRANGERS = 256  # who have not been served yet: they cannot push clients out
+MAX_RIGHTS = 253  # descriptors in one message (the kernel's SCM_MAX_FD)
+MAX_LOG_RECORDS, MAX_LOG_CHARS = 10_000, 4_000
+TICK_S = 1.0
 START_PATIENCE_S = 300  # asked of the service manager, for a large state
-RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection closed to dial again
-DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has dialled to send its request
+RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection shut to dial again
+DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has begun a request to send it all
 CHECK_PAUSE_S = 1.0  # between the two looks of a check
 IMPORT_PAUSE_S = 1.0
 DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
@@ -181,7 +195,6 @@ class BusyError(GipamError):
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 Range = Tuple[int, int]  # first and last address
 Json = Dict[str, Any]  # an object
-Undo = Callable[[], Any]
 
 
 def parse_prefix(text: str, mask: bool = False) -> Network:
@@ -238,9 +251,10 @@ def parse_pool_id(pool_id: str) -> tuple[Network, Network | None] | None:
     return None
 
 
-def printable(text: str) -> str:
+def printable(text: str, limit: int = MAX_TEXT_CHARS) -> str:
     """Return the text as it may be kept and shown: what cannot be printed escaped, and cut."""
-    return (text if text.isprintable() else repr(text)[1:-1])[:MAX_TEXT_CHARS]
+    text = text if len(text) <= limit else text[:limit - 3] + "..."
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps() would make one each time: 2 us
@@ -350,15 +364,6 @@ class AddressSet:
                 return number
 
 
-def put(mapping: dict[Any, Any], key: Any, value: Any, steps: list[Undo]) -> None:
-    """Set the key, or delete it where the value is None; append what takes that back."""
-    steps.append(functools.partial(put, mapping, key, mapping.get(key), []))
-    if value is None:
-        mapping.pop(key, None)
-    else:
-        mapping[key] = value
-
-
 class Obstacles:
     """Ranges that no block may touch: exclusions, routes of the host, its addresses."""
 
@@ -411,7 +416,9 @@ class PrefixTree:
     def cover(self, network: Network, times: int = 1) -> None:
         """Add the prefix, or with times=-1 take it away once; bring its ancestors up to date."""
         node, length = self.node(network), network.prefixlen
-        put(self._covers, node, self._covers.get(node, 0) + times or None, [])
+        self._covers[node] = self._covers.get(node, 0) + times
+        if not self._covers[node]:
+            del self._covers[node]
         while node:
             half = (length + 1, 1 << max(self.bits - length - 1, 0))  # as free() has a free half
             left, right = self._free.get(2 * node, half), self._free.get(2 * node + 1, half)
@@ -457,12 +464,12 @@ class PrefixTree:
 class Memory(Dict[str, Any]):
     """Who had what last: key -> (value, seq). At its limit it forgets the older half."""
 
-    def remember(self, key: str, value: Any, seq: int, steps: list[Undo]) -> None:
+    def remember(self, key: str, value: Any, seq: int) -> None:
         """Remember the value, and forget old ones for it."""
-        put(self, key, (value, seq), steps)
+        self[key] = (value, seq)
         if len(self) > MAX_REMEMBERED:
             for old in sorted(self, key=lambda name: self[name][1])[:MAX_REMEMBERED // 2]:
-                put(self, old, None, steps)
+                del self[old]
 
 
 class Subnet:
@@ -564,11 +571,13 @@ class Family:
         return self.held.find_overlap(network) is None and any(
             base.prefixlen <= network.prefixlen and base.overlaps(network) for base in self.bases)
 
-    def hold(self, subnet: Subnet, times: int, steps: list[Undo]) -> None:
+    def hold(self, subnet: Subnet, times: int) -> None:
         """Count the subnet as in use, or with times=-1 as free again."""
-        put(self.subnets, subnet.network, subnet if times > 0 else None, steps)
+        if times > 0:
+            self.subnets[subnet.network] = subnet
+        else:
+            del self.subnets[subnet.network]
         self.held.cover(subnet.network, times)
-        steps.append(lambda: self.held.cover(subnet.network, -times))
 
 
 class State:
@@ -577,25 +586,18 @@ class State:
     def __init__(self, families: Iterable[Family]) -> None:
         self.seq = 0
         self.pools: dict[str, Pool] = {}
+        self.lease_count = 0
         self.families = {family.version: family for family in families}
 
-    def apply(self, change: Change) -> Undo:
-        """Apply the change under the next sequence number; return what takes it back.
+    def apply(self, change: Change) -> None:
+        """Apply the change under the next sequence number; there is no way back.
 
-        That is for changes that could not be written, newest first. Raises: ValueError if the
-        change contradicts the state, which then is as before.
+        Raises: ValueError if the change contradicts the state, which then is as before.
         """
-        steps: list[Undo] = [functools.partial(setattr, self, "seq", self.seq)]
-        getattr(self, "_" + CHANGE_NAMES[type(change)])(change, steps)
+        getattr(self, "_" + CHANGE_NAMES[type(change)])(change)
         self.seq += 1
 
-        def undo() -> None:
-            for step in reversed(steps):
-                step()
-
-        return undo
-
-    def _request_pool(self, change: RequestPool, steps: list[Undo]) -> None:
+    def _request_pool(self, change: RequestPool) -> None:
         network = parse_prefix(change.subnet)
         family = self.families[network.version]
         subnet = family.find_overlap(network) or Subnet(network)
@@ -608,59 +610,53 @@ class State:
         if not 0 <= pool.low <= pool.high <= subnet.last_offset:
             raise ValueError(f"sub_pool {pool.sub_pool} is outside {network}")
         if not subnet.pools:
-            family.hold(subnet, 1, steps)
-        put(subnet.pools, pool.sub_pool, pool, steps)
-        put(self.pools, pool.pool_id, pool, steps)
+            family.hold(subnet, 1)
+        subnet.pools[pool.sub_pool] = self.pools[pool.pool_id] = pool
         if change.next_block >= 0:
-            put(family.cursors, network.prefixlen, change.next_block, steps)
+            family.cursors[network.prefixlen] = change.next_block
         if pool.name:
-            family.names.remember(pool.name, network, pool.seq, steps)
+            family.names.remember(pool.name, network, pool.seq)
 
-    def _release_pool(self, change: ReleasePool, steps: list[Undo]) -> None:
+    def _release_pool(self, change: ReleasePool) -> None:
         pool = self._pool(change.pool_id)
-        put(self.pools, pool.pool_id, None, steps)
-        put(pool.subnet.pools, pool.sub_pool, None, steps)
-        if not pool.subnet.pools:
-            self.families[pool.subnet.version].hold(pool.subnet, -1, steps)
-            return
-        for offset in pool.leases:
-            pool.subnet.release(offset)
-            steps.append(functools.partial(pool.subnet.held.add, offset))
+        del self.pools[pool.pool_id], pool.subnet.pools[pool.sub_pool]
+        self.lease_count -= len(pool.leases)
+        if pool.subnet.pools:
+            for offset in pool.leases:
+                pool.subnet.release(offset)
+        else:
+            self.families[pool.subnet.version].hold(pool.subnet, -1)
 
-    def _bind_pool(self, change: BindPool, steps: list[Undo]) -> None:
+    def _bind_pool(self, change: BindPool) -> None:
         pool = self._pool(change.pool_id)
         if change.new_id in self.pools:
             raise ValueError(f"pool {change.new_id!r} is held twice")
-        put(self.pools, change.pool_id, None, steps)
-        put(self.pools, change.new_id, pool, steps)
-        steps.append(functools.partial(setattr, pool, "pool_id", change.pool_id))
+        self.pools[change.new_id] = self.pools.pop(change.pool_id)
         pool.pool_id = change.new_id
 
-    def _request_address(self, change: RequestAddress, steps: list[Undo]) -> None:
+    def _request_address(self, change: RequestAddress) -> None:
         pool = self._pool(change.pool_id)
         offset = pool.offset(change.address)
         if not 0 <= offset <= pool.subnet.last_offset or offset in pool.subnet.held:
             raise ValueError(f"address {change.address} is held already or outside "
                              f"{pool.subnet.network}")
-        lease = Lease(change.kind, change.mac, change.name, change.granted_s, self.seq + 1)
-        put(pool.leases, offset, lease, steps)
+        pool.leases[offset] = Lease(change.kind, change.mac, change.name, change.granted_s,
+                                    self.seq + 1)
         pool.subnet.held.add(offset)
-        steps.append(functools.partial(pool.subnet.held.discard, offset))
-        steps.append(functools.partial(setattr, pool, "cursor", pool.cursor))
         pool.cursor = change.cursor
+        self.lease_count += 1
 
-    def _release_address(self, change: ReleaseAddress, steps: list[Undo]) -> None:
+    def _release_address(self, change: ReleaseAddress) -> None:
         pool = self._pool(change.pool_id)
         offset = pool.offset(change.address)
-        lease = pool.leases.get(offset)
-        if lease is None:
+        if offset not in pool.leases:
             raise ValueError(f"address {change.address} is not held in {pool.subnet.network}")
-        put(pool.leases, offset, None, steps)
-        pool.subnet.release(offset)
-        steps.append(functools.partial(pool.subnet.held.add, offset))
+        lease = pool.leases.pop(offset)
         owner = lease.name or lease.mac  # who shall have the address again
+        pool.subnet.release(offset)
         if owner:
-            pool.subnet.memory.remember(owner, offset, self.seq + 1, steps)
+            pool.subnet.memory.remember(owner, offset, self.seq + 1)
+        self.lease_count -= 1
 
     def _pool(self, pool_id: str) -> Pool:
         if pool_id not in self.pools:
@@ -684,7 +680,7 @@ OTHER_NAMES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab"
 def copy_state(state: State) -> tuple[Json, list[Any]]:
     """Return (the small keys, what changes of each pool): a shallow copy.
 
-    It is taken under the lock in milliseconds; the rest of a pool, and a lease, never change.
+    It is taken in milliseconds, between two turns; the rest of a pool, and a lease, never change.
     """
     families = [state.families[version] for version in (6, 4)]
     names = [(name, *entry) for family in families for name, entry in family.names.items()]
@@ -727,18 +723,20 @@ def encode_state(head: Json, pools: list[Any]) -> Iterator[str]:
                   pool.name, pool.granted_s, pool.seq, cursor, owners,
                   [pool.format(offset) for offset in sorted(free)])
         yield comma + dumps(dict(zip(POOL_KEYS, values)))[:-1] + ',"Allocated":['
-        yield from encode_list([pool.format(offset) for offset in leases])
+        yield from encode_list(map(pool.format, leases))
         yield '],"Leases":['
-        yield from encode_list(list(leases.values()))
+        yield from encode_list(leases.values())
         yield "]}"
         comma = ","
     yield "]"
 
 
-def encode_list(values: list[Any]) -> Iterator[str]:
+def encode_list(values: Iterable[Any]) -> Iterator[str]:
     """Yield the inside of a JSON array in portions."""
-    for start in range(0, len(values), ENCODE_LEASES):
-        yield ("," if start else "") + dumps(values[start:start + ENCODE_LEASES])[1:-1]
+    values, comma = iter(values), ""
+    for portion in iter(lambda: list(itertools.islice(values, ENCODE_LEASES)), []):
+        yield comma + dumps(portion)[1:-1]
+        comma = ","
 
 
 def read_keys(document: Json, keys: Mapping[str, type], what: str) -> Json:
@@ -782,7 +780,7 @@ def decode_snapshot(document: Json, state: State) -> None:
         state.families[int(version)].cursors[int(prefixlen)] = number
     for name, text, seq in typed_rows("Names", values["Names"], str, str, int):
         block = parse_prefix(text)
-        state.families[block.version].names.remember(name, block, seq, [])
+        state.families[block.version].names.remember(name, block, seq)
     state.seq = values["Seq"]
 
 
@@ -818,6 +816,7 @@ def decode_pool(entry: Json, state: State) -> None:
             raise ValueError(f"address {address} of {subnet.network} is held twice")
         subnet.held.add(offset)
         pool.leases[offset] = lease if isinstance(lease, Lease) else Lease(*lease)
+    state.lease_count += len(pool.leases)
     remembered = ((owner, *entry) for owner, entry in values["Remembered"].items())
     for owner, address, seq in typed_rows(what, remembered, str, str, int):
         subnet.memory[owner] = (pool.offset(address), seq)
@@ -836,24 +835,37 @@ def describe_base(family: Family, base: Network) -> Json:
     }
 
 
-def describe_pool(pool: Pool, has_leases: bool) -> Json:
-    """Return what `status --json` shows of a pool."""
-    leases = pool.leases.copy() if has_leases else {}
-    addresses = [{"address": pool.format(at), **lease._asdict()} for at, lease in leases.items()]
+def describe_pool(pool: Pool) -> Json:
+    """Return what `status --json` shows of a pool, but for its leases."""
     return {
         "id": pool.pool_id, "subnet": str(pool.subnet.network),
         "sub_pool": str(pool.sub_pool or ""), "name": pool.name, "leases": len(pool.leases),
         "usable": pool.usable(), "granted_s": pool.granted_s, "seq": pool.seq,
-        **({"addresses": addresses} if has_leases else {}),
     }
 
 
-def describe_state(state: State, has_leases: bool) -> Json:
-    """Return what `status --json` shows; it takes copies, each in one step, and needs no lock."""
+def describe_state(state: State) -> Json:
+    """Return what `status --json` shows, but for the pools."""
     bases = [describe_base(family, base) for family in state.families.values()
              for base in family.bases]
-    pools = [describe_pool(pool, has_leases) for pool in list(state.pools.values())]
-    return {"version": __version__, "seq": state.seq, "bases": bases, "pools": pools}
+    return {"version": __version__, "seq": state.seq, "bases": bases}
+
+
+def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool) -> Iterator[str]:
+    """Yield the JSON of `status --json` in portions, of pools as they are when it is their turn."""
+    yield dumps(head)[:-1] + ',"pools":['
+    comma = ""
+    for pool in pools:
+        text = comma + dumps(describe_pool(pool))
+        if has_leases:
+            leases = ({"address": pool.format(at), **pool.leases[at]._asdict()}
+                      for at in list(pool.leases) if at in pool.leases)
+            yield text[:-1] + ',"addresses":['
+            yield from encode_list(leases)
+            text = "]}"
+        yield text
+        comma = ","
+    yield "]}"
 
 
 def normalise_keys(document: Json, keys: Iterable[str]) -> tuple[Json, list[str]]:
@@ -1092,46 +1104,62 @@ def decide_release_address(pool: Pool, address: str) -> ReleaseAddress | None:
 
 
 class Line(NamedTuple):
-    """One flush, as a journal segment holds it."""
+    """One turn of the loop, as a journal segment holds it."""
 
     number: int
     offset: int  # of its first byte in the segment
     end: int  # and past its last
     seq: int  # of its last change
     records: list[Any]
-    next_segment: int = 0  # where the journal goes on, once this segment is complete
 
 
-def encode_line(seq: int, records: list[Any], *next_segment: int) -> bytes:
+LINE_HEAD = re.compile(rb"([0-9a-f]{8}) ([0-9a-f]{8}) ")
+
+
+def encode_line(seq: int, records: Iterable[str]) -> bytes:
     """Return the line: length and CRC-32 of the JSON that follows them, and that."""
-    payload = dumps([seq, records, *next_segment]).encode()
+    payload = f"[{seq},[{','.join(records)}]]".encode()
     return b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload)
 
 
 def decode_lines(data: bytes, is_last: bool) -> Iterator[Line]:
-    """Yield the lines of a segment, without what a crash tore from its end.
+    """Yield the lines of a segment, up to the zeros after them: room, or what a crash tore.
 
-    A torn line was never acknowledged: it has no end of line and is shorter than it says, or the
-    file system had given it room but no contents: NULs, of which JSON has none (a single one is a
-    damaged byte). In the last segment, a line that is whole but for its end counts.
+    In the last segment, a line that is whole but for its end of line counts.
     Raises: ValueError with the place.
     """
-    offset, number = 0, 1
+    data, offset, number = data.rstrip(b"\0"), 0, 1
     while offset < len(data):
-        head = re.compile(rb"([0-9a-f]{8}) ([0-9a-f]{8}) ").match(data, offset)
+        head = LINE_HEAD.match(data, offset)
         end = offset + 18 + int(head[1], 16) if head else len(data)
-        payload, rest = data[offset + 18:end], len(data) - end
-        is_whole = head and rest >= 0 and zlib.crc32(payload) == int(head[2], 16)
-        if is_whole and (data[end:end + 1] == b"\n" or (is_last and rest <= 1)):
-            yield Line(number, offset, end + 1, *json.loads(payload))
+        payload = data[offset + 18:end]
+        is_whole = head and end <= len(data) and zlib.crc32(payload) == int(head[2], 16)
+        if is_whole and (data[end:end + 1] == b"\n" or (is_last and len(data) <= end + 1)):
+            seq, records, *_ = json.loads(payload)  # gipam 1.0 also named the next segment
+            yield Line(number, offset, end + 1, seq, records)
+        elif is_torn(data, offset, end if head else None):
+            return
         else:
-            is_short = rest <= 0 if head else len(data) - offset < 18
-            if data.find(b"\n", offset, -1) < 0 and (
-                    data.find(b"\0\0", offset) >= 0 or (is_short and data[-1:] != b"\n")):
-                return
             raise ValueError(f"line {number} at byte {offset} has not the length and checksum "
                              "that it says")
         offset, number = end + 1, number + 1
+
+
+def is_torn(data: bytes, offset: int, end: int | None) -> bool:
+    """Return whether a crash can have left this, from the offset on, of the last line.
+
+    It was never acknowledged. A kill cuts it short. In a power cut each of its sectors has reached
+    the disk or is still the NULs of the room it was written into (JSON has none): the first too,
+    of which the line may have a single byte. The end is where its head says, None: it has none.
+    """
+    starts = range(offset - offset % SECTOR_BYTES, len(data), SECTOR_BYTES)
+    sectors = [data[max(start, offset):start + SECTOR_BYTES] for start in starts]
+    if b"\0" in data[offset:]:
+        fits = b"\0" in data[offset:offset + 18] if end is None else len(data) <= end + 1
+    else:
+        fits = len(data) < (offset + 18 if end is None else end) and data[-1:] != b"\n"
+    return (fits and data.find(b"\n", offset, -1) < 0
+            and all(b"\0" not in sector or not sector.strip(b"\0") for sector in sectors))
 
 
 class Store:
@@ -1145,28 +1173,65 @@ class Store:
         self.seq = 0  # of the last change on disk
         self.segment = 0  # number of the one that is written, 0: none yet
         self.is_named = False  # by the snapshot, so that its loss would be noticed
-        self.snapshot_bytes = self.journal_bytes = 0
-        self._fd = -1
+        self.snapshot_bytes = 0
+        self._fd = self._lock_fd = -1
         self._end = 0  # bytes of the segment that are on disk
+        self._is_torn = False  # what stands after them: a crash has left it there
+        self._room = 0  # bytes of it that can be written without asking the disk for more
+        self._reserved = 0  # of the room, for the line that is due
+        self._older_bytes = 0  # in the segments before it
+        self._growth: threading.Thread | None = None
+        self._grown: int | StoreError = 0  # what became of it: where the room ends now
+        self._is_full = False  # the disk: no room ahead of need
+
+    @property
+    def journal_bytes(self) -> int:
+        """Return how long the journal is, without its room."""
+        return self._older_bytes + self._end
+
+    def is_written(self) -> bool:
+        """Return whether the segment has anything in it."""
+        return self._end > 0
 
     def lock(self) -> None:
         """Keep others off the lease file while the process lives. Raises: BusyError, OSError."""
+        deadline = time.monotonic() + LOCK_PATIENCE_S
+        while not self._take_lock():
+            if time.monotonic() > deadline:
+                with open(self.path + ".lock", encoding="ascii", errors="replace") as file:
+                    holder = file.read(20).strip()
+                raise BusyError(f"lease file {self.path} is held by process {holder}: stop it, or "
+                                "give this one another -file")
+            time.sleep(0.02)
+
+    def _take_lock(self) -> bool:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(self.path + ".lock", flags, 0o600)
-        deadline = time.monotonic() + LOCK_PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
-                    raise BusyError(f"lease file {self.path} is held by process {holder}: stop it, "
-                                    "or give this one another -file") from None
-                time.sleep(0.02)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        self._lock_fd = fd
         with contextlib.suppress(OSError):  # a full disk must not forbid starting
             os.ftruncate(fd, 0)
             os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        return True
+
+    def keep_lock(self) -> None:
+        """See that the lock still has its name: without it, a second daemon would get another.
+
+        Raises: StoreLost if one has.
+        """
+        with contextlib.suppress(OSError):  # the directory is gone: nobody can start there either
+            held = os.fstat(self._lock_fd) if self._lock_fd >= 0 else None
+            if held is None or (os.path.exists(self.path + ".lock")
+                                and os.path.samestat(held, os.stat(self.path + ".lock"))):
+                return
+            if not self._take_lock():
+                raise StoreLost(f"the lock {self.path}.lock was deleted, and another gipam has "
+                                "taken it since: only one may go on")
+            log.warning("the lock %s.lock was deleted: made again", self.path)
 
     def read_snapshot(self, object_hook: Any = None) -> Json | None:
         """Return the JSON object of the lease file, None if there is none. Raises: ConfigError."""
@@ -1212,7 +1277,7 @@ class Store:
 
         Raises: DamageError for a damaged line, for a segment that is missing or there twice.
         """
-        self.seq, numbers = seq, self.segments()
+        self.seq, self._older_bytes, self._end, numbers = seq, 0, 0, self.segments()
         named = document.get("Journal") if document else None
         self.is_named = named is not None
         if named is not None and named not in numbers:
@@ -1221,9 +1286,9 @@ class Store:
                 f'delete the line "Journal" from {self.path}, start gipam, and run '
                 "`gipam.py check --fix`")
         for self.segment in numbers:
-            path, following = self.segment_path(self.segment), 0
+            path = self.segment_path(self.segment)
             for line in self._read_segment(path, self.segment == numbers[-1]):
-                following, first = line.next_segment, line.seq - len(line.records) + 1
+                first = line.seq - len(line.records) + 1
                 if document is None and line.seq:
                     raise self.damage(path, f"is there without its lease file {self.path}")
                 if first > self.seq + 1 or (line.records and seq < first <= self.seq):
@@ -1234,17 +1299,11 @@ class Store:
                     if at > self.seq:
                         self.seq = at
                         yield f"{path} line {line.number} at byte {line.offset}", record
-            is_needed = self.segment >= named if named else self.seq > seq
-            if following and is_needed and following not in numbers:
-                raise self.damage(
-                    self.segment_path(following), "is missing", "put it back; or give up what it "
-                    f"held: truncate -s {line.offset} {path}, start gipam, and run "
-                    "`gipam.py check --fix`")
 
     def _read_segment(self, path: str, is_last: bool) -> Iterator[Line]:
         with open(path, "rb") as file:
             data = file.read()
-        self._end = 0
+        self._older_bytes, self._end, self._room = self.journal_bytes, 0, len(data)
         try:
             for line in decode_lines(data, is_last):
                 self._end = line.end
@@ -1254,86 +1313,180 @@ class Store:
                 path, f"is damaged: {error}", "put back a backup; or give up that line and all "
                 f"after it: truncate -s {self._end} {path}, move later segments away, start gipam, "
                 "run `gipam.py check --fix`") from None
-        if self._end < len(data):
+        self._is_torn = len(data.rstrip(b"\0")) > self._end
+        if self._is_torn:
             log.warning("dropped the end of %s from byte %d on: a crash cut it off before it was "
                         "acknowledged", path, self._end)
-        self.journal_bytes += self._end
 
-    def append(self, seq: int, records: list[Any]) -> None:
-        """Write the changes up to seq as one line. Durable: on return.
-
-        Raises: StoreError, and the journal is as before; StoreLost.
-        """
-        data = encode_line(seq, records)
-        try:
-            if self._fd < 0:
-                self._open_segment()
-            self._write(self._fd, data, self._end)
-        except OSError as error:
-            problem = f"cannot write {self.segment_path(self.segment or 1)}: {error.strerror}"
-            self._cut_back(problem)
-            raise StoreError(f"{problem}; nothing has changed") from None
-        try:
-            self.calls.fdatasync(self._fd)
-        except OSError as error:
-            path = self.segment_path(self.segment)
-            raise StoreLost(f"cannot sync {path}: {error.strerror}") from None
-        self._end += len(data)
-        self.journal_bytes += len(data)
-        self.seq = seq
-
-    def _cut_back(self, problem: str) -> None:
-        try:
-            if self._fd >= 0:
-                self.calls.ftruncate(self._fd, self._end)
-        except OSError as error:
-            raise StoreLost(f"{problem}, nor cut it back: {error.strerror}") from None
-
-    def _open_segment(self) -> None:
-        """Open the first segment, or the one where recovery ended: without its torn end."""
-        if not self.segment:
-            self.rotate()
-        elif self._fd < 0:
-            fd = self.calls.open(self.segment_path(self.segment), os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                self.calls.ftruncate(fd, self._end)
-                self._write(fd, b"\n" if self._end else b"", self._end - 1)
-                self.calls.fdatasync(fd)
-            except OSError:
-                self._close(fd)
-                raise
-            self._fd = fd
+    def close(self) -> None:
+        """Let go of the segment. Raises: StoreLost."""
+        self._end_growth()
+        if self._fd >= 0:
+            self._close(self._fd)
+        self._fd = -1
 
     def settle(self) -> None:
-        """Sync what recovery has read: a process that was killed may not have. Raises: OSError."""
+        """Sync what recovery has read: a process that was killed may not have.
+
+        Raises: OSError; BusyError if another daemon writes there.
+        """
         if self.segment:
             self._open_segment()
         self._sync_directory()
 
-    def rotate(self) -> None:
-        """Begin a new segment: an empty line with the seq that it follows; the old one names it.
-
-        Durable: both, and its name. Raises: OSError; the old segment is in use then.
-        """
-        if self.segment:
-            self._open_segment()
-        number, data = self.segment + 1, encode_line(self.seq, [])
-        fd = self.calls.open(self.segment_path(number), CREATE, 0o600)
+    def _open_segment(self) -> None:
+        """Open the segment where recovery ended: without a torn end, its last line with its own."""
+        fd = self.calls.open(self.segment_path(self.segment), os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._write(fd, data, 0)
+            self._take_segment(fd)
+            if self._is_torn:
+                self.calls.ftruncate(fd, self._end)
+                self._room = self._end
+            self._write(fd, b"\n" if self._end else b"", self._end - 1)
             self.calls.fdatasync(fd)
-            self._sync_directory()
-            if self._fd >= 0:
-                self._write(self._fd, encode_line(self.seq, [], number), self._end)
-                self.calls.fdatasync(self._fd)
-        except OSError as error:
-            self._cut_back(f"cannot begin segment {number}: {error.strerror}")
+        except (OSError, BusyError):
             self._close(fd)
-            self.calls.unlink(self.segment_path(number))
             raise
-        before, self._fd, self._end, self.segment = self._fd, fd, len(data), number
-        if before >= 0:
-            self._close(before)
+        self._fd, self._is_torn, self._room = fd, False, max(self._room, self._end)
+
+    def _take_segment(self, fd: int) -> None:
+        """Lock a segment as well: that holds, whatever became of the lock file."""
+        try:
+            self.calls.lockf(fd, os.F_TLOCK, 0)
+        except BlockingIOError:
+            raise BusyError(f"the journal of {self.path} is written by another gipam: stop it, "
+                            "or give this one another -file") from None
+
+    def make_segment(self, needed: int) -> tuple[int, int, int]:
+        """Return (number, descriptor, bytes of room) of a new segment, to be given to switch().
+
+        Durable: its room, and its name. Raises: OSError, StoreLost.
+        """
+        number = max(self.segments(), default=0) + 1
+        path = self.segment_path(number)
+        fd = self.calls.open(path, CREATE | os.O_EXCL, 0o600)
+        try:
+            self._take_segment(fd)
+            room = self._extend(number, fd, 0, needed)
+            self._sync_directory()
+        except (OSError, StoreLost):
+            self._close(fd)
+            self.calls.unlink(path)
+            raise
+        return number, fd, room
+
+    def switch(self, number: int, fd: int, room: int) -> None:
+        """Go on in a new segment: between two turns."""
+        self.close()
+        self._older_bytes = self.journal_bytes
+        self.segment, self._fd, self._room, self._end = number, fd, room, 0
+
+    def reserve(self, size: int) -> None:
+        """Make sure that a record of so many bytes can be part of the line that is due.
+
+        Raises: StoreError if the disk is full; nothing has changed. StoreLost.
+        """
+        needed = self._end + self._reserved + size + LINE_BYTES
+        if self._fd < 0 or needed > self._room:
+            try:
+                self._make_room(needed)
+            except OSError as error:
+                raise StoreError(f"cannot write {self.segment_path(self.segment or 1)}: "
+                                 f"{error.strerror}; nothing has changed") from None
+        self._reserved += size + 1
+
+    def _make_room(self, needed: int) -> None:
+        self._end_growth()
+        if self._fd < 0 and self.segment:
+            self._open_segment()
+        elif self._fd < 0:
+            self.keep_lock()
+            self.switch(*self.make_segment(needed))
+        if needed > self._room:
+            self._room = self._extend(self.segment, self._fd, self._room, needed)
+        self._is_full = False
+
+    def _extend(self, number: int, fd: int, start: int, needed: int) -> int:
+        """Write zeros from the end of the room on; return where they end: far, or at the needed.
+
+        Durable: on return. Raises: OSError, and the room is as before; StoreLost.
+        """
+        end = max(start + ROOM_BYTES, needed)
+        while True:
+            try:
+                self._write(fd, bytes(end - start), start)
+                break
+            except OSError:
+                self.calls.ftruncate(fd, start)
+                if end == needed:
+                    raise
+                end = max(start + (end - start) // 4, needed)
+        self._sync(number, fd)
+        return end
+
+    def _grow(self) -> None:
+        """Make room ahead of need; in a thread, so that no turn waits for it."""
+        try:
+            self._grown = self._extend(self.segment, self._fd, self._room, 0)
+        except StoreError as error:
+            self._grown = error
+        except OSError:  # reserve() will say so when the room ends
+            self._is_full = True
+
+    def _end_growth(self) -> None:
+        """Take over the room that the thread has made. Raises: StoreLost."""
+        if self._growth:
+            self._growth.join()
+            self._growth = None
+            if isinstance(self._grown, StoreError):
+                raise self._grown
+            self._room = max(self._room, self._grown)
+
+    def append(self, records: list[str]) -> None:
+        """Write the changes that reserve() was asked for as one line. Durable: on return.
+
+        Raises: StoreError, and the journal ends where it did before; StoreLost.
+        """
+        seq, self._reserved = self.seq + len(records), 0
+        data, path = encode_line(seq, records), self.segment_path(self.segment)
+        try:
+            self._write(self._fd, data, self._end)
+        except OSError as error:  # a file system that had only promised the room, or a bad disk
+            problem = f"cannot write {path}: {error.strerror}"
+            self._cut_back(problem)
+            raise StoreError(f"{problem}; nothing has changed") from None
+        self._sync(self.segment, self._fd)
+        if not self._is_in_place(path):
+            raise StoreLost(f"{path} was moved or deleted under gipam")
+        self._end, self.seq = self._end + len(data), seq
+        if self._growth and not self._growth.is_alive():
+            self._end_growth()
+        elif not (self._growth or self._is_full) and self._room - self._end < ROOM_BYTES // 2:
+            self._growth = threading.Thread(target=self._grow, name="room", daemon=True)
+            self._growth.start()
+
+    def _cut_back(self, problem: str) -> None:
+        self._end_growth()
+        try:
+            self.calls.ftruncate(self._fd, self._end)
+            self._room = self._end
+        except OSError as error:
+            raise StoreLost(f"{problem}, nor cut it back: {error.strerror}") from None
+        self._sync(self.segment, self._fd)
+
+    def _is_in_place(self, path: str) -> bool:
+        try:
+            found, written = self.calls.stat(path), self.calls.fstat(self._fd)
+            return os.path.samestat(found, written)
+        except OSError:
+            return False
+
+    def _sync(self, number: int, fd: int) -> None:
+        """Sync a segment. Raises: StoreLost: after that, nobody knows what the disk holds."""
+        try:
+            self.calls.fdatasync(fd)
+        except OSError as error:
+            raise StoreLost(f"cannot sync {self.segment_path(number)}: {error.strerror}") from None
 
     def _close(self, fd: int) -> None:
         with contextlib.suppress(OSError):  # it is synced, or given up
@@ -1363,9 +1516,11 @@ class Store:
                     offset, data = offset + len(data), b""
             self._write(fd, data, offset)
             self.calls.fsync(fd)
-        except OSError as error:
+        except (OSError, StoreError) as error:
             self.calls.unlink(path)
-            raise OSError(error.errno, error.strerror, self.path) from None
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, self.path) from None
+            raise
         finally:
             self._close(fd)
         self.calls.replace(path, self.path)
@@ -1377,7 +1532,7 @@ class Store:
         for number in self.segments():
             if number < below:
                 self.calls.unlink(self.segment_path(number))
-        self.journal_bytes = self._end
+        self._older_bytes = 0
 
 
 # === Service ======================================================================================
@@ -1407,6 +1562,8 @@ class Histogram:
         yield f"{name}_count {total}"
 
 
+T = TypeVar("T")
+Call = Callable[[Callable[[], T]], T]  # runs a function in a turn of the loop, and waits for it
 RESULTS = ("ok", "bug", "InvalidRequest", "Forbidden", "Unavailable", "StoreError", "StoreLost")
 
 
@@ -1414,18 +1571,16 @@ class Metrics:
     """What is counted while serving."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.requests: dict[tuple[str, str], int] = {}  # (method, result) -> count
         self.request_s, self.sync_s = Histogram(), Histogram()
         self.last_write_s = 0.0
 
     def count(self, method: str, result: str, duration_s: float) -> None:
         """Count one request."""
-        with self.lock:
-            if (method, "ok") not in self.requests:  # all from 0 on: increase() needs that
-                self.requests.update({(method, kind): 0 for kind in RESULTS})
-            self.requests[method, result] = self.requests.get((method, result), 0) + 1
-            self.request_s.observe(duration_s)
+        if (method, "ok") not in self.requests:  # all from 0 on: increase() needs that
+            self.requests.update({(method, kind): 0 for kind in RESULTS})
+        self.requests[method, result] = self.requests.get((method, result), 0) + 1
+        self.request_s.observe(duration_s)
 
 
 def sample(name: str, kind: str, values: list[tuple[str, Any]]) -> Iterator[str]:
@@ -1435,269 +1590,212 @@ def sample(name: str, kind: str, values: list[tuple[str, Any]]) -> Iterator[str]
         yield f"gipam_{name}{{{labels}}} {value}" if labels else f"gipam_{name} {value}"
 
 
-class Ticket:
-    """What a request waits for: its change, and all that its decision could see, on disk."""
-
-    def __init__(self, change: Change | None, seq: int, undo: Undo) -> None:
-        self.change, self.seq, self.undo = change, seq, undo
-        self.asked_s = time.perf_counter()
-        self.error: StoreError | None = None
-        self._lock = threading.Lock()  # cheaper than an Event: one release wakes one waiter
-        self._lock.acquire()
-
-    def finish(self, error: StoreError | None = None) -> None:
-        """Wake the request that waits."""
-        self.error = error
-        self._lock.release()
-
-    def wait(self) -> None:
-        """Return when it is on disk. Raises: StoreError when it could not be written."""
-        self._lock.acquire()
-        if self.error:
-            raise self.error
-
-
 IS_PLAIN = re.compile(r"[\w.:/#,@+=-]*").fullmatch  # needs no quotes in the log
 
 
-def log_changes(tickets: Iterable[Ticket]) -> None:
-    """Log a line for each change: what, for whom, how long until it was durable; all in one write.
+class Done(NamedTuple):
+    """A change that has been applied in this turn, and what the journal and the log have of it."""
 
-    With a write for each, 64 connections got half the calls done: each gives the interpreter away.
-    """
-    now_s, lines = time.perf_counter(), []
-    for ticket in tickets:
-        if ticket.change:
-            pairs = [f"{key}={text if IS_PLAIN(text) else ascii(text)}" for key, text in
-                     zip(ticket.change._fields, map(str, ticket.change)) if text]
-            lines.append(f"{CHANGE_NAMES[type(ticket.change)]} {' '.join(pairs)} seq={ticket.seq} "
-                         f"ms={(now_s - ticket.asked_s) * 1e3:.2f}")
-    if lines:
-        log.info("%s", "\n".join(lines))
+    change: Change
+    record: str
+    seq: int
+    asked_s: float
+
+    def __str__(self) -> str:
+        pairs = [f"{key}={text if IS_PLAIN(text) else ascii(text)}" for key, text in
+                 zip(self.change._fields, map(str, self.change)) if text]
+        return f"{CHANGE_NAMES[type(self.change)]} {' '.join(pairs)} seq={self.seq}"
 
 
-class Flusher:
-    """Group commit: one flush writes what queued up while the last one ran.
+class Lines(NamedTuple):
+    """The log lines of a turn, which are made when they are written: after the replies."""
 
-    A request that finds nothing being flushed does it itself, which saves two changes of thread:
-    measured, a call takes 0.7 of the time. What queues up meanwhile is left to the flusher thread.
-    """
+    done: list[Done]
+    now_s: float
 
-    def __init__(self, state: State, store: Store, lock: threading.Lock, metrics: Metrics,
-                 on_loss: Callable[[], None]) -> None:
-        self._state, self._store, self._lock, self._on_loss = state, store, lock, on_loss
-        self._metrics = metrics
-        self._queue: list[Ticket] = []
-        self._is_busy = self._is_rotating = False
-        self._wakeup = threading.Semaphore(0)
-        self.fold_is_due = threading.Event()
-        self.loss: StoreError | None = None  # after it, nothing is written any more
-        threading.Thread(target=self._run, name="flusher", daemon=True).start()
-
-    def commit(self, decide: Callable[[], Change | None], is_rotating: bool = False,
-               is_last: bool = False) -> Ticket:
-        """Decide and apply under the lock; return, or raise the refusal, when all is on disk.
-
-        decide() may itself submit() changes that come before; a refusal undoes them. After the
-        last one, nothing is written any more. Raises: as decide() and submit(); StoreError.
-        """
-        refusal: GipamError | None = None
-        with self._lock:
-            length = len(self._queue)
-            try:
-                ticket = self.submit(decide(), is_rotating)
-            except GipamError as error:
-                refusal = error
-                while len(self._queue) > length:
-                    self._queue.pop().undo()
-                ticket = self.submit(None)
-            if is_last:
-                self.loss = StoreError("gipam is stopping: try again")
-            is_leader = bool(self._queue) and not self._is_busy
-            self._is_busy |= is_leader
-        if is_leader and self._flush_queue():
-            self._wakeup.release()
-        ticket.wait()
-        if refusal:
-            raise refusal
-        return ticket
-
-    def submit(self, change: Change | None, is_rotating: bool = False) -> Ticket:
-        """Apply the change and queue it: in a commit(). Raises: StoreLost.
-
-        Without a change, the ticket waits for those before it; with is_rotating, also for a new
-        segment, which holds all that is queued after.
-        """
-        if self.loss:
-            raise self.loss
-        undo = self._state.apply(change) if change else lambda: None
-        ticket = Ticket(change, self._state.seq, undo)
-        if change or is_rotating or self._is_busy or self._queue:
-            self._is_rotating |= is_rotating
-            self._queue.append(ticket)
-        else:
-            ticket.finish()
-        return ticket
-
-    def _run(self) -> None:
-        while self._wakeup.acquire():
-            while self._flush_queue():
-                pass
-
-    def _flush_queue(self) -> bool:
-        """Flush what is queued, and wake who waits for it; return whether more has queued up."""
-        with self._lock:
-            batch, self._queue = self._queue, []
-            is_rotating, self._is_rotating = self._is_rotating, False
-        error: StoreError | None = None
-        try:
-            self._flush(batch, is_rotating)
-        except Exception as failure:
-            if not isinstance(failure, StoreError):  # a bug: nobody may wait for ever
-                log.exception("the journal cannot be written")
-                failure = StoreLost("internal error of gipam: see its log")
-            error, batch = failure, self._revert(batch, failure)
-        for ticket in batch:
-            ticket.finish(error)
-        if not error:
-            log_changes(batch)
-        with self._lock:
-            self._is_busy = bool(self._queue)
-            return self._is_busy
-
-    def _flush(self, batch: list[Ticket], is_rotating: bool) -> None:
-        store = self._store
-        if is_rotating:
-            try:
-                store.rotate()
-            except OSError as error:
-                log.warning("cannot begin a new journal segment: %s", error)
-        changes = [ticket.change for ticket in batch if ticket.change]
-        records = [[CHANGE_NAMES[type(change)], *change] for change in changes]
-        if records:
-            started = time.perf_counter()
-            store.append(store.seq + len(records), records)
-            self._metrics.sync_s.observe(time.perf_counter() - started)
-            self._metrics.last_write_s = time.time()
-            limit_bytes = max(MIN_FOLD_BYTES, store.snapshot_bytes)
-            if not store.is_named or store.journal_bytes > limit_bytes:
-                self.fold_is_due.set()
-
-    def _revert(self, batch: list[Ticket], error: StoreError) -> list[Ticket]:
-        """Undo what was to be written, and what has been decided on top of it, newest first."""
-        with self._lock:
-            batch, self._queue = batch + self._queue, []
-            for ticket in reversed(batch):
-                ticket.undo()
-            if isinstance(error, StoreLost):
-                self.loss = error
-        log.error("%s", error)
-        if self.loss:
-            self._on_loss()
-        return batch
+    def __str__(self) -> str:
+        return "\n".join(f"{entry} ms={(self.now_s - entry.asked_s) * 1e3:.2f}"
+                         for entry in self.done)
 
 
 class Service:
-    """The driver: decide, apply, queue, flush, answer. Its one lock guards the state."""
+    """The driver. It decides, applies, and at the end of a turn writes one line for all changes.
+
+    Only one thread at a time calls it, the loop's while it serves, so that it needs no lock.
+    Nothing here waits, but for the disk.
+    """
 
     def __init__(self, store: Store, state: State, config: Json,
-                 proc: str = "/proc/self/net", on_loss: Callable[[], None] = lambda: None) -> None:
+                 read_state: Callable[[], State], proc: str = "/proc/self/net") -> None:
         self.state, self._store, self._proc = state, store, proc
         store.settle()
         self._config = config  # the keys of the lease file
-        self._lock, self._fold_lock = threading.Lock(), threading.Lock()
+        self._read_state = read_state
+        self._done: list[Done] = []  # in this turn
+        self._is_changing = False  # the state: what an exception leaves then is not to be used
+        self.failure = StoreError("nothing has failed")  # the last one
+        self.loss: StoreError | None = None  # after it, nothing is written any more
         self.metrics = Metrics()
         self.import_is_due = threading.Event()  # ask Docker what it uses, once it answers
         self.adopted: set[int] = set()  # changes of the import, until Docker is asked once more
-        self.flusher = Flusher(state, store, self._lock, self.metrics, on_loss)
-        threading.Thread(target=self._fold_when_due, name="folder", daemon=True).start()
 
-    def request_pool(self, request: PoolRequest) -> Ticket:
-        """Grant a subnet. Durable: on return. Raises: as decide_request_pool(); StoreError."""
+    def apply(self, change: Change) -> None:
+        """Apply the change, which is on disk after commit(). Raises: StoreError; all is as before.
+
+        There is no way back: whether the disk has room for it is settled first.
+        """
+        if self.loss:
+            raise self.loss
+        asked_s, record = time.perf_counter(), dumps([CHANGE_NAMES[type(change)], *change])
+        self._store.reserve(len(record))
+        self._is_changing = True
+        self.state.apply(change)
+        self._done.append(Done(change, record, self.state.seq, asked_s))
+        self._is_changing = False
+
+    def commit(self) -> None:
+        """Write what has been applied since the last time, as one line. Durable: on return.
+
+        If that fails, the state is read anew from disk, where is_durable() then looks.
+        """
+        done, self._done = self._done, []
+        if not done:
+            return
+        started_s = time.perf_counter()
+        try:
+            self._store.append([entry.record for entry in done])
+        except StoreError as error:
+            self._read_anew(error)
+            return
+        now_s = time.perf_counter()
+        self.metrics.sync_s.observe(now_s - started_s)
+        self.metrics.last_write_s = time.time()
+        log.info("%s", Lines(done, now_s))
+
+    def mend(self) -> None:
+        """After an unforeseen error: if it hit in the middle of a change, read the state anew."""
+        if self._is_changing:
+            seq = self._done[-1].seq if self._done else 0
+            self.commit()  # the changes before it are whole
+            self._read_anew(StoreError("a change failed half-way: the state is read anew")
+                            if self.is_durable(seq) else StoreLost(str(self.failure)))
+
+    def _read_anew(self, error: StoreError) -> None:
+        log.error("%s", error)
+        self.failure, self._is_changing = error, False
+        try:
+            if isinstance(error, StoreLost):
+                raise error
+            self._store.close()
+            self.state = self._read_state()
+            self._store.settle()
+        except StoreLost as loss:
+            self.loss = loss
+        except Exception as failure:  # noqa: BLE001 - whatever it is, start again
+            self.loss = StoreLost(f"cannot read the state anew: {failure!r}")
+
+    def is_durable(self, seq: int) -> bool:
+        """Return whether the change of this number, and all before it, are on disk.
+
+        A reply leaves only when all changes are that its decision could see.
+        """
+        return seq <= self._store.seq
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Call the function as a turn of its own: where no loop runs. Raises: as it; StoreError."""
+        try:
+            return function()
+        finally:
+            seq = self.state.seq
+            self.commit()
+            if not self.is_durable(seq):
+                raise self.failure
+
+    def request_pool(self, request: PoolRequest) -> RequestPool:
+        """Grant a subnet. Raises: as decide_request_pool(); StoreError."""
         routes: list[Range] = []
         if request.subnet is None:  # read now, never cached: a VPN may have come up
             bases = self.state.families[request.version].bases
             routes = read_obstacles(self._proc, request.version, bases)
         now_s, token = int(time.time()), secrets.token_hex(8)
-        return self.flusher.commit(functools.partial(decide_request_pool, self.state, request,
-                                                     routes, now_s, token))
+        change = decide_request_pool(self.state, request, routes, now_s, token)
+        self.apply(change)
+        return change
 
-    def release_pool(self, pool_id: str) -> Ticket:
-        """Release a pool with its leases; an unknown one is gone already. Durable: on return."""
-        return self.flusher.commit(
-            lambda: ReleasePool(pool_id) if self._find_pool(pool_id) else None)
+    def release_pool(self, pool_id: str) -> ReleasePool | None:
+        """Release a pool with its leases; None: it is gone already. Raises: StoreError."""
+        if not self._find_pool(pool_id):
+            return None
+        change = ReleasePool(pool_id)
+        self.apply(change)
+        return change
 
-    def request_address(self, pool_id: str, request: AddressRequest) -> tuple[Ticket, int]:
-        """Grant an address; return the prefixlen of its subnet too. Durable: on return.
+    def request_address(self, pool_id: str, request: AddressRequest) -> tuple[RequestAddress, int]:
+        """Grant an address; return the prefixlen of its subnet too.
 
-        A pool that Docker holds and the state does not know is adopted first.
+        A pool that Docker holds and the state does not know is adopted first, and stays so.
         Raises: as decide_request_address() and decide_adoption(); StoreError.
         """
-        now_s, prefixlen = int(time.time()), 0
-
-        def decide() -> Change:
-            nonlocal prefixlen
-            if not self._find_pool(pool_id):
-                adoption = decide_adoption(self.state, pool_id, now_s, secrets.token_hex(8))
-                self.flusher.submit(adoption)
-                self.import_is_due.set()
-                log.warning("adopting pool_id=%r: Docker holds it, the lease file does not",
-                            pool_id)
+        now_s, pool = int(time.time()), self._find_pool(pool_id)
+        if not pool:
+            self.apply(decide_adoption(self.state, pool_id, now_s, secrets.token_hex(8)))
+            self.import_is_due.set()
+            log.warning("adopting pool_id=%r: Docker holds it, the lease file does not", pool_id)
             pool = self.state.pools[pool_id]
-            prefixlen = pool.subnet.network.prefixlen
-            return decide_request_address(pool, request, now_s)
+        change = decide_request_address(pool, request, now_s)
+        self.apply(change)
+        return change, pool.subnet.network.prefixlen
 
-        return self.flusher.commit(decide), prefixlen
-
-    def release_address(self, pool_id: str, address: str) -> Ticket:
-        """Release an address; what is not held is gone already. Raises: InvalidRequest."""
-        def decide() -> Change | None:
-            pool = self._find_pool(pool_id)
-            return decide_release_address(pool, address) if pool else None
-
-        return self.flusher.commit(decide)
+    def release_address(self, pool_id: str, address: str) -> ReleaseAddress | None:
+        """Release an address; None: it is gone already. Raises: InvalidRequest, StoreError."""
+        pool = self._find_pool(pool_id)
+        change = decide_release_address(pool, address) if pool else None
+        if change:
+            self.apply(change)
+        return change
 
     def _find_pool(self, pool_id: str) -> Pool | None:
-        """Return the pool of the id; one taken over without an id gets it now. The lock is held."""
+        """Return the pool of the id; one that was taken over without an id gets it now."""
         if pool_id not in self.state.pools:
             parsed = parse_pool_id(pool_id)
             unbound = make_pool_id(*parsed, UNBOUND) if parsed else ""
             if unbound in self.state.pools:
-                self.flusher.submit(BindPool(unbound, pool_id))
+                self.apply(BindPool(unbound, pool_id))
         return self.state.pools.get(pool_id)
 
-    def release_if(self, pool_id: str, address: str, seq: int) -> Ticket:
+    def release_if(self, pool_id: str, address: str, seq: int) -> Change:
         """Release the pool, or the address in it, if it still is what was granted as change seq."""
-        def decide() -> Change:
-            pool = self.state.pools.get(pool_id)
-            lease = pool.leases.get(parse_offset(pool, address)) if pool and address else None
-            if not pool or (lease.seq if lease else None if address else pool.seq) != seq:
-                raise Forbidden(f"{address or 'pool'} of {pool_id!r} is not what it was as change "
-                                f"{seq}: look again")
-            return ReleaseAddress(pool_id, address) if address else ReleasePool(pool_id)
+        pool = self.state.pools.get(pool_id)
+        lease = pool.leases.get(parse_offset(pool, address)) if pool and address else None
+        if not pool or (lease.seq if lease else None if address else pool.seq) != seq:
+            raise Forbidden(f"{address or 'pool'} of {pool_id!r} is not what it was as change "
+                            f"{seq}: look again")
+        change = ReleaseAddress(pool_id, address) if address else ReleasePool(pool_id)
+        self.apply(change)
+        return change
 
-        return self.flusher.commit(decide)
+    def take_back(self, change: Change | None, seq: int) -> None:
+        """Release what a reply granted that never arrived, if that is still the very same."""
+        if isinstance(change, (RequestPool, RequestAddress)):  # a release is never undone
+            address = change.address if isinstance(change, RequestAddress) else ""
+            with contextlib.suppress(Forbidden, StoreError):
+                self.release_if(change.pool_id, address, seq)
+                log.warning("took back what a lost reply had granted: %s", change)
 
     def adopt(self, subnet: Network, sub_pool: Network | None, requests: list[AddressRequest],
               seq: int | None = None) -> range:
-        """Adopt, as decide_import(); return the numbers of the changes. Durable: on return.
+        """Adopt, as decide_import(); return the numbers of the changes.
 
         Raises: as decide_import(), and nothing is taken over; StoreError.
         """
-        now_s, first = int(time.time()), 0
+        first = self.state.seq + 1
+        for change in decide_import(self.state, subnet, sub_pool, requests, seq, int(time.time())):
+            self.apply(change)
+        return range(first, self.state.seq + 1)
 
-        def decide() -> None:
-            nonlocal first
-            first = self.state.seq + 1
-            for change in decide_import(self.state, subnet, sub_pool, requests, seq, now_s):
-                self.flusher.submit(change)
-
-        ticket = self.flusher.commit(decide)
-        return range(first, ticket.seq + 1)
-
-    def status(self, has_leases: bool) -> Json:
-        """Return what `status --json` shows, with the routes of the host inside the bases."""
-        status = describe_state(self.state, has_leases)
+    def status(self, has_leases: bool) -> Iterator[str]:
+        """Yield what `status --json` shows, with the routes of the host inside the bases."""
+        status = describe_state(self.state)
         routes = {version: read_obstacles(self._proc, version, family.bases)
                   for version, family in self.state.families.items() if family.bases}
         for base in status["bases"]:
@@ -1705,75 +1803,70 @@ class Service:
             base["routes"] = [f"{format_address(first, version)}/"
                               f"{BITS[version] - (last - first).bit_length()}"
                               for first, last in routes[version] if low <= first <= high]
-        return status
+        return encode_status(status, list(self.state.pools.values()), has_leases)
 
     def samples(self) -> Iterator[str]:
         """Yield the lines of GET /metrics."""
-        metrics, status = self.metrics, describe_state(self.state, has_leases=False)
+        metrics, state = self.metrics, self.state
         bases = [(f'base="{base["prefix"]}",family="{base["family"]}"', base)
-                 for base in status["bases"]]
-        pools = [(f'pool="{pool["sub_pool"] or pool["subnet"]}"', pool) for pool in status["pools"]]
+                 for base in describe_state(state)["bases"]]
+        pools = [(f'pool="{pool.sub_pool or pool.subnet.network}"', pool)
+                 for pool in state.pools.values()]
         yield from sample("build_info", "gauge", [(f'version="{__version__}"', 1)])
-        for name, key, entries in (("base_blocks", "blocks", bases),
-                                   ("base_blocks_used", "blocks_used", bases),
-                                   ("pool_addresses", "usable", pools),
-                                   ("pool_addresses_used", "leases", pools)):
-            yield from sample(name, "gauge", [(labels, entry[key]) for labels, entry in entries])
-        with metrics.lock:
-            yield from sample("requests_total", "counter", [
-                (f'method="{method}",result="{result}"', count)
-                for (method, result), count in metrics.requests.items()])
-            for name, histogram in (("request_duration_seconds", metrics.request_s),
-                                    ("journal_sync_duration_seconds", metrics.sync_s)):
-                yield f"# TYPE gipam_{name} histogram"
-                yield from histogram.samples(f"gipam_{name}")
+        for name, key in (("base_blocks", "blocks"), ("base_blocks_used", "blocks_used")):
+            yield from sample(name, "gauge", [(labels, base[key]) for labels, base in bases])
+        yield from sample("pool_addresses", "gauge", [(at, pool.usable()) for at, pool in pools])
+        yield from sample("pool_addresses_used", "gauge",
+                          [(at, len(pool.leases)) for at, pool in pools])
+        yield from sample("requests_total", "counter", [
+            (f'method="{method}",result="{result}"', count)
+            for (method, result), count in metrics.requests.items()])
+        for name, histogram in (("request_duration_seconds", metrics.request_s),
+                                ("journal_sync_duration_seconds", metrics.sync_s)):
+            yield f"# TYPE gipam_{name} histogram"
+            yield from histogram.samples(f"gipam_{name}")
         yield from sample("journal_bytes", "gauge", [("", self._store.journal_bytes)])
         yield from sample("last_write_timestamp_seconds", "gauge", [("", metrics.last_write_s)])
 
-    def take_back(self, ticket: Ticket) -> None:
-        """Release what a reply granted that never arrived, if that is still the very same."""
-        change = ticket.change
-        if isinstance(change, (RequestPool, RequestAddress)):  # a release is never undone
-            address = change.address if isinstance(change, RequestAddress) else ""
-            with contextlib.suppress(Forbidden):
-                self.release_if(change.pool_id, address, ticket.seq)
-                log.warning("took back what a lost reply had granted: %s", change)
+    def is_fold_due(self) -> bool:
+        """Return whether the journal has outgrown the lease file."""
+        limit_bytes = max(MIN_FOLD_BYTES, self._store.snapshot_bytes)
+        return bool(self._store.segment) and not self.loss and (
+            not self._store.is_named or self._store.journal_bytes > limit_bytes)
 
-    def probe(self) -> None:
-        """Return once all that is queued is on disk; hang if a flush does. Raises: StoreError."""
-        self.flusher.commit(lambda: None)
-
-    def fold(self, is_stopping: bool = False) -> bool:
+    def fold(self, call: Call[Any] | None = None, is_stopping: bool = False) -> bool:
         """Write the state to the lease file, drop the journal that it replaces; False: it failed.
 
+        In a thread of its own: what touches the state goes through call(), in small portions.
         At a clean stop the lease file is left alone, whole in itself, for people to copy.
         """
-        store, copies = self._store, []
-
-        def begin() -> None:
-            copies.append(copy_state(self.state))
-
-        with self._fold_lock:
-            before = store.segment
-            try:
-                self.flusher.commit(begin, is_rotating=not is_stopping, is_last=is_stopping)
-                segment = None if is_stopping else store.segment
-                if segment == before:
-                    return False
-                is_import_due = self.import_is_due.is_set()
-                chunks = encode_snapshot(self._config, copies[0], segment, is_import_due)
-                store.write_snapshot(chunks, not is_stopping)
-                store.remove_segments(store.segment + is_stopping)
-            except (OSError, StoreError) as error:
-                log.warning("could not fold the journal into %s: %s", store.path, error)
-                return False
+        store, call = self._store, call or self.run
+        if self.loss:
+            return False
+        try:
+            made = None if is_stopping or not store.is_written() \
+                else store.make_segment(ROOM_BYTES)
+            chunks = call(lambda: self._begin_fold(made, is_stopping))
+            store.write_snapshot(iter(lambda: call(lambda: next(chunks, "")), ""),
+                                 is_named=store.segment > 0 and not is_stopping)
+            store.remove_segments(sys.maxsize if is_stopping else store.segment)
+        except StoreLost as error:
+            loss = error
+            with contextlib.suppress(StoreError):  # it is
+                call(lambda: self._read_anew(loss))
+        except (OSError, StoreError) as error:
+            log.warning("could not fold the journal into %s: %s", store.path, error)
+        else:
             return True
+        return False
 
-    def _fold_when_due(self) -> None:
-        while self.flusher.fold_is_due.wait():
-            if not self.fold():
-                time.sleep(FOLD_PATIENCE_S)
-            self.flusher.fold_is_due.clear()  # each flush looks anew
+    def _begin_fold(self, made: Any, is_stopping: bool) -> Iterator[str]:
+        """Between two turns, go on in the new segment and copy the state; return what to write."""
+        if made:
+            self._store.switch(*made)
+        segment = None if is_stopping else self._store.segment
+        return encode_snapshot(self._config, copy_state(self.state), segment,
+                               self.import_is_due.is_set())
 
 
 def recover(store: Store, document: Json | None, state: State) -> None:
@@ -1846,8 +1939,10 @@ class Reply(NamedTuple):
 
     status: int
     body: bytes
-    ticket: Ticket | None = None
+    seq: int = 0  # of the newest change that the decision could see
+    change: Change | None = None  # that it made
     content_type: str = REPLY_TYPE
+    page: Iterator[bytes] = iter(())  # what follows the body, in portions
 
 
 class Fields(Dict[str, Any]):
@@ -1907,46 +2002,68 @@ class Fields(Dict[str, Any]):
 
 
 def dispatch(service: Service, verb: str, target: str, body: bytes,
-             is_public: bool = False) -> Reply:
-    """Answer a request, in public only for pages. Never raises; if refused, nothing changes."""
-    started, result, got = time.perf_counter(), "ok", body[:MAX_TEXT_CHARS]
+             paths: Collection[str] = ()) -> Reply:
+    """Answer a request, only for these paths if there are any. Never raises.
+
+    What it changed is not on disk before commit(); if it is refused, nothing has changed (but that
+    a pool may have been adopted on the way).
+    """
+    started_s, result, got = time.perf_counter(), "ok", body[:MAX_TEXT_CHARS]
     path, _, query = target.partition("?")
     try:
-        if is_public and path not in PAGES:
-            raise InvalidRequest(f"{path} is not served here, only {', '.join(PAGES)}", 404)
+        if paths and path not in paths:
+            raise InvalidRequest(f"{path} is not served here, only {', '.join(sorted(paths))}", 404)
         reply = answer(service, verb, path, query, body)
     except GipamError as error:
-        log.warning("refused %s: %s; got %r", path, error, got)
+        log.warning("refused %s: %s; got %r", printable(path), error, got)
         reply, result = refuse(error), type(error).__name__
     except Exception:  # a bug: Docker gets an answer, the operator the traceback
-        log.exception("failed %s; got %r", path, got)
+        log.exception("failed %s; got %r", printable(path), got)
+        service.mend()
         reply, result = refuse(GipamError("internal error of gipam: see its log")), "bug"
     method = path if path in PATHS else "unknown"
-    service.metrics.count(method, result, time.perf_counter() - started)
-    if reply.ticket and not reply.ticket.change:
-        log.warning("nothing to do for %s: not held; got %r", path, got)
-    return reply
+    service.metrics.count(method, result, time.perf_counter() - started_s)
+    return reply if path in CONSTANT_ANSWERS else reply._replace(seq=service.state.seq)
 
 
 def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> Reply:
     """Find the function for a path, and call it. Raises: GipamError."""
     if path not in PATHS:
-        raise InvalidRequest(f"unknown method {path!r}: this is an IPAM driver", 404)
+        raise InvalidRequest(f"unknown method {printable(path)!r}: this is an IPAM driver", 404)
     needed = "GET" if path in PAGES else "POST"
     if verb != needed:
-        raise InvalidRequest(f"{path} takes {needed}, not {verb}", 405)
+        raise InvalidRequest(f"{path} takes {needed}, not {printable(verb)}", 405)
     if path in PAGES:
         content_type, page = PAGES[path]
-        return Reply(200, page(service, query).encode(), None, content_type)
+        portions = join_portions(page(service, query))
+        return Reply(200, next(portions, b""), content_type=content_type, page=portions)
     if path in CONSTANT_ANSWERS:
         return Reply(200, CONSTANT_ANSWERS[path])
-    result, ticket = METHODS[path](service, decode_fields(body))
-    return Reply(200, dumps(result).encode(), ticket)
+    result, change = METHODS[path](service, decode_fields(body))
+    if change is None and not result:
+        log.warning("nothing to do for %s: not held; got %r", path, body[:MAX_TEXT_CHARS])
+    return Reply(200, dumps(result).encode(), change=change)
+
+
+def join_portions(texts: Iterable[str]) -> Iterator[bytes]:
+    """Yield a page in portions that a peer takes well: about a millisecond's work each."""
+    portion = ""
+    for text in texts:
+        portion += text
+        if len(portion) >= WRITE_BYTES:
+            yield portion.encode()
+            portion = ""
+    yield portion.encode()
 
 
 def refuse(error: GipamError) -> Reply:
     """Turn an error into a reply: dockerd reads Err of a status that is not 200, others Error."""
     return Reply(error.http_status, dumps({"Err": str(error), "Error": str(error)}).encode())
+
+
+def settle(service: Service, reply: Reply) -> Reply:
+    """Return what may leave after a commit(): an error, if what was decided is not on disk."""
+    return reply if service.is_durable(reply.seq) else refuse(service.failure)
 
 
 def decode_fields(body: bytes) -> Fields:
@@ -1994,23 +2111,21 @@ def read_prefixlen(options: dict[str, str], version: int) -> int | None:
     return int(text) if text else None
 
 
-def request_pool(service: Service, fields: Fields) -> tuple[Any, Ticket]:
+def request_pool(service: Service, fields: Fields) -> tuple[Any, Change]:
     """Grant a network its subnet."""
-    ticket = service.request_pool(read_pool_request(fields))
-    assert isinstance(ticket.change, RequestPool)
-    return {"PoolID": ticket.change.pool_id, "Pool": ticket.change.subnet, "Data": {}}, ticket
+    change = service.request_pool(read_pool_request(fields))
+    return {"PoolID": change.pool_id, "Pool": change.subnet, "Data": {}}, change
 
 
-def request_address(service: Service, fields: Fields) -> tuple[Any, Ticket]:
+def request_address(service: Service, fields: Fields) -> tuple[Any, Change]:
     """Grant an address to a gateway, to a container, or aside for the user (auxiliary)."""
     pool_id, address, options = fields.pool_id(), fields.address(), fields.options()
     mac, name = options.get(ENDPOINT_MAC, ""), options.get(ENDPOINT_NAME, "")
     kind = ENDPOINT if mac or name or not address else AUXILIARY
     if options.get("RequestAddressType") == "com.docker.network.gateway":
         kind = GATEWAY
-    ticket, prefixlen = service.request_address(pool_id, AddressRequest(address, kind, mac, name))
-    assert isinstance(ticket.change, RequestAddress)
-    return {"Address": f"{ticket.change.address}/{prefixlen}", "Data": {}}, ticket
+    change, prefixlen = service.request_address(pool_id, AddressRequest(address, kind, mac, name))
+    return {"Address": f"{change.address}/{prefixlen}", "Data": {}}, change
 
 
 def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
@@ -2031,10 +2146,11 @@ def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
     return {"Adopted": len(done), "Seq": done.stop - 1}, None
 
 
-def show_health(service: Service, _: str) -> str:
+def show_health(service: Service, _: str) -> list[str]:
     """Say whether gipam answers and can still write. Raises: StoreLost."""
-    service.probe()
-    return "ok\n"
+    if service.loss:
+        raise service.loss
+    return ["ok\n"]
 
 
 CONSTANT_ANSWERS = {path: dumps(value).encode() for path, value in {
@@ -2044,7 +2160,7 @@ CONSTANT_ANSWERS = {path: dumps(value).encode() for path, value in {
     "/IpamDriver.GetDefaultAddressSpaces": {"LocalDefaultAddressSpace": ADDRESS_SPACE,
                                             "GlobalDefaultAddressSpace": ADDRESS_SPACE},
 }.items()}
-METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Ticket | None]]] = {
+METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Change | None]]] = {
     "/IpamDriver.RequestPool": request_pool,
     "/IpamDriver.ReleasePool": lambda service, fields: ({}, service.release_pool(fields.pool_id())),
     "/IpamDriver.RequestAddress": request_address,
@@ -2054,14 +2170,15 @@ METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Ticket | None]]] = {
         {}, service.release_if(fields.pool_id(), fields.address(), fields.seq())),
     "/Gipam.Adopt": adopt_by_hand,
 }
-PAGES: dict[str, tuple[str, Callable[[Service, str], str]]] = {  # -> content type, text
+PAGES: dict[str, tuple[str, Callable[[Service, str], Iterable[str]]]] = {  # -> type, text
     "/status": ("application/json",
-                lambda service, query: dumps(service.status("leases=1" in query.split("&")))),
+                lambda service, query: service.status("leases=1" in query.split("&"))),
     "/metrics": ("text/plain; version=0.0.4; charset=utf-8",
-                 lambda service, _: "".join(line + "\n" for line in service.samples())),
+                 lambda service, _: (line + "\n" for line in service.samples())),
     "/healthz": ("text/plain; charset=utf-8", show_health),
 }
 PATHS = {*CONSTANT_ANSWERS, *METHODS, *PAGES}
+PUBLIC_PAGES = {"/metrics", "/healthz"}  # for whoever may reach the -metrics address
 
 
 # === Transport ====================================================================================
@@ -2070,264 +2187,290 @@ PATHS = {*CONSTANT_ANSWERS, *METHODS, *PAGES}
 PLAIN_REQUEST = re.compile(
     rb"POST (/[A-Za-z.]+) HTTP/1\.1\r\nHost: [!-~]+\r\nUser-Agent: [!-~]+\r\n"
     rb"Content-Length: ([0-9]{1,4})\r\nAccept: [!-~]+\r\n(?:Accept-Encoding: gzip\r\n)?\r\n").match
-FD_NAME = "gipam"  # of the socket that the service manager keeps
-IDLE, BUSY = 0.0, float("inf")  # states of a connection; else the time by which its request is due
+CLOSE = "Connection: close\r\n"
+HEAD_END = re.compile(rb"\n\r?\n").search
+LOCAL_HOST = re.compile(r"(|(plugin\.moby\.)?localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?",
+                        re.IGNORECASE).fullmatch
+LISTENER, CONNECTION = "gipam", "connection"  # names of what the service manager keeps
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def format_endpoint(address: Any) -> str:
+    """Return HOST:PORT, or the path of a UNIX socket."""
+    if isinstance(address, str):
+        return address
+    host, port, *_ = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def notify(state: str, fds: list[int] | None = None) -> None:
+    """Tell the service manager, if there is one. Source: sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, \
+                contextlib.suppress(OSError):  # a manager that is gone is no reason not to serve
+            manager.settimeout(1.0)
+            manager.connect(re.sub("^@", "\0", address))
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            manager.sendmsg([state.encode()], rights)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Moves bytes between one connection and dispatch()."""
+    """A connection. It moves bytes when the loop says so, and never waits.
+
+    What came and is not a whole request yet is in the inbox, what the socket has not taken yet in
+    the outbox; as long as that is not empty, nothing more is read from the peer.
+    """
 
     protocol_version = "HTTP/1.1"
     server: Server
-    rfile: io.BufferedReader
-    command = ""
-    ticket: Ticket | None = None  # of the last reply, until the peer has shown that it read it
+    headers: http.client.HTTPMessage
+
+    def setup(self) -> None:
+        """Begin with nothing read, nothing to send."""
+        self.connection: socket.socket = self.request
+        self.inbox, self.outbox = bytearray(), b""
+        self.page: Iterator[bytes] | None = None  # what follows in the outbox
+        self.command = ""  # of the last request
+        self.looked = 0  # bytes of the inbox in which no head ends
+        self.length = -1  # of the body, once the head is read
+        self.has_ended = False  # the peer: it sends no more
+        self.is_closed = self.is_last = False
+        self.reply: Reply | None = None  # the last one, until the peer has shown that it read it
+        self.since_s = time.monotonic()  # of the last sign of life
+        self.events = 0  # what the selector waits for
+
+    def handle(self) -> None:
+        """Leave it to the loop."""
+        self.server.loop.add(self)
+
+    def finish(self) -> None:
+        """Nothing: it has only begun."""
 
     def address_string(self) -> str:
         """Name the peer; on a UNIX socket it has no address, and the stock method fails."""
-        return "unix" if self.server.address_family == socket.AF_UNIX else self.client_address[0]
+        return "unix" if self.server.is_unix else format_endpoint(self.client_address)
 
-    def handle(self) -> None:
-        """Serve the connection to its end; take back what a reply granted that never arrived."""
+    def is_sending(self) -> bool:
+        """Return whether the socket has not taken all yet."""
+        return bool(self.outbox) or self.page is not None
+
+    def is_busy(self) -> bool:
+        """Return whether it is in the middle of a request or of a reply."""
+        return bool(self.inbox) or self.length >= 0 or self.is_sending()
+
+    def receive(self) -> None:
+        """Put what has come into the inbox."""
+        if not self.is_busy():
+            self.since_s = time.monotonic()
         try:
-            super().handle()
-        except OSError:  # a connection that breaks, of TLS or not
-            if self.ticket:
-                self.server.service.take_back(self.ticket)
+            while len(self.inbox) < MAX_HEAD_BYTES + MAX_BODY_BYTES:
+                data = self.connection.recv(RECEIVE_BYTES)
+                self.inbox += data
+                self.has_ended = not data
+                if len(data) < RECEIVE_BYTES and (not self.server.tls or not data):
+                    break  # of TLS, OpenSSL may have more, of which no selector knows
+        except WOULD_BLOCK:
+            pass
+        except OSError as error:
+            self.lose(error, is_unread=self.server.is_unix)
 
-    def handle_one_request(self) -> None:
-        """Read one request and answer it, in one write."""
-        start = self.rfile.peek(1)
-        if not start and self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            raise ConnectionResetError  # TCP: the peer had closed, and reset when the reply came
-        self.ticket = None
-        self.server.mark(self.request, time.monotonic() + REQUEST_PATIENCE_S)
-        plain = PLAIN_REQUEST(start)
-        if plain and len(start) >= plain.end() + int(plain[2]):
-            self.close_connection, self.command, self.path = False, "POST", plain[1].decode()
-            self._answer(self.rfile.read(plain.end() + int(plain[2]))[plain.end():])
-        else:
-            try:
-                if self._read_head():
-                    self._answer(self._read_body())
-            except GipamError as error:
-                self.send_error(error.http_status, str(error))
+    def next_request(self) -> bytes | None:
+        """Return the body of a request that is there as a whole, None: there is none.
 
-    def _answer(self, body: bytes) -> None:
-        self.server.mark(self.request, BUSY)
-        self.server.silent.discard(self.request)
-        self._send(dispatch(self.server.service, self.command, self.path, body,
-                            self.server.is_public))
-        self.server.mark(self.request, IDLE)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what is not a request, and close: nobody knows where the next one begins."""
-        self.close_connection = True
-        error = InvalidRequest(message or http.HTTPStatus(code).phrase, code)
-        log.warning("refused %r from %s: %s", self.raw_requestline[:MAX_TEXT_CHARS],
-                    self.address_string(), error)
-        self._send(refuse(error))
-
-    def _send(self, reply: Reply) -> None:
-        self.ticket = reply.ticket
-        self.close_connection |= self.server.is_retiring
-        close = "Connection: close\r\n" if self.close_connection else ""
-        head = (f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
-                f"Content-Type: {reply.content_type}\r\n"
-                f"Content-Length: {len(reply.body)}\r\n{close}\r\n")
-        self.connection.sendall(head.encode() + (b"" if self.command == "HEAD" else reply.body))
+        Its head is then in command, path and headers. Raises: GipamError: nobody knows any more
+        where the next one begins.
+        """
+        if self.length < 0:
+            plain = PLAIN_REQUEST(self.inbox) if not self.looked else None
+            if plain:
+                self.close_connection, self.command, self.path = False, "POST", plain[1].decode()
+                self.length = int(plain[2])
+                del self.inbox[:plain.end()]
+            elif not self._read_head():
+                return None
+        if len(self.inbox) < self.length:
+            if self.has_ended:
+                raise InvalidRequest(f"the body ends after {len(self.inbox)} of {self.length} bytes")
+            return None
+        body = bytes(self.inbox[:self.length])
+        del self.inbox[:self.length]
+        self.length, self.looked, self.reply = -1, 0, None
+        return body
 
     def _read_head(self) -> bool:
-        """Read the head; return False at the end, and when it was refused. Raises: Forbidden."""
-        for _ in range(2):  # an empty line may come before (RFC 9112 section 2.2)
-            self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
-            if self.raw_requestline not in (b"\r\n", b"\n"):
-                break
-        is_long = len(self.raw_requestline) > MAX_LINE_BYTES
-        if is_long or (self.raw_requestline and not str(self.raw_requestline, "latin-1").strip()):
-            self.send_error(414 if is_long else 400)  # of blanks, parse_request() says nothing
+        """Let http.server read the head, if it is there; return whether it is."""
+        if not self.looked and self.inbox.startswith((b"\r\n", b"\n")):  # RFC 9112 section 2.2
+            del self.inbox[:self.inbox.index(b"\n") + 1]
+        end = HEAD_END(self.inbox, max(self.looked - 3, 0))
+        self.looked = len(self.inbox)
+        if not end and self.looked <= MAX_HEAD_BYTES and not (self.has_ended and self.inbox):
             return False
-        is_read = self.parse_request()  # of nothing: False, and it closes
-        if is_read and self.server.address_family != socket.AF_UNIX and not self.server.is_public \
-                and ("Origin" in self.headers or "Sec-Fetch-Site" in self.headers):
-            raise Forbidden("requests from web pages are not served")  # but they reach loopback
-        return is_read
+        head = bytes(self.inbox[:end.end() if end else self.looked])
+        del self.inbox[:len(head)]
+        self.command, self.rfile = "", io.BytesIO(head)
+        self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
+        if len(self.raw_requestline) > MAX_LINE_BYTES:
+            self.send_error(414)
+        if not end and not self.has_ended:
+            self.send_error(431)
+        if not self.parse_request():  # it has no word for a line of blanks
+            self.send_error(400)
+        self._check_sender()
+        self.length = self._read_length()
+        return True
 
-    def _read_body(self) -> bytes:
-        """Return the body: Content-Length bytes, or chunks. Raises: InvalidRequest."""
+    def _check_sender(self) -> None:
+        """Keep web pages out, which can reach loopback, by name too. Raises: Forbidden."""
+        if self.server.is_private:
+            for header in ("Origin", "Sec-Fetch-Site"):
+                if header in self.headers:
+                    raise Forbidden("requests from web pages are not served")
+            host = self.headers.get("Host", "")
+            if self.command == "GET" and not LOCAL_HOST(host):  # with POST, an Origin comes
+                raise Forbidden(f"Host {printable(host)!r} is not served, only an IP address or "
+                                "localhost")
+
+    def _read_length(self) -> int:
         lengths = self.headers.get_all("Content-Length", [])
-        coding = self.headers.get("Transfer-Encoding")
-        if coding is None:
-            length = ", ".join(text.strip() for text in lengths or ["0"])
-            if not re.fullmatch("[0-9]{1,19}", length):
-                raise InvalidRequest(f"Content-Length is not one number: {length}")
-            return self._read_exactly(int(length), 0)
-        if coding.lower() != "chunked" or lengths:
-            raise InvalidRequest("Transfer-Encoding is served only as chunked, "
-                                 "without Content-Length")
-        body, size = b"", 1
-        while size:  # RFC 9112 section 7.1
-            text = self._read_line().split(b";")[0].strip()
-            if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", text):
-                raise InvalidRequest(f"{text!r} is not the size of a chunk")
-            size = int(text, 16)
-            body += self._read_exactly(size, len(body))
-            while self._read_line().strip():  # the end of the chunk, or the trailer
-                if size:
-                    raise InvalidRequest("a chunk is longer than its size")
-        return body
-
-    def _read_line(self) -> bytes:
-        line = self.rfile.readline(MAX_LINE_BYTES)
-        if not line.endswith(b"\n"):
-            raise InvalidRequest("the chunked body ends early, or has a line too long")
-        return line
-
-    def _read_exactly(self, length: int, before: int) -> bytes:
-        if before + length > MAX_BODY_BYTES:
+        if "Transfer-Encoding" in self.headers and not lengths:
+            raise InvalidRequest("a body is served only with Content-Length", 411)
+        length = ", ".join(text.strip() for text in lengths or ["0"])
+        if not re.fullmatch("[0-9]{1,19}", length) or "Transfer-Encoding" in self.headers:
+            raise InvalidRequest(f"Content-Length is not one number: {printable(length)}")
+        if int(length) > MAX_BODY_BYTES:
             raise InvalidRequest(f"the body is longer than {MAX_BODY_BYTES} bytes", 413)
-        body = self.rfile.read(length)
-        if len(body) < length:
-            raise InvalidRequest(f"the body ends after {len(body)} of {length} bytes")
-        return body
+        return int(length)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what is not a request. Raises: InvalidRequest."""
+        raise InvalidRequest(message or http.HTTPStatus(code).phrase, code)
+
+    def handle_expect_100(self) -> bool:
+        """Tell a client that waits for it to go ahead."""
+        self.outbox += b"HTTP/1.1 100 Continue\r\n\r\n"
+        return True
+
+    def refuse(self, error: GipamError) -> Reply:
+        """Return the reply to what is not a request; it is the last one."""
+        log.warning("refused %s: %s", self.address_string(), error)
+        self.close_connection, self.inbox, self.length = True, bytearray(), -1
+        return refuse(error)
+
+    def answer(self, reply: Reply) -> None:
+        """Put the reply into the outbox: head and body in one piece."""
+        portion = next(reply.page, b"")
+        if portion:
+            self.page = itertools.chain([portion], reply.page)
+        self.is_last = self.close_connection or bool(portion) or self.server.loop.is_ending
+        length = "" if portion else f"Content-Length: {len(reply.body)}\r\n"
+        head = (f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
+                f"Content-Type: {reply.content_type}\r\n{length}"
+                f"{CLOSE if self.is_last else ''}\r\n")
+        self.reply = reply
+        self.outbox += head.encode() + (b"" if self.command == "HEAD" else reply.body)
+
+    def send(self) -> None:
+        """Send what the socket takes now, of a page one portion."""
+        try:
+            if not self.outbox and self.page is not None:
+                self.outbox = next(self.page, b"")
+                self.page = self.page if self.outbox else None
+            if self.outbox:
+                self.outbox = self.outbox[self.connection.send(self.outbox):]
+                self.since_s = time.monotonic()
+        except WOULD_BLOCK:
+            pass
+        except OSError as error:
+            self.lose(error, is_unread=True)
+
+    def lose(self, error: OSError, is_unread: bool) -> None:
+        """End a connection that broke; take back what its last reply granted, if nobody read it.
+
+        Only on a UNIX socket does a reset tell that. On TCP a firewall makes one too, and a reply
+        that was read must not be taken back: a leak is mended by check, a double address is not.
+        """
+        if isinstance(error, ssl.SSLError):
+            log.warning("refused TLS peer %s: %s", self.address_string(), error)
+        if self.reply and is_unread:
+            self.server.loop.lost.append(self.reply)
+        self.outbox, self.page = b"", None
+        self.has_ended = self.is_last = True
+        self.inbox.clear()
 
 
-class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """The plugin on TCP, a thread a connection; HTTPServer would look up the host's name."""
+class Server(socketserver.TCPServer):
+    """The plugin on TCP; HTTPServer would look up the host's name."""
 
-    daemon_threads = True
     allow_reuse_address = True
     request_queue_size = BACKLOG
-    is_public = False  # whether only pages are served, to whoever may reach the address
-    is_retiring = False  # whether each reply is the last of its connection
+    is_unix = False
     is_kept = False  # whether the service manager keeps the socket, for the next process
 
-    def __init__(self, address: Any, service: Service, listener: socket.socket | None = None,
-                 tls: ssl.SSLContext | None = None) -> None:
-        self.service, self.tls = service, tls
-        self.connections: dict[Any, float] = {}  # -> IDLE, BUSY or when its request is due
-        self.silent: set[Any] = set()  # connections that no request has come from yet
-        self.retired: set[Any] = set()  # connections that stay open, half, to the end of drain()
-        self.is_changed = threading.Condition()
+    def __init__(self, address: Any, loop: Loop, listener: socket.socket | None = None,
+                 tls: ssl.SSLContext | None = None, paths: Collection[str] = ()) -> None:
+        self.loop, self.tls, self.paths = loop, tls, paths  # no paths: all
+        self.strangers: dict[Handler, None] = {}  # on TCP: have not been served yet, oldest first
+        self.clients: dict[Handler, None] = {}  # have, the longest idle one first
         if isinstance(address, tuple):
             self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler, bind_and_activate=listener is None)
         if listener:
             self.socket.close()
             self.socket, self.server_address = listener, listener.getsockname()
+        self.socket.setblocking(False)
+        # for users of this host, but whose browser anybody may steer
+        self.is_private = not self.is_unix and not tls and (
+            ipaddress.ip_address(str(self.server_address[0])).is_loopback)
 
     def server_bind(self) -> None:
         """Bind. Raises: OSError that names the address."""
         try:
             super().server_bind()
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.server_address)) from None
+            raise OSError(error.errno, error.strerror,
+                          format_endpoint(self.server_address)) from None
 
     def get_request(self) -> Any:
-        """Accept; a TLS handshake is left to the connection's thread, where it holds nobody up."""
+        """Accept; a TLS handshake is made by the first recv()."""
         request, client_address = super().get_request()
+        request.setblocking(False)
+        if not self.is_unix:  # Nagle's algorithm could hold a reply for 40 ms
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.tls:
             request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
         return request, client_address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Count the connection in, and serve it in a thread."""
-        if self.address_family != socket.AF_UNIX:  # Nagle's algorithm could hold a reply for 40 ms
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.reap(MAX_TCP_CONNECTIONS - 1)
-        with self.is_changed:
-            self.connections[request] = time.monotonic() + REQUEST_PATIENCE_S if self.tls else IDLE
-            self.silent.add(request)
-        super().process_request(request, client_address)
+        """Give the connection its handler, which the loop asks from now on."""
+        self.finish_request(request, client_address)
 
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Shake hands, then serve."""
-        if self.tls:
-            try:
-                request.do_handshake()
-            except OSError as error:
-                log.warning("refused TLS peer %s: %s", client_address[0], error)
-                return
-            self.mark(request, IDLE)
-        super().finish_request(request, client_address)
+    def note(self, handler: Handler, is_served: bool) -> None:
+        """On TCP, remember who is served, and let the surplus go.
 
-    def mark(self, request: Any, state: float) -> None:
-        """Note what a connection on TCP does; the one that has done it longest stands first."""
-        if self.address_family != socket.AF_UNIX:
-            with self.is_changed:
-                if self.connections.pop(request, None) is not None:
-                    self.connections[request] = state
-
-    def reap(self, limit: int) -> None:
-        """On TCP, end connections that are overdue, and the longest idle ones past the limit."""
-        with self.is_changed:
-            surplus, now = len(self.connections) - limit, time.monotonic()
-            for request, state in list(self.connections.items()):
-                if state != BUSY and (IDLE < state < now or surplus > 0):
-                    surplus -= 1
-                    self._end(request, socket.SHUT_RDWR)
-
-    def _end(self, request: Any, how: int) -> None:
-        with contextlib.suppress(OSError):  # the peer is gone already
-            socket.socket.shutdown(request, how)  # of TLS too: the bytes below it
-
-    def shutdown_request(self, request: Any) -> None:
-        """Count the connection out, and end it."""
-        with self.is_changed:
-            self.connections.pop(request, None)
-            self.silent.discard(request)
-            self.is_changed.notify_all()
-        if request not in self.retired:
-            super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what ended a connection."""
-        log.error("connection failed", exc_info=sys.exc_info())
-
-    def retire(self) -> None:
-        """End the kept connections while somebody still listens.
-
-        Go's HTTP client that cannot write to one dials at once, with the body at hand. Not so on a
-        connection that it has just dialled, nor when it sees one end while it takes it up
-        (golang/go#22158): there dockerd's own retry comes, without the body (protocol.md 2.3). So
-        silent ones are left alone, and on a UNIX socket the others only shut for reading; the
-        service manager keeps them until dockerd hangs up.
+        So strangers push out strangers, and never a client that works.
         """
-        self.is_retiring = True
-        with self.is_changed:
-            retired = self.connections.keys() - self.silent
-            for request in retired:
-                self._end(request, socket.SHUT_RD)  # it reads what is there, then the end
-            if self.address_family != socket.AF_UNIX:
-                return  # its peer notices nothing until the end
-            self.retired |= retired
-            for request in retired if self.is_kept else ():
-                notify("FDSTORE=1\nFDNAME=retired", [request.fileno()])
+        self.strangers.pop(handler, None)
+        self.clients.pop(handler, None)
+        group, limit = ((self.clients, MAX_TCP_CLIENTS) if is_served
+                        else (self.strangers, MAX_TCP_STRANGERS))
+        group[handler] = None
+        while len(group) > limit:
+            self.loop.close(next(iter(group)))
 
-    def drain(self) -> None:
-        """Answer those in the backlog too, then close. serve_forever() must have ended.
-
-        Whoever dials later is refused, and dials again with its whole body; or waits in the socket
-        that the service manager keeps, as the backlog then does too.
-        """
-        self.socket.setblocking(False)
-        with contextlib.suppress(OSError):  # at the latest: nobody is left in it
-            while not self.is_kept:
-                self.process_request(*self.get_request())
-        with self.is_changed:
-            self.is_changed.wait_for(lambda: not self.silent, DIAL_PATIENCE_S)
-            self.silent.clear()
-            self.retire()
-            self.is_changed.wait_for(lambda: not self.connections, DRAIN_PATIENCE_S)
-        self.server_close()
-        for request in self.retired:
-            request.close()
+    def overdue(self, now_s: float) -> list[Handler]:
+        """Return the connections on TCP that are stuck in a request, a reply or a handshake."""
+        return [handler for handler in (*self.strangers, *self.clients)
+                if (handler.is_busy() or (self.tls and handler in self.strangers))
+                and handler.since_s + REQUEST_PATIENCE_S < now_s]
 
 
 class UnixServer(Server):
     """The plugin on a UNIX socket."""
 
     address_family = socket.AF_UNIX
+    is_unix = True
 
     def server_bind(self) -> None:
         """Bind, for root only. Raises: OSError."""
@@ -2335,47 +2478,343 @@ class UnixServer(Server):
         os.chmod(self.socket.getsockname(), 0o600)
 
 
-def listen(kind: type[Server], address: Any, service: Service,
+class Loop:
+    """Serves all connections in one thread, turn by turn; so nothing needs a lock.
+
+    Threads that write the lease file or ask Docker come back by call(), and only by that.
+    """
+
+    def __init__(self, service: Service,
+                 flush_log: Callable[[], None] = lambda: None) -> None:
+        self.service, self.flush_log = service, flush_log
+        self.servers: list[Server] = []
+        self.handlers: dict[Handler, None] = {}
+        self.lost: list[Reply] = []  # that have not arrived
+        self.is_ending = False  # each reply is the last of its connection
+        self.is_stopping = self.is_over = False
+        self._asking: dict[Handler, None] = {}  # may have a request in the inbox
+        self._selector = selectors.DefaultSelector()
+        self._calls: collections.deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]]
+        self._calls = collections.deque()
+        self._bell, self._rope = socket.socketpair()
+        for end in (self._bell, self._rope):
+            end.setblocking(False)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._hear)
+        self._folder: threading.Thread | None = None
+        self._fold_after_s = 0.0
+
+    # What others may call: signal handlers and threads
+
+    def stop(self, *_: Any) -> None:
+        """Let run() return after the present turn."""
+        self.is_stopping = True
+        self.ring()
+
+    def ring(self) -> None:
+        """Begin a turn now."""
+        with contextlib.suppress(BlockingIOError):  # it rings already
+            self._rope.send(b"\0")
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run the function in a turn, from another thread; return what it returns.
+
+        Durable: what it changed, on return. Raises: as the function; StoreError.
+        """
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._calls.append((future, function))
+        if self.is_over:
+            raise StoreError("gipam is stopping: try again")
+        self.ring()
+        return future.result()
+
+    # A turn
+
+    def turn(self, wait_s: float) -> None:
+        """Wait until there is something to do, at most so long, and do it; see design.md 7."""
+        for key, events in self._selector.select(0 if self._asking else wait_s):  # 1, 2
+            key.data(events & key.events)
+        called = [self._run(*self._calls.popleft()) for _ in range(len(self._calls))]  # 3
+        for lost in self.lost:
+            self.service.take_back(lost.change, lost.seq)
+        self.lost.clear()
+        asking, self._asking = self._asking, {}
+        replies = [(handler, reply) for handler in asking  # 4
+                   for reply in [self._ask(handler)] if reply]
+        self.service.commit()  # 5
+        for handler, reply in replies:  # 6
+            handler.answer(settle(self.service, reply))
+            self._send(handler)
+        for future, result, seq in called:
+            if self.service.is_durable(seq):
+                future.set_result(result)
+            else:
+                future.set_exception(self.service.failure)
+        self.flush_log()
+
+    def _hear(self, _: int) -> None:
+        self._bell.recv(4096)
+
+    def _run(self, future: concurrent.futures.Future[Any],
+             function: Callable[[], Any]) -> tuple[concurrent.futures.Future[Any], Any, int]:
+        """Call the function; return what its thread gets once the turn is on disk."""
+        try:
+            return future, function(), self.service.state.seq
+        except Exception as error:  # noqa: BLE001 - it goes to the thread
+            self.service.mend()
+            refused: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            future.set_exception(error)
+            return refused, None, 0
+
+    def _accept(self, server: Server, _: int) -> None:
+        """Take in who has dialled."""
+        try:
+            for _attempt in range(BACKLOG):
+                server.process_request(*server.get_request())
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno in NO_DESCRIPTOR:
+                log.error("cannot accept connections: %s; waiting for some to end",
+                          error.strerror)
+                self._selector.unregister(server.socket)  # until the next tick()
+
+    def add(self, handler: Handler) -> None:
+        """Ask the handler from now on."""
+        self.handlers[handler] = None
+        self._watch(handler, selectors.EVENT_READ)
+        if not handler.server.is_unix:
+            handler.server.note(handler, is_served=False)
+
+    def _move(self, handler: Handler, events: int) -> None:
+        """Let the handler send or receive, unless an earlier one of this turn has ended it."""
+        if handler.is_closed:
+            return
+        if events & selectors.EVENT_WRITE:
+            self._send(handler)
+        else:
+            handler.receive()
+            self._asking[handler] = None
+
+    def _ask(self, handler: Handler) -> Reply | None:
+        """Answer the next request of a handler, if it has one."""
+        if handler.is_closed or handler.is_sending():
+            return None
+        try:
+            body = None if handler.is_last else handler.next_request()
+            if body is not None:
+                return dispatch(self.service, handler.command, handler.path, body,
+                                handler.server.paths)
+        except GipamError as error:
+            return handler.refuse(error)
+        self._settle(handler)
+        return None
+
+    def _send(self, handler: Handler) -> None:
+        """Let the handler send; go on with what else it has been asked."""
+        handler.send()
+        if not handler.is_sending():
+            if not handler.server.is_unix and handler.reply and handler.reply.status == 200:
+                handler.server.note(handler, is_served=True)
+            if handler.inbox or handler.has_ended:
+                self._asking[handler] = None
+                return
+        self._settle(handler)
+
+    def _settle(self, handler: Handler) -> None:
+        """End the handler if it has nothing more to do, else wait for what it needs."""
+        events = selectors.EVENT_WRITE if handler.is_sending() else selectors.EVENT_READ
+        if events == selectors.EVENT_READ and (handler.is_last or handler.has_ended):
+            events = 0
+            if handler.is_last or not (self.is_ending and handler.server.is_unix):
+                self.close(handler)  # else finish() has shut it for reading, and ends it later
+        if events != handler.events and not handler.is_closed:
+            self._watch(handler, events)
+
+    def _watch(self, handler: Handler, events: int) -> None:
+        if handler.events:
+            self._selector.unregister(handler.connection)
+        if events:
+            self._selector.register(handler.connection, events,
+                                    functools.partial(self._move, handler))
+        handler.events = events
+
+    def close(self, handler: Handler) -> None:
+        """End a connection. What it has not sent is not taken back: nobody but us has ended it."""
+        if not handler.is_closed:
+            self.leave(handler)
+            handler.server.shutdown_request(handler.connection)
+
+    def leave(self, handler: Handler) -> None:
+        """Ask the handler no more, nor close its connection."""
+        self._watch(handler, 0)
+        handler.is_closed = True
+        for group in (self.handlers, handler.server.strangers, handler.server.clients):
+            group.pop(handler, None)
+
+    # A life
+
+    def open(self, server: Server) -> None:
+        """Serve those who dial the server."""
+        self.servers.append(server)
+        self.accept(server)
+
+    def accept(self, server: Server) -> None:
+        """Accept connections, also again."""
+        if server.socket.fileno() not in self._selector.get_map():
+            self._selector.register(server.socket, selectors.EVENT_READ,
+                                    functools.partial(self._accept, server))
+
+    def run(self, on_tick: Callable[[], None]) -> None:
+        """Serve until stop(), or until nothing can be written any more; tick each second."""
+        tick_s = time.monotonic()
+        while not (self.is_stopping or self.service.loss):
+            self.turn(max(tick_s - time.monotonic(), 0.0))
+            self._fold_if_due()
+            if time.monotonic() >= tick_s:
+                tick_s = time.monotonic() + TICK_S
+                for server in self.servers:
+                    self.accept(server)
+                    for handler in server.overdue(time.monotonic()):
+                        self.close(handler)
+                on_tick()
+
+    def _fold_if_due(self) -> None:
+        if self.service.is_fold_due() and time.monotonic() >= self._fold_after_s \
+                and not (self._folder and self._folder.is_alive()):
+            self._fold_after_s = time.monotonic() + FOLD_PATIENCE_S
+            self._folder = threading.Thread(target=self._fold, name="fold", daemon=True)
+            self._folder.start()
+
+    def _fold(self) -> None:
+        if self.service.fold(self.call):
+            self._fold_after_s = 0.0
+
+    def finish(self, remove_names: Callable[[], None]) -> None:
+        """Answer what has been asked, and let go of all connections so that Docker loses nothing.
+
+        Where the service manager keeps descriptors, the next process goes on with them. Else
+        connections on the UNIX socket are shut for reading: whoever cannot write to one dials
+        anew, with the body at hand, as long as somebody listens. (A Go client that sees the end of
+        a connection in the moment in which it takes it up does not: golang/go#22158.)
+        """
+        if "FDSTORE" in os.environ:
+            self._stop_accepting()
+            self._turn_until(lambda: not any(map(Handler.is_busy, self.handlers)))
+            self._hand_on()
+        else:
+            self.is_ending = True
+            for handler in self.handlers:
+                if handler.server.is_unix and handler.command:
+                    with contextlib.suppress(OSError):  # the peer is gone already
+                        handler.connection.shutdown(socket.SHUT_RD)
+            end_s = time.monotonic() + RETIRE_PATIENCE_S
+            self._turn_until(lambda: time.monotonic() > end_s)
+            for handler in self.handlers:
+                if not handler.command:  # it may just have dialled
+                    handler.since_s = time.monotonic()
+            self._close_idle()
+        remove_names()
+        for server in self.servers:
+            if not server.is_kept:
+                self._accept(server, 0)  # who waits in the backlog would be reset
+        self._stop_accepting()
+        self._turn_until(self._close_idle)
+        for handler in list(self.handlers):
+            self.close(handler)
+        self._end_calls()
+
+    def _turn_until(self, is_done: Callable[[], bool]) -> None:
+        """Make turns until it is done, at most as long as a peer may take to send a request."""
+        end_s = time.monotonic() + DIAL_PATIENCE_S
+        while time.monotonic() < end_s and not self.service.loss and not is_done():
+            self.turn(0.01)
+
+    def _close_idle(self) -> bool:
+        """Close who has been idle for a moment, also after dialling; return whether all are."""
+        late_s = time.monotonic() - RETIRE_PATIENCE_S
+        for handler in list(self.handlers):
+            if not handler.is_busy() and handler.since_s < late_s:
+                self.close(handler)
+        return not self.handlers
+
+    def _stop_accepting(self) -> None:
+        for server in self.servers:
+            if server.socket.fileno() in self._selector.get_map():
+                self._selector.unregister(server.socket)
+                if not server.is_kept:
+                    server.server_close()
+
+    def _hand_on(self) -> None:
+        """Give idle connections to the service manager, for the next process (sd_notify(3))."""
+        idle = [handler for handler in self.handlers if not handler.is_busy()
+                and not handler.server.tls]
+        for handler in idle:
+            self.leave(handler)
+        for at in range(0, len(idle), MAX_RIGHTS):
+            notify(f"FDSTORE=1\nFDNAME={CONNECTION}",
+                   [handler.connection.fileno() for handler in idle[at:at + MAX_RIGHTS]])
+
+    def _end_calls(self) -> None:
+        """Refuse what threads still ask for, and wait for the one that folds."""
+        self.is_over = True
+        while self._calls:
+            self._calls.popleft()[0].set_exception(StoreError("gipam is stopping: try again"))
+        if self._folder:
+            self._folder.join()
+
+
+def listen(kind: type[Server], address: Any, loop: Loop,
            tls: ssl.SSLContext | None = None) -> Server:
-    """Listen; the service manager keeps the socket, so that a restart never refuses Docker."""
-    listener = take_listener(address)
+    """Listen; the service manager keeps the socket, so that a restart never refuses Docker.
+
+    The connections that the process before has handed on are served again.
+    """
+    listener, connections = take_sockets(address)
     if listener is None and isinstance(address, str):
         clear_path(address)
-    server = kind(address, service, listener, tls)
+    server = kind(address, loop, listener, tls)
     server.is_kept = listener is not None or "FDSTORE" in os.environ
     if "FDSTORE" in os.environ:
-        notify(f"FDSTORE=1\nFDNAME={FD_NAME}", [server.socket.fileno()])
+        notify(f"FDSTORE=1\nFDNAME={LISTENER}", [server.socket.fileno()])
+    loop.open(server)
+    for connection in connections:
+        if connection.getsockname() == server.server_address and not tls:
+            connection.setblocking(False)
+            server.process_request(connection, connection.getpeername())
+        else:
+            connection.close()
+    if connections:
+        notify(f"FDSTOREREMOVE=1\nFDNAME={CONNECTION}")
     return server
 
 
-def take_listener(address: Any) -> socket.socket | None:
-    """Return the socket for the address that the service manager handed over (sd_listen_fds(3)).
+def take_sockets(address: Any) -> tuple[socket.socket | None, list[socket.socket]]:
+    """Return (listener for the address, connections) of those handed over (sd_listen_fds(3)).
 
-    It may come twice, from a socket unit and from the store: the copy is closed, never shut down,
-    which would end both. One for another address, kept from before a change of options, is given
-    back, and its name goes: it must not look alive.
+    A listener may come twice, from a socket unit and from the store: the copy is closed, never
+    shut down, which would end both. One for another address, kept from before a change of options,
+    is given back, and its name goes: it must not look alive.
     """
-    found = None
+    found, connections = None, []
     is_for_us = os.environ.get("LISTEN_PID") == str(os.getpid())
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     for at in range(int(os.environ.get("LISTEN_FDS", "0")) if is_for_us else 0):
-        listener = socket.socket(fileno=3 + at)
-        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            listener.close()  # a retired connection, which the store keeps
+        handed = socket.socket(fileno=3 + at)
+        if not handed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            connections.append(handed)
             continue
-        bound = listener.getsockname()
+        bound = handed.getsockname()
         is_ours = (bound == address and os.path.exists(bound)) if isinstance(address, str) \
             else bound[:2] == address
         if is_ours and found is None:
-            listener.setblocking(True)
-            found = listener
+            found = handed
             continue
-        listener.close()
-        if not is_ours and names[at:at + 1] == [FD_NAME]:
-            notify(f"FDSTOREREMOVE=1\nFDNAME={FD_NAME}")
+        handed.close()
+        if not is_ours and names[at:at + 1] == [LISTENER]:
+            notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}")
             if isinstance(bound, str) and os.path.lexists(bound):
                 os.unlink(bound)
-    return found
+    return found, connections
 
 
 def clear_path(path: str) -> None:
@@ -2393,20 +2832,9 @@ def clear_path(path: str) -> None:
     os.unlink(path)
 
 
-def notify(state: str, fds: list[int] | None = None) -> None:
-    """Tell the service manager, if there is one. Source: sd_notify(3)."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, \
-                contextlib.suppress(OSError):  # a manager that is gone is no reason not to serve
-            manager.connect(re.sub("^@", "\0", address))
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            manager.sendmsg([state.encode()], rights)
-
-
-def open_unix(config: Config, service: Service, remove: Callable[[str], None]) -> Server:
+def open_unix(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
     """Listen on the socket, and show Docker where it is. Raises: GipamError, OSError."""
-    server = listen(UnixServer, config.socket, service)
+    server = listen(UnixServer, config.socket, loop)
     if not server.is_kept:
         remove(config.socket)
     link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
@@ -2423,14 +2851,12 @@ def open_unix(config: Config, service: Service, remove: Callable[[str], None]) -
                 raise
     if config.is_spec_given:
         write_spec(config.spec, f"unix://{config.socket}\n", remove)
-    return server
 
 
-def open_tcp(config: Config, service: Service, remove: Callable[[str], None]) -> Server:
+def open_tcp(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
     """Listen on the address, and write the plugin file. Raises: GipamError, OSError."""
-    server = listen(Server, config.address, service, load_tls(config.tls, is_server=True))
-    host, port = str(server.server_address[0]), server.server_address[1]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    server = listen(Server, config.address, loop, load_tls(config.tls, is_server=True))
+    address = format_endpoint(server.server_address)
     stem = os.path.splitext(config.spec)[0]
     shadows = {os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock"): clear_path}
     path, text = config.spec, f"tcp://{address}\n"
@@ -2445,7 +2871,6 @@ def open_tcp(config: Config, service: Service, remove: Callable[[str], None]) ->
             clear(shadow)
             log.warning("removed %s, which hid %s; restart dockerd if it has used it", shadow, path)
     write_spec(path, text, remove)
-    return server
 
 
 def write_spec(path: str, text: str, remove: Callable[[str], None]) -> None:
@@ -2785,7 +3210,7 @@ def release_surplus(status: Json, claims: list[Claim], adopted: set[int],
                 release(finding.body)
 
 
-def take_over(service: Service, driver: str, timeout_s: float) -> None:
+def take_over(service: Service, driver: str, timeout_s: float, call: Call[Any]) -> None:
     """Adopt all that Docker uses of this driver. Raises: Unreachable; what is adopted stays so."""
     path, end = docker_socket(), time.monotonic() + timeout_s
     for claim, uses in group_uses(read_claims(path, driver, timeout_s)[0]):
@@ -2793,7 +3218,7 @@ def take_over(service: Service, driver: str, timeout_s: float) -> None:
         sub_pool = parse_prefix(claim.sub_pool) if claim.sub_pool else None
         requests = [AddressRequest(use.address, use.kind, use.mac, use.name) for use in uses]
         try:
-            done = service.adopt(subnet, sub_pool, requests)
+            done = call(functools.partial(service.adopt, subnet, sub_pool, requests))
             service.adopted.update(done)
             if done:
                 log.warning("took over subnet %s of %s with %d addresses from Docker",
@@ -2802,11 +3227,12 @@ def take_over(service: Service, driver: str, timeout_s: float) -> None:
             log.error("cannot take over subnet %s of %s from Docker: %s", subnet, claim, error)
     if service.adopted:
         claims, _ = read_claims(path, driver, max(end - time.monotonic(), 0.001))
-        release_surplus(service.status(has_leases=True), claims, service.adopted, lambda body: (
-            service.release_if(body["PoolID"], body["Address"], body["Seq"])))
+        status = json.loads("".join(call(lambda: list(service.status(has_leases=True)))))
+        release_surplus(status, claims, service.adopted, lambda body: call(
+            lambda: service.release_if(body["PoolID"], body["Address"], body["Seq"])))
         service.adopted.clear()
     service.import_is_due.clear()
-    service.fold()  # Docker need not be asked again
+    service.fold(call)  # Docker need not be asked again
 
 
 def is_docker_alive() -> bool:
@@ -2819,14 +3245,14 @@ def is_docker_alive() -> bool:
     return True
 
 
-def take_over_when_due(service: Service, driver: str) -> None:
+def take_over_when_due(service: Service, driver: str, call: Call[Any]) -> None:
     """Wait until the state is not to be trusted, then until Docker answers; for ever, in a thread.
 
     Never in a request: Docker may be waiting for gipam (protocol.md 3.5).
     """
     while service.import_is_due.wait():
         try:
-            take_over(service, driver, timeout_s=60.0)
+            take_over(service, driver, 60.0, call)
         except GipamError:  # Docker does not answer yet, or the disk is full
             time.sleep(IMPORT_PAUSE_S)
 
@@ -3059,7 +3485,8 @@ def read_status(settings: Settings, has_leases: bool, is_second_look: bool = Fal
         if is_second_look:
             raise
         return read_status(settings, has_leases, is_second_look=True)
-    return describe_state(state, has_leases)
+    return dict(json.loads("".join(encode_status(describe_state(state), state.pools.values(),
+                                                 has_leases))))
 
 
 def make_state(config: Config) -> State:
@@ -3227,67 +3654,71 @@ def cmd_config(arguments: argparse.Namespace) -> int:
 
 
 def cmd_serve(arguments: argparse.Namespace) -> int:
-    """Run the driver until SIGTERM or SIGINT."""
+    """Run the driver until SIGTERM, SIGINT or SIGHUP."""
     os.umask(0o077)
-    faulthandler.enable()  # the watchdog's SIGABRT then says where each thread hung
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    faulthandler.enable()  # the watchdog's SIGABRT then says where it hung
     notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
     gc.disable()  # it would take a third of the time to load a million leases
     config, store, document = load(arguments.settings, is_daemon=True)
     if config.unix and "LISTEN_FDS" not in os.environ:
         clear_path(config.socket)  # a second daemon writes and imports nothing
-    service = open_service(config, arguments.settings, store, document, stop.set)
+    service = open_service(config, arguments.settings, store, document)
     gc.freeze()  # nor need it look at them later: 270 ms for a million
     gc.enable()
+    handler: LogHandler = arguments.log_handler
+    loop = Loop(service, handler.flush)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, loop.stop)
     with contextlib.ExitStack() as made:
-        def remove(path: str) -> None:
-            made.callback(lambda: os.unlink(path) if os.path.lexists(path) else None)
-
-        servers = [(open_unix if config.unix else open_tcp)(config, service, remove)]
-        if config.metrics:
-            servers.append(Server(config.metrics, service))
-            servers[-1].is_public = True
-        for server in servers:
-            threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
+        open_servers(config, loop, made)
+        threading.Thread(target=take_over_when_due, args=(service, config.driver, loop.call),
+                         name="import", daemon=True).start()
         warn_of_bases(config, "/proc/self/net/route")
-        log.info("serving on %s with %d pools", servers[0].server_address, len(service.state.pools))
+        log.info("serving on %s with %d pools", format_endpoint(loop.servers[0].server_address),
+                 len(service.state.pools))
         notify("READY=1")
-        watch(service, servers, stop)
+        handler.is_held = True
+        loop.run(Heart(service, store).beat)
         notify("STOPPING=1")
-        for server in servers:
-            if server.is_kept:
-                server.shutdown()  # who dials now is for the next process
-            server.retire()
-        time.sleep(RETIRE_PATIENCE_S)
-    for server in servers:
-        server.shutdown()
-        server.drain()
-    if service.flusher.loss:
-        raise service.flusher.loss
+        loop.finish(made.close)
+    handler.is_held = False
+    if service.loss:
+        raise service.loss
     service.fold(is_stopping=True)
     log.info("stopped")
     return 0
 
 
-def watch(service: Service, servers: list[Server], stop: threading.Event) -> None:
-    """Until the end, each second: end overdue TCP connections, prove life to the watchdog."""
-    told = ""
-    while not stop.wait(1.0):
-        for server in servers:
-            if server.address_family != socket.AF_UNIX:
-                server.reap(MAX_TCP_CONNECTIONS)
-        pools = list(service.state.pools.values())
-        status = f"STATUS={len(pools)} pools, {sum(len(pool.leases) for pool in pools)} leases"
-        with contextlib.suppress(StoreError):  # it is logged, and stops gipam if it is fatal
-            service.probe()  # hangs if a flush does
-        notify("WATCHDOG=1" + f"\n{status}" * (status != told))
-        told = status
+def open_servers(config: Config, loop: Loop, made: contextlib.ExitStack) -> None:
+    """Listen, and show Docker where; what was made goes at the end. Raises: GipamError, OSError."""
+    def remove(path: str) -> None:
+        made.callback(lambda: os.unlink(path) if os.path.lexists(path) else None)
+
+    (open_unix if config.unix else open_tcp)(config, loop, remove)
+    if config.metrics:
+        is_loopback = ipaddress.ip_address(config.metrics[0]).is_loopback
+        paths = PUBLIC_PAGES | ({"/status"} if is_loopback else set())
+        loop.open(Server(config.metrics, loop, paths=paths))
+
+
+class Heart:
+    """Tells the service manager each second that the loop turns, and what gipam holds."""
+
+    def __init__(self, service: Service, store: Store) -> None:
+        self._service, self._store = service, store
+        self._told = ""
+
+    def beat(self) -> None:
+        """Say so; a turn that hangs in a sync lets the watchdog end gipam. Raises: StoreLost."""
+        self._store.keep_lock()
+        state = self._service.state
+        status = f"STATUS={len(state.pools)} pools, {state.lease_count} leases"
+        notify("WATCHDOG=1" + f"\n{status}" * (status != self._told))
+        self._told = status
 
 
 def open_service(config: Config, settings: Settings, store: Store,
-                 document: Json | None, on_loss: Callable[[], None]) -> Service:
+                 document: Json | None) -> Service:
     """Recover the state; at a first start, write the lease file before anything is served.
 
     No lease file may mean a lost one: then Docker is asked what is in use, at once if it is alive,
@@ -3300,21 +3731,25 @@ def open_service(config: Config, settings: Settings, store: Store,
             keys[f"V{version}AllocateBlock"] = prefixlen
     if config.exclude:
         keys["Exclude"] = settings["exclude"].text
-    state, driver = make_state(config), config.driver
-    recover(store, document, state)
+
+    def read_state(document: Json | None) -> State:
+        state = make_state(config)
+        recover(store, document, state)
+        return state
+
+    state = read_state(document)
     if document is None:
         chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
         store.write_snapshot(chunks, is_named=False)
-    service = Service(store, state, keys, on_loss=on_loss)
+    service = Service(store, state, keys,
+                      lambda: read_state(read_lease_file(store, settings)))
     if document is None or document.get("Import"):
         service.import_is_due.set()
         if is_docker_alive():
             try:
-                take_over(service, driver, IMPORT_PATIENCE_S)
+                take_over(service, config.driver, IMPORT_PATIENCE_S, service.run)
             except GipamError as error:
                 log.warning("Docker cannot be asked yet what is in use: %s", error)
-    threading.Thread(target=take_over_when_due, args=(service, driver), name="import",
-                     daemon=True).start()
     return service
 
 
@@ -3381,19 +3816,54 @@ class LogFormatter(logging.Formatter):
     """Puts the head of a message before each of its lines: to the journal every line is one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the lines."""
+        """Return the lines, in which everything can be printed."""
         text = super().format(record)
-        return text.replace("\n", "\n" + text[:text.index(record.message)])
+        head = "\n" + text[:text.index(record.message)]
+        return head.join(printable(line, MAX_LOG_CHARS) for line in text.split("\n"))
 
 
-def set_up_log() -> None:
+class LogHandler(logging.Handler):
+    """Writes to stderr what it takes, and never waits for it: gipam must go on without a reader.
+
+    While it is_held, nothing is written, nor even made into text, before flush(): the replies of a
+    turn come first.
+    """
+
+    is_held = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._records: collections.deque[logging.LogRecord]
+        self._records = collections.deque(maxlen=MAX_LOG_RECORDS)  # past it, the oldest go
+        self._text = b""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the record."""
+        self._records.append(record)
+        if not self.is_held:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write as much as can be written now."""
+        self.acquire()
+        try:
+            while (self._text or self._records) and select.select([], [2], [], 0)[1]:
+                if not self._text:
+                    self._text = self.format(self._records.popleft()).encode() + b"\n"
+                self._text = self._text[os.write(2, self._text[:select.PIPE_BUF]):]
+        except (OSError, ValueError):  # nobody will ever read it
+            self._text = b""
+        finally:
+            self.release()
+
+
+def set_up_log(handler: logging.Handler) -> None:
     """Log to stderr: with priorities under systemd (sd-daemon(3)), with the time elsewhere."""
     form = "%(asctime)s %(levelname)s %(message)s"
     if "JOURNAL_STREAM" in os.environ:
         form = "%(levelname)s%(message)s"
         for level, priority in ((logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
             logging.addLevelName(level, f"<{priority}>")
-    handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(form))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
@@ -3408,7 +3878,9 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unknown option {flag}: see gipam.py --help")
     arguments = parser.parse_args(words)
     arguments.settings = read_settings(os.environ, arguments)  # the first two stages
-    set_up_log()
+    is_daemon = arguments.func is cmd_serve
+    arguments.log_handler = LogHandler() if is_daemon else logging.StreamHandler()
+    set_up_log(arguments.log_handler)
     try:
         status = int(arguments.func(arguments))
         sys.stdout.flush()
