@@ -1829,7 +1829,7 @@ def begin(path: str, calls: Any = os, on_loss: Callable[[], None] = lambda: None
     store, state, is_first = load(path, calls)
     if is_first:
         store.write_snapshot(snapshot_of(state), is_named=False)
-    service = gipam.Service(store, state, CONFIG, on_loss=on_loss)
+    service = gipam.Service(store, state, CONFIG, proc="/nonexistent", on_loss=on_loss)
     setattr(service, "fold", lambda: True)  # noqa: B010 - what the folder thread calls
     return service
 
@@ -2717,99 +2717,22 @@ class PowerCutTest(StoreCase):
             self.assertEqual(list(disk.after_power_cut(random.Random())), ["leases.json"])
 
 
-class RealDiskTest(StoreCase):
-    """A small tmpfs in a mount namespace of its own, and a real daemon on it."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        if os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("nsenter"):
-            self.skipTest("needs to mount: run it as root, with util-linux")
-        mount = 'mount -t tmpfs -o size=64k tmpfs "$0" && echo && exec cat'
-        holder = subprocess.Popen(["unshare", "--mount", "sh", "-c", mount, self.make("disk")],
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE)
-        self.addCleanup(holder.communicate)
-        assert holder.stdout and holder.stderr
-        if not holder.stdout.readline():
-            text = holder.stderr.read().decode().strip()
-            self.skipTest(f"gets no mount namespace ({text}): run it in a privileged container")
-        self.inside = ("nsenter", "-t", str(holder.pid), "-m", "--")
-        self.disk = f"/proc/{holder.pid}/root{self.directory}/disk"  # as seen from here
-        self.served = self.daemon("-v4", "10.2.0.0/16", "-file",
-                                  f"{self.directory}/disk/leases.json", inside=self.inside)
-
-    def make(self, name: str) -> str:
-        path = os.path.join(self.directory, name)
-        os.mkdir(path)
-        return path
-
-    def fill(self) -> None:
-        """Leave no byte free."""
-        with open(f"{self.disk}/filler", "ab", buffering=0) as filler, contextlib.suppress(OSError):
-            while True:
-                filler.write(bytes(512))
-
-    def request_until_full(self, tenant: Tenant) -> str:
-        """Live on what room the last page has; return the error that ends it."""
-        pool_id = next(iter(tenant.pools))
-        for _ in range(1000):
-            try:
-                tenant.request_address(pool_id)
-            except Refused as refusal:
-                self.assertEqual(refusal.status, 503)
-                return str(refusal)
-        raise AssertionError("the disk is not full")
-
-    def check(self, tenant: Tenant) -> None:
-        self.assertEqual(held(recover(f"{self.disk}/leases.json")), {
-            pool_id: sorted(addresses) for pool_id, addresses in tenant.pools.items()})
-
-    def test_full_disk_costs_errors_and_no_lease(self) -> None:
-        tenant = Tenant(self.served.start().client(), random.Random(1))
-        tenant.pools[tenant.client.request_pool(pool="10.2.0.0/16")[0]] = []
-        tenant.MAX_ADDRESSES = 10_000
-        self.fill()
-        for end_daemon in (signal.SIGKILL, signal.SIGTERM):
-            error = self.request_until_full(tenant)
-            self.assertRegex(error, r"cannot write .*/disk/.*journal\.\d: No space left")
-            self.check(tenant)
-            self.served.stop(end_daemon)
-            self.check(tenant)
-            tenant.client = self.served.start().client()  # also on a full disk
-        self.request_until_full(tenant)
-        os.unlink(f"{self.disk}/filler")
-        tenant.request_address(next(iter(tenant.pools)))
-        self.assertEqual(self.served.stop(), 0)
-        self.check(tenant)
-
-    def test_first_start_on_a_full_disk_names_the_file(self) -> None:
-        self.fill()
-        self.served.start(wait=False)
-        self.assertEqual(self.served.stop(0), 1)
-        self.assertRegex(self.served.read_log(), "(?m)^gipam: /.*/disk/leases.*: No space left")
-
-    def test_read_only_disk_is_named(self) -> None:
-        self.served.start().client().request_pool()
-        self.served.kill()
-        before = recover(f"{self.disk}/leases.json")
-        remount = "mount", "-o", "remount,ro", self.directory + "/disk"
-        subprocess.run([*self.inside, *remount], check=True)
-        self.served.start(wait=False)
-        self.assertEqual(self.served.stop(0), 1)
-        self.assertRegex(self.served.read_log(), "(?m)^gipam: /.*/disk/leases.json.*: Read-only")
-        self.assertEqual(dump_state(recover(f"{self.disk}/leases.json")), dump_state(before))
+class LostDiskTest(StoreCase):
+    """A real daemon whose disk goes away; full and read-only ones are in .ci/lab/long.py."""
 
     def test_directory_that_is_gone_costs_errors_until_it_is_back(self) -> None:
-        daemon = self.daemon("-file", os.path.join(self.make("gone"), "leases.json")).start()
-        shutil.rmtree(os.path.join(self.directory, "gone"))
+        gone = os.path.join(self.directory, "gone")
+        os.mkdir(gone)
+        daemon = self.daemon("-file", os.path.join(gone, "leases.json")).start()
+        shutil.rmtree(gone)
         client = daemon.client()
         with self.assertRaisesRegex(Refused, r"cannot write .*/gone/.*journal\.1: No such file"):
             client.request_pool("10.9.0.0/24")
-        self.make("gone")
+        os.mkdir(gone)
         client.request_pool("10.9.0.0/24")  # it was not held, and is now
         self.assertEqual(daemon.stop(), 0)
-        self.assertEqual(len(recover(os.path.join(self.directory, "gone", "leases.json")).pools), 1)
-        shutil.rmtree(os.path.join(self.directory, "gone"))
+        self.assertEqual(len(recover(os.path.join(gone, "leases.json")).pools), 1)
+        shutil.rmtree(gone)
         daemon.start(wait=False)
         self.assertEqual(daemon.stop(0), 78)
         self.assertIn("its directory is not there", daemon.read_log())
@@ -3297,7 +3220,7 @@ class KillTest(StoreCase):
     def test_no_kill_under_load_loses_or_doubles_a_lease(self) -> None:
         seed = seeds(1)[0]
         rng = random.Random(seed)
-        kills = 500 if IS_LONG else 50 if os.environ.get("GIPAM_CI") == "1" else 20
+        kills = 500 if IS_LONG else 20
         load = self.start(16 if IS_LONG else 8, seed)
         with self.subTest(GIPAM_TEST_SEED=seed):
             for _ in range(kills):
@@ -3322,40 +3245,6 @@ class KillTest(StoreCase):
                              ["leases.json", "leases.json.lock", "log"])
             load.reconcile(recover(self.path))
             self.assertEqual(dump_state(recover(self.path)), dump_state(before))
-
-    def test_nothing_grows_that_should_not(self) -> None:
-        seed, clients, for_s = seeds(1)[0], 8, 600.0 if IS_LONG else 10.0
-        load = self.start(clients, seed)
-        load.start()
-        figures, started = [], time.monotonic()
-        while time.monotonic() < started + for_s and load.is_well():
-            load.stop.wait(0.1)
-            figures.append(self.measure())
-        load.stop.set()
-        load.join()
-        early, late = figures[len(figures) // 3], figures[-1]
-        with self.subTest(GIPAM_TEST_SEED=seed, replies=load.replies(), early=early, late=late):
-            self.assertGreater(load.replies(), 100 * for_s)
-            self.assertLess(late["kB"], 1.1 * early["kB"] + 4096)
-            self.assertLessEqual(max(it["threads"] for it in figures), clients + 8)
-            self.assertLessEqual(max(it["descriptors"] for it in figures), clients + 16)
-            self.assertLess(max(it["bytes"] for it in figures), 1 << 21)
-        if IS_LONG:
-            print(f"soak: {load.replies()} replies in {for_s:g} s; after a third {early}, "
-                  f"at the end {late}")
-
-    def measure(self) -> dict[str, int]:
-        """Return memory, threads and descriptors of the daemon, and the size of its files."""
-        assert self.served.process
-        process = f"/proc/{self.served.process.pid}"
-        with open(process + "/status", encoding="ascii") as file:
-            status = dict(line.split(":", 1) for line in file)
-        size = 0
-        for name in glob.glob(self.path + "*"):
-            with contextlib.suppress(FileNotFoundError):
-                size += os.path.getsize(name)
-        return {"kB": int(status["VmRSS"].split()[0]), "threads": int(status["Threads"]),
-                "bytes": size, "descriptors": len(os.listdir(process + "/fd"))}
 
 
 # === Protocol =====================================================================================
@@ -7346,7 +7235,7 @@ class LogTest(unittest.TestCase):
         """Let a bit of everything happen; return the lines."""
         daemon = Daemon(self, "-v4", "10.2.0.0/16", env={"DOCKER_HOST": "unix:///nothing", **env}).start()
         client = daemon.client()
-        pool_id, _ = client.request_pool(gipam_name="my net")
+        pool_id, _ = client.request_pool("10.2.0.0/24", gipam_name="my net")
         client.request_address(pool_id, gateway=True)
         client.request_address(pool_id, mac="02:42:00:00:00:01", name="web1")
         client.release_address(pool_id, "10.2.0.2")
@@ -7972,7 +7861,7 @@ def run_all(todo: list[list[str]], is_verbose: bool) -> list[Report]:
     memory = os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > MIN_MEMORY_BYTES
     scratch = tempfile.mkdtemp(prefix="gipam-", dir="/dev/shm" if memory else None)  # fsync costs nothing there
     os.environ.update(TMPDIR=scratch, GIPAM_ISOLATED=isolated, PYTHONDONTWRITEBYTECODE="1")
-    count = min(os.cpu_count() or 1, len(todo))
+    count = min(max(2, min(os.cpu_count() or 1, 4)), len(todo))  # most tests wait, most of the time
     print(f"{sum(map(len, todo))} tests of gipam {gipam.__version__} with Python {platform.python_version()} in "
           f"{count} processes, all files in {scratch}; all tests take about a minute on two processors", flush=True)
     if isolated != "yes":
