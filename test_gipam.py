@@ -7851,7 +7851,7 @@ def choose_tests(arguments: argparse.Namespace) -> list[list[str]]:
         else:
             suites += suite
     if loader.errors or not classes:
-        sys.exit("\n".join(loader.errors) or "no test has such a name")
+        sys.exit("\n".join(map(str, loader.errors)) or "no test has such a name")
     return [names[::-1] for names in classes.values()][::-1]
 
 

@@ -300,11 +300,11 @@ class RestartTest(DockerCase):
             ("dockerd is killed", False, lambda: self.restart("dockerd", signal.SIGKILL)),
             ("both are killed", False, self.docker.kill_and_start),
             ("dockerd is started before gipam", False, self.start_dockerd_first),
+            ("gipam is started long after dockerd", False, self.start_gipam_late),
             ("dockerd is stopped", False, lambda: self.restart("dockerd", signal.SIGTERM, live)),
             ("dockerd is stopped, live restore", True, lambda: self.restart("dockerd", signal.SIGTERM, live)),
             ("dockerd is killed, live restore", True, lambda: self.restart("dockerd", signal.SIGKILL, live)),
-            ("a container dies meanwhile", False, self.kill_container_while_dockerd_is_down),
-            ("gipam is started long after dockerd", False, self.start_gipam_late))
+            ("a container dies meanwhile", False, self.kill_container_while_dockerd_is_down))
         for what, is_running_on, disturb in rows:
             with self.subTest(what):
                 before = self.docker.running_addresses(), self.docker.held_by_gipam()
