@@ -7774,7 +7774,7 @@ class Reporter(unittest.TestResult):
 
 def work() -> None:
     """Run the classes that the parent names on standard input, until it has no more."""
-    todo, reports = (os.fdopen(os.dup(number), mode) for number, mode in ((0, "r"), (1, "w")))
+    parent = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what tests start shall neither read
     os.dup2(2, 1)                                 # nor write there
     if os.environ["GIPAM_ISOLATED"] == "yes":
@@ -7782,10 +7782,11 @@ def work() -> None:
             fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh", b"lo", 1))    # SIOCSIFFLAGS, IFF_UP
     gipam.log.addHandler(logging.NullHandler())  # what tests provoke is no news; assertLogs() sees it
     warnings.simplefilter("default")
-    reporter = Reporter(reports)
-    for names in map(json.loads, todo):
-        unittest.defaultTestLoader.loadTestsFromNames(names, sys.modules[__name__]).run(reporter)
-        print(json.dumps(Report()), file=reports, flush=True)
+    with open(parent[0], encoding="utf-8") as todo, open(parent[1], "w", encoding="utf-8") as reports:
+        reporter = Reporter(reports)
+        for names in map(json.loads, todo):
+            unittest.defaultTestLoader.loadTestsFromNames(names, sys.modules[__name__]).run(reporter)
+            print(json.dumps(Report()), file=reports, flush=True)
 
 
 class Worker(threading.Thread):

@@ -17,7 +17,7 @@ import tempfile
 import unittest
 from typing import Callable, Iterator
 
-from machines import main, require
+from machines import MAKE_IMAGE, main, require
 
 from test_gipam import DEADLINE_S, GIPAM, HERE, make_certificates, readme_commands
 
@@ -29,11 +29,8 @@ LOST_BODY = "the request has no body: dockerd lost it in a retry"
 CHECK = "python3 /opt/gipam/gipam.py check --grace 0"
 GIPAM_PID = "$(systemctl show gipam -p MainPID --value)"
 
-# A file system with a static busybox, a network of each kind, and containers on them. SIGKILL
-# stops a container at once: busybox as first process would ignore SIGTERM.
-SET_UP = """
-cd $(mktemp -d); mkdir bin; cp /bin/busybox bin; for name in sh sleep; do ln -s busybox bin/$name; done
-tar c . | docker import -c 'CMD ["sleep", "1000000"]' -c 'STOPSIGNAL SIGKILL' - bb
+# A network of each kind, and containers on them.
+SET_UP = MAKE_IMAGE + """
 docker network create --ipam-driver gipam spare
 docker network create --ipam-driver gipam --ipv6 --ipam-opt gipam.name=web web
 docker network create --ipam-driver gipam --ipv6 --ipam-opt gipam.name=db db
@@ -235,8 +232,10 @@ class BootTest(unittest.TestCase):
             failures = load.end()
         self.assertEqual([said for said in failures if excuse not in said], [])
 
-    def assert_all_is_well(self, machine: Machine) -> None:
-        """All containers run, no address is there twice, gipam and Docker agree, subnets are the old ones."""
+    def assert_all_is_well(self, machine: Machine, *scripts: str) -> None:
+        """After these, all containers run, no address is there twice, all agree, subnets are the old ones."""
+        for script in scripts:
+            machine(script)
         machine.wait_for_containers()
         addresses = machine.addresses()
         self.assertGreaterEqual(len(addresses), CONTAINERS * 2 - 1)  # one has no IPv6
@@ -293,22 +292,11 @@ class BootTest(unittest.TestCase):
                 machine.boot(end="poweroff")
                 machine.wait_for_containers()
                 if end == "cut":  # what Docker was about to be told is held, and nobody knows
-                    machine(CHECK + " --fix")
-                self.assert_all_is_well(machine)
+                    self.assert_all_is_well(machine, CHECK + " --fix")
                 began, ready = (int(machine.show(name, unit)) for name, unit in (
                     ("ExecMainStartTimestampMonotonic", "docker"), ("ActiveEnterTimestampMonotonic", "gipam")))
                 self.assertGreater(began, ready)
                 self.assertEqual(machine.complaints(), [])
-
-    def test_named_network_made_again_has_its_old_subnets(self) -> None:
-        machine = self.machine()
-        machine("docker rm -f web1 web2 db1 db2; docker network rm web db")
-        machine("docker network create --ipam-driver gipam --ipv6 another")
-        for name in ("db", "web"):
-            machine(f"docker network create --ipam-driver gipam --ipv6 --ipam-opt gipam.name={name} {name}")
-        subnets = machine.subnets()
-        self.assertTrue(subnets.pop("another"))
-        self.assertEqual(subnets, self.subnets)
 
     # -- restarts, crashes and hangs under load
 
@@ -338,8 +326,7 @@ class BootTest(unittest.TestCase):
                 machine(f"systemctl reset-failed gipam; kill -KILL {GIPAM_PID}")
                 load.go_on()
                 self.assertEqual(machine.show("NRestarts"), "1")
-        machine(CHECK + " --fix")  # a release may be lost, an address be given to nobody
-        self.assert_all_is_well(machine)
+        self.assert_all_is_well(machine, CHECK + " --fix")  # a release may be lost, an address be given to nobody
 
     def test_hung_gipam_is_ended_by_the_watchdog(self) -> None:
         machine = self.machine()
@@ -354,8 +341,7 @@ class BootTest(unittest.TestCase):
             self.assertIn(text, log)
         self.assertEqual(machine.show("NRestarts"), "1")
         self.assertEqual(machine("ls /opt/gipam | grep -v leases.json"), "gipam.py")  # no core file
-        machine(CHECK + " --fix")
-        self.assert_all_is_well(machine)
+        self.assert_all_is_well(machine, CHECK + " --fix")
 
     # -- a lease file that is damaged, lost or moved
 
@@ -376,23 +362,20 @@ class BootTest(unittest.TestCase):
                 command, path = re.findall(remedy, status)[0]
                 machine(f"mkdir -p /root/away; mv {path} /root/away" if command == "move" else f"{command} {path}")
                 machine("systemctl start gipam")
-                machine(CHECK + " --fix")
-                self.assert_all_is_well(machine)
+                self.assert_all_is_well(machine, CHECK + " --fix")
 
     def test_lost_lease_file_is_taken_over_from_docker(self) -> None:
         """Also the gateway of a network without containers, which Docker up to 28 does not show."""
         machine = self.machine()
         machine("docker stop lan1; systemctl stop gipam; rm /opt/gipam/leases.json*; systemctl start gipam")
         self.assertEqual(machine(CHECK), "no difference")
-        machine("docker start lan1; docker restart web1 lan1")
-        self.assert_all_is_well(machine)
+        self.assert_all_is_well(machine, "docker start lan1; docker restart web1 lan1")
         machine("docker stop lan1; systemctl stop docker.socket docker gipam; rm /opt/gipam/leases.json*")
         machine.end()
         machine.boot()
         machine.wait_for_containers()
         machine.wait_until("! grep -q Import /opt/gipam/leases.json")
-        machine("docker restart web1 lan1")
-        self.assert_all_is_well(machine)
+        self.assert_all_is_well(machine, "docker restart web1 lan1")
 
     def test_lease_file_moves_to_a_state_directory(self) -> None:
         machine = self.machine()
@@ -400,16 +383,14 @@ class BootTest(unittest.TestCase):
         self.assertEqual(machine("ls -A /opt/gipam"), ".env\ngipam.py")
         self.assertEqual(machine("stat -c '%a %n' /var/lib/gipam /var/lib/gipam/leases.json"),
                          "700 /var/lib/gipam\n600 /var/lib/gipam/leases.json")
-        machine("docker restart web1 lan1")
-        self.assert_all_is_well(machine)
+        self.assert_all_is_well(machine, "docker restart web1 lan1")
 
     # -- other ways to run it
 
     def test_socket_unit_starts_gipam_on_demand(self) -> None:
         machine = self.machine()
         machine.follow("A socket unit")
-        machine("docker restart web1 lan1")
-        self.assert_all_is_well(machine)
+        self.assert_all_is_well(machine, "docker restart web1 lan1")
         for action in ("restart", "stop"):  # a request starts it again
             machine(f"systemctl {action} gipam; test -S /run/docker/plugins/gipam.sock; docker restart web1 lan1")
             self.assert_all_is_well(machine)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import io
 import ipaddress
 import json
 import os
@@ -17,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import unittest
@@ -30,7 +28,6 @@ from test_gipam import DEADLINE_S, GIPAM, Client, UnixConnection, conclude  # no
 BASE_V4 = "10.2.0.0/16"
 BASE_V6 = "2001:db8:0:100::/56"
 MASQUERADE_OFF = ("-o", "com.docker.network.bridge.enable_ip_masquerade=false")
-APPLETS = ("cat", "httpd", "ip", "nc", "ping", "sh", "sleep", "true")
 DOCKER_DEADLINE_S = 90.0  # dockerd waits 15 s for each network whose plugin does not answer
 PACKAGES = {"bash": "bash", "busybox": "busybox-static", "containerd": "containerd", "debootstrap": "debootstrap",
             "docker": "docker-cli", "dockerd": "docker.io", "ip": "iproute2", "iptables": "iptables",
@@ -109,16 +106,13 @@ sys.stdin.read()
 """
 
 
-def image_of_busybox() -> bytes:
-    """Return a tar archive for `docker import`: a static busybox and links to it."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as archive:
-        archive.add(os.path.realpath(str(shutil.which("busybox"))), "bin/busybox")
-        for applet in APPLETS:
-            link = tarfile.TarInfo("bin/" + applet)
-            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
-            archive.addfile(link)
-    return packed.getvalue()
+# An image with a static busybox. SIGKILL stops its containers at once: as first process busybox would
+# ignore SIGTERM.
+MAKE_IMAGE = """
+cd $(mktemp -d); mkdir bin; cp $(command -v busybox) bin
+for name in cat httpd ip nc ping sh sleep true; do ln -s busybox bin/$name; done
+tar c . | docker import -c 'CMD ["sleep", "1000000"]' -c 'STOPSIGNAL SIGKILL' - bb; rm -r "$PWD"
+"""
 
 
 class DockerError(Exception):
@@ -175,8 +169,8 @@ class Docker:
             ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child",
              sys.executable, "-c", FIRST_PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.first.stdin and self.first.stdout
-        self.pid = self.first.stdout.readline().decode().strip()
-        if self.first.stdout.readline() != b"ready\n":
+        self.pid, is_ready = (self.first.stdout.readline().decode().strip() for _ in range(2))
+        if not is_ready:
             raise AssertionError("gets no namespaces: run it on a host or in a privileged container")
         self.containerd = Inside(self, "containerd", "containerd", "--config", "/dev/null",
                                  "--root", os.path.join(self.directory, "containerd"))
@@ -230,8 +224,6 @@ class Docker:
     # -- dockerd and gipam
 
     def start_dockerd(self, *options: str, wait: bool = True) -> None:
-        if self.dockerd is not None and self.dockerd.is_running():
-            raise AssertionError("dockerd runs already")
         self.dockerd = Inside(
             self, "dockerd", "dockerd", "--data-root", os.path.join(self.directory, "data"),
             "--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent",
@@ -241,31 +233,20 @@ class Docker:
 
     def wait_for_dockerd(self) -> None:
         assert self.dockerd is not None
-        self.dockerd.wait_until(self.is_dockerd_answering)
+        self.dockerd.wait_until(lambda: self.is_answering("/run/docker.sock"))
         if "bb" not in self("images", "--format", "{{.Repository}}").split():
-            changes = ("-c", 'CMD ["sleep", "1000000"]', "-c", "STOPSIGNAL SIGKILL")
-            subprocess.run(self.cli("import", *changes, "-", "bb"), input=image_of_busybox(),
-                           stdout=subprocess.DEVNULL, check=True, env=self.env)
+            self.run("sh", "-ec", MAKE_IMAGE)
 
-    def is_dockerd_answering(self) -> bool:
+    def is_answering(self, socket: str) -> bool:
         try:
-            return self.get("/_ping", "/run/docker.sock") == b"OK"
+            return bool(self.get("/_ping", socket))  # whatever it says
         except OSError:
             return False
 
     def start_gipam(self, *variables: str) -> None:
-        if self.gipam is not None and self.gipam.is_running():
-            raise AssertionError("gipam runs already")
         self.gipam = Inside(self, "gipam", "env", *variables, sys.executable, GIPAM, *self.gipam_options)
-        self.gipam.wait_until(self.is_gipam_answering)
-
-    def is_gipam_answering(self) -> bool:
-        if "-unix" not in self.gipam_options:
-            return os.path.exists(self.path("/etc/docker/plugins/gipam.spec"))
-        try:
-            return bool(self.get("/healthz", "/run/docker/plugins/gipam.sock"))  # any answer
-        except OSError:
-            return False
+        self.gipam.wait_until(lambda: self.is_answering("/run/docker/plugins/gipam.sock") if "-unix" in self.gipam_options
+                              else os.path.exists(self.path("/etc/docker/plugins/gipam.spec")))
 
     def command(self, *arguments: str) -> list[str]:
         """Return the command that runs e.g. `gipam.py check` inside."""
@@ -349,13 +330,14 @@ class Docker:
     def inspect(self, kind: str, *names: str) -> list[dict[str, Any]]:
         return list(json.loads(self(kind, "inspect", *names))) if names else []
 
-    def network(self, name: str, *options: str) -> str:
-        """Create a network of gipam's and return its id."""
-        return self("network", "create", "--ipam-driver", "gipam", *options, name)
+    def network(self, name: str, *options: str, containers: Sequence[str] = ()) -> None:
+        """Create a network of gipam's, and start containers on it."""
+        self("network", "create", "--ipam-driver", "gipam", *options, name)
+        for container in containers:
+            self.container(container, name)
 
-    def container(self, name: str, network: str, *options: str) -> str:
-        """Start a container and return its id."""
-        return self("run", "-d", "--name", name, "--network", network, *options, "bb")
+    def container(self, name: str, network: str, *options: str) -> None:
+        self("run", "-d", "--name", name, "--network", network, *options, "bb")
 
     def endpoint(self, container: str, network: str) -> dict[str, Any]:
         return dict(self.inspect("container", container)[0]["NetworkSettings"]["Networks"][network])
@@ -413,11 +395,13 @@ class Docker:
                 continue
             shown = self.interface_addresses(network)
             for config in network["IPAM"]["Config"] or []:
-                if not ipaddress.ip_network(config["Subnet"]).network_address.is_unspecified:
-                    shown += config_addresses(config)
-                    held.setdefault(config["Subnet"], set())
-                    if network["Driver"] != "bridge" and not config.get("Gateway"):
-                        hidden[config["Subnet"]] = hidden.get(config["Subnet"], 0) + 1
+                subnet = ipaddress.ip_network(config["Subnet"])
+                if subnet.network_address.is_unspecified or (subnet.version == 6 and not network["EnableIPv6"]):
+                    continue  # what was asked for; what is not used
+                shown += config_addresses(config)
+                held.setdefault(str(subnet), set())
+                if network["Driver"] != "bridge" and not config.get("Gateway"):
+                    hidden[str(subnet)] = hidden.get(str(subnet), 0) + 1
             for endpoint in network["Containers"].values():
                 shown += [endpoint["IPv4Address"], endpoint["IPv6Address"]]
             for cidr in filter(None, shown):
