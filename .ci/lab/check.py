@@ -17,15 +17,7 @@ import threading
 import time
 from typing import Any
 
-from machines import (
-    MASQUERADE_OFF,
-    Docker,
-    DockerCase,
-    DockerError,
-    endpoint_addresses,
-    main,
-    until,
-)
+from machines import MASQUERADE_OFF, DockerCase, DockerError, endpoint_addresses, main, until
 
 from test_gipam import ENDPOINT, FakeDocker
 
@@ -266,25 +258,22 @@ class BetweenServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     fatal = b"no method"
 
-    def __init__(self, docker: Docker) -> None:
-        self.docker, path = docker, docker.path("/run/docker/plugins/gipam.sock")
+    def __init__(self, test: DockerCase) -> None:
+        self.docker, path = test.docker, test.docker.path("/run/docker/plugins/gipam.sock")
         self.gipam = path + ".real"
         os.rename(path, self.gipam)
+        test.addCleanup(os.rename, self.gipam, path)
         super().__init__(path, Between)
+        test.addCleanup(self.docker.stop, "dockerd")
+        test.addCleanup(self.server_close)
+        test.addCleanup(self.shutdown)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self.shutdown()
-        self.server_close()
-        self.docker.stop("dockerd")
-        os.rename(self.gipam, str(self.server_address))
 
 
 class CrashTest(CheckedCase):
     def test_dockerd_killed_between_a_reply_and_storing_it(self) -> None:
         self.docker.stop("dockerd")
-        between = BetweenServer(self.docker)
-        self.addCleanup(between.close)
+        between = BetweenServer(self)
         self.docker.start_dockerd()
         self.docker.network("web", "--ipv6", containers=("one",))
         for command in (("run", "-d", "--network", "web", "--mac-address", "02:42:00:00:00:09", "bb"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import signal
@@ -9,17 +10,7 @@ import subprocess
 import sys
 from typing import Callable
 
-from machines import (
-    BASE_V4,
-    BASE_V6,
-    DOCKER_DEADLINE_S,
-    MASQUERADE_OFF,
-    DockerCase,
-    DockerError,
-    Inside,
-    main,
-    until,
-)
+from machines import BASE_V4, BASE_V6, MASQUERADE_OFF, DockerCase, DockerError, Inside, main, until
 
 
 class NetworkTest(DockerCase):
@@ -297,7 +288,8 @@ class RestartTest(DockerCase):
                 self.docker.stop(*names, number=signal.SIGKILL)
                 self.docker.start()
                 for command in commands:
-                    command.communicate(timeout=DOCKER_DEADLINE_S)
+                    with contextlib.suppress(DockerError):
+                        self.docker.end(command)
                 self.wait_for_restart_policy()
                 self.assert_no_address_is_twice()
                 kinds = {finding.split(":")[0] for finding in self.docker.check("--fix")}
