@@ -7781,7 +7781,6 @@ def work() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:  # what `ip link set lo up` does
             fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh", b"lo", 1))    # SIOCSIFFLAGS, IFF_UP
     gipam.log.addHandler(logging.NullHandler())  # what tests provoke is no news; assertLogs() sees it
-    warnings.simplefilter("default")
     with open(parent[0], encoding="utf-8") as todo, open(parent[1], "w", encoding="utf-8") as reports:
         reporter = Reporter(reports)
         for names in map(json.loads, todo):
