@@ -1,0 +1,433 @@
+"""The targets of design.md section 9, each beside its figure: `python3 .ci/lab/bench.py [--quick]`.
+
+It asserts nothing. The client is this process, gipam another. What is compared is measured in
+alternation in the same run, since on a busy machine only ratios last. A figure is the median of the
+rounds' medians; in brackets stand the lowest and the highest round. The files lie where TMPDIR says.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import json
+import os
+import platform
+import random
+import select
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from typing import Any, Callable, Iterator, Sequence
+
+from machines import Docker
+
+import gipam
+from test_gipam import DEADLINE_S, Daemon, Refused, launcher
+
+ONE_SYNC_A_REQUEST = """
+class Store(gipam.Store):
+    def append(self, seq, records):
+        for at, record in enumerate(records, seq - len(records) + 1):
+            super().append(at, [record])
+gipam.Store = Store
+"""
+FOLDING_WITHOUT_END = """
+class Store(gipam.Store):
+    def write_snapshot(self, chunks, is_named):
+        super().write_snapshot(chunks, is_named)
+        self.is_named = False  # as after a start: the next change makes folding due
+gipam.Store = Store
+"""
+
+
+def post(method: str, body: bytes = b"") -> bytes:
+    """Return a request as dockerd writes it."""
+    return (f"POST /{method} HTTP/1.1\r\nHost: plugin.moby.localhost\r\n"
+            f"User-Agent: Go-http-client/1.1\r\nContent-Length: {len(body)}\r\n"
+            f"Accept: {gipam.REPLY_TYPE}\r\n\r\n").encode() + body
+
+
+def encode(**fields: Any) -> bytes:
+    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+
+
+ECHO = post("Plugin.Activate", encode(PoolID="10.2.0.0/16#0123456789abcdef", Address=""))
+
+
+class Traffic:
+    """Requests made beforehand, and to each reply the release of what it granted."""
+
+    def __init__(self, method: str, bodies: list[bytes], key: bytes, release: bytes) -> None:
+        self.requests: Iterator[bytes] = itertools.cycle([post(f"IpamDriver.Request{method}", body)
+                                                          for body in bodies])
+        self.key = key
+        self.release = post(f"IpamDriver.Release{method}", release + b" " * 96)[:-96]
+
+    def answer(self, reply: bytes = b"") -> bytes:
+        """Return what to send next."""
+        start = reply.find(self.key) + len(self.key)
+        if start < len(self.key):
+            return next(self.requests)
+        granted = reply[start:reply.index(b'"', start)]
+        if self.key == b'"Address":"':
+            granted = granted.split(b"/")[0]
+        return self.release + (granted + b'"}').ljust(96)
+
+
+def addresses(pool_id: str, macs: int = 1000) -> Traffic:
+    """Return the traffic of containers that come and go in a network."""
+    bodies = [encode(PoolID=pool_id, Address="", Options={
+        "com.docker.network.endpoint.macaddress": f"02:42:00:00:{mac >> 8:02x}:{mac & 255:02x}"})
+        for mac in range(macs)]
+    return Traffic("Address", bodies, b'"Address":"', encode(PoolID=pool_id, Address="")[:-3])
+
+
+def networks(pool: str = "", v6: bool = False) -> Traffic:
+    """Return the traffic of networks that come and go."""
+    body = encode(AddressSpace="gipam", Pool=pool, SubPool="", Options={}, V6=v6)
+    return Traffic("Pool", [body], b'"PoolID":"', b'{"PoolID":"')
+
+
+def echoes() -> Traffic:
+    """Return traffic that changes nothing."""
+    traffic = Traffic("", [], b'"Address":"', b"")
+    traffic.requests = itertools.repeat(ECHO)
+    return traffic
+
+
+class Wire:
+    """A connection that costs the client as little as can be."""
+
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(DEADLINE_S)
+        self.socket.connect(path)
+
+    def receive(self) -> bytes:
+        reply = self.socket.recv(65536)  # gipam writes a reply at once
+        if not reply.startswith(b"HTTP/1.1 200 "):
+            raise Refused(0, reply.decode())
+        return reply
+
+    def call(self, data: bytes) -> tuple[float, bytes]:
+        """Return (seconds, reply)."""
+        started = time.perf_counter()
+        self.socket.sendall(data)
+        reply = self.receive()
+        return time.perf_counter() - started, reply
+
+    def pair(self, traffic: Traffic) -> list[float]:
+        """Request and release; return how long each took."""
+        first, reply = self.call(traffic.answer())
+        return [first, self.call(traffic.answer(reply))[0]]
+
+    def request_pool(self, pool: str = "") -> str:
+        reply = self.call(next(networks(pool).requests))[1]
+        return str(json.loads(reply.split(b"\r\n\r\n")[1])["PoolID"])
+
+
+def storm(path: str, traffic: Traffic, connections: int, for_s: float) -> float:
+    """Return how many calls a second so many connections get done."""
+    poll, calls = select.epoll(), 0
+    wires = {wire.socket.fileno(): wire for wire in (Wire(path) for _ in range(connections))}
+    started = time.perf_counter()
+    for number, wire in wires.items():
+        poll.register(number, select.EPOLLIN)
+        wire.socket.sendall(traffic.answer())
+    while wires:
+        for number, _ in poll.poll():
+            reply = wires[number].receive()
+            calls += 1
+            if time.perf_counter() < started + for_s or traffic.key in reply:  # at the end it holds nothing
+                wires[number].socket.sendall(traffic.answer(reply))
+            else:
+                poll.unregister(number)
+                wires.pop(number).socket.close()
+    return calls / (time.perf_counter() - started)
+
+
+class Disk:
+    """What a durable request cannot do without: a line at the end of a file, synced."""
+
+    def __init__(self, directory: str) -> None:
+        self.fd = os.open(os.path.join(directory, "floor"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def sync(self) -> float:
+        started = time.perf_counter()
+        os.write(self.fd, b"x" * 119 + b"\n")
+        os.fdatasync(self.fd)
+        return time.perf_counter() - started
+
+
+class Fixture:
+    """A state to start with: subnets with leases in them, and /24 of 10.0.0.0/8 likewise."""
+
+    def __init__(self, subnets: dict[str, int], blocks: int, leases: int) -> None:
+        self.subnets = {**subnets, **{f"10.{number >> 8}.{number & 255}.0/24": leases
+                                      for number in range(blocks)}}
+        self.pool_ids = [f"{subnet}#{number:016x}" for number, subnet in enumerate(self.subnets)]
+        self.leases = sum(self.subnets.values())
+
+    def write(self, path: str) -> None:
+        """Write it as a lease file; what has no checksum was edited by a person."""
+        mac, pools = itertools.count(0x0242 << 32), []
+        for pool_id, (subnet, leases) in zip(self.pool_ids, self.subnets.items()):
+            base = ipaddress.ip_network(subnet).network_address + 1
+            pools.append(json.dumps({
+                "ID": pool_id, "Pool": subnet, "Granted": 1700000000, "Seq": 1, "Idx": leases + 1,
+                "Allocated": [str(base + number) for number in range(leases)],
+                "Leases": [["endpoint", next(mac).to_bytes(6, "big").hex(":"), "", 1700000000, number + 2]
+                           for number in range(leases)]}))
+        with open(path, "w", encoding="ascii") as file:
+            file.write('{"Seq":%d,"Allocated":[\n%s]}\n' % (max(self.subnets.values()) + 2, ",\n".join(pools)))
+
+
+class BenchDaemon(Daemon):
+    """gipam.py with a state to start with, and with a few lines run before its main()."""
+
+    def __init__(self, bench: Bench, fixture: Fixture | None = None, patch: str = "") -> None:
+        super().__init__(bench, "-v4", "10.0.0.0/8", "-v6", "2001:db8::/32")
+        self.command = launcher(self.directory, patch)
+        if os.path.isdir("/dev/shm"):  # as under systemd, the log shall not go to the disk that is measured
+            descriptor, self.log = tempfile.mkstemp(prefix="gipam-", suffix=".log", dir="/dev/shm")
+            os.close(descriptor)
+            bench.addCleanup(os.unlink, self.log)
+        if fixture:
+            fixture.write(self.file)
+
+    def start(self, wait: bool = True) -> BenchDaemon:
+        super().start(wait)
+        return self
+
+    def seconds_to_start(self) -> float:
+        """Return how long it takes from exec to the first answer, in hundredths."""
+        self.kill()
+        started = time.perf_counter()
+        self.start()
+        Wire(self.socket).call(ECHO)
+        return time.perf_counter() - started
+
+    def process_file(self, name: str) -> str:
+        assert self.process is not None
+        with open(f"/proc/{self.process.pid}/{name}", encoding="ascii") as file:
+            return file.read()
+
+    def memory_bytes(self, key: str) -> int:
+        """Return a figure of /proc/PID/status."""
+        return int(self.process_file("status").split(key + ":")[1].split()[0]) << 10
+
+    def cpu_s(self) -> float:
+        """Return how much processor time it has used."""
+        words = self.process_file("stat").rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Bench(unittest.TestCase):
+    """No test: the daemons of the toolkit leave their clean-ups with it."""
+
+    quick = False
+
+    def rounds(self, quick: int, full: int) -> range:
+        return range(quick if self.quick else full)
+
+    def row(self, what: str, values: Sequence[float], unit: str = "", at_most: float | None = None,
+            at_least: float | None = None) -> None:
+        """Print the median, the spread, and what it should be."""
+        scale, digits = (1e3, 3) if unit == "ms" else (1, 0 if unit in ("/s", "B") else 2)
+        middle, low, high = (f"{choose(values) * scale:,.{digits}f}"
+                             for choose in (statistics.median, min, max))
+        figure = f"{middle} {unit}" + (f" [{low} to {high}]" if len(values) > 1 else "")
+        target, is_met = "", True
+        if at_most is not None:
+            target, is_met = f"at most {at_most:g}", statistics.median(values) * scale <= at_most
+        if at_least is not None:
+            target, is_met = f"at least {at_least:g}", statistics.median(values) >= at_least
+        print(f"{what:70} {figure:36} {target}{'' if is_met else '  MISSED'}".rstrip(), flush=True)
+
+    # -- one connection, many connections
+
+    def one_connection(self) -> None:
+        daemon = BenchDaemon(self).start()
+        wire, disk = Wire(daemon.socket), Disk(daemon.directory)
+        traffic = addresses(wire.request_pool("10.2.0.0/16"))
+        medians: dict[str, list[float]] = {"sync": [], "echo": [], "call": []}
+        for _ in self.rounds(10, 40):
+            times: dict[str, list[float]] = {what: [] for what in medians}
+            for _ in range(100):
+                times["sync"].append(disk.sync())
+                times["echo"].append(wire.call(ECHO)[0])
+                times["call"] += wire.pair(traffic)
+            for what, values in times.items():
+                medians[what].append(statistics.median(values))
+        self.row("a line appended and synced, nothing else", medians["sync"], "ms")
+        self.row("echo of the same server, nothing saved", medians["echo"], "ms")
+        self.row("request or release, 1 connection", medians["call"], "ms")
+        self.row("  / (sync + echo)", [call / (sync + echo) for sync, echo, call in zip(*medians.values())],
+                 at_most=1.2)
+
+    def many_connections(self) -> None:
+        grouped = BenchDaemon(self).start()
+        single = BenchDaemon(self, patch=ONE_SYNC_A_REQUEST).start()
+        disk, for_s = Disk(grouped.directory), 0.5 if self.quick else 2.0
+        pools = {daemon: addresses(Wire(daemon.socket).request_pool("10.2.0.0/16")) for daemon in (grouped, single)}
+        rows: dict[str, Callable[[], float]] = {
+            "requests and releases, connections: 1": lambda: storm(grouped.socket, pools[grouped], 1, for_s),
+            "requests and releases, connections: 8": lambda: storm(grouped.socket, pools[grouped], 8, for_s),
+            "requests and releases, connections: 64": lambda: storm(grouped.socket, pools[grouped], 64, for_s),
+            "  the same, 64 connections, with one sync a call": lambda: storm(single.socket, pools[single], 64, for_s),
+            "  echo of the same server, 64 connections": lambda: storm(grouped.socket, echoes(), 64, for_s),
+            "  a line appended and synced, in a loop": lambda: 1 / statistics.median(disk.sync() for _ in range(300))}
+        rounds = [[measure() for measure in rows.values()] for _ in self.rounds(3, 5)]
+        for what, rates in zip(rows, zip(*rounds)):
+            self.row(what, rates, "/s")
+        self.row("64 connections, group commit / one sync a call", [it[2] / it[3] for it in rounds], at_least=5)
+        self.row("64 connections, group commit / a line synced in a loop", [it[2] / it[5] for it in rounds])
+
+    # -- a state of any size
+
+    def a_million_leases(self) -> None:
+        """Start, memory, and calls in alternation with a daemon that holds a hundred leases."""
+        wide, blocks = (10_000, 1_000) if self.quick else (100_000, 10_000)
+        few_held = Fixture({"2001:db8:ffff::/64": 10}, 9, 10)
+        many_held = Fixture({"2001:db8:ffff::/64": wide}, blocks, 90)
+        few, many = BenchDaemon(self, few_held).start(), BenchDaemon(self, many_held)
+        count = f"{many_held.leases:,} leases"
+        self.row(f"start with {count}", [many.seconds_to_start() for _ in self.rounds(1, 3)], "s", at_most=6)
+        for key, when in (("VmRSS", "after the start"), ("VmHWM", "at its peak")):
+            self.row(f"memory a lease, {when}", [(many.memory_bytes(key) - few.memory_bytes(key))
+                     / many_held.leases], "B", at_most=400 if key == "VmRSS" else None)
+        traffic = [addresses(pool_id, 4) for pool_id in random.sample(many_held.pool_ids[1:], 500)]
+        self.while_folding(many, traffic, 1, f"longest call while {count} are folded")
+        few_traffic = [addresses(pool_id, 4) for pool_id in few_held.pool_ids]
+        self.flat(f"{count} in {blocks + 1:,} pools / 100 in 10", few, few_traffic, many, traffic)
+        self.flat(f"one /64 with {wide:,} / 100 in 10", few, few_traffic, many,
+                  [addresses(many_held.pool_ids[0])])
+
+    def flat(self, what: str, few: BenchDaemon, few_traffic: list[Traffic], many: BenchDaemon,
+             many_traffic: list[Traffic]) -> None:
+        """Compare what a call costs the two daemons."""
+        sides = ((Wire(few.socket), few_traffic), (Wire(many.socket), many_traffic))
+        before, ratios = (few.cpu_s(), many.cpu_s()), []
+        for _ in self.rounds(8, 30):
+            rounds: tuple[list[float], list[float]] = ([], [])
+            for number in range(100):
+                for (wire, traffic), times in zip(sides, rounds):
+                    times += wire.pair(traffic[number % len(traffic)])
+            ratios.append(statistics.median(rounds[1]) / statistics.median(rounds[0]))
+        self.row(f"time of a call, {what}", ratios, at_most=1.2)
+        self.row(f"  processor time of a call, {what}", [
+            (many.cpu_s() - before[1]) / (few.cpu_s() - before[0])], at_most=1.2)
+
+    def full_and_crowded(self) -> None:
+        """Calls that must look for room in a state that has hardly any."""
+        held = Fixture({"172.16.0.0/16": 65533}, 6_000 if self.quick else 60_000, 0)
+        daemon = BenchDaemon(self, held).start()
+        inode = os.stat(daemon.file).st_ino
+        Wire(daemon.socket).pair(networks("192.168.0.0/24"))
+        while os.stat(daemon.file).st_ino == inode:  # the first change has made folding due
+            time.sleep(0.01)
+        for what, traffic in (
+                ("an address of a /16 with one free", addresses(held.pool_ids[0])),
+                (f"a dynamic pool, {len(held.pool_ids) - 1:,} /24 of a /8 held", networks()),
+                ("a dynamic IPv6 pool beside them", networks(v6=True)),
+                ("a /40 over blocks of /64", networks("2001:db8:ff00::/40", v6=True))):
+            wire, medians = Wire(daemon.socket), []
+            for _ in self.rounds(5, 20):
+                medians.append(statistics.median(wire.pair(traffic)[0] for _ in range(50)))
+            self.row(what, medians, "ms", at_most=1)
+
+    def empty_start(self) -> None:
+        daemon = BenchDaemon(self)
+        self.row("start with an empty state", [daemon.seconds_to_start() for _ in range(7)],
+                 "s", at_most=0.25)
+
+    # -- folding
+
+    def folding(self) -> None:
+        held = Fixture({}, 1_000, 100)
+        daemon = BenchDaemon(self, held, patch=FOLDING_WITHOUT_END).start()
+        traffic = [addresses(pool_id, 4) for pool_id in held.pool_ids]
+        self.while_folding(daemon, traffic, 7 if self.quick else 40,
+                           "longest call while 100,000 leases are folded", at_most=5)
+
+    def while_folding(self, daemon: BenchDaemon, traffic: list[Traffic], folds: int, what: str,
+                      at_most: float | None = None) -> None:
+        """Call until the lease file has been replaced so often."""
+        wire, disk, floor, is_over = Wire(daemon.socket), Disk(daemon.directory), [0.0], threading.Event()
+        worst: list[float] = []
+        worst_floors: list[float] = []
+        times: list[float] = []
+
+        def sync_alone() -> None:  # what the disk does to everybody while the lease file is written
+            while not is_over.wait(0.001):
+                floor.append(disk.sync())
+
+        thread = threading.Thread(target=sync_alone)
+        thread.start()
+        for _ in range(folds):
+            inode = os.stat(daemon.file).st_ino
+            floor[:], first = [0.0], len(times)
+            while os.stat(daemon.file).st_ino == inode:
+                times += wire.pair(random.choice(traffic))
+            worst.append(max(times[first:]))
+            worst_floors.append(max(floor))
+        is_over.set()
+        thread.join()
+        self.row(what, worst, "ms")
+        self.row("  longest sync alone then", worst_floors, "ms")
+        self.row("  beyond it", [max(call - sync, 0.0) for call, sync in zip(worst, worst_floors)], "ms", at_most)
+        self.row("  median call then", [statistics.median(times)], "ms")
+
+    # -- beside Docker
+
+    def beside_docker(self) -> None:
+        try:
+            docker = Docker()
+        except AssertionError as missing:
+            print(f"docker network create, run, rm: not measured: {missing}", flush=True)
+            return
+        self.addCleanup(docker.close)
+        docker.start()
+        times: dict[str, list[float]] = {"gipam": [], "default": []}
+        for number in self.rounds(4, 25):
+            for driver in sorted(times, reverse=number % 2 == 0):
+                times[driver].append(self.life_of_a_network(docker, driver))
+        for driver, name in (("gipam", "gipam"), ("default", "the built-in IPAM")):
+            self.row(f"docker network create, run, rm with {name}", times[driver], "s")
+        self.row("  gipam / built-in", [ours / theirs for ours, theirs
+                                        in zip(times["gipam"], times["default"])], at_most=1.03)
+
+    @staticmethod
+    def life_of_a_network(docker: Docker, driver: str) -> float:
+        started = time.perf_counter()
+        docker("network", "create", "--ipam-driver", driver, "bench")
+        docker.container("bench", "bench")
+        docker("rm", "-f", "bench")
+        docker("network", "rm", "bench")
+        return time.perf_counter() - started
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table of design.md section 9; with --quick in a minute, from a smaller state."""
+    runner = Bench()
+    runner.quick = "--quick" in arguments
+    print(f"gipam {gipam.__version__}, Python {platform.python_version()}, "
+          f"{platform.system()} {platform.release()}, {os.cpu_count()} processors, "
+          f"load {os.getloadavg()[0]:.1f}, files in {tempfile.gettempdir()}\n")
+    try:
+        for section in (runner.one_connection, runner.many_connections, runner.empty_start,
+                        runner.a_million_leases, runner.full_and_crowded, runner.folding,
+                        runner.beside_docker):
+            section()
+            runner.doCleanups()
+    finally:
+        runner.doCleanups()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,437 @@
+"""gipam as a service of machines that boot, by the README's commands: `python3 .ci/lab/boot.py`.
+
+A Debian machine with systemd and Docker is booted on an overlay over a tree that .ci/tree makes.
+gipam is installed in it once, by the README's commands; each test then has that disk to itself.
+GIPAM_LONG=1 disturbs it longer under load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from typing import Callable, Iterator
+
+from machines import MAKE_IMAGE, main, require
+
+from test_gipam import DEADLINE_S, GIPAM, HERE, make_certificates, readme_commands
+
+SERVICE_CHAPTER = "As a service"
+CONTAINERS = 5  # that the machine always has: web1, web2, db1, db2 on dual-stack networks, lan1
+LOAD_COUNT = 50  # containers that start and stop under load
+DISTURBANCES = 20 if os.environ.get("GIPAM_LONG") else 3
+LOST_BODY = "the request has no body: dockerd lost it in a retry"
+CHECK = "python3 /opt/gipam/gipam.py check --grace 0"
+GIPAM_PID = "$(systemctl show gipam -p MainPID --value)"
+
+# A network of each kind, and containers on them.
+SET_UP = MAKE_IMAGE + """
+docker network create --ipam-driver gipam spare
+docker network create --ipam-driver gipam --ipv6 --ipam-opt gipam.name=web web
+docker network create --ipam-driver gipam --ipv6 --ipam-opt gipam.name=db db
+docker network create --ipam-driver gipam --subnet 10.9.0.0/24 --ip-range 10.9.0.128/25 lan
+docker network rm spare
+for name in web1 web2 db1 db2 lan1; do docker run -d --restart=always --network ${name%?} --name $name bb; done
+"""
+
+# Each container stops and starts, over and over. A command that fails is printed, a round is counted.
+LOAD = f"""
+for n in $(seq {LOAD_COUNT - CONTAINERS}); do docker run -d --restart=always --network web bb > /dev/null; done
+for container in $(docker ps -q); do
+    while [ ! -e /run/load.end ]; do
+        for verb in stop start; do
+            said=$(docker $verb $container 2>&1) || echo $verb: $said
+        done
+        echo >> /run/load
+    done &
+done
+wait
+"""
+
+UNSHARE = ("unshare", "--mount", "--propagation", "private", "bash", "-ec")
+# Run in a mount namespace of its own, with the lower directories, the disk's and boot-systemd's arguments.
+BOOT = """
+mount -t cgroup2 cgroup2 "$1/cgroup"; mkdir "$1/cgroup/${1##*/}"; echo $$ > "$1/cgroup/${1##*/}/cgroup.procs"
+mount -t overlay overlay -o "lowerdir=$0,upperdir=$1/upper,workdir=$1/work" "$1/root"
+exec "$2" "$1/root" "${@:3}" -- bash -c "echo is up; read"
+"""
+CLEAN_UP = """
+mount -t cgroup2 cgroup2 "$0/cgroup"; cd "$0/cgroup/${0##*/}"; echo 1 > cgroup.kill
+until find . -depth -mindepth 1 -type d -exec rmdir {} +; do  # what was killed has to be reaped first
+    [ $SECONDS -lt 30 ]; sleep 0.1
+done 2> /dev/null
+cd ..; until rmdir "${0##*/}"; do [ $SECONDS -lt 30 ]; sleep 0.1; done 2> /dev/null
+"""
+
+
+def find_boot() -> str:
+    """Return the script that boots a tree, which is beside this checkout."""
+    for path in (os.path.join(HERE, "..", "shared", "boot-systemd"), "/work/shared/boot-systemd"):
+        if os.access(path, os.X_OK):
+            return os.path.realpath(path)
+    raise AssertionError(f"booting a machine needs {path}")
+
+
+class Machine:
+    """A machine whose disk is an overlay: 3 ms to make, and what it lies on stays as it is.
+
+    It has a control group of its own, for several may be up, with containers of the same id.
+    """
+
+    def __init__(self, *lower: str) -> None:
+        self.lower, self.boot_script = ":".join(lower), find_boot()
+        self.disk = tempfile.mkdtemp(prefix="gipam-boot-", dir="/var/tmp")
+        for name in ("upper", "work", "root", "cgroup"):
+            os.mkdir(os.path.join(self.disk, name))
+        self.process: subprocess.Popen[str] | None = None
+
+    def boot(self, *files: str, end: str = "cut") -> None:
+        """Boot, with files (SOURCE:PATH) put there first. It will end by poweroff, or as if by a power cut."""
+        self.process = subprocess.Popen(
+            [*UNSHARE, BOOT, self.lower, self.disk, self.boot_script, *files],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env={**os.environ, "BOOT_END": end})
+        assert self.process.stdout
+        if self.process.stdout.readline() != "is up\n":
+            raise AssertionError("the machine did not boot")
+        self.pid, = (init for child in children(str(self.process.pid)) for init in children(child)
+                     if os.readlink(f"/proc/{init}/exe").endswith("/systemd"))
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.communicate()  # its command reads the end of its input
+            self.process = None
+            subprocess.run([*UNSHARE, CLEAN_UP, self.disk], check=True)
+
+    def remove(self) -> None:
+        self.end()
+        shutil.rmtree(self.disk)
+
+    def begin(self, script: str) -> subprocess.Popen[str]:
+        """Start a bash script inside; it ends with the first command that fails."""
+        return subprocess.Popen(
+            ["nsenter", "-t", self.pid, "-a", "-r", "-w", "env", "-i", "HOME=/root",
+             "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "bash", "-e", "-o", "pipefail", "-c", script],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+
+    def __call__(self, script: str, *expected: int) -> str:
+        """Run a bash script inside and return what it says; fail if its status is not as expected (0)."""
+        process = self.begin(script)
+        out = process.communicate(timeout=120)[0]
+        if process.returncode not in (expected or (0,)):
+            raise AssertionError(f"exit status {process.returncode} of:\n{script}\n{out}")
+        return out.strip()
+
+    def follow(self, title: str, *which: int, directory: str = "/root") -> str:
+        """Run the README's commands under this heading word for word: all, or those blocks."""
+        blocks = readme_commands(title)
+        return "\n".join(self(f"cd {directory}\n{blocks[at]}") for at in which or range(len(blocks)))
+
+    def wait_until(self, condition: str) -> None:
+        """Wait until a command succeeds; the poll is inside, where it costs least."""
+        said = "docker ps -a; journalctl --no-pager -o cat -u docker -u gipam -p warning | cut -c 1-500 | tail -n 40"
+        self(f"until {condition}; do [ $SECONDS -lt {DEADLINE_S * 3:.0f} ] || {{ {said}; exit 1; }}; sleep 0.1; done")
+
+    def wait_for_containers(self) -> None:
+        """Wait until all that there are are running."""
+        self.wait_until("[ $(docker ps -q | wc -l) = $(docker ps -aq | wc -l) ]")
+
+    def addresses(self) -> list[str]:
+        """Return all addresses of containers, as Docker shows them."""
+        return self("docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}} {{end}}' "
+                    "$(docker ps -aq)").split()
+
+    def subnets(self) -> dict[str, list[str]]:
+        """Return the subnets of each network of gipam's."""
+        said = self("docker network inspect -f '{{.IPAM.Driver}} {{.Name}} {{range .IPAM.Config}}{{.Subnet}} {{end}}' "
+                    "$(docker network ls -q)")
+        return {name: subnets for driver, name, *subnets in map(str.split, said.splitlines()) if driver == "gipam"}
+
+    def log(self, unit: str) -> str:
+        return self(f"journalctl --no-pager -o cat -b -u {unit}")
+
+    def complaints(self) -> list[str]:
+        """Return what dockerd has said about a plugin that it could not reach, and tried again."""
+        return re.findall("Unable to (?:connect to|locate) plugin.*", self.log("docker"))
+
+    def show(self, name: str, unit: str = "gipam") -> str:
+        """Return a property of a unit."""
+        return self(f"systemctl show -p {name} --value {unit}")
+
+
+def children(pid: str) -> list[str]:
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return file.read().split()
+
+
+class Load:
+    """All containers of a machine start and stop."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.process = machine.begin(LOAD)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Wait until half as many containers as there are have stopped and started once more."""
+        rounds = int(self.machine("touch /run/load; wc -l < /run/load"))
+        self.machine.wait_until(f"[ $(wc -l < /run/load) -ge {rounds + LOAD_COUNT // 2} ]")
+
+    def end(self) -> list[str]:
+        """End it and return what the commands said that failed."""
+        self.machine("touch /run/load.end")
+        return self.process.communicate(timeout=120)[0].splitlines()
+
+
+class BootTest(unittest.TestCase):
+    tree: str
+    installed: Machine
+    subnets: dict[str, list[str]]
+    shared: Machine  # by the tests that leave it as they found it
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        require("bash", "busybox", "debootstrap", "ip", "mount", "nsenter", "openssl", "unshare")
+        made = subprocess.run([os.path.join(HERE, ".ci", "tree")], stdout=subprocess.PIPE, encoding="utf-8", check=True)
+        cls.tree = made.stdout.strip()
+        cls.installed = machine = Machine(cls.tree)
+        cls.addClassCleanup(machine.remove)
+        machine.boot(*(f"{path}:/root/gipam/{os.path.basename(path)}" for path in (
+            GIPAM, os.path.join(HERE, "gipam.env"), os.path.join(HERE, "gipam.service"))), end="poweroff")
+        machine("find /etc /opt /usr /var/lib -xdev ! -path '/var/lib/*/*' | sort > /root/before")
+        machine.follow(SERVICE_CHAPTER, 0, 1, directory="/root/gipam")
+        machine(SET_UP)
+        cls.subnets = machine.subnets()
+        machine.end()
+        cls.shared = cls.boot(cls.addClassCleanup)
+
+    @classmethod
+    def boot(cls, clean_up: Callable[[Callable[[], None]], None], *files: str) -> Machine:
+        """Return a machine that is up, with gipam and everything on it."""
+        machine = Machine(os.path.join(cls.installed.disk, "upper"), cls.tree)
+        clean_up(machine.remove)
+        machine.boot(*files)
+        machine.wait_for_containers()
+        return machine
+
+    def machine(self, *files: str) -> Machine:
+        """Return a machine of this test alone."""
+        return self.boot(self.addCleanup, *files)
+
+    @contextlib.contextmanager
+    def load(self, machine: Machine, excuse: str = "nothing") -> Iterator[Load]:
+        """Let containers start and stop; then no command has failed, but for what excuses it."""
+        load = Load(machine)
+        try:
+            yield load
+        finally:
+            failures = load.end()
+        self.assertEqual([said for said in failures if excuse not in said], [])
+
+    def assert_all_is_well(self, machine: Machine, *scripts: str) -> None:
+        """After these, all containers run, no address is there twice, all agree, subnets are the old ones."""
+        for script in scripts:
+            machine(script)
+        machine.wait_for_containers()
+        addresses = machine.addresses()
+        self.assertGreaterEqual(len(addresses), CONTAINERS * 2 - 1)  # one has no IPv6
+        self.assertEqual(len(set(addresses)), len(addresses))
+        self.assertEqual(machine.subnets(), self.subnets)
+        self.assertEqual(machine(CHECK), "no difference")
+
+    # -- a service that runs
+
+    def test_unit_is_valid_and_hardened(self) -> None:
+        self.assertEqual(self.shared("systemd-analyze verify gipam.service"), "")
+        self.shared("systemd-analyze security --no-pager --threshold=15 gipam.service")
+
+    def test_commands_of_the_readme_show_what_goes_on(self) -> None:
+        said = self.shared.follow(SERVICE_CHAPTER, 2)
+        for text in ("10.2.0.0/16", "lease file (V4Pool", "Active: active (running)", "serving on /run/gipam/gipam.sock",
+                     "no difference"):
+            self.assertIn(text, said)
+
+    def test_routes_and_addresses_of_the_host_are_seen_from_inside_the_sandbox(self) -> None:
+        machine = self.shared
+        create = "docker network create --ipam-driver gipam {0} > /dev/null; docker network inspect -f " \
+                 "'{{{{(index .IPAM.Config 0).Subnet}}}}' {0}"
+        third = int(machine(create.format("first")).split(".")[2])
+        machine(f"ip route add blackhole 10.2.{third + 1}.0/24; ip addr add 10.2.{third + 2}.9/32 dev lo")
+        self.assertEqual(machine(create.format("second")), f"10.2.{third + 3}.0/24")
+        machine(f"docker network rm first second; ip route del 10.2.{third + 1}.0/24; ip addr del 10.2.{third + 2}.9/32 dev lo")
+
+    def test_stop_leaves_no_dead_socket(self) -> None:
+        """A dead socket would cost `docker volume ls` 15 s; it passes over a link to nothing."""
+        machine = self.shared
+        machine("systemctl stop gipam")
+        machine("test -h /run/docker/plugins/gipam.sock -a ! -e /run/docker/plugins/gipam.sock -a ! -e /run/gipam")
+        machine("docker volume ls; systemctl start gipam")
+        self.assert_all_is_well(machine)
+
+    def test_switching_between_socket_and_tcp_takes_one_restart(self) -> None:
+        """The socket that systemd kept is given up first: nobody answers on it any more."""
+        machine = self.shared
+        for flag in ("false", "true") * 3:
+            machine(f"echo GIPAM_UNIX={flag} >> /opt/gipam/.env; systemctl reset-failed gipam; systemctl restart gipam")
+            self.assertEqual(machine.show("NRestarts"), "0")
+        self.assert_all_is_well(machine)
+
+    # -- reboots
+
+    def test_reboots_and_power_cuts_bring_everything_back(self) -> None:
+        machine = self.machine()  # its disk comes from a poweroff
+        for end in ("cut", "poweroff"):
+            with self.subTest(end):
+                if end == "cut":
+                    Load(machine)
+                machine.end()
+                machine.boot(end="poweroff")
+                machine.wait_for_containers()
+                if end == "cut":  # what Docker was about to be told is held, and nobody knows
+                    machine(CHECK + " --fix")
+                self.assert_all_is_well(machine)
+                began, ready = (int(machine.show(name, unit)) for name, unit in (
+                    ("ExecMainStartTimestampMonotonic", "docker"), ("ActiveEnterTimestampMonotonic", "gipam")))
+                self.assertGreater(began, ready)
+                self.assertEqual(machine.complaints(), [])
+
+    # -- restarts, crashes and hangs under load
+
+    def test_restarts_go_unnoticed(self) -> None:
+        machine = self.machine()
+        with self.load(machine) as load:
+            for _ in range(DISTURBANCES):
+                machine.follow(SERVICE_CHAPTER, 3, directory="/root/gipam")
+                machine("systemctl restart gipam; systemctl restart gipam; systemctl reset-failed gipam")
+                load.go_on()
+        self.assert_all_is_well(machine)
+        self.assertEqual(machine.complaints(), [])
+
+    def test_connections_of_dockerd_stay_with_systemd_until_it_hangs_up(self) -> None:
+        machine = self.machine()
+        machine("docker network create --ipam-driver gipam extra; systemctl restart gipam")
+        self.assertGreater(int(machine.show("NFileDescriptorStore")), 1)
+        machine("docker network rm extra")  # here it finds out, and dials
+        machine.wait_until("[ $(systemctl show gipam -p NFileDescriptorStore --value) = 1 ]")
+        self.assertEqual(machine.complaints(), [])
+        self.assert_all_is_well(machine)
+
+    def test_kill_fails_only_what_was_being_answered(self) -> None:
+        machine = self.machine()
+        with self.load(machine, LOST_BODY) as load:
+            for _ in range(DISTURBANCES):
+                machine(f"systemctl reset-failed gipam; kill -KILL {GIPAM_PID}")
+                load.go_on()
+                self.assertEqual(machine.show("NRestarts"), "1")
+        self.assert_all_is_well(machine, CHECK + " --fix")  # a release may be lost, an address be given to nobody
+
+    def test_hung_gipam_is_ended_by_the_watchdog(self) -> None:
+        machine = self.machine()
+        self.assertEqual(machine.show("WatchdogUSec"), "30s")
+        machine("mkdir -p /run/systemd/system/gipam.service.d; cd /run/systemd/system/gipam.service.d\n"
+                "printf '[Service]\\nWatchdogSec=2\\n' > test.conf; systemctl daemon-reload; systemctl restart gipam")
+        with self.load(machine, LOST_BODY) as load:
+            machine(f"kill -STOP {GIPAM_PID}")
+            load.go_on()
+        log = machine.log("gipam")
+        for text in ("Watchdog timeout", "most recent call first", "Failed with result 'watchdog'"):
+            self.assertIn(text, log)
+        self.assertEqual(machine.show("NRestarts"), "1")
+        self.assertEqual(machine("ls /opt/gipam | grep -v leases.json"), "gipam.py")  # no core file
+        self.assert_all_is_well(machine, CHECK + " --fix")
+
+    # -- a lease file that is damaged, lost or moved
+
+    def test_damaged_lease_file_fails_the_unit_once_and_its_message_mends_it(self) -> None:
+        machine = self.machine()
+        for damage, remedy in (
+                ("systemctl stop gipam; sed -i 's/10.9.0.128/10.9.0.77/' /opt/gipam/leases.json; systemctl start gipam || true",
+                 r"; or (move) (/opt/gipam/leases\.json\*) away: "),
+                ("docker network create --ipam-driver gipam extra; docker network rm extra\n"
+                 f"sed -i '2s/request/REQUEST/' /opt/gipam/leases.json.journal.*; kill -KILL {GIPAM_PID}",
+                 r": (truncate -s \d+) (/opt/gipam/leases\.json\.journal\.\d+), .* run `gipam.py check --fix`")):
+            machine(damage)
+            machine.wait_until("systemctl is-failed -q gipam")
+            status = machine("systemctl --no-pager status gipam", 3)
+            with self.subTest(status):
+                self.assertIn("status=78/CONFIG", status)
+                self.assertRegex(status, remedy)
+                command, path = re.findall(remedy, status)[0]
+                machine(f"mkdir -p /root/away; mv {path} /root/away" if command == "move" else f"{command} {path}")
+                machine("systemctl start gipam")
+                self.assert_all_is_well(machine, CHECK + " --fix")
+
+    def test_lost_lease_file_is_taken_over_from_docker(self) -> None:
+        """Also the gateway of a network without containers, which Docker up to 28 does not show."""
+        machine = self.machine()
+        machine("docker stop lan1; systemctl stop gipam; rm /opt/gipam/leases.json*; systemctl start gipam")
+        self.assertEqual(machine(CHECK), "no difference")
+        self.assert_all_is_well(machine, "docker start lan1; docker restart web1 lan1")
+        machine("docker stop lan1; systemctl stop docker.socket docker gipam; rm /opt/gipam/leases.json*")
+        machine.end()
+        machine.boot()
+        machine.wait_for_containers()
+        machine.wait_until("! grep -q Import /opt/gipam/leases.json")
+        self.assert_all_is_well(machine, "docker restart web1 lan1")
+
+    def test_lease_file_moves_to_a_state_directory(self) -> None:
+        machine = self.machine()
+        machine.follow("The lease file elsewhere")
+        self.assertEqual(machine("ls -A /opt/gipam"), ".env\ngipam.py")
+        self.assertEqual(machine("stat -c '%a %n' /var/lib/gipam /var/lib/gipam/leases.json"),
+                         "700 /var/lib/gipam\n600 /var/lib/gipam/leases.json")
+        self.assert_all_is_well(machine, "docker restart web1 lan1")
+
+    # -- other ways to run it
+
+    def test_socket_unit_starts_gipam_on_demand(self) -> None:
+        machine = self.machine()
+        machine.follow("A socket unit")
+        self.assert_all_is_well(machine, "docker restart web1 lan1")
+        for action in ("restart", "stop"):  # a request starts it again
+            machine(f"systemctl {action} gipam; test -S /run/docker/plugins/gipam.sock; docker restart web1 lan1")
+            self.assert_all_is_well(machine)
+        machine("systemctl stop gipam.socket gipam; test ! -e /run/docker/plugins/gipam.sock")
+        self.assertEqual(machine.complaints(), [])
+
+    def test_several_drivers_live_side_by_side(self) -> None:
+        machine = self.machine()
+        self.assertIn("10.3.0.0/24", machine.follow("Several drivers"))
+        self.assertEqual(machine("docker run --rm --network office bb sh -c 'echo $HOSTNAME' > /dev/null\n"
+                                 f"{CHECK} -unix -socket /run/docker/plugins/lan.sock"), "no difference")
+        self.assertEqual(machine("stat -c %a /run/gipam /run/gipam-lan"), "700\n700")
+        machine("systemctl restart gipam@lan; docker network rm office; systemctl stop gipam@lan; test ! -e /run/gipam-lan")
+        self.assert_all_is_well(machine)
+
+    def test_dockerd_uses_tls(self) -> None:
+        directory = tempfile.mkdtemp(prefix="gipam-")
+        self.addCleanup(shutil.rmtree, directory)
+        make_certificates(directory)
+        machine = self.machine(*(f"{directory}/{name}:/root/{name}" for name in os.listdir(directory)))
+        machine("ip addr add 192.0.2.7/32 dev lo")
+        said = machine.follow("On TCP, with TLS", 1, 2)
+        self.assertNotIn("failed", said)
+        self.assertEqual(machine.show("NRestarts"), "0")
+        self.assertIn("serving on ('192.0.2.7', 9090)", machine.log("gipam"))
+        machine("test ! -h /run/docker/plugins/gipam.sock; grep -q https://192.0.2.7:9090 /etc/docker/plugins/gipam.json")
+        machine.wait_for_containers()
+        machine("docker restart web1 lan1; docker network create --ipam-driver gipam over; docker network rm over")
+        self.assertEqual(machine.complaints(), [])
+        self.assertEqual(machine(f"(set -a; . /opt/gipam/.env; {CHECK})"), "no difference")
+
+    def test_uninstalling_leaves_nothing(self) -> None:
+        machine = self.machine()
+        machine("docker rm -f $(docker ps -aq); docker network rm $(docker network ls -q --filter type=custom)")
+        machine.follow("Away with it")
+        self.assertEqual(machine("find /etc /opt /usr /var/lib -xdev ! -path '/var/lib/*/*' | sort | diff /root/before -"), "")
+        self.assertEqual(machine("find /run -xdev | grep gipam; systemctl list-units --all | grep gipam", 1), "")
+        machine("docker volume ls; systemctl restart docker")
+        self.assertEqual(machine.complaints(), [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+"""`gipam.py check` and lost lease files beside a real dockerd: `python3 .ci/lab/check.py`.
+
+What crashes leave behind is made, found, mended, and not found again.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import json
+import os
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+from typing import Any
+
+from machines import MASQUERADE_OFF, DockerCase, DockerError, endpoint_addresses, main, until
+
+from test_gipam import ENDPOINT, FakeDocker
+
+
+class CheckedCase(DockerCase):
+    """The words in which `check` speaks."""
+
+    def leaked(self, container: str, network: str, v6: bool = False) -> str:
+        """Return what `check` will say of a container's address, should it leak."""
+        return self.leaked_address(self.docker.address(container, network, v6), network,
+                                   self.docker.endpoint(container, network)["MacAddress"])
+
+    @staticmethod
+    def leaked_address(address: str, network: str, owner: str = "02:42:00:00:00:09") -> str:
+        return f"leaked_address: address {address} of network {network} is held for {owner}, but nothing has it"
+
+    @staticmethod
+    def leaked_pool(subnet: str) -> str:
+        return f"leaked_pool: subnet {subnet} is held with 1 addresses, but no network has it"
+
+
+class CheckTest(CheckedCase):
+    def test_fake_docker_has_the_shapes_of_this_one(self) -> None:
+        """What the self-check builds upon."""
+        version = int(self.docker("version", "-f", "{{.Server.Version}}").split(".")[0])
+        self.docker.network("web", "--ipv6")
+        self.docker.network("lan", "--subnet", "10.9.0.0/24", "--ip-range", "10.9.0.64/26", "--aux-address", "a=10.9.0.7")
+        self.docker.container("one", "web")
+        self.docker("network", "connect", "lan", "one")
+        self.docker("create", "--name", "created", "--network", "lan", "bb")
+        networks, containers = (json.loads(self.docker.get(path, "/run/docker.sock"))
+                                for path in ("/networks", "/containers/json?all=1"))
+        web, lan = (next(it for it in networks if it["Name"] == name) for name in ("web", "lan"))
+        one, created = (next(it for it in containers if it["Names"] == ["/" + name]) for name in ("one", "created"))
+        subnets = dict(zip((False, True), map(ipaddress.ip_network, self.docker.subnets("web"))))
+
+        def grant(method: str, **arguments: Any) -> Any:
+            """What gipam granted to the real network."""
+            subnet = subnets[arguments.get("V6") or arguments.get("PoolID") == "6"]
+            if method == "IpamDriver.RequestPool":
+                return {"PoolID": str(subnet.version), "Pool": str(subnet)}
+            return {"Address": f"{subnet[1]}/{subnet.prefixlen}"}
+
+        fake = FakeDocker(self, os.path.join(self.docker.directory, "fake.sock"), grant, version)
+        fake.make_network("web", "4", "6")
+        fake.start("one", "web")
+        built, fake_one = fake.networks["web"], fake.containers["one"]
+        self.assertEqual(set(web) ^ set(built), set())
+        self.assertEqual({key: web["IPAM"][key] for key in ("Driver", "Options")}, {"Driver": "gipam", "Options": {}})
+        self.assertEqual(web["IPAM"]["Config"], built["IPAM"]["Config"])
+        self.assertEqual(lan["IPAM"]["Config"], [{
+            "Subnet": "10.9.0.0/24", "IPRange": "10.9.0.64/26", "AuxiliaryAddresses": {"a": "10.9.0.7"}}])
+        self.assertEqual(set(one) ^ set(fake_one), set())
+        endpoints = one["NetworkSettings"]["Networks"]
+        self.assertEqual(set(endpoints["web"]) ^ set(fake_one["NetworkSettings"]["Networks"]["web"]), set())
+        self.assertEqual(endpoints["web"]["NetworkID"], web["Id"])
+        self.assertEqual(endpoints["lan"]["Gateway"], "10.9.0.64")
+        unused = created["NetworkSettings"]["Networks"]["lan"]
+        self.assertEqual(unused, {**ENDPOINT, "IPAMConfig": unused["IPAMConfig"]})
+
+    def networks_of_all_kinds(self) -> dict[str, tuple[str, ...]]:
+        """Return their options: gateways shown and not, spellings, hints, families that are off."""
+        wires = [*self.docker.wire(), *self.docker.wire()]
+        macvlan = [("-d", "macvlan", "-o", "parent=" + wire) for wire in wires]
+        lan = ("--subnet", "10.50.0.0/24")
+        return {
+            "plain": (), "dual": ("--ipv6",), "internal": ("--ipv6", "--internal"), "routed": ("--ipv6", *MASQUERADE_OFF),
+            "small": ("--ipv6", "--ipam-opt", "gipam.v4ab=27", "--ipam-opt", "gipam.v6ab=80"),
+            "hint": ("--subnet", "0.0.0.0/28"), "hint6": ("--ipv6", "--subnet", "::/72"),
+            "named": ("--ipv6", "--ipam-opt", "gipam.name=named"), "six": ("--subnet", "fd00:7::/64"),
+            "explicit": ("--ipv6", "--subnet", "10.2.200.0/22", "--subnet", "2001:db8:0:1ff::/64"),
+            "odd": ("--ipv6", "--subnet", "FD00:0008:0::/64", "--gateway", "FD00:8:0::0F", "--aux-address",
+                    "b=fd00:8:0:0::00AA"),
+            "range": ("--subnet", "10.8.0.0/16", "--ip-range", "10.8.7.0/24", "--gateway", "10.8.0.9", "--aux-address",
+                      "a=10.8.7.0", "--aux-address", "b=10.8.0.1", "--aux-address", "DefaultGatewayIPv4=10.8.0.77"),
+            "macvlan": (*macvlan[0], "--ipv6", "--subnet", "10.51.0.0/24", "--subnet", "10.52.0.0/24",
+                        "--subnet", "fd00:51::/64"),
+            "low": (*macvlan[1], *lan, "--ip-range", "10.50.0.0/25"),
+            "high": (*macvlan[2], *lan, "--ip-range", "10.50.0.128/25", "--gateway", "10.50.0.9"),
+            "whole": (*macvlan[3], *lan, "--ip-range", "10.50.0.0/24"),
+        }
+
+    def test_no_difference_with_networks_of_all_kinds(self) -> None:
+        """Nor after the lease file was lost, since all can be told from Docker, nor after crashes."""
+        networks = self.networks_of_all_kinds()
+        for name, options in networks.items():
+            self.docker.network(name, *options)
+        self.docker.network("template", "--config-only", "--subnet", "10.60.0.0/24", "--ip-range", "10.60.0.128/25")
+        self.docker("network", "create", "-d", "bridge", "--config-from", "template", "made")
+        self.docker.network("unused", "--config-only", "--subnet", "10.61.0.0/24")
+        self.assertEqual(self.docker.held_by_gipam()["10.60.0.0/24"], {"10.60.0.128"})
+        self.assertEqual(self.docker.check(), [])
+        for name in networks:
+            restart = ("--restart", "always") if len(name) % 2 else ()
+            self.docker.container("in-" + name, name, *restart)
+        self.docker("network", "connect", "dual", "in-plain")
+        self.docker("stop", "in-internal")
+        self.assert_agreement()
+        self.assertEqual([cidr.split("/")[1] for name in ("small", "hint", "hint6")  # as their options say
+                          for cidr in endpoint_addresses(self.docker.inspect("container", "in-" + name)[0])],
+                         ["27", "80", "28", "24", "72"])
+        before = self.docker.held_by_gipam()
+        self.docker.replace_lease_file()
+        self.assertEqual(self.docker.check(), [])
+        self.assertEqual(self.docker.held_by_gipam(), before)
+        for number, name in enumerate(("plain", "range", "low", "high")):
+            self.docker.container(f"more{number}", name)
+        self.assert_agreement()
+        for _ in range(2):
+            self.docker.kill_and_start()
+            self.docker("start", *("in-" + name for name in networks))
+            self.assert_agreement()
+
+    def test_containers_killed_and_networks_removed_while_gipam_is_down(self) -> None:
+        self.docker.network("web")
+        self.docker.network("gone")
+        for name in ("one", "two", "three"):
+            self.docker.container(name, "web")
+        expected = [self.leaked("one", "web"), self.leaked("two", "web"),
+                    self.leaked_pool(self.docker.subnets("gone")[0])]
+        self.docker.stop("gipam", number=signal.SIGKILL)
+        self.docker.at_once(("kill", "one"), ("rm", "-f", "two"), ("network", "rm", "gone"))  # 15 s for each release
+        self.docker.start_gipam()
+        self.assert_found_and_mended(*expected)
+        self.docker("start", "one")
+        self.assert_no_address_is_twice()
+
+    def test_lease_file_restored_from_an_old_copy(self) -> None:
+        self.docker.network("web", "--ipv6")
+        self.docker.network("gone")
+        self.docker.container("one", "web")
+        expected = [self.leaked("one", "web"), self.leaked("one", "web", v6=True),
+                    self.leaked_pool(self.docker.subnets("gone")[0])]
+        copy = self.docker.read_lease_file()
+        self.docker("rm", "-f", "one")
+        self.docker("network", "rm", "gone")
+        self.docker.network("new")
+        self.docker.container("two", "web")
+        self.docker.container("three", "new")
+        self.docker.replace_lease_file(copy)
+        expected += [f"missing_pool: subnet {self.docker.subnets('new')[0]} of network new is not held: another "
+                     "network could get it"]
+        expected += [f"missing_address: address {self.docker.address('two', 'web', v6)} of container two is not held: "
+                     "another container could get it" for v6 in (False, True)]
+        self.assert_found_and_mended(*expected)
+        self.docker.container("four", "web")
+        self.docker.container("five", "new")
+        self.docker.network("newer")
+        self.assert_found_and_mended()
+
+    def test_ranges_of_one_subnet_are_told_apart(self) -> None:
+        for name, sub_pool, parent in zip(("near", "far"), ("10.50.0.0/25", "10.50.0.128/25"), self.docker.wire()):
+            self.docker.network(name, "-d", "macvlan", "--subnet", "10.50.0.0/24", "--ip-range", sub_pool,
+                                "-o", "parent=" + parent)
+            self.docker.container("in-" + name, name)
+        self.docker.container("outside", "far", "--ip", "10.50.0.77")
+        client = self.docker.client(self)
+        for pool in self.docker.pools():
+            client.request_address(pool["id"], mac="02:42:00:00:00:09")
+        self.assert_found_and_mended(self.leaked_address("10.50.0.3", "near"), self.leaked_address("10.50.0.130", "far"))
+
+    def test_network_of_another_driver_overlaps(self) -> None:
+        self.docker.network("ours", "--subnet", "10.9.0.0/24")
+        self.docker("network", "create", "-d", "macvlan", "-o", "parent=" + self.docker.wire()[0], "--subnet",
+                    "10.9.0.0/16", "theirs")
+        expected = ["overlap: subnet 10.9.0.0/16 of network theirs, of another IPAM driver, overlaps 10.9.0.0/24 of "
+                    "ours: remove one of the two networks"]
+        self.assertEqual(self.docker.check(), expected)
+        self.assertEqual(self.docker.check("--fix"), expected)
+        self.docker("network", "rm", "theirs")
+        self.assertEqual(self.docker.check(), [])
+
+
+class LostFileTest(DockerCase):
+    """The lease file is lost while networks and containers live."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.docker.network("web", "--ipv6", "--subnet", "10.9.0.0/16", "--ip-range", "10.9.64.0/18",
+                            "--subnet", "fd00:9::/64")
+        self.docker.network("old", "--ipv6", "--ipam-opt", "gipam.v4ab=17")
+        self.docker.at_once(*(("run", "-d", "--name", f"{network}{number}", "--network", network, "bb")
+                              for network in ("web", "old") for number in range(4)))
+
+    def test_what_docker_uses_is_taken_over_before_anything_is_served(self) -> None:
+        self.docker("rm", "-f", "web3", "old3")
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with self.subTest(number):
+                before = self.docker.held_by_gipam()
+                self.docker.replace_lease_file(number=number)
+                self.assertEqual(self.docker.held_by_gipam(), before)
+                self.docker.network(f"new{number}", "--ipv6")
+                self.docker.container(f"new{number}", "web")
+                self.assert_agreement()
+        self.docker("restart", "web0", "old0")
+        self.docker("rm", "-f", "web1", "old1")
+        self.assert_agreement()
+
+    def test_what_docker_holds_is_adopted_where_it_cannot_be_asked(self) -> None:
+        """By what it releases and asks for, and by the host's routes."""
+        self.addCleanup(self.docker.stop, "gipam")
+        self.docker.replace_lease_file("", "DOCKER_HOST=tcp://192.0.2.1:1", number=signal.SIGKILL)
+        for number in range(4):
+            self.docker.container(f"more{number}", "web")
+            self.docker.network(f"new{number}", "--ipv6")
+        self.docker("restart", "web0", "web1", "old0", "old1")
+        self.docker("stop", "web2", "old2")
+        self.docker("start", "web2", "old2")
+        self.assert_no_address_is_twice(24)
+        found = list(map(ipaddress.ip_network, self.docker.subnets("web", "old", "new0", "new1", "new2", "new3")))
+        self.assertEqual(len(found), 12)
+        for one, other in itertools.combinations(found, 2):
+            self.assertFalse(one.version == other.version and one.overlaps(other), (one, other))
+        self.assertIn(ipaddress.ip_address(self.docker.address("web0", "web")), ipaddress.ip_network("10.9.64.0/18"))
+        self.assert_reaches("web0", self.docker.address("web3", "web"))
+        self.assert_reaches("old0", self.docker.address("old3", "old", v6=True))
+
+
+class Between(socketserver.BaseRequestHandler):
+    """Stands between dockerd and gipam, and kills dockerd instead of handing a reply on."""
+
+    server: BetweenServer
+
+    def handle(self) -> None:
+        with socket.socket(socket.AF_UNIX) as gipam:
+            gipam.connect(self.server.gipam)
+            for request in iter(lambda: self.request.recv(65536), b""):  # either side writes a message at once
+                gipam.sendall(request)
+                reply = gipam.recv(65536)
+                if self.server.fatal in request:
+                    self.server.fatal = b"no more"
+                    self.server.docker.stop("dockerd", number=signal.SIGKILL)
+                    return
+                self.request.sendall(reply)
+
+
+class BetweenServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+    fatal = b"no method"
+
+    def __init__(self, test: DockerCase) -> None:
+        self.docker, path = test.docker, test.docker.path("/run/docker/plugins/gipam.sock")
+        self.gipam = path + ".real"
+        os.rename(path, self.gipam)
+        test.addCleanup(os.rename, self.gipam, path)
+        super().__init__(path, Between)
+        test.addCleanup(self.docker.stop, "dockerd")
+        test.addCleanup(self.server_close)
+        test.addCleanup(self.shutdown)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+
+class CrashTest(CheckedCase):
+    def test_dockerd_killed_between_a_reply_and_storing_it(self) -> None:
+        self.docker.stop("dockerd")
+        between = BetweenServer(self)
+        self.docker.start_dockerd()
+        self.docker.network("web", "--ipv6", containers=("one",))
+        for command in (("run", "-d", "--network", "web", "--mac-address", "02:42:00:00:00:09", "bb"),
+                        ("network", "create", "--ipam-driver", "gipam", "--subnet", "10.9.0.0/24", "lan")):
+            between.fatal = b"RequestAddress"  # of the container, of the gateway
+            self.assertRaises(DockerError, self.docker, *command)
+            until(lambda: not (self.docker.dockerd and self.docker.dockerd.is_running()), "end of dockerd")
+            self.docker.start_dockerd()
+        self.docker("start", "one")
+        self.assert_found_and_mended(self.leaked_address("10.2.0.3", "web"), self.leaked_pool("10.9.0.0/24"))
+        self.docker.network("lan", "--subnet", "10.9.0.0/24")
+        self.assert_found_and_mended()
+
+
+class ChurnTest(DockerCase):
+    """Containers come and go while `check` compares."""
+
+    CHURN_S = 60.0
+    WAYS = (("restart", "-t", "0"), ("stop", "-t", "0"), ("kill",))
+
+    def come_and_go(self, name: str, end: float) -> None:
+        for way in itertools.cycle(self.WAYS):
+            if time.monotonic() > end:
+                return
+            self.docker(*way, name)
+            self.docker("start", name)
+
+    def age_leases(self, age_s: int) -> None:
+        document = json.loads(self.docker.read_lease_file())
+        del document["Checksum"]  # a file that somebody has edited
+        for pool in document["Allocated"]:
+            for lease in pool["Leases"]:
+                lease[3] -= age_s
+        self.docker.replace_lease_file(json.dumps(document))
+
+    def test_nothing_false_is_reported(self) -> None:
+        """The grace time excuses what has just started, and nothing of what is an hour old by the lease file."""
+        self.docker.network("web", "--ipv6")
+        self.docker.network("lan", "--subnet", "10.9.0.0/24")
+        self.docker.at_once(*(("run", "-d", "--name", f"c{number}", "--network", ("web", "lan")[number % 2], "bb")
+                              for number in range(20)))
+        self.age_leases(3600)
+        end = time.monotonic() + self.CHURN_S
+        threads = [threading.Thread(target=self.come_and_go, args=(f"c{number}", end)) for number in range(20)]
+        for thread in threads:
+            thread.start()
+        found = []
+        while any(thread.is_alive() for thread in threads):
+            found.append(self.docker.check(grace_s=60))
+        self.assertEqual([findings for findings in found if findings], [])
+        self.assertGreater(len(found), 1)
+        self.assert_found_and_mended()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
