@@ -163,6 +163,10 @@ class Unreachable(GipamError):
     exit_status = 2
 
 
+class Absent(Unreachable):
+    """No daemon answers where it should."""
+
+
 class Refused(GipamError):
     """Docker, or the daemon, answered with an error."""
 
@@ -227,9 +231,8 @@ def parse_pool_id(pool_id: str) -> tuple[Network, Network | None] | None:
 
 
 def printable(text: str) -> str:
-    """Return text of others as it may be kept and shown: escaped where needed, and bounded."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1]
-                   for char in text[:MAX_TEXT_CHARS])[:MAX_TEXT_CHARS]
+    """Return the text as it may be kept and shown: what cannot be printed escaped, and cut."""
+    return (text if text.isprintable() else repr(text)[1:-1])[:MAX_TEXT_CHARS]
 
 
 ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps() would make one each time: 2 us
@@ -963,8 +966,6 @@ def check_subnet(state: State, subnet: Network, sub_pool: Network | None, now_s:
     if sub_pool and (sub_pool.version != subnet.version or not sub_pool.overlaps(subnet)
                      or sub_pool.prefixlen < subnet.prefixlen):
         raise InvalidRequest(f"invalid address subpool: {sub_pool} does not lie in {subnet}")
-    if not int(subnet[0]):
-        raise InvalidRequest(f"invalid address pool: {subnet} is no subnet, but a length")
     other = state.families[subnet.version].find_overlap(subnet)
     if other is None or (sub_pool and other.network == subnet
                          and None not in other.pools and sub_pool not in other.pools):
@@ -2495,7 +2496,7 @@ class Connection(http.client.HTTPConnection):
         """Return the error that says who does not answer, where, why, and what to do."""
         place = self._address if isinstance(self._address, str) else f"{self.host}:{self.port}"
         remedy = "run this as root" if isinstance(error, PermissionError) \
-            else f"start it, or say with {self._settings} where it listens"
+            else f"start it, or say where it is with {self._settings}"
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return Unreachable(f"{self._peer} does not answer on {place}: {why}; {remedy}")
 
@@ -2584,7 +2585,7 @@ def normalise_address(text: str) -> str:
 
 
 def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Claim], list[Claim]]:
-    """Return (what Docker uses of this driver, other subnets and templates). Raises: Unreachable."""
+    """Return (what Docker uses of this driver, all other subnets). Raises: Unreachable."""
     end = time.monotonic() + timeout_s
 
     def get(target: str) -> Any:
@@ -2805,9 +2806,9 @@ def compare(status: Json, claims: list[Claim], others: list[Claim],
     pools = [(pool["id"], parse_prefix(pool["subnet"])) for pool in status["pools"] if others]
     for claim in others:
         prefix = parse_prefix(claim.subnet)
-        found += [Finding("overlap", (claim.identity, pool_id), claim, f"subnet {prefix} of network "
-                          f"{claim.network}, of another IPAM driver, overlaps {subnet} of ours: "
-                          "remove one of the two networks") for pool_id, subnet in pools
+        found += [Finding("overlap", (claim.identity, pool_id), claim, f"subnet {prefix} of "
+                          f"network {claim.network}, of another IPAM driver, overlaps {subnet} "
+                          "of ours: remove one of the two networks") for pool_id, subnet in pools
                   if claim.kind == "pool" and prefix.overlaps(subnet)]
     return {finding[:2]: finding for finding in found}
 
@@ -2838,7 +2839,7 @@ def find_notes(status: Json, claims: list[Claim], proc: str) -> Iterator[str]:
     bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
     for version, switch in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):
         is_off = read_rows(f"{proc}/sys/{switch.replace('.', '/')}") == [["0"]]
-        if is_off and version in (base.version for base in bases):
+        if is_off and any(base.version == version for base in bases):
             yield f"this host does not forward IPv{version}: sysctl -w {switch}=1"
     for claim in claims:
         if claim.kind == "pool" and claim.routed_option:
@@ -3137,8 +3138,8 @@ def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Js
     return build_config(settings), store, document
 
 
-def find_daemon(settings: Settings) -> Connection | None:
-    """Return how to call the running daemon, by its socket or its address; None: none runs."""
+def find_daemon(settings: Settings) -> Connection:
+    """Return how to call the running daemon, by its socket or its address. Raises: Unreachable."""
     path, tcp, tls_directory = (settings[name].parse() for name in ("socket", "address", "tls"))
     for address, tls in ((path, ""), (tcp, tls_directory)):
         connection = Connection(address, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
@@ -3149,29 +3150,18 @@ def find_daemon(settings: Settings) -> Connection | None:
                 return connection
         except OSError as error:
             raise connection.unreachable(error) from None
-    return None
-
-
-def need_daemon(settings: Settings) -> Connection:
-    """Return how to call the running daemon. Raises: Unreachable."""
-    path, (host, port) = (settings[name].parse() for name in ("socket", "address"))
-    nobody = Connection(f"{path} or {host}:{port}", DAEMON_PATIENCE_S)
-    daemon = find_daemon(settings)
-    if daemon is None:
-        raise nobody.unreachable(ConnectionRefusedError("nobody listens"))
-    return daemon
+    raise Absent(f"no gipam answers on {path} or {tcp[0]}:{tcp[1]}: start it, or say where it is "
+                 "with -socket or -address")
 
 
 def read_status(settings: Settings, has_leases: bool, is_second_look: bool = False) -> Json:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
-    daemon = find_daemon(settings)
-    if daemon:
-        return dict(call(daemon, "GET", f"/status?leases={int(has_leases)}"))
-    config, store, document = load(settings)
-    if document is None:
-        raise Unreachable(
-            f"no gipam answers on {config.socket} or {config.address[0]}:{config.address[1]}, and "
-            f"there is no lease file {config.file}: say where with -socket, -address or -file")
+    try:
+        return dict(call(find_daemon(settings), "GET", f"/status?leases={int(has_leases)}"))
+    except Absent as error:
+        config, store, document = load(settings)
+        if document is None:
+            raise Absent(f"{error}; nor is there a lease file {config.file}") from None
     state = make_state(config)
     try:
         recover(store, document, state)
@@ -3255,7 +3245,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
     path, driver = docker_socket(), find_driver(arguments.settings)
-    daemon = need_daemon(arguments.settings)
+    daemon = find_daemon(arguments.settings)
     read_docker = functools.partial(read_claims, path, driver)
     read_gipam = functools.partial(call, daemon, "GET", "/status?leases=1")
     found = left = find_differences(read_gipam, path, driver, arguments.grace)
@@ -3320,7 +3310,7 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
     if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
-    call(need_daemon(settings), "POST", "/Gipam.Release", body)
+    call(find_daemon(settings), "POST", "/Gipam.Release", body)
     return 0
 
 
@@ -3365,7 +3355,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
             servers[-1].is_public = True
         for server in servers:
             threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
-        warn_of_bases(config, "/proc/self/net")
+        warn_of_bases(config, "/proc/self/net/route")
         log.info("serving on %s with %d pools", servers[0].server_address, len(service.state.pools))
         notify("READY=1")
         watch(service, servers, stop)
@@ -3432,16 +3422,18 @@ def open_service(config: Config, settings: Settings, store: Store,
     return service
 
 
-def warn_of_bases(config: Config, proc: str) -> None:
+def warn_of_bases(config: Config, path: str) -> None:
     """Log what about the bases will surprise: none, or an on-link route (protocol.md 3.3)."""
     if not config.v4 and not config.v6:
         log.warning("no base is configured (-v4, -v6): only networks with a --subnet can be made")
-    for base in config.v4:
-        for device, flags in read_routes(proc, base):
-            if device != "*" and not flags & 2:  # RTF_GATEWAY
+    for row in read_rows(path)[1:]:
+        first, mask = (int.from_bytes(bytes.fromhex(row[at]), sys.byteorder) for at in (1, 7))
+        is_on_link = row[0] != "*" and not int(row[3], 16) & 2  # RTF_GATEWAY
+        for base in config.v4 if is_on_link and mask else ():
+            if int(base[0]) & mask == first and bin(mask).count("1") <= base.prefixlen:
                 log.warning("the base %s is part of an on-link route of %s: Docker will refuse "
                             "every block of it; replace the route: ip route add blackhole %s",
-                            base, device, base)
+                            base, row[0], base)
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:
