@@ -1143,6 +1143,16 @@ class PoolOverlapTest(unittest.TestCase):
                                                             "^cannot find address pool for"):
                 alone.adopt(text, TOKEN)
 
+    def test_an_import_is_refused_before_its_first_change(self) -> None:
+        alone = Alone()
+        subnet = gipam.parse_prefix("10.9.0.0/24")
+        for address in ("10.8.0.2", "fd00::2"):
+            requests = [gipam.AddressRequest(text, gipam.ENDPOINT, "", "") for text in ("10.9.0.2", address)]
+            with self.subTest(address), self.assertRaises(gipam.InvalidRequest):
+                for change in gipam.decide_import(alone.state, subnet, None, "", requests, 0, NOW_S):
+                    alone.apply(change)
+            self.assertEqual(alone.state.pools, {})
+
     def test_adopted_pool_never_gives_the_first_address_for_it_may_be_the_gateway(self) -> None:
         """Docker, which has it already, does not ask for it again; the import may come late."""
         for subnet in ("10.2.0.0/24", "10.2.0.0/29", "10.2.0.0/30", "2001:db8::/120"):
@@ -6988,6 +6998,13 @@ class ImportTest(OperatedCase):
         self.wait_for_import()
         self.assertIn(gateway, self.held()[subnet])
 
+    def test_pool_that_docker_asks_of_is_not_released_though_no_network_shows_it(self) -> None:
+        self.lose()
+        self.call("IpamDriver.RequestAddress", PoolID="10.8.0.0/24#0123456789abcdef", Address="10.8.0.9", Options=None)
+        asked = len(self.docker.asked)
+        until(lambda: len(self.docker.asked) > asked + 12, "Docker is asked again and again")
+        self.assertEqual(self.held()["10.8.0.0/24"], ["10.8.0.1", "10.8.0.9"])
+
     def test_first_address_of_an_adopted_pool_is_let_go_if_it_is_no_gateway(self) -> None:
         self.docker.version = 29
         answers = threading.Event()
@@ -9064,6 +9081,15 @@ class DockerLostFileTests(DockerCase):
         found = self.running_addresses()
         self.assertEqual((len(found), len(set(found))), (24, 24))
 
+    def test_gateway_of_an_empty_network_with_a_size_hint_is_no_containers(self) -> None:
+        """Before Docker 29 nothing shows its subnet until it has a container (protocol.md 10.4)."""
+        self.docker.network("hint", "--subnet", "0.0.0.0/29")
+        self.lose_lease_file(signal.SIGKILL)
+        for number in range(5):
+            self.docker.container(f"hint{number}", "hint")
+        self.assert_refused("no available addresses", "run", "-d", "--network", "hint", "bb")
+        self.assert_agreement()
+
     def test_host_routes_keep_new_networks_off_lost_subnets(self) -> None:
         self.lose_lease_file(signal.SIGKILL, self.BLIND)
         for number in range(5):
@@ -9199,8 +9225,6 @@ class DockerSwarmTests(DockerCase):
     """A node-local network of a swarm, the kind that a v1 plugin can serve: protocol.md 4.9."""
 
     def test_service_on_a_node_local_network(self) -> None:
-        self.docker.network("web")
-        self.gateway = self.docker.inspect("network", "web")[0]["IPAM"]["Config"][0]["Gateway"]
         advertised, parent = self.docker.wire()
         self.docker.run("ip", "addr", "add", "192.0.2.1/24", "dev", advertised)
         self.docker("swarm", "init", "--advertise-addr", "192.0.2.1")
@@ -9216,7 +9240,7 @@ class DockerSwarmTests(DockerCase):
         self.assert_agreement()
         self.docker("rm", "-f", "other")
         self.docker.stop("dockerd")
-        self.assertEqual(list(self.docker.held_by_gipam().values()), [{self.gateway}])
+        self.assertEqual(self.docker.held_by_gipam(), {})
         self.docker.start_dockerd()
         self.wait_for_tasks()
         self.assert_agreement()
