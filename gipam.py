@@ -95,7 +95,7 @@ START_PATIENCE_S = 300  # asked of the service manager, for a large state
 RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection closed to dial again
 DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has dialled to send its request
 CHECK_PAUSE_S = 1.0  # between the two looks of a check
-IMPORT_PAUSE_S = 1.0
+IMPORT_PAUSE_S, MAX_IMPORT_PAUSE_S = 1.0, 60.0
 DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
 IMPORT_PATIENCE_S = 2.0  # at a start with Docker alive
 BITS = {4: 32, 6: 128}
@@ -906,8 +906,8 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
     """Take over a pool that Docker holds and the state does not know, for a request of an address.
 
     Docker does not ask for its gateway again: most likely that is the first address, which is held
-    until Docker can be asked. The next ones start at a random place, in the lower half so that the
-    gateways of other orders come last. Apply each change before the next.
+    until Docker shows the pool. Those given start at a random place in the lower half, for others
+    are in use. Apply each change before the next.
     Raises: InvalidRequest if the id is not one of ours, or its subnet could not be granted now.
     """
     parsed = parse_pool_id(pool_id)
@@ -2556,7 +2556,7 @@ class Claim(NamedTuple):
     mac: str = ""
     container: str = ""
     pool_name: str = ""  # gipam.name
-    has_hidden_gateway: bool = False  # Docker holds one, and does not show where
+    has_hidden_gateway: bool = False  # Docker does not show it: the first address that was free
     routed_option: str = ""  # of the network: would end its masquerading
 
     @property
@@ -2732,11 +2732,7 @@ def adopt_body(pool: Claim, uses: list[Claim], seq: int) -> Json:
 
 
 def group_uses(claims: list[Claim]) -> Iterator[tuple[Claim, list[Claim]]]:
-    """Yield each pool with the claims to its addresses, the first to each.
-
-    A hidden gateway is the first address that was free (in the claim ""), and must not become a
-    container's.
-    """
+    """Yield each pool with the first claim to each address, with "" for a hidden gateway."""
     uses: dict[tuple[str, str], dict[str, Claim]] = {}
     for claim in claims:
         if claim.address:
@@ -2871,10 +2867,7 @@ def read_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
             yield row[0], int(row[3], 16)
 
 
-Post = Callable[[str, Json], Any]  # asks gipam, itself or as a client: (path, body) -> reply
-
-
-def mend(findings: Iterable[Finding], post: Post) -> set[int]:
+def mend(findings: Iterable[Finding], post: Callable[[str, Json], Any]) -> set[int]:
     """Mend what can be, unless it has changed since; return the numbers of changes by adoption."""
     adopted: set[int] = set()
     for finding in findings:
@@ -2887,16 +2880,15 @@ def mend(findings: Iterable[Finding], post: Post) -> set[int]:
     return adopted
 
 
-def release_surplus(status: Json, claims: list[Claim], adopted: set[int], post: Post) -> None:
-    """Release what was adopted, and let go by Docker before gipam held it: nobody claims it.
-
-    A pool whose id is known is Docker's: it will release that itself.
-    """
+def release_surplus(status: Json, claims: list[Claim], adopted: set[int],
+                    post: Callable[[str, Json], Any]) -> None:
+    """Release what was adopted, and let go by Docker before gipam held it: nobody claims it."""
     for finding in find_leaks(status, claims, time.time()):
-        is_ours = finding.body["Address"] or finding.body["PoolID"].endswith("#" + UNBOUND)
-        if finding.body["Seq"] in adopted and is_ours:
-            with contextlib.suppress(Forbidden, Refused):  # Docker has just released it itself
-                post(finding.path, finding.body)
+        body = finding.body
+        is_known = parse_pool_id(body["PoolID"]) is not None  # then Docker releases the pool itself
+        if body["Seq"] in adopted and (body["Address"] or not is_known):
+            with contextlib.suppress(Forbidden, Refused):  # Docker has just done so
+                post(finding.path, body)
 
 
 def take_over(service: Service, driver: str, timeout_s: float) -> None:
@@ -2936,11 +2928,15 @@ def take_over_when_due(service: Service, driver: str) -> None:
 
     Never in a request: Docker may be waiting for gipam (protocol.md 3.5).
     """
+    pause_s = IMPORT_PAUSE_S
     while service.import_is_due.wait():
-        with contextlib.suppress(GipamError):  # Docker does not answer yet, or the disk is full
+        try:
             take_over(service, driver, timeout_s=60.0)
+            pause_s = min(2 * pause_s, MAX_IMPORT_PAUSE_S)
+        except GipamError:  # Docker does not answer yet, or the disk is full
+            pause_s = IMPORT_PAUSE_S
         if service.import_is_due.is_set():
-            time.sleep(IMPORT_PAUSE_S)
+            time.sleep(pause_s)
 
 
 # === Commands =====================================================================================
@@ -3261,7 +3257,8 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         if adopted:
             release_surplus(read_gipam(), read_docker()[0], adopted, post)
         left = find_differences(read_gipam, path, driver, arguments.grace)
-    notes = list(dict.fromkeys(find_notes(read_gipam(), read_docker()[0], "/proc")))
+    status = call(daemon, "GET", "/status")
+    notes = list(dict.fromkeys(find_notes(status, read_docker()[0], "/proc")))
     report(found, left, notes, arguments.json)
     return 1 if left else 0
 

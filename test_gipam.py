@@ -9081,6 +9081,17 @@ class DockerLostFileTests(DockerCase):
         found = self.running_addresses()
         self.assertEqual((len(found), len(set(found))), (24, 24))
 
+    def test_stopped_container_with_a_fixed_address_starts_again(self) -> None:
+        """In a /30, which has no other address than that and the gateway's."""
+        self.docker.network("tiny", "--subnet", "10.8.0.0/30")
+        self.docker.container("fixed", "tiny", "--ip", "10.8.0.2")
+        for variables in ((), (self.BLIND,)):
+            with self.subTest(variables):
+                self.docker("stop", "fixed")
+                self.lose_lease_file(signal.SIGKILL, *variables)
+                self.docker("start", "fixed")
+                self.assertEqual(self.docker.held_by_gipam()["10.8.0.0/30"], {"10.8.0.1", "10.8.0.2"})
+
     def test_gateway_of_an_empty_network_with_a_size_hint_is_no_containers(self) -> None:
         """Before Docker 29 nothing shows its subnet until it has a container (protocol.md 10.4)."""
         self.docker.network("hint", "--subnet", "0.0.0.0/29")
