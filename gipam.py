@@ -924,7 +924,7 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
     yield change._replace(pool_id=pool_id, cursor=change.cursor + ahead)
     pool = state.pools[pool_id]
     first = pool.subnet.held.next_absent(pool.low)
-    if first <= pool.high and pool.format(first) != address:
+    if pool.usable() > 1 and first <= pool.high and pool.format(first) != address:
         yield decide_request_address(pool, AddressRequest("", GATEWAY, "", ""), now_s)
 
 

@@ -3238,7 +3238,8 @@ class AdoptionTest(ServiceCase):
         for prefixes, address, kept in (
                 ("10.9.0.0/24", "", "10.9.0.1"), ("10.9.1.0/24", "10.9.1.9", "10.9.1.1"),
                 ("10.9.2.0/24,10.9.2.64/26", "", "10.9.2.64"), ("10.9.3.0/31", "", "10.9.3.0"),
-                ("2001:db8:5::/64", "", "2001:db8:5::1"), ("10.9.4.0/30", "10.9.4.1", "")):
+                ("2001:db8:5::/64", "", "2001:db8:5::1"), ("10.9.4.0/30", "10.9.4.1", ""),
+                ("10.9.5.0/32", "", "")):
             with self.subTest(prefixes):
                 self.client.request_address(f"{prefixes}#{TOKEN}", address)
                 pool = self.service.state.pools[f"{prefixes}#{TOKEN}"]
