@@ -110,7 +110,7 @@ START_PATIENCE_S = 300  # asked of the service manager, for a large state
 RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection shut to dial again
 DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has begun a request to send it all
 CHECK_PAUSE_S = 1.0  # between the two looks of a check
-IMPORT_PAUSE_S = 1.0
+IMPORT_PAUSE_S, MAX_IMPORT_PAUSE_S = 1.0, 60.0
 DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
 IMPORT_PATIENCE_S = 2.0  # at a start with Docker alive
 BITS = {4: 32, 6: 128}
@@ -176,6 +176,10 @@ class Unreachable(GipamError):
     """Docker, or the daemon, does not answer: nothing can be compared."""
 
     exit_status = 2
+
+
+class Absent(Unreachable):
+    """No daemon answers where it should."""
 
 
 class Refused(GipamError):
@@ -920,11 +924,13 @@ def grant(subnet: Network, sub_pool: Network | None, token: str, now_s: int) -> 
                        now_s, cursor, -1)
 
 
-def decide_adoption(state: State, pool_id: str, now_s: int, token: str) -> RequestPool:
-    """Take over a pool that Docker holds and the state does not know.
+def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
+                    token: str) -> Iterator[Change]:
+    """Take over a pool that Docker holds and the state does not know, for a request of an address.
 
-    Its addresses start at a random place: past the first ones, of which one likely is the gateway,
-    which Docker does not ask for again; and in the lower half, so that these come last.
+    Docker does not ask for its gateway again: most likely that is the first address, which is held
+    until Docker shows the pool. Those given start at a random place in the lower half, for others
+    are in use. Apply each change before the next.
     Raises: InvalidRequest if the id is not one of ours, or its subnet could not be granted now.
     """
     parsed = parse_pool_id(pool_id)
@@ -938,31 +944,39 @@ def decide_adoption(state: State, pool_id: str, now_s: int, token: str) -> Reque
                              404) from None
     change, room = grant(subnet, sub_pool, "", now_s), (sub_pool or subnet).num_addresses // 2 - 2
     ahead = 2 + int(token, 16) % max(room, 1)
-    return change._replace(pool_id=pool_id, cursor=change.cursor + ahead)
+    yield change._replace(pool_id=pool_id, cursor=change.cursor + ahead)
+    pool = state.pools[pool_id]
+    first = pool.subnet.held.next_absent(pool.low)
+    if pool.usable() > 1 and first <= pool.high and pool.format(first) != address:
+        yield decide_request_address(pool, AddressRequest("", GATEWAY, "", ""), now_s)
 
 
-def decide_import(state: State, subnet: Network, sub_pool: Network | None,
-                  requests: list[AddressRequest], seq: int | None, now_s: int) -> Iterator[Change]:
+def decide_import(state: State, subnet: Network, sub_pool: Network | None, name: str,
+                  requests: list[AddressRequest], seq: int, now_s: int) -> Iterator[Change]:
     """Take over what Docker uses and the state does not hold; apply each change before the next.
 
-    With seq, only if the pool still is the one granted as that change; 0: if there is none.
-    Raises: InvalidRequest, Forbidden, as check_adoption() and check_address().
+    The pool must still be the one granted as change seq; 0: there must be none.
+    Raises: Forbidden, InvalidRequest, as check_adoption(), all before the first change.
     """
     other = state.families[subnet.version].find_overlap(subnet)
     pool = other.pools.get(sub_pool) if other and other.network == subnet else None
-    if seq is not None and seq != (pool.seq if pool else 0):
+    if seq != (pool.seq if pool else 0):
         raise Forbidden(f"pool {sub_pool or subnet} is not what it was as change {seq}: look again")
     if pool is None:
         check_adoption(state, subnet, sub_pool, now_s)
-        change = grant(subnet, sub_pool, UNBOUND, now_s)
+    change = grant(subnet, sub_pool, UNBOUND, now_s)._replace(name=name)
+    view = pool or Pool(change, Subnet(subnet), 0)
+    for address in filter(None, (request.address for request in requests)):
+        if not 0 <= parse_offset(view, address) <= view.subnet.last_offset:
+            raise InvalidRequest(f"{address} is not in {subnet}")
+    if pool is None:
         yield change
         pool = state.pools[change.pool_id]
     for request in requests:
         if request.address:
             is_held = parse_offset(pool, request.address) in pool.subnet.held
         else:  # the gateway, wherever it is
-            is_held = any(lease.kind == GATEWAY for lease in pool.leases.values()) \
-                or pool.subnet.held.next_absent(pool.low) > pool.high
+            is_held = pool.subnet.held.next_absent(pool.low) > pool.high
         if not is_held:
             yield decide_request_address(pool, request, now_s)
 
@@ -1637,7 +1651,7 @@ class Service:
         self.loss: StoreError | None = None  # after it, nothing is written any more
         self.metrics = Metrics()
         self.import_is_due = threading.Event()  # ask Docker what it uses, once it answers
-        self.adopted: set[int] = set()  # changes of the import, until Docker is asked once more
+        self.adopted: set[int] = set()  # changes by adoption, until Docker vouches for the pool
 
     def apply(self, change: Change) -> None:
         """Apply the change, which is on disk after commit(). Raises: StoreError; all is as before.
@@ -1738,7 +1752,10 @@ class Service:
         """
         now_s, pool = int(time.time()), self._find_pool(pool_id)
         if not pool:
-            self.apply(decide_adoption(self.state, pool_id, now_s, secrets.token_hex(8)))
+            for adoption in decide_adoption(self.state, pool_id, request.address, now_s,
+                                            secrets.token_hex(8)):
+                self.apply(adoption)
+                self.adopted.add(self.state.seq)
             self.import_is_due.set()
             log.warning("adopting pool_id=%r: Docker holds it, the lease file does not", pool_id)
             pool = self.state.pools[pool_id]
@@ -1782,16 +1799,25 @@ class Service:
                 self.release_if(change.pool_id, address, seq)
                 log.warning("took back what a lost reply had granted: %s", change)
 
-    def adopt(self, subnet: Network, sub_pool: Network | None, requests: list[AddressRequest],
-              seq: int | None = None) -> range:
+    def adopt(self, subnet: Network, sub_pool: Network | None, name: str,
+              requests: list[AddressRequest], seq: int) -> range:
         """Adopt, as decide_import(); return the numbers of the changes.
 
         Raises: as decide_import(), and nothing is taken over; StoreError.
         """
         first = self.state.seq + 1
-        for change in decide_import(self.state, subnet, sub_pool, requests, seq, int(time.time())):
+        for change in decide_import(self.state, subnet, sub_pool, name, requests, seq,
+                                    int(time.time())):
             self.apply(change)
-        return range(first, self.state.seq + 1)
+        done = range(first, self.state.seq + 1)
+        self.adopted.update(done)
+        return done
+
+    def finish_import(self, seen: set[int]) -> None:
+        """Note what Docker has vouched for; once that is all, it need not be asked again."""
+        self.adopted -= seen
+        if not self.adopted:
+            self.import_is_due.clear()
 
     def status(self, has_leases: bool) -> Iterator[str]:
         """Yield what `status --json` shows, with the routes of the host inside the bases."""
@@ -2140,7 +2166,7 @@ def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
     for request in requests:
         if request.kind not in kinds:
             raise InvalidRequest(f"Kind is none of {', '.join(kinds)}: {request.kind!r}")
-    done = service.adopt(subnet, sub_pool, requests, fields.seq())
+    done = service.adopt(subnet, sub_pool, fields.text("Name"), requests, fields.seq())
     log.info("adopt subnet=%s sub_pool=%s leases=%s adopted=%d", subnet, sub_pool or "",
              printable(",".join(request.address for request in requests)), len(done))
     return {"Adopted": len(done), "Seq": done.stop - 1}, None
@@ -2907,10 +2933,20 @@ def load_tls(directory: str, is_server: bool) -> ssl.SSLContext | None:
 class Connection(http.client.HTTPConnection):
     """HTTP to Docker or to our own daemon: at the path of a socket, or at (host, port)."""
 
-    def __init__(self, address: Any, timeout_s: float, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, address: Any, timeout_s: float, tls: ssl.SSLContext | None = None,
+                 peer: str = "the daemon", settings: str = "-socket or -address") -> None:
         host, port = address if isinstance(address, tuple) else ("localhost", None)
         super().__init__(host, port, timeout=timeout_s)
         self._address, self._tls = address, tls
+        self._peer, self._settings = peer, settings  # that say where it listens
+
+    def unreachable(self, error: Exception) -> Unreachable:
+        """Return the error that says who does not answer, where, why, and what to do."""
+        place = self._address if isinstance(self._address, str) else f"{self.host}:{self.port}"
+        remedy = "run this as root" if isinstance(error, PermissionError) \
+            else f"start it, or say where it is with {self._settings}"
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return Unreachable(f"{self._peer} does not answer on {place}: {why}; {remedy}")
 
     def connect(self) -> None:
         """Connect. Raises: OSError."""
@@ -2924,19 +2960,19 @@ class Connection(http.client.HTTPConnection):
             self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
 
 
-def call(connection: http.client.HTTPConnection, verb: str, path: str, body: Any = None) -> Any:
+def call(connection: Connection, verb: str, path: str, body: Any = None) -> Any:
     """Return the JSON reply. Raises: Unreachable; Refused with the text of the other side."""
     try:
         connection.request(verb, path, dumps(body) if body else None)
         response = connection.getresponse()
         reply = json.loads(response.read())
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Unreachable(f"no answer to {verb} {path}: {error}") from None
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+        raise connection.unreachable(error) from None
     finally:
         connection.close()  # the next call connects again
     if response.status != 200:
         text = (reply.get("Error") or reply.get("message")) if isinstance(reply, dict) else reply
-        raise Refused(f"{verb} {path}: {text}")
+        raise Refused(f"{verb} {path}: {printable(str(text))}")
     return reply
 
 
@@ -2964,9 +3000,12 @@ class Claim(NamedTuple):
     subnet: str
     sub_pool: str
     address: str = ""  # bare
-    kind: str = "pool"
+    kind: str = "pool"  # or "template", of networks that are made from this one
     mac: str = ""
-    name: str = ""  # of the container
+    container: str = ""
+    pool_name: str = ""  # gipam.name
+    has_hidden_gateway: bool = False  # Docker does not show it: the first address that was free
+    routed_option: str = ""  # of the network: would end its masquerading
 
     @property
     def key(self) -> tuple[str, str]:
@@ -2976,10 +3015,10 @@ class Claim(NamedTuple):
     @property
     def is_pool(self) -> bool:
         """Return whether it is a subnet, not only the length asked for (Docker < 29 shows that)."""
-        return not self.address and self.subnet != hint_of(self.subnet)
+        return self.kind == "pool" and self.subnet != hint_of(self.subnet)
 
     def __str__(self) -> str:
-        return f"container {self.name}" if self.name else f"network {self.network}"
+        return f"container {self.container}" if self.container else f"network {self.network}"
 
 
 def is_inside(address: str, subnet: str) -> bool:
@@ -2994,55 +3033,98 @@ def normalise_address(text: str) -> str:
 
 
 def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Claim], list[Claim]]:
-    """Return (what Docker uses of this driver, the subnets of others). Raises: Unreachable."""
+    """Return (what Docker uses of this driver, all other subnets). Raises: Unreachable."""
     end = time.monotonic() + timeout_s
 
     def get(target: str) -> Any:
-        return call(Connection(path, max(end - time.monotonic(), 0.001)), "GET", target)
+        patience_s = max(end - time.monotonic(), 0.001)
+        return call(Connection(path, patience_s, None, "Docker", "DOCKER_HOST"), "GET", target)
 
     try:
+        api = tuple(map(int, get("/version")["ApiVersion"].split(".")))
         networks, containers = get("/networks"), get("/containers/json?all=1")
         networks = [get(f"/networks/{network['Id']}")  # the list leaves the IPAM of such a one out
                     if (network.get("ConfigFrom") or {}).get("Network") else network
                     for network in networks]
-        return find_claims(networks, containers, driver)
+        return find_claims(networks, containers, driver, api)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Unreachable(f"the Docker at {path} answers what gipam does not understand: "
                           f"{error!r}") from error
 
 
-def find_claims(networks: list[Json], containers: list[Json],
-                driver: str) -> tuple[list[Claim], list[Claim]]:
-    """Return (the claims of our networks and of containers in them, the subnets of others)."""
-    claims = [claim for network in networks for claim in claim_network(network)]
-    foreign = [claim for claim in claims if claim.driver != driver and not claim.address]
-    claims = [claim for claim in claims if claim.driver == driver]
+def find_claims(networks: list[Json], containers: list[Json], driver: str,
+                api: tuple[int, ...]) -> tuple[list[Claim], list[Claim]]:
+    """Return (the claims of our networks and of containers in them, the other subnets)."""
+    claims = [claim for network in networks for claim in claim_network(network, api)]
+    others = [claim for claim in claims if not claim.address
+              and (claim.driver != driver or claim.kind == "template")]
+    claims = [claim for claim in claims if claim.driver == driver and claim.kind != "template"]
     subnets: dict[str, list[Claim]] = {}  # of our networks, by id
     for claim in claims:
-        if not claim.address:
+        if claim.kind == "pool":
             subnets.setdefault(claim.identity, []).append(claim)
     for container in containers:
         claims += claim_container(container, subnets)
     known = {(claim.identity, hint_of(claim.subnet)) for claim in claims if claim.is_pool}
-    return [claim for claim in claims if (claim.identity, claim.subnet) not in known], foreign
+    return [claim for claim in claims if (claim.identity, claim.subnet) not in known], others
 
 
-def claim_network(network: Json) -> Iterator[Claim]:
+def claim_network(network: Json, api: tuple[int, ...]) -> Iterator[Claim]:
     """Yield the claims of a network: subnets, gateways and auxiliary addresses."""
-    ipam = network.get("IPAM") or {}
+    ipam, is_template = network.get("IPAM") or {}, network.get("ConfigOnly")
     for config in ipam.get("Config") or []:
-        family = "EnableIPv6" if ":" in config.get("Subnet", "") else "EnableIPv4"
-        if not config.get("Subnet") or network.get("ConfigOnly") or not network.get(family, True):
+        version = 6 if ":" in config.get("Subnet", "") else 4
+        if not config.get("Subnet") or not network.get(f"EnableIPv{version}", True):
             continue  # it is shown, but was never asked for
         subnet, sub_pool = (str(parse_prefix(config[key], mask=True)) if config.get(key) else ""
                             for key in ("Subnet", "IPRange"))
+        gateway, auxiliary = config.get("Gateway"), config.get("AuxiliaryAddresses") or {}
         claim = Claim(ipam.get("Driver"), printable(network["Name"]), network["Id"], subnet,
-                      sub_pool)
+                      sub_pool, kind="template" if is_template else "pool",
+                      pool_name=printable((ipam.get("Options") or {}).get(NAME_OPTION, "")),
+                      has_hidden_gateway=not gateway and has_gateway(network, version, api),
+                      routed_option=find_routed_option(network, version, api))
         yield claim
-        if config.get("Gateway"):
-            yield claim._replace(address=normalise_address(config["Gateway"]), kind=GATEWAY)
-        for address in (config.get("AuxiliaryAddresses") or {}).values():
-            yield claim._replace(address=normalise_address(address), kind=AUXILIARY)
+        for kind, text in ((GATEWAY, gateway), *((AUXILIARY, text) for text in auxiliary.values())):
+            if text and not is_template:
+                yield place(normalise_address(text), [claim])._replace(kind=kind)
+
+
+BRIDGE = "com.docker.network.bridge."  # options of a bridge network
+API_27, API_28, API_29 = (1, 46), (1, 48), (1, 52)  # of Docker 27.0 and so on
+
+
+def has_gateway(network: Json, version: int, api: tuple[int, ...]) -> bool:
+    """Return whether Docker has asked for a gateway, when it shows none.
+
+    Up to 27 each network has one, from 29 on each is shown. Source: protocol.md 4.1, 10.3; moby
+    daemon/libnetwork/drivers, GetSkipGwAlloc().
+    """
+    options, is_internal = network.get("Options") or {}, network.get("Internal")
+    if network.get("Driver") == "bridge":
+        is_bare = version == 4 and is_internal and options.get(BRIDGE + "inhibit_ipv4") == "true"
+        has_none = is_bare or options.get(f"{BRIDGE}gateway_mode_ipv{version}") == "isolated"
+    else:
+        has_none = network.get("Driver") in ("macvlan", "ipvlan") \
+            and (is_internal or "l3" in options.get("ipvlan_mode", ""))
+    return api < API_28 or (api < API_29 and not has_none)
+
+
+def find_routed_option(network: Json, version: int, api: tuple[int, ...]) -> str:
+    """Return the network option that would end masquerading, "" where there is none."""
+    options, mode = network.get("Options") or {}, f"{BRIDGE}gateway_mode_ipv{version}"
+    if network.get("Driver") != "bridge" or network.get("Internal") \
+            or options.get(BRIDGE + "enable_ip_masquerade") == "false":
+        return ""
+    if api < API_27:  # which has no gateway modes, and leaves IPv6 alone
+        return BRIDGE + "enable_ip_masquerade=false" if version == 4 else ""
+    return "" if options.get(mode) == "routed" else mode + "=routed"
+
+
+def place(address: str, pools: list[Claim]) -> Claim:
+    """Return the claim to an address in that of these subnets which has it, or in none ("")."""
+    home = next((pool for pool in pools if is_inside(address, pool.subnet)), None)
+    return (home or pools[0]._replace(subnet="", sub_pool=""))._replace(address=address)
 
 
 def claim_container(container: Json, subnets: dict[str, list[Claim]]) -> Iterator[Claim]:
@@ -3061,18 +3143,15 @@ def claim_container(container: Json, subnets: dict[str, list[Claim]]) -> Iterato
             if not pools or not address:
                 continue
             subnet = str(parse_prefix(f"{address}/{length}", mask=True))
-            hint = hint_of(subnet)
-            hinted = [pool._replace(subnet=subnet) for pool in pools if pool.subnet == hint]
-            home = next((pool for pool in (*pools, *hinted) if is_inside(address, pool.subnet)),
-                        pools[0]._replace(subnet="", sub_pool=""))
-            if home in hinted:
-                yield home
-            if gateway and is_inside(gateway, home.subnet):
-                yield home._replace(address=normalise_address(gateway), kind=GATEWAY,
-                                    identity="gateway of " + home.identity)
-            yield home._replace(address=normalise_address(address), kind=ENDPOINT, name=name,
-                                mac=printable(endpoint.get("MacAddress") or ""),
-                                identity=endpoint.get("EndpointID") or container["Id"])
+            hinted = [pool._replace(subnet=subnet) for pool in pools
+                      if pool.subnet == hint_of(subnet)]
+            claim = place(normalise_address(address), [*pools, *hinted])
+            yield from (pool for pool in hinted if pool.subnet == claim.subnet)
+            if gateway and is_inside(gateway, claim.subnet):
+                yield claim._replace(address=normalise_address(gateway), kind=GATEWAY)
+            yield claim._replace(kind=ENDPOINT, container=name,
+                                 mac=printable(endpoint.get("MacAddress") or ""),
+                                 identity=endpoint.get("EndpointID") or container["Id"])
 
 
 class Finding(NamedTuple):
@@ -3080,6 +3159,7 @@ class Finding(NamedTuple):
 
     kind: str
     identity: Any  # the same as long as this difference lasts
+    about: Claim
     text: str
     path: str = ""  # "": gipam cannot mend it
     body: Any = None
@@ -3093,47 +3173,44 @@ def release_body(pool: Json, lease: Json | None = None) -> Json:
 
 def adopt_body(pool: Claim, uses: list[Claim], seq: int) -> Json:
     """Return what /Gipam.Adopt takes; seq is that of the pool."""
-    leases = [{"Address": use.address, "Kind": use.kind, "MAC": use.mac, "Name": use.name}
+    leases = [{"Address": use.address, "Kind": use.kind, "MAC": use.mac, "Name": use.container}
               for use in uses]
-    return {"Subnet": pool.subnet, "SubPool": pool.sub_pool, "Leases": leases, "Seq": seq}
+    return {"Subnet": pool.subnet, "SubPool": pool.sub_pool, "Name": pool.pool_name,
+            "Leases": leases, "Seq": seq}
 
 
 def group_uses(claims: list[Claim]) -> Iterator[tuple[Claim, list[Claim]]]:
-    """Yield each pool with the claims to its addresses, the first to each, and one to a gateway.
-
-    Docker does not show the gateway of a network with a --subnet and no --gateway. It then is the
-    first address that was free (in the claim ""), and must not become a container's.
-    """
+    """Yield each pool with the first claim to each address, with "" for a hidden gateway."""
     uses: dict[tuple[str, str], dict[str, Claim]] = {}
     for claim in claims:
         if claim.address:
             uses.setdefault(claim.key, {}).setdefault(claim.address, claim)
     for key, pool in {claim.key: claim for claim in claims if claim.is_pool}.items():
         found = list(uses.get(key, {}).values())
-        has_gateway = any(use.kind == GATEWAY for use in found)
-        yield pool, found if has_gateway else [*found, pool._replace(kind=GATEWAY)]
+        is_hidden = pool.has_hidden_gateway and not any(use.kind == GATEWAY for use in found)
+        yield pool, [*found, pool._replace(kind=GATEWAY)] if is_hidden else found
 
 
 def find_leaks(status: Json, claims: list[Claim], until_s: float) -> Iterator[Finding]:
     """Yield what gipam holds, granted until that time, and Docker does not use."""
     claimed = {claim.key: claim for claim in claims if not claim.address}
     used = {(claim.subnet, claim.address) for claim in claims}
-    shown = {claim._replace(address="", kind="pool") for claim in claims if claim.kind == GATEWAY}
     for pool in status["pools"]:
         key = (pool["subnet"], pool["sub_pool"])
         if key not in claimed:
             if (hint_of(key[0]), "") not in claimed and pool["granted_s"] <= until_s:
-                yield Finding("leaked_pool", (pool["id"], pool["seq"]),
+                yield Finding("leaked_pool", (pool["id"], pool["seq"]), Claim(None, "", "", *key),
                               f"subnet {' range '.join(filter(None, key))} is held with "
                               f"{pool['leases']} addresses, but no network has it",
                               "/Gipam.Release", release_body(pool))
             continue
         for lease in pool["addresses"]:
             address, owner = lease["address"], lease["name"] or lease["mac"] or lease["kind"]
-            is_hidden = lease["kind"] == GATEWAY and claimed[key] not in shown
+            about = claimed[key]._replace(address=address, container=lease["name"])
+            is_hidden = lease["kind"] == GATEWAY and about.has_hidden_gateway
             if not is_hidden and (key[0], address) not in used and lease["granted_s"] <= until_s:
-                yield Finding("leaked_address", (pool["id"], address, lease["seq"]), f"address "
-                              f"{address} of network {claimed[key].network} is held for {owner}, "
+                yield Finding("leaked_address", (pool["id"], address, lease["seq"]), about,
+                              f"address {address} of network {about.network} is held for {owner}, "
                               "but nothing has it", "/Gipam.Release", release_body(pool, lease))
 
 
@@ -3144,8 +3221,8 @@ def find_missing(status: Json, claims: list[Claim]) -> Iterator[Finding]:
             for pool in status["pools"] for lease in pool["addresses"]}
     for claim, uses in group_uses(claims):
         if claim.key not in pools:
-            yield Finding("missing_pool", claim, f"subnet {claim.subnet} of {claim} is not held: "
-                          "another network could get it",
+            yield Finding("missing_pool", claim, claim, f"subnet {claim.subnet} of {claim} is not "
+                          "held: another network could get it",
                           "/Gipam.Adopt", adopt_body(claim, uses, 0))
     users: dict[tuple[str, str], list[Claim]] = {}
     for claim in claims:
@@ -3154,29 +3231,29 @@ def find_missing(status: Json, claims: list[Claim]) -> Iterator[Finding]:
     for key, sharers in users.items():
         claim, what = sharers[0], f"address {key[1]}"
         if not claim.subnet:
-            yield Finding("address_outside", claim, f"{what} of {claim} is in no subnet of network "
-                          f"{claim.network}: make the network anew")
+            yield Finding("address_outside", claim, claim, f"{what} of {claim} is in no subnet of "
+                          f"network {claim.network}: make the network anew")
         elif key not in held and claim.key in pools:
-            yield Finding("missing_address", claim,
+            yield Finding("missing_address", claim, claim,
                           f"{what} of {claim} is not held: another container could get it",
                           "/Gipam.Adopt", adopt_body(claim, [claim], pools[claim.key]["seq"]))
         holders = {sharer.identity: str(sharer) for sharer in sharers if sharer.kind == ENDPOINT}
         if len(holders) > 1:
-            yield Finding("address_twice", (what, *sorted(holders)), f"{what} is in "
+            yield Finding("address_twice", (what, *sorted(holders)), claim, f"{what} is in "
                           f"{' and '.join(holders.values())}: restart one of them")
 
 
-def compare(status: Json, claims: list[Claim], foreign: list[Claim],
+def compare(status: Json, claims: list[Claim], others: list[Claim],
             until_s: float) -> dict[Any, Finding]:
     """Return all that differs, and where subnets of other drivers overlap, by kind and identity."""
     found = [*find_leaks(status, claims, until_s), *find_missing(status, claims)]
-    pools = [(pool["id"], parse_prefix(pool["subnet"])) for pool in status["pools"] if foreign]
-    for claim in foreign:
+    pools = [(pool["id"], parse_prefix(pool["subnet"])) for pool in status["pools"] if others]
+    for claim in others:
         prefix = parse_prefix(claim.subnet)
-        found += [Finding("overlap", (claim.identity, pool_id), f"subnet {prefix} of network "
-                          f"{claim.network}, of another IPAM driver, overlaps {subnet} of ours: "
-                          "remove one of the two networks")
-                  for pool_id, subnet in pools if prefix.overlaps(subnet)]
+        found += [Finding("overlap", (claim.identity, pool_id), claim, f"subnet {prefix} of "
+                          f"network {claim.network}, of another IPAM driver, overlaps {subnet} "
+                          "of ours: remove one of the two networks") for pool_id, subnet in pools
+                  if claim.kind == "pool" and prefix.overlaps(subnet)]
     return {finding[:2]: finding for finding in found}
 
 
@@ -3201,38 +3278,93 @@ def find_differences(read_status: Callable[[], Json], path: str, driver: str,
     return found
 
 
+def find_notes(status: Json, claims: list[Claim], proc: str) -> Iterator[str]:
+    """Yield what on this host stands against containers being reached without NAT."""
+    bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
+    for version, switch in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):
+        is_off = list(read_rows(f"{proc}/sys/{switch.replace('.', '/')}")) == [[b"0"]]
+        if is_off and any(base.version == version for base in bases):
+            yield f"this host does not forward IPv{version}: sysctl -w {switch}=1"
+    for claim in claims:
+        if claim.kind == "pool" and claim.routed_option:
+            yield (f"network {claim.network} masquerades {claim.subnet}, so that its containers "
+                   f"have the address of this host outside: make it with -o {claim.routed_option}")
+    for base in bases:
+        routes = list(read_routes(proc + "/self/net", base))
+        links = [device for device, flags in routes if device != "lo" and not flags & 2]
+        if base.version == 6 and links:
+            yield (f"the base {base} is on-link on {links[0]}: routers there ask for each address "
+                   "by NDP; answer with ndppd or proxy_ndp, or have it routed to this host")
+        elif not any(device == "*" or flags & 0x200 for device, flags in routes):  # RTF_REJECT
+            yield (f"packets to free blocks of {base} may loop between this host and its router: "
+                   f"ip {'-6 ' * (base.version == 6)}route add blackhole {base}")
+
+
+def read_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
+    """Yield (device, flags) of each route that contains a base, but default ones.
+
+    Of IPv4, a blackhole has the device *. Source: linux/route.h, RTF_*.
+    """
+    first, _ = span(base)
+    for row in read_rows(proc + "/ipv6_route") if base.version == 6 else ():
+        length = int(row[1], 16)
+        if 0 < length <= base.prefixlen and not (int(row[0], 16) ^ first) >> 128 - length:
+            yield os.fsdecode(row[9]), int(row[8], 16)
+    for row in itertools.islice(read_rows(proc + "/route"), 1, None) if base.version == 4 else ():
+        start, mask = (socket.ntohl(int(row[at], 16)) for at in (1, 7))
+        if mask and first & mask == start and bin(mask).count("1") <= base.prefixlen:
+            yield os.fsdecode(row[0]), int(row[3], 16)
+
+
+def mend(findings: Iterable[Finding], post: Callable[[str, Json], Any]) -> set[int]:
+    """Mend what can be, unless it has changed since; return the numbers of changes by adoption."""
+    adopted: set[int] = set()
+    for finding in findings:
+        if finding.path:
+            try:
+                reply = {"Adopted": 0, "Seq": 0, **post(finding.path, finding.body)}
+                adopted.update(range(reply["Seq"] - reply["Adopted"] + 1, reply["Seq"] + 1))
+            except (Refused, Forbidden, InvalidRequest) as error:
+                log.warning("not mended: %s: %s", finding.text, error)
+    return adopted
+
+
 def release_surplus(status: Json, claims: list[Claim], adopted: set[int],
-                    release: Callable[[Json], Any]) -> None:
+                    post: Callable[[str, Json], Any]) -> None:
     """Release what was adopted, and let go by Docker before gipam held it: nobody claims it."""
     for finding in find_leaks(status, claims, time.time()):
-        if finding.body["Seq"] in adopted:
-            with contextlib.suppress(Forbidden, Refused):  # Docker has just released it itself
-                release(finding.body)
+        body = finding.body
+        is_known = parse_pool_id(body["PoolID"]) is not None  # then Docker releases the pool itself
+        if body["Seq"] in adopted and (body["Address"] or not is_known):
+            with contextlib.suppress(Forbidden, Refused):  # Docker has just done so
+                post(finding.path, body)
 
 
 def take_over(service: Service, driver: str, timeout_s: float, call: Call[Any]) -> None:
-    """Adopt all that Docker uses of this driver. Raises: Unreachable; what is adopted stays so."""
-    path, end = docker_socket(), time.monotonic() + timeout_s
-    for claim, uses in group_uses(read_claims(path, driver, timeout_s)[0]):
-        subnet = parse_prefix(claim.subnet)
-        sub_pool = parse_prefix(claim.sub_pool) if claim.sub_pool else None
-        requests = [AddressRequest(use.address, use.kind, use.mac, use.name) for use in uses]
-        try:
-            done = call(functools.partial(service.adopt, subnet, sub_pool, requests))
-            service.adopted.update(done)
-            if done:
-                log.warning("took over subnet %s of %s with %d addresses from Docker",
-                            subnet, claim, len(requests))
-        except GipamError as error:
-            log.error("cannot take over subnet %s of %s from Docker: %s", subnet, claim, error)
-    if service.adopted:
+    """Adopt all that Docker uses of this driver. Raises: Unreachable; what is adopted stays so.
+
+    It is over once Docker has been asked again, and shows each pool that was adopted: before 29, an
+    empty network made with a size hint is not shown with its subnet (protocol.md 10.4).
+    """
+    def post(path: str, body: Json) -> Any:
+        return call(lambda: METHODS[path](service, Fields(body))[0])
+
+    def read_status() -> Json:
+        return dict(json.loads("".join(call(lambda: list(service.status(has_leases=True))))))
+
+    path, end, adopted = docker_socket(), time.monotonic() + timeout_s, set(service.adopted)
+    claims, _ = read_claims(path, driver, timeout_s)
+    adopted |= mend(find_missing(read_status(), claims), post)
+    if adopted:
         claims, _ = read_claims(path, driver, max(end - time.monotonic(), 0.001))
-        status = json.loads("".join(call(lambda: list(service.status(has_leases=True)))))
-        release_surplus(status, claims, service.adopted, lambda body: call(
-            lambda: service.release_if(body["PoolID"], body["Address"], body["Seq"])))
-        service.adopted.clear()
-    service.import_is_due.clear()
-    service.fold(call)  # Docker need not be asked again
+        release_surplus(read_status(), claims, adopted, post)
+        keys = {claim.key for claim in claims}
+        adopted -= {held["seq"] for pool in read_status()["pools"]
+                    if (pool["subnet"], pool["sub_pool"]) not in keys
+                    for held in (pool, *pool["addresses"])}
+    call(lambda: service.finish_import(adopted))
+    if not service.import_is_due.is_set():
+        service.fold(call)
 
 
 def is_docker_alive() -> bool:
@@ -3246,15 +3378,19 @@ def is_docker_alive() -> bool:
 
 
 def take_over_when_due(service: Service, driver: str, call: Call[Any]) -> None:
-    """Wait until the state is not to be trusted, then until Docker answers; for ever, in a thread.
+    """Wait until the state is not to be trusted, then until Docker tells; for ever, in a thread.
 
     Never in a request: Docker may be waiting for gipam (protocol.md 3.5).
     """
+    pause_s = IMPORT_PAUSE_S
     while service.import_is_due.wait():
         try:
             take_over(service, driver, 60.0, call)
+            pause_s = min(2 * pause_s, MAX_IMPORT_PAUSE_S)
         except GipamError:  # Docker does not answer yet, or the disk is full
-            time.sleep(IMPORT_PAUSE_S)
+            pause_s = IMPORT_PAUSE_S
+        if service.import_is_due.is_set():
+            time.sleep(pause_s)
 
 
 # === Commands =====================================================================================
@@ -3452,8 +3588,8 @@ def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Js
     return build_config(settings), store, document
 
 
-def find_daemon(settings: Settings) -> Connection | None:
-    """Return how to call the running daemon, by its socket or its address; None: none runs."""
+def find_daemon(settings: Settings) -> Connection:
+    """Return how to call the running daemon, by its socket or its address. Raises: Unreachable."""
     path, tcp, tls_directory = (settings[name].parse() for name in ("socket", "address", "tls"))
     for address, tls in ((path, ""), (tcp, tls_directory)):
         connection = Connection(address, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
@@ -3463,21 +3599,19 @@ def find_daemon(settings: Settings) -> Connection | None:
                 connection.connect()
                 return connection
         except OSError as error:
-            raise Unreachable(f"cannot reach the daemon, by {path} or {tcp[0]}:{tcp[1]}: "
-                              f"{error}") from None
-    return None
+            raise connection.unreachable(error) from None
+    raise Absent(f"no gipam answers on {path} or {tcp[0]}:{tcp[1]}: start it, or say where it is "
+                 "with -socket or -address")
 
 
 def read_status(settings: Settings, has_leases: bool, is_second_look: bool = False) -> Json:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
-    daemon = find_daemon(settings)
-    if daemon:
-        return dict(call(daemon, "GET", f"/status?leases={int(has_leases)}"))
-    config, store, document = load(settings)
-    if document is None:
-        raise Unreachable(
-            f"no gipam answers on {config.socket} or {config.address[0]}:{config.address[1]}, and "
-            f"there is no lease file {config.file}: say where with -socket, -address or -file")
+    try:
+        return dict(call(find_daemon(settings), "GET", f"/status?leases={int(has_leases)}"))
+    except Absent as error:
+        config, store, document = load(settings)
+        if document is None:
+            raise Absent(f"{error}; nor is there a lease file {config.file}") from None
     state = make_state(config)
     try:
         recover(store, document, state)
@@ -3561,48 +3695,46 @@ def cmd_check(arguments: argparse.Namespace) -> int:
 
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
-    settings, path, driver = arguments.settings, docker_socket(), find_driver(arguments.settings)
+    path, driver = docker_socket(), find_driver(arguments.settings)
+    daemon = find_daemon(arguments.settings)
     read_docker = functools.partial(read_claims, path, driver)
-    read_gipam = functools.partial(read_status, settings, has_leases=True)
+    read_gipam = functools.partial(call, daemon, "GET", "/status?leases=1")
     found = left = find_differences(read_gipam, path, driver, arguments.grace)
     if arguments.fix and found:
         held = {pool["subnet"] for pool in read_gipam()["pools"]}
-        if held and not arguments.force \
-                and held.isdisjoint(claim.subnet for claim in read_docker()[0]):
+        known = {claim.subnet for claims in read_docker() for claim in claims
+                 if claim.driver == driver}
+        if held and held.isdisjoint(known) and not arguments.force:
             raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one "
                               "that gipam serves? If so, use --force")
-        mend(settings, list(found.values()), read_docker)
+        post = functools.partial(call, daemon, "POST")
+        adopted = mend(found.values(), post)
+        if adopted:
+            release_surplus(read_gipam(), read_docker()[0], adopted, post)
         left = find_differences(read_gipam, path, driver, arguments.grace)
-    all_found = {**found, **left}
-    if arguments.json:
-        print(json.dumps({"findings": [
-            {"kind": finding.kind, "text": finding.text, "is_fixed": key not in left}
-            for key, finding in all_found.items()]}, indent=2))
-        return 1 if left else 0
-    for key, finding in all_found.items():
-        mendable = "; `gipam.py check --fix` mends it" if finding.path else ""
-        print(f"{finding.kind}: {finding.text}{mendable if key in left else '; fixed'}")
-    print(f"{len(found)} differences, {len(left)} left" if all_found else "no difference")
+    status = call(daemon, "GET", "/status")
+    notes = list(dict.fromkeys(find_notes(status, read_docker()[0], "/proc")))
+    report(found, left, notes, arguments.json)
     return 1 if left else 0
 
 
-def mend(settings: Settings, findings: list[Finding],
-         read_docker: Callable[[], tuple[list[Claim], list[Claim]]]) -> None:
-    """Ask the daemon to mend what it can, unless it has changed since. Raises: Unreachable."""
-    daemon = find_daemon(settings)
-    if daemon is None:
-        raise Unreachable("--fix needs the daemon, and none answers")
-    adopted: set[int] = set()
-    for finding in findings:
-        if finding.path:
-            try:
-                reply = {"Adopted": 0, "Seq": 0, **call(daemon, "POST", finding.path, finding.body)}
-                adopted.update(range(reply["Seq"] - reply["Adopted"] + 1, reply["Seq"] + 1))
-            except Refused as error:
-                log.warning("not mended: %s: %s", finding.text, error)
-    if adopted:
-        release_surplus(call(daemon, "GET", "/status?leases=1"), read_docker()[0], adopted,
-                        functools.partial(call, daemon, "POST", "/Gipam.Release"))
+def report(found: dict[Any, Finding], left: dict[Any, Finding], notes: list[str],
+           as_json: bool) -> None:
+    """Print what was found and is left, or has come up meanwhile."""
+    all_found = {**found, **left}
+    if as_json:
+        print(json.dumps({"findings": [
+            {"kind": finding.kind, "text": finding.text, "is_fixed": key not in left,
+             **{name: getattr(finding.about, name)
+                for name in ("subnet", "address", "network", "container")}}
+            for key, finding in all_found.items()], "notes": notes}, indent=2))
+        return
+    for key, finding in all_found.items():
+        mendable = "; `gipam.py check --fix` mends it" if finding.path else ""
+        print(f"{finding.kind}: {finding.text}{mendable if key in left else '; fixed'}")
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{len(found)} differences, {len(left)} left" if all_found else "no difference")
 
 
 def cmd_release(arguments: argparse.Namespace) -> int:
@@ -3630,10 +3762,7 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
     if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
-    daemon = find_daemon(settings)
-    if daemon is None:
-        raise Unreachable("release needs the daemon, and none answers")
-    call(daemon, "POST", "/Gipam.Release", body)
+    call(find_daemon(settings), "POST", "/Gipam.Release", body)
     return 0
 
 
@@ -3673,7 +3802,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         open_servers(config, loop, made)
         threading.Thread(target=take_over_when_due, args=(service, config.driver, loop.call),
                          name="import", daemon=True).start()
-        warn_of_bases(config, "/proc/self/net/route")
+        warn_of_bases(config, "/proc/self/net")
         log.info("serving on %s with %d pools", format_endpoint(loop.servers[0].server_address),
                  len(service.state.pools))
         notify("READY=1")
@@ -3753,18 +3882,16 @@ def open_service(config: Config, settings: Settings, store: Store,
     return service
 
 
-def warn_of_bases(config: Config, path: str) -> None:
+def warn_of_bases(config: Config, proc: str) -> None:
     """Log what about the bases will surprise: none, or an on-link route (protocol.md 3.3)."""
     if not config.v4 and not config.v6:
         log.warning("no base is configured (-v4, -v6): only networks with a --subnet can be made")
-    for row in itertools.islice(read_rows(path), 1, None):
-        first, mask = (socket.ntohl(int(row[at], 16)) for at in (1, 7))
-        is_on_link = row[0] != b"*" and not int(row[3], 16) & 2  # RTF_GATEWAY
-        for base in config.v4 if is_on_link and mask else ():
-            if int(base[0]) & mask == first and bin(mask).count("1") <= base.prefixlen:
-                log.warning("the base %s is part of an on-link route of %r: Docker will refuse "
+    for base in config.v4:
+        for device, flags in read_routes(proc, base):
+            if device != "*" and not flags & 2:  # RTF_GATEWAY
+                log.warning("the base %s is part of an on-link route of %s: Docker will refuse "
                             "every block of it; replace the route: ip route add blackhole %s",
-                            base, os.fsdecode(row[0]), base)
+                            base, printable(device), base)
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:
