@@ -76,7 +76,18 @@ import threading
 import time
 import zlib
 from typing import (
-    Any, Callable, Collection, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple, TypeVar, Union)
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
 __version__ = "1.0.0"
 
@@ -103,6 +114,7 @@ RECEIVE_BYTES = 65536
 REQUEST_PATIENCE_S = 10.0  # on TCP, for a request that has begun, and for a peer to take a reply
 MAX_TCP_CLIENTS = 256  # past it the longest idle one goes
 MAX_TCP_STRANGERS = 256  # who have not been served yet: they cannot push clients out
+MAX_TCP_PAGES = 16  # in the middle of being read
 MAX_RIGHTS = 253  # descriptors in one message (the kernel's SCM_MAX_FD)
 MAX_LOG_RECORDS, MAX_LOG_CHARS = 10_000, 4_000
 TICK_S = 1.0
@@ -257,8 +269,7 @@ def parse_pool_id(pool_id: str) -> tuple[Network, Network | None] | None:
 
 def printable(text: str, limit: int = MAX_TEXT_CHARS) -> str:
     """Return the text as it may be kept and shown: what cannot be printed escaped, and cut."""
-    text = text if len(text) <= limit else text[:limit - 3] + "..."
-    return text if text.isprintable() else repr(text)[1:-1]
+    return (text if text.isprintable() else repr(text)[1:-1])[:limit]
 
 
 ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps() would make one each time: 2 us
@@ -1190,7 +1201,7 @@ class Store:
         self.snapshot_bytes = 0
         self._fd = self._lock_fd = -1
         self._end = 0  # bytes of the segment that are on disk
-        self._is_torn = False  # what stands after them: a crash has left it there
+        self._is_torn = self._is_unended = False  # there is more, or the last line lacks its end
         self._room = 0  # bytes of it that can be written without asking the disk for more
         self._reserved = 0  # of the room, for the line that is due
         self._older_bytes = 0  # in the segments before it
@@ -1203,49 +1214,45 @@ class Store:
         """Return how long the journal is, without its room."""
         return self._older_bytes + self._end
 
-    def is_written(self) -> bool:
-        """Return whether the segment has anything in it."""
-        return self._end > 0
-
-    def lock(self) -> None:
+    def lock(self, patience_s: float = LOCK_PATIENCE_S) -> None:
         """Keep others off the lease file while the process lives. Raises: BusyError, OSError."""
-        deadline = time.monotonic() + LOCK_PATIENCE_S
-        while not self._take_lock():
-            if time.monotonic() > deadline:
-                with open(self.path + ".lock", encoding="ascii", errors="replace") as file:
-                    holder = file.read(20).strip()
-                raise BusyError(f"lease file {self.path} is held by process {holder}: stop it, or "
-                                "give this one another -file")
-            time.sleep(0.02)
-
-    def _take_lock(self) -> bool:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(self.path + ".lock", flags, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return False
-        self._lock_fd = fd
+        self._lock_fd = os.open(self.path + ".lock", flags, 0o600)
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    holder = os.pread(self._lock_fd, 20, 0).decode("ascii", "replace").strip()
+                    raise BusyError(f"lease file {self.path} is held by process {holder}: stop it, "
+                                    "or give this one another -file") from None
+                time.sleep(0.02)
         with contextlib.suppress(OSError):  # a full disk must not forbid starting
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-        return True
+            os.ftruncate(self._lock_fd, 0)
+            os.pwrite(self._lock_fd, b"%d\n" % os.getpid(), 0)
 
     def keep_lock(self) -> None:
         """See that the lock still has its name: without it, a second daemon would get another.
 
         Raises: StoreLost if one has.
         """
-        with contextlib.suppress(OSError):  # the directory is gone: nobody can start there either
-            held = os.fstat(self._lock_fd) if self._lock_fd >= 0 else None
-            if held is None or (os.path.exists(self.path + ".lock")
-                                and os.path.samestat(held, os.stat(self.path + ".lock"))):
-                return
-            if not self._take_lock():
-                raise StoreLost(f"the lock {self.path}.lock was deleted, and another gipam has "
-                                "taken it since: only one may go on")
-            log.warning("the lock %s.lock was deleted: made again", self.path)
+        with contextlib.suppress(FileNotFoundError):  # nobody can start in a directory that is gone
+            if self._lock_fd >= 0 and not self._is_at(self._lock_fd, self.path + ".lock", os):
+                try:
+                    self.lock(patience_s=0.0)
+                except BusyError as error:
+                    raise StoreLost(f"the lock was deleted, and another has it: {error}") from None
+                log.warning("the lock %s.lock was deleted: made again", self.path)
+
+    @staticmethod
+    def _is_at(fd: int, path: str, calls: Any) -> bool:
+        """Return whether the path still names the open file."""
+        try:
+            return bool(os.path.samestat(calls.fstat(fd), calls.stat(path)))
+        except OSError:
+            return False
 
     def read_snapshot(self, object_hook: Any = None) -> Json | None:
         """Return the JSON object of the lease file, None if there is none. Raises: ConfigError."""
@@ -1328,6 +1335,7 @@ class Store:
                 f"after it: truncate -s {self._end} {path}, move later segments away, start gipam, "
                 "run `gipam.py check --fix`") from None
         self._is_torn = len(data.rstrip(b"\0")) > self._end
+        self._is_unended = self._end > 0 and data[self._end - 1:self._end] != b"\n"
         if self._is_torn:
             log.warning("dropped the end of %s from byte %d on: a crash cut it off before it was "
                         "acknowledged", path, self._end)
@@ -1356,12 +1364,13 @@ class Store:
             if self._is_torn:
                 self.calls.ftruncate(fd, self._end)
                 self._room = self._end
-            self._write(fd, b"\n" if self._end else b"", self._end - 1)
+            self._write(fd, b"\n" if self._is_unended else b"", self._end - 1)
             self.calls.fdatasync(fd)
         except (OSError, BusyError):
             self._close(fd)
             raise
-        self._fd, self._is_torn, self._room = fd, False, max(self._room, self._end)
+        self._fd, self._room = fd, max(self._room, self._end)
+        self._is_torn = self._is_unended = False
 
     def _take_segment(self, fd: int) -> None:
         """Lock a segment as well: that holds, whatever became of the lock file."""
@@ -1371,11 +1380,13 @@ class Store:
             raise BusyError(f"the journal of {self.path} is written by another gipam: stop it, "
                             "or give this one another -file") from None
 
-    def make_segment(self, needed: int) -> tuple[int, int, int]:
+    def make_segment(self, needed: int) -> tuple[int, int, int] | None:
         """Return (number, descriptor, bytes of room) of a new segment, to be given to switch().
 
-        Durable: its room, and its name. Raises: OSError, StoreLost.
+        None: the present one is new. Durable: its room, and its name. Raises: OSError, StoreLost.
         """
+        if self.segment and not self._end:
+            return None
         number = max(self.segments(), default=0) + 1
         path = self.segment_path(number)
         fd = self.calls.open(path, CREATE | os.O_EXCL, 0o600)
@@ -1389,11 +1400,12 @@ class Store:
             raise
         return number, fd, room
 
-    def switch(self, number: int, fd: int, room: int) -> None:
-        """Go on in a new segment: between two turns."""
-        self.close()
-        self._older_bytes = self.journal_bytes
-        self.segment, self._fd, self._room, self._end = number, fd, room, 0
+    def switch(self, made: tuple[int, int, int] | None) -> None:
+        """Go on in the segment that was made, if one was: between two turns."""
+        if made:
+            self.close()
+            self._older_bytes, self._end = self.journal_bytes, 0
+            self.segment, self._fd, self._room = made
 
     def reserve(self, size: int) -> None:
         """Make sure that a record of so many bytes can be part of the line that is due.
@@ -1415,7 +1427,7 @@ class Store:
             self._open_segment()
         elif self._fd < 0:
             self.keep_lock()
-            self.switch(*self.make_segment(needed))
+            self.switch(self.make_segment(needed))
         if needed > self._room:
             self._room = self._extend(self.segment, self._fd, self._room, needed)
         self._is_full = False
@@ -1470,7 +1482,7 @@ class Store:
             self._cut_back(problem)
             raise StoreError(f"{problem}; nothing has changed") from None
         self._sync(self.segment, self._fd)
-        if not self._is_in_place(path):
+        if not self._is_at(self._fd, path, self.calls):
             raise StoreLost(f"{path} was moved or deleted under gipam")
         self._end, self.seq = self._end + len(data), seq
         if self._growth and not self._growth.is_alive():
@@ -1487,13 +1499,6 @@ class Store:
         except OSError as error:
             raise StoreLost(f"{problem}, nor cut it back: {error.strerror}") from None
         self._sync(self.segment, self._fd)
-
-    def _is_in_place(self, path: str) -> bool:
-        try:
-            found, written = self.calls.stat(path), self.calls.fstat(self._fd)
-            return os.path.samestat(found, written)
-        except OSError:
-            return False
 
     def _sync(self, number: int, fd: int) -> None:
         """Sync a segment. Raises: StoreLost: after that, nobody knows what the disk holds."""
@@ -1661,7 +1666,11 @@ class Service:
         if self.loss:
             raise self.loss
         asked_s, record = time.perf_counter(), dumps([CHANGE_NAMES[type(change)], *change])
-        self._store.reserve(len(record))
+        try:
+            self._store.reserve(len(record))
+        except StoreLost as error:
+            self.failure = self.loss = error
+            raise
         self._is_changing = True
         self.state.apply(change)
         self._done.append(Done(change, record, self.state.seq, asked_s))
@@ -1870,8 +1879,7 @@ class Service:
         if self.loss:
             return False
         try:
-            made = None if is_stopping or not store.is_written() \
-                else store.make_segment(ROOM_BYTES)
+            made = None if is_stopping else store.make_segment(ROOM_BYTES)
             chunks = call(lambda: self._begin_fold(made, is_stopping))
             store.write_snapshot(iter(lambda: call(lambda: next(chunks, "")), ""),
                                  is_named=store.segment > 0 and not is_stopping)
@@ -1888,8 +1896,7 @@ class Service:
 
     def _begin_fold(self, made: Any, is_stopping: bool) -> Iterator[str]:
         """Between two turns, go on in the new segment and copy the state; return what to write."""
-        if made:
-            self._store.switch(*made)
+        self._store.switch(made)
         segment = None if is_stopping else self._store.segment
         return encode_snapshot(self._config, copy_state(self.state), segment,
                                self.import_is_due.is_set())
@@ -2276,7 +2283,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def address_string(self) -> str:
         """Name the peer; on a UNIX socket it has no address, and the stock method fails."""
-        return "unix" if self.server.is_unix else format_endpoint(self.client_address)
+        return "unix" if self.server.is_unix else self.client_address[0]
 
     def is_sending(self) -> bool:
         """Return whether the socket has not taken all yet."""
@@ -2318,7 +2325,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return None
         if len(self.inbox) < self.length:
             if self.has_ended:
-                raise InvalidRequest(f"the body ends after {len(self.inbox)} of {self.length} bytes")
+                raise InvalidRequest(f"the body ends after {len(self.inbox)} of {self.length} "
+                                     "bytes")
             return None
         body = bytes(self.inbox[:self.length])
         del self.inbox[:self.length]
@@ -2343,22 +2351,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(431)
         if not self.parse_request():  # it has no word for a line of blanks
             self.send_error(400)
-        self._check_sender()
-        self.length = self._read_length()
+        self.length = self._check_head()
         return True
 
-    def _check_sender(self) -> None:
-        """Keep web pages out, which can reach loopback, by name too. Raises: Forbidden."""
-        if self.server.is_private:
-            for header in ("Origin", "Sec-Fetch-Site"):
-                if header in self.headers:
-                    raise Forbidden("requests from web pages are not served")
-            host = self.headers.get("Host", "")
-            if self.command == "GET" and not LOCAL_HOST(host):  # with POST, an Origin comes
-                raise Forbidden(f"Host {printable(host)!r} is not served, only an IP address or "
-                                "localhost")
-
-    def _read_length(self) -> int:
+    def _check_head(self) -> int:
+        """Return the length of the body. Raises: InvalidRequest; Forbidden for web pages."""
+        host = self.headers.get("Host", "")
+        if self.server.is_private and ("Origin" in self.headers or "Sec-Fetch-Site" in self.headers
+                                       or (self.command == "GET" and not LOCAL_HOST(host))):
+            raise Forbidden("requests from web pages are not served, nor for another host than "
+                            f"this one: {printable(host)!r}")  # they reach loopback
         lengths = self.headers.get_all("Content-Length", [])
         if "Transfer-Encoding" in self.headers and not lengths:
             raise InvalidRequest("a body is served only with Content-Length", 411)
@@ -2417,7 +2419,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Only on a UNIX socket does a reset tell that. On TCP a firewall makes one too, and a reply
         that was read must not be taken back: a leak is mended by check, a double address is not.
         """
-        if isinstance(error, ssl.SSLError):
+        if isinstance(error, ssl.SSLError) and not self.command:
             log.warning("refused TLS peer %s: %s", self.address_string(), error)
         if self.reply and is_unread:
             self.server.loop.lost.append(self.reply)
@@ -2465,7 +2467,8 @@ class Server(socketserver.TCPServer):
         if not self.is_unix:  # Nagle's algorithm could hold a reply for 40 ms
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.tls:
-            request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+            request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False,
+                                           suppress_ragged_eofs=False)
         return request, client_address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -2559,7 +2562,7 @@ class Loop:
         """Wait until there is something to do, at most so long, and do it; see design.md 7."""
         for key, events in self._selector.select(0 if self._asking else wait_s):  # 1, 2
             key.data(events & key.events)
-        called = [self._run(*self._calls.popleft()) for _ in range(len(self._calls))]  # 3
+        tell = [self._run(*self._calls.popleft()) for _ in range(len(self._calls))]  # 3
         for lost in self.lost:
             self.service.take_back(lost.change, lost.seq)
         self.lost.clear()
@@ -2570,26 +2573,23 @@ class Loop:
         for handler, reply in replies:  # 6
             handler.answer(settle(self.service, reply))
             self._send(handler)
-        for future, result, seq in called:
-            if self.service.is_durable(seq):
-                future.set_result(result)
-            else:
-                future.set_exception(self.service.failure)
+        for tell_thread in tell:
+            tell_thread()
         self.flush_log()
 
     def _hear(self, _: int) -> None:
         self._bell.recv(4096)
 
     def _run(self, future: concurrent.futures.Future[Any],
-             function: Callable[[], Any]) -> tuple[concurrent.futures.Future[Any], Any, int]:
-        """Call the function; return what its thread gets once the turn is on disk."""
+             function: Callable[[], Any]) -> Callable[[], None]:
+        """Call the function; return what tells its thread, once the turn is on disk."""
         try:
-            return future, function(), self.service.state.seq
+            result, seq = function(), self.service.state.seq
         except Exception as error:  # noqa: BLE001 - it goes to the thread
             self.service.mend()
-            refused: concurrent.futures.Future[Any] = concurrent.futures.Future()
-            future.set_exception(error)
-            return refused, None, 0
+            return functools.partial(future.set_exception, error)
+        return lambda: (future.set_result(result) if self.service.is_durable(seq)
+                        else future.set_exception(self.service.failure))
 
     def _accept(self, server: Server, _: int) -> None:
         """Take in who has dialled."""
@@ -2602,7 +2602,7 @@ class Loop:
             if error.errno in NO_DESCRIPTOR:
                 log.error("cannot accept connections: %s; waiting for some to end",
                           error.strerror)
-                self._selector.unregister(server.socket)  # until the next tick()
+                self._selector.unregister(server.socket)  # until the next tick
 
     def add(self, handler: Handler) -> None:
         """Ask the handler from now on."""
@@ -2628,12 +2628,19 @@ class Loop:
         try:
             body = None if handler.is_last else handler.next_request()
             if body is not None:
+                self._check_pages(handler)
                 return dispatch(self.service, handler.command, handler.path, body,
                                 handler.server.paths)
         except GipamError as error:
             return handler.refuse(error)
         self._settle(handler)
         return None
+
+    def _check_pages(self, handler: Handler) -> None:
+        """Bound what peers on TCP can make gipam keep for them. Raises: Unavailable."""
+        if handler.command == "GET" and not handler.server.is_unix and sum(
+                other.page is not None for other in handler.server.loop.handlers) >= MAX_TCP_PAGES:
+            raise Unavailable("too many pages are being read at once: try again")
 
     def _send(self, handler: Handler) -> None:
         """Let the handler send; go on with what else it has been asked."""
@@ -2680,12 +2687,9 @@ class Loop:
     # A life
 
     def open(self, server: Server) -> None:
-        """Serve those who dial the server."""
-        self.servers.append(server)
-        self.accept(server)
-
-    def accept(self, server: Server) -> None:
-        """Accept connections, also again."""
+        """Serve those who dial the server; also again, after a pause."""
+        if server not in self.servers:
+            self.servers.append(server)
         if server.socket.fileno() not in self._selector.get_map():
             self._selector.register(server.socket, selectors.EVENT_READ,
                                     functools.partial(self._accept, server))
@@ -2699,7 +2703,7 @@ class Loop:
             if time.monotonic() >= tick_s:
                 tick_s = time.monotonic() + TICK_S
                 for server in self.servers:
-                    self.accept(server)
+                    self.open(server)
                     for handler in server.overdue(time.monotonic()):
                         self.close(handler)
                 on_tick()
@@ -3349,17 +3353,17 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call[Any]) 
     def post(path: str, body: Json) -> Any:
         return call(lambda: METHODS[path](service, Fields(body))[0])
 
-    def read_status() -> Json:
+    def read_state() -> Json:
         return dict(json.loads("".join(call(lambda: list(service.status(has_leases=True))))))
 
     path, end, adopted = docker_socket(), time.monotonic() + timeout_s, set(service.adopted)
     claims, _ = read_claims(path, driver, timeout_s)
-    adopted |= mend(find_missing(read_status(), claims), post)
+    adopted |= mend(find_missing(read_state(), claims), post)
     if adopted:
         claims, _ = read_claims(path, driver, max(end - time.monotonic(), 0.001))
-        release_surplus(read_status(), claims, adopted, post)
+        release_surplus(read_state(), claims, adopted, post)
         keys = {claim.key for claim in claims}
-        adopted -= {held["seq"] for pool in read_status()["pools"]
+        adopted -= {held["seq"] for pool in read_state()["pools"]
                     if (pool["subnet"], pool["sub_pool"]) not in keys
                     for held in (pool, *pool["addresses"])}
     call(lambda: service.finish_import(adopted))
