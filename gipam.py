@@ -682,8 +682,9 @@ UNBOUND = "unbound"  # in place of the token, until Docker sends the id of a poo
 STATE_KEYS = ("Seq", "V6Idx", "V4Idx", "Cursors", "Names", "Free", "Allocated")  # are checksummed
 POOL_KEYS = ("ID", "V", "Pool", "SubPool", "Name", "Granted", "Seq", "Idx", "Remembered", "Free",
              "Allocated", "Leases")
-CONFIG_KEYS = ("V6Pool", "V6AllocateBlock", "V4Pool", "V4AllocateBlock", "Exclude")
 OTHER_NAMES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
+FILE_KEYS = {**OTHER_NAMES, "exclude": "Exclude"}  # option -> its key in the lease file
+FILE_NAMES = (*FILE_KEYS.values(), "Options", *STATE_KEYS, "Journal", "Import", "Checksum")
 
 
 def copy_state(state: State) -> tuple[Json, list[Any]]:
@@ -850,6 +851,13 @@ def normalise_keys(document: Json, keys: Iterable[str]) -> tuple[Json, list[str]
         else:
             unknown.append(key)
     return known, unknown
+
+
+def carry_over(keys: Json, document: Json) -> dict[str, Any]:
+    """Return the settings in a lease file that are not what gipam has written there."""
+    found, _ = normalise_keys(document, FILE_NAMES)
+    return {key: found.get(key) for key in FILE_KEYS.values()
+            if (found.get(key) or None) != (keys.get(key) or None)}
 
 
 # === Allocator ====================================================================================
@@ -1122,6 +1130,7 @@ class Store:
         self.seq = 0  # of the last change on disk
         self.segment = 0  # number of the one that is written, 0: none yet
         self.is_named = False  # by the snapshot, so that its loss would be noticed
+        self.identity: tuple[int, ...] = ()  # of the snapshot as gipam has read or written it
         self.snapshot_bytes = self.journal_bytes = 0
         self._fd = -1
         self._end = 0  # bytes of the segment that are on disk
@@ -1152,6 +1161,7 @@ class Store:
 
         try:
             with open(self.path, "rb", opener=open_file) as file:
+                self.identity = self._identify()
                 if os.fstat(file.fileno()).st_mode & 0o077:
                     log.warning("%s is open to other users: chmod 600 it", self.path)
                 text = file.read()
@@ -1166,6 +1176,31 @@ class Store:
             raise self.damage(self.path, "is not a JSON object")
         self.snapshot_bytes = len(text)
         return document
+
+    def _identify(self) -> tuple[int, ...]:
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return ()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def is_edited(self) -> bool:
+        """Return whether the lease file is there, and not as gipam has read or written it last."""
+        return self._identify() not in ((), self.identity)
+
+    def keep_aside(self) -> str:
+        """Give the lease file a second name, which stays when it is replaced. Raises: OSError."""
+        numbers = range(1, len(self.calls.listdir(os.path.dirname(self.path) or ".")) + 2)
+        path = next(path for path in (f"{self.path}.edited-{number}" for number in numbers)
+                    if not os.path.lexists(path))
+        os.link(self.path, path, follow_symlinks=False)
+        self.identity = self._identify()
+        return path
+
+    def discard(self) -> None:
+        """Remove what a start has written that has not come to serve. Raises: OSError."""
+        os.unlink(self.path)
+        self.remove_segments(self.segment + 1)
 
     def damage(self, place: str, what: str, remedy: str = "") -> DamageError:
         """Return the error that names the place, what is wrong there, and what to do."""
@@ -1346,6 +1381,7 @@ class Store:
         finally:
             self._close(fd)
         self.calls.replace(path, self.path)
+        self.identity = self._identify()
         self._sync_directory()
         self.snapshot_bytes, self.is_named = offset + len(data), is_named
 
@@ -1736,6 +1772,7 @@ class Service:
                 segment = None if is_stopping else store.segment
                 if segment == before:
                     return False
+                self._config = keep_edits(store, self._config)
                 is_import_due = self.import_is_due.is_set()
                 chunks = encode_snapshot(self._config, copies[0], segment, is_import_due)
                 store.write_snapshot(chunks, not is_stopping)
@@ -1750,6 +1787,25 @@ class Service:
             if not self.fold():
                 time.sleep(FOLD_PATIENCE_S)
             self.flusher.fold_is_due.clear()  # each flush looks anew
+
+
+def keep_edits(store: Store, keys: Json) -> Json:
+    """Return the keys to write, with what a person has edited in the lease file. Raises: OSError.
+
+    The note of what gipam wrote there stays: so the next start sees that it was edited.
+    """
+    if not store.is_edited():
+        return keys
+    try:
+        edits = carry_over(keys, store.read_snapshot() or {})
+    except ConfigError as error:
+        log.warning("%s; what is there now is kept as %s", error, store.keep_aside())
+        return keys
+    for key, value in edits.items():
+        log.warning("%s was edited while gipam runs: %s %r instead of %r takes effect at the next "
+                    "start; what else was edited there is lost", store.path, key, value,
+                    keys.get(key))
+    return {**keys, **edits}
 
 
 def recover(store: Store, document: Json | None, state: State) -> None:
@@ -2894,6 +2950,7 @@ class Setting(NamedTuple):
     option: Option
     text: str
     origin: str
+    given: str | None = None  # the text of the first two stages, None: only the default
 
     def error(self, rule: object) -> ConfigError:
         """Return the error that names all three, and the rule that the text breaks."""
@@ -2911,26 +2968,52 @@ def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace)
     """Return the first two stages: command line over environment over default."""
     settings = {}
     for option in OPTIONS:
-        text, origin = option.default, "default"
+        given, origin = None, "default"
         if option.variable in environment:
-            text, origin = environment[option.variable], f"environment ({option.variable})"
+            given, origin = environment[option.variable], f"environment ({option.variable})"
         if hasattr(arguments, option.name):
-            text, origin = getattr(arguments, option.name), "command line"
-        settings[option.name] = Setting(option, text, origin)
+            given, origin = getattr(arguments, option.name), "command line"
+        text = option.default if given is None else given
+        settings[option.name] = Setting(option, text, origin, given)
     return settings
 
 
 def overrule_settings(settings: Settings, document: Json, path: str) -> None:
-    """Let the lease file win, the third stage; say so where it is not what was asked for."""
-    for name, key in (*OTHER_NAMES.items(), ("exclude", "Exclude")):
-        if document.get(key) not in (None, "", 0):
-            option, text, origin = settings[name]
-            found = str(document[key])
-            settings[name] = Setting(option, found, f"lease file ({key} in {path})")
-            if origin != "default" and text != found:
+    """Add the lease file, the third stage: what was changed last wins; say what has changed.
+
+    Its key Options has, for each option, what gipam wrote into the file and what was given then.
+    """
+    notes = document.get("Options")
+    for name, key in FILE_KEYS.items():
+        option, text, origin, given = settings[name]
+        found = str(document.get(key) or "")
+        note = notes.get(name) if isinstance(notes, dict) else None
+        written, noted = note if isinstance(note, list) and len(note) == 2 else (None, given)
+        is_edited = note is not None and found != written
+        if not is_edited and given not in (None, noted):
+            if text != found:
+                log.warning("-%s changes from %r in the lease file %s to %r from the %s: pools "
+                            "that are held stay", name, found, path, text, origin)
+        elif found:
+            settings[name] = Setting(option, found, f"lease file ({key} in {path})", given)
+            if is_edited:
+                log.warning("%s has been edited in %s, from %r to %r", key, path, written, found)
+            if given not in (None, found):
                 log.warning("-%s is %r as the lease file %s says, not %r as the %s does: the lease "
-                            "file wins; to change it, stop gipam and edit %s there",
-                            name, found, path, text, origin, key)
+                            "file wins; to change it, edit %s there or give -%s a new value",
+                            name, found, path, text, origin, key, name)
+            elif given is None and noted is not None:
+                log.warning("-%s is not given any more and stays %r, as the lease file %s says; "
+                            "to change it, give it another value", name, found, path)
+
+
+def config_keys(settings: Settings) -> Json:
+    """Return the settings as the lease file has them, and what overrule_settings() needs later."""
+    chosen = {name: settings[name] for name in FILE_KEYS}
+    keys: Json = {FILE_KEYS[name]: int(setting.text) if setting.text.isdecimal() else setting.text
+                  for name, setting in chosen.items()}
+    return {**keys, "Options": {name: [setting.text, setting.given]
+                                for name, setting in chosen.items()}}
 
 
 def find_driver(settings: Settings) -> str:
@@ -2972,8 +3055,7 @@ def read_lease_file(store: Store, settings: Settings) -> Json | None:
     document = store.read_snapshot(compact_leases)
     if document is None:
         return None
-    document, unknown = normalise_keys(
-        document, (*CONFIG_KEYS, *STATE_KEYS, "Journal", "Import", "Checksum"))
+    document, unknown = normalise_keys(document, FILE_NAMES)
     try:
         pools = [normalise_keys(entry, POOL_KEYS) for entry in document.get("Allocated") or ()]
     except (TypeError, AttributeError):
@@ -3208,10 +3290,13 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     config, store, document = load(arguments.settings, is_daemon=True)
     if config.unix and "LISTEN_FDS" not in os.environ:
         clear_path(config.socket)  # a second daemon writes and imports nothing
-    service = open_service(config, arguments.settings, store, document, stop.set)
-    gc.freeze()  # nor need it look at them later: 270 ms for a million
-    gc.enable()
-    with contextlib.ExitStack() as made:
+    with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
+        if document is None:
+            unserved.callback(store.discard)
+        service = open_service(config, arguments.settings, store, document, stop.set)
+        gc.freeze()  # nor need it look at them later: 270 ms for a million
+        gc.enable()
+
         def remove(path: str) -> None:
             made.callback(lambda: os.unlink(path) if os.path.lexists(path) else None)
 
@@ -3221,6 +3306,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
             servers[-1].is_public = True
         for server in servers:
             threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
+        unserved.pop_all()
         warn_of_bases(config, "/proc/self/net/route")
         log.info("serving on %s with %d pools", servers[0].server_address, len(service.state.pools))
         notify("READY=1")
@@ -3263,14 +3349,7 @@ def open_service(config: Config, settings: Settings, store: Store,
     No lease file may mean a lost one: then Docker is asked what is in use, at once if it is alive,
     else when it answers. (While it starts, Docker accepts connections, but waits for gipam.)
     """
-    keys: Json = {}  # of the lease file
-    for version, bases, prefixlen in config.families:
-        if bases:
-            keys[f"V{version}Pool"] = settings[f"v{version}"].text
-            keys[f"V{version}AllocateBlock"] = prefixlen
-    if config.exclude:
-        keys["Exclude"] = settings["exclude"].text
-    state, driver = make_state(config), config.driver
+    keys, state, driver = config_keys(settings), make_state(config), config.driver
     recover(store, document, state)
     if document is None:
         chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
