@@ -45,6 +45,7 @@ import argparse
 import array
 import bisect
 import contextlib
+import difflib
 import faulthandler
 import fcntl
 import functools
@@ -208,6 +209,14 @@ def parse_address(text: str, version: int) -> int:
 def format_address(number: int, version: int) -> str:
     """Return the bare address as text (RFC 5952)."""
     return socket.inet_ntop(SOCKET_FAMILY[version], number.to_bytes(BITS[version] // 8, "big"))
+
+
+def format_place(place: Any) -> str:
+    """Return where somebody listens: the path of a socket, or HOST:PORT."""
+    if not isinstance(place, tuple):
+        return os.fsdecode(place)
+    host, port = place[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def make_pool_id(subnet: Network, sub_pool: Network | None, token: str) -> str:
@@ -963,7 +972,7 @@ def check_subnet(state: State, subnet: Network, sub_pool: Network | None, now_s:
     raise Forbidden(f"Pool overlaps with other one on this address space: {subnet} with "
                     f"{other.network}, held by pool {pool.pool_id!r} for "
                     f"{format_age(now_s - pool.granted_s)}; should no network use that any more, "
-                    "`gipam.py check --fix` releases it")
+                    "`gipam check --fix` releases it")
 
 
 def format_age(age_s: int) -> str:
@@ -1231,7 +1240,7 @@ class Store:
             raise self.damage(
                 self.segment_path(named), "is missing", "put it back; or give up what it held: "
                 f'delete the line "Journal" from {self.path}, start gipam, and run '
-                "`gipam.py check --fix`")
+                "`gipam check --fix`")
         for self.segment in numbers:
             path, following = self.segment_path(self.segment), 0
             for line in self._read_segment(path, self.segment == numbers[-1]):
@@ -1251,7 +1260,7 @@ class Store:
                 raise self.damage(
                     self.segment_path(following), "is missing", "put it back; or give up what it "
                     f"held: truncate -s {line.offset} {path}, start gipam, and run "
-                    "`gipam.py check --fix`")
+                    "`gipam check --fix`")
 
     def _read_segment(self, path: str, is_last: bool) -> Iterator[Line]:
         with open(path, "rb") as file:
@@ -1265,7 +1274,7 @@ class Store:
             raise self.damage(
                 path, f"is damaged: {error}", "put back a backup; or give up that line and all "
                 f"after it: truncate -s {self._end} {path}, move later segments away, start gipam, "
-                "run `gipam.py check --fix`") from None
+                "run `gipam check --fix`") from None
         if self._end < len(data):
             log.warning("dropped the end of %s from byte %d on: a crash cut it off before it was "
                         "acknowledged", path, self._end)
@@ -1618,6 +1627,7 @@ class Service:
         self.state, self._store, self._proc = state, store, proc
         store.settle()
         self._config = config  # the keys of the lease file
+        self.about: Json = {}  # what /status tells of the daemon
         self._lock, self._fold_lock = threading.Lock(), threading.Lock()
         self.metrics = Metrics()
         self.import_is_due = threading.Event()  # ask Docker what it uses, once it answers
@@ -1710,7 +1720,7 @@ class Service:
 
     def status(self, has_leases: bool) -> Json:
         """Return what `status --json` shows, with the routes of the host inside the bases."""
-        status = describe_state(self.state, has_leases)
+        status = {**self.about, **describe_state(self.state, has_leases)}
         routes = {version: list(read_obstacles(self._proc, version, family.bases))
                   for version, family in self.state.families.items() if family.bases}
         for base in status["bases"]:
@@ -2248,7 +2258,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         try:
             super().server_bind()
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.server_address)) from None
+            raise OSError(error.errno, error.strerror, format_place(self.server_address)) from None
 
     def get_request(self) -> Any:
         """Accept; a TLS handshake is left to the connection's thread, where it holds nobody up."""
@@ -2456,9 +2466,7 @@ def open_unix(config: Config, service: Service, remove: Callable[[str], None]) -
 def open_tcp(config: Config, service: Service, remove: Callable[[str], None]) -> Server:
     """Listen on the address, and write the plugin file. Raises: GipamError, OSError."""
     server = listen(Server, config.address, service, load_tls(config.tls, is_server=True))
-    host, port = str(server.server_address[0]), server.server_address[1]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    stem = os.path.splitext(config.spec)[0]
+    address, stem = format_place(server.server_address), os.path.splitext(config.spec)[0]
     shadows = {os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock"): clear_path}
     path, text = config.spec, f"tcp://{address}\n"
     if config.tls:
@@ -2860,9 +2868,12 @@ def take_over_when_due(service: Service, driver: str) -> None:
 # === Commands =====================================================================================
 
 
+IS_BOOL = re.compile("[1tT0fF]|TRUE|[tT]rue|FALSE|[fF]alse").fullmatch
+
+
 def parse_bool(text: str) -> bool:
     """Return a boolean as Go's strconv.ParseBool reads it. Raises: ValueError."""
-    if not re.fullmatch("[1tT0fF]|TRUE|[tT]rue|FALSE|[fF]alse", text):
+    if not IS_BOOL(text):
         raise ValueError("not a boolean, such as true or false")
     return text[0] in "1tT"
 
@@ -3022,6 +3033,13 @@ def find_driver(settings: Settings) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
+def describe_daemon(settings: Settings, place: Any) -> Json:
+    """Return what /status tells of a daemon that listens there, "" without one; no passwords."""
+    shown = {name: {"value": re.sub("//[^/@,]*@", "//***@", setting.text), "origin": setting.origin}
+             for name, setting in settings.items()}
+    return {"driver": find_driver(settings), "listening": format_place(place), "config": shown}
+
+
 def build_config(settings: Settings) -> Config:
     """Parse and check all options. Raises: ConfigError."""
     config = Config(**{name: setting.parse() for name, setting in settings.items()})
@@ -3089,21 +3107,27 @@ def find_daemon(settings: Settings) -> Connection | None:
                 connection.connect()
                 return connection
         except OSError as error:
-            raise Unreachable(f"cannot reach the daemon, by {path} or {tcp[0]}:{tcp[1]}: "
+            raise Unreachable(f"cannot reach the daemon, by {path} or {format_place(tcp)}: "
                               f"{error}") from None
     return None
+
+
+def describe_absence(settings: Settings) -> str:
+    """Say that find_daemon() has found none."""
+    path, tcp = settings["socket"].parse(), settings["address"].parse()
+    return f"no gipam answers on {path} or {format_place(tcp)}"
 
 
 def read_status(settings: Settings, has_leases: bool, is_second_look: bool = False) -> Json:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
     daemon = find_daemon(settings)
     if daemon:
-        return dict(call(daemon, "GET", f"/status?leases={int(has_leases)}"))
+        about = describe_daemon(settings, "?")  # should the daemon be of an earlier version
+        return {**about, **call(daemon, "GET", f"/status?leases={int(has_leases)}")}
     config, store, document = load(settings)
     if document is None:
-        raise Unreachable(
-            f"no gipam answers on {config.socket} or {config.address[0]}:{config.address[1]}, and "
-            f"there is no lease file {config.file}: say where with -socket, -address or -file")
+        raise Unreachable(f"{describe_absence(settings)}, and there is no lease file {config.file}:"
+                          " say where with -socket, -address or -file")
     state = make_state(config)
     try:
         recover(store, document, state)
@@ -3111,7 +3135,7 @@ def read_status(settings: Settings, has_leases: bool, is_second_look: bool = Fal
         if is_second_look:
             raise
         return read_status(settings, has_leases, is_second_look=True)
-    return describe_state(state, has_leases)
+    return {**describe_daemon(settings, ""), **describe_state(state, has_leases)}
 
 
 def make_state(config: Config) -> State:
@@ -3186,7 +3210,8 @@ def cmd_check(arguments: argparse.Namespace) -> int:
 
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
-    settings, path, driver = arguments.settings, docker_socket(), find_driver(arguments.settings)
+    settings, path = arguments.settings, docker_socket()
+    driver = read_status(settings, has_leases=False)["driver"]
     read_docker = functools.partial(read_claims, path, driver)
     read_gipam = functools.partial(read_status, settings, has_leases=True)
     found = left = find_differences(read_gipam, path, driver, arguments.grace)
@@ -3205,7 +3230,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
             for key, finding in all_found.items()]}, indent=2))
         return 1 if left else 0
     for key, finding in all_found.items():
-        mendable = "; `gipam.py check --fix` mends it" if finding.path else ""
+        mendable = "; `gipam check --fix` mends it" if finding.path else ""
         print(f"{finding.kind}: {finding.text}{mendable if key in left else '; fixed'}")
     print(f"{len(found)} differences, {len(left)} left" if all_found else "no difference")
     return 1 if left else 0
@@ -3245,7 +3270,7 @@ def cmd_release(arguments: argparse.Namespace) -> int:
         raise InvalidRequest(f"{address} is not held in {pool['subnet']}")
     body = release_body(pool, lease)
     if not arguments.force:
-        claims, _ = read_claims(docker_socket(), find_driver(settings))
+        claims, _ = read_claims(docker_socket(), status["driver"])
         leaks = [finding.body for finding in find_leaks(status, claims, time.time())]
         if body not in leaks and release_body(pool) not in leaks:
             users = [str(claim) for claim in claims
@@ -3271,10 +3296,16 @@ def ask(question: str) -> bool:
 
 
 def cmd_config(arguments: argparse.Namespace) -> int:
-    """Print each effective value with its origin."""
-    load(arguments.settings)
-    for name, setting in arguments.settings.items():
-        print(f"{name:8} {setting.text or 'none':34} {setting.origin}")
+    """Print each effective value with its origin: as the daemon says, where one answers."""
+    settings, daemon = arguments.settings, find_daemon(arguments.settings)
+    if daemon:
+        shown = call(daemon, "GET", "/status").get("config", {})
+    else:
+        load(settings)
+        print(f"{describe_absence(settings)}: this environment and lease file would give")
+        shown = describe_daemon(settings, "")["config"]
+    for name, setting in shown.items():
+        print(f"{name:8} {setting['value'] or 'none':34} {setting['origin']}")
     return 0
 
 
@@ -3307,8 +3338,11 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         for server in servers:
             threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
         unserved.pop_all()
-        warn_of_bases(config, "/proc/self/net/route")
-        log.info("serving on %s with %d pools", servers[0].server_address, len(service.state.pools))
+        warn_of_surprises(config, "/proc/self/net/route")
+        places = [format_place(server.server_address) for server in servers]
+        service.about = describe_daemon(arguments.settings, places[0])
+        log.info("serving on %s with %d pools", ", and metrics on ".join(places),
+                 len(service.state.pools))
         notify("READY=1")
         watch(service, servers, stop)
         notify("STOPPING=1")
@@ -3367,8 +3401,11 @@ def open_service(config: Config, settings: Settings, store: Store,
     return service
 
 
-def warn_of_bases(config: Config, path: str) -> None:
-    """Log what about the bases will surprise: none, or an on-link route (protocol.md 3.3)."""
+def warn_of_surprises(config: Config, path: str) -> None:
+    """Log what will surprise: open TCP, no base, or an on-link route (protocol.md 3.3)."""
+    if not config.unix and not config.tls:
+        log.warning("TCP without -tls: every user of this host can take and release addresses; "
+                    "-unix lets only root")
     if not config.v4 and not config.v6:
         log.warning("no base is configured (-v4, -v6): only networks with a --subnet can be made")
     for row in read_rows(path)[1:]:
@@ -3382,9 +3419,17 @@ def warn_of_bases(config: Config, path: str) -> None:
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:
-    """Turn Go's one dash into two, and a boolean flag into one with a value."""
+    """Turn Go's one dash into two, and a boolean flag into one with a value.
+
+    It takes the next word only if that is one, such as false; no command is.
+    """
     booleans = ["--" + option.name for option in OPTIONS if option.parse is parse_bool]
-    words = [re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument) for argument in arguments]
+    words: list[str] = []
+    for argument in arguments:
+        if words and words[-1] in booleans and IS_BOOL(argument):
+            words[-1] += "=" + argument
+        else:
+            words.append(re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument))
     return [word + "=true" if word in booleans else word for word in words]
 
 
@@ -3406,11 +3451,13 @@ VALUES: dict[str, Json] = {  # the arguments of commands that are no switches
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser: options may stand before the command or after it."""
-    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    shown, hidden = (argparse.ArgumentParser(
+        add_help=False, argument_default=argparse.SUPPRESS) for _ in range(2))
     for option in OPTIONS:
         text = f"{option.help} ({option.variable}; default: {option.default or 'none'})"
-        options.add_argument("--" + option.name, metavar=option.metavar, help=text)
-    parser = argparse.ArgumentParser(prog="gipam.py", parents=[options], allow_abbrev=False,
+        shown.add_argument("--" + option.name, metavar=option.metavar, help=text)
+        hidden.add_argument("--" + option.name, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(prog="gipam", parents=[shown], allow_abbrev=False,
                                      description="Docker IPAM driver that hands out routed "
                                                  "prefixes")
     parser.add_argument("--version", action="version", version=__version__)
@@ -3418,8 +3465,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", help="default: serve")
     for function, flags in COMMANDS:
         purpose = function.__doc__ or ""
-        command = commands.add_parser(function.__name__[4:], parents=[options], allow_abbrev=False,
-                                      help=purpose.split("\n")[0], description=purpose)
+        is_serve = function is cmd_serve
+        command = commands.add_parser(
+            function.__name__[4:], parents=[shown if is_serve else hidden], allow_abbrev=False,
+            help=purpose.split("\n")[0], description=purpose,
+            epilog=None if is_serve else "It takes the options of `gipam --help`, too.")
         command.set_defaults(func=function)
         for flag, text in flags.items():
             command.add_argument(flag, help=text, **VALUES.get(flag, {"action": "store_true"}))
@@ -3450,11 +3500,13 @@ def set_up_log() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, or that of the error."""
     parser, words = build_parser(), normalise_arguments(sys.argv[1:] if argv is None else argv)
-    known = {"--help", "--version", *("--" + option.name for option in OPTIONS),
-             *(flag for _, flags in COMMANDS for flag in flags)}
+    known = ["--help", "--version", *("--" + option.name for option in OPTIONS),
+             *(flag for _, flags in COMMANDS for flag in flags)]
     for flag in (word.partition("=")[0] for word in words):
         if flag.startswith("--") and flag not in known:
-            parser.error(f"unknown option {flag}: see gipam.py --help")
+            near = difflib.get_close_matches(flag, known, 1)
+            hint = f"do you mean {near[0]}?" if near else "see `gipam --help`"
+            parser.error(f"unknown option {flag}: {hint}")
     arguments = parser.parse_args(words)
     arguments.settings = read_settings(os.environ, arguments)  # the first two stages
     set_up_log()

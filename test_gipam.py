@@ -411,6 +411,11 @@ def dump_state(state: gipam.State) -> Any:
 
 
 class ParsingTest(unittest.TestCase):
+    def test_place_is_a_path_or_host_and_port(self) -> None:
+        for place, text in ((("127.0.0.1", 90), "127.0.0.1:90"), (("::1", 90, 0, 0), "[::1]:90"),
+                            ("/run/x.sock", "/run/x.sock"), (b"\0x", "\0x"), ("", "")):
+            self.assertEqual(gipam.format_place(place), text)
+
     def test_prefix_is_an_address_and_a_decimal_length(self) -> None:
         for text in ("10.2.0.0/16", "0.0.0.0/0", "10.2.0.1/32", "2001:db8:0:100::/56", "::/0",
                      "2001:db8::1/128", "::ffff:10.0.0.0/104"):
@@ -1265,7 +1270,7 @@ class AddressOrderTest(unittest.TestCase):
 
 
 OVERLAP = ("Pool overlaps with other one on this address space: {} with {}, held by pool {!r} for "
-           "{}; should no network use that any more, `gipam.py check --fix` releases it")
+           "{}; should no network use that any more, `gipam check --fix` releases it")
 BLOCKS = ("all predefined address pools have been fully subnetted: of {} blocks of {}, {} are "
           "held, {} excluded, and {} overlap routes or addresses of this host or lie in smaller "
           "pieces")
@@ -2550,10 +2555,12 @@ class SnapshotFileTest(StoreCase):
 
     def test_what_gipam_wrote_itself_is_no_edit(self) -> None:
         service = self.begin()
-        for _ in range(2):
-            with self.assertRaises(AssertionError), self.assertLogs(gipam.log, "WARNING"):
-                self.assertTrue(fold(service))
+        self.assertFalse(service._store.is_edited())
+        self.assertFalse(load(self.path)[0].is_edited())
+        self.assertTrue(fold(service))
+        self.assertFalse(service._store.is_edited())
         os.unlink(self.path)
+        self.assertFalse(service._store.is_edited())
         self.assertTrue(fold(service))
 
     def test_it_is_written_for_its_owner_only(self) -> None:
@@ -4262,7 +4269,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
     def test_pools(self) -> None:
         whole, part = self.pool("10.9.0.0/24"), self.pool("10.9.2.0/24", "10.9.2.0/25")
         held = ("held by pool {!r} for AGE; should no network use that any more, "
-                "`gipam.py check --fix` releases it")
+                "`gipam check --fix` releases it")
         form = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
         overlap, known = OVERLAPPING, "gipam has gipam.name, gipam.v4ab, gipam.v6ab"
         rows: tuple[tuple[int, str, dict[str, Any]], ...] = (
@@ -4328,7 +4335,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
         self.take(six, 2)
         lost = "10.9.0.0/16#0123456789abcdef"
         overlap = (f"{OVERLAPPING}10.9.0.0/16 with 10.9.0.0/24, held by pool {whole!r} for AGE; "
-                   "should no network use that any more, `gipam.py check --fix` releases it")
+                   "should no network use that any more, `gipam check --fix` releases it")
         for pool_id, address, status, text in (
                 (whole, "10.8.0.1", 400,
                  "requested address is out of range: 10.8.0.1 is not in 10.9.0.0/24"),
@@ -6243,7 +6250,10 @@ class OperatedCase(unittest.TestCase):
         config, settings = self.config(*options)
         store, state = gipam.Store(self.file), gipam.make_state(config)
         store.write_snapshot(gipam.encode_snapshot({}, gipam.copy_state(state), None), is_named=False)
-        return gipam.Service(store, state, {"V4Pool": "10.2.0.0/20", "V6Pool": "2001:db8:0:100::/60"}, proc=self.proc)
+        service = gipam.Service(store, state, {"V4Pool": "10.2.0.0/20", "V6Pool": "2001:db8:0:100::/60"},
+                                proc=self.proc)
+        service.about = gipam.describe_daemon(settings, self.socket)
+        return service
 
     def call(self, method: str, **arguments: Any) -> Any:
         """What dockerd asks of gipam."""
@@ -6396,7 +6406,7 @@ class CheckTest(OperatedCase):
 
     def assert_mended(self, *lines: str) -> None:
         """`check` says these lines; --fix mends them; then no difference is left."""
-        self.assertEqual(self.check(), [line + "; `gipam.py check --fix` mends it" for line in lines])
+        self.assertEqual(self.check(), [line + "; `gipam check --fix` mends it" for line in lines])
         self.assertEqual(self.check("--fix"), [line + "; fixed" for line in lines])
         self.assertEqual(self.check(), [])
 
@@ -7113,6 +7123,7 @@ SUBNET               RANGE          HELD  OF                    NAME            
     def test_lease_file_is_left_alone_while_the_daemon_answers(self) -> None:
         """It may be large; and what is wrong with it concerns the next start."""
         self.docker.make_network("web")
+        self.settle()
         with open(self.file, "w", encoding="ascii") as file:
             file.write("not JSON")
         self.assertIn("10.2.0.0/24", self.status())
@@ -7172,7 +7183,9 @@ SUBNET               RANGE          HELD  OF                    NAME            
         """The documented interface: these keys stay."""
         self.fill()
         status = json.loads(self.status("--json"))
-        self.assertEqual(set(status), {"version", "seq", "bases", "pools"})
+        self.assertEqual(set(status), {"version", "driver", "listening", "config", "seq", "bases", "pools"})
+        self.assertEqual((status["driver"], status["listening"]), ("gipam", self.socket))
+        self.assertEqual(status["config"]["socket"], {"value": self.socket, "origin": "command line"})
         self.assertEqual(status["version"], gipam.__version__)
         base = dict(status["bases"][1])
         self.assertEqual(base, {
@@ -7206,7 +7219,38 @@ SUBNET               RANGE          HELD  OF                    NAME            
         self.assertEqual(before, {name: self.read(name) for name in before})
         for base in expected["bases"]:
             del base["routes"]
-        self.assertEqual(found, expected)
+        self.assertEqual(found.pop("listening"), "")
+        for key in ("listening", "config"):
+            del expected[key]
+        self.assertEqual({key: found[key] for key in expected}, expected)
+
+    def test_driver_is_what_the_daemon_says(self) -> None:
+        """Whatever -socket, -address and -unix lead to it."""
+        self.docker.make_network("web")
+        self.service.about["driver"] = "lan"
+        found = gipam.find_differences(lambda: self.service.status(True), self.docker.path, "lan", 0)
+        self.assertEqual([kind for kind, _ in found], ["leaked_pool", "overlap"])
+        for options in (("-socket", self.socket), ("-unix", "-socket", self.socket, "-spec", "/x/y.spec")):
+            done = self.run_gipam("check", "--grace", "0", options=(*options, "-file", self.file))
+            self.assertRegex(done.out, "^leaked_pool: ")
+
+    def test_daemon_of_an_earlier_version(self) -> None:
+        self.docker.make_network("web")
+        self.service.about = {}
+        self.assertEqual(self.run_gipam("check").out, "no difference\n")
+
+    def test_config_asks_the_daemon(self) -> None:
+        self.service.about["config"] = {"v4": {"value": "10.7.0.0/16", "origin": "environment (GIPAM_V4)"},
+                                        "exclude": {"value": "", "origin": "default"}}
+        done = self.run_gipam("config", "-v4", "10.8.0.0/16")
+        self.assertEqual((done.status, done.err), (0, ""))
+        self.assertRegex(done.out, r"^v4 +10\.7\.0\.0/16 +environment \(GIPAM_V4\)\nexclude +none +default\n$")
+
+    def test_config_shows_no_password(self) -> None:
+        option = gipam.OPTIONS[0]
+        text = "http://10.0.0.1:2379,https://user:secret@etcd2:2379"
+        shown = gipam.describe_daemon({**self.config()[1], "x": gipam.Setting(option, text, "default")}, "")["config"]
+        self.assertEqual(shown["x"]["value"], "http://10.0.0.1:2379,https://***@etcd2:2379")
 
     def test_daemon_that_ends_between_the_readings_of_its_files_is_looked_at_again(self) -> None:
         self.fill()
@@ -7442,6 +7486,25 @@ class LogTest(unittest.TestCase):
     def test_what_is_taken_over_by_hand_is_logged(self) -> None:
         self.assertIn("10.9.0.0/24", "\n".join(line for line in self.run_daemon(JOURNAL_STREAM="8:1") if "<6>" in line))
 
+    def test_it_says_where_it_serves_and_warns_of_open_tcp(self) -> None:
+        for kind, warning in ((TcpDaemon, "TCP without -tls: every user of this host can take and release"),
+                              (Daemon, None)):
+            daemon = kind(self, "-metrics", "127.0.0.1:0", env={"DOCKER_HOST": "unix:///nothing"}).start()
+            self.assertEqual(daemon.stop(), 0)
+            with self.subTest(kind.__name__):
+                self.assertRegex(daemon.read_log(), r"serving on (127\.0\.0\.1:\d+|/\S+\.sock), and metrics on "
+                                                    r"127\.0\.0\.1:\d+ with 0 pools")
+                self.assertEqual(warning is not None, "TCP without" in daemon.read_log())
+
+    def test_address_that_is_taken_is_written_as_host_and_port(self) -> None:
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            place = f"127.0.0.1:{other.getsockname()[1]}"
+            daemon = TcpDaemon(self, "-address", place, env={"DOCKER_HOST": "unix:///nothing"})
+            assert daemon.start(wait=False).process
+            self.assertEqual(daemon.stop(0), 1)
+            self.assertIn(f"gipam: {place}: Address already in use\n", daemon.read_log())
+
     def test_refused_requests_say_why(self) -> None:
         text = "\n".join(self.run_daemon(JOURNAL_STREAM="8:12345"))
         self.assertRegex(text, "\n<4>refused /IpamDriver.RequestPool: Pool overlaps with other one on this address "
@@ -7480,6 +7543,7 @@ def run_main(*arguments: str, **variables: str) -> Outcome:
                 mock.patch.object(logging, "basicConfig"), \
                 mock.patch.object(gipam.Store, "lock",
                                   side_effect=AssertionError("this would serve")), \
+                mock.patch.object(gipam, "find_daemon", return_value=None), \
                 contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = gipam.main(list(arguments))
     except SystemExit as leaving:
@@ -7521,7 +7585,9 @@ class CommandLineCase(unittest.TestCase):
         """Return name -> (value, origin), as `gipam.py config` prints it."""
         outcome = self.run_config(*arguments, **variables)
         self.assertEqual((outcome.status, outcome.err), (0, ""))
-        rows = [re.fullmatch(r"(\w+) +(\S+) +(\S.*)", line) for line in outcome.out.splitlines()]
+        first, *lines = outcome.out.splitlines()
+        self.assertRegex(first, "^no gipam answers on .*: this environment and lease file would give$")
+        rows = [re.fullmatch(r"(\w+) +(\S+) +(\S.*)", line) for line in lines]
         found = {row[1]: (row[2], row[3]) for row in rows if row}
         self.assertEqual(list(found), [option.name for option in gipam.OPTIONS])
         return found
@@ -7564,12 +7630,14 @@ class OptionTest(CommandLineCase):
         for text in ("yes", "on", "", "2", "TRUe", "tRUE", " true", "-1"):
             self.assertEqual(self.run_config(f"-unix={text}").status, 78, text)
 
-    def test_a_boolean_flag_never_takes_the_next_word(self) -> None:
+    def test_a_boolean_flag_takes_no_word_but_a_boolean(self) -> None:
         for flag in ("-unix", "--unix"):
             outcome = run_main("-file", self.file, flag, "config")
             self.assertRegex(outcome.out, r"(?m)^unix +true +command line$")
-            outcome = run_main("-file", self.file, flag, "false", "config")
-            self.assertEqual((outcome.status, outcome.out), (2, ""), "false is no command")
+            for word in ("false", "F", "0", "true"):
+                outcome = run_main("-file", self.file, flag, word, "config")
+                self.assertRegex(outcome.out, rf"(?m)^unix +{word} +command line$")
+            self.assertEqual(run_main("-file", self.file, flag, "no", "config").status, 2)
 
     def test_what_is_no_option_is_refused(self) -> None:
         for words in (
@@ -7585,7 +7653,7 @@ class OptionTest(CommandLineCase):
                     outcome = run_main(*line.split(), GIPAM_FILE=self.file)
                     self.assertEqual((outcome.status, outcome.out), (2, ""), outcome)
                     self.assertRegex(outcome.err,
-                                     r"(?s)^usage: gipam\.py .*\ngipam\.py[^\n]*: error: [^\n]+\n$")
+                                     r"(?s)^usage: gipam .*\ngipam[^\n]*: error: [^\n]+\n$")
         self.assertEqual(run_main("config", "-v4").status, 2)
 
     def test_version_and_help(self) -> None:
@@ -9474,7 +9542,7 @@ class CheckWhileContainersComeAndGoTests(CheckedDockerCase):
         for pool in state.pools.values():
             for offset, lease in pool.leases.items():
                 pool.leases[offset] = lease._replace(granted_s=lease.granted_s - age_s)
-        keys = {key: value for key, value in document.items() if key in gipam.CONFIG_KEYS}
+        keys = {key: value for key, value in document.items() if key in gipam.FILE_NAMES[:6]}
         store.write_snapshot(gipam.encode_snapshot(keys, gipam.copy_state(state), None), is_named=False)
         self.docker.start_gipam()
 
@@ -9867,7 +9935,7 @@ class BootTest(unittest.TestCase):
                  r"; or (move) (/opt/gipam/leases\.json\*) away: "),
                 ("docker network create --ipam-driver gipam extra; docker network rm extra\n"
                  f"sed -i '2s/request/REQUEST/' /opt/gipam/leases.json.journal.*; kill -KILL {GIPAM_PID}",
-                 r": (truncate -s \d+) (/opt/gipam/leases\.json\.journal\.\d+), .* run `gipam.py check --fix`")):
+                 r": (truncate -s \d+) (/opt/gipam/leases\.json\.journal\.\d+), .* run `gipam check --fix`")):
             machine(damage)
             machine.wait_until("systemctl is-failed -q gipam")
             status = machine("systemctl --no-pager status gipam", 3)
@@ -9935,7 +10003,7 @@ class BootTest(unittest.TestCase):
         said = machine.follow("On TCP, with TLS", 1, 2)
         self.assertNotIn("failed", said)
         self.assertEqual(machine.show("NRestarts"), "0")
-        self.assertIn("serving on ('192.0.2.7', 9090)", machine.log("gipam"))
+        self.assertIn("serving on 192.0.2.7:9090", machine.log("gipam"))
         machine("test ! -h /run/docker/plugins/gipam.sock; grep -q https://192.0.2.7:9090 /etc/docker/plugins/gipam.json")
         machine.wait_for_containers()
         machine("docker restart web1 lan1; docker network create --ipam-driver gipam over; docker network rm over")
