@@ -7656,6 +7656,23 @@ class OptionTest(CommandLineCase):
                                      r"(?s)^usage: gipam .*\ngipam[^\n]*: error: [^\n]+\n$")
         self.assertEqual(run_main("config", "-v4").status, 2)
 
+    def test_wrong_option_names_the_nearest_right_one(self) -> None:
+        for flag, near in (("-soket=x", "--socket"), ("--exclud", "--exclude"), ("--fixx", "--fix"),
+                           ("-metric=:9091", "--metrics"), ("-v4bits=26", None)):
+            said = run_main("status", flag).err.splitlines()[-1]
+            self.assertTrue(said.endswith(f"do you mean {near}?" if near else "see `gipam --help`"),
+                            said)
+
+    def test_help_of_a_command_shows_its_own_options(self) -> None:
+        for function, flags in gipam.COMMANDS[1:]:
+            said = run_main(function.__name__[4:], "--help").out
+            with self.subTest(function.__name__):
+                for flag in flags:
+                    self.assertIn(f"\n  {gipam.VALUES.get(flag, {}).get('metavar', flag)}"
+                                  if "-" not in flag else f"\n  {flag}", said)
+                self.assertNotIn("--v4ab", said)
+                self.assertIn("the options of `gipam --help`", said)
+
     def test_version_and_help(self) -> None:
         self.assertEqual(run_main("--version"), (0, gipam.__version__ + "\n", ""))
         self.assertEqual(run_main("-version"), (0, gipam.__version__ + "\n", ""))
