@@ -98,6 +98,7 @@ DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has dialled to send its req
 CHECK_PAUSE_S = 1.0  # between the two looks of a check
 IMPORT_PAUSE_S = 1.0
 DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
+NAMES_PATIENCE_S = 2.0  # of status, for Docker
 IMPORT_PATIENCE_S = 2.0  # at a start with Docker alive
 BITS = {4: 32, 6: 128}
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -572,6 +573,13 @@ class Family:
         """Return whether the prefix lies in a base and is free."""
         return self.free.find_overlap(network) is None and any(
             base.prefixlen <= network.prefixlen and base.overlaps(network) for base in self.bases)
+
+    def count_touched(self, networks: Iterable[Network]) -> int:
+        """Return how many free blocks of the usual length the prefixes touch."""
+        touched: Any = (network if network.prefixlen < self.prefixlen
+                        else network.supernet(new_prefix=self.prefixlen) for network in networks)
+        free = sum(map(self.free.addresses, ipaddress.collapse_addresses(touched)))
+        return -(-free >> BITS[self.version] - self.prefixlen)
 
     def hold(self, subnet: Subnet, times: int, steps: list[Undo]) -> None:
         """Count the subnet as in use, or with times=-1 as free again."""
@@ -1725,8 +1733,9 @@ class Service:
                   for version, family in self.state.families.items() if family.bases}
         for base in status["bases"]:
             prefix = parse_prefix(base["prefix"])
-            base["routes"] = [str(route) for route in routes[prefix.version]
-                              if prefix.overlaps(route)]
+            inside = [route for route in routes[prefix.version] if prefix.overlaps(route)]
+            base["routes"] = [str(route) for route in inside]
+            base["blocks_routed"] = self.state.families[prefix.version].count_touched(inside)
         return status
 
     def samples(self) -> Iterator[str]:
@@ -3146,44 +3155,99 @@ def make_state(config: Config) -> State:
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
-    """Show bases, pools and, with --leases, each lease."""
-    status, is_terminal = read_status(arguments.settings, arguments.leases), sys.stdout.isatty()
+    """Show bases, pools and, with --leases, each lease; or just what is asked for."""
+    status = read_status(arguments.settings, arguments.leases or bool(arguments.what))
+    claims: list[Claim] = []
+    with contextlib.suppress(GipamError):  # names are welcome, and no reason to wait or to fail
+        claims = read_claims(docker_socket(), status["driver"], NAMES_PATIENCE_S)[0]
+    add_names(status["pools"], claims)
+    if arguments.what:
+        status.update(bases=[], pools=select_pools(status["pools"], arguments.what))
     if arguments.json:
         print(json.dumps(status, indent=2))
         return 0
+    if not status["listening"]:
+        print(f"{describe_absence(arguments.settings)}: this is what the lease file holds")
+    is_terminal = sys.stdout.isatty()
     has_colour = is_terminal and "NO_COLOR" not in os.environ
-    width = max(shutil.get_terminal_size().columns, 40) if is_terminal else 100
+    width = max(shutil.get_terminal_size().columns, 40) if is_terminal else 80
     for line in render_status(status, width, int(time.time())):
         is_map = has_colour and line.startswith("  ")
         print(re.sub("[#+]+", "\033[33m\\g<0>\033[0m", line) if is_map else line)
     return 0
 
 
+def add_names(pools: list[Json], claims: list[Claim]) -> None:
+    """Put pools and leases in order of address; name network and container, where Docker does."""
+    networks = {claim.key: claim.network for claim in claims if not claim.address}
+    containers = {(claim.subnet, claim.address): claim.name for claim in claims}
+    for pool in pools:
+        pool["network"] = networks.get((pool["subnet"], pool["sub_pool"]), "")
+        for lease in pool.get("addresses", ()):
+            lease["container"] = containers.get((pool["subnet"], lease["address"]), "")
+        pool.get("addresses", []).sort(key=lambda lease: ipaddress.ip_address(lease["address"]))
+    pools.sort(key=lambda pool: [(-prefix.version, prefix) for prefix in map(
+        parse_prefix, filter(None, (pool["subnet"], pool["sub_pool"])))])
+
+
+def select_pools(pools: list[Json], what: str) -> list[Json]:
+    """Return the pools of a network, or in a prefix with the leases there. Raises: InvalidRequest.
+
+    An address is a prefix, too.
+    """
+    try:
+        prefix = ipaddress.ip_network(what, strict=False)
+    except ValueError:
+        found = [pool for pool in pools if what in (pool["network"], pool["name"])]
+    else:
+        found = [{**pool, "addresses": [lease for lease in pool["addresses"] if
+                                        ipaddress.ip_address(lease["address"]) in prefix]}
+                 for pool in pools if prefix.overlaps(parse_prefix(pool["subnet"]))]
+    if not found:
+        raise InvalidRequest(f"{what!r} is no address, subnet or network of a pool that is held")
+    return found
+
+
 def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     """Yield the lines of the text form: a bar and a map for each base, a table of the pools."""
     for base in status["bases"]:
-        total, used = base["blocks"], base["blocks_used"]
-        bar = ("#" * -(-20 * used // total)).ljust(20, ".")
-        yield (f"{base['prefix']}  [{bar}]  {used} of {total} blocks of /{base['block_prefixlen']} "
-               f"held, {total - used - base['blocks_excluded']} free")
-        cells = draw_map(base, status["pools"], 4 * (width - 4))
-        for start in range(0, len(cells), width - 4):
-            yield "  " + cells[start:start + width - 4]
+        yield from render_base(base, status["pools"], width)
     if status["bases"]:
-        yield ("  # held  + partly  . free  x excluded  ~ route or address of this host  "
-               "r kept for a name")
-    rows = [("SUBNET", "RANGE", "HELD", "OF", "NAME", "AGE")]
+        yield "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"[:width]
+    rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
     for pool in status["pools"]:
         age = format_age(now_s - pool["granted_s"])
         rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]),
-                     str(pool["usable"]), pool["name"] or "-", age))
+                     format_count(pool["usable"]), age, pool["network"] or pool["name"] or "-"))
         for lease in pool.get("addresses", ()):
             age = format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?"
-            owner = lease["name"] or lease["mac"] or "-"
-            rows.append(("  " + lease["address"], lease["kind"], "", "", owner, age))
+            owner = lease["container"] or lease["name"] or lease["mac"] or "-"
+            rows.append(("  " + lease["address"], lease["kind"], "", "", age, owner))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows if status["pools"] else ():
         yield "  ".join(map(str.ljust, row, widths)).rstrip()[:width]
+
+
+def render_base(base: Json, pools: list[Json], width: int) -> Iterator[str]:
+    """Yield the lines of a base: a bar, and rows of a map, each behind its first address."""
+    prefix, total, used = parse_prefix(base["prefix"]), base["blocks"], base["blocks_used"]
+    free = total - used - base["blocks_excluded"] - base.get("blocks_routed", 0)
+    bar = ("#" * -(-10 * used // total)).ljust(10, ".")
+    yield (f"{prefix}  [{bar}]  {used} of {format_count(total)} blocks of "
+           f"/{base['block_prefixlen']} held, {format_count(free)} free")[:width]
+    last = int(prefix[-1]) + 1 - prefix.num_addresses // total
+    indent = len(format_address(last, prefix.version))
+    length = 1 << max(width - indent - 4, 1).bit_length() - 1
+    cells = draw_map(base, pools, 4 * length)
+    for start in range(0, len(cells), length):
+        first = int(prefix[0]) + prefix.num_addresses // len(cells) * start
+        label = format_address(first, prefix.version)
+        yield f"  {label:{indent}}  {cells[start:start + length]}"
+
+
+def format_count(count: int) -> str:
+    """Return a number, a large one as a power of two that it nearly is."""
+    return str(count) if count < 10 ** 9 else f"2^{(count - 1).bit_length()}"
 
 
 def draw_map(base: Json, pools: list[Json], limit: int) -> str:
@@ -3258,17 +3322,9 @@ def mend(settings: Settings, findings: list[Finding],
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
     settings, status = arguments.settings, read_status(arguments.settings, has_leases=True)
-    pools = [pool for pool in status["pools"]
-             if arguments.pool in (pool["id"], pool["subnet"], pool["sub_pool"])]
-    if len(pools) != 1:
-        raise InvalidRequest(
-            f"{arguments.pool!r} names {len(pools)} pools: give the id of one, as `status --json` "
-            "has it" + "".join(f"\n  {pool['id']}" for pool in pools))
-    pool, address = pools[0], arguments.lease and normalise_address(arguments.lease)
-    lease = next((lease for lease in pool["addresses"] if lease["address"] == address), None)
-    if address and not lease:
-        raise InvalidRequest(f"{address} is not held in {pool['subnet']}")
+    pool, lease = find_lease(status["pools"], arguments.pool, arguments.lease)
     body = release_body(pool, lease)
+    address = body["Address"]
     if not arguments.force:
         claims, _ = read_claims(docker_socket(), status["driver"])
         leaks = [finding.body for finding in find_leaks(status, claims, time.time())]
@@ -3284,11 +3340,37 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     if daemon is None:
         raise Unreachable("release needs the daemon, and none answers")
     call(daemon, "POST", "/Gipam.Release", body)
+    print(f"released {what} {pool['subnet']}")
     return 0
 
 
+def find_lease(pools: list[Json], name: str, text: str) -> tuple[Json, Json | None]:
+    """Return the pool of this id or prefix, and the lease of the address. Raises: InvalidRequest.
+
+    Prefix and address may be in any spelling; without an address there is no lease.
+    """
+    with contextlib.suppress(ValueError):
+        name = str(parse_prefix(name, mask=True))
+    found = [pool for pool in pools if name in (pool["id"], pool["subnet"], pool["sub_pool"])]
+    if len(found) != 1:
+        raise InvalidRequest(
+            f"{name!r} names {len(found)} pools: give the id of one, as `gipam status --json` "
+            "has it" + "".join(f"\n  {pool['id']}" for pool in found))
+    try:
+        address = text and normalise_address(text)
+    except ValueError:
+        raise InvalidRequest(f"{text!r} is not a bare IP address") from None
+    pool = found[0]
+    lease = next((lease for lease in pool["addresses"] if lease["address"] == address), None)
+    if address and not lease:
+        raise InvalidRequest(f"{address} is not held in {pool['subnet']}")
+    return pool, lease
+
+
 def ask(question: str) -> bool:
-    """Return whether somebody is there who says yes."""
+    """Return whether somebody is there who says yes. Raises: InvalidRequest without a terminal."""
+    if not sys.stdin.isatty():
+        raise InvalidRequest("there is no terminal to ask at: give --yes to go on without")
     with contextlib.suppress(EOFError):
         return input(question).strip().lower() in ("y", "yes")
     print()
@@ -3435,7 +3517,8 @@ def normalise_arguments(arguments: list[str]) -> list[str]:
 
 COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, str]], ...] = (
     (cmd_serve, {}),
-    (cmd_status, {"--json": "as JSON, the stable form", "--leases": "with each lease"}),
+    (cmd_status, {"--json": "as JSON, the stable form", "--leases": "with each lease",
+                  "what": "only this; by Docker's name or gipam.name"}),
     (cmd_check, {"--json": "as JSON", "--fix": "mend what differs",
                  "--force": "with --fix, also when Docker knows none of the pools",
                  "--grace": "overlook what is younger (default: 60)"}),
@@ -3446,6 +3529,7 @@ COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, str]], ...]
 VALUES: dict[str, Json] = {  # the arguments of commands that are no switches
     "--grace": {"type": int, "default": 60, "metavar": "SECONDS"}, "pool": {"metavar": "POOL"},
     "lease": {"metavar": "ADDRESS", "nargs": "?", "default": ""},
+    "what": {"metavar": "ADDRESS|NETWORK|SUBNET", "nargs": "?", "default": ""},
 }
 
 

@@ -6200,7 +6200,7 @@ class Finished(NamedTuple):
 
 
 class Terminal(io.StringIO):
-    """Standard output of a person."""
+    """Standard output or input of a person."""
 
     def isatty(self) -> bool:
         return True
@@ -6268,7 +6268,7 @@ class OperatedCase(unittest.TestCase):
         return {pool["sub_pool"] or pool["subnet"]: [lease["address"] for lease in pool["addresses"]]
                 for pool in self.service.status(True)["pools"]}
 
-    def run_gipam(self, *arguments: str, out: io.StringIO | None = None, stdin: str = "", options: tuple[str, ...] = (),
+    def run_gipam(self, *arguments: str, out: io.StringIO | None = None, stdin: str | Terminal = "", options: tuple[str, ...] = (),
                   **variables: str) -> Finished:
         """Run a command of gipam.py in this process."""
         out, err, handler = out or io.StringIO(), io.StringIO(), logging.StreamHandler()
@@ -6281,7 +6281,7 @@ class OperatedCase(unittest.TestCase):
         try:
             with mock.patch.dict(os.environ, environment, clear=True), mock.patch.object(gipam, "set_up_log"), \
                     contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-                    mock.patch.object(sys, "stdin", io.StringIO(stdin)):
+                    mock.patch.object(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin):
                 status = gipam.main([*arguments, *options])
         finally:
             gipam.log.removeHandler(handler)
@@ -6998,11 +6998,15 @@ class ReleaseTest(OperatedCase):
         self.docker.stop("one", is_told=False)
         for answer, status, count in (("\n", 1, 2), ("n\n", 1, 2), ("", 1, 2), ("yes\n", 0, 1)):
             with self.subTest(answer=answer):
-                done = self.run_gipam("release", "10.2.0.0/24", "10.2.0.2", stdin=answer)
+                done = self.run_gipam("release", "10.2.0.0/24", "10.2.0.2", stdin=Terminal(answer))
                 self.assertEqual((done.status, done.err, len(self.held()["10.2.0.0/24"])), (status, "", count))
-                self.assertTrue(done.out.startswith("release address 10.2.0.2 of 10.2.0.0/24? [y/N] "))
+                said = "" if status else "released address 10.2.0.2 of 10.2.0.0/24"
+                self.assertEqual(done.out.rstrip("\n"), "release address 10.2.0.2 of 10.2.0.0/24? [y/N] " + said)
         del self.docker.networks["web"]
-        self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes"), (0, "", ""))
+        refused = self.run_gipam("release", "10.2.0.0/24", stdin="yes\n")
+        self.assertEqual(refused, (1, "", "gipam: there is no terminal to ask at: give --yes to go on without\n"))
+        self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes"),
+                         (0, "released pool with 1 leases, 10.2.0.0/24\n", ""))
         self.assertEqual(self.held(), {})
 
     def test_it_refuses_what_docker_uses_unless_forced(self) -> None:
@@ -7028,7 +7032,7 @@ class ReleaseTest(OperatedCase):
         ids = [pool["id"] for pool in self.service.status(False)["pools"] if pool["sub_pool"]]
         done = self.run_gipam("release", "10.50.0.0/24", "--force", "--yes")
         self.assertEqual((done.status, done.out), (1, ""))
-        self.assertEqual(done.err, "gipam: '10.50.0.0/24' names 2 pools: give the id of one, as `status --json` "
+        self.assertEqual(done.err, "gipam: '10.50.0.0/24' names 2 pools: give the id of one, as `gipam status --json` "
                          "has it\n" + "".join(f"  {pool_id}\n" for pool_id in ids))
         for name in ("10.50.0.0/25", ids[1]):
             self.assertEqual(self.run_gipam("release", name, "--force", "--yes").status, 0)
@@ -7036,15 +7040,18 @@ class ReleaseTest(OperatedCase):
 
     def test_what_is_not_there(self) -> None:
         for arguments, words in ((("10.77.0.0/24",), "names 0 pools"), (("10.2.0.0/24", "10.2.0.9"), "is not held in"),
-                                 (("10.2.0.0/24", "10.9.0.9"), "is not held in")):
+                                 (("10.2.0.0/24", "10.9.0.9"), "is not held in"),
+                                 (("10.2.0.0/24", "one"), "gipam: 'one' is not a bare IP address"),
+                                 (("10.2.0.0/24", "10.2.0.2x"), "is not a bare IP address")):
             with self.subTest(arguments):
                 done = self.run_gipam("release", *arguments, "--force", "--yes")
                 self.assertEqual((done.status, done.out), (1, ""))
                 self.assertIn(words, done.err)
 
-    def test_address_in_any_spelling(self) -> None:
+    def test_pool_and_address_in_any_spelling(self) -> None:
         self.docker.make_network("six", "fd00:9::/64")
-        self.assertEqual(self.run_gipam("release", "fd00:9::/64", "FD00:9::0:1", "--yes", "--force").status, 0)
+        done = self.run_gipam("release", "FD00:0009:0:0::/64", "FD00:9::0:1", "--yes", "--force")
+        self.assertEqual(done, (0, "released address fd00:9::1 of fd00:9::/64\n", ""))
         self.assertEqual(self.held()["fd00:9::/64"], [])
 
     def test_without_docker_or_daemon_nothing_is_released(self) -> None:
@@ -7062,28 +7069,28 @@ class StatusTest(OperatedCase):
     ROUTE = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\n" \
             "tun0\t0003020A\t00000000\t0001\t0\t0\t0\t80FFFFFF\n"  # 10.2.3.0/25
     TEXT = """\
-2001:db8:0:100::/60  [##..................]  1 of 16 blocks of /64 held, 15 free
-  #...............
-10.2.0.0/20  [#######.............]  5 of 16 blocks of /24 held, 10 free
-  #x.~+r.###......
-  # held  + partly  . free  x excluded  ~ route or address of this host  r kept for a name
-SUBNET               RANGE          HELD  OF                    NAME     AGE
-10.2.0.0/24          -              3     254                   -        3h
-2001:db8:0:100::/64  -              2     18446744073709551615  -        3h
-10.2.4.0/25          -              1     126                   -        3h
-10.50.0.0/24         10.50.0.64/26  1     64                    gateway  3h
-10.2.7.0/24          -              0     254                   -        2d
-10.2.8.0/23          -              0     510                   -        40s
+2001:db8:0:100::/60  [#.........]  1 of 16 blocks of /64 held, 15 free
+  2001:db8:0:100::  #...............
+10.2.0.0/20  [####......]  5 of 16 blocks of /24 held, 9 free
+  10.2.0.0   #x.~+r.###......
+  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name
+SUBNET               RANGE          HELD  OF    AGE  NETWORK
+2001:db8:0:100::/64  -              2     2^64  3h   web
+10.2.0.0/24          -              3     254   3h   web
+10.2.4.0/25          -              1     126   3h   partly
+10.2.7.0/24          -              0     254   2d   -
+10.2.8.0/23          -              0     510   40s  -
+10.50.0.0/24         10.50.0.64/26  1     64    3h   range
 """
     LEASES = """\
-SUBNET               RANGE          HELD  OF                    NAME               AGE
-10.2.0.0/24          -              3     254                   -                  3h
-  10.2.0.1           gateway                                    -                  3h
-  10.2.0.2           endpoint                                   02:42:00:00:00:02  3h
-  10.2.0.200         auxiliary                                  -                  3h
-2001:db8:0:100::/64  -              2     18446744073709551615  -                  3h
-  2001:db8:0:100::1  gateway                                    -                  3h
-  2001:db8:0:100::2  endpoint                                   02:42:00:00:00:02  3h
+SUBNET               RANGE          HELD  OF    AGE  NETWORK
+2001:db8:0:100::/64  -              2     2^64  3h   web
+  2001:db8:0:100::1  gateway                    3h   -
+  2001:db8:0:100::2  endpoint                   3h   one
+10.2.0.0/24          -              3     254   3h   web
+  10.2.0.1           gateway                    3h   -
+  10.2.0.2           endpoint                   3h   one
+  10.2.0.200         auxiliary                  3h   -
 """
 
     def fill(self) -> None:
@@ -7141,16 +7148,16 @@ SUBNET               RANGE          HELD  OF                    NAME            
         self.docker.version = 29
         self.docker.make_network("web")
         self.docker.start("one", "web")
-        self.assertRegex(self.status("--leases"), r"\n  10.2.0.2 +endpoint +one +")
+        self.assertRegex(self.status("--leases", DOCKER_HOST="unix:///nothing"), r"\n  10.2.0.2 +endpoint +\w+ +one\n")
 
     def test_empty_and_full(self) -> None:
         self.assertEqual(self.status(), (
-            "2001:db8:0:100::/60  [....................]  0 of 16 blocks of /64 held, 16 free\n  ................\n"
-            "10.2.0.0/20  [....................]  0 of 16 blocks of /24 held, 16 free\n  ................\n"
-            "  # held  + partly  . free  x excluded  ~ route or address of this host  r kept for a name\n"))
+            "2001:db8:0:100::/60  [..........]  0 of 16 blocks of /64 held, 16 free\n  2001:db8:0:100::  ................\n"
+            "10.2.0.0/20  [..........]  0 of 16 blocks of /24 held, 16 free\n  10.2.0.0   ................\n"
+            "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name\n"))
         for _ in range(16):
             self.docker.make_network("full")
-        self.assertIn("10.2.0.0/20  [####################]  16 of 16 blocks of /24 held, 0 free\n  ################\n",
+        self.assertIn("10.2.0.0/20  [##########]  16 of 16 blocks of /24 held, 0 free\n  10.2.0.0   ################\n",
                       self.status())
 
     def test_map_of_a_large_base_has_a_character_for_a_group_of_blocks(self) -> None:
@@ -7163,10 +7170,62 @@ SUBNET               RANGE          HELD  OF                    NAME            
                 pools = [{"subnet": subnet} for subnet in subnets]
                 self.assertEqual(gipam.draw_map(base, pools, 63), drawing)
 
+    def test_rows_of_the_map_begin_with_their_first_block(self) -> None:
+        for text, prefixlen, count, labels in (
+                ("10.0.0.0/8", 24, 65536, ["10.0.0.0", "10.64.0.0", "10.128.0.0", "10.192.0.0"]),
+                ("10.2.0.0/25", 31, 64, ["10.2.0.0"]), ("2001:db8::/56", 64, 256, [
+                    "2001:db8::", "2001:db8:0:40::", "2001:db8:0:80::", "2001:db8:0:c0::"])):
+            base = {"prefix": text, "blocks": count, "blocks_used": 0, "blocks_excluded": 0, "remembered": {},
+                    "excluded": [], "block_prefixlen": prefixlen}
+            _, *rows = gipam.render_base(base, [], 85)
+            with self.subTest(text):
+                self.assertEqual([row.split() for row in rows], [[label, "." * 64] for label in labels])
+
+    def test_large_numbers_are_powers_of_two(self) -> None:
+        for count, text in ((0, "0"), (65536, "65536"), (2**24, "16777216"), (2**64 - 1, "2^64"), (2**64, "2^64"),
+                            (2**32 - 2, "2^32")):
+            self.assertEqual(gipam.format_count(count), text)
+
+    def test_blocks_that_routes_touch_are_not_free(self) -> None:
+        family = gipam.make_state(self.config("-exclude", "10.2.1.0/24")[0]).families[4]
+        for routes, count in ((), 0), (("10.2.3.0/25", "10.2.3.128/26"), 1), (("10.2.3.1/32", "10.2.4.0/23"), 3), \
+                (("10.2.0.0/22", "10.2.2.0/24"), 3), (("10.2.1.0/24",), 0):
+            with self.subTest(routes):
+                self.assertEqual(family.count_touched(map(gipam.parse_prefix, routes)), count)
+
+    def test_just_what_is_asked_for(self) -> None:
+        self.fill()
+        web = self.LEASES.splitlines()[1:]
+        for what, rows in (("web", web), ("10.2.0.0/24", web[3:]), ("10.2.0.2", [web[3], web[5]]),
+                           ("2001:DB8:0:0100:0::/64", web[:3]), ("2001:db8:0:100:0::2", [web[0], web[2]]),
+                           ("10.2.4.0/22", self.TEXT.splitlines()[8:9]), ("gateway", [])):
+            with self.subTest(what):
+                lines = self.status(what).splitlines()
+                self.assertTrue(lines[0].startswith("SUBNET "))
+                self.assertLessEqual({" ".join(row.split()) for row in rows}, {" ".join(row.split()) for row in lines})
+                if rows[0:1] == web[:1] or rows == web[3:]:
+                    self.assertEqual(len(lines), len(rows) + 1)
+        self.assertEqual([pool["network"] for pool in json.loads(self.status("--json", "gateway"))["pools"]], ["range"])
+        done = self.run_gipam("status", "10.77.0.1")
+        self.assertEqual(done, (1, "", "gipam: '10.77.0.1' is no address, subnet or network of a pool that is held\n"))
+
+    def test_without_docker_names_are_what_gipam_knows(self) -> None:
+        self.fill()
+        for host in ("unix:///nothing", "tcp://192.0.2.1:1"):
+            text = self.status("--leases", DOCKER_HOST=host)
+            self.assertRegex(text, r"\n10.50.0.0/24 .* gateway\n")
+            self.assertRegex(text, r"\n  10.2.0.2 .* 02:42:00:00:00:02\n")
+
+    def test_from_the_lease_file_it_says_so_first(self) -> None:
+        options = ("-socket", self.directory + "/no.sock", "-address", "[::1]:1", "-file", self.file, *self.BASES)
+        self.assertTrue(self.status(options=options).startswith(
+            f"no gipam answers on {self.directory}/no.sock or [::1]:1: this is what the lease file holds\n"))
+        self.assertEqual(json.loads(self.status("--json", options=options))["listening"], "")
+
     def test_colour_only_on_a_terminal_that_wants_it(self) -> None:
         self.fill()
-        plain = self.status(out=Terminal(), NO_COLOR="1", COLUMNS="100")
-        coloured = self.status(out=Terminal(), COLUMNS="100")
+        plain = self.status(out=Terminal(), NO_COLOR="1", COLUMNS="80")
+        coloured = self.status(out=Terminal(), COLUMNS="80")
         self.assertEqual(plain, self.TEXT)
         self.assertIn("\033[", coloured)
         self.assertEqual(re.sub("\033\\[[0-9]*m", "", coloured), plain)
@@ -7176,8 +7235,7 @@ SUBNET               RANGE          HELD  OF                    NAME            
         for columns in ("40", "60", "132"):
             with self.subTest(columns):
                 text = self.status("--leases", out=Terminal(), NO_COLOR="1", COLUMNS=columns)
-                table = [line for line in text.splitlines() if not line.endswith("free") and "# held" not in line]
-                self.assertLessEqual(max(map(len, table)), int(columns))
+                self.assertLessEqual(max(map(len, text.splitlines())), int(columns))
 
     def test_json(self) -> None:
         """The documented interface: these keys stay."""
@@ -7191,16 +7249,16 @@ SUBNET               RANGE          HELD  OF                    NAME            
         self.assertEqual(base, {
             "prefix": "10.2.0.0/20", "family": 4, "block_prefixlen": 24, "blocks": 16, "blocks_used": 5,
             "blocks_excluded": 1, "excluded": ["10.2.1.0/24"], "remembered": {"kept": "10.2.5.0/24"},
-            "routes": ["10.2.3.0/25"]})
+            "routes": ["10.2.3.0/25"], "blocks_routed": 1})
         pool = next(pool for pool in status["pools"] if pool["subnet"] == "10.50.0.0/24")
         self.assertRegex(pool.pop("id"), r"^10\.50\.0\.0/24,10\.50\.0\.64/26#[0-9a-f]{16}$")
         self.assertGreater(pool.pop("seq"), 0)
         self.assertEqual(pool, {"subnet": "10.50.0.0/24", "sub_pool": "10.50.0.64/26", "name": "gateway", "leases": 1,
-                                "usable": 64, "granted_s": self.NOW_S - 3 * 3600})
-        lease = json.loads(self.status("--json", "--leases"))["pools"][0]["addresses"][1]
+                                "network": "range", "usable": 64, "granted_s": self.NOW_S - 3 * 3600})
+        lease = json.loads(self.status("--json", "--leases"))["pools"][1]["addresses"][1]
         self.assertGreater(lease.pop("seq"), 0)
         self.assertEqual(lease, {"address": "10.2.0.2", "kind": "endpoint", "mac": "02:42:00:00:00:02", "name": "",
-                                 "granted_s": self.NOW_S - 3 * 3600})
+                                 "container": "one", "granted_s": self.NOW_S - 3 * 3600})
 
     def test_same_over_unix_and_tcp_and_without_a_daemon(self) -> None:
         self.fill()
@@ -7218,7 +7276,7 @@ SUBNET               RANGE          HELD  OF                    NAME            
         found = json.loads(self.status("--json", "--leases", options=offline))
         self.assertEqual(before, {name: self.read(name) for name in before})
         for base in expected["bases"]:
-            del base["routes"]
+            del base["routes"], base["blocks_routed"]
         self.assertEqual(found.pop("listening"), "")
         for key in ("listening", "config"):
             del expected[key]
@@ -7315,7 +7373,7 @@ SUBNET               RANGE          HELD  OF                    NAME            
             with self.subTest(name), self.assertRaises(Refused):
                 self.docker.make_network("web", options={"gipam.name": name})
         self.docker.make_network("web", options={"gipam.name": "my net, größer"})
-        self.assertIn("  my net, größer  ", self.status())
+        self.assertIn("  my net, größer\n", self.status(DOCKER_HOST="unix:///nothing"))
 
 
 class MetricsTest(OperatedCase):
@@ -7658,7 +7716,7 @@ class OptionTest(CommandLineCase):
 
     def test_wrong_option_names_the_nearest_right_one(self) -> None:
         for flag, near in (("-soket=x", "--socket"), ("--exclud", "--exclude"), ("--fixx", "--fix"),
-                           ("-metric=:9091", "--metrics"), ("-v4bits=26", None)):
+                           ("-metric=:9091", "--metrics"), ("-colour=red", None)):
             said = run_main("status", flag).err.splitlines()[-1]
             self.assertTrue(said.endswith(f"do you mean {near}?" if near else "see `gipam --help`"),
                             said)
