@@ -1452,15 +1452,29 @@ class Metrics:
     def count(self, method: str, result: str, duration_s: float) -> None:
         """Count one request."""
         with self.lock:
-            if (method, "ok") not in self.requests:  # all from 0 on: increase() needs that
-                self.requests.update({(method, kind): 0 for kind in RESULTS})
             self.requests[method, result] = self.requests.get((method, result), 0) + 1
             self.request_s.observe(duration_s)
 
 
-def sample(name: str, kind: str, values: list[tuple[str, Any]]) -> Iterator[str]:
-    """Yield the lines of one metric: its type and, for each set of labels, its value."""
-    yield f"# TYPE gipam_{name} {kind}"
+METRICS = {  # -> type, help
+    "build_info": ("gauge", "1, with the version of gipam"),
+    "base_blocks": ("gauge", "Blocks of the usual length in a base"),
+    "base_blocks_used": ("gauge", "Blocks of it that are held"),
+    "base_blocks_excluded": ("gauge", "Blocks of it that are never handed out"),
+    "pool_addresses": ("gauge", "Addresses of a pool that can be handed out"),
+    "pool_addresses_used": ("gauge", "Addresses of it that are held"),
+    "requests_total": ("counter", "Requests, by method and result"),
+    "request_duration_seconds": ("histogram", "Time from a request to its reply"),
+    "journal_sync_duration_seconds": ("histogram", "Time of one write and sync of the journal"),
+    "journal_bytes": ("gauge", "Length of the journal"),
+    "last_write_timestamp_seconds": ("gauge", "When the journal was last written"),
+}
+
+
+def sample(name: str, values: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    """Yield the lines of one metric: help, type and, for each set of labels, its value."""
+    kind, text = METRICS[name]
+    yield from (f"# HELP gipam_{name} {text}", f"# TYPE gipam_{name} {kind}")
     for labels, value in values:
         yield f"gipam_{name}{{{labels}}} {value}" if labels else f"gipam_{name} {value}"
 
@@ -1738,28 +1752,30 @@ class Service:
             base["blocks_routed"] = self.state.families[prefix.version].count_touched(inside)
         return status
 
-    def samples(self) -> Iterator[str]:
-        """Yield the lines of GET /metrics."""
+    def samples(self, methods: Iterable[str]) -> Iterator[str]:
+        """Yield the lines of GET /metrics; all counts of these methods, for increase() from 0 on."""
         metrics, status = self.metrics, describe_state(self.state, has_leases=False)
         bases = [(f'base="{base["prefix"]}",family="{base["family"]}"', base)
                  for base in status["bases"]]
         pools = [(f'pool="{pool["sub_pool"] or pool["subnet"]}"', pool) for pool in status["pools"]]
-        yield from sample("build_info", "gauge", [(f'version="{__version__}"', 1)])
+        yield from sample("build_info", [(f'version="{__version__}"', 1)])
         for name, key, entries in (("base_blocks", "blocks", bases),
                                    ("base_blocks_used", "blocks_used", bases),
+                                   ("base_blocks_excluded", "blocks_excluded", bases),
                                    ("pool_addresses", "usable", pools),
                                    ("pool_addresses_used", "leases", pools)):
-            yield from sample(name, "gauge", [(labels, entry[key]) for labels, entry in entries])
+            yield from sample(name, [(labels, entry[key]) for labels, entry in entries])
         with metrics.lock:
-            yield from sample("requests_total", "counter", [
+            counts = {(method, result): 0 for method in methods for result in RESULTS}
+            yield from sample("requests_total", [
                 (f'method="{method}",result="{result}"', count)
-                for (method, result), count in metrics.requests.items()])
+                for (method, result), count in {**counts, **metrics.requests}.items()])
             for name, histogram in (("request_duration_seconds", metrics.request_s),
                                     ("journal_sync_duration_seconds", metrics.sync_s)):
-                yield f"# TYPE gipam_{name} histogram"
-                yield from histogram.samples(f"gipam_{name}")
-        yield from sample("journal_bytes", "gauge", [("", self._store.journal_bytes)])
-        yield from sample("last_write_timestamp_seconds", "gauge", [("", metrics.last_write_s)])
+                yield from (*sample(name, ()), *histogram.samples(f"gipam_{name}"))
+        yield from sample("journal_bytes", [("", self._store.journal_bytes)])
+        if metrics.last_write_s:
+            yield from sample("last_write_timestamp_seconds", [("", metrics.last_write_s)])
 
     def take_back(self, ticket: Ticket) -> None:
         """Release what a reply granted that never arrived, if that is still the very same."""
@@ -2083,6 +2099,11 @@ def show_health(service: Service, _: str) -> str:
     return "ok\n"
 
 
+def show_metrics(service: Service, _: str) -> str:
+    """Return what Prometheus reads."""
+    return "".join(line + "\n" for line in service.samples((*PATHS, "unknown")))
+
+
 CONSTANT_ANSWERS = {path: dumps(value).encode() for path, value in {
     "/Plugin.Activate": {"Implements": ["IpamDriver"]},
     # MACs tell owners; a replay could make dockerd panic or release live pools (protocol.md 3.6)
@@ -2103,8 +2124,7 @@ METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Ticket | None]]] = {
 PAGES: dict[str, tuple[str, Callable[[Service, str], str]]] = {  # -> content type, text
     "/status": ("application/json",
                 lambda service, query: dumps(service.status("leases=1" in query.split("&")))),
-    "/metrics": ("text/plain; version=0.0.4; charset=utf-8",
-                 lambda service, _: "".join(line + "\n" for line in service.samples())),
+    "/metrics": ("text/plain; version=0.0.4; charset=utf-8", show_metrics),
     "/healthz": ("text/plain; charset=utf-8", show_health),
 }
 PATHS = {*CONSTANT_ANSWERS, *METHODS, *PAGES}
@@ -3213,7 +3233,8 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     for base in status["bases"]:
         yield from render_base(base, status["pools"], width)
     if status["bases"]:
-        yield "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"[:width]
+        legend = "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+        yield legend[:width]
     rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
     for pool in status["pools"]:
         age = format_age(now_s - pool["granted_s"])

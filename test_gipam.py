@@ -7379,7 +7379,8 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
 class MetricsTest(OperatedCase):
     """GET /metrics and /healthz."""
 
-    NAMES = {"build_info": "gauge", "base_blocks": "gauge", "base_blocks_used": "gauge", "pool_addresses": "gauge",
+    NAMES = {"build_info": "gauge", "base_blocks": "gauge", "base_blocks_used": "gauge",
+             "base_blocks_excluded": "gauge", "pool_addresses": "gauge",
              "pool_addresses_used": "gauge", "requests_total": "counter", "request_duration_seconds": "histogram",
              "journal_sync_duration_seconds": "histogram", "journal_bytes": "gauge",
              "last_write_timestamp_seconds": "gauge"}
@@ -7418,8 +7419,12 @@ class MetricsTest(OperatedCase):
             self.assertEqual((status, content_type), (200, "text/plain; version=0.0.4; charset=utf-8"))
             families = {family.name: family for family in parse(text)}
             found = {name + "_total" * (family.type == "counter"): family.type for name, family in families.items()}
-            self.assertEqual(found, {"gipam_" + name: kind for name, kind in self.NAMES.items()})
+            expected = {"gipam_" + name: kind for name, kind in self.NAMES.items()}
+            if not is_filled:  # nothing is written yet, and 0 would be a time in 1970
+                del expected["gipam_last_write_timestamp_seconds"]
+            self.assertEqual(found, expected)
             for family in families.values():
+                self.assertRegex(family.documentation, r"^\S.*\S$")
                 self.assertTrue(all(sample.name.startswith(family.name) for sample in family.samples))
         refused = [sample for sample in families["gipam_requests"].samples if sample.labels == {
             "method": "/IpamDriver.RequestAddress", "result": "Unavailable"}]
@@ -7430,13 +7435,23 @@ class MetricsTest(OperatedCase):
         self.assertEqual(buckets[-1], next(sample.value for sample in histogram if sample.name.endswith("_count")))
         self.assertEqual(histogram[len(buckets) - 1].labels, {"le": "+Inf"})
 
+    def test_every_count_is_there_from_the_start(self) -> None:
+        """Else increase() does not see the first of its kind."""
+        samples = self.samples()
+        for method in (*gipam.PATHS, "unknown"):
+            for result in ("ok", "Forbidden", "bug"):
+                self.assertEqual(samples[f'gipam_requests_total{{method="{method}",result="{result}"}}'], 0)
+        self.assertNotIn("gipam_last_write_timestamp_seconds", samples)
+
     def test_values(self) -> None:
+        self.service.state.families[4] = gipam.make_state(self.config("-exclude", "10.2.14.0/23")[0]).families[4]
         self.fill()
         samples = self.samples()
         for series, value in (
                 (f'gipam_build_info{{version="{gipam.__version__}"}}', 1),
                 ('gipam_base_blocks{base="10.2.0.0/20",family="4"}', 16),
                 ('gipam_base_blocks_used{base="10.2.0.0/20",family="4"}', 1),
+                ('gipam_base_blocks_excluded{base="10.2.0.0/20",family="4"}', 2),
                 ('gipam_base_blocks_used{base="2001:db8:0:100::/60",family="6"}', 1),
                 ('gipam_pool_addresses{pool="10.2.0.0/24"}', 254), ('gipam_pool_addresses_used{pool="10.2.0.0/24"}', 2),
                 ('gipam_pool_addresses{pool="10.50.0.128/25"}', 127),
