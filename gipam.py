@@ -84,6 +84,7 @@ MAX_LINE_BYTES = 65536  # of a request line or a header, as http.server has it
 MAX_TEXT_CHARS = 255  # of a name or MAC address that is kept, of what a log line quotes
 BACKLOG = 1024  # with socketserver's 5, parallel connects of dockerd fail with EAGAIN
 MAX_REMEMBERED = 1024  # owners a subnet, names a family; past it the older half is forgotten
+MAX_KEPT = 256  # owners that are remembered of a subnet that is gone
 MIN_FOLD_BYTES = 1 << 20  # a journal is folded once it is longer than this and than the snapshot
 FOLD_PATIENCE_S = 10.0  # after a fold that failed
 ENCODE_LEASES = 250  # of a snapshot at a time; measured: 0.4 ms
@@ -163,6 +164,10 @@ class Unreachable(GipamError):
     """Docker, or the daemon, does not answer: nothing can be compared."""
 
     exit_status = 2
+
+
+class Absent(Unreachable):
+    """No daemon answers where it should."""
 
 
 class Refused(GipamError):
@@ -515,6 +520,13 @@ class Pool:
         return self.high - self.low + 1 - reserved
 
 
+class Kept(NamedTuple):
+    """What is remembered of a gipam.name: its block, and who had what there while it is gone."""
+
+    network: Network
+    owners: dict[str, tuple[int, int]]  # -> (offset, seq)
+
+
 class Family:
     """IPv4 or IPv6: the bases, what is free in them, cursors, names, and the subnets in use."""
 
@@ -531,7 +543,7 @@ class Family:
                 tree.cover(network)
         self.subnets: dict[Network, Subnet] = {}
         self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
-        self.names = Memory()  # gipam.name -> Network
+        self.names = Memory()  # gipam.name -> Kept
 
     def blocks(self, prefixlen: int) -> int:
         """Return how many blocks of this length the bases have, free or not."""
@@ -587,11 +599,21 @@ class Family:
         for tree in (self.held, self.free, self.fresh):
             self._cover(tree, subnet.network, times, steps)
 
-    def remember(self, name: str, network: Network, seq: int, steps: list[Undo]) -> None:
+    def remember(self, name: str, kept: Kept, seq: int, steps: list[Undo]) -> None:
         """Keep the block for the name: others get it only when nothing else is left."""
-        self._cover(self.fresh, network, 1, steps)
-        for forgotten in self.names.remember(name, network, seq, steps):
-            self._cover(self.fresh, forgotten, -1, steps)
+        self._cover(self.fresh, kept.network, 1, steps)
+        for forgotten in self.names.remember(name, kept, seq, steps):
+            self._cover(self.fresh, forgotten.network, -1, steps)
+
+    def recall(self, name: str) -> Kept | None:
+        """Return what is remembered of the name."""
+        return self.names[name][0] if name in self.names else None
+
+    def is_live(self, name: str) -> bool:
+        """Return whether the block of the name is in use under it."""
+        kept = self.recall(name)
+        subnet = self.subnets.get(kept.network) if kept else None
+        return subnet is not None and any(pool.name == name for pool in subnet.pools.values())
 
     @staticmethod
     def _cover(tree: PrefixTree, network: Network, times: int, steps: list[Undo]) -> None:
@@ -635,21 +657,33 @@ class State:
             raise ValueError(f"pool {pool.pool_id!r} is held twice")
         if not 0 <= pool.low <= pool.high <= subnet.last_offset:
             raise ValueError(f"sub_pool {pool.sub_pool} is outside {network}")
+        is_second = family.is_live(pool.name)  # its name stays with the first
         if not subnet.pools:
             family.hold(subnet, 1, steps)
         put(subnet.pools, pool.sub_pool, pool, steps)
         put(self.pools, pool.pool_id, pool, steps)
         if change.next_block >= 0:
             put(family.cursors, network.prefixlen, change.next_block, steps)
-        if pool.name:
-            family.remember(pool.name, network, pool.seq, steps)
+        if pool.name and not is_second:
+            kept = family.recall(pool.name)
+            if kept and kept.network == network:
+                for owner, (offset, seq) in kept.owners.items():
+                    put(subnet.memory, owner, (offset, seq), steps)
+                    pool.cursor = max(pool.cursor, offset + 1)  # who is new comes after them
+            family.remember(pool.name, Kept(network, {}), pool.seq, steps)
 
     def _release_pool(self, change: ReleasePool, steps: list[Undo]) -> None:
         pool = self._pool(change.pool_id)
         put(self.pools, pool.pool_id, None, steps)
         put(pool.subnet.pools, pool.sub_pool, None, steps)
         if not pool.subnet.pools:
-            self.families[pool.subnet.version].hold(pool.subnet, -1, steps)
+            family, network = self.families[pool.subnet.version], pool.subnet.network
+            family.hold(pool.subnet, -1, steps)
+            kept = family.recall(pool.name)
+            if kept and kept.network == network:
+                latest = sorted(pool.subnet.memory.items(), key=lambda item: int(item[1][1]))
+                family.remember(pool.name, Kept(network, dict(latest[-MAX_KEPT:])), self.seq + 1,
+                                steps)
             return
         for offset in pool.leases:
             pool.subnet.release(offset)
@@ -716,9 +750,9 @@ def copy_state(state: State) -> tuple[Json, list[Any]]:
                 for family in families)
     head["Cursors"] = {f"{family.version}/{length}": number for family in families
                        for length, number in family.cursors.items() if length != family.prefixlen}
-    head["Names"] = [[name, str(block), seq] for name, block, seq in names]
-    head["Free"] = [{"V": block.version, "Pool": str(block)} for _, block, _ in names
-                    if state.families[block.version].is_block(block)]
+    head["Names"] = [[name, str(kept.network), seq, kept.owners] for name, kept, seq in names]
+    head["Free"] = [{"V": kept.network.version, "Pool": str(kept.network)} for _, kept, _ in names
+                    if state.families[kept.network.version].is_block(kept.network)]
     pools = []
     for pool in state.pools.values():
         is_first = next(iter(pool.subnet.pools.values())) is pool  # it stands for its subnet
@@ -783,9 +817,10 @@ def decode_snapshot(document: Json, state: State) -> None:
     for key, number in (document.get("Cursors") or {}).items():
         version, _, prefixlen = key.partition("/")
         state.families[int(version)].cursors[int(prefixlen)] = int(number)
-    for name, text, seq in document.get("Names") or []:
-        block = parse_prefix(text)
-        state.families[block.version].remember(name, block, seq, [])
+    for name, text, seq, *rest in document.get("Names") or []:
+        owners = {owner: (offset, of) for owner, (offset, of) in (rest or [{}])[0].items()}
+        kept = Kept(parse_prefix(text), owners)
+        state.families[kept.network.version].remember(name, kept, seq, [])
     state.seq = int(document.get("Seq") or 0)
 
 
@@ -826,8 +861,8 @@ def describe_base(family: Family, base: Network) -> Json:
     """Return what `status --json` shows of a base."""
     size = 1 << BITS[family.version] - family.prefixlen
     usable, free = family.usable.addresses(base), family.free.addresses(base)
-    names = {name: str(block) for name, (block, _) in family.names.copy().items()
-             if base.overlaps(block)}
+    names = {name: str(kept.network) for name, (kept, _) in family.names.copy().items()
+             if base.overlaps(kept.network)}
     return {
         "prefix": str(base), "family": family.version, "block_prefixlen": family.prefixlen,
         "blocks": 1 << family.prefixlen - base.prefixlen,
@@ -999,10 +1034,10 @@ def choose_block(family: Family, request: PoolRequest, obstacles: Obstacles) -> 
     """
     prefixlen = family.prefixlen if request.prefixlen is None else request.prefixlen
     check_prefixlen(family, prefixlen)
-    kept = family.names[request.name][0] if request.name in family.names else None
-    if kept and kept.prefixlen == prefixlen and family.is_block(kept) \
-            and obstacles.find_overlap(kept) is None:
-        return kept, -1
+    kept = family.recall(request.name)
+    if kept and kept.network.prefixlen == prefixlen and family.is_block(kept.network) \
+            and obstacles.find_overlap(kept.network) is None:
+        return kept.network, -1
     for tree in (family.fresh, family.free):
         for number, block in family.candidates(tree, prefixlen, obstacles):
             return block, (number + 1) % family.blocks(prefixlen)
@@ -1753,18 +1788,16 @@ class Service:
         return status
 
     def samples(self, methods: Iterable[str]) -> Iterator[str]:
-        """Yield the lines of GET /metrics; all counts of these methods, for increase() from 0 on."""
+        """Yield the lines of GET /metrics; the counts of these methods from 0 on (increase())."""
         metrics, status = self.metrics, describe_state(self.state, has_leases=False)
         bases = [(f'base="{base["prefix"]}",family="{base["family"]}"', base)
                  for base in status["bases"]]
         pools = [(f'pool="{pool["sub_pool"] or pool["subnet"]}"', pool) for pool in status["pools"]]
         yield from sample("build_info", [(f'version="{__version__}"', 1)])
-        for name, key, entries in (("base_blocks", "blocks", bases),
-                                   ("base_blocks_used", "blocks_used", bases),
-                                   ("base_blocks_excluded", "blocks_excluded", bases),
-                                   ("pool_addresses", "usable", pools),
-                                   ("pool_addresses_used", "leases", pools)):
-            yield from sample(name, [(labels, entry[key]) for labels, entry in entries])
+        for key in ("blocks", "blocks_used", "blocks_excluded"):
+            yield from sample("base_" + key, [(labels, base[key]) for labels, base in bases])
+        for name, key in (("pool_addresses", "usable"), ("pool_addresses_used", "leases")):
+            yield from sample(name, [(labels, pool[key]) for labels, pool in pools])
         with metrics.lock:
             counts = {(method, result): 0 for method in methods for result in RESULTS}
             yield from sample("requests_total", [
@@ -2049,6 +2082,8 @@ def read_prefixlen(options: dict[str, str], version: int) -> int | None:
     for key, text in options.items():
         if key.startswith("gipam.") and key not in known:
             raise InvalidRequest(f"unknown option {key!r}: gipam has {', '.join(known)}")
+        if "gipam." + key in known:
+            log.warning("option %r does nothing: is 'gipam.%s' meant?", key, key)
         if key in known[1:] and not re.fullmatch("[0-9]{1,3}", text):
             raise InvalidRequest(f"option {key} is not a prefix length: {text!r}")
     text = options.get(LENGTH_OPTIONS[version], "")
@@ -2057,8 +2092,13 @@ def read_prefixlen(options: dict[str, str], version: int) -> int | None:
 
 def request_pool(service: Service, fields: Fields) -> tuple[Any, Ticket]:
     """Grant a network its subnet."""
-    ticket = service.request_pool(read_pool_request(fields))
+    request = read_pool_request(fields)
+    ticket = service.request_pool(request)
     assert isinstance(ticket.change, RequestPool)
+    kept = service.state.families[request.version].recall(request.name)
+    if kept and str(kept.network) != ticket.change.subnet:
+        log.warning("gipam.name %r is in use for %s: %s is kept for no name", request.name,
+                    kept.network, ticket.change.subnet)
     return {"PoolID": ticket.change.pool_id, "Pool": ticket.change.subnet, "Data": {}}, ticket
 
 
@@ -2897,14 +2937,15 @@ def take_over_when_due(service: Service, driver: str) -> None:
 # === Commands =====================================================================================
 
 
-IS_BOOL = re.compile("[1tT0fF]|TRUE|[tT]rue|FALSE|[fF]alse").fullmatch
+BOOLEANS = {**dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
+            **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False)}
 
 
 def parse_bool(text: str) -> bool:
     """Return a boolean as Go's strconv.ParseBool reads it. Raises: ValueError."""
-    if not IS_BOOL(text):
+    if text not in BOOLEANS:
         raise ValueError("not a boolean, such as true or false")
-    return text[0] in "1tT"
+    return BOOLEANS[text]
 
 
 def parse_number(text: str) -> int:
@@ -3125,8 +3166,8 @@ def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Js
     return build_config(settings), store, document
 
 
-def find_daemon(settings: Settings) -> Connection | None:
-    """Return how to call the running daemon, by its socket or its address; None: none runs."""
+def find_daemon(settings: Settings) -> Connection:
+    """Return how to call the running daemon, by its socket or its address. Raises: Unreachable."""
     path, tcp, tls_directory = (settings[name].parse() for name in ("socket", "address", "tls"))
     for address, tls in ((path, ""), (tcp, tls_directory)):
         connection = Connection(address, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
@@ -3138,25 +3179,20 @@ def find_daemon(settings: Settings) -> Connection | None:
         except OSError as error:
             raise Unreachable(f"cannot reach the daemon, by {path} or {format_place(tcp)}: "
                               f"{error}") from None
-    return None
-
-
-def describe_absence(settings: Settings) -> str:
-    """Say that find_daemon() has found none."""
-    path, tcp = settings["socket"].parse(), settings["address"].parse()
-    return f"no gipam answers on {path} or {format_place(tcp)}"
+    raise Absent(f"no gipam answers on {path} or {format_place(tcp)}: start it, or say where it is "
+                 "with -socket or -address")
 
 
 def read_status(settings: Settings, has_leases: bool, is_second_look: bool = False) -> Json:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
-    daemon = find_daemon(settings)
-    if daemon:
-        about = describe_daemon(settings, "?")  # should the daemon be of an earlier version
-        return {**about, **call(daemon, "GET", f"/status?leases={int(has_leases)}")}
-    config, store, document = load(settings)
-    if document is None:
-        raise Unreachable(f"{describe_absence(settings)}, and there is no lease file {config.file}:"
-                          " say where with -socket, -address or -file")
+    about = describe_daemon(settings, "?")  # should the daemon be of an earlier version
+    try:
+        return {**about, **call(find_daemon(settings), "GET", f"/status?leases={int(has_leases)}")}
+    except Absent as error:
+        config, store, document = load(settings)
+        if document is None:
+            raise Absent(f"{error}; nor is there a lease file {config.file}") from None
+        print(f"gipam: {error}; this is what {config.file} holds", file=sys.stderr)
     state = make_state(config)
     try:
         recover(store, document, state)
@@ -3182,12 +3218,10 @@ def cmd_status(arguments: argparse.Namespace) -> int:
         claims = read_claims(docker_socket(), status["driver"], NAMES_PATIENCE_S)[0]
     add_names(status["pools"], claims)
     if arguments.what:
-        status.update(bases=[], pools=select_pools(status["pools"], arguments.what))
+        status.update(bases=[], pools=select(status["pools"], arguments.what))
     if arguments.json:
         print(json.dumps(status, indent=2))
         return 0
-    if not status["listening"]:
-        print(f"{describe_absence(arguments.settings)}: this is what the lease file holds")
     is_terminal = sys.stdout.isatty()
     has_colour = is_terminal and "NO_COLOR" not in os.environ
     width = max(shutil.get_terminal_size().columns, 40) if is_terminal else 80
@@ -3201,28 +3235,32 @@ def add_names(pools: list[Json], claims: list[Claim]) -> None:
     """Put pools and leases in order of address; name network and container, where Docker does."""
     networks = {claim.key: claim.network for claim in claims if not claim.address}
     containers = {(claim.subnet, claim.address): claim.name for claim in claims}
+    pools.sort(key=lambda pool: ipaddress.get_mixed_type_key(
+        parse_prefix(pool["sub_pool"] or pool["subnet"])))
     for pool in pools:
         pool["network"] = networks.get((pool["subnet"], pool["sub_pool"]), "")
-        for lease in pool.get("addresses", ()):
+        leases = pool.get("addresses", [])
+        leases.sort(key=lambda lease: int(ipaddress.ip_address(lease["address"])))
+        for lease in leases:
             lease["container"] = containers.get((pool["subnet"], lease["address"]), "")
-        pool.get("addresses", []).sort(key=lambda lease: ipaddress.ip_address(lease["address"]))
-    pools.sort(key=lambda pool: [(-prefix.version, prefix) for prefix in map(
-        parse_prefix, filter(None, (pool["subnet"], pool["sub_pool"])))])
 
 
-def select_pools(pools: list[Json], what: str) -> list[Json]:
-    """Return the pools of a network, or in a prefix with the leases there. Raises: InvalidRequest.
+def find_pools(pools: list[Json], text: str) -> list[Json]:
+    """Return those of an id, a prefix in any spelling, a network of Docker, or a gipam.name."""
+    with contextlib.suppress(ValueError):
+        text = str(parse_prefix(text, mask=True))
+    keys = ("id", "subnet", "sub_pool", "name", "network")
+    return [pool for pool in pools if text in map(pool.get, keys)]
 
-    An address is a prefix, too.
-    """
-    try:
-        prefix = ipaddress.ip_network(what, strict=False)
-    except ValueError:
-        found = [pool for pool in pools if what in (pool["network"], pool["name"])]
-    else:
-        found = [{**pool, "addresses": [lease for lease in pool["addresses"] if
-                                        ipaddress.ip_address(lease["address"]) in prefix]}
-                 for pool in pools if prefix.overlaps(parse_prefix(pool["subnet"]))]
+
+def select(pools: list[Json], what: str) -> list[Json]:
+    """Return what find_pools() does, or the lease of an address. Raises: InvalidRequest."""
+    found = find_pools(pools, what)
+    with contextlib.suppress(ValueError):
+        address = normalise_address(what)
+        found = found or [
+            {**pool, "addresses": [held for held in pool["addresses"] if address in held.values()]}
+            for pool in pools if is_inside(address, pool["subnet"])]
     if not found:
         raise InvalidRequest(f"{what!r} is no address, subnet or network of a pool that is held")
     return found
@@ -3325,8 +3363,6 @@ def mend(settings: Settings, findings: list[Finding],
          read_docker: Callable[[], tuple[list[Claim], list[Claim]]]) -> None:
     """Ask the daemon to mend what it can, unless it has changed since. Raises: Unreachable."""
     daemon = find_daemon(settings)
-    if daemon is None:
-        raise Unreachable("--fix needs the daemon, and none answers")
     adopted: set[int] = set()
     for finding in findings:
         if finding.path:
@@ -3342,7 +3378,7 @@ def mend(settings: Settings, findings: list[Finding],
 
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
-    settings, status = arguments.settings, read_status(arguments.settings, has_leases=True)
+    status = read_status(arguments.settings, has_leases=True)
     pool, lease = find_lease(status["pools"], arguments.pool, arguments.lease)
     body = release_body(pool, lease)
     address = body["Address"]
@@ -3357,22 +3393,17 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
     if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
-    daemon = find_daemon(settings)
-    if daemon is None:
-        raise Unreachable("release needs the daemon, and none answers")
-    call(daemon, "POST", "/Gipam.Release", body)
+    call(find_daemon(arguments.settings), "POST", "/Gipam.Release", body)
     print(f"released {what} {pool['subnet']}")
     return 0
 
 
 def find_lease(pools: list[Json], name: str, text: str) -> tuple[Json, Json | None]:
-    """Return the pool of this id or prefix, and the lease of the address. Raises: InvalidRequest.
+    """Return the one pool of find_pools(), and its lease of an address, if there is one to be.
 
-    Prefix and address may be in any spelling; without an address there is no lease.
+    Raises: InvalidRequest.
     """
-    with contextlib.suppress(ValueError):
-        name = str(parse_prefix(name, mask=True))
-    found = [pool for pool in pools if name in (pool["id"], pool["subnet"], pool["sub_pool"])]
+    found = find_pools(pools, name)
     if len(found) != 1:
         raise InvalidRequest(
             f"{name!r} names {len(found)} pools: give the id of one, as `gipam status --json` "
@@ -3400,13 +3431,12 @@ def ask(question: str) -> bool:
 
 def cmd_config(arguments: argparse.Namespace) -> int:
     """Print each effective value with its origin: as the daemon says, where one answers."""
-    settings, daemon = arguments.settings, find_daemon(arguments.settings)
-    if daemon:
-        shown = call(daemon, "GET", "/status").get("config", {})
-    else:
-        load(settings)
-        print(f"{describe_absence(settings)}: this environment and lease file would give")
-        shown = describe_daemon(settings, "")["config"]
+    try:
+        shown = call(find_daemon(arguments.settings), "GET", "/status").get("config", {})
+    except Absent as error:
+        load(arguments.settings)
+        print(f"gipam: {error}; this environment and lease file would give", file=sys.stderr)
+        shown = describe_daemon(arguments.settings, "")["config"]
     for name, setting in shown.items():
         print(f"{name:8} {setting['value'] or 'none':34} {setting['origin']}")
     return 0
@@ -3529,7 +3559,7 @@ def normalise_arguments(arguments: list[str]) -> list[str]:
     booleans = ["--" + option.name for option in OPTIONS if option.parse is parse_bool]
     words: list[str] = []
     for argument in arguments:
-        if words and words[-1] in booleans and IS_BOOL(argument):
+        if words and words[-1] in booleans and argument in BOOLEANS:
             words[-1] += "=" + argument
         else:
             words.append(re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument))

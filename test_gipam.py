@@ -226,7 +226,7 @@ def require_isolation() -> None:
 
 # === The text of gipam.py =========================================================================
 
-MAX_LINES = 3480  # style.md asks for 2,000: see the note on step 1
+MAX_LINES = 3670  # style.md asks for 2,000: see the note on step 1
 MAX_FUNCTION_LINES, MAX_COLUMNS = 50, 100
 
 
@@ -973,6 +973,50 @@ class Alone:
         return change is not None
 
 
+class NameMemoryTest(unittest.TestCase):
+    """What stays with a gipam.name when its network goes."""
+
+    def lose(self, alone: Alone, count: int) -> None:
+        """Let containers web0, web1 … have an address each; remove them and their network."""
+        pool = alone.request_pool(name="web")
+        addresses = [alone.request_address(pool, name=f"web{at}") for at in range(count)]
+        for address in addresses:
+            alone.release_address(pool, address)
+        alone.release_pool(pool)
+
+    def test_each_owner_finds_its_address_again_whoever_starts_first(self) -> None:
+        alone = Alone("10.2.0.0/16")
+        self.lose(alone, 3)
+        pool = alone.request_pool(name="web")
+        given = [alone.request_address(pool, name=name) for name in ("new", "web2", "web0", "web1")]
+        self.assertEqual(given, ["10.2.0.4", "10.2.0.3", "10.2.0.1", "10.2.0.2"])
+
+    def test_other_names_and_other_blocks_get_nothing_of_it(self) -> None:
+        for name, subnet in (("lan", "10.2.0.0/24"), ("", "10.2.0.0/24"), ("web", "10.2.0.0/23")):
+            alone = Alone("10.2.0.0/16")
+            self.lose(alone, 3)
+            pool = alone.request_pool(subnet, name=name)
+            with self.subTest(subnet, name=name):
+                self.assertEqual(alone.request_address(pool, name="web2"), "10.2.0.1")
+
+    def test_the_latest_owners_are_kept(self) -> None:
+        alone = Alone("10.2.0.0/16")
+        with mock.patch.object(gipam, "MAX_KEPT", 2):
+            self.lose(alone, 3)
+        kept = alone.state.families[4].recall("web")
+        assert kept
+        self.assertEqual({name: offset for name, (offset, _) in kept.owners.items()},
+                         {"web1": 2, "web2": 3})
+
+    def test_second_network_of_a_live_name_leaves_it_to_the_first(self) -> None:
+        alone = Alone("10.2.0.0/16")
+        first, second = alone.request_pool(name="web"), alone.request_pool(name="web")
+        self.assertEqual(str(second.subnet.network), "10.2.1.0/24")
+        for pool in (second, first):
+            alone.release_pool(pool)
+        self.assertEqual(alone.request_block(name="web"), "10.2.0.0/24")
+
+
 class BlockOrderTest(unittest.TestCase):
     def test_released_block_is_not_given_first_and_the_cursor_wraps_round(self) -> None:
         alone = Alone("10.2.0.0/22")
@@ -1408,6 +1452,8 @@ class Naive:
         self.block_cursors: dict[tuple[int, int], int] = {}
         self.address_cursors: dict[str, str] = {}  # pool_id -> the last address given by next-fit
         self.names: dict[tuple[int, str], gipam.Network] = {}
+        self.pool_names: dict[str, str] = {}
+        self.kept: dict[tuple[int, str], dict[str, str]] = {}  # of a name -> owners
         self.owners: dict[tuple[gipam.Network, str], str] = {}
 
     def answer(self, request: Request, pool_id: str) -> str | None:
@@ -1429,9 +1475,17 @@ class Naive:
             refusal, subnet = self.choose_block(request, obstacles)
         if refusal:
             return refusal
-        self.pools[pool_id] = subnet, request.sub_pool
-        if request.name:
-            self.names[request.version, request.name] = subnet
+        key = request.version, request.name
+        is_live = any(self.pools[other][0] == self.names.get(key) and name == request.name
+                      for other, name in self.pool_names.items())
+        self.pools[pool_id], self.pool_names[pool_id] = (subnet, request.sub_pool), request.name
+        if request.name and not is_live:
+            kept = self.kept.pop(key, {}) if self.names.get(key) == subnet else {}
+            self.owners.update({(subnet, owner): address for owner, address in kept.items()})
+            last = max(kept.values(), key=ipaddress.ip_address, default=None)
+            if last and last in map(str, request.sub_pool or subnet):
+                self.address_cursors[pool_id] = last
+            self.names[key] = subnet
         return str(subnet)
 
     def check_subnet(self, subnet: gipam.Network, sub_pool: gipam.Network | None) -> str:
@@ -1468,9 +1522,13 @@ class Naive:
 
     def release_pool(self, pool_id: str) -> None:
         subnet, _ = self.pools.pop(pool_id)
+        key = subnet.version, self.pool_names.pop(pool_id)
         self.address_cursors.pop(pool_id, None)
         self.leases = {key: lease for key, lease in self.leases.items() if lease[0] != pool_id}
         if all(other != subnet for other, _ in self.pools.values()):
+            if self.names.get(key) == subnet:
+                self.kept[key] = {owner: address for (network, owner), address in self.owners.items()
+                                  if network == subnet}
             self.owners = {key: address for key, address in self.owners.items() if key[0] != subnet}
 
     def request_address(self, pool_id: str, request: gipam.AddressRequest) -> str:
@@ -3676,6 +3734,21 @@ DISJOINT = (
 
 class ConformanceCases(StageCases):
     """What moby tests of its own IPAM."""
+
+    def test_network_made_again_under_its_name(self) -> None:
+        """Not moby's: it gets its block, and each container its address, over restarts as well."""
+        for name, mac in (("db", ""), ("", "02:42:00:00:00:09")):
+            subnets, given = [], []
+            for others in (2, 0):
+                pool_id, subnet = self.caller.request_pool(gipam_name=f"again {name}")
+                addresses = self.take(pool_id, others)
+                addresses.append(self.caller.request_address(pool_id, "", mac, name))
+                subnets.append(subnet)
+                given.append(addresses[-1])
+                for address in addresses:
+                    self.caller.release_address(pool_id, address.partition("/")[0])
+                self.caller.release_pool(pool_id)
+            self.assertEqual((subnets[0], given[0]), (subnets[1], given[1]))
 
     # -- allocator_test.go: pools
 
@@ -6576,7 +6649,7 @@ class CheckTest(OperatedCase):
             "check", "--grace", "0").out)
         done = self.run_gipam("check", "--fix", "--grace", "0", options=options)
         self.assertEqual(done.status, 2)
-        self.assertIn("--fix needs the daemon, and none answers", done.err)
+        self.assertIn("gipam: no gipam answers on ", done.err)
 
     def test_docker_that_answers_what_nobody_understands(self) -> None:
         for network in ({"Name": "odd"}, {"Name": "odd", "Id": "1", "IPAM": {"Config": [{"Subnet": "nonsense"}]}},
@@ -7059,7 +7132,7 @@ class ReleaseTest(OperatedCase):
         other = ("-socket", self.directory + "/none/gipam.sock", "-address", "127.0.0.1:1", "-file", self.file)
         self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes", DOCKER_HOST="unix:///nothing").status, 2)
         done = self.run_gipam("release", "10.2.0.0/24", "--yes", "--force", options=other)
-        self.assertEqual((done.status, done.err), (2, "gipam: release needs the daemon, and none answers\n"))
+        self.assertEqual((done.status, done.err.splitlines()[-1][:27]), (2, "gipam: no gipam answers on "))
 
 
 class StatusTest(OperatedCase):
@@ -7075,22 +7148,22 @@ class StatusTest(OperatedCase):
   10.2.0.0   #x.~+r.###......
   # held  + partly  . free  x excluded  ~ route, own address  r kept for a name
 SUBNET               RANGE          HELD  OF    AGE  NETWORK
-2001:db8:0:100::/64  -              2     2^64  3h   web
 10.2.0.0/24          -              3     254   3h   web
 10.2.4.0/25          -              1     126   3h   partly
 10.2.7.0/24          -              0     254   2d   -
 10.2.8.0/23          -              0     510   40s  -
 10.50.0.0/24         10.50.0.64/26  1     64    3h   range
+2001:db8:0:100::/64  -              2     2^64  3h   web
 """
     LEASES = """\
 SUBNET               RANGE          HELD  OF    AGE  NETWORK
-2001:db8:0:100::/64  -              2     2^64  3h   web
-  2001:db8:0:100::1  gateway                    3h   -
-  2001:db8:0:100::2  endpoint                   3h   one
 10.2.0.0/24          -              3     254   3h   web
   10.2.0.1           gateway                    3h   -
   10.2.0.2           endpoint                   3h   one
   10.2.0.200         auxiliary                  3h   -
+2001:db8:0:100::/64  -              2     2^64  3h   web
+  2001:db8:0:100::1  gateway                    3h   -
+  2001:db8:0:100::2  endpoint                   3h   one
 """
 
     def fill(self) -> None:
@@ -7120,7 +7193,8 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
 
     def status(self, *arguments: str, **how: Any) -> str:
         done = self.at(0, lambda: self.run_gipam("status", *arguments, **how))
-        self.assertEqual((done.status, done.err), (0, ""))
+        said = f"gipam: no gipam answers on .*; this is what {self.file} holds\n"
+        self.assertEqual((done.status, re.sub(said, "", done.err)), (0, ""))
         return str(done.out)
 
     def test_text(self) -> None:
@@ -7142,7 +7216,8 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
         self.fill()
         bases, table = self.status("--leases").split("SUBNET")
         self.assertEqual(bases, self.TEXT.split("SUBNET")[0])
-        self.assertEqual("".join(("SUBNET" + table).splitlines(keepends=True)[:8]), self.LEASES)
+        self.assertEqual([line for line in ("SUBNET" + table).splitlines() if line in self.LEASES],
+                         self.LEASES.splitlines())
 
     def test_name_of_the_container_where_docker_sends_it(self) -> None:
         self.docker.version = 29
@@ -7195,16 +7270,14 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
 
     def test_just_what_is_asked_for(self) -> None:
         self.fill()
-        web = self.LEASES.splitlines()[1:]
-        for what, rows in (("web", web), ("10.2.0.0/24", web[3:]), ("10.2.0.2", [web[3], web[5]]),
-                           ("2001:DB8:0:0100:0::/64", web[:3]), ("2001:db8:0:100:0::2", [web[0], web[2]]),
-                           ("10.2.4.0/22", self.TEXT.splitlines()[8:9]), ("gateway", [])):
+        web, partly = self.LEASES.splitlines()[1:], self.TEXT.splitlines()[7]
+        for what, rows in (("web", web), ("10.2.0.0/24", web[:4]), ("10.2.0.2", [web[0], web[2]]),
+                           ("2001:DB8:0:0100:0::/64", web[4:]), ("2001:db8:0:100:0::2", [web[4], web[6]]),
+                           ("10.2.0.9", web[:1]), ("10.2.4.0/25", [partly, "  10.2.4.1 gateway 3h -"])):
             with self.subTest(what):
                 lines = self.status(what).splitlines()
                 self.assertTrue(lines[0].startswith("SUBNET "))
-                self.assertLessEqual({" ".join(row.split()) for row in rows}, {" ".join(row.split()) for row in lines})
-                if rows[0:1] == web[:1] or rows == web[3:]:
-                    self.assertEqual(len(lines), len(rows) + 1)
+                self.assertEqual([line.split() for line in lines[1:]], [row.split() for row in rows])
         self.assertEqual([pool["network"] for pool in json.loads(self.status("--json", "gateway"))["pools"]], ["range"])
         done = self.run_gipam("status", "10.77.0.1")
         self.assertEqual(done, (1, "", "gipam: '10.77.0.1' is no address, subnet or network of a pool that is held\n"))
@@ -7216,11 +7289,12 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
             self.assertRegex(text, r"\n10.50.0.0/24 .* gateway\n")
             self.assertRegex(text, r"\n  10.2.0.2 .* 02:42:00:00:00:02\n")
 
-    def test_from_the_lease_file_it_says_so_first(self) -> None:
-        options = ("-socket", self.directory + "/no.sock", "-address", "[::1]:1", "-file", self.file, *self.BASES)
-        self.assertTrue(self.status(options=options).startswith(
-            f"no gipam answers on {self.directory}/no.sock or [::1]:1: this is what the lease file holds\n"))
-        self.assertEqual(json.loads(self.status("--json", options=options))["listening"], "")
+    def test_from_the_lease_file_it_says_so(self) -> None:
+        done = self.run_gipam("status", "--json", options=(
+            "-socket", self.directory + "/no.sock", "-address", "[::1]:1", "-file", self.file, *self.BASES))
+        self.assertEqual(done.err, f"gipam: no gipam answers on {self.directory}/no.sock or [::1]:1: start it, or say "
+                         f"where it is with -socket or -address; this is what {self.file} holds\n")
+        self.assertEqual(json.loads(done.out)["listening"], "")
 
     def test_colour_only_on_a_terminal_that_wants_it(self) -> None:
         self.fill()
@@ -7255,7 +7329,7 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
         self.assertGreater(pool.pop("seq"), 0)
         self.assertEqual(pool, {"subnet": "10.50.0.0/24", "sub_pool": "10.50.0.64/26", "name": "gateway", "leases": 1,
                                 "network": "range", "usable": 64, "granted_s": self.NOW_S - 3 * 3600})
-        lease = json.loads(self.status("--json", "--leases"))["pools"][1]["addresses"][1]
+        lease = json.loads(self.status("--json", "--leases"))["pools"][0]["addresses"][1]
         self.assertGreater(lease.pop("seq"), 0)
         self.assertEqual(lease, {"address": "10.2.0.2", "kind": "endpoint", "mac": "02:42:00:00:00:02", "name": "",
                                  "container": "one", "granted_s": self.NOW_S - 3 * 3600})
@@ -7349,8 +7423,8 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
                    self.directory + "/no.json")
         done = self.run_gipam("status", options=options)
         self.assertEqual((done.status, done.out), (2, ""))
-        self.assertEqual(done.err, f"gipam: no gipam answers on {options[2]} or 127.0.0.1:1, and there is no lease "
-                         f"file {options[6]}: say where with -socket, -address or -file\n")
+        self.assertEqual(done.err, f"gipam: no gipam answers on {options[2]} or 127.0.0.1:1: start it, or say where it "
+                         f"is with -socket or -address; nor is there a lease file {options[6]}\n")
 
     def test_socket_that_may_not_be_used_is_named(self) -> None:
         denied = PermissionError(errno.EACCES, "Permission denied")
@@ -7556,6 +7630,16 @@ class LogTest(unittest.TestCase):
         self.assertRegex(changes[0].string, " subnet=10.2.0.0/24 .*name='my net' ")
         self.assertRegex(changes[2].string, " address=10.2.0.2 kind=endpoint mac=02:42:00:00:00:01 name=web1 ")
 
+    def test_names_that_are_taken_and_options_without_their_prefix(self) -> None:
+        daemon = Daemon(self, "-v4", "10.2.0.0/16", env={"DOCKER_HOST": "unix:///nothing"}).start()
+        client = daemon.client()
+        client.request_pool(gipam_name="web", v4ab="26", parent="eth0")
+        client.request_pool(gipam_name="web")
+        self.assertEqual(daemon.stop(), 0)
+        said = re.findall("WARNING (option .*|gipam.name .*)", daemon.read_log())
+        self.assertEqual(said, ["option 'v4ab' does nothing: is 'gipam.v4ab' meant?",
+                                "gipam.name 'web' is in use for 10.2.0.0/24: 10.2.1.0/24 is kept for no name"])
+
     def test_what_is_taken_over_by_hand_is_logged(self) -> None:
         self.assertIn("10.9.0.0/24", "\n".join(line for line in self.run_daemon(JOURNAL_STREAM="8:1") if "<6>" in line))
 
@@ -7603,6 +7687,9 @@ class Outcome(NamedTuple):
     err: str  # with what is logged at WARNING and above
 
 
+ABSENT = "no gipam answers"
+
+
 def run_main(*arguments: str, **variables: str) -> Outcome:
     """Run a command line in this process, with no other GIPAM_ variables than these."""
     out, err = io.StringIO(), io.StringIO()
@@ -7616,14 +7703,15 @@ def run_main(*arguments: str, **variables: str) -> Outcome:
                 mock.patch.object(logging, "basicConfig"), \
                 mock.patch.object(gipam.Store, "lock",
                                   side_effect=AssertionError("this would serve")), \
-                mock.patch.object(gipam, "find_daemon", return_value=None), \
+                mock.patch.object(gipam, "find_daemon", side_effect=gipam.Absent(ABSENT)), \
                 contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = gipam.main(list(arguments))
     except SystemExit as leaving:
         status = int(leaving.code or 0)
     finally:
         gipam.log.removeHandler(handler)
-    return Outcome(status, out.getvalue(), err.getvalue())
+    said = f"gipam: {ABSENT}; this environment and lease file would give\n"
+    return Outcome(status, out.getvalue(), err.getvalue().replace(said, ""))
 
 
 V4, V6 = "-v4=10.2.0.0/16", "-v6=2001:db8::/56"
@@ -7658,9 +7746,7 @@ class CommandLineCase(unittest.TestCase):
         """Return name -> (value, origin), as `gipam.py config` prints it."""
         outcome = self.run_config(*arguments, **variables)
         self.assertEqual((outcome.status, outcome.err), (0, ""))
-        first, *lines = outcome.out.splitlines()
-        self.assertRegex(first, "^no gipam answers on .*: this environment and lease file would give$")
-        rows = [re.fullmatch(r"(\w+) +(\S+) +(\S.*)", line) for line in lines]
+        rows = [re.fullmatch(r"(\w+) +(\S+) +(\S.*)", line) for line in outcome.out.splitlines()]
         found = {row[1]: (row[2], row[3]) for row in rows if row}
         self.assertEqual(list(found), [option.name for option in gipam.OPTIONS])
         return found
