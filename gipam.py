@@ -1251,7 +1251,8 @@ class Store:
 
     def discard(self) -> None:
         """Remove what a start has written that has not come to serve. Raises: OSError."""
-        os.unlink(self.path)
+        if os.path.lexists(self.path):
+            os.unlink(self.path)
         self.remove_segments(self.segment + 1)
 
     def damage(self, place: str, what: str, remedy: str = "") -> DamageError:
@@ -1869,10 +1870,8 @@ def keep_edits(store: Store, keys: Json) -> Json:
     except ConfigError as error:
         log.warning("%s; what is there now is kept as %s", error, store.keep_aside())
         return keys
-    for key, value in edits.items():
-        log.warning("%s was edited while gipam runs: %s %r instead of %r takes effect at the next "
-                    "start; what else was edited there is lost", store.path, key, value,
-                    keys.get(key))
+    log.warning("%s was edited while gipam runs: %s will take effect at the next start; what else "
+                "was edited there is lost", store.path, edits or "no setting")
     return {**keys, **edits}
 
 

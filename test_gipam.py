@@ -5420,7 +5420,7 @@ class NameTest(unittest.TestCase):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             daemon = TcpDaemon(self, "-address", f"127.0.0.1:{port}")
-            self.assert_fails(daemon, 1, f"gipam: ('127.0.0.1', {port}): Address already in use")
+            self.assert_fails(daemon, 1, f"gipam: 127.0.0.1:{port}: Address already in use")
             self.assertFalse(os.path.exists(daemon.spec))
 
 
@@ -7653,15 +7653,6 @@ class LogTest(unittest.TestCase):
                                                     r"127\.0\.0\.1:\d+ with 0 pools")
                 self.assertEqual(warning is not None, "TCP without" in daemon.read_log())
 
-    def test_address_that_is_taken_is_written_as_host_and_port(self) -> None:
-        with socket.socket() as other:
-            other.bind(("127.0.0.1", 0))
-            place = f"127.0.0.1:{other.getsockname()[1]}"
-            daemon = TcpDaemon(self, "-address", place, env={"DOCKER_HOST": "unix:///nothing"})
-            assert daemon.start(wait=False).process
-            self.assertEqual(daemon.stop(0), 1)
-            self.assertIn(f"gipam: {place}: Address already in use\n", daemon.read_log())
-
     def test_refused_requests_say_why(self) -> None:
         text = "\n".join(self.run_daemon(JOURNAL_STREAM="8:12345"))
         self.assertRegex(text, "\n<4>refused /IpamDriver.RequestPool: Pool overlaps with other one on this address "
@@ -7939,8 +7930,8 @@ class ConfigurationTest(CommandLineCase):
         self.assertEqual(start("-v4", "198.18.16.0/20"), "198.18.34.0/24")
         edit("198.18.32.0/20", "198.18.48.0/20")
         self.assertEqual(daemon.stop(), 0)
-        self.assertIn(f"{daemon.file} was edited while gipam runs: V4Pool '198.18.48.0/20' instead "
-                      "of '198.18.32.0/20' takes effect at the next start", daemon.read_log())
+        self.assertIn(f"{daemon.file} was edited while gipam runs: {{'V4Pool': '198.18.48.0/20'}} "
+                      "will take effect at the next start", daemon.read_log())
         self.assertEqual(start("-v4", "198.18.16.0/20"), "198.18.51.0/24")
         held = {pool["Pool"] for pool in json.loads(self.read(daemon))["Allocated"]}
         self.assertLessEqual({"198.18.0.0/24", "198.18.17.0/24", "198.18.34.0/24"}, held)
