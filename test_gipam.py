@@ -8738,6 +8738,19 @@ class DockerNetworkTests(DockerCase):
         self.docker.network("web", "--ipv6", "--ipam-opt", "gipam.name=web")
         self.assertEqual(self.docker.subnets("web"), before)
 
+    def test_container_with_its_mac_has_its_address_in_a_network_made_again(self) -> None:
+        given = set()
+        for before in ("first", ""):
+            self.docker.network("web", "--ipam-opt", "gipam.name=web")
+            if before:
+                self.docker.container(before, "web")
+            self.docker.container("db", "web", "--mac-address", "02:42:00:00:00:09")
+            given.add(self.docker.address("db", "web"))
+            self.assertRegex(self.docker.command("status", "web"), r"\n  10\S+ +endpoint +\w+ +db\n")
+            self.docker("rm", "-f", "db", *filter(None, [before]))
+            self.docker("network", "rm", "web")
+        self.assertEqual(len(given), 1)
+
     def test_released_block_is_not_the_next_one_given(self) -> None:
         self.docker.network("first")
         before = self.docker.subnets("first")
