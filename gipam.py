@@ -20,9 +20,9 @@ The sections, each of which uses only what stands above it (`grep -n '^# ===' gi
     Docker      what Docker uses, for check and for a lost lease file
     Commands    options, configuration in three stages, main
 
-On disk. The lease file is a JSON document for people: the configuration (which wins over options
-and environment), each pool under Allocated with its addresses, and a checksum over the state. It
-is a snapshot; what happened since stands beside it in a journal segment (leases.json.journal.1).
+On disk. The lease file is a JSON document for people: the configuration (of it and the options wins
+what was changed last), each pool under Allocated with its addresses, and a checksum over the state.
+It is a snapshot; what happened since stands beside it in a journal segment (leases.json.journal.1).
 There, one flush is one line: length and CRC-32 of the JSON that follows, and in it the sequence
 number of the last change, and the changes. A real one:
 
