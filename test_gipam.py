@@ -7256,6 +7256,18 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
             with self.subTest(text):
                 self.assertEqual([row.split() for row in rows], [[label, "." * 64] for label in labels])
 
+    def test_order_is_that_of_the_addresses(self) -> None:
+        ask = self.docker.make_network
+        ask("b" * 70, "10.9.0.0/24")
+        ask("c", "2001:db8:0:101::/64")
+        ask("a", "10.8.0.0/24")
+        for address in ("10.9.0.100", "10.9.0.20", "10.9.0.3"):
+            self.call("IpamDriver.RequestAddress", PoolID=self.docker.pool_ids["b" * 70, 4], Address=address, Options=None)
+        lines = self.status("--leases").splitlines()
+        self.assertEqual([line.split()[0] for line in lines if "gateway" not in line][-6:], [
+            "10.8.0.0/24", "10.9.0.0/24", "10.9.0.3", "10.9.0.20", "10.9.0.100", "2001:db8:0:101::/64"])
+        self.assertEqual(max(map(len, lines)), 80, "a name is cut")
+
     def test_large_numbers_are_powers_of_two(self) -> None:
         for count, text in ((0, "0"), (65536, "65536"), (2**24, "16777216"), (2**64 - 1, "2^64"), (2**64, "2^64"),
                             (2**32 - 2, "2^32")):
