@@ -3104,8 +3104,10 @@ def find_driver(settings: Settings) -> str:
 
 def describe_daemon(settings: Settings, place: Any) -> Json:
     """Return what /status tells of a daemon that listens there, "" without one; no passwords."""
-    shown = {name: {"value": re.sub("//[^/@,]*@", "//***@", setting.text), "origin": setting.origin}
-             for name, setting in settings.items()}
+    shown = {}
+    for name, setting in settings.items():
+        text = str(setting.parse()) if setting.option.parse is parse_path else setting.text
+        shown[name] = {"value": re.sub("//[^/@,]*@", "//***@", text), "origin": setting.origin}
     return {"driver": find_driver(settings), "listening": format_place(place), "config": shown}
 
 

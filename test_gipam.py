@@ -7390,6 +7390,11 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
         self.assertEqual((done.status, done.err), (0, ""))
         self.assertRegex(done.out, r"^v4 +10\.7\.0\.0/16 +environment \(GIPAM_V4\)\nexclude +none +default\n$")
 
+    def test_config_shows_whole_paths(self) -> None:
+        settings = gipam.read_settings({}, argparse.Namespace(file="leases.json"))
+        self.assertEqual(gipam.describe_daemon(settings, "")["config"]["file"]["value"],
+                         os.path.join(os.path.realpath("."), "leases.json"))
+
     def test_config_shows_no_password(self) -> None:
         option = gipam.OPTIONS[0]
         text = "http://10.0.0.1:2379,https://user:secret@etcd2:2379"
