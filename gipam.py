@@ -20,9 +20,9 @@ The sections, each of which uses only what stands above it (`grep -n '^# ===' gi
     Docker      what Docker uses, for check and for a lost lease file
     Commands    options, configuration in three stages, main
 
-On disk. The lease file is a JSON document for people: the configuration (which wins over options
-and environment), each pool under Allocated with its addresses, and a checksum over the state. It
-is a snapshot; what happened since stands beside it in a journal segment (leases.json.journal.1).
+On disk. The lease file is a JSON document for people: the configuration (of it and the options wins
+what was changed last), each pool under Allocated with its addresses, and a checksum over the state.
+It is a snapshot; what happened since stands beside it in a journal segment (leases.json.journal.1).
 There, one flush is one line: length and CRC-32 of the JSON that follows, and in it the sequence
 number of the last change, and the changes. A real one:
 
@@ -47,6 +47,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import difflib
 import errno
 import faulthandler
 import fcntl
@@ -78,14 +79,12 @@ import zlib
 from typing import (
     Any,
     Callable,
-    Collection,
     Dict,
     Iterable,
     Iterator,
     Mapping,
     NamedTuple,
     Tuple,
-    TypeVar,
     Union,
 )
 
@@ -101,6 +100,7 @@ MAX_LINE_BYTES = 65536  # of a request line or a header, as http.server has it
 MAX_TEXT_CHARS = 255  # of a name or MAC address that is kept, of what a log line quotes
 BACKLOG = 1024  # with socketserver's 5, parallel connects of dockerd fail with EAGAIN
 MAX_REMEMBERED = 1024  # owners a subnet, names a family; past it the older half is forgotten
+MAX_KEPT = 256  # owners that are remembered of a subnet that is gone
 MIN_FOLD_BYTES = 1 << 20  # a journal is folded once it is longer than this and than the snapshot
 FOLD_PATIENCE_S = 10.0  # after a fold that failed
 ENCODE_LEASES = 250  # of a snapshot at a time; measured: 0.4 ms
@@ -124,6 +124,7 @@ DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has begun a request to send
 CHECK_PAUSE_S = 1.0  # between the two looks of a check
 IMPORT_PAUSE_S, MAX_IMPORT_PAUSE_S = 1.0, 60.0
 DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
+NAMES_PATIENCE_S = 2.0  # of status, for Docker
 IMPORT_PATIENCE_S = 2.0  # at a start with Docker alive
 BITS = {4: 32, 6: 128}
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -239,6 +240,14 @@ def parse_address(text: str, version: int) -> int:
 def format_address(number: int, version: int) -> str:
     """Return the bare address as text (RFC 5952)."""
     return socket.inet_ntop(SOCKET_FAMILY[version], number.to_bytes(BITS[version] // 8, "big"))
+
+
+def format_endpoint(address: Any) -> str:
+    """Return where somebody listens: HOST:PORT, or the path of a UNIX socket."""
+    if not isinstance(address, tuple):
+        return os.fsdecode(address)
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def span(network: Network) -> Range:
@@ -539,6 +548,13 @@ class Pool:
         return self.high - self.low + 1 - reserved
 
 
+class Kept(NamedTuple):
+    """What is remembered of a gipam.name: its block, and who had what there while it is gone."""
+
+    network: Network
+    owners: dict[str, tuple[int, int]]  # -> (offset, seq)
+
+
 class Family:
     """IPv4 or IPv6: the bases, what is free in them, cursors, names, and the subnets in use."""
 
@@ -549,7 +565,7 @@ class Family:
         self.held = PrefixTree(BITS[version])  # subnets in use
         self.subnets: dict[Network, Subnet] = {}
         self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
-        self.names = Memory()  # gipam.name -> Network
+        self.names = Memory()  # gipam.name -> Kept
 
     def find_block(self, bases: list[Network], prefixlen: int,
                    obstacles: Obstacles) -> tuple[Network, int] | None:
@@ -569,8 +585,9 @@ class Family:
         return None
 
     def count(self, base: Network) -> tuple[int, int, int]:
-        """Return how many addresses of a base are held, excluded, and neither."""
-        networks: Any = (network for network in self.excluded if base.overlaps(network))
+        """Return how many addresses of a base, or a prefix in it, are held, excluded, neither."""
+        networks: Any = (base if network.prefixlen < base.prefixlen else network
+                         for network in self.excluded if base.overlaps(network))
         excluded = list(ipaddress.collapse_addresses(networks))
         shut = sum(network.num_addresses for network in excluded)
         free = self.held.addresses(base) - sum(map(self.held.addresses, excluded))
@@ -586,6 +603,16 @@ class Family:
         return self.held.find_overlap(network) is None and any(
             base.prefixlen <= network.prefixlen and base.overlaps(network) for base in self.bases)
 
+    def count_touched(self, ranges: Iterable[Range]) -> int:
+        """Return how many free blocks of the usual length prefixes, as ranges, touch."""
+        size, end, free = 1 << BITS[self.version] - self.prefixlen, 0, 0
+        for first, negated in sorted({(low & -size, -(high | size - 1)) for low, high in ranges}):
+            if first >= end:  # not inside the one before
+                end = 1 - negated
+                node = (1 << BITS[self.version] | first) // (end - first)
+                free += self.count(self.held.network(node))[2]
+        return -(-free // size)
+
     def hold(self, subnet: Subnet, times: int) -> None:
         """Count the subnet as in use, or with times=-1 as free again."""
         if times > 0:
@@ -593,6 +620,16 @@ class Family:
         else:
             del self.subnets[subnet.network]
         self.held.cover(subnet.network, times)
+
+    def recall(self, name: str) -> Kept | None:
+        """Return what is remembered of the name."""
+        return self.names[name][0] if name in self.names else None
+
+    def is_live(self, name: str) -> bool:
+        """Return whether the block of the name is in use under it."""
+        kept = self.recall(name)
+        subnet = self.subnets.get(kept.network) if kept else None
+        return subnet is not None and any(pool.name == name for pool in subnet.pools.values())
 
 
 class State:
@@ -624,23 +661,34 @@ class State:
             raise ValueError(f"pool {pool.pool_id!r} is held twice")
         if not 0 <= pool.low <= pool.high <= subnet.last_offset:
             raise ValueError(f"sub_pool {pool.sub_pool} is outside {network}")
+        is_second = family.is_live(pool.name)  # its name stays with the first
         if not subnet.pools:
             family.hold(subnet, 1)
         subnet.pools[pool.sub_pool] = self.pools[pool.pool_id] = pool
         if change.next_block >= 0:
             family.cursors[network.prefixlen] = change.next_block
-        if pool.name:
-            family.names.remember(pool.name, network, pool.seq)
+        if pool.name and not is_second:
+            kept = family.recall(pool.name)
+            if kept and kept.network == network:
+                subnet.memory.update(kept.owners)
+                ends = (offset + 1 for offset, _ in kept.owners.values())
+                pool.cursor = max(pool.cursor, *ends, 0)  # who is new comes after them
+            family.names.remember(pool.name, Kept(network, {}), pool.seq)
 
     def _release_pool(self, change: ReleasePool) -> None:
         pool = self._pool(change.pool_id)
-        del self.pools[pool.pool_id], pool.subnet.pools[pool.sub_pool]
+        subnet, family = pool.subnet, self.families[pool.subnet.version]
+        del self.pools[pool.pool_id], subnet.pools[pool.sub_pool]
         self.lease_count -= len(pool.leases)
-        if pool.subnet.pools:
+        if subnet.pools:
             for offset in pool.leases:
-                pool.subnet.release(offset)
-        else:
-            self.families[pool.subnet.version].hold(pool.subnet, -1)
+                subnet.release(offset)
+            return
+        family.hold(subnet, -1)
+        kept = family.recall(pool.name)
+        if kept and kept.network == subnet.network:
+            latest = sorted(subnet.memory.items(), key=lambda item: int(item[1][1]))[-MAX_KEPT:]
+            family.names.remember(pool.name, kept._replace(owners=dict(latest)), self.seq + 1)
 
     def _bind_pool(self, change: BindPool) -> None:
         pool = self._pool(change.pool_id)
@@ -688,8 +736,9 @@ POOL_KEYS: dict[str, type] = {
     "ID": str, "V": int, "Pool": str, "SubPool": str, "Name": str, "Granted": int, "Seq": int,
     "Idx": int, "Remembered": dict, "Free": list, "Allocated": list, "Leases": list,
 }
-CONFIG_KEYS = ("V6Pool", "V6AllocateBlock", "V4Pool", "V4AllocateBlock", "Exclude")
 OTHER_NAMES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
+FILE_KEYS = {**OTHER_NAMES, "exclude": "Exclude"}  # option -> its key in the lease file
+FILE_NAMES = (*FILE_KEYS.values(), "Options", *STATE_KEYS, "Journal", "Import", "Checksum")
 
 
 def copy_state(state: State) -> tuple[Json, list[Any]]:
@@ -704,9 +753,9 @@ def copy_state(state: State) -> tuple[Json, list[Any]]:
                 for family in families)
     head["Cursors"] = {f"{family.version}/{length}": number for family in families
                        for length, number in family.cursors.items() if length != family.prefixlen}
-    head["Names"] = [[name, str(block), seq] for name, block, seq in names]
-    head["Free"] = [{"V": block.version, "Pool": str(block)} for _, block, _ in names
-                    if state.families[block.version].is_block(block)]
+    head["Names"] = [[name, str(kept.network), seq, kept.owners] for name, kept, seq in names]
+    head["Free"] = [{"V": kept.network.version, "Pool": str(kept.network)} for _, kept, _ in names
+                    if state.families[kept.network.version].is_block(kept.network)]
     pools = []
     for pool in state.pools.values():
         is_first = next(iter(pool.subnet.pools.values())) is pool  # it stands for its subnet
@@ -793,9 +842,11 @@ def decode_snapshot(document: Json, state: State) -> None:
     for key, number in typed_rows("Cursors", values["Cursors"].items(), str, int):
         version, _, prefixlen = key.partition("/")
         state.families[int(version)].cursors[int(prefixlen)] = number
-    for name, text, seq in typed_rows("Names", values["Names"], str, str, int):
-        block = parse_prefix(text)
-        state.families[block.version].names.remember(name, block, seq)
+    names = (row + [{}] * (len(row) == 3) for row in values["Names"])  # once without owners
+    for name, text, seq, owners in typed_rows("Names", names, str, str, int, dict):
+        had = typed_rows(name, ((owner, *last) for owner, last in owners.items()), str, int, int)
+        kept = Kept(parse_prefix(text), {owner: (offset, of) for owner, offset, of in had})
+        state.families[kept.network.version].names.remember(name, kept, seq)
     state.seq = values["Seq"]
 
 
@@ -845,8 +896,8 @@ def describe_base(family: Family, base: Network) -> Json:
         "prefix": str(base), "family": family.version, "block_prefixlen": family.prefixlen,
         "blocks": base.num_addresses // size, "blocks_used": used, "blocks_excluded": excluded,
         "excluded": [str(network) for network in family.excluded if base.overlaps(network)],
-        "remembered": {name: str(block) for name, (block, _) in family.names.copy().items()
-                       if base.overlaps(block)},
+        "remembered": {name: str(kept.network) for name, (kept, _) in family.names.items()
+                       if base.overlaps(kept.network)},
     }
 
 
@@ -893,6 +944,13 @@ def normalise_keys(document: Json, keys: Iterable[str]) -> tuple[Json, list[str]
         else:
             unknown.append(key)
     return known, unknown
+
+
+def carry_over(keys: Json, document: Json) -> dict[str, Any]:
+    """Return the settings in a lease file that are not what gipam has written there."""
+    found, _ = normalise_keys(document, FILE_NAMES)
+    return {key: found.get(key) for key in FILE_KEYS.values()
+            if (found.get(key) or None) != (keys.get(key) or None)}
 
 
 # === Allocator ====================================================================================
@@ -1015,7 +1073,7 @@ def check_subnet(state: State, subnet: Network, sub_pool: Network | None, now_s:
     raise Forbidden(f"Pool overlaps with other one on this address space: {subnet} with "
                     f"{other.network}, held by pool {pool.pool_id!r} for "
                     f"{format_age(now_s - pool.granted_s)}; should no network use that any more, "
-                    "`gipam.py check --fix` releases it")
+                    "`gipam check --fix` releases it")
 
 
 def format_age(age_s: int) -> str:
@@ -1035,13 +1093,12 @@ def choose_block(family: Family, request: PoolRequest,
     """
     prefixlen = family.prefixlen if request.prefixlen is None else request.prefixlen
     bases = choose_bases(family, prefixlen)
-    shut = [*routes, *map(span, family.excluded)]
-    kept = family.names[request.name][0] if request.name in family.names else None
-    if kept and kept.prefixlen == prefixlen and family.is_block(kept) \
-            and Obstacles(shut).find_overlap(*span(kept)) is None:
-        return kept, -1
-    for names in (family.names, ()):
-        obstacles = Obstacles([*shut, *(span(family.names[name][0]) for name in names)])
+    shut, kept = [*routes, *map(span, family.excluded)], family.recall(request.name)
+    if kept and kept.network.prefixlen == prefixlen and family.is_block(kept.network) \
+            and Obstacles(shut).find_overlap(*span(kept.network)) is None:
+        return kept.network, -1
+    for names in (family.names.values(), ()):
+        obstacles = Obstacles([*shut, *(span(other.network) for other, _ in names)])
         found = family.find_block(bases, prefixlen, obstacles)
         if found:
             return found
@@ -1198,6 +1255,7 @@ class Store:
         self.seq = 0  # of the last change on disk
         self.segment = 0  # number of the one that is written, 0: none yet
         self.is_named = False  # by the snapshot, so that its loss would be noticed
+        self.identity: tuple[int, ...] = ()  # of the snapshot as gipam has read or written it
         self.snapshot_bytes = 0
         self._fd = self._lock_fd = -1
         self._end = 0  # bytes of the segment that are on disk
@@ -1261,6 +1319,7 @@ class Store:
 
         try:
             with open(self.path, "rb", opener=open_file) as file:
+                self.identity = self.identity or self.identify()
                 if os.fstat(file.fileno()).st_mode & 0o077:
                     log.warning("%s is open to other users: chmod 600 it", self.path)
                 text = file.read()
@@ -1275,6 +1334,27 @@ class Store:
             raise self.damage(self.path, "is not a JSON object")
         self.snapshot_bytes = len(text)
         return document
+
+    def identify(self) -> tuple[int, ...]:
+        """Return what changes whenever the lease file does, () if there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(self.path)
+            return found.st_ino, found.st_size, found.st_mtime_ns
+        return ()
+
+    def keep_aside(self) -> str:
+        """Give the lease file a second name, which stays when it is replaced. Raises: OSError."""
+        numbers = range(1, len(self.calls.listdir(os.path.dirname(self.path) or ".")) + 2)
+        path = next(path for path in (f"{self.path}.edited-{number}" for number in numbers)
+                    if not os.path.lexists(path))
+        os.link(self.path, path, follow_symlinks=False)
+        return path
+
+    def discard(self) -> None:
+        """Remove what a start has written that has not come to serve. Raises: OSError."""
+        if os.path.lexists(self.path):
+            os.unlink(self.path)
+        self.remove_segments(sys.maxsize)
 
     def damage(self, place: str, what: str, remedy: str = "") -> DamageError:
         """Return the error that names the place, what is wrong there, and what to do."""
@@ -1305,7 +1385,7 @@ class Store:
             raise self.damage(
                 self.segment_path(named), "is missing", "put it back; or give up what it held: "
                 f'delete the line "Journal" from {self.path}, start gipam, and run '
-                "`gipam.py check --fix`")
+                "`gipam check --fix`")
         for self.segment in numbers:
             path = self.segment_path(self.segment)
             for line in self._read_segment(path, self.segment == numbers[-1]):
@@ -1333,7 +1413,7 @@ class Store:
             raise self.damage(
                 path, f"is damaged: {error}", "put back a backup; or give up that line and all "
                 f"after it: truncate -s {self._end} {path}, move later segments away, start gipam, "
-                "run `gipam.py check --fix`") from None
+                "run `gipam check --fix`") from None
         self._is_torn = len(data.rstrip(b"\0")) > self._end
         self._is_unended = self._end > 0 and data[self._end - 1:self._end] != b"\n"
         if self._is_torn:
@@ -1543,6 +1623,7 @@ class Store:
         finally:
             self._close(fd)
         self.calls.replace(path, self.path)
+        self.identity = self.identify()
         self._sync_directory()
         self.snapshot_bytes, self.is_named = offset + len(data), is_named
 
@@ -1581,8 +1662,7 @@ class Histogram:
         yield f"{name}_count {total}"
 
 
-T = TypeVar("T")
-Call = Callable[[Callable[[], T]], T]  # runs a function in a turn of the loop, and waits for it
+Call = Callable[[Callable[[], Any]], Any]  # runs a function in a turn of the loop, and waits for it
 RESULTS = ("ok", "bug", "InvalidRequest", "Forbidden", "Unavailable", "StoreError", "StoreLost")
 
 
@@ -1596,15 +1676,29 @@ class Metrics:
 
     def count(self, method: str, result: str, duration_s: float) -> None:
         """Count one request."""
-        if (method, "ok") not in self.requests:  # all from 0 on: increase() needs that
-            self.requests.update({(method, kind): 0 for kind in RESULTS})
         self.requests[method, result] = self.requests.get((method, result), 0) + 1
         self.request_s.observe(duration_s)
 
 
-def sample(name: str, kind: str, values: list[tuple[str, Any]]) -> Iterator[str]:
-    """Yield the lines of one metric: its type and, for each set of labels, its value."""
-    yield f"# TYPE gipam_{name} {kind}"
+METRICS = {  # -> type, help
+    "build_info": ("gauge", "1, with the version of gipam"),
+    "base_blocks": ("gauge", "Blocks of the usual length in a base"),
+    "base_blocks_used": ("gauge", "Blocks of it that are held"),
+    "base_blocks_excluded": ("gauge", "Blocks of it that are never handed out"),
+    "pool_addresses": ("gauge", "Addresses of a pool that can be handed out"),
+    "pool_addresses_used": ("gauge", "Addresses of it that are held"),
+    "requests_total": ("counter", "Requests, by method and result"),
+    "request_duration_seconds": ("histogram", "Time from a request to its reply"),
+    "journal_sync_duration_seconds": ("histogram", "Time of one write and sync of the journal"),
+    "journal_bytes": ("gauge", "Length of the journal"),
+    "last_write_timestamp_seconds": ("gauge", "When the journal was last written"),
+}
+
+
+def sample(name: str, values: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    """Yield the lines of one metric: help, type and, for each set of labels, its value."""
+    kind, text = METRICS[name]
+    yield from (f"# HELP gipam_{name} {text}", f"# TYPE gipam_{name} {kind}")
     for labels, value in values:
         yield f"gipam_{name}{{{labels}}} {value}" if labels else f"gipam_{name} {value}"
 
@@ -1654,6 +1748,7 @@ class Service:
         self._is_changing = False  # the state: what an exception leaves then is not to be used
         self.failure = StoreError("nothing has failed")  # the last one
         self.loss: StoreError | None = None  # after it, nothing is written any more
+        self.about: Json = {}  # what /status tells of the daemon
         self.metrics = Metrics()
         self.import_is_due = threading.Event()  # ask Docker what it uses, once it answers
         self.adopted: set[int] = set()  # changes by adoption, until Docker vouches for the pool
@@ -1724,7 +1819,7 @@ class Service:
         """
         return seq <= self._store.seq
 
-    def run(self, function: Callable[[], T]) -> T:
+    def run(self, function: Callable[[], Any]) -> Any:
         """Call the function as a turn of its own: where no loop runs. Raises: as it; StoreError."""
         try:
             return function()
@@ -1830,38 +1925,40 @@ class Service:
 
     def status(self, has_leases: bool) -> Iterator[str]:
         """Yield what `status --json` shows, with the routes of the host inside the bases."""
-        status = describe_state(self.state)
+        status, families = {**self.about, **describe_state(self.state)}, self.state.families
         routes = {version: read_obstacles(self._proc, version, family.bases)
-                  for version, family in self.state.families.items() if family.bases}
+                  for version, family in families.items() if family.bases}
         for base in status["bases"]:
             version, (low, high) = base["family"], span(parse_prefix(base["prefix"]))
+            inside = [route for route in routes[version] if low <= route[0] <= high]
             base["routes"] = [f"{format_address(first, version)}/"
                               f"{BITS[version] - (last - first).bit_length()}"
-                              for first, last in routes[version] if low <= first <= high]
+                              for first, last in inside]
+            base["blocks_routed"] = families[version].count_touched(inside)
         return encode_status(status, list(self.state.pools.values()), has_leases)
 
-    def samples(self) -> Iterator[str]:
-        """Yield the lines of GET /metrics."""
+    def samples(self, methods: Iterable[str]) -> Iterator[str]:
+        """Yield the lines of GET /metrics; the counts of these methods from 0 on (increase())."""
         metrics, state = self.metrics, self.state
         bases = [(f'base="{base["prefix"]}",family="{base["family"]}"', base)
                  for base in describe_state(state)["bases"]]
         pools = [(f'pool="{pool.sub_pool or pool.subnet.network}"', pool)
                  for pool in state.pools.values()]
-        yield from sample("build_info", "gauge", [(f'version="{__version__}"', 1)])
-        for name, key in (("base_blocks", "blocks"), ("base_blocks_used", "blocks_used")):
-            yield from sample(name, "gauge", [(labels, base[key]) for labels, base in bases])
-        yield from sample("pool_addresses", "gauge", [(at, pool.usable()) for at, pool in pools])
-        yield from sample("pool_addresses_used", "gauge",
-                          [(at, len(pool.leases)) for at, pool in pools])
-        yield from sample("requests_total", "counter", [
+        yield from sample("build_info", [(f'version="{__version__}"', 1)])
+        for key in ("blocks", "blocks_used", "blocks_excluded"):
+            yield from sample("base_" + key, [(labels, base[key]) for labels, base in bases])
+        yield from sample("pool_addresses", [(at, pool.usable()) for at, pool in pools])
+        yield from sample("pool_addresses_used", [(at, len(pool.leases)) for at, pool in pools])
+        counts = {(method, result): 0 for method in methods for result in RESULTS}
+        yield from sample("requests_total", [
             (f'method="{method}",result="{result}"', count)
-            for (method, result), count in metrics.requests.items()])
+            for (method, result), count in {**counts, **metrics.requests}.items()])
         for name, histogram in (("request_duration_seconds", metrics.request_s),
                                 ("journal_sync_duration_seconds", metrics.sync_s)):
-            yield f"# TYPE gipam_{name} histogram"
-            yield from histogram.samples(f"gipam_{name}")
-        yield from sample("journal_bytes", "gauge", [("", self._store.journal_bytes)])
-        yield from sample("last_write_timestamp_seconds", "gauge", [("", metrics.last_write_s)])
+            yield from (*sample(name, ()), *histogram.samples(f"gipam_{name}"))
+        yield from sample("journal_bytes", [("", self._store.journal_bytes)])
+        if metrics.last_write_s:
+            yield from sample("last_write_timestamp_seconds", [("", metrics.last_write_s)])
 
     def is_fold_due(self) -> bool:
         """Return whether the journal has outgrown the lease file."""
@@ -1869,7 +1966,7 @@ class Service:
         return bool(self._store.segment) and not self.loss and (
             not self._store.is_named or self._store.journal_bytes > limit_bytes)
 
-    def fold(self, call: Call[Any] | None = None, is_stopping: bool = False) -> bool:
+    def fold(self, call: Call | None = None, is_stopping: bool = False) -> bool:
         """Write the state to the lease file, drop the journal that it replaces; False: it failed.
 
         In a thread of its own: what touches the state goes through call(), in small portions.
@@ -1879,6 +1976,7 @@ class Service:
         if self.loss:
             return False
         try:
+            self._config = keep_edits(store, self._config)
             made = None if is_stopping else store.make_segment(ROOM_BYTES)
             chunks = call(lambda: self._begin_fold(made, is_stopping))
             store.write_snapshot(iter(lambda: call(lambda: next(chunks, "")), ""),
@@ -1900,6 +1998,25 @@ class Service:
         segment = None if is_stopping else self._store.segment
         return encode_snapshot(self._config, copy_state(self.state), segment,
                                self.import_is_due.is_set())
+
+
+def keep_edits(store: Store, keys: Json) -> Json:
+    """Return the keys to write, with what a person has edited in the lease file. Raises: OSError.
+
+    The note of what gipam wrote there stays: so the next start sees that it was edited.
+    """
+    found = store.identify()
+    if found in ((), store.identity):
+        return keys
+    try:
+        edits = carry_over(keys, store.read_snapshot() or {})
+        log.warning("%s was edited while gipam runs: %s will take effect at the next start; what "
+                    "else was edited there is lost", store.path, edits or "no setting")
+    except ConfigError as error:
+        edits = {}
+        log.warning("%s; what is there now is kept as %s", error, store.keep_aside())
+    store.identity = found
+    return {**keys, **edits}
 
 
 def recover(store: Store, document: Json | None, state: State) -> None:
@@ -2035,7 +2152,7 @@ class Fields(Dict[str, Any]):
 
 
 def dispatch(service: Service, verb: str, target: str, body: bytes,
-             paths: Collection[str] = ()) -> Reply:
+             paths: frozenset[str] = frozenset()) -> Reply:
     """Answer a request, only for these paths if there are any. Never raises.
 
     What it changed is not on disk before commit(); if it is refused, nothing has changed (but that
@@ -2138,6 +2255,8 @@ def read_prefixlen(options: dict[str, str], version: int) -> int | None:
         if key.startswith("gipam.") and key not in known:
             raise InvalidRequest(f"unknown option {printable(repr(key))}: "
                                  f"gipam has {', '.join(known)}")
+        if "gipam." + key in known:
+            log.warning("option %r does nothing: is 'gipam.%s' meant?", key, key)
         if key in known[1:] and not re.fullmatch("[0-9]{1,3}", text):
             raise InvalidRequest(f"option {key} is not a prefix length: {text!r}")
     text = options.get(LENGTH_OPTIONS[version], "")
@@ -2146,7 +2265,12 @@ def read_prefixlen(options: dict[str, str], version: int) -> int | None:
 
 def request_pool(service: Service, fields: Fields) -> tuple[Any, Change]:
     """Grant a network its subnet."""
-    change = service.request_pool(read_pool_request(fields))
+    request = read_pool_request(fields)
+    change = service.request_pool(request)
+    kept = service.state.families[request.version].recall(request.name)
+    if kept and str(kept.network) != change.subnet:
+        log.warning("gipam.name %r is in use for %s: %s is kept for no name", request.name,
+                    kept.network, change.subnet)
     return {"PoolID": change.pool_id, "Pool": change.subnet, "Data": {}}, change
 
 
@@ -2186,6 +2310,11 @@ def show_health(service: Service, _: str) -> list[str]:
     return ["ok\n"]
 
 
+def show_metrics(service: Service, _: str) -> Iterator[str]:
+    """Yield what Prometheus reads."""
+    return (line + "\n" for line in service.samples((*PATHS, "unknown")))
+
+
 CONSTANT_ANSWERS = {path: dumps(value).encode() for path, value in {
     "/Plugin.Activate": {"Implements": ["IpamDriver"]},
     # MACs tell owners; a replay could make dockerd panic or release live pools (protocol.md 3.6)
@@ -2206,12 +2335,11 @@ METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Change | None]]] = {
 PAGES: dict[str, tuple[str, Callable[[Service, str], Iterable[str]]]] = {  # -> type, text
     "/status": ("application/json",
                 lambda service, query: service.status("leases=1" in query.split("&"))),
-    "/metrics": ("text/plain; version=0.0.4; charset=utf-8",
-                 lambda service, _: (line + "\n" for line in service.samples())),
+    "/metrics": ("text/plain; version=0.0.4; charset=utf-8", show_metrics),
     "/healthz": ("text/plain; charset=utf-8", show_health),
 }
 PATHS = {*CONSTANT_ANSWERS, *METHODS, *PAGES}
-PUBLIC_PAGES = {"/metrics", "/healthz"}  # for whoever may reach the -metrics address
+PUBLIC_PAGES = frozenset(("/metrics", "/healthz"))  # for whoever may reach the -metrics address
 
 
 # === Transport ====================================================================================
@@ -2227,14 +2355,6 @@ LOCAL_HOST = re.compile(r"(|(plugin\.moby\.)?localhost|[0-9.]+|\[[0-9a-f:.]+\])(
 LISTENER, CONNECTION = "gipam", "connection"  # names of what the service manager keeps
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-
-
-def format_endpoint(address: Any) -> str:
-    """Return HOST:PORT, or the path of a UNIX socket."""
-    if isinstance(address, str):
-        return address
-    host, port, *_ = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def notify(state: str, fds: list[int] | None = None) -> None:
@@ -2437,7 +2557,7 @@ class Server(socketserver.TCPServer):
     is_kept = False  # whether the service manager keeps the socket, for the next process
 
     def __init__(self, address: Any, loop: Loop, listener: socket.socket | None = None,
-                 tls: ssl.SSLContext | None = None, paths: Collection[str] = ()) -> None:
+                 tls: ssl.SSLContext | None = None, paths: frozenset[str] = frozenset()) -> None:
         self.loop, self.tls, self.paths = loop, tls, paths  # no paths: all
         self.strangers: dict[Handler, None] = {}  # on TCP: have not been served yet, oldest first
         self.clients: dict[Handler, None] = {}  # have, the longest idle one first
@@ -2544,12 +2664,12 @@ class Loop:
         with contextlib.suppress(BlockingIOError):  # it rings already
             self._rope.send(b"\0")
 
-    def call(self, function: Callable[[], T]) -> T:
+    def call(self, function: Callable[[], Any]) -> Any:
         """Run the function in a turn, from another thread; return what it returns.
 
         Durable: what it changed, on return. Raises: as the function; StoreError.
         """
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._calls.append((future, function))
         if self.is_over:
             raise StoreError("gipam is stopping: try again")
@@ -2886,8 +3006,7 @@ def open_unix(config: Config, loop: Loop, remove: Callable[[str], None]) -> None
 def open_tcp(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
     """Listen on the address, and write the plugin file. Raises: GipamError, OSError."""
     server = listen(Server, config.address, loop, load_tls(config.tls, is_server=True))
-    address = format_endpoint(server.server_address)
-    stem = os.path.splitext(config.spec)[0]
+    address, stem = format_endpoint(server.server_address), os.path.splitext(config.spec)[0]
     shadows = {os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock"): clear_path}
     path, text = config.spec, f"tcp://{address}\n"
     if config.tls:
@@ -2946,11 +3065,11 @@ class Connection(http.client.HTTPConnection):
 
     def unreachable(self, error: Exception) -> Unreachable:
         """Return the error that says who does not answer, where, why, and what to do."""
-        place = self._address if isinstance(self._address, str) else f"{self.host}:{self.port}"
         remedy = "run this as root" if isinstance(error, PermissionError) \
             else f"start it, or say where it is with {self._settings}"
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return Unreachable(f"{self._peer} does not answer on {place}: {why}; {remedy}")
+        return Unreachable(f"{self._peer} does not answer on "
+                           f"{format_endpoint(self._address)}: {why}; {remedy}")
 
     def connect(self) -> None:
         """Connect. Raises: OSError."""
@@ -3344,7 +3463,7 @@ def release_surplus(status: Json, claims: list[Claim], adopted: set[int],
                 post(finding.path, body)
 
 
-def take_over(service: Service, driver: str, timeout_s: float, call: Call[Any]) -> None:
+def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> None:
     """Adopt all that Docker uses of this driver. Raises: Unreachable; what is adopted stays so.
 
     It is over once Docker has been asked again, and shows each pool that was adopted: before 29, an
@@ -3353,17 +3472,17 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call[Any]) 
     def post(path: str, body: Json) -> Any:
         return call(lambda: METHODS[path](service, Fields(body))[0])
 
-    def read_state() -> Json:
+    def look() -> Json:
         return dict(json.loads("".join(call(lambda: list(service.status(has_leases=True))))))
 
     path, end, adopted = docker_socket(), time.monotonic() + timeout_s, set(service.adopted)
     claims, _ = read_claims(path, driver, timeout_s)
-    adopted |= mend(find_missing(read_state(), claims), post)
+    adopted |= mend(find_missing(look(), claims), post)
     if adopted:
         claims, _ = read_claims(path, driver, max(end - time.monotonic(), 0.001))
-        release_surplus(read_state(), claims, adopted, post)
+        release_surplus(look(), claims, adopted, post)
         keys = {claim.key for claim in claims}
-        adopted -= {held["seq"] for pool in read_state()["pools"]
+        adopted -= {held["seq"] for pool in look()["pools"]
                     if (pool["subnet"], pool["sub_pool"]) not in keys
                     for held in (pool, *pool["addresses"])}
     call(lambda: service.finish_import(adopted))
@@ -3381,7 +3500,7 @@ def is_docker_alive() -> bool:
     return True
 
 
-def take_over_when_due(service: Service, driver: str, call: Call[Any]) -> None:
+def take_over_when_due(service: Service, driver: str, call: Call) -> None:
     """Wait until the state is not to be trusted, then until Docker tells; for ever, in a thread.
 
     Never in a request: Docker may be waiting for gipam (protocol.md 3.5).
@@ -3400,11 +3519,15 @@ def take_over_when_due(service: Service, driver: str, call: Call[Any]) -> None:
 # === Commands =====================================================================================
 
 
+BOOLEANS = {**dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
+            **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False)}
+
+
 def parse_bool(text: str) -> bool:
     """Return a boolean as Go's strconv.ParseBool reads it. Raises: ValueError."""
-    if not re.fullmatch("[1tT0fF]|TRUE|[tT]rue|FALSE|[fF]alse", text):
+    if text not in BOOLEANS:
         raise ValueError("not a boolean, such as true or false")
-    return text[0] in "1tT"
+    return BOOLEANS[text]
 
 
 def parse_number(text: str) -> int:
@@ -3490,6 +3613,7 @@ class Setting(NamedTuple):
     option: Option
     text: str
     origin: str
+    given: str | None = None  # the text of the first two stages, None: only the default
 
     def error(self, rule: object) -> ConfigError:
         """Return the error that names all three, and the rule that the text breaks."""
@@ -3507,32 +3631,67 @@ def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace)
     """Return the first two stages: command line over environment over default."""
     settings = {}
     for option in OPTIONS:
-        text, origin = option.default, "default"
+        given, origin = None, "default"
         if option.variable in environment:
-            text, origin = environment[option.variable], f"environment ({option.variable})"
+            given, origin = environment[option.variable], f"environment ({option.variable})"
         if hasattr(arguments, option.name):
-            text, origin = getattr(arguments, option.name), "command line"
-        settings[option.name] = Setting(option, text, origin)
+            given, origin = getattr(arguments, option.name), "command line"
+        text = option.default if given is None else given
+        settings[option.name] = Setting(option, text, origin, given)
     return settings
 
 
 def overrule_settings(settings: Settings, document: Json, path: str) -> None:
-    """Let the lease file win, the third stage; say so where it is not what was asked for."""
-    for name, key in (*OTHER_NAMES.items(), ("exclude", "Exclude")):
-        if document.get(key) not in (None, "", 0):
-            option, text, origin = settings[name]
-            found = str(document[key])
-            settings[name] = Setting(option, found, f"lease file ({key} in {path})")
-            if origin != "default" and text != found:
+    """Add the lease file, the third stage: what was changed last wins; say what has changed.
+
+    Its key Options has, for each option, what gipam wrote into the file and what was given then.
+    """
+    notes = document.get("Options")
+    for name, key in FILE_KEYS.items():
+        option, text, origin, given = settings[name]
+        found = str(document.get(key) or "")
+        note = notes.get(name) if isinstance(notes, dict) else None
+        written, noted = note if isinstance(note, list) and len(note) == 2 else (None, given)
+        is_edited = note is not None and found != written
+        if not is_edited and given not in (None, noted):
+            if text != found:
+                log.warning("-%s changes from %r in the lease file %s to %r from the %s: pools "
+                            "that are held stay", name, found, path, text, origin)
+        elif found:
+            settings[name] = Setting(option, found, f"lease file ({key} in {path})", given)
+            if is_edited:
+                log.warning("%s has been edited in %s, from %r to %r", key, path, written, found)
+            if given not in (None, found):
                 log.warning("-%s is %r as the lease file %s says, not %r as the %s does: the lease "
-                            "file wins; to change it, stop gipam and edit %s there",
-                            name, found, path, text, origin, key)
+                            "file wins; to change it, edit %s there or give -%s a new value",
+                            name, found, path, text, origin, key, name)
+            elif given is None and noted is not None:
+                log.warning("-%s is not given any more and stays %r, as the lease file %s says; "
+                            "to change it, give it another value", name, found, path)
+
+
+def config_keys(settings: Settings) -> Json:
+    """Return the settings as the lease file has them, and what overrule_settings() needs later."""
+    chosen = {name: settings[name] for name in FILE_KEYS}
+    keys: Json = {FILE_KEYS[name]: int(setting.text) if setting.text.isdecimal() else setting.text
+                  for name, setting in chosen.items()}
+    return {**keys, "Options": {name: [setting.text, setting.given]
+                                for name, setting in chosen.items()}}
 
 
 def find_driver(settings: Settings) -> str:
     """Return the driver's name to Docker: the base name of the socket or the plugin file."""
     path: str = settings["socket" if settings["unix"].parse() else "spec"].parse()
     return os.path.splitext(os.path.basename(path))[0]
+
+
+def describe_daemon(settings: Settings, place: Any) -> Json:
+    """Return what /status tells of a daemon that listens there, "" without one; no passwords."""
+    shown = {}
+    for name, setting in settings.items():
+        text = str(setting.parse()) if setting.option.parse is parse_path else setting.text
+        shown[name] = {"value": re.sub("//[^/@,]*@", "//***@", text), "origin": setting.origin}
+    return {"driver": find_driver(settings), "listening": format_endpoint(place), "config": shown}
 
 
 def build_config(settings: Settings) -> Config:
@@ -3563,13 +3722,12 @@ def build_config(settings: Settings) -> Config:
     return config
 
 
-def read_lease_file(store: Store, settings: Settings) -> Json | None:
-    """Return the snapshot with its keys as gipam spells them, and let its settings win."""
+def read_lease_file(store: Store) -> Json | None:
+    """Return the snapshot with its keys as gipam spells them."""
     document = store.read_snapshot(compact_leases)
     if document is None:
         return None
-    document, unknown = normalise_keys(
-        document, (*CONFIG_KEYS, *STATE_KEYS, "Journal", "Import", "Checksum"))
+    document, unknown = normalise_keys(document, FILE_NAMES)
     try:
         pools = [normalise_keys(entry, POOL_KEYS) for entry in document.get("Allocated") or ()]
     except (TypeError, AttributeError):
@@ -3577,7 +3735,6 @@ def read_lease_file(store: Store, settings: Settings) -> Json | None:
     document["Allocated"] = [entry for entry, _ in pools]
     for key in sorted({*unknown, *(key for _, keys in pools for key in keys)}):
         log.warning("unknown key %r in %s: dropped", key, store.path)
-    overrule_settings(settings, document, store.path)
     return document
 
 
@@ -3588,7 +3745,8 @@ def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Js
         raise settings["file"]._replace(text=store.path).error("its directory is not there")
     if is_daemon:
         store.lock()
-    document = read_lease_file(store, settings)
+    document = read_lease_file(store)
+    overrule_settings(settings, document or {}, store.path)
     return build_config(settings), store, document
 
 
@@ -3604,18 +3762,25 @@ def find_daemon(settings: Settings) -> Connection:
                 return connection
         except OSError as error:
             raise connection.unreachable(error) from None
-    raise Absent(f"no gipam answers on {path} or {tcp[0]}:{tcp[1]}: start it, or say where it is "
-                 "with -socket or -address")
+    raise Absent(f"no gipam answers on {path} or {format_endpoint(tcp)}: start it, or say where it "
+                 "is with -socket or -address")
+
+
+def ask_status(settings: Settings, has_leases: bool) -> Json:
+    """Return the status that the daemon gives. Raises: Unreachable."""
+    about = describe_daemon(settings, "?")  # should the daemon be of an earlier version
+    return {**about, **call(find_daemon(settings), "GET", f"/status?leases={int(has_leases)}")}
 
 
 def read_status(settings: Settings, has_leases: bool, is_second_look: bool = False) -> Json:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
     try:
-        return dict(call(find_daemon(settings), "GET", f"/status?leases={int(has_leases)}"))
+        return ask_status(settings, has_leases)
     except Absent as error:
-        config, store, document = load(settings)
-        if document is None:
-            raise Absent(f"{error}; nor is there a lease file {config.file}") from None
+        why = str(error)
+    config, store, document = load(settings)
+    if document is None:
+        raise Absent(f"{why}; nor is there a lease file {config.file}")
     state = make_state(config)
     try:
         recover(store, document, state)
@@ -3623,8 +3788,10 @@ def read_status(settings: Settings, has_leases: bool, is_second_look: bool = Fal
         if is_second_look:
             raise
         return read_status(settings, has_leases, is_second_look=True)
-    return dict(json.loads("".join(encode_status(describe_state(state), state.pools.values(),
-                                                 has_leases))))
+    print(f"gipam: {why}; this is what {config.file} holds", file=sys.stderr)
+    status = json.loads("".join(encode_status(describe_state(state), state.pools.values(),
+                                              has_leases)))
+    return {**describe_daemon(settings, ""), **status}
 
 
 def make_state(config: Config) -> State:
@@ -3635,44 +3802,102 @@ def make_state(config: Config) -> State:
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
-    """Show bases, pools and, with --leases, each lease."""
-    status, is_terminal = read_status(arguments.settings, arguments.leases), sys.stdout.isatty()
+    """Show bases, pools and, with --leases, each lease; or just what is asked for."""
+    status = read_status(arguments.settings, arguments.leases or bool(arguments.what))
+    claims: list[Claim] = []
+    with contextlib.suppress(GipamError):  # names are welcome, and no reason to wait or to fail
+        claims = read_claims(docker_socket(), status["driver"], NAMES_PATIENCE_S)[0]
+    add_names(status["pools"], claims)
+    if arguments.what:
+        status.update(bases=[], pools=select_pools(status["pools"], arguments.what))
     if arguments.json:
         print(json.dumps(status, indent=2))
         return 0
+    is_terminal = sys.stdout.isatty()
     has_colour = is_terminal and "NO_COLOR" not in os.environ
-    width = max(shutil.get_terminal_size().columns, 40) if is_terminal else 100
+    width = max(shutil.get_terminal_size().columns, 40) if is_terminal else 80
     for line in render_status(status, width, int(time.time())):
         is_map = has_colour and line.startswith("  ")
         print(re.sub("[#+]+", "\033[33m\\g<0>\033[0m", line) if is_map else line)
     return 0
 
 
+def add_names(pools: list[Json], claims: list[Claim]) -> None:
+    """Put pools and leases in order of address; name network and container, where Docker does."""
+    networks = {claim.key: claim.network for claim in claims if not claim.address}
+    containers = {(claim.subnet, claim.address): claim.container for claim in claims}
+    pools.sort(key=lambda pool: ipaddress.get_mixed_type_key(
+        parse_prefix(pool["sub_pool"] or pool["subnet"])))
+    for pool in pools:
+        pool["network"] = networks.get((pool["subnet"], pool["sub_pool"]), "")
+        leases = pool.get("addresses", [])
+        leases.sort(key=lambda lease: int(ipaddress.ip_address(lease["address"])))
+        for lease in leases:
+            lease["container"] = containers.get((pool["subnet"], lease["address"]), "")
+
+
+def find_pools(pools: list[Json], text: str) -> list[Json]:
+    """Return those of an id, a prefix in any spelling, a network of Docker, or a gipam.name."""
+    with contextlib.suppress(ValueError):
+        text = str(parse_prefix(text, mask=True))
+    keys = ("id", "subnet", "sub_pool", "name", "network")
+    return [pool for pool in pools if text in map(pool.get, keys)]
+
+
+def select_pools(pools: list[Json], what: str) -> list[Json]:
+    """Return what find_pools() does, or the lease of an address. Raises: InvalidRequest."""
+    found = find_pools(pools, what)
+    with contextlib.suppress(ValueError):
+        address = normalise_address(what)
+        found = found or [
+            {**pool, "addresses": [held for held in pool["addresses"] if address in held.values()]}
+            for pool in pools if is_inside(address, pool["subnet"])]
+    if not found:
+        raise InvalidRequest(f"{what!r} is no address, subnet or network of a pool that is held")
+    return found
+
+
 def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     """Yield the lines of the text form: a bar and a map for each base, a table of the pools."""
     for base in status["bases"]:
-        total, used = base["blocks"], base["blocks_used"]
-        bar = ("#" * -(-20 * used // total)).ljust(20, ".")
-        yield (f"{base['prefix']}  [{bar}]  {used} of {total} blocks of /{base['block_prefixlen']} "
-               f"held, {total - used - base['blocks_excluded']} free")
-        cells = draw_map(base, status["pools"], 4 * (width - 4))
-        for start in range(0, len(cells), width - 4):
-            yield "  " + cells[start:start + width - 4]
+        yield from render_base(base, status["pools"], width)
     if status["bases"]:
-        yield ("  # held  + partly  . free  x excluded  ~ route or address of this host  "
-               "r kept for a name")
-    rows = [("SUBNET", "RANGE", "HELD", "OF", "NAME", "AGE")]
+        legend = "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+        yield legend[:width]
+    rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
     for pool in status["pools"]:
         age = format_age(now_s - pool["granted_s"])
         rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]),
-                     str(pool["usable"]), pool["name"] or "-", age))
+                     format_count(pool["usable"]), age, pool["network"] or pool["name"] or "-"))
         for lease in pool.get("addresses", ()):
             age = format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?"
-            owner = lease["name"] or lease["mac"] or "-"
-            rows.append(("  " + lease["address"], lease["kind"], "", "", owner, age))
+            owner = lease["container"] or lease["name"] or lease["mac"] or "-"
+            rows.append(("  " + lease["address"], lease["kind"], "", "", age, owner))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows if status["pools"] else ():
         yield "  ".join(map(str.ljust, row, widths)).rstrip()[:width]
+
+
+def render_base(base: Json, pools: list[Json], width: int) -> Iterator[str]:
+    """Yield the lines of a base: a bar, and rows of a map, each behind its first address."""
+    prefix, total, used = parse_prefix(base["prefix"]), base["blocks"], base["blocks_used"]
+    free = total - used - base["blocks_excluded"] - base.get("blocks_routed", 0)
+    bar = ("#" * -(-10 * used // total)).ljust(10, ".")
+    yield (f"{prefix}  [{bar}]  {used} of {format_count(total)} blocks of "
+           f"/{base['block_prefixlen']} held, {format_count(free)} free")[:width]
+    last = int(prefix[-1]) + 1 - prefix.num_addresses // total
+    indent = len(format_address(last, prefix.version))
+    length = 1 << max(width - indent - 4, 1).bit_length() - 1
+    cells = draw_map(base, pools, 4 * length)
+    for start in range(0, len(cells), length):
+        first = int(prefix[0]) + prefix.num_addresses // len(cells) * start
+        label = format_address(first, prefix.version)
+        yield f"  {label:{indent}}  {cells[start:start + length]}"
+
+
+def format_count(count: int) -> str:
+    """Return a number, a large one as a power of two that it nearly is."""
+    return str(count) if count < 10 ** 9 else f"2^{(count - 1).bit_length()}"
 
 
 def draw_map(base: Json, pools: list[Json], limit: int) -> str:
@@ -3699,10 +3924,11 @@ def cmd_check(arguments: argparse.Namespace) -> int:
 
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
-    path, driver = docker_socket(), find_driver(arguments.settings)
-    daemon = find_daemon(arguments.settings)
+    settings, path = arguments.settings, docker_socket()
+    read_gipam = functools.partial(ask_status, settings, has_leases=True)
+    status = read_gipam()
+    driver = status["driver"]
     read_docker = functools.partial(read_claims, path, driver)
-    read_gipam = functools.partial(call, daemon, "GET", "/status?leases=1")
     found = left = find_differences(read_gipam, path, driver, arguments.grace)
     if arguments.fix and found:
         held = {pool["subnet"] for pool in read_gipam()["pools"]}
@@ -3711,12 +3937,11 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         if held and held.isdisjoint(known) and not arguments.force:
             raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one "
                               "that gipam serves? If so, use --force")
-        post = functools.partial(call, daemon, "POST")
+        post = functools.partial(call, find_daemon(settings), "POST")
         adopted = mend(found.values(), post)
         if adopted:
             release_surplus(read_gipam(), read_docker()[0], adopted, post)
         left = find_differences(read_gipam, path, driver, arguments.grace)
-    status = call(daemon, "GET", "/status")
     notes = list(dict.fromkeys(find_notes(status, read_docker()[0], "/proc")))
     report(found, left, notes, arguments.json)
     return 1 if left else 0
@@ -3734,7 +3959,7 @@ def report(found: dict[Any, Finding], left: dict[Any, Finding], notes: list[str]
             for key, finding in all_found.items()], "notes": notes}, indent=2))
         return
     for key, finding in all_found.items():
-        mendable = "; `gipam.py check --fix` mends it" if finding.path else ""
+        mendable = "; `gipam check --fix` mends it" if finding.path else ""
         print(f"{finding.kind}: {finding.text}{mendable if key in left else '; fixed'}")
     for note in notes:
         print(f"note: {note}")
@@ -3743,20 +3968,12 @@ def report(found: dict[Any, Finding], left: dict[Any, Finding], notes: list[str]
 
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
-    settings, status = arguments.settings, read_status(arguments.settings, has_leases=True)
-    pools = [pool for pool in status["pools"]
-             if arguments.pool in (pool["id"], pool["subnet"], pool["sub_pool"])]
-    if len(pools) != 1:
-        raise InvalidRequest(
-            f"{arguments.pool!r} names {len(pools)} pools: give the id of one, as `status --json` "
-            "has it" + "".join(f"\n  {pool['id']}" for pool in pools))
-    pool, address = pools[0], arguments.lease and normalise_address(arguments.lease)
-    lease = next((lease for lease in pool["addresses"] if lease["address"] == address), None)
-    if address and not lease:
-        raise InvalidRequest(f"{address} is not held in {pool['subnet']}")
+    status = ask_status(arguments.settings, has_leases=True)
+    pool, lease = find_lease(status["pools"], arguments.pool, arguments.lease)
     body = release_body(pool, lease)
+    address = body["Address"]
     if not arguments.force:
-        claims, _ = read_claims(docker_socket(), find_driver(settings))
+        claims, _ = read_claims(docker_socket(), status["driver"])
         leaks = [finding.body for finding in find_leaks(status, claims, time.time())]
         if body not in leaks and release_body(pool) not in leaks:
             users = [str(claim) for claim in claims
@@ -3766,12 +3983,36 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
     if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
-    call(find_daemon(settings), "POST", "/Gipam.Release", body)
+    call(find_daemon(arguments.settings), "POST", "/Gipam.Release", body)
+    print(f"released {what} {pool['subnet']}")
     return 0
 
 
+def find_lease(pools: list[Json], name: str, text: str) -> tuple[Json, Json | None]:
+    """Return the one pool of find_pools(), and its lease of an address, if there is one to be.
+
+    Raises: InvalidRequest.
+    """
+    found = find_pools(pools, name)
+    if len(found) != 1:
+        raise InvalidRequest(
+            f"{name!r} names {len(found)} pools: give the id of one, as `gipam status --json` "
+            "has it" + "".join(f"\n  {pool['id']}" for pool in found))
+    try:
+        address = text and normalise_address(text)
+    except ValueError:
+        raise InvalidRequest(f"{text!r} is not a bare IP address") from None
+    pool = found[0]
+    lease = next((lease for lease in pool["addresses"] if lease["address"] == address), None)
+    if address and not lease:
+        raise InvalidRequest(f"{address} is not held in {pool['subnet']}")
+    return pool, lease
+
+
 def ask(question: str) -> bool:
-    """Return whether somebody is there who says yes."""
+    """Return whether somebody is there who says yes. Raises: InvalidRequest without a terminal."""
+    if not sys.stdin.isatty():
+        raise InvalidRequest("there is no terminal to ask at: give --yes to go on without")
     with contextlib.suppress(EOFError):
         return input(question).strip().lower() in ("y", "yes")
     print()
@@ -3779,10 +4020,15 @@ def ask(question: str) -> bool:
 
 
 def cmd_config(arguments: argparse.Namespace) -> int:
-    """Print each effective value with its origin."""
-    load(arguments.settings)
-    for name, setting in arguments.settings.items():
-        print(f"{name:8} {setting.text or 'none':34} {setting.origin}")
+    """Print each effective value with its origin: as the daemon says, where one answers."""
+    try:
+        shown = call(find_daemon(arguments.settings), "GET", "/status").get("config", {})
+    except Absent as error:
+        load(arguments.settings)
+        print(f"gipam: {error}; this environment and lease file would give", file=sys.stderr)
+        shown = describe_daemon(arguments.settings, "")["config"]
+    for name, setting in shown.items():
+        print(f"{name:8} {setting['value'] or 'none':34} {setting['origin']}")
     return 0
 
 
@@ -3795,19 +4041,24 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     config, store, document = load(arguments.settings, is_daemon=True)
     if config.unix and "LISTEN_FDS" not in os.environ:
         clear_path(config.socket)  # a second daemon writes and imports nothing
-    service = open_service(config, arguments.settings, store, document)
-    gc.freeze()  # nor need it look at them later: 270 ms for a million
-    gc.enable()
-    handler: LogHandler = arguments.log_handler
-    loop = Loop(service, handler.flush)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, loop.stop)
-    with contextlib.ExitStack() as made:
+    with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
+        if document is None:
+            unserved.callback(store.discard)
+        service = open_service(config, arguments.settings, store, document)
+        gc.freeze()  # nor need it look at them later: 270 ms for a million
+        gc.enable()
+        handler: LogHandler = arguments.log_handler
+        loop = Loop(service, handler.flush)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, loop.stop)
         open_servers(config, loop, made)
+        unserved.pop_all()
         threading.Thread(target=take_over_when_due, args=(service, config.driver, loop.call),
                          name="import", daemon=True).start()
-        warn_of_bases(config, "/proc/self/net")
-        log.info("serving on %s with %d pools", format_endpoint(loop.servers[0].server_address),
+        warn_of_surprises(config, "/proc/self/net")
+        places = [format_endpoint(server.server_address) for server in loop.servers]
+        service.about = describe_daemon(arguments.settings, places[0])
+        log.info("serving on %s with %d pools", ", and metrics on ".join(places),
                  len(service.state.pools))
         notify("READY=1")
         handler.is_held = True
@@ -3857,13 +4108,7 @@ def open_service(config: Config, settings: Settings, store: Store,
     No lease file may mean a lost one: then Docker is asked what is in use, at once if it is alive,
     else when it answers. (While it starts, Docker accepts connections, but waits for gipam.)
     """
-    keys: Json = {}  # of the lease file
-    for version, bases, prefixlen in config.families:
-        if bases:
-            keys[f"V{version}Pool"] = settings[f"v{version}"].text
-            keys[f"V{version}AllocateBlock"] = prefixlen
-    if config.exclude:
-        keys["Exclude"] = settings["exclude"].text
+    keys = config_keys(settings)
 
     def read_state(document: Json | None) -> State:
         state = make_state(config)
@@ -3875,7 +4120,7 @@ def open_service(config: Config, settings: Settings, store: Store,
         chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
         store.write_snapshot(chunks, is_named=False)
     service = Service(store, state, keys,
-                      lambda: read_state(read_lease_file(store, settings)))
+                      lambda: read_state(read_lease_file(store)))
     if document is None or document.get("Import"):
         service.import_is_due.set()
         if is_docker_alive():
@@ -3886,8 +4131,11 @@ def open_service(config: Config, settings: Settings, store: Store,
     return service
 
 
-def warn_of_bases(config: Config, proc: str) -> None:
-    """Log what about the bases will surprise: none, or an on-link route (protocol.md 3.3)."""
+def warn_of_surprises(config: Config, proc: str) -> None:
+    """Log what will surprise: open TCP, no base, or an on-link route (protocol.md 3.3)."""
+    if not config.unix and not config.tls:
+        log.warning("TCP without -tls: every user of this host can take and release addresses; "
+                    "-unix lets only root")
     if not config.v4 and not config.v6:
         log.warning("no base is configured (-v4, -v6): only networks with a --subnet can be made")
     for base in config.v4:
@@ -3899,15 +4147,24 @@ def warn_of_bases(config: Config, proc: str) -> None:
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:
-    """Turn Go's one dash into two, and a boolean flag into one with a value."""
+    """Turn Go's one dash into two, and a boolean flag into one with a value.
+
+    It takes the next word only if that is one, such as false; no command is.
+    """
     booleans = ["--" + option.name for option in OPTIONS if option.parse is parse_bool]
-    words = [re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument) for argument in arguments]
+    words: list[str] = []
+    for argument in arguments:
+        if words and words[-1] in booleans and argument in BOOLEANS:
+            words[-1] += "=" + argument
+        else:
+            words.append(re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument))
     return [word + "=true" if word in booleans else word for word in words]
 
 
 COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, str]], ...] = (
     (cmd_serve, {}),
-    (cmd_status, {"--json": "as JSON, the stable form", "--leases": "with each lease"}),
+    (cmd_status, {"--json": "as JSON, the stable form", "--leases": "with each lease",
+                  "what": "only this; by Docker's name or gipam.name"}),
     (cmd_check, {"--json": "as JSON", "--fix": "mend what differs",
                  "--force": "with --fix, also when Docker knows none of the pools",
                  "--grace": "overlook what is younger (default: 60)"}),
@@ -3918,16 +4175,19 @@ COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, str]], ...]
 VALUES: dict[str, Json] = {  # the arguments of commands that are no switches
     "--grace": {"type": int, "default": 60, "metavar": "SECONDS"}, "pool": {"metavar": "POOL"},
     "lease": {"metavar": "ADDRESS", "nargs": "?", "default": ""},
+    "what": {"metavar": "ADDRESS|NETWORK|SUBNET", "nargs": "?", "default": ""},
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser: options may stand before the command or after it."""
-    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    shown, hidden = (argparse.ArgumentParser(
+        add_help=False, argument_default=argparse.SUPPRESS) for _ in range(2))
     for option in OPTIONS:
         text = f"{option.help} ({option.variable}; default: {option.default or 'none'})"
-        options.add_argument("--" + option.name, metavar=option.metavar, help=text)
-    parser = argparse.ArgumentParser(prog="gipam.py", parents=[options], allow_abbrev=False,
+        shown.add_argument("--" + option.name, metavar=option.metavar, help=text)
+        hidden.add_argument("--" + option.name, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(prog="gipam", parents=[shown], allow_abbrev=False,
                                      description="Docker IPAM driver that hands out routed "
                                                  "prefixes")
     parser.add_argument("--version", action="version", version=__version__)
@@ -3935,8 +4195,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", help="default: serve")
     for function, flags in COMMANDS:
         purpose = function.__doc__ or ""
-        command = commands.add_parser(function.__name__[4:], parents=[options], allow_abbrev=False,
-                                      help=purpose.split("\n")[0], description=purpose)
+        is_serve = function is cmd_serve
+        command = commands.add_parser(
+            function.__name__[4:], parents=[shown if is_serve else hidden], allow_abbrev=False,
+            help=purpose.split("\n")[0], description=purpose,
+            epilog=None if is_serve else "It takes the options of `gipam --help`, too.")
         command.set_defaults(func=function)
         for flag, text in flags.items():
             command.add_argument(flag, help=text, **VALUES.get(flag, {"action": "store_true"}))
@@ -4002,11 +4265,13 @@ def set_up_log(handler: logging.Handler) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, or that of the error."""
     parser, words = build_parser(), normalise_arguments(sys.argv[1:] if argv is None else argv)
-    known = {"--help", "--version", *("--" + option.name for option in OPTIONS),
-             *(flag for _, flags in COMMANDS for flag in flags)}
+    known = ["--help", "--version", *("--" + option.name for option in OPTIONS),
+             *(flag for _, flags in COMMANDS for flag in flags)]
     for flag in (word.partition("=")[0] for word in words):
         if flag.startswith("--") and flag not in known:
-            parser.error(f"unknown option {flag}: see gipam.py --help")
+            near = difflib.get_close_matches(flag, known, 1)
+            hint = f"do you mean {near[0]}?" if near else "see `gipam --help`"
+            parser.error(f"unknown option {flag}: {hint}")
     arguments = parser.parse_args(words)
     arguments.settings = read_settings(os.environ, arguments)  # the first two stages
     is_daemon = arguments.func is cmd_serve

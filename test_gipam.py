@@ -197,7 +197,7 @@ def require_isolation() -> None:
 
 # === The text of gipam.py =========================================================================
 
-MAX_LINES = 3400  # style.md asks for 2,000: see the note on step 1
+MAX_LINES = 3300
 MAX_FUNCTION_LINES, MAX_COLUMNS = 50, 100
 
 
@@ -381,6 +381,11 @@ def dump_state(state: gipam.State) -> Any:
 
 
 class ParsingTest(unittest.TestCase):
+    def test_place_is_a_path_or_host_and_port(self) -> None:
+        for place, text in ((("127.0.0.1", 90), "127.0.0.1:90"), (("::1", 90, 0, 0), "[::1]:90"),
+                            ("/run/x.sock", "/run/x.sock"), (b"\0x", "\0x"), ("", "")):
+            self.assertEqual(gipam.format_endpoint(place), text)
+
     def test_prefix_is_an_address_and_a_decimal_length(self) -> None:
         for text in ("10.2.0.0/16", "0.0.0.0/0", "10.2.0.1/32", "2001:db8:0:100::/56", "::/0",
                      "2001:db8::1/128", "::ffff:10.0.0.0/104"):
@@ -946,6 +951,50 @@ class Alone:
         return change is not None
 
 
+class NameMemoryTest(unittest.TestCase):
+    """What stays with a gipam.name when its network goes."""
+
+    def lose(self, alone: Alone, count: int) -> None:
+        """Let containers web0, web1 … have an address each; remove them and their network."""
+        pool = alone.request_pool(name="web")
+        addresses = [alone.request_address(pool, name=f"web{at}") for at in range(count)]
+        for address in addresses:
+            alone.release_address(pool, address)
+        alone.release_pool(pool)
+
+    def test_each_owner_finds_its_address_again_whoever_starts_first(self) -> None:
+        alone = Alone("10.2.0.0/16")
+        self.lose(alone, 3)
+        pool = alone.request_pool(name="web")
+        given = [alone.request_address(pool, name=name) for name in ("new", "web2", "web0", "web1")]
+        self.assertEqual(given, ["10.2.0.4", "10.2.0.3", "10.2.0.1", "10.2.0.2"])
+
+    def test_other_names_and_other_blocks_get_nothing_of_it(self) -> None:
+        for name, subnet in (("lan", "10.2.0.0/24"), ("", "10.2.0.0/24"), ("web", "10.2.0.0/23")):
+            alone = Alone("10.2.0.0/16")
+            self.lose(alone, 3)
+            pool = alone.request_pool(subnet, name=name)
+            with self.subTest(subnet, name=name):
+                self.assertEqual(alone.request_address(pool, name="web2"), "10.2.0.1")
+
+    def test_the_latest_owners_are_kept(self) -> None:
+        alone = Alone("10.2.0.0/16")
+        with mock.patch.object(gipam, "MAX_KEPT", 2):
+            self.lose(alone, 3)
+        kept = alone.state.families[4].recall("web")
+        assert kept
+        self.assertEqual({name: offset for name, (offset, _) in kept.owners.items()},
+                         {"web1": 2, "web2": 3})
+
+    def test_second_network_of_a_live_name_leaves_it_to_the_first(self) -> None:
+        alone = Alone("10.2.0.0/16")
+        first, second = alone.request_pool(name="web"), alone.request_pool(name="web")
+        self.assertEqual(str(second.subnet.network), "10.2.1.0/24")
+        for pool in (second, first):
+            alone.release_pool(pool)
+        self.assertEqual(alone.request_block(name="web"), "10.2.0.0/24")
+
+
 class BlockOrderTest(unittest.TestCase):
     def test_released_block_is_not_given_first_and_the_cursor_wraps_round(self) -> None:
         alone = Alone("10.2.0.0/22")
@@ -1249,7 +1298,7 @@ class AddressOrderTest(unittest.TestCase):
 
 
 OVERLAP = ("Pool overlaps with other one on this address space: {} with {}, held by pool {!r} for "
-           "{}; should no network use that any more, `gipam.py check --fix` releases it")
+           "{}; should no network use that any more, `gipam check --fix` releases it")
 BLOCKS = ("all predefined address pools have been fully subnetted: of {} blocks of {}, {} are "
           "held, {} excluded, and {} overlap routes or addresses of this host or lie in smaller "
           "pieces")
@@ -1302,14 +1351,16 @@ class ErrorTextTest(unittest.TestCase):
     def test_adoption(self) -> None:
         alone = Alone()
         alone.request_pool("10.2.0.0/24")
+
+        def adopt(pool_id: str) -> None:
+            list(gipam.decide_adoption(alone.state, pool_id, "", NOW_S, TOKEN))
+
         self.assert_refused(gipam.InvalidRequest, 404,
-                            "cannot find address pool for 'web': no pool has this id",
-                            lambda: list(gipam.decide_adoption(alone.state, "web", "", NOW_S, TOKEN)))
+                            "cannot find address pool for 'web': no pool has this id", adopt, "web")
         pool_id, held = f"10.2.0.0/16#{TOKEN}", next(iter(alone.state.pools))
         overlap = OVERLAP.format("10.2.0.0/16", "10.2.0.0/24", held, "0s")
         self.assert_refused(gipam.InvalidRequest, 404,
-                            f"cannot find address pool for {pool_id!r}, nor adopt it: {overlap}",
-                            lambda: list(gipam.decide_adoption(alone.state, pool_id, "", NOW_S, TOKEN)))
+                            f"cannot find address pool for {pool_id!r}, nor adopt it: {overlap}", adopt, pool_id)
 
     def test_addresses(self) -> None:
         alone = Alone()
@@ -1390,6 +1441,8 @@ class Naive:
         self.block_cursors: dict[tuple[int, int], int] = {}
         self.address_cursors: dict[str, str] = {}  # pool_id -> the last address given by next-fit
         self.names: dict[tuple[int, str], gipam.Network] = {}
+        self.pool_names: dict[str, str] = {}
+        self.kept: dict[tuple[int, str], dict[str, str]] = {}  # of a name -> owners
         self.owners: dict[tuple[gipam.Network, str], str] = {}
 
     def answer(self, request: Request, pool_id: str) -> str | None:
@@ -1411,9 +1464,17 @@ class Naive:
             refusal, subnet = self.choose_block(request, obstacles)
         if refusal:
             return refusal
-        self.pools[pool_id] = subnet, request.sub_pool
-        if request.name:
-            self.names[request.version, request.name] = subnet
+        key = request.version, request.name
+        is_live = any(self.pools[other][0] == self.names.get(key) and name == request.name
+                      for other, name in self.pool_names.items())
+        self.pools[pool_id], self.pool_names[pool_id] = (subnet, request.sub_pool), request.name
+        if request.name and not is_live:
+            kept = self.kept.pop(key, {}) if self.names.get(key) == subnet else {}
+            self.owners.update({(subnet, owner): address for owner, address in kept.items()})
+            last = max(kept.values(), key=ipaddress.ip_address, default=None)
+            if last and last in map(str, request.sub_pool or subnet):
+                self.address_cursors[pool_id] = last
+            self.names[key] = subnet
         return str(subnet)
 
     def check_subnet(self, subnet: gipam.Network, sub_pool: gipam.Network | None) -> str:
@@ -1450,9 +1511,13 @@ class Naive:
 
     def release_pool(self, pool_id: str) -> None:
         subnet, _ = self.pools.pop(pool_id)
+        key = subnet.version, self.pool_names.pop(pool_id)
         self.address_cursors.pop(pool_id, None)
         self.leases = {key: lease for key, lease in self.leases.items() if lease[0] != pool_id}
         if all(other != subnet for other, _ in self.pools.values()):
+            if self.names.get(key) == subnet:
+                self.kept[key] = {owner: address for (network, owner), address in self.owners.items()
+                                  if network == subnet}
             self.owners = {key: address for key, address in self.owners.items() if key[0] != subnet}
 
     def request_address(self, pool_id: str, request: gipam.AddressRequest) -> str:
@@ -1826,7 +1891,7 @@ SHORT, HALF = "short", "half"  # faults of pwrite: half is written; and after th
 def load(path: str, calls: Any = os) -> tuple[gipam.Store, gipam.State, bool]:
     """Read a lease file and its journal as `serve` does; return also whether there is none yet."""
     store = gipam.Store(path, calls)
-    document = gipam.read_lease_file(store, gipam.read_settings({}, argparse.Namespace(file=path)))
+    document = gipam.read_lease_file(store)
     state = make_state(BASES)
     gipam.recover(store, document, state)
     return store, state, document is None
@@ -1843,7 +1908,7 @@ def snapshot_of(state: gipam.State, segment: int | None = None) -> Iterator[str]
 
 def read_anew(store: gipam.Store, settings: gipam.Settings) -> gipam.State:
     """Return what is on disk, as a service reads it after a failure."""
-    document = gipam.read_lease_file(store, settings)
+    document = gipam.read_lease_file(store)
     state = gipam.make_state(gipam.build_config(settings))
     gipam.recover(store, document, state)
     return state
@@ -1854,7 +1919,7 @@ def begin(path: str, calls: Any = os) -> gipam.Service:
     store, state, is_first = load(path, calls)
     if is_first:
         store.write_snapshot(snapshot_of(state), is_named=False)
-    settings = gipam.read_settings({}, argparse.Namespace(file=path))
+    settings = gipam.read_settings({}, argparse.Namespace(file=path, v4="10.2.0.0/16", v6="2001:db8:0:100::/56"))
     return gipam.Service(store, state, CONFIG, functools.partial(read_anew, store, settings), "/nonexistent")
 
 
@@ -2533,6 +2598,38 @@ class SnapshotFileTest(StoreCase):
         self.assertEqual(recover(self.path).seq, 8)
         self.write_file("leases.json", edited.replace(b'"Seq":8', b'"Seq":7'))
         self.assert_refused("contradicts itself: .*checksum")
+
+    def test_edited_while_gipam_runs(self) -> None:
+        """Its settings are carried over; what does not parse is kept beside it."""
+        service = self.begin()
+        for text, found, kept in (
+                (b'{"v4pool": "10.8.0.0/16", "Exclude": "10.8.0.0/24", "Seq": 99}', "10.8.0.0/16", 0),
+                (b'{"V4Pool": "10.9', "10.8.0.0/16", 1), (b"[]", "10.8.0.0/16", 2),
+                (b"{}", None, 2)):
+            self.write_file("leases.json", text)
+            self.assertTrue(fold(service))
+            with self.subTest(text), open(self.path, encoding="utf-8") as file:
+                document = json.load(file)
+                self.assertEqual((document.get("V4Pool"), document["Seq"]), (found, 0))
+                self.assertEqual(document.get("Exclude"), found and "10.8.0.0/24")
+                names = glob.glob(self.path + ".edited-*")
+                self.assertEqual(len(names), kept)
+                if text == b"[]":
+                    with open(self.path + ".edited-2", "rb") as aside:
+                        self.assertEqual(aside.read(), text)
+        self.assertTrue(fold(service))  # nothing was edited since
+        self.assertEqual(recover(self.path).seq, 0)
+
+    def test_what_gipam_wrote_itself_is_no_edit(self) -> None:
+        service = self.begin()
+        for store in (service._store, load(self.path)[0]):
+            self.assertEqual(store.identify(), store.identity)
+        with mock.patch.object(gipam.log, "warning") as warning:
+            self.assertTrue(fold(service))
+            os.unlink(self.path)
+            self.assertTrue(fold(service))
+            self.assertTrue(fold(service))
+        warning.assert_not_called()
 
     def test_it_is_written_for_its_owner_only(self) -> None:
         service = self.begin()
@@ -3249,8 +3346,8 @@ import gipam
 for version, base in (4, "10.2.0.0/16"), (6, "2001:db8:0:100::/56"):
     for route in gipam.read_obstacles("/proc/self/net", version, [gipam.parse_prefix(base)]):
         print(*route, version)
-gipam.warn_of_bases(gipam.argparse.Namespace(v4=[gipam.parse_prefix("10.2.8.0/25")], v6=[]),
-                    "/proc/self/net")'
+gipam.warn_of_surprises(gipam.argparse.Namespace(v4=[gipam.parse_prefix("10.2.8.0/25")], v6=[], unix=True),
+                        "/proc/self/net")'
 """
 
 
@@ -3497,7 +3594,7 @@ class InMemory(Caller):
     def open(self) -> None:
         settings = gipam.read_settings({}, argparse.Namespace(file=self.path, **self.options))
         store, state = gipam.Store(self.path), gipam.make_state(gipam.build_config(settings))
-        gipam.recover(store, gipam.read_lease_file(store, settings), state)
+        gipam.recover(store, gipam.read_lease_file(store), state)
         self.service = gipam.Service(store, state, {}, functools.partial(read_anew, store, settings), self.proc)
 
     def post(self, path: str, body: bytes, verb: str = "POST") -> tuple[int, Any]:
@@ -3695,6 +3792,21 @@ DISJOINT = (
 
 class ConformanceCases(StageCases):
     """What moby tests of its own IPAM."""
+
+    def test_network_made_again_under_its_name(self) -> None:
+        """Not moby's: it gets its block, and each container its address, over restarts as well."""
+        for name, mac in (("db", ""), ("", "02:42:00:00:00:09")):
+            subnets, given = [], []
+            for others in (2, 0):
+                pool_id, subnet = self.caller.request_pool(gipam_name=f"again {name}")
+                addresses = self.take(pool_id, others)
+                addresses.append(self.caller.request_address(pool_id, "", mac, name))
+                subnets.append(subnet)
+                given.append(addresses[-1])
+                for address in addresses:
+                    self.caller.release_address(pool_id, address.partition("/")[0])
+                self.caller.release_pool(pool_id)
+            self.assertEqual((subnets[0], given[0]), (subnets[1], given[1]))
 
     # -- allocator_test.go: pools
 
@@ -4296,7 +4408,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
     def test_pools(self) -> None:
         whole, part = self.pool("10.9.0.0/24"), self.pool("10.9.2.0/24", "10.9.2.0/25")
         held = ("held by pool {!r} for AGE; should no network use that any more, "
-                "`gipam.py check --fix` releases it")
+                "`gipam check --fix` releases it")
         form = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
         overlap, known = OVERLAPPING, "gipam has gipam.name, gipam.v4ab, gipam.v6ab"
         rows: tuple[tuple[int, str, dict[str, Any]], ...] = (
@@ -4362,7 +4474,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
         self.take(six, 2)
         lost = "10.9.0.0/16#0123456789abcdef"
         overlap = (f"{OVERLAPPING}10.9.0.0/16 with 10.9.0.0/24, held by pool {whole!r} for AGE; "
-                   "should no network use that any more, `gipam.py check --fix` releases it")
+                   "should no network use that any more, `gipam check --fix` releases it")
         for pool_id, address, status, text in (
                 (whole, "10.8.0.1", 400,
                  "requested address is out of range: 10.8.0.1 is not in 10.9.0.0/24"),
@@ -6457,7 +6569,7 @@ class Finished(NamedTuple):
 
 
 class Terminal(io.StringIO):
-    """Standard output of a person."""
+    """Standard output or input of a person."""
 
     def isatty(self) -> bool:
         return True
@@ -6503,14 +6615,16 @@ class OperatedCase(unittest.TestCase):
         store, state = gipam.Store(self.file), gipam.make_state(config)
         store.write_snapshot(gipam.encode_snapshot({}, gipam.copy_state(state), None), is_named=False)
         keys = {"V4Pool": "10.2.0.0/20", "V6Pool": "2001:db8:0:100::/60"}
-        return gipam.Service(store, state, keys, functools.partial(read_anew, store, settings), self.proc)
+        service = gipam.Service(store, state, keys, functools.partial(read_anew, store, settings), self.proc)
+        service.about = gipam.describe_daemon(settings, self.socket)
+        return service
 
     def in_turn(self, function: Callable[[], Any]) -> Any:
         """Return what the function does in a turn of the loop, or in this one."""
         is_turn = threading.current_thread() is self.thread
         return function() if is_turn else self.loop.call(function)
 
-    def serve_tcp(self, paths: Any = ()) -> int:
+    def serve_tcp(self, paths: Any = frozenset()) -> int:
         """Serve on a loopback port too; return it."""
         server = gipam.Server(("127.0.0.1", 0), self.loop, paths=paths)
         self.in_turn(lambda: self.loop.open(server))
@@ -6537,7 +6651,7 @@ class OperatedCase(unittest.TestCase):
         return {pool["sub_pool"] or pool["subnet"]: [lease["address"] for lease in pool["addresses"]]
                 for pool in self.status_now()["pools"]}
 
-    def run_gipam(self, *arguments: str, out: io.StringIO | None = None, stdin: str = "", options: tuple[str, ...] = (),
+    def run_gipam(self, *arguments: str, out: io.StringIO | None = None, stdin: str | Terminal = "", options: tuple[str, ...] = (),
                   **variables: str) -> Finished:
         """Run a command of gipam.py in this process."""
         out, err, handler = out or io.StringIO(), io.StringIO(), logging.StreamHandler()
@@ -6550,7 +6664,7 @@ class OperatedCase(unittest.TestCase):
         try:
             with mock.patch.dict(os.environ, environment, clear=True), mock.patch.object(gipam, "set_up_log"), \
                     contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-                    mock.patch.object(sys, "stdin", io.StringIO(stdin)):
+                    mock.patch.object(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin):
                 status = gipam.main([*arguments, *options])
         finally:
             gipam.log.removeHandler(handler)
@@ -6726,7 +6840,7 @@ class CheckTest(OperatedCase):
 
     def assert_mended(self, *lines: str) -> None:
         """`check` says these lines; --fix mends them; then no difference is left."""
-        self.assertEqual(self.check(), [line + "; `gipam.py check --fix` mends it" for line in lines])
+        self.assertEqual(self.check(), [line + "; `gipam check --fix` mends it" for line in lines])
         self.assertEqual(self.check("--fix"), [line + "; fixed" for line in lines])
         self.assertEqual(self.check(), [])
 
@@ -7140,7 +7254,7 @@ class ImportTest(OperatedCase):
         config, settings = self.config()
         store = gipam.Store(self.file)
         with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive):
-            document = gipam.read_lease_file(store, settings)
+            document = gipam.read_lease_file(store)
             self.loop.service = self.service = gipam.open_service(config, settings, store, document)
         self.addCleanup(self.service.import_is_due.clear)  # else its thread would ask on for ever
         threading.Thread(target=gipam.take_over_when_due, args=(self.service, "gipam", self.loop.call), daemon=True).start()
@@ -7496,11 +7610,15 @@ class ReleaseTest(OperatedCase):
         self.docker.stop("one", is_told=False)
         for answer, status, count in (("\n", 1, 2), ("n\n", 1, 2), ("", 1, 2), ("yes\n", 0, 1)):
             with self.subTest(answer=answer):
-                done = self.run_gipam("release", "10.2.0.0/24", "10.2.0.2", stdin=answer)
+                done = self.run_gipam("release", "10.2.0.0/24", "10.2.0.2", stdin=Terminal(answer))
                 self.assertEqual((done.status, done.err, len(self.held()["10.2.0.0/24"])), (status, "", count))
-                self.assertTrue(done.out.startswith("release address 10.2.0.2 of 10.2.0.0/24? [y/N] "))
+                said = "" if status else "released address 10.2.0.2 of 10.2.0.0/24"
+                self.assertEqual(done.out.rstrip("\n"), "release address 10.2.0.2 of 10.2.0.0/24? [y/N] " + said)
         del self.docker.networks["web"]
-        self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes"), (0, "", ""))
+        refused = self.run_gipam("release", "10.2.0.0/24", stdin="yes\n")
+        self.assertEqual(refused, (1, "", "gipam: there is no terminal to ask at: give --yes to go on without\n"))
+        self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes"),
+                         (0, "released pool with 1 leases, 10.2.0.0/24\n", ""))
         self.assertEqual(self.held(), {})
 
     def test_it_refuses_what_docker_uses_unless_forced(self) -> None:
@@ -7526,7 +7644,7 @@ class ReleaseTest(OperatedCase):
         ids = [pool["id"] for pool in self.status_now()["pools"] if pool["sub_pool"]]
         done = self.run_gipam("release", "10.50.0.0/24", "--force", "--yes")
         self.assertEqual((done.status, done.out), (1, ""))
-        self.assertEqual(done.err, "gipam: '10.50.0.0/24' names 2 pools: give the id of one, as `status --json` "
+        self.assertEqual(done.err, "gipam: '10.50.0.0/24' names 2 pools: give the id of one, as `gipam status --json` "
                          "has it\n" + "".join(f"  {pool_id}\n" for pool_id in ids))
         for name in ("10.50.0.0/25", ids[1]):
             self.assertEqual(self.run_gipam("release", name, "--force", "--yes").status, 0)
@@ -7534,15 +7652,18 @@ class ReleaseTest(OperatedCase):
 
     def test_what_is_not_there(self) -> None:
         for arguments, words in ((("10.77.0.0/24",), "names 0 pools"), (("10.2.0.0/24", "10.2.0.9"), "is not held in"),
-                                 (("10.2.0.0/24", "10.9.0.9"), "is not held in")):
+                                 (("10.2.0.0/24", "10.9.0.9"), "is not held in"),
+                                 (("10.2.0.0/24", "one"), "gipam: 'one' is not a bare IP address"),
+                                 (("10.2.0.0/24", "10.2.0.2x"), "is not a bare IP address")):
             with self.subTest(arguments):
                 done = self.run_gipam("release", *arguments, "--force", "--yes")
                 self.assertEqual((done.status, done.out), (1, ""))
                 self.assertIn(words, done.err)
 
-    def test_address_in_any_spelling(self) -> None:
+    def test_pool_and_address_in_any_spelling(self) -> None:
         self.docker.make_network("six", "fd00:9::/64")
-        self.assertEqual(self.run_gipam("release", "fd00:9::/64", "FD00:9::0:1", "--yes", "--force").status, 0)
+        done = self.run_gipam("release", "FD00:0009:0:0::/64", "FD00:9::0:1", "--yes", "--force")
+        self.assertEqual(done, (0, "released address fd00:9::1 of fd00:9::/64\n", ""))
         self.assertEqual(self.held()["fd00:9::/64"], [])
 
     def test_without_docker_or_daemon_nothing_is_released(self) -> None:
@@ -7559,28 +7680,28 @@ class StatusTest(OperatedCase):
 
     NOW_S = 1_800_000_000
     TEXT = """\
-2001:db8:0:100::/60  [##..................]  1 of 16 blocks of /64 held, 15 free
-  #...............
-10.2.0.0/20  [#######.............]  5 of 16 blocks of /24 held, 10 free
-  #x.~+r.###......
-  # held  + partly  . free  x excluded  ~ route or address of this host  r kept for a name
-SUBNET               RANGE          HELD  OF                    NAME     AGE
-10.2.0.0/24          -              3     254                   -        3h
-2001:db8:0:100::/64  -              2     18446744073709551615  -        3h
-10.2.4.0/25          -              1     126                   -        3h
-10.50.0.0/24         10.50.0.64/26  1     64                    gateway  3h
-10.2.7.0/24          -              0     254                   -        2d
-10.2.8.0/23          -              0     510                   -        40s
+2001:db8:0:100::/60  [#.........]  1 of 16 blocks of /64 held, 15 free
+  2001:db8:0:100::  #...............
+10.2.0.0/20  [####......]  5 of 16 blocks of /24 held, 9 free
+  10.2.0.0   #x.~+r.###......
+  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name
+SUBNET               RANGE          HELD  OF    AGE  NETWORK
+10.2.0.0/24          -              3     254   3h   web
+10.2.4.0/25          -              1     126   3h   partly
+10.2.7.0/24          -              0     254   2d   -
+10.2.8.0/23          -              0     510   40s  -
+10.50.0.0/24         10.50.0.64/26  1     64    3h   range
+2001:db8:0:100::/64  -              2     2^64  3h   web
 """
     LEASES = """\
-SUBNET               RANGE          HELD  OF                    NAME               AGE
-10.2.0.0/24          -              3     254                   -                  3h
-  10.2.0.1           gateway                                    -                  3h
-  10.2.0.2           endpoint                                   02:42:00:00:00:02  3h
-  10.2.0.200         auxiliary                                  -                  3h
-2001:db8:0:100::/64  -              2     18446744073709551615  -                  3h
-  2001:db8:0:100::1  gateway                                    -                  3h
-  2001:db8:0:100::2  endpoint                                   02:42:00:00:00:02  3h
+SUBNET               RANGE          HELD  OF    AGE  NETWORK
+10.2.0.0/24          -              3     254   3h   web
+  10.2.0.1           gateway                    3h   -
+  10.2.0.2           endpoint                   3h   one
+  10.2.0.200         auxiliary                  3h   -
+2001:db8:0:100::/64  -              2     2^64  3h   web
+  2001:db8:0:100::1  gateway                    3h   -
+  2001:db8:0:100::2  endpoint                   3h   one
 """
 
     def fill(self) -> None:
@@ -7610,7 +7731,8 @@ SUBNET               RANGE          HELD  OF                    NAME            
 
     def status(self, *arguments: str, **how: Any) -> str:
         done = self.at(0, lambda: self.run_gipam("status", *arguments, **how))
-        self.assertEqual((done.status, done.err), (0, ""))
+        said = f"gipam: no gipam answers on .*; this is what {self.file} holds\n"
+        self.assertEqual((done.status, re.sub(said, "", done.err)), (0, ""))
         return str(done.out)
 
     def test_text(self) -> None:
@@ -7620,6 +7742,7 @@ SUBNET               RANGE          HELD  OF                    NAME            
     def test_lease_file_is_left_alone_while_the_daemon_answers(self) -> None:
         """It may be large; and what is wrong with it concerns the next start."""
         self.docker.make_network("web")
+        self.settle()
         with open(self.file, "w", encoding="ascii") as file:
             file.write("not JSON")
         self.assertIn("10.2.0.0/24", self.status())
@@ -7631,22 +7754,23 @@ SUBNET               RANGE          HELD  OF                    NAME            
         self.fill()
         bases, table = self.status("--leases").split("SUBNET")
         self.assertEqual(bases, self.TEXT.split("SUBNET")[0])
-        self.assertEqual("".join(("SUBNET" + table).splitlines(keepends=True)[:8]), self.LEASES)
+        self.assertEqual([line for line in ("SUBNET" + table).splitlines() if line in self.LEASES],
+                         self.LEASES.splitlines())
 
     def test_name_of_the_container_where_docker_sends_it(self) -> None:
         self.docker.version = 29
         self.docker.make_network("web")
         self.docker.start("one", "web")
-        self.assertRegex(self.status("--leases"), r"\n  10.2.0.2 +endpoint +one +")
+        self.assertRegex(self.status("--leases", DOCKER_HOST="unix:///nothing"), r"\n  10.2.0.2 +endpoint +\w+ +one\n")
 
     def test_empty_and_full(self) -> None:
         self.assertEqual(self.status(), (
-            "2001:db8:0:100::/60  [....................]  0 of 16 blocks of /64 held, 16 free\n  ................\n"
-            "10.2.0.0/20  [....................]  0 of 16 blocks of /24 held, 16 free\n  ................\n"
-            "  # held  + partly  . free  x excluded  ~ route or address of this host  r kept for a name\n"))
+            "2001:db8:0:100::/60  [..........]  0 of 16 blocks of /64 held, 16 free\n  2001:db8:0:100::  ................\n"
+            "10.2.0.0/20  [..........]  0 of 16 blocks of /24 held, 16 free\n  10.2.0.0   ................\n"
+            "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name\n"))
         for _ in range(16):
             self.docker.make_network("full")
-        self.assertIn("10.2.0.0/20  [####################]  16 of 16 blocks of /24 held, 0 free\n  ################\n",
+        self.assertIn("10.2.0.0/20  [##########]  16 of 16 blocks of /24 held, 0 free\n  10.2.0.0   ################\n",
                       self.status())
 
     def test_map_of_a_large_base_has_a_character_for_a_group_of_blocks(self) -> None:
@@ -7659,10 +7783,73 @@ SUBNET               RANGE          HELD  OF                    NAME            
                 pools = [{"subnet": subnet} for subnet in subnets]
                 self.assertEqual(gipam.draw_map(base, pools, 63), drawing)
 
+    def test_rows_of_the_map_begin_with_their_first_block(self) -> None:
+        for text, prefixlen, count, labels in (
+                ("10.0.0.0/8", 24, 65536, ["10.0.0.0", "10.64.0.0", "10.128.0.0", "10.192.0.0"]),
+                ("10.2.0.0/25", 31, 64, ["10.2.0.0"]), ("2001:db8::/56", 64, 256, [
+                    "2001:db8::", "2001:db8:0:40::", "2001:db8:0:80::", "2001:db8:0:c0::"])):
+            base = {"prefix": text, "blocks": count, "blocks_used": 0, "blocks_excluded": 0, "remembered": {},
+                    "excluded": [], "block_prefixlen": prefixlen}
+            _, *rows = gipam.render_base(base, [], 85)
+            with self.subTest(text):
+                self.assertEqual([row.split() for row in rows], [[label, "." * 64] for label in labels])
+
+    def test_order_is_that_of_the_addresses(self) -> None:
+        ask = self.docker.make_network
+        ask("b" * 70, "10.9.0.0/24")
+        ask("c", "2001:db8:0:101::/64")
+        ask("a", "10.8.0.0/24")
+        for address in ("10.9.0.100", "10.9.0.20", "10.9.0.3"):
+            self.call("IpamDriver.RequestAddress", PoolID=self.docker.pool_ids["b" * 70, 4], Address=address, Options=None)
+        lines = self.status("--leases").splitlines()
+        self.assertEqual([line.split()[0] for line in lines if "gateway" not in line][-6:], [
+            "10.8.0.0/24", "10.9.0.0/24", "10.9.0.3", "10.9.0.20", "10.9.0.100", "2001:db8:0:101::/64"])
+        self.assertEqual(max(map(len, lines)), 80, "a name is cut")
+
+    def test_large_numbers_are_powers_of_two(self) -> None:
+        for count, text in ((0, "0"), (65536, "65536"), (2**24, "16777216"), (2**64 - 1, "2^64"), (2**64, "2^64"),
+                            (2**32 - 2, "2^32")):
+            self.assertEqual(gipam.format_count(count), text)
+
+    def test_blocks_that_routes_touch_are_not_free(self) -> None:
+        family = gipam.make_state(self.config("-exclude", "10.2.1.0/24")[0]).families[4]
+        for routes, count in ((), 0), (("10.2.3.0/25", "10.2.3.128/26"), 1), (("10.2.3.1/32", "10.2.4.0/23"), 3), \
+                (("10.2.0.0/22", "10.2.2.0/24"), 3), (("10.2.1.0/24",), 0):
+            with self.subTest(routes):
+                self.assertEqual(family.count_touched(map(gipam.span, map(gipam.parse_prefix, routes))), count)
+
+    def test_just_what_is_asked_for(self) -> None:
+        self.fill()
+        web, partly = self.LEASES.splitlines()[1:], self.TEXT.splitlines()[7]
+        for what, rows in (("web", web), ("10.2.0.0/24", web[:4]), ("10.2.0.2", [web[0], web[2]]),
+                           ("2001:DB8:0:0100:0::/64", web[4:]), ("2001:db8:0:100:0::2", [web[4], web[6]]),
+                           ("10.2.0.9", web[:1]), ("10.2.4.0/25", [partly, "  10.2.4.1 gateway 3h -"])):
+            with self.subTest(what):
+                lines = self.status(what).splitlines()
+                self.assertTrue(lines[0].startswith("SUBNET "))
+                self.assertEqual([line.split() for line in lines[1:]], [row.split() for row in rows])
+        self.assertEqual([pool["network"] for pool in json.loads(self.status("--json", "gateway"))["pools"]], ["range"])
+        done = self.run_gipam("status", "10.77.0.1")
+        self.assertEqual(done, (1, "", "gipam: '10.77.0.1' is no address, subnet or network of a pool that is held\n"))
+
+    def test_without_docker_names_are_what_gipam_knows(self) -> None:
+        self.fill()
+        for host in ("unix:///nothing", "tcp://192.0.2.1:1"):
+            text = self.status("--leases", DOCKER_HOST=host)
+            self.assertRegex(text, r"\n10.50.0.0/24 .* gateway\n")
+            self.assertRegex(text, r"\n  10.2.0.2 .* 02:42:00:00:00:02\n")
+
+    def test_from_the_lease_file_it_says_so(self) -> None:
+        done = self.run_gipam("status", "--json", options=(
+            "-socket", self.directory + "/no.sock", "-address", "[::1]:1", "-file", self.file, *self.BASES))
+        self.assertEqual(done.err, f"gipam: no gipam answers on {self.directory}/no.sock or [::1]:1: start it, or say "
+                         f"where it is with -socket or -address; this is what {self.file} holds\n")
+        self.assertEqual(json.loads(done.out)["listening"], "")
+
     def test_colour_only_on_a_terminal_that_wants_it(self) -> None:
         self.fill()
-        plain = self.status(out=Terminal(), NO_COLOR="1", COLUMNS="100")
-        coloured = self.status(out=Terminal(), COLUMNS="100")
+        plain = self.status(out=Terminal(), NO_COLOR="1", COLUMNS="80")
+        coloured = self.status(out=Terminal(), COLUMNS="80")
         self.assertEqual(plain, self.TEXT)
         self.assertIn("\033[", coloured)
         self.assertEqual(re.sub("\033\\[[0-9]*m", "", coloured), plain)
@@ -7672,29 +7859,30 @@ SUBNET               RANGE          HELD  OF                    NAME            
         for columns in ("40", "60", "132"):
             with self.subTest(columns):
                 text = self.status("--leases", out=Terminal(), NO_COLOR="1", COLUMNS=columns)
-                table = [line for line in text.splitlines() if not line.endswith("free") and "# held" not in line]
-                self.assertLessEqual(max(map(len, table)), int(columns))
+                self.assertLessEqual(max(map(len, text.splitlines())), int(columns))
 
     def test_json(self) -> None:
         """The documented interface: these keys stay."""
         self.fill()
         status = json.loads(self.status("--json"))
-        self.assertEqual(set(status), {"version", "seq", "bases", "pools"})
+        self.assertEqual(set(status), {"version", "driver", "listening", "config", "seq", "bases", "pools"})
+        self.assertEqual((status["driver"], status["listening"]), ("gipam", self.socket))
+        self.assertEqual(status["config"]["socket"], {"value": self.socket, "origin": "command line"})
         self.assertEqual(status["version"], gipam.__version__)
         base = dict(status["bases"][1])
         self.assertEqual(base, {
             "prefix": "10.2.0.0/20", "family": 4, "block_prefixlen": 24, "blocks": 16, "blocks_used": 5,
             "blocks_excluded": 1, "excluded": ["10.2.1.0/24"], "remembered": {"kept": "10.2.5.0/24"},
-            "routes": ["10.2.3.0/25"]})
+            "routes": ["10.2.3.0/25"], "blocks_routed": 1})
         pool = next(pool for pool in status["pools"] if pool["subnet"] == "10.50.0.0/24")
         self.assertRegex(pool.pop("id"), r"^10\.50\.0\.0/24,10\.50\.0\.64/26#[0-9a-f]{16}$")
         self.assertGreater(pool.pop("seq"), 0)
         self.assertEqual(pool, {"subnet": "10.50.0.0/24", "sub_pool": "10.50.0.64/26", "name": "gateway", "leases": 1,
-                                "usable": 64, "granted_s": self.NOW_S - 3 * 3600})
+                                "network": "range", "usable": 64, "granted_s": self.NOW_S - 3 * 3600})
         lease = json.loads(self.status("--json", "--leases"))["pools"][0]["addresses"][1]
         self.assertGreater(lease.pop("seq"), 0)
         self.assertEqual(lease, {"address": "10.2.0.2", "kind": "endpoint", "mac": "02:42:00:00:00:02", "name": "",
-                                 "granted_s": self.NOW_S - 3 * 3600})
+                                 "container": "one", "granted_s": self.NOW_S - 3 * 3600})
 
     def test_same_over_unix_and_tcp_and_without_a_daemon(self) -> None:
         self.fill()
@@ -7711,8 +7899,44 @@ SUBNET               RANGE          HELD  OF                    NAME            
         found = json.loads(self.status("--json", "--leases", options=offline))
         self.assertEqual(before, {name: self.read(name) for name in before})
         for base in expected["bases"]:
-            del base["routes"]
-        self.assertEqual(found, expected)
+            del base["routes"], base["blocks_routed"]
+        self.assertEqual(found.pop("listening"), "")
+        for key in ("listening", "config"):
+            del expected[key]
+        self.assertEqual({key: found[key] for key in expected}, expected)
+
+    def test_driver_is_what_the_daemon_says(self) -> None:
+        """Whatever -socket, -address and -unix lead to it."""
+        self.docker.make_network("web")
+        self.service.about["driver"] = "lan"
+        found = gipam.find_differences(self.status_now, self.docker.path, "lan", 0)
+        self.assertEqual([kind for kind, _ in found], ["leaked_pool", "overlap"])
+        for options in (("-socket", self.socket), ("-unix", "-socket", self.socket, "-spec", "/x/y.spec")):
+            done = self.run_gipam("check", "--grace", "0", options=(*options, "-file", self.file))
+            self.assertRegex(done.out, "^leaked_pool: ")
+
+    def test_daemon_of_an_earlier_version(self) -> None:
+        self.docker.make_network("web")
+        self.service.about = {}
+        self.assertEqual(self.check(), [])
+
+    def test_config_asks_the_daemon(self) -> None:
+        self.service.about["config"] = {"v4": {"value": "10.7.0.0/16", "origin": "environment (GIPAM_V4)"},
+                                        "exclude": {"value": "", "origin": "default"}}
+        done = self.run_gipam("config", "-v4", "10.8.0.0/16")
+        self.assertEqual((done.status, done.err), (0, ""))
+        self.assertRegex(done.out, r"^v4 +10\.7\.0\.0/16 +environment \(GIPAM_V4\)\nexclude +none +default\n$")
+
+    def test_config_shows_whole_paths(self) -> None:
+        settings = gipam.read_settings({}, argparse.Namespace(file="leases.json"))
+        self.assertEqual(gipam.describe_daemon(settings, "")["config"]["file"]["value"],
+                         os.path.join(os.path.realpath("."), "leases.json"))
+
+    def test_config_shows_no_password(self) -> None:
+        option = gipam.OPTIONS[0]
+        text = "http://10.0.0.1:2379,https://user:secret@etcd2:2379"
+        shown = gipam.describe_daemon({**self.config()[1], "x": gipam.Setting(option, text, "default")}, "")["config"]
+        self.assertEqual(shown["x"]["value"], "http://10.0.0.1:2379,https://***@etcd2:2379")
 
     def test_daemon_that_ends_between_the_readings_of_its_files_is_looked_at_again(self) -> None:
         self.fill()
@@ -7777,13 +8001,14 @@ SUBNET               RANGE          HELD  OF                    NAME            
             with self.subTest(name), self.assertRaises(Refused):
                 self.docker.make_network("web", options={"gipam.name": name})
         self.docker.make_network("web", options={"gipam.name": "my net, größer"})
-        self.assertIn("  my net, größer  ", self.status())
+        self.assertIn("  my net, größer\n", self.status(DOCKER_HOST="unix:///nothing"))
 
 
 class MetricsTest(OperatedCase):
     """GET /metrics and /healthz."""
 
-    NAMES = {"build_info": "gauge", "base_blocks": "gauge", "base_blocks_used": "gauge", "pool_addresses": "gauge",
+    NAMES = {"build_info": "gauge", "base_blocks": "gauge", "base_blocks_used": "gauge",
+             "base_blocks_excluded": "gauge", "pool_addresses": "gauge",
              "pool_addresses_used": "gauge", "requests_total": "counter", "request_duration_seconds": "histogram",
              "journal_sync_duration_seconds": "histogram", "journal_bytes": "gauge",
              "last_write_timestamp_seconds": "gauge"}
@@ -7822,8 +8047,12 @@ class MetricsTest(OperatedCase):
             self.assertEqual((status, content_type), (200, "text/plain; version=0.0.4; charset=utf-8"))
             families = {family.name: family for family in parse(text)}
             found = {name + "_total" * (family.type == "counter"): family.type for name, family in families.items()}
-            self.assertEqual(found, {"gipam_" + name: kind for name, kind in self.NAMES.items()})
+            expected = {"gipam_" + name: kind for name, kind in self.NAMES.items()}
+            if not is_filled:  # nothing is written yet, and 0 would be a time in 1970
+                del expected["gipam_last_write_timestamp_seconds"]
+            self.assertEqual(found, expected)
             for family in families.values():
+                self.assertRegex(family.documentation, r"^\S.*\S$")
                 self.assertTrue(all(sample.name.startswith(family.name) for sample in family.samples))
         refused = [sample for sample in families["gipam_requests"].samples if sample.labels == {
             "method": "/IpamDriver.RequestAddress", "result": "Unavailable"}]
@@ -7834,13 +8063,23 @@ class MetricsTest(OperatedCase):
         self.assertEqual(buckets[-1], next(sample.value for sample in histogram if sample.name.endswith("_count")))
         self.assertEqual(histogram[len(buckets) - 1].labels, {"le": "+Inf"})
 
+    def test_every_count_is_there_from_the_start(self) -> None:
+        """Else increase() does not see the first of its kind."""
+        samples = self.samples()
+        for method in (*gipam.PATHS, "unknown"):
+            for result in ("ok", "Forbidden", "bug"):
+                self.assertEqual(samples[f'gipam_requests_total{{method="{method}",result="{result}"}}'], 0)
+        self.assertNotIn("gipam_last_write_timestamp_seconds", samples)
+
     def test_values(self) -> None:
+        self.service.state.families[4] = gipam.make_state(self.config("-exclude", "10.2.14.0/23")[0]).families[4]
         self.fill()
         samples = self.samples()
         for series, value in (
                 (f'gipam_build_info{{version="{gipam.__version__}"}}', 1),
                 ('gipam_base_blocks{base="10.2.0.0/20",family="4"}', 16),
                 ('gipam_base_blocks_used{base="10.2.0.0/20",family="4"}', 1),
+                ('gipam_base_blocks_excluded{base="10.2.0.0/20",family="4"}', 2),
                 ('gipam_base_blocks_used{base="2001:db8:0:100::/60",family="6"}', 1),
                 ('gipam_pool_addresses{pool="10.2.0.0/24"}', 254), ('gipam_pool_addresses_used{pool="10.2.0.0/24"}', 2),
                 ('gipam_pool_addresses{pool="10.50.0.128/25"}', 127),
@@ -7944,8 +8183,28 @@ class LogTest(unittest.TestCase):
         self.assertRegex(changes[0].string, " subnet=10.2.0.0/24 .*name='my net' ")
         self.assertRegex(changes[2].string, " address=10.2.0.2 kind=endpoint mac=02:42:00:00:00:01 name=web1 ")
 
+    def test_names_that_are_taken_and_options_without_their_prefix(self) -> None:
+        daemon = Daemon(self, "-v4", "10.2.0.0/16", env={"DOCKER_HOST": "unix:///nothing"}).start()
+        client = daemon.client()
+        client.request_pool(gipam_name="web", v4ab="26", parent="eth0")
+        client.request_pool(gipam_name="web")
+        self.assertEqual(daemon.stop(), 0)
+        said = re.findall("WARNING (option .*|gipam.name .*)", daemon.read_log())
+        self.assertEqual(said, ["option 'v4ab' does nothing: is 'gipam.v4ab' meant?",
+                                "gipam.name 'web' is in use for 10.2.0.0/24: 10.2.1.0/24 is kept for no name"])
+
     def test_what_is_taken_over_by_hand_is_logged(self) -> None:
         self.assertIn("10.9.0.0/24", "\n".join(line for line in self.run_daemon(JOURNAL_STREAM="8:1") if "<6>" in line))
+
+    def test_it_says_where_it_serves_and_warns_of_open_tcp(self) -> None:
+        for kind, warning in ((TcpDaemon, "TCP without -tls: every user of this host can take and release"),
+                              (Daemon, None)):
+            daemon = kind(self, "-metrics", "127.0.0.1:0", env={"DOCKER_HOST": "unix:///nothing"}).start()
+            self.assertEqual(daemon.stop(), 0)
+            with self.subTest(kind.__name__):
+                self.assertRegex(daemon.read_log(), r"serving on (127\.0\.0\.1:\d+|/\S+\.sock), and metrics on "
+                                                    r"127\.0\.0\.1:\d+ with 0 pools")
+                self.assertEqual(warning is not None, "TCP without" in daemon.read_log())
 
     def test_refused_requests_say_why(self) -> None:
         text = "\n".join(self.run_daemon(JOURNAL_STREAM="8:12345"))
@@ -8000,6 +8259,9 @@ class Outcome(NamedTuple):
     err: str  # with what is logged at WARNING and above
 
 
+ABSENT = "no gipam answers"
+
+
 def run_main(*arguments: str, **variables: str) -> Outcome:
     """Run a command line in this process, with no other GIPAM_ variables than these."""
     out, err = io.StringIO(), io.StringIO()
@@ -8013,13 +8275,15 @@ def run_main(*arguments: str, **variables: str) -> Outcome:
                 mock.patch.object(logging, "basicConfig"), \
                 mock.patch.object(gipam.Store, "lock",
                                   side_effect=AssertionError("this would serve")), \
+                mock.patch.object(gipam, "find_daemon", side_effect=gipam.Absent(ABSENT)), \
                 contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = gipam.main(list(arguments))
     except SystemExit as leaving:
         status = int(leaving.code or 0)
     finally:
         gipam.log.removeHandler(handler)
-    return Outcome(status, out.getvalue(), err.getvalue())
+    said = f"gipam: {ABSENT}; this environment and lease file would give\n"
+    return Outcome(status, out.getvalue(), err.getvalue().replace(said, ""))
 
 
 V4, V6 = "-v4=10.2.0.0/16", "-v6=2001:db8::/56"
@@ -8097,12 +8361,14 @@ class OptionTest(CommandLineCase):
         for text in ("yes", "on", "", "2", "TRUe", "tRUE", " true", "-1"):
             self.assertEqual(self.run_config(f"-unix={text}").status, 78, text)
 
-    def test_a_boolean_flag_never_takes_the_next_word(self) -> None:
+    def test_a_boolean_flag_takes_no_word_but_a_boolean(self) -> None:
         for flag in ("-unix", "--unix"):
             outcome = run_main("-file", self.file, flag, "config")
             self.assertRegex(outcome.out, r"(?m)^unix +true +command line$")
-            outcome = run_main("-file", self.file, flag, "false", "config")
-            self.assertEqual((outcome.status, outcome.out), (2, ""), "false is no command")
+            for word in ("false", "F", "0", "true"):
+                outcome = run_main("-file", self.file, flag, word, "config")
+                self.assertRegex(outcome.out, rf"(?m)^unix +{word} +command line$")
+            self.assertEqual(run_main("-file", self.file, flag, "no", "config").status, 2)
 
     def test_what_is_no_option_is_refused(self) -> None:
         for words in (
@@ -8118,8 +8384,25 @@ class OptionTest(CommandLineCase):
                     outcome = run_main(*line.split(), GIPAM_FILE=self.file)
                     self.assertEqual((outcome.status, outcome.out), (2, ""), outcome)
                     self.assertRegex(outcome.err,
-                                     r"(?s)^usage: gipam\.py .*\ngipam\.py[^\n]*: error: [^\n]+\n$")
+                                     r"(?s)^usage: gipam .*\ngipam[^\n]*: error: [^\n]+\n$")
         self.assertEqual(run_main("config", "-v4").status, 2)
+
+    def test_wrong_option_names_the_nearest_right_one(self) -> None:
+        for flag, near in (("-soket=x", "--socket"), ("--exclud", "--exclude"), ("--fixx", "--fix"),
+                           ("-metric=:9091", "--metrics"), ("-colour=red", None)):
+            said = run_main("status", flag).err.splitlines()[-1]
+            self.assertTrue(said.endswith(f"do you mean {near}?" if near else "see `gipam --help`"),
+                            said)
+
+    def test_help_of_a_command_shows_its_own_options(self) -> None:
+        for function, flags in gipam.COMMANDS[1:]:
+            said = run_main(function.__name__[4:], "--help").out
+            with self.subTest(function.__name__):
+                for flag in flags:
+                    self.assertIn(f"\n  {gipam.VALUES.get(flag, {}).get('metavar', flag)}"
+                                  if "-" not in flag else f"\n  {flag}", said)
+                self.assertNotIn("--v4ab", said)
+                self.assertIn("the options of `gipam --help`", said)
 
     def test_version_and_help(self) -> None:
         self.assertEqual(run_main("--version"), (0, gipam.__version__ + "\n", ""))
@@ -8164,7 +8447,7 @@ class ConfigurationTest(CommandLineCase):
                 with self.subTest(spelling):
                     said = outcome.err.splitlines()[-1]
                     for part in (f"-{name} ", repr(held), repr(asked), self.file, "command line",
-                                 f"edit {key}"):
+                                 f"edit {key} there or give -{name} "):
                         self.assertIn(part, said)
                     self.assertRegex(outcome.out, rf"(?m)^{name} +{re.escape(held)} +lease file")
                     self.assertEqual(self.run_config(V4, V6, f"-{name}={held}").err, "",
@@ -8173,6 +8456,78 @@ class ConfigurationTest(CommandLineCase):
                         self.write({spelling: nothing})
                         self.assertEqual(self.effective(V4, V6, f"-{name}={asked}")[name],
                                          (asked, "command line"))
+
+    def test_what_was_changed_last_wins(self) -> None:
+        """The lease file keeps what gipam wrote there, and what was given then."""
+        one, two, three = "10.2.0.0/16", "10.3.0.0/16", "10.4.0.0/16"
+        for found, note, given, wins, said in (
+                (one, [one, one], one, one, ""),
+                (one, [one, one], None, one, "-v4 is not given any more and stays '10.2.0.0/16'"),
+                (one, [one, None], None, one, ""),
+                (one, [one, one], two, two, "-v4 changes from '10.2.0.0/16' in the lease file"),
+                (one, [one, None], two, two, "to '10.3.0.0/16' from the command line: pools that"),
+                (one, [one, one], "", "none", "to '' from the command line"),
+                (None, ["", None], two, two, "-v4 changes from '' in the lease file"),
+                # edited; and once that was taken over, until the option changes again
+                (two, [one, one], one, two, "V4Pool has been edited in .* from '10.2.* to '10.3"),
+                (two, [one, one], three, two, "lease file wins; to change it, edit V4Pool there"),
+                (two, [one, None], None, two, "V4Pool has been edited"),
+                (two, [two, one], one, two, "the lease file wins"),
+                (two, [two, one], three, three, "-v4 changes from '10.3.0.0/16'"),
+                (None, [one, one], one, one, ""),
+                # without a note that can be read
+                (one, None, two, one, "the lease file wins"), (one, [7], two, one, "file wins"),
+                (one, "x", two, one, "the lease file wins")):
+            self.write({"V4Pool": found, "Options": {"v4": note}})
+            outcome = self.run_config(*([] if given is None else [f"-v4={given}"]))
+            with self.subTest(found=found, note=note, given=given):
+                self.assertRegex(outcome.out, rf"(?m)^v4 +{wins} ")
+                self.assertRegex(outcome.err, said or "^$")
+        self.write({"V4Pool": one, "Options": "x"})
+        self.assertEqual(self.effective()["v4"][0], one)
+
+    def test_settings_over_several_starts(self) -> None:
+        """An option that changes, an edited file, one that is edited while gipam runs."""
+        daemon = Daemon(self, env={"DOCKER_HOST": "unix:///nothing"})
+        given = [*daemon.options]
+
+        def start(*options: str) -> str:
+            daemon.options = [*given, *options]
+            daemon.start()
+            return daemon.client().request_pool()[1]
+
+        def edit(found: str, new: str) -> None:
+            with open(daemon.file, "r+", encoding="utf-8") as file:
+                text = file.read().replace(f'"V4Pool":"{found}"', f'"V4Pool":"{new}"')
+                file.seek(0)
+                file.write(text)
+                file.truncate()
+
+        self.assertEqual(start("-v4", "198.18.0.0/20"), "198.18.0.0/24")
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(start("-v4", "198.18.16.0/20"), "198.18.17.0/24")
+        self.assertEqual(daemon.stop(), 0)
+        edit("198.18.16.0/20", "198.18.32.0/20")
+        self.assertEqual(start("-v4", "198.18.16.0/20"), "198.18.34.0/24")
+        edit("198.18.32.0/20", "198.18.48.0/20")
+        self.assertEqual(daemon.stop(), 0)
+        self.assertIn(f"{daemon.file} was edited while gipam runs: {{'V4Pool': '198.18.48.0/20'}} "
+                      "will take effect at the next start", daemon.read_log())
+        self.assertEqual(start("-v4", "198.18.16.0/20"), "198.18.51.0/24")
+        held = {pool["Pool"] for pool in json.loads(self.read(daemon))["Allocated"]}
+        self.assertLessEqual({"198.18.0.0/24", "198.18.17.0/24", "198.18.34.0/24"}, held)
+        self.assertEqual(daemon.stop(), 0)
+
+    def read(self, daemon: Daemon) -> str:
+        with open(daemon.file, encoding="utf-8") as file:
+            return file.read()
+
+    def test_a_start_that_fails_leaves_no_lease_file(self) -> None:
+        daemon = Daemon(self, "-v4", "10.2.0.0/16", "-metrics", "192.0.2.1:9091",
+                        env={"DOCKER_HOST": "unix:///nothing"}).start(wait=False)
+        assert daemon.process
+        self.assertEqual(daemon.process.wait(DEADLINE_S), 1, daemon.read_log())
+        self.assertEqual(glob.glob(daemon.file + "*"), [daemon.file + ".lock"])
 
     def test_an_invalid_value_is_refused_by_option_origin_value_and_rule(self) -> None:
         for name, value, rule, *others in (

@@ -53,6 +53,21 @@ class NetworkTest(DockerCase):
         self.docker.network("web", "--ipv6", "--ipam-opt", "gipam.name=web")
         self.assertEqual(self.docker.subnets("web"), before)
 
+    def test_container_with_its_mac_has_its_address_in_a_network_made_again(self) -> None:
+        given = set()
+        for before in ("first", ""):
+            self.docker.network("web", "--ipam-opt", "gipam.name=web")
+            if before:
+                self.docker.container(before, "web")
+            self.docker.container("db", "web", "--mac-address", "02:42:00:00:00:09")
+            given.add(self.docker.address("db", "web"))
+            shown = subprocess.run(self.docker.command("status", "web"), env=self.docker.env, check=True,
+                                   stdout=subprocess.PIPE, encoding="utf-8").stdout
+            self.assertRegex(shown, r"\n  10\S+ +endpoint +\w+ +db\n")
+            self.docker("rm", "-f", "db", *filter(None, [before]))
+            self.docker("network", "rm", "web")
+        self.assertEqual(len(given), 1)
+
     def test_macvlan_networks_with_ranges_of_one_subnet_never_share_an_address(self) -> None:
         near, far = self.docker.wire()
         create = ("network", "create", "--ipam-driver", "gipam", "-d", "macvlan", "--subnet", "10.50.0.0/24")
