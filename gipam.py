@@ -2390,6 +2390,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.length = -1  # of the body, once the head is read
         self.has_ended = False  # the peer: it sends no more
         self.is_closed = self.is_last = False
+        self.is_client = False  # not a stranger: it has been served
         self.reply: Reply | None = None  # the last one, until the peer has shown that it read it
         self.since_s = time.monotonic()  # of the last sign of life
         self.events = 0  # what the selector waits for
@@ -2412,6 +2413,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def is_busy(self) -> bool:
         """Return whether it is in the middle of a request or of a reply."""
         return bool(self.inbox) or self.length >= 0 or self.is_sending()
+
+    def is_overdue(self, now_s: float) -> bool:
+        """Return whether it is stuck, on TCP, in a request, a reply or a handshake."""
+        is_stuck = self.is_busy() or (self.server.tls and not self.is_client)
+        return not self.server.is_unix and bool(is_stuck) and self.since_s + REQUEST_PATIENCE_S < now_s
 
     def receive(self) -> None:
         """Put what has come into the inbox."""
@@ -2559,8 +2565,6 @@ class Server(socketserver.TCPServer):
     def __init__(self, address: Any, loop: Loop, listener: socket.socket | None = None,
                  tls: ssl.SSLContext | None = None, paths: frozenset[str] = frozenset()) -> None:
         self.loop, self.tls, self.paths = loop, tls, paths  # no paths: all
-        self.strangers: dict[Handler, None] = {}  # on TCP: have not been served yet, oldest first
-        self.clients: dict[Handler, None] = {}  # have, the longest idle one first
         if isinstance(address, tuple):
             self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler, bind_and_activate=listener is None)
@@ -2594,25 +2598,6 @@ class Server(socketserver.TCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give the connection its handler, which the loop asks from now on."""
         self.finish_request(request, client_address)
-
-    def note(self, handler: Handler, is_served: bool) -> None:
-        """On TCP, remember who is served, and let the surplus go.
-
-        So strangers push out strangers, and never a client that works.
-        """
-        self.strangers.pop(handler, None)
-        self.clients.pop(handler, None)
-        group, limit = ((self.clients, MAX_TCP_CLIENTS) if is_served
-                        else (self.strangers, MAX_TCP_STRANGERS))
-        group[handler] = None
-        while len(group) > limit:
-            self.loop.close(next(iter(group)))
-
-    def overdue(self, now_s: float) -> list[Handler]:
-        """Return the connections on TCP that are stuck in a request, a reply or a handshake."""
-        return [handler for handler in (*self.strangers, *self.clients)
-                if (handler.is_busy() or (self.tls and handler in self.strangers))
-                and handler.since_s + REQUEST_PATIENCE_S < now_s]
 
 
 class UnixServer(Server):
@@ -2728,8 +2713,18 @@ class Loop:
         """Ask the handler from now on."""
         self.handlers[handler] = None
         self._watch(handler, selectors.EVENT_READ)
-        if not handler.server.is_unix:
-            handler.server.note(handler, is_served=False)
+        self._bound(handler)
+
+    def _bound(self, newcomer: Handler) -> None:
+        """On TCP, let the longest idle ones go: of strangers or of clients, as the newcomer is.
+
+        So strangers push out strangers, and never a client that works.
+        """
+        limit = MAX_TCP_CLIENTS if newcomer.is_client else MAX_TCP_STRANGERS
+        alike = [handler for handler in self.handlers if not newcomer.server.is_unix
+                 and (handler.server, handler.is_client) == (newcomer.server, newcomer.is_client)]
+        for handler in alike[:-limit]:
+            self.close(handler)
 
     def _move(self, handler: Handler, events: int) -> None:
         """Let the handler send or receive, unless an earlier one of this turn has ended it."""
@@ -2766,8 +2761,10 @@ class Loop:
         """Let the handler send; go on with what else it has been asked."""
         handler.send()
         if not handler.is_sending():
-            if not handler.server.is_unix and handler.reply and handler.reply.status == 200:
-                handler.server.note(handler, is_served=True)
+            if not (handler.is_client or handler.is_last):
+                handler.is_client = bool(handler.reply and handler.reply.status == 200)
+                self._bound(handler)
+            self.handlers[handler] = self.handlers.pop(handler, None)  # the longest idle one is first
             if handler.inbox or handler.has_ended:
                 self._asking[handler] = None
                 return
@@ -2801,8 +2798,7 @@ class Loop:
         """Ask the handler no more, nor close its connection."""
         self._watch(handler, 0)
         handler.is_closed = True
-        for group in (self.handlers, handler.server.strangers, handler.server.clients):
-            group.pop(handler, None)
+        self.handlers.pop(handler, None)
 
     # A life
 
@@ -2824,7 +2820,8 @@ class Loop:
                 tick_s = time.monotonic() + TICK_S
                 for server in self.servers:
                     self.open(server)
-                    for handler in server.overdue(time.monotonic()):
+                for handler in list(self.handlers):
+                    if handler.is_overdue(time.monotonic()):
                         self.close(handler)
                 on_tick()
 

@@ -816,6 +816,11 @@ class SnapshotTest(unittest.TestCase):
                     again.apply(change)
                 self.assertEqual(dump_state(again), dump_state(state))
 
+    def test_name_of_an_earlier_lease_file_has_no_owners(self) -> None:
+        state = random_state(random.Random(1))
+        gipam.decode_snapshot({"Names": [["web", "10.2.0.0/24", 7]]}, state)
+        self.assertEqual(state.families[4].recall("web"), (gipam.parse_prefix("10.2.0.0/24"), {}))
+
     def test_a_copy_is_what_was_held_when_it_was_taken(self) -> None:
         for seed in seeds(3):
             rng = random.Random(seed)
@@ -2619,6 +2624,17 @@ class SnapshotFileTest(StoreCase):
                         self.assertEqual(aside.read(), text)
         self.assertTrue(fold(service))  # nothing was edited since
         self.assertEqual(recover(self.path).seq, 0)
+
+    def test_edit_is_not_forgotten_when_the_state_is_read_anew(self) -> None:
+        service = self.begin()
+        Direct(service).request_pool()
+        with open(self.path, "rb") as file:
+            text = file.read()
+        self.write_file("leases.json", text.replace(b"10.2.0.0/16", b"10.8.0.0/16"))
+        service._read_anew(gipam.StoreError("the disk is full"))
+        self.assertTrue(fold(service))
+        with open(self.path, encoding="utf-8") as file:
+            self.assertEqual(json.load(file)["V4Pool"], "10.8.0.0/16")
 
     def test_what_gipam_wrote_itself_is_no_edit(self) -> None:
         service = self.begin()
@@ -5242,10 +5258,10 @@ class LoopTest(unittest.TestCase):
         loop.service.commit()
         with mock.patch.object(gipam, "MAX_TCP_PAGES", 3), mock.patch.object(gipam, "REQUEST_PATIENCE_S", 0.2), \
                 mock.patch.object(gipam, "TICK_S", 0.05):
+            server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # as its connections have it
             serve_in_thread(self, loop)
             peers = [Peer(self, server.server_address) for _ in range(4)]
             for peer in peers:
-                peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 peer.send(request("status?leases=1", verb="GET"))
                 peer.wait_unread()
             self.assertIn(b" 503 ", peers[3].socket.recv(100))
@@ -7812,9 +7828,9 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
             self.assertEqual(gipam.format_count(count), text)
 
     def test_blocks_that_routes_touch_are_not_free(self) -> None:
-        family = gipam.make_state(self.config("-exclude", "10.2.1.0/24")[0]).families[4]
+        family = gipam.make_state(self.config("-exclude", "10.2.1.0/24,10.2.8.0/22")[0]).families[4]
         for routes, count in ((), 0), (("10.2.3.0/25", "10.2.3.128/26"), 1), (("10.2.3.1/32", "10.2.4.0/23"), 3), \
-                (("10.2.0.0/22", "10.2.2.0/24"), 3), (("10.2.1.0/24",), 0):
+                (("10.2.0.0/22", "10.2.2.0/24"), 3), (("10.2.1.0/24", "10.2.9.0/30"), 0):
             with self.subTest(routes):
                 self.assertEqual(family.count_touched(map(gipam.span, map(gipam.parse_prefix, routes))), count)
 
@@ -8622,7 +8638,9 @@ class ConfigurationTest(CommandLineCase):
         of_state: tuple[tuple[str, Any], ...] = (
             ("Seq", 1e400), ("Seq", "1"), ("V4Idx", [1]), ("V6Idx", 1.5), ("Cursors", [1]), ("Cursors", {"4/26": "x"}),
             ("Cursors", {"4": 1}), ("Cursors", {"5/24": 1}), ("Names", {"web": 1}), ("Names", ["web"]), ("Free", {}),
-            ("Names", [["web", "10.2.0.0/24", "1"]]), ("Names", [["web", 7, 1]]), ("Names", [[None, "10.2.0.0/24", 1]]))
+            ("Names", [["web", "10.2.0.0/24", "1"]]), ("Names", [["web", 7, 1]]), ("Names", [[None, "10.2.0.0/24", 1]]),
+            ("Names", [["web", "10.2.0.0/24", 1, []]]), ("Names", [["web", "10.2.0.0/24", 1, {"db": 5}]]),
+            ("Names", [["web", "10.2.0.0/24", 1, {"db": ["5", 1]}]]))
         self.write({"Allocated": [pool]})
         options = ("-file", self.file, "-socket", self.file + ".sock", "-address", "127.0.0.1:1")
         self.assertEqual(run_main("status", *options).status, 0)
