@@ -139,8 +139,11 @@ log = logging.getLogger("gipam")
 class GipamError(Exception):
     """Any refusal. Its text goes to Docker or the operator, its class tells how it is reported."""
 
-    http_status = 500
-    exit_status = 1
+    http_status, exit_status = 500, 1
+
+    def __init_subclass__(cls, **statuses: int) -> None:
+        for name, status in statuses.items():
+            setattr(cls, name, status)
 
 
 class InvalidRequest(GipamError):
@@ -151,60 +154,44 @@ class InvalidRequest(GipamError):
         self.http_status = http_status
 
 
-class Forbidden(GipamError):
+class Forbidden(GipamError, http_status=403):
     """What is asked for is held already, or reserved (moby: Forbidden)."""
 
-    http_status = 403
 
-
-class Unavailable(GipamError):
+class Unavailable(GipamError, http_status=503):
     """Nothing is left to hand out (moby: Unavailable)."""
 
-    http_status = 503
 
-
-class StoreError(GipamError):
+class StoreError(GipamError, http_status=503):
     """The change could not be written; state and disk are as before it."""
 
-    http_status = 503
 
-
-class StoreLost(StoreError):
+class StoreLost(StoreError, exit_status=74):  # EX_IOERR
     """Nobody knows what the disk holds: exit, and start again from there."""
 
-    exit_status = 74  # EX_IOERR
 
-
-class ConfigError(GipamError):
+class ConfigError(GipamError, exit_status=78):  # EX_CONFIG: starting again does not help
     """An option, a variable or a key of the lease file is invalid, or a file cannot be used."""
-
-    exit_status = 78  # EX_CONFIG: starting again does not help
 
 
 class DamageError(ConfigError):
     """What is on disk is not what gipam wrote: it never starts on a guess."""
 
 
-class Unreachable(GipamError):
+class Unreachable(GipamError, exit_status=2):
     """Docker, or the daemon, does not answer: nothing can be compared."""
-
-    exit_status = 2
 
 
 class Absent(Unreachable):
     """No daemon answers where it should."""
 
 
-class Refused(GipamError):
+class Refused(GipamError, exit_status=2):
     """Docker, or the daemon, answered with an error."""
 
-    exit_status = 2
 
-
-class BusyError(GipamError):
+class BusyError(GipamError, exit_status=75):  # EX_TEMPFAIL
     """Another daemon holds the lease file or the socket."""
-
-    exit_status = 75  # EX_TEMPFAIL
 
 
 # === Model ========================================================================================
@@ -215,11 +202,8 @@ Json = Dict[str, Any]  # an object
 
 
 def parse_prefix(text: str, mask: bool = False) -> Network:
-    """Return the prefix of CIDR text; with mask, host bits are cleared, not refused.
-
-    Raises: ValueError with the rule (ip_network alone takes netmasks and bare addresses too).
-    """
-    address, _, length = text.partition("/")
+    """Return the prefix of CIDR text; mask clears host bits. Raises: ValueError with the rule."""
+    address, _, length = text.partition("/")  # ip_network takes netmasks and bare addresses too
     if "%" in address or not (length.isascii() and length.isdigit()):
         raise ValueError(f"{text!r} is not a prefix in CIDR form, such as 10.2.0.0/16 or "
                          "2001:db8::/56")
@@ -281,12 +265,8 @@ def printable(text: str, limit: int = MAX_TEXT_CHARS) -> str:
     return (text if text.isprintable() else repr(text)[1:-1])[:limit]
 
 
-ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps() would make one each time: 2 us
-
-
-def dumps(value: Any) -> str:
-    """Return JSON in the one form that is checksummed."""
-    return ENCODER.encode(value)
+# Returns JSON in the one form that is checksummed; json.dumps() would make an encoder each time.
+dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class RequestPool(NamedTuple):
@@ -517,11 +497,6 @@ class Subnet:
             return {0}  # the subnet-router anycast address
         return {0, self.last_offset} if self.last_offset >= 3 else set()
 
-    def release(self, offset: int) -> None:
-        """Free the offset, unless it is reserved (the Go program gave broadcast addresses out)."""
-        if offset not in self.reserved:
-            self.held.discard(offset)
-
 
 class Pool:
     """What one Docker network got: a subnet or a range of it, and the leases made there."""
@@ -569,10 +544,7 @@ class Family:
 
     def find_block(self, bases: list[Network], prefixlen: int,
                    obstacles: Obstacles) -> tuple[Network, int] | None:
-        """Return (a free block, the number to try next): from the cursor on, once round the bases.
-
-        Blocks are numbered over those bases that have any of this length.
-        """
+        """Return (a free block, its number over all these bases + 1): next-fit from the cursor."""
         counts = [1 << prefixlen - base.prefixlen for base in bases]
         for start in (self.cursors.get(prefixlen, 0) % sum(counts), 0):
             number = 0
@@ -593,10 +565,16 @@ class Family:
         free = self.held.addresses(base) - sum(map(self.held.addresses, excluded))
         return base.num_addresses - shut - free, shut, free
 
-    def find_overlap(self, network: Network) -> Subnet | None:
-        """Return a subnet in use that overlaps the prefix."""
+    def find_rival(self, network: Network, sub_pool: Network | None) -> Subnet | None:
+        """Return a subnet in use that overlaps the prefix, unless both are for other ranges of it.
+
+        Source: macvlan networks share theirs, if it is equal (moby TestMacvlanIPAMOverlap).
+        """
         overlap = self.held.find_overlap(network)
-        return self.subnets[overlap] if overlap else None
+        rival = self.subnets[overlap] if overlap else None
+        if rival and overlap == network and sub_pool and not {None, sub_pool} & rival.pools.keys():
+            return None
+        return rival
 
     def is_block(self, network: Network) -> bool:
         """Return whether the prefix lies in a base and is not in use."""
@@ -613,23 +591,9 @@ class Family:
                 free += self.count(self.held.network(node))[2]
         return -(-free // size)
 
-    def hold(self, subnet: Subnet, times: int) -> None:
-        """Count the subnet as in use, or with times=-1 as free again."""
-        if times > 0:
-            self.subnets[subnet.network] = subnet
-        else:
-            del self.subnets[subnet.network]
-        self.held.cover(subnet.network, times)
-
     def recall(self, name: str) -> Kept | None:
         """Return what is remembered of the name."""
         return self.names[name][0] if name in self.names else None
-
-    def is_live(self, name: str) -> bool:
-        """Return whether the block of the name is in use under it."""
-        kept = self.recall(name)
-        subnet = self.subnets.get(kept.network) if kept else None
-        return subnet is not None and any(pool.name == name for pool in subnet.pools.values())
 
 
 class State:
@@ -642,89 +606,80 @@ class State:
         self.families = {family.version: family for family in families}
 
     def apply(self, change: Change) -> None:
-        """Apply the change under the next sequence number; there is no way back.
-
-        Raises: ValueError if the change contradicts the state, which then is as before.
-        """
-        getattr(self, "_" + CHANGE_NAMES[type(change)])(change)
+        """Apply the change as the next one, for good. Raises: ValueError, and all is as before."""
+        pool = self.pools.get(change.pool_id)
+        if isinstance(change, RequestPool) == bool(pool):
+            raise ValueError(f"pool {change.pool_id!r} is {'held twice' if pool else 'not held'}")
+        getattr(self, "_" + CHANGE_NAMES[type(change)])(change, pool)
         self.seq += 1
 
-    def _request_pool(self, change: RequestPool) -> None:
+    def _request_pool(self, change: RequestPool, _: None) -> None:
         network = parse_prefix(change.subnet)
         family = self.families[network.version]
-        subnet = family.find_overlap(network) or Subnet(network)
+        subnet = family.subnets.get(network) or Subnet(network)
         pool = Pool(change, subnet, self.seq + 1)
-        is_whole = None in subnet.pools or not pool.sub_pool
-        if subnet.network != network or (subnet.pools and is_whole):
-            raise ValueError(f"pool {network} overlaps {subnet.network}")
-        if pool.pool_id in self.pools or pool.sub_pool in subnet.pools:
-            raise ValueError(f"pool {pool.pool_id!r} is held twice")
+        rival = family.find_rival(network, pool.sub_pool)
+        if rival:
+            raise ValueError(f"pool {network} overlaps {rival.network}")
         if not 0 <= pool.low <= pool.high <= subnet.last_offset:
             raise ValueError(f"sub_pool {pool.sub_pool} is outside {network}")
-        is_second = family.is_live(pool.name)  # its name stays with the first
-        if not subnet.pools:
-            family.hold(subnet, 1)
-        subnet.pools[pool.sub_pool] = self.pools[pool.pool_id] = pool
-        if change.next_block >= 0:
-            family.cursors[network.prefixlen] = change.next_block
-        if pool.name and not is_second:
-            kept = family.recall(pool.name)
+        kept = family.recall(pool.name)
+        block = family.subnets.get(kept.network) if kept else None
+        users = block.pools.values() if block else ()
+        if pool.name and all(other.name != pool.name for other in users):  # else it stays there
             if kept and kept.network == network:
                 subnet.memory.update(kept.owners)
                 ends = (offset + 1 for offset, _ in kept.owners.values())
                 pool.cursor = max(pool.cursor, *ends, 0)  # who is new comes after them
             family.names.remember(pool.name, Kept(network, {}), pool.seq)
+        if not subnet.pools:
+            family.subnets[network] = subnet
+            family.held.cover(network)
+        subnet.pools[pool.sub_pool] = self.pools[pool.pool_id] = pool
+        if change.next_block >= 0:
+            family.cursors[network.prefixlen] = change.next_block
 
-    def _release_pool(self, change: ReleasePool) -> None:
-        pool = self._pool(change.pool_id)
+    def _release_pool(self, _: ReleasePool, pool: Pool) -> None:
         subnet, family = pool.subnet, self.families[pool.subnet.version]
         del self.pools[pool.pool_id], subnet.pools[pool.sub_pool]
         self.lease_count -= len(pool.leases)
         if subnet.pools:
-            for offset in pool.leases:
-                subnet.release(offset)
+            for offset in pool.leases.keys() - subnet.reserved:
+                subnet.held.discard(offset)
             return
-        family.hold(subnet, -1)
+        del family.subnets[subnet.network]
+        family.held.cover(subnet.network, -1)
         kept = family.recall(pool.name)
         if kept and kept.network == subnet.network:
             latest = sorted(subnet.memory.items(), key=lambda item: int(item[1][1]))[-MAX_KEPT:]
             family.names.remember(pool.name, kept._replace(owners=dict(latest)), self.seq + 1)
 
-    def _bind_pool(self, change: BindPool) -> None:
-        pool = self._pool(change.pool_id)
+    def _bind_pool(self, change: BindPool, pool: Pool) -> None:
         if change.new_id in self.pools:
             raise ValueError(f"pool {change.new_id!r} is held twice")
         self.pools[change.new_id] = self.pools.pop(change.pool_id)
         pool.pool_id = change.new_id
 
-    def _request_address(self, change: RequestAddress) -> None:
-        pool = self._pool(change.pool_id)
-        offset = pool.offset(change.address)
-        if not 0 <= offset <= pool.subnet.last_offset or offset in pool.subnet.held:
-            raise ValueError(f"address {change.address} is held already or outside "
-                             f"{pool.subnet.network}")
-        pool.leases[offset] = Lease(change.kind, change.mac, change.name, change.granted_s,
-                                    self.seq + 1)
-        pool.subnet.held.add(offset)
+    def _request_address(self, change: RequestAddress, pool: Pool) -> None:
+        subnet, offset = pool.subnet, pool.offset(change.address)
+        if not 0 <= offset <= subnet.last_offset or offset in subnet.held:
+            raise ValueError(f"address {change.address} is held or outside {subnet.network}")
+        pool.leases[offset] = Lease(*change[2:6], self.seq + 1)
+        subnet.held.add(offset)
         pool.cursor = change.cursor
         self.lease_count += 1
 
-    def _release_address(self, change: ReleaseAddress) -> None:
-        pool = self._pool(change.pool_id)
+    def _release_address(self, change: ReleaseAddress, pool: Pool) -> None:
         offset = pool.offset(change.address)
         if offset not in pool.leases:
             raise ValueError(f"address {change.address} is not held in {pool.subnet.network}")
         lease = pool.leases.pop(offset)
         owner = lease.name or lease.mac  # who shall have the address again
-        pool.subnet.release(offset)
+        if offset not in pool.subnet.reserved:  # the Go program gave broadcast addresses out
+            pool.subnet.held.discard(offset)
         if owner:
             pool.subnet.memory.remember(owner, offset, self.seq + 1)
         self.lease_count -= 1
-
-    def _pool(self, pool_id: str) -> Pool:
-        if pool_id not in self.pools:
-            raise ValueError(f"pool {pool_id!r} is not held")
-        return self.pools[pool_id]
 
 
 UNBOUND = "unbound"  # in place of the token, until Docker sends the id of a pool taken over
@@ -748,14 +703,14 @@ def copy_state(state: State) -> tuple[Json, list[Any]]:
     """
     families = [state.families[version] for version in (6, 4)]
     names = [(name, *entry) for family in families for name, entry in family.names.items()]
-    head: Json = {"Seq": state.seq}
-    head.update((f"V{family.version}Idx", family.cursors.get(family.prefixlen, 0))
-                for family in families)
-    head["Cursors"] = {f"{family.version}/{length}": number for family in families
-                       for length, number in family.cursors.items() if length != family.prefixlen}
-    head["Names"] = [[name, str(kept.network), seq, kept.owners] for name, kept, seq in names]
-    head["Free"] = [{"V": kept.network.version, "Pool": str(kept.network)} for _, kept, _ in names
-                    if state.families[kept.network.version].is_block(kept.network)]
+    head: Json = {
+        "Seq": state.seq,
+        **{f"V{family.version}Idx": family.cursors.get(family.prefixlen, 0) for family in families},
+        "Cursors": {f"{family.version}/{length}": number for family in families
+                    for length, number in family.cursors.items() if length != family.prefixlen},
+        "Names": [[name, str(kept.network), seq, kept.owners] for name, kept, seq in names],
+        "Free": [{"V": kept.network.version, "Pool": str(kept.network)} for _, kept, _ in names
+                 if state.families[kept.network.version].is_block(kept.network)]}
     pools = []
     for pool in state.pools.values():
         is_first = next(iter(pool.subnet.pools.values())) is pool  # it stands for its subnet
@@ -823,11 +778,8 @@ def typed_rows(what: str, rows: Iterable[Any], *kinds: type) -> Iterator[Any]:
 
 
 def decode_snapshot(document: Json, state: State) -> None:
-    """Fill the empty state from a lease file; the Go program's ones have no checksum.
-
-    Raises: ValueError for a wrong checksum, type or address, or a contradiction.
-    """
-    if "Checksum" in document:
+    """Fill the empty state from a lease file. Raises: ValueError with what is wrong there."""
+    if "Checksum" in document:  # else it is the Go program's
         text = dumps({key: document[key] for key in STATE_KEYS})[1:-1]
         if document["Checksum"] != f"{zlib.crc32(text.encode()):08x}":
             raise ValueError("its checksum does not match what it holds from Seq on")
@@ -837,8 +789,7 @@ def decode_snapshot(document: Json, state: State) -> None:
     while entries:
         decode_pool(entries.pop(), state)  # whose memory serves the next
     for version, family in state.families.items():
-        if values[f"V{version}Idx"]:
-            family.cursors[family.prefixlen] = values[f"V{version}Idx"]
+        family.cursors[family.prefixlen] = values[f"V{version}Idx"]
     for key, number in typed_rows("Cursors", values["Cursors"].items(), str, int):
         version, _, prefixlen = key.partition("/")
         state.families[int(version)].cursors[int(prefixlen)] = number
@@ -888,32 +839,19 @@ def decode_pool(entry: Json, state: State) -> None:
         subnet.memory[owner] = (pool.offset(address), seq)
 
 
-def describe_base(family: Family, base: Network) -> Json:
-    """Return what `status --json` shows of a base."""
-    size = 1 << BITS[family.version] - family.prefixlen
-    used, excluded, _ = (-(-count // size) for count in family.count(base))
-    return {
-        "prefix": str(base), "family": family.version, "block_prefixlen": family.prefixlen,
-        "blocks": base.num_addresses // size, "blocks_used": used, "blocks_excluded": excluded,
-        "excluded": [str(network) for network in family.excluded if base.overlaps(network)],
-        "remembered": {name: str(kept.network) for name, (kept, _) in family.names.items()
-                       if base.overlaps(kept.network)},
-    }
-
-
-def describe_pool(pool: Pool) -> Json:
-    """Return what `status --json` shows of a pool, but for its leases."""
-    return {
-        "id": pool.pool_id, "subnet": str(pool.subnet.network),
-        "sub_pool": str(pool.sub_pool or ""), "name": pool.name, "leases": len(pool.leases),
-        "usable": pool.usable(), "granted_s": pool.granted_s, "seq": pool.seq,
-    }
-
-
 def describe_state(state: State) -> Json:
     """Return what `status --json` shows, but for the pools."""
-    bases = [describe_base(family, base) for family in state.families.values()
-             for base in family.bases]
+    bases = []
+    for base, family in ((base, its) for its in state.families.values() for base in its.bases):
+        size = 1 << BITS[family.version] - family.prefixlen
+        used, excluded, _ = (-(-count // size) for count in family.count(base))
+        bases.append({
+            "prefix": str(base), "family": family.version, "block_prefixlen": family.prefixlen,
+            "blocks": base.num_addresses // size, "blocks_used": used, "blocks_excluded": excluded,
+            "excluded": [str(network) for network in family.excluded if base.overlaps(network)],
+            "remembered": {name: str(kept.network) for name, (kept, _) in family.names.items()
+                           if base.overlaps(kept.network)},
+        })
     return {"version": __version__, "seq": state.seq, "bases": bases}
 
 
@@ -922,7 +860,10 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool) -> Iterat
     yield dumps(head)[:-1] + ',"pools":['
     comma = ""
     for pool in pools:
-        text = comma + dumps(describe_pool(pool))
+        text = comma + dumps({
+            "id": pool.pool_id, "subnet": str(pool.subnet.network),
+            "sub_pool": str(pool.sub_pool or ""), "name": pool.name, "leases": len(pool.leases),
+            "usable": pool.usable(), "granted_s": pool.granted_s, "seq": pool.seq})
         if has_leases:
             leases = ({"address": pool.format(at), **pool.leases[at]._asdict()}
                       for at in list(pool.leases) if at in pool.leases)
@@ -937,13 +878,9 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool) -> Iterat
 def normalise_keys(document: Json, keys: Iterable[str]) -> tuple[Json, list[str]]:
     """Return (the document with its keys spelt as these, the keys that are none of them)."""
     spelling = {**{key.lower(): key for key in keys}, **OTHER_NAMES}
-    known, unknown = {}, []
-    for key, value in document.items():
-        if key.lower() in spelling:
-            known[spelling[key.lower()]] = value
-        else:
-            unknown.append(key)
-    return known, unknown
+    known = {spelling[key.lower()]: value for key, value in document.items()
+             if key.lower() in spelling}
+    return known, [key for key in document if key.lower() not in spelling]
 
 
 def carry_over(keys: Json, document: Json) -> dict[str, Any]:
@@ -1027,8 +964,8 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
     The pool must still be the one granted as change seq; 0: there must be none.
     Raises: Forbidden, InvalidRequest, as check_adoption(), all before the first change.
     """
-    other = state.families[subnet.version].find_overlap(subnet)
-    pool = other.pools.get(sub_pool) if other and other.network == subnet else None
+    known = state.families[subnet.version].subnets.get(subnet)
+    pool = known.pools.get(sub_pool) if known else None
     if seq != (pool.seq if pool else 0):
         raise Forbidden(f"pool {sub_pool or subnet} is not what it was as change {seq}: look again")
     if pool is None:
@@ -1042,11 +979,7 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
         yield change
         pool = state.pools[change.pool_id]
     for request in requests:
-        if request.address:
-            is_held = parse_offset(pool, request.address) in pool.subnet.held
-        else:  # the gateway, wherever it is
-            is_held = pool.subnet.held.next_absent(pool.low) > pool.high
-        if not is_held:
+        with contextlib.suppress(Forbidden, Unavailable):  # it is held already
             yield decide_request_address(pool, request, now_s)
 
 
@@ -1058,22 +991,16 @@ def check_adoption(state: State, subnet: Network, sub_pool: Network | None, now_
 
 
 def check_subnet(state: State, subnet: Network, sub_pool: Network | None, now_s: int) -> None:
-    """Check that a subnet, or a range of it, may be granted. Raises: InvalidRequest, Forbidden.
-
-    Ranges share their subnet, if it is equal (macvlan networks; moby TestMacvlanIPAMOverlap).
-    """
-    if sub_pool and (sub_pool.version != subnet.version or not sub_pool.overlaps(subnet)
-                     or sub_pool.prefixlen < subnet.prefixlen):
+    """Check that a subnet, or a range of it, may be granted. Raises: InvalidRequest, Forbidden."""
+    if sub_pool and not (sub_pool.overlaps(subnet) and sub_pool.prefixlen >= subnet.prefixlen):
         raise InvalidRequest(f"invalid address subpool: {sub_pool} does not lie in {subnet}")
-    other = state.families[subnet.version].find_overlap(subnet)
-    if other is None or (sub_pool and other.network == subnet
-                         and None not in other.pools and sub_pool not in other.pools):
-        return
-    pool = other.pools.get(sub_pool) or next(iter(other.pools.values()))
-    raise Forbidden(f"Pool overlaps with other one on this address space: {subnet} with "
-                    f"{other.network}, held by pool {pool.pool_id!r} for "
-                    f"{format_age(now_s - pool.granted_s)}; should no network use that any more, "
-                    "`gipam check --fix` releases it")
+    rival = state.families[subnet.version].find_rival(subnet, sub_pool)
+    if rival:
+        pool = rival.pools.get(sub_pool) or next(iter(rival.pools.values()))
+        raise Forbidden(f"Pool overlaps with other one on this address space: {subnet} with "
+                        f"{rival.network}, held by pool {pool.pool_id!r} for "
+                        f"{format_age(now_s - pool.granted_s)}; should no network use that any "
+                        "more, `gipam check --fix` releases it")
 
 
 def format_age(age_s: int) -> str:
@@ -1123,36 +1050,6 @@ def choose_bases(family: Family, prefixlen: int) -> list[Network]:
     return [base for base in family.bases if base.prefixlen <= prefixlen]
 
 
-def decide_request_address(pool: Pool, request: AddressRequest, now_s: int) -> RequestAddress:
-    """Decide which address is given. Raises: InvalidRequest, Forbidden, Unavailable."""
-    cursor = pool.cursor
-    if request.address:
-        offset = check_address(pool, request.address)
-    elif request.kind == GATEWAY:
-        offset = pool.subnet.held.next_absent(pool.low)
-    else:
-        offset, cursor = choose_offset(pool, request.name or request.mac)
-    if not request.address and offset > pool.high:
-        raise Unavailable(f"no available addresses on this pool: all {pool.usable()} of "
-                          f"{pool.sub_pool or pool.subnet.network} are held")
-    return RequestAddress(pool.pool_id, pool.format(offset), request.kind, request.mac,
-                          request.name, now_s, cursor)
-
-
-def choose_offset(pool: Pool, owner: str) -> tuple[int, int]:
-    """Return (offset, cursor): what the owner had last, else the next that is free, wrapping round.
-
-    An offset beyond the range means that it is full.
-    """
-    last = pool.subnet.memory.get(owner, (-1, 0))[0]
-    if pool.low <= last <= pool.high and last not in pool.subnet.held:
-        return last, pool.cursor
-    offset = pool.subnet.held.next_absent(max(pool.cursor, pool.low))
-    if offset > pool.high:
-        offset = pool.subnet.held.next_absent(pool.low)
-    return offset, offset + 1
-
-
 def parse_offset(pool: Pool, address: str) -> int:
     """Return the offset of an address, inside or not. Raises: InvalidRequest."""
     try:
@@ -1162,18 +1059,36 @@ def parse_offset(pool: Pool, address: str) -> int:
                              "has them") from None
 
 
-def check_address(pool: Pool, address: str) -> int:
-    """Return the offset of an address that is free, in the sub_pool or not.
+def choose_offset(pool: Pool, owner: str) -> tuple[int, int]:
+    """Return (offset, cursor): the owner's last, else the next free one; past the range: full."""
+    last = pool.subnet.memory.get(owner, (-1, 0))[0]
+    if pool.low <= last <= pool.high and last not in pool.subnet.held:
+        return last, pool.cursor
+    offset = pool.subnet.held.next_absent(max(pool.cursor, pool.low))
+    if offset > pool.high:
+        offset = pool.subnet.held.next_absent(pool.low)
+    return offset, offset + 1
 
-    Raises: InvalidRequest, Forbidden.
-    """
-    offset, network = parse_offset(pool, address), pool.subnet.network
-    if not 0 <= offset <= pool.subnet.last_offset:
-        raise InvalidRequest(f"requested address is out of range: {address} is not in {network}")
-    if offset in pool.subnet.held:
-        how = "reserved" if offset in pool.subnet.reserved else "held"
-        raise Forbidden(f"Address already in use: {address} is {how} in {network}")
-    return offset
+
+def decide_request_address(pool: Pool, request: AddressRequest, now_s: int) -> RequestAddress:
+    """Decide which address is given. Raises: InvalidRequest, Forbidden, Unavailable."""
+    subnet, cursor, address = pool.subnet, pool.cursor, request.address
+    if address:  # of the subnet, in the sub_pool or not
+        offset = parse_offset(pool, address)
+        if not 0 <= offset <= subnet.last_offset:
+            raise InvalidRequest(f"requested address is out of range: {address} is not in "
+                                 f"{subnet.network}")
+        if offset in subnet.held:
+            how = "reserved" if offset in subnet.reserved else "held"
+            raise Forbidden(f"Address already in use: {address} is {how} in {subnet.network}")
+    elif request.kind == GATEWAY:
+        offset = subnet.held.next_absent(pool.low)
+    else:
+        offset, cursor = choose_offset(pool, request.name or request.mac)
+    if not address and offset > pool.high:
+        raise Unavailable(f"no available addresses on this pool: all {pool.usable()} of "
+                          f"{pool.sub_pool or subnet.network} are held")
+    return RequestAddress(pool.pool_id, pool.format(offset), *request[1:], now_s, cursor)
 
 
 def decide_release_address(pool: Pool, address: str) -> ReleaseAddress | None:
@@ -2021,17 +1936,16 @@ def keep_edits(store: Store, keys: Json) -> Json:
 
 def recover(store: Store, document: Json | None, state: State) -> None:
     """Fill the state with what is on disk. Raises: DamageError with the place and what to do."""
-    if document is not None:
-        try:
+    place, what = store.path, "itself"
+    try:
+        if document is not None:
             decode_snapshot(document, state)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            what = str(error) if type(error) is ValueError else repr(error)
-            raise store.damage(store.path, f"contradicts itself: {what}") from None
-    for place, record in store.replay(document, state.seq):
-        try:
+        for line, record in store.replay(document, state.seq):
+            place, what = line, "what stands before it"
             state.apply(CHANGES[record[0]](*record[1:]))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise store.damage(place, f"contradicts what stands before it: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        why = str(error) if type(error) is ValueError else repr(error)
+        raise store.damage(place, f"contradicts {what}: {why}") from None
 
 
 def read_obstacles(proc: str, version: int, bases: list[Network]) -> list[Range]:
@@ -2068,13 +1982,9 @@ def read_host_prefixes(proc: str, version: int) -> Iterator[tuple[int, int]]:
 
 
 def read_rows(path: str) -> Iterator[list[bytes]]:
-    """Yield the words of each line; none if there is no such file (IPv6 is off).
-
-    Bytes, since an interface may be called anything, in any encoding.
-    """
+    """Yield the words of each line; none if there is no such file (IPv6 is off)."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=1 << 16) as file:
-        for line in file:
-            yield line.split()
+        yield from map(bytes.split, file)  # an interface may be called anything, in any encoding
 
 
 # === Protocol =====================================================================================
