@@ -2967,16 +2967,9 @@ class Connection(http.client.HTTPConnection):
                  peer: str = "the daemon", settings: str = "-socket or -address") -> None:
         host, port = address if isinstance(address, tuple) else ("localhost", None)
         super().__init__(host, port, timeout=timeout_s)
+        self.peer = f"{peer} does not answer on {format_endpoint(address)}"  # when it does not
+        self.remedy = f"start it, or say where it is with {settings}"
         self._address, self._tls = address, tls
-        self._peer, self._settings = peer, settings  # that say where it listens
-
-    def unreachable(self, error: Exception) -> Unreachable:
-        """Return the error that says who does not answer, where, why, and what to do."""
-        remedy = "run this as root" if isinstance(error, PermissionError) \
-            else f"start it, or say where it is with {self._settings}"
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return Unreachable(f"{self._peer} does not answer on "
-                           f"{format_endpoint(self._address)}: {why}; {remedy}")
 
     def connect(self) -> None:
         """Connect. Raises: OSError."""
@@ -2997,7 +2990,9 @@ def call(connection: Connection, verb: str, path: str, body: Any = None) -> Any:
         response = connection.getresponse()
         reply = json.loads(response.read())
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-        raise connection.unreachable(error) from None
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        remedy = "run this as root" if isinstance(error, PermissionError) else connection.remedy
+        raise Unreachable(f"{connection.peer}: {why}; {remedy}") from None
     finally:
         connection.close()  # the next call connects again
     if response.status != 200:
@@ -3030,7 +3025,7 @@ class Claim(NamedTuple):
     subnet: str
     sub_pool: str
     address: str = ""  # bare
-    kind: str = "pool"  # or "template", of networks that are made from this one
+    kind: str = "pool"  # or "hint", only the length asked for (Docker < 29), or "template"
     mac: str = ""
     container: str = ""
     pool_name: str = ""  # gipam.name
@@ -3042,18 +3037,8 @@ class Claim(NamedTuple):
         """Return what tells pools apart."""
         return self.subnet, self.sub_pool
 
-    @property
-    def is_pool(self) -> bool:
-        """Return whether it is a subnet, not only the length asked for (Docker < 29 shows that)."""
-        return self.kind == "pool" and self.subnet != hint_of(self.subnet)
-
     def __str__(self) -> str:
         return f"container {self.container}" if self.container else f"network {self.network}"
-
-
-def is_inside(address: str, subnet: str) -> bool:
-    """Return whether the bare address lies in the subnet, and there is one."""
-    return bool(subnet) and ipaddress.ip_address(address) in parse_prefix(subnet)
 
 
 def normalise_address(text: str) -> str:
@@ -3062,62 +3047,26 @@ def normalise_address(text: str) -> str:
     return format_address(int(address), address.version)
 
 
-def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Claim], list[Claim]]:
-    """Return (what Docker uses of this driver, all other subnets). Raises: Unreachable."""
-    end = time.monotonic() + timeout_s
-
-    def get(target: str) -> Any:
-        patience_s = max(end - time.monotonic(), 0.001)
-        return call(Connection(path, patience_s, None, "Docker", "DOCKER_HOST"), "GET", target)
-
-    try:
-        api = tuple(map(int, get("/version")["ApiVersion"].split(".")))
-        networks, containers = get("/networks"), get("/containers/json?all=1")
-        networks = [get(f"/networks/{network['Id']}")  # the list leaves the IPAM of such a one out
-                    if (network.get("ConfigFrom") or {}).get("Network") else network
-                    for network in networks]
-        return find_claims(networks, containers, driver, api)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Unreachable(f"the Docker at {path} answers what gipam does not understand: "
-                          f"{error!r}") from error
-
-
-def find_claims(networks: list[Json], containers: list[Json], driver: str,
-                api: tuple[int, ...]) -> tuple[list[Claim], list[Claim]]:
-    """Return (the claims of our networks and of containers in them, the other subnets)."""
-    claims = [claim for network in networks for claim in claim_network(network, api)]
-    others = [claim for claim in claims if not claim.address
-              and (claim.driver != driver or claim.kind == "template")]
-    claims = [claim for claim in claims if claim.driver == driver and claim.kind != "template"]
-    subnets: dict[str, list[Claim]] = {}  # of our networks, by id
-    for claim in claims:
-        if claim.kind == "pool":
-            subnets.setdefault(claim.identity, []).append(claim)
-    for container in containers:
-        claims += claim_container(container, subnets)
-    known = {(claim.identity, hint_of(claim.subnet)) for claim in claims if claim.is_pool}
-    return [claim for claim in claims if (claim.identity, claim.subnet) not in known], others
-
-
 def claim_network(network: Json, api: tuple[int, ...]) -> Iterator[Claim]:
     """Yield the claims of a network: subnets, gateways and auxiliary addresses."""
     ipam, is_template = network.get("IPAM") or {}, network.get("ConfigOnly")
-    for config in ipam.get("Config") or []:
+    for config in ipam.get("Config") or ():
         version = 6 if ":" in config.get("Subnet", "") else 4
         if not config.get("Subnet") or not network.get(f"EnableIPv{version}", True):
             continue  # it is shown, but was never asked for
         subnet, sub_pool = (str(parse_prefix(config[key], mask=True)) if config.get(key) else ""
                             for key in ("Subnet", "IPRange"))
         gateway, auxiliary = config.get("Gateway"), config.get("AuxiliaryAddresses") or {}
+        kind = "template" if is_template else "hint" if subnet == hint_of(subnet) else "pool"
         claim = Claim(ipam.get("Driver"), printable(network["Name"]), network["Id"], subnet,
-                      sub_pool, kind="template" if is_template else "pool",
+                      sub_pool, kind=kind,
                       pool_name=printable((ipam.get("Options") or {}).get(NAME_OPTION, "")),
                       has_hidden_gateway=not gateway and has_gateway(network, version, api),
                       routed_option=find_routed_option(network, version, api))
         yield claim
         for kind, text in ((GATEWAY, gateway), *((AUXILIARY, text) for text in auxiliary.values())):
             if text and not is_template:
-                yield place(normalise_address(text), [claim])._replace(kind=kind)
+                yield place(text, [claim])._replace(kind=kind)
 
 
 BRIDGE = "com.docker.network.bridge."  # options of a bridge network
@@ -3131,12 +3080,11 @@ def has_gateway(network: Json, version: int, api: tuple[int, ...]) -> bool:
     daemon/libnetwork/drivers, GetSkipGwAlloc().
     """
     options, is_internal = network.get("Options") or {}, network.get("Internal")
-    if network.get("Driver") == "bridge":
-        is_bare = version == 4 and is_internal and options.get(BRIDGE + "inhibit_ipv4") == "true"
-        has_none = is_bare or options.get(f"{BRIDGE}gateway_mode_ipv{version}") == "isolated"
-    else:
-        has_none = network.get("Driver") in ("macvlan", "ipvlan") \
-            and (is_internal or "l3" in options.get("ipvlan_mode", ""))
+    has_none = {
+        "bridge": options.get(f"{BRIDGE}gateway_mode_ipv{version}") == "isolated" or (
+            version == 4 and is_internal and options.get(BRIDGE + "inhibit_ipv4") == "true"),
+        "macvlan": is_internal, "ipvlan": is_internal or "l3" in options.get("ipvlan_mode", ""),
+    }.get(network.get("Driver") or "")
     return api < API_28 or (api < API_29 and not has_none)
 
 
@@ -3151,9 +3099,11 @@ def find_routed_option(network: Json, version: int, api: tuple[int, ...]) -> str
     return "" if options.get(mode) == "routed" else mode + "=routed"
 
 
-def place(address: str, pools: list[Claim]) -> Claim:
+def place(text: str, pools: list[Claim]) -> Claim:
     """Return the claim to an address in that of these subnets which has it, or in none ("")."""
-    home = next((pool for pool in pools if is_inside(address, pool.subnet)), None)
+    address = normalise_address(text)
+    home = next((pool for pool in pools
+                 if ipaddress.ip_address(address) in parse_prefix(pool.subnet)), None)
     return (home or pools[0]._replace(subnet="", sub_pool=""))._replace(address=address)
 
 
@@ -3173,15 +3123,45 @@ def claim_container(container: Json, subnets: dict[str, list[Claim]]) -> Iterato
             if not pools or not address:
                 continue
             subnet = str(parse_prefix(f"{address}/{length}", mask=True))
-            hinted = [pool._replace(subnet=subnet) for pool in pools
+            hinted = [pool._replace(subnet=subnet, kind="pool") for pool in pools
                       if pool.subnet == hint_of(subnet)]
-            claim = place(normalise_address(address), [*pools, *hinted])
+            claim = place(address, [*pools, *hinted])
+            router = place(gateway or address, [*pools, *hinted])
             yield from (pool for pool in hinted if pool.subnet == claim.subnet)
-            if gateway and is_inside(gateway, claim.subnet):
-                yield claim._replace(address=normalise_address(gateway), kind=GATEWAY)
+            if gateway and router.subnet:
+                yield router._replace(kind=GATEWAY)
             yield claim._replace(kind=ENDPOINT, container=name,
                                  mac=printable(endpoint.get("MacAddress") or ""),
                                  identity=endpoint.get("EndpointID") or container["Id"])
+
+
+def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Claim], list[Claim]]:
+    """Return (what Docker uses of this driver, all other subnets). Raises: Unreachable."""
+    end = time.monotonic() + timeout_s
+
+    def get(target: str) -> Any:
+        patience_s = max(end - time.monotonic(), 0.001)
+        return call(Connection(path, patience_s, None, "Docker", "DOCKER_HOST"), "GET", target)
+
+    try:
+        api = tuple(map(int, get("/version")["ApiVersion"].split(".")))
+        networks, containers = get("/networks"), get("/containers/json?all=1")
+        networks = [get(f"/networks/{network['Id']}")  # the list leaves the IPAM of such a one out
+                    if (network.get("ConfigFrom") or {}).get("Network") else network
+                    for network in networks]
+        found = [claim for network in networks for claim in claim_network(network, api)]
+        claims = [claim for claim in found if claim.driver == driver and claim.kind != "template"]
+        others = [claim for claim in found if not claim.address
+                  and (claim.driver != driver or claim.kind == "template")]
+        subnets = {network: list(pools) for network, pools in itertools.groupby(
+            (claim for claim in claims if not claim.address), lambda claim: claim.identity)}
+        for container in containers:
+            claims += claim_container(container, subnets)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Unreachable(f"the Docker at {path} answers what gipam does not understand: "
+                          f"{error!r}") from error
+    told = {(claim.identity, hint_of(claim.subnet)) for claim in claims if claim.kind == "pool"}
+    return [claim for claim in claims if (claim.identity, claim.subnet) not in told], others
 
 
 class Finding(NamedTuple):
@@ -3215,7 +3195,7 @@ def group_uses(claims: list[Claim]) -> Iterator[tuple[Claim, list[Claim]]]:
     for claim in claims:
         if claim.address:
             uses.setdefault(claim.key, {}).setdefault(claim.address, claim)
-    for key, pool in {claim.key: claim for claim in claims if claim.is_pool}.items():
+    for key, pool in {claim.key: claim for claim in claims if claim.kind == "pool"}.items():
         found = list(uses.get(key, {}).values())
         is_hidden = pool.has_hidden_gateway and not any(use.kind == GATEWAY for use in found)
         yield pool, [*found, pool._replace(kind=GATEWAY)] if is_hidden else found
@@ -3316,7 +3296,7 @@ def find_notes(status: Json, claims: list[Claim], proc: str) -> Iterator[str]:
         if is_off and any(base.version == version for base in bases):
             yield f"this host does not forward IPv{version}: sysctl -w {switch}=1"
     for claim in claims:
-        if claim.kind == "pool" and claim.routed_option:
+        if not claim.address and claim.routed_option:
             yield (f"network {claim.network} masquerades {claim.subnet}, so that its containers "
                    f"have the address of this host outside: make it with -o {claim.routed_option}")
     for base in bases:
@@ -3346,28 +3326,31 @@ def read_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
             yield os.fsdecode(row[0]), int(row[3], 16)
 
 
-def mend(findings: Iterable[Finding], post: Callable[[str, Json], Any]) -> set[int]:
-    """Mend what can be, unless it has changed since; return the numbers of changes by adoption."""
-    adopted: set[int] = set()
+def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json],
+         read_docker: Callable[[], tuple[list[Claim], Any]],
+         post: Callable[[str, Json], Any]) -> tuple[set[int], list[Claim]]:
+    """Mend what can be, unless it has changed since; return (changes by adoption, new claims).
+
+    What Docker let go before gipam held it is released: it was adopted, and nobody claims it.
+    """
     for finding in findings:
         if finding.path:
             try:
-                reply = {"Adopted": 0, "Seq": 0, **post(finding.path, finding.body)}
-                adopted.update(range(reply["Seq"] - reply["Adopted"] + 1, reply["Seq"] + 1))
+                reply = post(finding.path, finding.body)
+                last, count = reply.get("Seq", 0), reply.get("Adopted", 0)
+                adopted = adopted.union(range(last - count + 1, last + 1))
             except (Refused, Forbidden, InvalidRequest) as error:
                 log.warning("not mended: %s: %s", finding.text, error)
-    return adopted
-
-
-def release_surplus(status: Json, claims: list[Claim], adopted: set[int],
-                    post: Callable[[str, Json], Any]) -> None:
-    """Release what was adopted, and let go by Docker before gipam held it: nobody claims it."""
-    for finding in find_leaks(status, claims, time.time()):
+    if not adopted:
+        return adopted, []
+    claims, _ = read_docker()
+    for finding in find_leaks(look(), claims, time.time()):
         body = finding.body
         is_known = parse_pool_id(body["PoolID"]) is not None  # then Docker releases the pool itself
         if body["Seq"] in adopted and (body["Address"] or not is_known):
             with contextlib.suppress(Forbidden, Refused):  # Docker has just done so
                 post(finding.path, body)
+    return adopted, claims
 
 
 def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> None:
@@ -3376,22 +3359,23 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
     It is over once Docker has been asked again, and shows each pool that was adopted: before 29, an
     empty network made with a size hint is not shown with its subnet (protocol.md 10.4).
     """
-    def post(path: str, body: Json) -> Any:
-        return call(lambda: METHODS[path](service, Fields(body))[0])
+    path, end, adopted = docker_socket(), time.monotonic() + timeout_s, {*service.adopted}
+
+    def read_docker() -> tuple[list[Claim], Any]:
+        return read_claims(path, driver, max(end - time.monotonic(), 0.001))
 
     def look() -> Json:
         return dict(json.loads("".join(call(lambda: list(service.status(has_leases=True))))))
 
-    path, end, adopted = docker_socket(), time.monotonic() + timeout_s, set(service.adopted)
-    claims, _ = read_claims(path, driver, timeout_s)
-    adopted |= mend(find_missing(look(), claims), post)
-    if adopted:
-        claims, _ = read_claims(path, driver, max(end - time.monotonic(), 0.001))
-        release_surplus(look(), claims, adopted, post)
-        keys = {claim.key for claim in claims}
-        adopted -= {held["seq"] for pool in look()["pools"]
-                    if (pool["subnet"], pool["sub_pool"]) not in keys
-                    for held in (pool, *pool["addresses"])}
+    def post(path: str, body: Json) -> Any:
+        return call(lambda: METHODS[path](service, Fields(body))[0])
+
+    claims, _ = read_docker()
+    adopted, claims = mend(find_missing(look(), claims), adopted, look, read_docker, post)
+    keys = {claim.key for claim in claims}
+    adopted -= {held["seq"] for pool in look()["pools"]
+                if (pool["subnet"], pool["sub_pool"]) not in keys
+                for held in (pool, *pool["addresses"])}
     call(lambda: service.finish_import(adopted))
     if not service.import_is_due.is_set():
         service.fold(call)
@@ -3421,6 +3405,8 @@ def take_over_when_due(service: Service, driver: str, call: Call) -> None:
             pause_s = IMPORT_PAUSE_S
         if service.import_is_due.is_set():
             time.sleep(pause_s)
+        else:
+            pause_s = IMPORT_PAUSE_S
 
 
 # === Commands =====================================================================================
@@ -3473,23 +3459,34 @@ def parse_listen(text: str) -> tuple[str, int]:
     return str(ipaddress.ip_address(host)), int(match[2])
 
 
-Config = argparse.Namespace  # all options under their names, parsed; and what build_config() adds
-Settings = Dict[str, "Setting"]  # all options under their names, as text
-
-
 class Option(NamedTuple):
-    """An option: the flag -name, the variable GIPAM_NAME, and what is checked of the text."""
+    """An option: the flag -name, the variable GIPAM_NAME, and the text that it has been given."""
 
     name: str
     parse: Callable[[str], Any]
     default: str
     metavar: str
     help: str
+    text: str = ""
+    origin: str = "default"
+    given: str | None = None  # the text of the first two stages, None: only the default
 
     @property
     def variable(self) -> str:
         """Return the name of the environment variable."""
         return "GIPAM_" + self.name.upper()
+
+    @property
+    def value(self) -> Any:
+        """Return what the text says. Raises: ConfigError."""
+        try:
+            return self.parse(self.text)
+        except ValueError as error:
+            raise self.error(error) from None
+
+    def error(self, rule: object) -> ConfigError:
+        """Return the error that names the option, its text, where that is from, and the rule."""
+        return ConfigError(f"-{self.name} {self.text!r} from the {self.origin}: {rule}")
 
 
 OPTIONS = (
@@ -3514,37 +3511,20 @@ OPTIONS = (
 )
 
 
-class Setting(NamedTuple):
-    """The text of an option, and where it comes from."""
-
-    option: Option
-    text: str
-    origin: str
-    given: str | None = None  # the text of the first two stages, None: only the default
-
-    def error(self, rule: object) -> ConfigError:
-        """Return the error that names all three, and the rule that the text breaks."""
-        return ConfigError(f"-{self.option.name} {self.text!r} from the {self.origin}: {rule}")
-
-    def parse(self) -> Any:
-        """Return the value. Raises: ConfigError."""
-        try:
-            return self.option.parse(self.text)
-        except ValueError as error:
-            raise self.error(error) from None
+Settings = Dict[str, Option]  # under their names
+Config = argparse.Namespace  # all options under their names, parsed; and what build_config() adds
 
 
 def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace) -> Settings:
     """Return the first two stages: command line over environment over default."""
-    settings = {}
-    for option in OPTIONS:
-        given, origin = None, "default"
-        if option.variable in environment:
-            given, origin = environment[option.variable], f"environment ({option.variable})"
-        if hasattr(arguments, option.name):
-            given, origin = getattr(arguments, option.name), "command line"
-        text = option.default if given is None else given
-        settings[option.name] = Setting(option, text, origin, given)
+    settings = {option.name: option._replace(text=option.default) for option in OPTIONS}
+    variables = {option.name: environment.get(option.variable) for option in OPTIONS}
+    for origin, stage in (("environment ({})", variables), ("command line", vars(arguments))):
+        for name, option in settings.items():
+            given = stage.get(name)
+            if given is not None:
+                settings[name] = option._replace(
+                    text=given, origin=origin.format(option.variable), given=given)
     return settings
 
 
@@ -3555,55 +3535,53 @@ def overrule_settings(settings: Settings, document: Json, path: str) -> None:
     """
     notes = document.get("Options")
     for name, key in FILE_KEYS.items():
-        option, text, origin, given = settings[name]
-        found = str(document.get(key) or "")
+        option, found = settings[name], str(document.get(key) or "")
         note = notes.get(name) if isinstance(notes, dict) else None
-        written, noted = note if isinstance(note, list) and len(note) == 2 else (None, given)
-        is_edited = note is not None and found != written
-        if not is_edited and given not in (None, noted):
-            if text != found:
+        written, noted = note if isinstance(note, list) and len(note) == 2 else (None, option.given)
+        is_edited = written not in (None, found)
+        if not is_edited and option.given not in (None, noted):
+            if option.text != found:
                 log.warning("-%s changes from %r in the lease file %s to %r from the %s: pools "
-                            "that are held stay", name, found, path, text, origin)
+                            "that are held stay", name, found, path, option.text, option.origin)
         elif found:
-            settings[name] = Setting(option, found, f"lease file ({key} in {path})", given)
+            settings[name] = option._replace(text=found, origin=f"lease file ({key} in {path})")
             if is_edited:
                 log.warning("%s has been edited in %s, from %r to %r", key, path, written, found)
-            if given not in (None, found):
+            if option.given not in (None, found):
                 log.warning("-%s is %r as the lease file %s says, not %r as the %s does: the lease "
                             "file wins; to change it, edit %s there or give -%s a new value",
-                            name, found, path, text, origin, key, name)
-            elif given is None and noted is not None:
+                            name, found, path, option.text, option.origin, key, name)
+            elif option.given is None and noted is not None:
                 log.warning("-%s is not given any more and stays %r, as the lease file %s says; "
                             "to change it, give it another value", name, found, path)
 
 
 def config_keys(settings: Settings) -> Json:
     """Return the settings as the lease file has them, and what overrule_settings() needs later."""
-    chosen = {name: settings[name] for name in FILE_KEYS}
-    keys: Json = {FILE_KEYS[name]: int(setting.text) if setting.text.isdecimal() else setting.text
-                  for name, setting in chosen.items()}
-    return {**keys, "Options": {name: [setting.text, setting.given]
-                                for name, setting in chosen.items()}}
+    chosen = {key: settings[name] for name, key in FILE_KEYS.items()}
+    return {**{key: int(option.text) if option.text.isdecimal() else option.text
+               for key, option in chosen.items()},
+            "Options": {option.name: [option.text, option.given] for option in chosen.values()}}
 
 
 def find_driver(settings: Settings) -> str:
     """Return the driver's name to Docker: the base name of the socket or the plugin file."""
-    path: str = settings["socket" if settings["unix"].parse() else "spec"].parse()
+    path: str = settings["socket" if settings["unix"].value else "spec"].value
     return os.path.splitext(os.path.basename(path))[0]
 
 
 def describe_daemon(settings: Settings, place: Any) -> Json:
     """Return what /status tells of a daemon that listens there, "" without one; no passwords."""
     shown = {}
-    for name, setting in settings.items():
-        text = str(setting.parse()) if setting.option.parse is parse_path else setting.text
-        shown[name] = {"value": re.sub("//[^/@,]*@", "//***@", text), "origin": setting.origin}
+    for name, option in settings.items():
+        text = option.value if option.parse is parse_path else option.text
+        shown[name] = {"value": re.sub("//[^/@,]*@", "//***@", text), "origin": option.origin}
     return {"driver": find_driver(settings), "listening": format_endpoint(place), "config": shown}
 
 
 def build_config(settings: Settings) -> Config:
     """Parse and check all options. Raises: ConfigError."""
-    config = Config(**{name: setting.parse() for name, setting in settings.items()})
+    config = Config(**{name: option.value for name, option in settings.items()})
     config.is_spec_given = settings["spec"].origin != "default"
     config.driver = find_driver(settings)
     config.families = ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab))
@@ -3647,7 +3625,7 @@ def read_lease_file(store: Store) -> Json | None:
 
 def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Json | None]:
     """Add the third stage; return the configuration and the lease file, which a daemon locks."""
-    store = Store(settings["file"].parse())
+    store = Store(settings["file"].value)
     if not os.path.isdir(os.path.dirname(store.path)):
         raise settings["file"]._replace(text=store.path).error("its directory is not there")
     if is_daemon:
@@ -3659,24 +3637,25 @@ def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Js
 
 def find_daemon(settings: Settings) -> Connection:
     """Return how to call the running daemon, by its socket or its address. Raises: Unreachable."""
-    path, tcp, tls_directory = (settings[name].parse() for name in ("socket", "address", "tls"))
+    path, tcp, tls_directory = (settings[name].value for name in ("socket", "address", "tls"))
     for address, tls in ((path, ""), (tcp, tls_directory)):
         connection = Connection(address, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
-        try:
-            with contextlib.suppress(ConnectionError, FileNotFoundError, socket.timeout), \
-                    contextlib.closing(connection):
+        with contextlib.closing(connection):
+            try:
                 connection.connect()
-                return connection
-        except OSError as error:
-            raise connection.unreachable(error) from None
+            except (ConnectionError, FileNotFoundError, socket.timeout):
+                continue  # it is not there
+            except OSError:
+                pass  # it is: call() says what is wrong
+            return connection
     raise Absent(f"no gipam answers on {path} or {format_endpoint(tcp)}: start it, or say where it "
                  "is with -socket or -address")
 
 
 def ask_status(settings: Settings, has_leases: bool) -> Json:
     """Return the status that the daemon gives. Raises: Unreachable."""
-    about = describe_daemon(settings, "?")  # should the daemon be of an earlier version
-    return {**about, **call(find_daemon(settings), "GET", f"/status?leases={int(has_leases)}")}
+    return {**describe_daemon(settings, "?"),  # should the daemon be of an earlier version
+            **call(find_daemon(settings), "GET", f"/status?leases={int(has_leases)}")}
 
 
 def read_status(settings: Settings, has_leases: bool, is_second_look: bool = False) -> Json:
@@ -3724,8 +3703,8 @@ def cmd_status(arguments: argparse.Namespace) -> int:
     has_colour = is_terminal and "NO_COLOR" not in os.environ
     width = max(shutil.get_terminal_size().columns, 40) if is_terminal else 80
     for line in render_status(status, width, int(time.time())):
-        is_map = has_colour and line.startswith("  ")
-        print(re.sub("[#+]+", "\033[33m\\g<0>\033[0m", line) if is_map else line)
+        mark = "\033[33m\\g<0>\033[0m" if has_colour and line.startswith("  ") else "\\g<0>"
+        print(re.sub("[#+]+", mark, line[:width]))
     return 0
 
 
@@ -3758,7 +3737,7 @@ def select_pools(pools: list[Json], what: str) -> list[Json]:
         address = normalise_address(what)
         found = found or [
             {**pool, "addresses": [held for held in pool["addresses"] if address in held.values()]}
-            for pool in pools if is_inside(address, pool["subnet"])]
+            for pool in pools if ipaddress.ip_address(address) in parse_prefix(pool["subnet"])]
     if not found:
         raise InvalidRequest(f"{what!r} is no address, subnet or network of a pool that is held")
     return found
@@ -3769,8 +3748,7 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     for base in status["bases"]:
         yield from render_base(base, status["pools"], width)
     if status["bases"]:
-        legend = "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
-        yield legend[:width]
+        yield "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
     rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
     for pool in status["pools"]:
         age = format_age(now_s - pool["granted_s"])
@@ -3782,7 +3760,7 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
             rows.append(("  " + lease["address"], lease["kind"], "", "", age, owner))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows if status["pools"] else ():
-        yield "  ".join(map(str.ljust, row, widths)).rstrip()[:width]
+        yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
 def render_base(base: Json, pools: list[Json], width: int) -> Iterator[str]:
@@ -3791,7 +3769,7 @@ def render_base(base: Json, pools: list[Json], width: int) -> Iterator[str]:
     free = total - used - base["blocks_excluded"] - base.get("blocks_routed", 0)
     bar = ("#" * -(-10 * used // total)).ljust(10, ".")
     yield (f"{prefix}  [{bar}]  {used} of {format_count(total)} blocks of "
-           f"/{base['block_prefixlen']} held, {format_count(free)} free")[:width]
+           f"/{base['block_prefixlen']} held, {format_count(free)} free")
     last = int(prefix[-1]) + 1 - prefix.num_addresses // total
     indent = len(format_address(last, prefix.version))
     length = 1 << max(width - indent - 4, 1).bit_length() - 1
@@ -3817,12 +3795,11 @@ def draw_map(base: Json, pools: list[Json], limit: int) -> str:
     for mark, texts in (("r", base["remembered"].values()), ("~", base.get("routes", ())),
                         ("x", base["excluded"]), ("+", {pool["subnet"] for pool in pools})):
         for inside in filter(network.overlaps, map(parse_prefix, texts)):
-            low = max(int(inside[0]) - first, 0)
-            end = min(int(inside[-1]) - first, network.num_addresses - 1) + 1
-            for cell in range(low // size, (end - 1) // size + 1):
+            start = max(int(inside[0]) - first, 0) // size
+            length = min(inside.num_addresses, network.num_addresses)
+            for cell in range(start, start + max(length // size, 1)):
                 cells[cell] = mark
-                if mark == "+":
-                    held[cell] += min(end, (cell + 1) * size) - max(low, cell * size)
+                held[cell] += min(length, size) * (mark == "+")
     return "".join("#" if there == size else mark for mark, there in zip(cells, held))
 
 
@@ -3836,19 +3813,18 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     status = read_gipam()
     driver = status["driver"]
     read_docker = functools.partial(read_claims, path, driver)
-    found = left = find_differences(read_gipam, path, driver, arguments.grace)
+    look = functools.partial(find_differences, read_gipam, path, driver, arguments.grace)
+    found = left = look()
     if arguments.fix and found:
-        held = {pool["subnet"] for pool in read_gipam()["pools"]}
+        held = {pool["subnet"] for pool in status["pools"]}
         known = {claim.subnet for claims in read_docker() for claim in claims
                  if claim.driver == driver}
         if held and held.isdisjoint(known) and not arguments.force:
             raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one "
                               "that gipam serves? If so, use --force")
         post = functools.partial(call, find_daemon(settings), "POST")
-        adopted = mend(found.values(), post)
-        if adopted:
-            release_surplus(read_gipam(), read_docker()[0], adopted, post)
-        left = find_differences(read_gipam, path, driver, arguments.grace)
+        mend(found.values(), set(), read_gipam, read_docker, post)
+        left = look()
     notes = list(dict.fromkeys(find_notes(status, read_docker()[0], "/proc")))
     report(found, left, notes, arguments.json)
     return 1 if left else 0
@@ -3896,10 +3872,7 @@ def cmd_release(arguments: argparse.Namespace) -> int:
 
 
 def find_lease(pools: list[Json], name: str, text: str) -> tuple[Json, Json | None]:
-    """Return the one pool of find_pools(), and its lease of an address, if there is one to be.
-
-    Raises: InvalidRequest.
-    """
+    """Return the one pool of that name, and its lease of an address. Raises: InvalidRequest."""
     found = find_pools(pools, name)
     if len(found) != 1:
         raise InvalidRequest(
@@ -4054,10 +4027,7 @@ def warn_of_surprises(config: Config, proc: str) -> None:
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:
-    """Turn Go's one dash into two, and a boolean flag into one with a value.
-
-    It takes the next word only if that is one, such as false; no command is.
-    """
+    """Turn Go's one dash into two; give a boolean flag its value, the next word if that is one."""
     booleans = ["--" + option.name for option in OPTIONS if option.parse is parse_bool]
     words: list[str] = []
     for argument in arguments:

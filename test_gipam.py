@@ -7528,6 +7528,15 @@ class ImportTest(OperatedCase):
         gipam.recover(store, store.read_snapshot(), state)
         self.assertEqual(set(state.pools), set(self.service.state.pools))
 
+    def test_pauses_begin_anew_once_an_import_is_over(self) -> None:
+        service = mock.Mock()
+        service.import_is_due.wait.side_effect = [True, True, True, True, False]
+        service.import_is_due.is_set.side_effect = [True, False, True, True]
+        with mock.patch.object(gipam, "take_over"), mock.patch.object(gipam, "IMPORT_PAUSE_S", 1.0), \
+                mock.patch.object(time, "sleep") as sleep:
+            gipam.take_over_when_due(service, "gipam", self.loop.call)
+        self.assertEqual([call.args[0] for call in sleep.mock_calls], [2.0, 2.0, 4.0])
+
     def test_docker_is_alive_if_its_pid_file_names_a_process(self) -> None:
         for text, error, is_alive in ((str(os.getpid()), None, True), ("1", PermissionError(), True),
                                       ("4194305", None, False), ("garbage", None, False), ("", None, False)):
@@ -7951,7 +7960,7 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
     def test_config_shows_no_password(self) -> None:
         option = gipam.OPTIONS[0]
         text = "http://10.0.0.1:2379,https://user:secret@etcd2:2379"
-        shown = gipam.describe_daemon({**self.config()[1], "x": gipam.Setting(option, text, "default")}, "")["config"]
+        shown = gipam.describe_daemon({**self.config()[1], "x": option._replace(text=text)}, "")["config"]
         self.assertEqual(shown["x"]["value"], "http://10.0.0.1:2379,https://***@etcd2:2379")
 
     def test_daemon_that_ends_between_the_readings_of_its_files_is_looked_at_again(self) -> None:
@@ -8510,7 +8519,10 @@ class ConfigurationTest(CommandLineCase):
         def start(*options: str) -> str:
             daemon.options = [*given, *options]
             daemon.start()
-            return daemon.client().request_pool()[1]
+            subnet = daemon.client().request_pool()[1]
+            wait_for(lambda: f'"{subnet}"' in self.read(daemon) and len(glob.glob(daemon.file + ".journal.*")) == 1,
+                     "the first change is folded: then the files stay as they are")
+            return subnet
 
         def edit(found: str, new: str) -> None:
             with open(daemon.file, "r+", encoding="utf-8") as file:
