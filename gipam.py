@@ -2338,6 +2338,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 data = self.connection.recv(RECEIVE_BYTES)
                 self.inbox += data
                 self.has_ended = not data
+                if not data and self.server.tls and not self.command:  # 3.8 tells it no other way
+                    raise ConnectionError("it left before it asked anything")
                 if len(data) < RECEIVE_BYTES and (not self.server.tls or not data):
                     break  # of TLS, OpenSSL may have more, of which no selector knows
         except WOULD_BLOCK:
@@ -2455,7 +2457,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Only on a UNIX socket does a reset tell that. On TCP a firewall makes one too, and a reply
         that was read must not be taken back: a leak is mended by check, a double address is not.
         """
-        if isinstance(error, ssl.SSLError) and not self.command:
+        if self.server.tls and not self.command:
             log.warning("refused TLS peer %s: %s", self.address_string(), error)
         if self.reply and is_unread:
             self.server.loop.lost.append(self.reply)
