@@ -1159,6 +1159,17 @@ def is_torn(data: bytes, offset: int, end: int | None) -> bool:
             and all(b"\0" not in sector or not sector.strip(b"\0") for sector in sectors))
 
 
+def join_portions(texts: Iterable[str]) -> Iterator[bytes]:
+    """Yield the text in portions that a disk or a peer takes well."""
+    portion = ""
+    for text in texts:
+        portion += text
+        if len(portion) >= WRITE_BYTES:
+            yield portion.encode()
+            portion = ""
+    yield portion.encode()
+
+
 class Store:
     """The lease file, its journal segments and its lock. It knows records, not what they mean.
 
@@ -1167,6 +1178,7 @@ class Store:
 
     def __init__(self, path: str, calls: Any = os) -> None:
         self.path, self.calls = path, calls
+        self._directory = os.path.dirname(path) or "."
         self.seq = 0  # of the last change on disk
         self.segment = 0  # number of the one that is written, 0: none yet
         self.is_named = False  # by the snapshot, so that its loss would be noticed
@@ -1174,13 +1186,13 @@ class Store:
         self.snapshot_bytes = 0
         self._fd = self._lock_fd = -1
         self._end = 0  # bytes of the segment that are on disk
+        self._last_line = b""  # as recovery has read it, to be written anew
         self._is_torn = self._is_unended = False  # there is more, or the last line lacks its end
         self._room = 0  # bytes of it that can be written without asking the disk for more
         self._reserved = 0  # of the room, for the line that is due
         self._older_bytes = 0  # in the segments before it
         self._growth: threading.Thread | None = None
-        self._grown: int | StoreError = 0  # what became of it: where the room ends now
-        self._is_full = False  # the disk: no room ahead of need
+        self._grown: int | Exception = 0  # what became of it: where the room ends now
 
     @property
     def journal_bytes(self) -> int:
@@ -1207,10 +1219,7 @@ class Store:
             os.pwrite(self._lock_fd, b"%d\n" % os.getpid(), 0)
 
     def keep_lock(self) -> None:
-        """See that the lock still has its name: without it, a second daemon would get another.
-
-        Raises: StoreLost if one has.
-        """
+        """Make the lock again if it has lost its name. Raises: StoreLost if another has it."""
         with contextlib.suppress(FileNotFoundError):  # nobody can start in a directory that is gone
             if self._lock_fd >= 0 and not self._is_at(self._lock_fd, self.path + ".lock", os):
                 try:
@@ -1222,18 +1231,15 @@ class Store:
     @staticmethod
     def _is_at(fd: int, path: str, calls: Any) -> bool:
         """Return whether the path still names the open file."""
-        try:
+        with contextlib.suppress(OSError):
             return bool(os.path.samestat(calls.fstat(fd), calls.stat(path)))
-        except OSError:
-            return False
+        return False
 
     def read_snapshot(self, object_hook: Any = None) -> Json | None:
         """Return the JSON object of the lease file, None if there is none. Raises: ConfigError."""
-        def open_file(path: str, flags: int) -> int:
-            return os.open(path, flags | os.O_NOFOLLOW)
-
         try:
-            with open(self.path, "rb", opener=open_file) as file:
+            with open(self.path, "rb",
+                      opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
                 self.identity = self.identity or self.identify()
                 if os.fstat(file.fileno()).st_mode & 0o077:
                     log.warning("%s is open to other users: chmod 600 it", self.path)
@@ -1259,9 +1265,8 @@ class Store:
 
     def keep_aside(self) -> str:
         """Give the lease file a second name, which stays when it is replaced. Raises: OSError."""
-        numbers = range(1, len(self.calls.listdir(os.path.dirname(self.path) or ".")) + 2)
-        path = next(path for path in (f"{self.path}.edited-{number}" for number in numbers)
-                    if not os.path.lexists(path))
+        paths = (f"{self.path}.edited-{number}" for number in itertools.count(1))
+        path = next(path for path in paths if not os.path.lexists(path))
         os.link(self.path, path, follow_symlinks=False)
         return path
 
@@ -1280,8 +1285,7 @@ class Store:
     def segments(self) -> list[int]:
         """Return the numbers of the segments that are there, oldest first."""
         prefix = os.path.basename(self.path) + ".journal."
-        names = self.calls.listdir(os.path.dirname(self.path) or ".")
-        return sorted(int(name[len(prefix):]) for name in names
+        return sorted(int(name[len(prefix):]) for name in self.calls.listdir(self._directory)
                       if name.startswith(prefix) and name[len(prefix):].isdecimal())
 
     def segment_path(self, number: int) -> str:
@@ -1293,14 +1297,16 @@ class Store:
 
         Raises: DamageError for a damaged line, for a segment that is missing or there twice.
         """
-        self.seq, self._older_bytes, self._end, numbers = seq, 0, 0, self.segments()
-        named = document.get("Journal") if document else None
+        self.seq, self._older_bytes, self._end = seq, 0, 0
+        named, numbers = document.get("Journal") if document else None, self.segments()
         self.is_named = named is not None
         if named is not None and named not in numbers:
             raise self.damage(
                 self.segment_path(named), "is missing", "put it back; or give up what it held: "
                 f'delete the line "Journal" from {self.path}, start gipam, and run '
                 "`gipam check --fix`")
+        while numbers[1:] and numbers[-1] != named and not self._read(numbers[-1]).strip(b"\0"):
+            numbers.pop()  # it was made for a fold that never came to be
         for self.segment in numbers:
             path = self.segment_path(self.segment)
             for line in self._read_segment(path, self.segment == numbers[-1]):
@@ -1316,21 +1322,26 @@ class Store:
                         self.seq = at
                         yield f"{path} line {line.number} at byte {line.offset}", record
 
+    def _read(self, number: int) -> bytes:
+        with open(self.segment_path(number), "rb") as file:
+            return file.read()
+
     def _read_segment(self, path: str, is_last: bool) -> Iterator[Line]:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = self._read(self.segment)
         self._older_bytes, self._end, self._room = self.journal_bytes, 0, len(data)
+        start = 0
         try:
             for line in decode_lines(data, is_last):
-                self._end = line.end
+                start, self._end = line.offset, line.end
                 yield line
         except ValueError as error:
             raise self.damage(
                 path, f"is damaged: {error}", "put back a backup; or give up that line and all "
                 f"after it: truncate -s {self._end} {path}, move later segments away, start gipam, "
                 "run `gipam check --fix`") from None
+        self._last_line = data[start:self._end - 1] + b"\n" if self._end else b""
+        self._is_unended = data[start:self._end] != self._last_line
         self._is_torn = len(data.rstrip(b"\0")) > self._end
-        self._is_unended = self._end > 0 and data[self._end - 1:self._end] != b"\n"
         if self._is_torn:
             log.warning("dropped the end of %s from byte %d on: a crash cut it off before it was "
                         "acknowledged", path, self._end)
@@ -1338,8 +1349,7 @@ class Store:
     def close(self) -> None:
         """Let go of the segment. Raises: StoreLost."""
         self._end_growth()
-        if self._fd >= 0:
-            self._close(self._fd)
+        self._close(self._fd)
         self._fd = -1
 
     def settle(self) -> None:
@@ -1349,58 +1359,69 @@ class Store:
         """
         if self.segment:
             self._open_segment()
+        for number in self.segments():
+            if number > self.segment:  # blank for us, but who has just made it may be there
+                self._close(self._take_segment(number))
         self._sync_directory()
 
-    def _open_segment(self) -> None:
-        """Open the segment where recovery ended: without a torn end, its last line with its own."""
-        fd = self.calls.open(self.segment_path(self.segment), os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._take_segment(fd)
-            if self._is_torn:
-                self.calls.ftruncate(fd, self._end)
-                self._room = self._end
-            self._write(fd, b"\n" if self._is_unended else b"", self._end - 1)
-            self.calls.fdatasync(fd)
-        except (OSError, BusyError):
-            self._close(fd)
-            raise
-        self._fd, self._room = fd, max(self._room, self._end)
-        self._is_torn = self._is_unended = False
-
-    def _take_segment(self, fd: int) -> None:
-        """Lock a segment as well: that holds, whatever became of the lock file."""
+    def _take_segment(self, number: int) -> int:
+        """Open a segment and lock it: that holds, whatever became of the lock file."""
+        fd = self.calls.open(self.segment_path(number), os.O_RDWR | os.O_CLOEXEC)
         try:
             self.calls.lockf(fd, os.F_TLOCK, 0)
         except BlockingIOError:
+            self._close(fd)
             raise BusyError(f"the journal of {self.path} is written by another gipam: stop it, "
                             "or give this one another -file") from None
+        return int(fd)
 
-    def make_segment(self, needed: int) -> tuple[int, int, int] | None:
-        """Return (number, descriptor, bytes of room) of a new segment, to be given to switch().
+    def _open_segment(self) -> None:
+        """Open the segment where recovery, or switch(), has ended: without a torn end.
+
+        The last line is written anew: where its sync had failed, the kernel shows it, but takes it
+        for written.
+        """
+        fd = self._take_segment(self.segment)
+        try:
+            if self._is_torn:
+                self.calls.ftruncate(fd, self._end)
+                self._room = self._end
+            if self._is_unended:
+                self._write(fd, b"\n", self._end - 1)
+            if self._last_line or self._is_torn:
+                with contextlib.suppress(OSError):  # a full disk must not forbid starting
+                    self._write(fd, self._last_line, self._end - len(self._last_line))
+                self.calls.fdatasync(fd)
+        except OSError:
+            self._close(fd)
+            raise
+        self._fd, self._room = fd, max(self._room, self._end)
+        self._last_line, self._is_torn, self._is_unended = b"", False, False
+
+    def make_segment(self, needed: int) -> tuple[int, int] | None:
+        """Return (number, bytes of room) of a new segment, to be given to switch().
 
         None: the present one is new. Durable: its room, and its name. Raises: OSError, StoreLost.
         """
         if self.segment and not self._end:
             return None
-        number = max(self.segments(), default=0) + 1
-        path = self.segment_path(number)
-        fd = self.calls.open(path, CREATE | os.O_EXCL, 0o600)
-        try:
-            self._take_segment(fd)
+        number = self.segment + 1  # what may be there is blank, as replay() has seen
+        with self._opened(self.segment_path(number), CREATE) as fd:
             room = self._extend(number, fd, 0, needed)
             self._sync_directory()
-        except (OSError, StoreLost):
-            self._close(fd)
-            self.calls.unlink(path)
-            raise
-        return number, fd, room
+        return number, room
 
-    def switch(self, made: tuple[int, int, int] | None) -> None:
-        """Go on in the segment that was made, if one was: between two turns."""
+    def switch(self, made: tuple[int, int] | None) -> None:
+        """Go on in the segment that was made, if one was: between two turns. Raises: OSError."""
         if made:
-            self.close()
+            self._end_growth()
+            old, self._fd = self._fd, -1
             self._older_bytes, self._end = self.journal_bytes, 0
-            self.segment, self._fd, self._room = made
+            self.segment, self._room = made
+            try:
+                self._open_segment()
+            finally:
+                self._close(old)  # not before: one of the two is always locked
 
     def reserve(self, size: int) -> None:
         """Make sure that a record of so many bytes can be part of the line that is due.
@@ -1408,92 +1429,77 @@ class Store:
         Raises: StoreError if the disk is full; nothing has changed. StoreLost.
         """
         needed = self._end + self._reserved + size + LINE_BYTES
-        if self._fd < 0 or needed > self._room:
-            try:
-                self._make_room(needed)
-            except OSError as error:
-                raise StoreError(f"cannot write {self.segment_path(self.segment or 1)}: "
-                                 f"{error.strerror}; nothing has changed") from None
+        try:
+            if needed > self._room:
+                self._end_growth()
+            if not self.segment:
+                self.keep_lock()
+                self.switch(self.make_segment(needed))
+            elif self._fd < 0:
+                self._open_segment()
+            if needed > self._room:
+                self._grown = self._room = self._extend(self.segment, self._fd, self._room, needed)
+        except OSError as error:
+            raise StoreError(f"cannot write {self.segment_path(self.segment or 1)}: "
+                             f"{error.strerror}; nothing has changed") from None
         self._reserved += size + 1
 
-    def _make_room(self, needed: int) -> None:
-        self._end_growth()
-        if self._fd < 0 and self.segment:
-            self._open_segment()
-        elif self._fd < 0:
-            self.keep_lock()
-            self.switch(self.make_segment(needed))
-        if needed > self._room:
-            self._room = self._extend(self.segment, self._fd, self._room, needed)
-        self._is_full = False
-
-    def _extend(self, number: int, fd: int, start: int, needed: int) -> int:
+    def _extend(self, number: int, fd: int, start: int, needed: int, size: int = 0) -> int:
         """Write zeros from the end of the room on; return where they end: far, or at the needed.
 
         Durable: on return. Raises: OSError, and the room is as before; StoreLost.
         """
-        end = max(start + ROOM_BYTES, needed)
-        while True:
-            try:
-                self._write(fd, bytes(end - start), start)
-                break
-            except OSError:
-                self.calls.ftruncate(fd, start)
-                if end == needed:
-                    raise
-                end = max(start + (end - start) // 4, needed)
+        size = size or ROOM_BYTES
+        end = max(start + size, needed)
+        try:
+            self._write(fd, bytes(end - start), start)
+        except OSError:
+            self.calls.ftruncate(fd, start)
+            if end == needed:
+                raise
+            return self._extend(number, fd, start, needed, size // 4)
         self._sync(number, fd)
         return end
 
     def _grow(self) -> None:
-        """Make room ahead of need; in a thread, so that no turn waits for it."""
+        """Make room ahead of need, in a thread: only a turn that comes meanwhile waits for it."""
+        start = self._room
         try:
-            self._grown = self._extend(self.segment, self._fd, self._room, 0)
-        except StoreError as error:
+            self._grown = self._extend(self.segment, self._fd, start, start + ROOM_BYTES)
+        except (OSError, StoreLost) as error:
             self._grown = error
-        except OSError:  # reserve() will say so when the room ends
-            self._is_full = True
 
     def _end_growth(self) -> None:
         """Take over the room that the thread has made. Raises: StoreLost."""
         if self._growth:
             self._growth.join()
             self._growth = None
-            if isinstance(self._grown, StoreError):
+            if isinstance(self._grown, StoreLost):
                 raise self._grown
-            self._room = max(self._room, self._grown)
+            if isinstance(self._grown, int):  # else reserve() will say so when the room ends
+                self._room = self._grown
 
     def append(self, records: list[str]) -> None:
         """Write the changes that reserve() was asked for as one line. Durable: on return.
 
-        Raises: StoreError, and the journal ends where it did before; StoreLost.
+        Raises: StoreError: recovery has to find out where the journal ends; StoreLost.
         """
         seq, self._reserved = self.seq + len(records), 0
         data, path = encode_line(seq, records), self.segment_path(self.segment)
         try:
             self._write(self._fd, data, self._end)
         except OSError as error:  # a file system that had only promised the room, or a bad disk
-            problem = f"cannot write {path}: {error.strerror}"
-            self._cut_back(problem)
-            raise StoreError(f"{problem}; nothing has changed") from None
+            raise StoreError(
+                f"cannot write {path}: {error.strerror}; nothing has changed") from None
         self._sync(self.segment, self._fd)
+        self._end_growth()  # the kernel tells but one of two syncs of an error, be it that thread's
         if not self._is_at(self._fd, path, self.calls):
             raise StoreLost(f"{path} was moved or deleted under gipam")
         self._end, self.seq = self._end + len(data), seq
-        if self._growth and not self._growth.is_alive():
-            self._end_growth()
-        elif not (self._growth or self._is_full) and self._room - self._end < ROOM_BYTES // 2:
+        self._room = max(self._room, self._end)  # a turn that began before switch() may be longer
+        if self._room - self._end < ROOM_BYTES // 2 and isinstance(self._grown, int):
             self._growth = threading.Thread(target=self._grow, name="room", daemon=True)
             self._growth.start()
-
-    def _cut_back(self, problem: str) -> None:
-        self._end_growth()
-        try:
-            self.calls.ftruncate(self._fd, self._end)
-            self._room = self._end
-        except OSError as error:
-            raise StoreLost(f"{problem}, nor cut it back: {error.strerror}") from None
-        self._sync(self.segment, self._fd)
 
     def _sync(self, number: int, fd: int) -> None:
         """Sync a segment. Raises: StoreLost: after that, nobody knows what the disk holds."""
@@ -1504,43 +1510,45 @@ class Store:
 
     def _close(self, fd: int) -> None:
         with contextlib.suppress(OSError):  # it is synced, or given up
-            self.calls.close(fd)
+            if fd >= 0:
+                self.calls.close(fd)
 
     def _write(self, fd: int, data: bytes, offset: int) -> None:
         while data:
             written = self.calls.pwrite(fd, data, offset)
             data, offset = data[written:], offset + written
 
-    def _sync_directory(self) -> None:
-        fd = self.calls.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_CLOEXEC)
+    @contextlib.contextmanager
+    def _opened(self, path: str, flags: int) -> Iterator[int]:
+        """Open a file for a while; a new one that cannot be filled goes again."""
+        fd = self.calls.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
-            self.calls.fsync(fd)
-        finally:
-            self._close(fd)
-
-    def write_snapshot(self, chunks: Iterable[str], is_named: bool) -> None:
-        """Replace the lease file. Durable: on return. Raises: OSError; the old one is whole."""
-        path, offset, data = self.path + ".tmp", 0, b""
-        fd = self.calls.open(path, CREATE, 0o600)
-        try:
-            for chunk in chunks:
-                data += chunk.encode()
-                if len(data) >= WRITE_BYTES:
-                    self._write(fd, data, offset)
-                    offset, data = offset + len(data), b""
-            self._write(fd, data, offset)
-            self.calls.fsync(fd)
-        except (OSError, StoreError) as error:
-            self.calls.unlink(path)
+            yield fd
+        except BaseException as error:
+            if flags & os.O_CREAT:
+                self.calls.unlink(path)
             if isinstance(error, OSError):
-                raise OSError(error.errno, error.strerror, self.path) from None
+                error.filename = path
             raise
         finally:
             self._close(fd)
+
+    def _sync_directory(self) -> None:
+        with self._opened(self._directory, os.O_RDONLY) as fd:
+            self.calls.fsync(fd)
+
+    def write_snapshot(self, chunks: Iterable[str], is_named: bool) -> None:
+        """Replace the lease file. Durable: on return. Raises: OSError; the old one is whole."""
+        path, size = self.path + ".tmp", 0
+        with self._opened(path, CREATE) as fd:
+            for data in join_portions(chunks):
+                self._write(fd, data, size)
+                size += len(data)
+            self.calls.fsync(fd)
         self.calls.replace(path, self.path)
         self.identity = self.identify()
         self._sync_directory()
-        self.snapshot_bytes, self.is_named = offset + len(data), is_named
+        self.snapshot_bytes, self.is_named = size, is_named
 
     def remove_segments(self, below: int) -> None:
         """Remove segments that the snapshot has made superfluous. Raises: OSError."""
@@ -1567,57 +1575,15 @@ class Histogram:
         self.counts[bisect.bisect_left(self.BOUNDS_S, duration_s)] += 1
         self.sum_s += duration_s
 
-    def samples(self, name: str) -> Iterator[str]:
-        """Yield the lines."""
-        total = 0
-        for bound, count in zip((*self.BOUNDS_S, "+Inf"), self.counts):
-            total += count
-            yield f'{name}_bucket{{le="{bound}"}} {total}'
-        yield f"{name}_sum {self.sum_s:.6f}"
-        yield f"{name}_count {total}"
+    def series(self) -> list[tuple[str, Any]]:
+        """Return what follows the name, and the value, of each."""
+        totals = zip((*self.BOUNDS_S, "+Inf"), itertools.accumulate(self.counts))
+        return [*((f'_bucket{{le="{bound}"}}', total) for bound, total in totals),
+                ("_sum", f"{self.sum_s:.6f}"), ("_count", sum(self.counts))]
 
 
 Call = Callable[[Callable[[], Any]], Any]  # runs a function in a turn of the loop, and waits for it
 RESULTS = ("ok", "bug", "InvalidRequest", "Forbidden", "Unavailable", "StoreError", "StoreLost")
-
-
-class Metrics:
-    """What is counted while serving."""
-
-    def __init__(self) -> None:
-        self.requests: dict[tuple[str, str], int] = {}  # (method, result) -> count
-        self.request_s, self.sync_s = Histogram(), Histogram()
-        self.last_write_s = 0.0
-
-    def count(self, method: str, result: str, duration_s: float) -> None:
-        """Count one request."""
-        self.requests[method, result] = self.requests.get((method, result), 0) + 1
-        self.request_s.observe(duration_s)
-
-
-METRICS = {  # -> type, help
-    "build_info": ("gauge", "1, with the version of gipam"),
-    "base_blocks": ("gauge", "Blocks of the usual length in a base"),
-    "base_blocks_used": ("gauge", "Blocks of it that are held"),
-    "base_blocks_excluded": ("gauge", "Blocks of it that are never handed out"),
-    "pool_addresses": ("gauge", "Addresses of a pool that can be handed out"),
-    "pool_addresses_used": ("gauge", "Addresses of it that are held"),
-    "requests_total": ("counter", "Requests, by method and result"),
-    "request_duration_seconds": ("histogram", "Time from a request to its reply"),
-    "journal_sync_duration_seconds": ("histogram", "Time of one write and sync of the journal"),
-    "journal_bytes": ("gauge", "Length of the journal"),
-    "last_write_timestamp_seconds": ("gauge", "When the journal was last written"),
-}
-
-
-def sample(name: str, values: Iterable[tuple[str, Any]]) -> Iterator[str]:
-    """Yield the lines of one metric: help, type and, for each set of labels, its value."""
-    kind, text = METRICS[name]
-    yield from (f"# HELP gipam_{name} {text}", f"# TYPE gipam_{name} {kind}")
-    for labels, value in values:
-        yield f"gipam_{name}{{{labels}}} {value}" if labels else f"gipam_{name} {value}"
-
-
 IS_PLAIN = re.compile(r"[\w.:/#,@+=-]*").fullmatch  # needs no quotes in the log
 
 
@@ -1662,11 +1628,18 @@ class Service:
         self._done: list[Done] = []  # in this turn
         self._is_changing = False  # the state: what an exception leaves then is not to be used
         self.failure = StoreError("nothing has failed")  # the last one
-        self.loss: StoreError | None = None  # after it, nothing is written any more
         self.about: Json = {}  # what /status tells of the daemon
-        self.metrics = Metrics()
+        self.requests: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.request_s, self.sync_s, self.last_write_s = Histogram(), Histogram(), 0.0
+        self._folding = threading.Lock()  # the thread of the loop, and the one that asks Docker
+        self._is_import_noted = False  # in the lease file, should gipam crash
         self.import_is_due = threading.Event()  # ask Docker what it uses, once it answers
         self.adopted: set[int] = set()  # changes by adoption, until Docker vouches for the pool
+
+    @property
+    def loss(self) -> StoreLost | None:
+        """Return the failure after which nothing is written any more."""
+        return self.failure if isinstance(self.failure, StoreLost) else None
 
     def apply(self, change: Change) -> None:
         """Apply the change, which is on disk after commit(). Raises: StoreError; all is as before.
@@ -1679,7 +1652,7 @@ class Service:
         try:
             self._store.reserve(len(record))
         except StoreLost as error:
-            self.failure = self.loss = error
+            self.failure = error
             raise
         self._is_changing = True
         self.state.apply(change)
@@ -1692,7 +1665,7 @@ class Service:
         If that fails, the state is read anew from disk, where is_durable() then looks.
         """
         done, self._done = self._done, []
-        if not done:
+        if self.loss or not done:
             return
         started_s = time.perf_counter()
         try:
@@ -1701,8 +1674,8 @@ class Service:
             self._read_anew(error)
             return
         now_s = time.perf_counter()
-        self.metrics.sync_s.observe(now_s - started_s)
-        self.metrics.last_write_s = time.time()
+        self.sync_s.observe(now_s - started_s)
+        self.last_write_s = time.time()
         log.info("%s", Lines(done, now_s))
 
     def mend(self) -> None:
@@ -1716,22 +1689,19 @@ class Service:
     def _read_anew(self, error: StoreError) -> None:
         log.error("%s", error)
         self.failure, self._is_changing = error, False
+        if self.loss:
+            return
         try:
-            if isinstance(error, StoreLost):
-                raise error
             self._store.close()
             self.state = self._read_state()
             self._store.settle()
         except StoreLost as loss:
-            self.loss = loss
+            self.failure = loss
         except Exception as failure:  # noqa: BLE001 - whatever it is, start again
-            self.loss = StoreLost(f"cannot read the state anew: {failure!r}")
+            self.failure = StoreLost(f"cannot read the state anew: {failure!r}")
 
     def is_durable(self, seq: int) -> bool:
-        """Return whether the change of this number, and all before it, are on disk.
-
-        A reply leaves only when all changes are that its decision could see.
-        """
+        """Return whether the change of this number, and all before it, are on disk."""
         return seq <= self._store.seq
 
     def run(self, function: Callable[[], Any]) -> Any:
@@ -1750,16 +1720,8 @@ class Service:
         if request.subnet is None:  # read now, never cached: a VPN may have come up
             bases = self.state.families[request.version].bases
             routes = read_obstacles(self._proc, request.version, bases)
-        now_s, token = int(time.time()), secrets.token_hex(8)
-        change = decide_request_pool(self.state, request, routes, now_s, token)
-        self.apply(change)
-        return change
-
-    def release_pool(self, pool_id: str) -> ReleasePool | None:
-        """Release a pool with its leases; None: it is gone already. Raises: StoreError."""
-        if not self._find_pool(pool_id):
-            return None
-        change = ReleasePool(pool_id)
+        change = decide_request_pool(self.state, request, routes, int(time.time()),
+                                     secrets.token_hex(8))
         self.apply(change)
         return change
 
@@ -1782,10 +1744,14 @@ class Service:
         self.apply(change)
         return change, pool.subnet.network.prefixlen
 
-    def release_address(self, pool_id: str, address: str) -> ReleaseAddress | None:
-        """Release an address; None: it is gone already. Raises: InvalidRequest, StoreError."""
-        pool = self._find_pool(pool_id)
-        change = decide_release_address(pool, address) if pool else None
+    def release(self, pool_id: str, address: str = "") -> Change | None:
+        """Release a pool with its leases, or an address in it; None: it is gone already.
+
+        Raises: InvalidRequest, StoreError.
+        """
+        pool, change = self._find_pool(pool_id), None
+        if pool:
+            change = decide_release_address(pool, address) if address else ReleasePool(pool_id)
         if change:
             self.apply(change)
         return change
@@ -1799,16 +1765,14 @@ class Service:
                 self.apply(BindPool(unbound, pool_id))
         return self.state.pools.get(pool_id)
 
-    def release_if(self, pool_id: str, address: str, seq: int) -> Change:
+    def release_if(self, pool_id: str, address: str, seq: int) -> Change | None:
         """Release the pool, or the address in it, if it still is what was granted as change seq."""
         pool = self.state.pools.get(pool_id)
         lease = pool.leases.get(parse_offset(pool, address)) if pool and address else None
         if not pool or (lease.seq if lease else None if address else pool.seq) != seq:
             raise Forbidden(f"{address or 'pool'} of {pool_id!r} is not what it was as change "
                             f"{seq}: look again")
-        change = ReleaseAddress(pool_id, address) if address else ReleasePool(pool_id)
-        self.apply(change)
-        return change
+        return self.release(pool_id, address)
 
     def take_back(self, change: Change | None, seq: int) -> None:
         """Release what a reply granted that never arrived, if that is still the very same."""
@@ -1854,32 +1818,45 @@ class Service:
 
     def samples(self, methods: Iterable[str]) -> Iterator[str]:
         """Yield the lines of GET /metrics; the counts of these methods from 0 on (increase())."""
-        metrics, state = self.metrics, self.state
-        bases = [(f'base="{base["prefix"]}",family="{base["family"]}"', base)
-                 for base in describe_state(state)["bases"]]
-        pools = [(f'pool="{pool.sub_pool or pool.subnet.network}"', pool)
-                 for pool in state.pools.values()]
-        yield from sample("build_info", [(f'version="{__version__}"', 1)])
-        for key in ("blocks", "blocks_used", "blocks_excluded"):
-            yield from sample("base_" + key, [(labels, base[key]) for labels, base in bases])
-        yield from sample("pool_addresses", [(at, pool.usable()) for at, pool in pools])
-        yield from sample("pool_addresses_used", [(at, len(pool.leases)) for at, pool in pools])
-        counts = {(method, result): 0 for method in methods for result in RESULTS}
-        yield from sample("requests_total", [
-            (f'method="{method}",result="{result}"', count)
-            for (method, result), count in {**counts, **metrics.requests}.items()])
-        for name, histogram in (("request_duration_seconds", metrics.request_s),
-                                ("journal_sync_duration_seconds", metrics.sync_s)):
-            yield from (*sample(name, ()), *histogram.samples(f"gipam_{name}"))
-        yield from sample("journal_bytes", [("", self._store.journal_bytes)])
-        if metrics.last_write_s:
-            yield from sample("last_write_timestamp_seconds", [("", metrics.last_write_s)])
+        bases = [(f'{{base="{base["prefix"]}",family="{base["family"]}"}}', base)
+                 for base in describe_state(self.state)["bases"]]
+        pools = [(f'{{pool="{pool.sub_pool or pool.subnet.network}"}}', pool)
+                 for pool in self.state.pools.values()]
+        counts = {**{(method, result): 0 for method in methods for result in RESULTS},
+                  **self.requests}
+        for name, kind, text, series in (
+            ("build_info", "gauge", "1, with the version of gipam",
+             [(f'{{version="{__version__}"}}', 1)]),
+            ("base_blocks", "gauge", "Blocks of the usual length in a base",
+             ((labels, base["blocks"]) for labels, base in bases)),
+            ("base_blocks_used", "gauge", "Blocks of it that are held",
+             ((labels, base["blocks_used"]) for labels, base in bases)),
+            ("base_blocks_excluded", "gauge", "Blocks of it that are never handed out",
+             ((labels, base["blocks_excluded"]) for labels, base in bases)),
+            ("pool_addresses", "gauge", "Addresses of a pool that can be handed out",
+             ((labels, pool.usable()) for labels, pool in pools)),
+            ("pool_addresses_used", "gauge", "Addresses of it that are held",
+             ((labels, len(pool.leases)) for labels, pool in pools)),
+            ("requests_total", "counter", "Requests, by method and result",
+             ((f'{{method="{method}",result="{result}"}}', count)
+              for (method, result), count in counts.items())),
+            ("request_duration_seconds", "histogram", "Time from a request to its reply",
+             self.request_s.series()),
+            ("journal_sync_duration_seconds", "histogram",
+             "Time of one write and sync of the journal", self.sync_s.series()),
+            ("journal_bytes", "gauge", "Length of the journal", [("", self._store.journal_bytes)]),
+            *[("last_write_timestamp_seconds", "gauge", "When the journal was last written",
+               [("", self.last_write_s)])] * (self.last_write_s > 0),
+        ):
+            yield f"# HELP gipam_{name} {text}\n# TYPE gipam_{name} {kind}\n"
+            yield from (f"gipam_{name}{labels} {value}\n" for labels, value in series)
 
     def is_fold_due(self) -> bool:
-        """Return whether the journal has outgrown the lease file."""
-        limit_bytes = max(MIN_FOLD_BYTES, self._store.snapshot_bytes)
-        return bool(self._store.segment) and not self.loss and (
-            not self._store.is_named or self._store.journal_bytes > limit_bytes)
+        """Return whether the journal has outgrown the lease file, or that lacks what it needs."""
+        store, limit_bytes = self._store, max(MIN_FOLD_BYTES, self._store.snapshot_bytes)
+        return store.segment > 0 and not self.loss and (
+            not store.is_named or store.journal_bytes > limit_bytes
+            or self._is_import_noted != self.import_is_due.is_set())
 
     def fold(self, call: Call | None = None, is_stopping: bool = False) -> bool:
         """Write the state to the lease file, drop the journal that it replaces; False: it failed.
@@ -1888,31 +1865,32 @@ class Service:
         At a clean stop the lease file is left alone, whole in itself, for people to copy.
         """
         store, call = self._store, call or self.run
-        if self.loss:
-            return False
-        try:
-            self._config = keep_edits(store, self._config)
-            made = None if is_stopping else store.make_segment(ROOM_BYTES)
-            chunks = call(lambda: self._begin_fold(made, is_stopping))
-            store.write_snapshot(iter(lambda: call(lambda: next(chunks, "")), ""),
-                                 is_named=store.segment > 0 and not is_stopping)
-            store.remove_segments(sys.maxsize if is_stopping else store.segment)
-        except StoreLost as error:
-            loss = error
-            with contextlib.suppress(StoreError):  # it is
-                call(lambda: self._read_anew(loss))
-        except (OSError, StoreError) as error:
-            log.warning("could not fold the journal into %s: %s", store.path, error)
-        else:
-            return True
+        with self._folding:
+            if self.loss:
+                return False
+            try:
+                self._config = keep_edits(store, self._config)
+                made = None if is_stopping else store.make_segment(ROOM_BYTES)
+                is_due = self.import_is_due.is_set()
+                chunks = call(lambda: self._begin_fold(made, is_stopping, is_due))
+                store.write_snapshot(iter(lambda: call(lambda: next(chunks, "")), ""),
+                                     is_named=store.segment > 0 and not is_stopping)
+                self._is_import_noted = is_due
+                store.remove_segments(sys.maxsize if is_stopping else store.segment)
+                return True
+            except StoreLost as error:
+                loss = error
+                with contextlib.suppress(StoreError):  # it is
+                    call(lambda: self._read_anew(loss))
+            except (OSError, StoreError, BusyError) as error:
+                log.warning("could not fold the journal into %s: %s", store.path, error)
         return False
 
-    def _begin_fold(self, made: Any, is_stopping: bool) -> Iterator[str]:
+    def _begin_fold(self, made: Any, is_stopping: bool, is_due: bool) -> Iterator[str]:
         """Between two turns, go on in the new segment and copy the state; return what to write."""
         self._store.switch(made)
         segment = None if is_stopping else self._store.segment
-        return encode_snapshot(self._config, copy_state(self.state), segment,
-                               self.import_is_due.is_set())
+        return encode_snapshot(self._config, copy_state(self.state), segment, is_due)
 
 
 def keep_edits(store: Store, keys: Json) -> Json:
@@ -2036,10 +2014,9 @@ class Fields(Dict[str, Any]):
 
     def seq(self) -> int:
         """Return the number of a change."""
-        value = self.get("Seq")
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise InvalidRequest(f"Seq is not a number: {printable(repr(value))}")
-        return value
+        if type(self.get("Seq")) is not int:  # nor bool
+            raise InvalidRequest(f"Seq is not a number: {printable(repr(self.get('Seq')))}")
+        return int(self["Seq"])
 
     def prefix(self, key: str) -> Network | None:
         """Return a prefix, its host bits cleared: Docker <= 24 passes them."""
@@ -2082,7 +2059,8 @@ def dispatch(service: Service, verb: str, target: str, body: bytes,
         service.mend()
         reply, result = refuse(GipamError("internal error of gipam: see its log")), "bug"
     method = path if path in PATHS else "unknown"
-    service.metrics.count(method, result, time.perf_counter() - started_s)
+    service.requests[method, result] += 1
+    service.request_s.observe(time.perf_counter() - started_s)
     return reply if path in CONSTANT_ANSWERS else reply._replace(seq=service.state.seq)
 
 
@@ -2103,17 +2081,6 @@ def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> R
     if change is None and not result:
         log.warning("nothing to do for %s: not held; got %r", path, body[:MAX_TEXT_CHARS])
     return Reply(200, dumps(result).encode(), change=change)
-
-
-def join_portions(texts: Iterable[str]) -> Iterator[bytes]:
-    """Yield a page in portions that a peer takes well: about a millisecond's work each."""
-    portion = ""
-    for text in texts:
-        portion += text
-        if len(portion) >= WRITE_BYTES:
-            yield portion.encode()
-            portion = ""
-    yield portion.encode()
 
 
 def refuse(error: GipamError) -> Reply:
@@ -2220,11 +2187,6 @@ def show_health(service: Service, _: str) -> list[str]:
     return ["ok\n"]
 
 
-def show_metrics(service: Service, _: str) -> Iterator[str]:
-    """Yield what Prometheus reads."""
-    return (line + "\n" for line in service.samples((*PATHS, "unknown")))
-
-
 CONSTANT_ANSWERS = {path: dumps(value).encode() for path, value in {
     "/Plugin.Activate": {"Implements": ["IpamDriver"]},
     # MACs tell owners; a replay could make dockerd panic or release live pools (protocol.md 3.6)
@@ -2234,10 +2196,10 @@ CONSTANT_ANSWERS = {path: dumps(value).encode() for path, value in {
 }.items()}
 METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Change | None]]] = {
     "/IpamDriver.RequestPool": request_pool,
-    "/IpamDriver.ReleasePool": lambda service, fields: ({}, service.release_pool(fields.pool_id())),
+    "/IpamDriver.ReleasePool": lambda service, fields: ({}, service.release(fields.pool_id())),
     "/IpamDriver.RequestAddress": request_address,
     "/IpamDriver.ReleaseAddress": lambda service, fields: (
-        {}, service.release_address(fields.pool_id(), fields.address(is_needed=True))),
+        {}, service.release(fields.pool_id(), fields.address(is_needed=True))),
     "/Gipam.Release": lambda service, fields: (  # of what `check --fix` or `release` saw
         {}, service.release_if(fields.pool_id(), fields.address(), fields.seq())),
     "/Gipam.Adopt": adopt_by_hand,
@@ -2245,10 +2207,11 @@ METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Change | None]]] = {
 PAGES: dict[str, tuple[str, Callable[[Service, str], Iterable[str]]]] = {  # -> type, text
     "/status": ("application/json",
                 lambda service, query: service.status("leases=1" in query.split("&"))),
-    "/metrics": ("text/plain; version=0.0.4; charset=utf-8", show_metrics),
+    "/metrics": ("text/plain; version=0.0.4; charset=utf-8",
+                 lambda service, _: service.samples((*PATHS, "unknown"))),
     "/healthz": ("text/plain; charset=utf-8", show_health),
 }
-PATHS = {*CONSTANT_ANSWERS, *METHODS, *PAGES}
+PATHS: set[str] = {*CONSTANT_ANSWERS, *METHODS, *PAGES}
 PUBLIC_PAGES = frozenset(("/metrics", "/healthz"))  # for whoever may reach the -metrics address
 
 

@@ -2344,6 +2344,18 @@ class JournalTest(StoreCase):
                 self.assertEqual(dump_state(recover(self.path)), self.pictures[seq])
                 self.append_one()
 
+    def test_end_is_as_torn_where_a_fold_had_made_the_next_segment(self) -> None:
+        """It is blank: the fold never came to be. Its file is made anew by the next one."""
+        data = self.write(self.one_segment)["leases.json.journal.1"].rstrip(b"\0")
+        *_, line = gipam.decode_lines(data, is_last=True)
+        for cut in range(line.offset, len(data) + 1):
+            with self.subTest(GIPAM_TEST_SEED=self.seed, cut=cut):
+                self.write_file("leases.json.journal.1", data[:cut] + bytes(99))
+                self.write_file("leases.json.journal.2", bytes(99))
+                seq = line.seq if cut >= len(data) - 1 else line.seq - len(line.records)
+                self.assertEqual(dump_state(recover(self.path)), self.pictures[seq])
+                self.append_one()
+
     def test_segment_with_a_successor_lacks_nothing_or_is_refused(self) -> None:
         files = self.write(self.one_segment[:3], self.one_segment[3:])
         data = files["leases.json.journal.1"].rstrip(b"\0")
@@ -2678,6 +2690,16 @@ class LockTest(StoreCase):
         client.request_pool("10.10.0.0/24")
         self.assertEqual(first.stop(), 0)
 
+    def test_segment_that_is_written_keeps_others_out_before_it_is_named(self) -> None:
+        """A fold has made it, and it is still blank: recovery goes on in the one before it."""
+        service = self.begin()
+        Direct(service).request_pool()
+        service._store.switch(service._store.make_segment(gipam.ROOM_BYTES))
+        program = f"import test_gipam; test_gipam.begin({self.path!r})"
+        second = subprocess.run([sys.executable, "-c", program], cwd=os.path.dirname(GIPAM),
+                                capture_output=True, encoding="utf-8", check=False)
+        self.assertIn("BusyError: the journal of", second.stderr)
+
     def test_daemon_whose_lock_another_has_taken_ends_before_anything_is_lost(self) -> None:
         first = self.daemon().start()
         os.unlink(self.path + ".lock")
@@ -2744,6 +2766,15 @@ class CallsTest(StoreCase):
                                      [call.format(number) for call in wanted])
                 deleted = [call for call in self.calls.made if call.startswith("unlink")]
                 self.assertEqual(self.calls.made[len(self.calls.made) - len(deleted):], deleted)
+
+    def test_last_line_is_written_anew_before_anything_rests_on_it(self) -> None:
+        """Where its sync failed before, the kernel shows it, but takes it for written."""
+        Direct(self.begin()).request_pool()
+        before = self.read_files()
+        del self.calls.made[:]
+        self.begin()
+        self.assert_in_order(self.calls.made, ["pwrite journal.1", "fdatasync journal.1"])
+        self.assertEqual(self.read_files(), before)
 
     def test_whatever_fails_memory_disk_and_answers_agree(self) -> None:
         seed = seeds(1)[0]
@@ -3085,6 +3116,16 @@ class TurnTest(ServiceCase):
         self.assertEqual(self.service.loss and self.service.loss.exit_status, 74)
         self.assertGreaterEqual(recover(self.path).seq, before)
 
+    def test_loss_in_the_middle_of_a_turn_takes_all_of_it(self) -> None:
+        """Found where room is made: what was decided before it is not written any more either."""
+        grant = ("RequestAddress", {"PoolID": self.pool_id})
+        made = len(self.calls.made)
+        with mock.patch.object(self.service._store, "reserve",
+                               side_effect=[None, gipam.StoreLost("cannot sync it")]):
+            replies = self.ask(grant, grant)
+        self.assertEqual([reply.status for reply in replies], [503, 503])
+        self.assertEqual(self.calls.made[made:], [])
+
     def test_journal_that_is_moved_or_deleted_ends_it_before_the_reply(self) -> None:
         journal = self.path + ".journal.1"
         for what, remove in (("deleted", os.unlink), ("moved", lambda path: os.rename(path, path + "~")),
@@ -3112,6 +3153,44 @@ class TurnTest(ServiceCase):
         self.assertLess(store._room - store._end, 2 * gipam.ROOM_BYTES + 1)
         self.assertEqual(os.path.getsize(self.path + ".journal.1"), store._room)
         self.assert_agreed()
+
+
+    def test_full_disk_is_asked_for_room_once(self) -> None:
+        """Ahead of need: else each turn would write and take back what does not fit."""
+        store, call, asked = self.service._store, self.calls._call, []
+        store._room = store._end + 5000
+        os.truncate(self.path + ".journal.1", store._room)
+
+        def full(name: str, *arguments: Any) -> Any:
+            if name == "pwrite" and not arguments[1].strip(b"\0"):
+                asked.append(name)
+                raise OSError(errno.ENOSPC, "No space left")
+            return call(name, *arguments)
+
+        with mock.patch.object(self.calls, "_call", full):
+            for _ in range(9):
+                self.client.request_address(self.pool_id)
+        self.assertEqual(len(asked), 1)
+        self.assertEqual(os.path.getsize(self.path + ".journal.1"), store._room)
+        self.assert_agreed()
+
+    def test_sync_whose_error_the_thread_for_room_was_told_is_none(self) -> None:
+        """Of two syncs of one descriptor, the kernel fails but one: the reply must wait for both."""
+        syncing, call, store = threading.Event(), self.calls._call, self.service._store
+
+        def told(name: str, *arguments: Any) -> Any:
+            if name == "fdatasync" and threading.current_thread().name == "room":
+                syncing.wait(DEADLINE_S)
+                raise OSError(errno.EIO, "Input/output error")
+            if name == "fdatasync" and store._growth:
+                syncing.set()
+            return call(name, *arguments)
+
+        with mock.patch.object(self.calls, "_call", told), \
+                self.assertRaisesRegex(Refused, "cannot sync .*: Input/output error"):
+            while not syncing.is_set():
+                self.client.request_pool()
+        self.assertEqual(self.service.loss and self.service.loss.exit_status, 74)
 
 
 class FoldTest(ServiceCase):
@@ -3147,6 +3226,57 @@ class FoldTest(ServiceCase):
                 self.assert_agreed()
             self.assertEqual(held(self.service.state), {
                 pool_id: sorted(addresses) for pool_id, addresses in tenant.pools.items()})
+
+    @staticmethod
+    def in_turn(*steps: Callable[[], Any]) -> Callable[[], Any]:
+        """Return what takes the first of these steps, the next time the next, at last none."""
+        rest = iter(steps)
+
+        def step() -> Any:
+            return next(rest, bool)()
+
+        return step
+
+    def test_two_at_once_take_turns(self) -> None:
+        """Of the loop's thread and the one that asks Docker, each removes what it has replaced."""
+        other = threading.Thread(target=fold, args=(self.service,))
+
+        def begin_other() -> None:
+            self.client.request_address(self.pool_id)
+            other.start()
+            other.join(0.2)  # if it does not wait, it is over
+            self.client.request_address(self.pool_id)
+
+        self.assertTrue(self.fold_beside(self.in_turn(bool, begin_other)))
+        other.join()
+        self.client.request_address(self.pool_id)
+        self.assert_agreed()
+
+    def test_write_that_fails_while_it_begins_costs_that_turn_only(self) -> None:
+        """The segment that it has made is not taken for the one that goes on, nor begun twice."""
+        def fail() -> None:
+            self.fail_next("pwrite journal.1", errno.EIO)
+            with self.assertRaisesRegex(Refused, "Input/output error"):
+                self.client.request_address(self.pool_id)
+            self.client.request_address(self.pool_id)
+
+        def check() -> None:
+            self.client.request_address(self.pool_id)
+            self.assert_agreed()
+
+        self.assertTrue(self.fold_beside(self.in_turn(fail, check, check, check)))
+
+    def test_turn_that_is_longer_than_the_room_of_the_new_segment_is_whole(self) -> None:
+        def grow() -> None:
+            for _ in range(200):
+                self.client.ask("IpamDriver.RequestAddress", PoolID=self.pool_id)
+
+        step = self.in_turn(grow)
+        self.assertTrue(self.service.fold(
+            lambda function: self.service.run(lambda: (step(), function())[1])))
+        self.assertGreater(self.service._store._end, gipam.ROOM_BYTES)
+        self.client.request_address(self.pool_id)
+        self.assert_agreed()
 
     def test_copy_is_of_one_moment(self) -> None:
         """What comes while it is encoded is not in it, nor missing from the journal after it."""
@@ -3339,6 +3469,20 @@ class AdoptionTest(ServiceCase):
                 self.assertEqual([pool.format(offset) for offset, lease in pool.leases.items()
                                   if lease.kind == "gateway"], [kept] if kept else [])
         self.assert_agreed()
+
+    def test_that_docker_is_to_be_asked_is_soon_on_disk(self) -> None:
+        """Else a crash in between would leave the addresses of an adopted pool unknown."""
+        self.client.request_pool("10.9.0.0/24")
+        for what, step, is_noted in (
+                ("nothing", lambda: None, None),
+                ("adopted", lambda: self.client.request_address(f"10.8.0.0/24#{TOKEN}"), True),
+                ("asked", lambda: self.service.finish_import(self.service.adopted.copy()), None)):
+            with self.subTest(what):
+                step()
+                self.assertTrue(self.service.is_fold_due())
+                self.assertTrue(fold(self.service))
+                self.assertEqual(json.loads(self.read_files()["leases.json"]).get("Import"), is_noted)
+                self.assertFalse(self.service.is_fold_due())
 
     def test_failed_write_takes_the_adoption_with_the_address(self) -> None:
         self.client.request_pool("10.9.0.0/24")
@@ -4529,7 +4673,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
         def fail(*_: Any) -> None:
             raise ZeroDivisionError("nobody foresaw it")
 
-        with mock.patch.object(self.stage.memory.service, "release_pool", fail), \
+        with mock.patch.object(self.stage.memory.service, "release", fail), \
                 self.assertLogs("gipam", "ERROR") as logged:
             self.check("ReleasePool", 500, "internal error of gipam: see its log", PoolID="x")
         self.assertIn("nobody foresaw it", logged.output[0])
@@ -5212,7 +5356,7 @@ class LoopTest(unittest.TestCase):
         loop, server = self.listen(*self.kinds[0])
         peer = Peer(self, server.server_address).send(NEW_POOL)
         failing = mock.patch.object(loop.service._store, "_write", side_effect=OSError(errno.EIO, "Input/output error"))
-        with mock.patch.object(loop.service._store, "reserve"), mock.patch.object(loop.service._store, "_cut_back"), \
+        with mock.patch.object(loop.service._store, "reserve"), \
                 mock.patch.object(loop.service._store, "settle"), failing:
             while not peer.has_ended() and not server.sent:
                 loop.turn(1.0)
