@@ -2289,8 +2289,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def is_overdue(self, now_s: float) -> bool:
         """Return whether it is stuck, on TCP, in a request, a reply or a handshake."""
-        is_stuck = self.is_busy() or (self.server.tls and not self.is_client)
-        return not self.server.is_unix and bool(is_stuck) and self.since_s + REQUEST_PATIENCE_S < now_s
+        is_stuck = self.is_busy() or (self.server.tls is not None and not self.is_client)
+        is_late = self.since_s + REQUEST_PATIENCE_S < now_s
+        return is_stuck and is_late and not self.server.is_unix
 
     def receive(self) -> None:
         """Put what has come into the inbox."""
@@ -2636,10 +2637,10 @@ class Loop:
         """Let the handler send; go on with what else it has been asked."""
         handler.send()
         if not handler.is_sending():
+            self.handlers[handler] = self.handlers.pop(handler)  # the longest idle one is first
             if not (handler.is_client or handler.is_last):
                 handler.is_client = bool(handler.reply and handler.reply.status == 200)
                 self._bound(handler)
-            self.handlers[handler] = self.handlers.pop(handler, None)  # the longest idle one is first
             if handler.inbox or handler.has_ended:
                 self._asking[handler] = None
                 return
