@@ -14,8 +14,10 @@ import os
 import platform
 import random
 import select
+import shutil
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,9 +32,11 @@ from test_gipam import DEADLINE_S, Daemon, Refused, launcher
 
 ONE_SYNC_A_REQUEST = """
 class Store(gipam.Store):
-    def append(self, seq, records):
-        for at, record in enumerate(records, seq - len(records) + 1):
-            super().append(at, [record])
+    def reserve(self, size):
+        super().reserve(size + gipam.LINE_BYTES)
+    def append(self, records):
+        for record in records:
+            super().append([record])
 gipam.Store = Store
 """
 FOLDING_WITHOUT_END = """
@@ -42,6 +46,15 @@ class Store(gipam.Store):
         self.is_named = False  # as after a start: the next change makes folding due
 gipam.Store = Store
 """
+# Reads a page, says how long it is: in a process of its own, so that it costs the client no time.
+READER = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as wire:
+    wire.connect(sys.argv[1])
+    wire.sendall(b"GET /status?leases=1 HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n")
+    print(sum(map(len, iter(lambda: wire.recv(1 << 20), b""))))
+"""
+WITH_ROUTES = ("unshare", "--net", "sh", "-c", 'ip link set lo up && ip -batch "$0" && exec "$@"')
 
 
 def post(method: str, body: bytes = b"") -> bytes:
@@ -164,9 +177,10 @@ class Disk:
 
 
 class Fixture:
-    """A state to start with: subnets with leases in them, and /24 of 10.0.0.0/8 likewise."""
+    """A state to start with: subnets with leases in them, so far apart, and /24 of 10.0.0.0/8 likewise."""
 
-    def __init__(self, subnets: dict[str, int], blocks: int, leases: int) -> None:
+    def __init__(self, subnets: dict[str, int], blocks: int, leases: int, apart: int = 1) -> None:
+        self.apart = apart
         self.subnets = {**subnets, **{f"10.{number >> 8}.{number & 255}.0/24": leases
                                       for number in range(blocks)}}
         self.pool_ids = [f"{subnet}#{number:016x}" for number, subnet in enumerate(self.subnets)]
@@ -179,7 +193,7 @@ class Fixture:
             base = ipaddress.ip_network(subnet).network_address + 1
             pools.append(json.dumps({
                 "ID": pool_id, "Pool": subnet, "Granted": 1700000000, "Seq": 1, "Idx": leases + 1,
-                "Allocated": [str(base + number) for number in range(leases)],
+                "Allocated": [str(base + number * self.apart) for number in range(leases)],
                 "Leases": [["endpoint", next(mac).to_bytes(6, "big").hex(":"), "", 1700000000, number + 2]
                            for number in range(leases)]}))
         with open(path, "w", encoding="ascii") as file:
@@ -302,10 +316,49 @@ class Bench(unittest.TestCase):
                      / many_held.leases], "B", at_most=400 if key == "VmRSS" else None)
         traffic = [addresses(pool_id, 4) for pool_id in random.sample(many_held.pool_ids[1:], 500)]
         self.while_folding(many, traffic, 1, f"longest call while {count} are folded")
+        self.beside_a_page(many, traffic, f"longest call beside GET /status?leases=1 of {count}")
         few_traffic = [addresses(pool_id, 4) for pool_id in few_held.pool_ids]
         self.flat(f"{count} in {blocks + 1:,} pools / 100 in 10", few, few_traffic, many, traffic)
         self.flat(f"one /64 with {wide:,} / 100 in 10", few, few_traffic, many,
                   [addresses(many_held.pool_ids[0])])
+
+    def beside_a_page(self, daemon: BenchDaemon, traffic: list[Traffic], what: str) -> None:
+        """Call as long as somebody reads all leases."""
+        wire, disk = Wire(daemon.socket), Disk(daemon.directory)
+        worst, lengths, pages_s, alone = [], [], [], [disk.sync() for _ in range(300)]
+        for _ in self.rounds(1, 5):
+            started, times = time.perf_counter(), []
+            reader = subprocess.Popen([sys.executable, "-c", READER, daemon.socket], stdout=subprocess.PIPE)
+            while reader.poll() is None:
+                times += wire.pair(random.choice(traffic))
+            pages_s.append(time.perf_counter() - started)
+            lengths.append(int(reader.communicate()[0]) / 1e6)
+            worst.append(max(times))
+        self.row(what, worst, "ms", at_most=50)
+        self.row("  longest sync alone, before", [max(alone)], "ms")
+        self.row("  the page took", pages_s, "s")
+        self.row("  its length", lengths, "MB")
+
+    def far_apart(self) -> None:
+        few = BenchDaemon(self, Fixture({"2001:db8:ffff::/64": 10}, 0, 0)).start()
+        held = Fixture({"2001:db8:ffff::/64": 10_000 if self.quick else 100_000}, 0, 0, apart=1 << 40)
+        many = BenchDaemon(self, held).start()
+        self.row(f"memory a lease, {held.leases:,} far apart in a /64",
+                 [(many.memory_bytes("VmRSS") - few.memory_bytes("VmRSS")) / held.leases], "B", at_most=1000)
+
+    def many_routes(self) -> None:
+        """In a network namespace with so many routes of both families, none of them in a base."""
+        daemon, routes = BenchDaemon(self), os.path.join(tempfile.mkdtemp(prefix="gipam-"), "routes")
+        self.addCleanup(shutil.rmtree, os.path.dirname(routes))
+        with open(routes, "w", encoding="ascii") as file:
+            for number in range(20_000):
+                file.write(f"route add 11.{number >> 8}.{number & 255}.0/24 dev lo\n"
+                           f"route add 2001:dbf:{number:x}::/48 dev lo\n")
+        daemon.command = (*WITH_ROUTES, routes, *daemon.command)
+        wire = Wire(daemon.start().socket)
+        for what, traffic in (("a dynamic pool", networks()), ("a dynamic IPv6 pool", networks(v6=True))):
+            medians = [statistics.median(wire.pair(traffic)[0] for _ in range(5)) for _ in self.rounds(3, 10)]
+            self.row(f"{what} with 20,000 routes of each family", medians, "ms", at_most=30)
 
     def flat(self, what: str, few: BenchDaemon, few_traffic: list[Traffic], many: BenchDaemon,
              many_traffic: list[Traffic]) -> None:
@@ -420,7 +473,8 @@ def main(arguments: list[str]) -> int:
           f"load {os.getloadavg()[0]:.1f}, files in {tempfile.gettempdir()}\n")
     try:
         for section in (runner.one_connection, runner.many_connections, runner.empty_start,
-                        runner.a_million_leases, runner.full_and_crowded, runner.folding,
+                        runner.a_million_leases, runner.far_apart, runner.many_routes,
+                        runner.full_and_crowded, runner.folding,
                         runner.beside_docker):
             section()
             runner.doCleanups()

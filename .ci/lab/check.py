@@ -191,6 +191,9 @@ class CheckTest(CheckedCase):
         self.assertEqual(self.docker.check(), [])
 
 
+BLIND = "DOCKER_HOST=tcp://192.0.2.1:1"  # gipam cannot ask Docker
+
+
 class LostFileTest(DockerCase):
     """The lease file is lost while networks and containers live."""
 
@@ -219,7 +222,7 @@ class LostFileTest(DockerCase):
     def test_what_docker_holds_is_adopted_where_it_cannot_be_asked(self) -> None:
         """By what it releases and asks for, and by the host's routes."""
         self.addCleanup(self.docker.stop, "gipam")
-        self.docker.replace_lease_file("", "DOCKER_HOST=tcp://192.0.2.1:1", number=signal.SIGKILL)
+        self.docker.replace_lease_file("", BLIND, number=signal.SIGKILL)
         for number in range(4):
             self.docker.container(f"more{number}", "web")
             self.docker.network(f"new{number}", "--ipv6")
@@ -234,6 +237,31 @@ class LostFileTest(DockerCase):
         self.assertIn(ipaddress.ip_address(self.docker.address("web0", "web")), ipaddress.ip_network("10.9.64.0/18"))
         self.assert_reaches("web0", self.docker.address("web3", "web"))
         self.assert_reaches("old0", self.docker.address("old3", "old", v6=True))
+
+
+class LostGatewayTest(DockerCase):
+    """Gateways that Docker up to 28 does not show: protocol.md 10.3 and 10.4."""
+
+    def test_stopped_container_with_a_fixed_address_starts_again(self) -> None:
+        """In a /30, which has no other address than that and the gateway's."""
+        self.addCleanup(self.docker.stop, "gipam")
+        self.docker.network("tiny", "--subnet", "10.8.0.0/30")
+        self.docker.container("fixed", "tiny", "--ip", "10.8.0.2")
+        for variables in ((), (BLIND,)):
+            with self.subTest(variables):
+                self.docker("stop", "fixed")
+                self.docker.replace_lease_file("", *variables, number=signal.SIGKILL)
+                self.docker("start", "fixed")
+                self.assertEqual(self.docker.held_by_gipam()["10.8.0.0/30"], {"10.8.0.1", "10.8.0.2"})
+
+    def test_gateway_of_an_empty_network_with_a_size_hint_is_no_containers(self) -> None:
+        """Nothing shows its subnet until it has a container."""
+        self.docker.network("hint", "--subnet", "0.0.0.0/29")
+        self.docker.replace_lease_file(number=signal.SIGKILL)
+        for number in range(5):
+            self.docker.container(f"hint{number}", "hint")
+        self.assert_refused("no available addresses", "run", "-d", "--network", "hint", "bb")
+        self.assert_agreement()
 
 
 class Between(socketserver.BaseRequestHandler):

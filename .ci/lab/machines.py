@@ -30,8 +30,9 @@ BASE_V6 = "2001:db8:0:100::/56"
 MASQUERADE_OFF = ("-o", "com.docker.network.bridge.enable_ip_masquerade=false")
 DOCKER_DEADLINE_S = 90.0  # dockerd waits 15 s for each network whose plugin does not answer
 PACKAGES = {"bash": "bash", "busybox": "busybox-static", "containerd": "containerd", "debootstrap": "debootstrap",
-            "docker": "docker-cli", "dockerd": "docker.io", "ip": "iproute2", "iptables": "iptables",
-            "mount": "mount", "nsenter": "util-linux", "openssl": "openssl", "unshare": "util-linux"}
+            "docker": "docker-cli", "docker-compose": "docker-compose", "dockerd": "docker.io", "ip": "iproute2",
+            "iptables": "iptables", "mount": "mount", "ndppd": "ndppd", "nsenter": "util-linux",
+            "openssl": "openssl", "sysctl": "procps", "unshare": "util-linux"}
 
 
 def require(*commands: str) -> None:
@@ -158,11 +159,11 @@ class Docker:
     """One dockerd and one gipam in namespaces of their own."""
 
     def __init__(self, *options: str) -> None:
-        """Make the namespaces; options are gipam's, beside its bases and its lease file."""
+        """Make the namespaces; options are gipam's, beside its lease file, and its bases unless they say others."""
         require("busybox", "containerd", "docker", "dockerd", "ip", "iptables", "mount", "nsenter", "unshare")
         self.directory = tempfile.mkdtemp(prefix="gipam-docker-")
         self.leases = os.path.join(self.directory, "leases.json")
-        self.gipam_options = (*options, "-v6", BASE_V6, "-v4", BASE_V4, "-file", self.leases)
+        self.gipam_options = ("-v6", BASE_V6, "-v4", BASE_V4, "-file", self.leases, *options)
         self.env = {name: value for name, value in os.environ.items()
                     if not name.startswith(("DOCKER_", "GIPAM_"))}
         self.first = subprocess.Popen(
@@ -251,6 +252,10 @@ class Docker:
     def command(self, *arguments: str) -> list[str]:
         """Return the command that runs e.g. `gipam.py check` inside."""
         return self.entering(sys.executable, GIPAM, *self.gipam_options, *arguments)
+
+    def run_gipam(self, *arguments: str) -> str:
+        """Return what a command of gipam's prints inside."""
+        return subprocess.check_output(self.command(*arguments), env=self.env, encoding="utf-8", timeout=DOCKER_DEADLINE_S)
 
     def check(self, *arguments: str, grace_s: int = 0) -> list[str]:
         """Return what `check` finds, as "kind: text", sorted; its exit status must agree."""
@@ -377,8 +382,7 @@ class Docker:
 
     def pools(self) -> list[dict[str, Any]]:
         """Return what gipam holds, by its command: a TCP socket cannot be reached from outside."""
-        command = self.command("status", "--json", "--leases")
-        return list(json.loads(subprocess.check_output(command, env=self.env))["pools"])
+        return list(json.loads(self.run_gipam("status", "--json", "--leases"))["pools"])
 
     def held_by_gipam(self) -> dict[str, set[str]]:
         held: dict[str, set[str]] = {}

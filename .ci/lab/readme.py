@@ -1,0 +1,203 @@
+"""The commands of README.md, word for word and in order, on a machine that boots: `python3 .ci/lab/readme.py`.
+
+Who follows the guide gets from "Try it" to a container that answers from outside, over a reboot, and
+back to a host without a trace, the variants on the way. What the README shows as output has to come.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import unittest
+from typing import NamedTuple
+
+import dockerd
+from boot import FILES, Machine, make_tree
+from machines import main
+
+from test_gipam import HERE
+
+# The network namespace "outside" is router and client at once. The machine lacks the commands that
+# people have there, and the image nginx.
+EQUIP = r"""
+printf '#!/bin/sh\nexec busybox ping -W 2 "$@"\n' > /usr/local/bin/ping
+printf '#!/bin/sh\nexec busybox wget -T 2 -q -O - "$1"\n' > /usr/local/bin/curl
+chmod +x /usr/local/bin/*
+cd $(mktemp -d); mkdir bin www; cp $(command -v busybox) bin; echo 'hello from nginx' > www/index.html
+for name in httpd nc wget; do ln -s busybox bin/$name; done
+tar c . | docker import -c 'CMD ["httpd", "-f", "-h", "/www"]' -c 'STOPSIGNAL SIGKILL' - nginx; rm -r "$PWD"
+"""
+CONNECT = """
+ip netns add outside
+ip link add eth0 type veth peer name eth0 netns outside
+ip addr add 192.0.2.7/24 dev eth0; ip addr add 2001:db8:ffff::7/64 dev eth0 nodad; ip link set eth0 up
+ip -n outside addr add 192.0.2.1/24 dev eth0; ip -n outside addr add 2001:db8:ffff::1/64 dev eth0 nodad
+ip -n outside link set eth0 up; ip -n outside link set lo up
+"""
+LIST_FILES = "find /etc /opt /usr /var/lib /root -xdev ! -path '/var/lib/*/*' ! -name '.*' | sort"
+LIST_RULES = "for x in iptables ip6tables; do $x -S | grep GIPAM || true; done; ip route show type blackhole; " \
+             "ip -6 route show type blackhole"
+NEWER_DOCKER = "gateway_mode"  # than the 26 of the machine
+AGE = re.compile(r"(?<= )[0-9]+s(?= )")
+WEB1 = "docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}}{{end}}' web1"
+
+
+class Block(NamedTuple):
+    """A fenced block: the chapter that it is in, what stands behind its first fence, the text."""
+
+    chapter: str
+    kind: str
+    text: str
+
+
+def read_blocks() -> list[Block]:
+    """Return the blocks of README.md, in order."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    blocks, chapter = [], ""
+    for match in re.finditer(r"^#+ (.*)$|^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
+        if match[1] is not None:
+            chapter = match[1]
+        else:
+            blocks.append(Block(chapter, match[2], match[3]))
+    return blocks
+
+
+class ReadmeTest(unittest.TestCase):
+    blocks: list[Block]
+    machine: Machine
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.blocks = read_blocks()
+        cls.machine = Machine(make_tree())
+        cls.addClassCleanup(cls.machine.remove)
+
+    def setUp(self) -> None:
+        self.followed: set[str] = set()
+
+    def texts(self, chapter: str, *words: str) -> list[str]:
+        """Return the blocks of a chapter that have one of these words, or all."""
+        self.followed.add(chapter)
+        return [block.text for block in self.blocks if block.chapter == chapter
+                and any(word in block.text for word in words or ("",))]
+
+    def follow(self, chapter: str) -> str:
+        """Run the commands of this chapter, here and outside, but for those of a newer Docker."""
+        self.followed.add(chapter)
+        said = []
+        for block in self.blocks:
+            if block.chapter == chapter and NEWER_DOCKER not in block.text:
+                if block.kind == "sh":
+                    said.append(self.machine(f"cd /root/gipam\n{block.text}"))
+                elif block.kind == "sh outside":
+                    said.append(self.run_outside(block.text))
+        return "\n".join(said)
+
+    def run_outside(self, script: str) -> str:
+        return self.machine(f"exec ip netns exec outside bash -e << 'outside'\n{script}outside\n")
+
+    def test_guide_in_order(self) -> None:
+        machine = self.machine
+        machine.boot(*FILES, end="poweroff")
+        machine(EQUIP + CONNECT)
+        before = machine(LIST_FILES)
+        self.try_it()
+        self.assertEqual(machine(LIST_FILES), before)
+        said = self.follow("As a service")
+        self.assertIn("may loop between this host and its router", said)
+        self.assertIn("no difference", said)
+        self.reach_it()
+        self.use_it()
+        self.vary_it()
+        self.uninstall(before)
+        self.assertEqual({block.chapter for block in self.blocks if block.kind.startswith("sh")},
+                         self.followed | {"On TCP, with TLS"})  # boot.py has that one
+
+    def try_it(self) -> None:
+        """gipam runs in one terminal, the commands in another; Ctrl-C comes where the text says so."""
+        machine = self.machine
+        start, use, shown, forget = self.texts("Try it")
+        gipam = machine.begin("cd /root/gipam; echo $$ > /run/try.pid; exec " + start)
+        machine.wait_until("[ -S /run/docker/plugins/gipam.sock ]")
+        said = machine("cd /root/gipam\n" + use)
+        self.assertTrue(AGE.sub("", said).endswith(AGE.sub("", shown.strip())), said)
+        first, last = forget.splitlines()
+        machine(first + "; kill -INT $(cat /run/try.pid)")
+        self.assertIn("stopped", gipam.communicate(timeout=30)[0])
+        machine("cd /root/gipam\n" + last)
+
+    def reach_it(self) -> None:
+        """A container answers outside under its own address, and only what the rules let in comes in."""
+        machine = self.machine
+        self.assertEqual(self.follow("Reachable from outside").count("hello from nginx"), 2)
+        address = machine(WEB1)
+        self.assertEqual(address, "10.2.0.2 2001:db8:0:100::2")
+        self.assert_reached()
+        machine.end()
+        machine.boot(end="poweroff")
+        machine(CONNECT)
+        machine.wait_for_containers()
+        routes_and_look = "".join(block.text for block in self.blocks if block.kind == "sh outside")
+        self.assertEqual(self.run_outside(routes_and_look).count("hello from nginx"), 2)
+        self.assertEqual(machine(WEB1), address)
+        self.assert_reached()
+
+    def assert_reached(self) -> None:
+        """On the ports of the rules only; and it is seen outside under its own addresses."""
+        machine = self.machine
+        machine("docker exec -d web1 httpd -f -h /www -p 81")
+        machine(f"ip netns exec outside python3 -c '{dockerd.RoutedTest.REPORTER}' > /dev/null 2>&1 &")
+        for server, address, url in (("192.0.2.1", "10.2.0.2", "http://10.2.0.2:81/"),
+                                     ("2001:db8:ffff::1", "2001:db8:0:100::2", "http://[2001:db8:0:100::2]:81/")):
+            with self.subTest(address):
+                machine.wait_until(f"docker exec web1 wget -q -O - {url} > /dev/null")
+                with self.assertRaisesRegex(AssertionError, "timed out"):
+                    self.run_outside(f"curl {url}\n")
+                machine.wait_until(f'[ "$(docker exec web1 nc {server} 7000)" = {address} ]')
+
+    def use_it(self) -> None:
+        """Everyday commands, and metrics that are read from outside."""
+        machine = self.machine
+        address = machine(WEB1)
+        make = self.texts("Reachable from outside", "masquerade=false ", "docker run")
+        machine("\n".join(["docker rm -f web1; docker network rm web", *make]))
+        self.assertEqual(machine(WEB1), address)
+        self.assertIn("10.2.0.0/16,10.7.0.0/16", self.follow("Change a prefix"))
+        self.assertIn("-v4 changes from '10.2.0.0/16'", machine.log("gipam"))
+        self.assertRegex(self.follow("Upgrade, and back"), r"\d+\.\d+\.\d+")
+        self.assertIn("no difference", self.follow("Back up and restore"))
+        self.follow("Check once a week")
+        self.assertIn("no difference", machine.log("gipam-check@gipam"))
+        self.follow("Watch it")
+        self.assertIn("gipam_base_blocks", self.run_outside("curl http://192.0.2.7:9091/metrics\n"))
+        self.assertEqual(machine(WEB1), address)
+
+    def vary_it(self) -> None:
+        """The weekly check works with every variant."""
+        machine = self.machine
+        self.assertRegex(self.follow("Several drivers"), r"10\.3\.0\.0/24 .* office")
+        for instance in ("lan", "gipam"):
+            machine(f"systemctl enable --now gipam-check@{instance}.timer; systemctl start gipam-check@{instance}")
+        self.assertIn("failed", machine("systemctl stop gipam@lan; systemctl start gipam-check@lan", 1))
+        machine("systemctl start gipam@lan")
+        for chapter in ("The lease file elsewhere", "A socket unit"):
+            self.follow(chapter)
+            machine("systemctl start gipam-check@gipam; docker restart web1")
+        self.assertEqual(machine("ls /opt/gipam"), "gipam.py\ngipam.py.old\nlan\nrules")
+
+    def uninstall(self, before: str) -> None:
+        machine = self.machine
+        machine("docker rm -f $(docker ps -aq); docker network rm $(docker network ls -q --filter type=custom)")
+        self.follow("Uninstall")
+        left = set(machine(LIST_FILES).splitlines()) - set(before.splitlines())
+        self.assertEqual(left - {"/etc/sysctl.d"}, set())
+        self.assertEqual(machine("find /run -xdev | grep gipam; systemctl list-units --all | grep gipam", 1), "")
+        self.assertEqual(machine(LIST_RULES), "")
+        machine("docker volume ls; systemctl restart docker")
+        self.assertEqual(machine.complaints(), [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
