@@ -14,24 +14,30 @@ The sections, each of which uses only what stands above it (`grep -n '^# ===' gi
     Model       prefixes, changes, pools, leases, the state and its text form; no I/O
     Allocator   pure decisions: (state, request) -> change or error
     Store       the lease file and its journal: bytes and descriptors
-    Service     the one lock: decide, apply, queue, flush, answer
+    Service     decide, apply, one line on disk, answer: the only one that changes the state
     Protocol    method name -> function; bytes in, bytes out
-    Transport   HTTP on a UNIX socket or on TCP, signals, systemd
+    Transport   the loop: HTTP on a UNIX socket or on TCP, signals, systemd
     Docker      what Docker uses, for check and for a lost lease file
     Commands    options, configuration in three stages, main
 
+One thread serves all, turn by turn: it reads what has come, decides and applies each request that
+is whole, writes one line with all their changes and syncs it, and only then sends the replies. So
+nothing needs a lock. What has to wait for others (the lease file being written, Docker being asked)
+runs in threads, which come back by Loop.call() to have a function run in a turn.
+
 On disk. The lease file is a JSON document for people: the configuration (of it and the options wins
 what was changed last), each pool under Allocated with its addresses, and a checksum over the state.
-It is a snapshot; what happened since stands beside it in a journal segment (leases.json.journal.1).
-There, one flush is one line: length and CRC-32 of the JSON that follows, and in it the sequence
-number of the last change, and the changes. A real one:
+It is a snapshot; what happened since is beside it in a journal segment (leases.json.journal.1).
+There, one turn is one line: length and CRC-32 of the JSON that follows, and in it the sequence
+number of the last change, and the changes. Zeros after the last line are room for more. A real one:
 
     00000076 93771baa [4,[["request_address","10.2.0.0/24#1f0c27ab5e94d386","10.2.0.2","endpoint",
     "02:42:0a:02:00:02","web1",1795510069,3]]]
 
 (in the file it is one line). Recovery reads the snapshot, then the segments in order, and skips
-what the snapshot already holds. A last line that is short or zero-filled was never acknowledged
-and is dropped; whatever else does not add up stops gipam, with a message that says what to do.
+what the snapshot already holds. A last line that is short, or of which whole sectors are zeros, was
+never acknowledged and is dropped; whatever else does not add up stops gipam, with a message that
+says what to do.
 
 What survives. A reply that Docker has read is on disk: it survives SIGKILL and, where the disk
 keeps what fdatasync promised, a power cut. A full disk costs an error, never a lease. What does
@@ -1631,8 +1637,7 @@ class Service:
         self.about: Json = {}  # what /status tells of the daemon
         self.requests: collections.Counter[tuple[str, str]] = collections.Counter()
         self.request_s, self.sync_s, self.last_write_s = Histogram(), Histogram(), 0.0
-        self._folding = threading.Lock()  # the thread of the loop, and the one that asks Docker
-        self._is_import_noted = False  # in the lease file, should gipam crash
+        self.is_import_noted = False  # in the lease file, should gipam crash
         self.import_is_due = threading.Event()  # ask Docker what it uses, once it answers
         self.adopted: set[int] = set()  # changes by adoption, until Docker vouches for the pool
 
@@ -1854,9 +1859,9 @@ class Service:
     def is_fold_due(self) -> bool:
         """Return whether the journal has outgrown the lease file, or that lacks what it needs."""
         store, limit_bytes = self._store, max(MIN_FOLD_BYTES, self._store.snapshot_bytes)
-        return store.segment > 0 and not self.loss and (
-            not store.is_named or store.journal_bytes > limit_bytes
-            or self._is_import_noted != self.import_is_due.is_set())
+        is_unnamed = store.segment > 0 and not store.is_named
+        return not self.loss and (is_unnamed or store.journal_bytes > limit_bytes
+                                  or self.is_import_noted != self.import_is_due.is_set())
 
     def fold(self, call: Call | None = None, is_stopping: bool = False) -> bool:
         """Write the state to the lease file, drop the journal that it replaces; False: it failed.
@@ -1865,25 +1870,24 @@ class Service:
         At a clean stop the lease file is left alone, whole in itself, for people to copy.
         """
         store, call = self._store, call or self.run
-        with self._folding:
-            if self.loss:
-                return False
-            try:
-                self._config = keep_edits(store, self._config)
-                made = None if is_stopping else store.make_segment(ROOM_BYTES)
-                is_due = self.import_is_due.is_set()
-                chunks = call(lambda: self._begin_fold(made, is_stopping, is_due))
-                store.write_snapshot(iter(lambda: call(lambda: next(chunks, "")), ""),
-                                     is_named=store.segment > 0 and not is_stopping)
-                self._is_import_noted = is_due
-                store.remove_segments(sys.maxsize if is_stopping else store.segment)
-                return True
-            except StoreLost as error:
-                loss = error
-                with contextlib.suppress(StoreError):  # it is
-                    call(lambda: self._read_anew(loss))
-            except (OSError, StoreError, BusyError) as error:
-                log.warning("could not fold the journal into %s: %s", store.path, error)
+        if self.loss:
+            return False
+        try:
+            self._config = keep_edits(store, self._config)
+            made = None if is_stopping else store.make_segment(ROOM_BYTES)
+            is_due = self.import_is_due.is_set()
+            chunks = call(lambda: self._begin_fold(made, is_stopping, is_due))
+            store.write_snapshot(iter(lambda: call(lambda: next(chunks, "")), ""),
+                                 is_named=store.segment > 0 and not is_stopping)
+            self.is_import_noted = is_due
+            store.remove_segments(sys.maxsize if is_stopping else store.segment)
+            return True
+        except StoreLost as error:
+            loss = error
+            with contextlib.suppress(StoreError):  # it is
+                call(lambda: self._read_anew(loss))
+        except (OSError, StoreError, BusyError) as error:
+            log.warning("could not fold the journal into %s: %s", store.path, error)
         return False
 
     def _begin_fold(self, made: Any, is_stopping: bool, is_due: bool) -> Iterator[str]:
@@ -3343,8 +3347,6 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
                 if (pool["subnet"], pool["sub_pool"]) not in keys
                 for held in (pool, *pool["addresses"])}
     call(lambda: service.finish_import(adopted))
-    if not service.import_is_due.is_set():
-        service.fold(call)
 
 
 def is_docker_alive() -> bool:
@@ -3969,6 +3971,7 @@ def open_service(config: Config, settings: Settings, store: Store,
                       lambda: read_state(read_lease_file(store)))
     if document is None or document.get("Import"):
         service.import_is_due.set()
+        service.is_import_noted = True
         if is_docker_alive():
             try:
                 take_over(service, config.driver, IMPORT_PATIENCE_S, service.run)
