@@ -1416,6 +1416,8 @@ class Store:
         """
         if self.segment and not self._end:
             return None
+        if needed >= ROOM_BYTES:
+            self._check_space()
         number = self.segment + 1  # what may be there is blank, as replay() has seen
         with self._opened(self.segment_path(number), CREATE) as fd:
             room = self._extend(number, fd, 0, needed)
@@ -1476,9 +1478,16 @@ class Store:
         """Make room ahead of need, in a thread: only a turn that comes meanwhile waits for it."""
         start = self._room
         try:
+            self._check_space()
             self._grown = self._extend(self.segment, self._fd, start, start + ROOM_BYTES)
         except (OSError, StoreLost) as error:
             self._grown = error
+
+    def _check_space(self) -> None:
+        """Keep what is done ahead of need from taking the last of a disk. Raises: OSError."""
+        found = self.calls.statvfs(self._directory)
+        if found.f_bavail * found.f_frsize < 2 * ROOM_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _end_growth(self) -> None:
         """Take over the room that the thread has made. Raises: StoreLost."""

