@@ -2335,7 +2335,7 @@ class LockTest(StoreCase):
         """Its changes are not lost meanwhile: without it gipam does not start."""
         daemon = self.daemon().start()
         daemon.client().request_pool("10.9.0.0/24")
-        wait_for(lambda: os.path.exists(self.path + ".journal.2"), "the first fold")
+        wait_for(lambda: glob.glob(self.path + ".journal.*") == [self.path + ".journal.2"], "the first fold")
         daemon.client().request_pool("10.10.0.0/24")
         os.rename(self.path + ".journal.2", self.path + "~")
         assert daemon.process
