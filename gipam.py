@@ -2528,6 +2528,7 @@ class Loop:
         self.is_ending = False  # each reply is the last of its connection
         self.is_stopping = self.is_over = False
         self._asking: dict[Handler, None] = {}  # may have a request in the inbox
+        self._served: list[Handler] = []  # for the first time, in this turn
         self._selector = selectors.DefaultSelector()
         self._calls: collections.deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]]
         self._calls = collections.deque()
@@ -2579,6 +2580,8 @@ class Loop:
         for handler, reply in replies:  # 6
             handler.answer(settle(self.service, reply))
             self._send(handler)
+        while self._served:  # not before: who is pushed out may have a reply of this turn
+            self._bound(self._served.pop())
         for tell_thread in tell:
             tell_thread()
         self.flush_log()
@@ -2621,9 +2624,11 @@ class Loop:
 
         So strangers push out strangers, and never a client that works.
         """
+        if newcomer.server.is_unix:
+            return
         limit = MAX_TCP_CLIENTS if newcomer.is_client else MAX_TCP_STRANGERS
-        alike = [handler for handler in self.handlers if not newcomer.server.is_unix
-                 and (handler.server, handler.is_client) == (newcomer.server, newcomer.is_client)]
+        alike = [handler for handler in self.handlers if (handler.server, handler.is_client)
+                 == (newcomer.server, newcomer.is_client)]
         for handler in alike[:-limit]:
             self.close(handler)
 
@@ -2655,7 +2660,7 @@ class Loop:
     def _check_pages(self, handler: Handler) -> None:
         """Bound what peers on TCP can make gipam keep for them. Raises: Unavailable."""
         if handler.command == "GET" and not handler.server.is_unix and sum(
-                other.page is not None for other in handler.server.loop.handlers) >= MAX_TCP_PAGES:
+                other.page is not None for other in self.handlers) >= MAX_TCP_PAGES:
             raise Unavailable("too many pages are being read at once: try again")
 
     def _send(self, handler: Handler) -> None:
@@ -2665,7 +2670,7 @@ class Loop:
             self.handlers[handler] = self.handlers.pop(handler)  # the longest idle one is first
             if not (handler.is_client or handler.is_last):
                 handler.is_client = bool(handler.reply and handler.reply.status == 200)
-                self._bound(handler)
+                self._served.append(handler)
             if handler.inbox or handler.has_ended:
                 self._asking[handler] = None
                 return

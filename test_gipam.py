@@ -4716,6 +4716,21 @@ class LoopTest(LoopCase):
     def test_silent_connections_never_push_out_a_client_that_works(self) -> None:
         self.check_strangers()
 
+    def test_who_is_pushed_out_gets_the_reply_of_that_turn(self) -> None:
+        """A stranger that becomes a client is answered before two clients that ask as well."""
+        self.limit(MAX_TCP_CLIENTS=2)
+        server = self.listen(gipam.Server)
+        peers = self.peers(server, 3)
+        for peer in peers[:2]:
+            peer.send(ACTIVATE)
+            self.turn_until(server, peer.has_input)
+            self.assertEqual(peer.answer().body, ACTIVATED)
+        for number in (2, 0, 1):
+            peers[number].send(request("IpamDriver.RequestPool", {"Pool": f"10.{number}.0.0/24"}))
+        self.turn_until(server, lambda: all(map(Peer.has_input, peers)))
+        self.assertEqual([peer.answer().status for peer in peers], [200] * 3)
+        self.assertEqual((len(server.loop.handlers), len(server.loop.service.state.pools)), (2, 3))
+
     def test_of_the_clients_the_longest_idle_one_goes(self) -> None:
         self.limit(MAX_TCP_CLIENTS=4)
         peers = self.peers(self.serve(), 5)
