@@ -2831,11 +2831,12 @@ def listen(kind: type[Server], address: Any, loop: Loop,
         notify(f"FDSTORE=1\nFDNAME={LISTENER}", [server.socket.fileno()])
     loop.open(server)
     for connection in connections:
-        if connection.getsockname() == server.server_address and not tls:
-            connection.setblocking(False)
-            server.process_request(connection, connection.getpeername())
-        else:
-            connection.close()
+        with contextlib.suppress(OSError):  # its peer has reset it meanwhile
+            if connection.getsockname() == server.server_address and not tls:
+                connection.setblocking(False)
+                server.process_request(connection, connection.getpeername())
+                continue
+        connection.close()
     if connections:
         notify(f"FDSTOREREMOVE=1\nFDNAME={CONNECTION}")
     return server

@@ -4716,6 +4716,18 @@ class LoopTest(LoopCase):
     def test_silent_connections_never_push_out_a_client_that_works(self) -> None:
         self.check_strangers()
 
+    def test_connection_that_was_reset_while_it_was_handed_on_is_no_reason_not_to_start(self) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = listener.getsockname()
+        peers = [Peer(self, address) for _ in range(2)]
+        connections = [listener.accept()[0] for _ in peers]
+        peers[0].close(True)
+        loop = gipam.Loop(InMemory(self).service)
+        with mock.patch.object(gipam, "take_sockets", return_value=(listener, connections)):
+            self.addCleanup(gipam.listen(gipam.Server, address, loop).server_close)
+        serve_in_thread(self, loop)
+        self.assertEqual((peers[1].ask(), connections[0].fileno()), (ACTIVATED, -1))
+
     def test_who_is_pushed_out_gets_the_reply_of_that_turn(self) -> None:
         """A stranger that becomes a client is answered before two clients that ask as well."""
         self.limit(MAX_TCP_CLIENTS=2)
