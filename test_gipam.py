@@ -5642,7 +5642,7 @@ class TlsTest(LoopCase):
 # containers as dockerd does, on a UNIX socket. The tests on a real dockerd hold its shapes against
 # the real ones.
 
-# GET /networks and /containers/json?all=1 of dockerd 26.1.5 (API 1.45), but for what a test sets.
+# GET /networks and /containers/json of dockerd 26.1.5 (API 1.45), but for what a test sets.
 NETWORK: dict[str, Any] = {
     "Name": "", "Id": "", "Created": "2026-11-24T09:11:54.920401741Z", "Scope": "local",
     "Driver": "bridge", "EnableIPv6": False, "IPAM": {"Driver": "", "Options": {}, "Config": []},
@@ -5725,7 +5725,8 @@ class FakeDocker:
         self.before(path)
         self.asked.append(path)
         answers = {"/version": {"ApiVersion": API_VERSIONS[self.version]}, "/networks": list(self.networks.values()),
-                   "/containers/json?all=1": list(self.containers.values()),
+                   "/containers/json": [container for container in self.containers.values()
+                                        if container["State"] == "running"],
                    **{"/networks/" + network.get("Id", ""): network for network in self.networks.values()}}
         return json.dumps(answers[path]).encode()
 
@@ -5990,6 +5991,10 @@ class OperatedCase(CommandCase):
         options = options or ("-unix", "-socket", self.socket, "-file", self.file)
         return self.run_main(*words, *options, **{"DOCKER_HOST": "unix://" + self.docker.path, **how})
 
+    def read_docker(self) -> Any:
+        """Return what Docker uses of this driver, and all other subnets."""
+        return gipam.read_uses(self.docker.path, "gipam")
+
     def settle(self) -> None:
         """Wait until the first change is folded: then the files stay as they are."""
         wait_for(lambda: self.service._store.is_named, "the first fold")
@@ -6049,7 +6054,7 @@ class UsesTest(OperatedCase):
                 self.docker.show_network("net", config, **keys)
                 self.assertEqual(self.uses(), expected)
                 _, found = gipam.read_uses(self.docker.path, "gipam")
-                self.assertEqual([use.subnet for use in found], others)
+                self.assertEqual([use.subnet for use in found if not use.address], others)
 
     def test_what_only_containers_show(self) -> None:
         """Before 29: the gateway of a given subnet, and the subnet of a size hint, which is none itself."""
@@ -6079,8 +6084,9 @@ class UsesTest(OperatedCase):
                 self.docker.version = version
                 self.docker.show_network("net", {"Subnet": "10.9.0.0/30"}, {"Subnet": "fd00:9::/64"}, Driver=driver,
                                          Internal=is_internal, Options=options)
-                hidden = [(6 if ":" in pool.subnet else 4, use.kind, use.address) for pool, uses in gipam.group_uses(
-                    gipam.read_uses(self.docker.path, "gipam")[0]) for use in uses]
+                missing = gipam.find_missing({"pools": []}, gipam.read_uses(self.docker.path, "gipam")[0])
+                hidden = [(6 if ":" in finding.about.subnet else 4, lease["Kind"], lease["Address"])
+                          for finding in missing for lease in finding.body["Leases"]]
                 self.assertEqual(hidden, [(family, "gateway", "") for family in families])
 
     def test_names_that_cannot_be_printed(self) -> None:
@@ -6090,7 +6096,7 @@ class UsesTest(OperatedCase):
         self.docker.start("one", "web")
         self.docker.containers["one"]["Names"] = ["/\u202eeno\udfff"]
         self.docker.endpoint("one")["MacAddress"] = "02\t"
-        use = gipam.read_uses(self.docker.path, "gipam")[0][-1]
+        use = self.read_docker()[0][-1]
         self.assertEqual((use.network, use.pool_name, use.container, use.mac), (
             ("w\\x1b[31m\\ud800\\n" + 300 * "e")[:255], "n\\x00b\u00fcro", "\\u202eeno\\udfff", "02\\t"))
         self.release_pool()
@@ -6116,7 +6122,7 @@ class UsesTest(OperatedCase):
         for number in range(300):
             self.docker.show_network(f"net{number}", {"Subnet": f"10.{number // 256}.{number % 256}.0/24"})
         gipam.read_uses(self.docker.path, "gipam")
-        self.assertEqual(self.docker.asked, ["/version", "/networks", "/containers/json?all=1"])
+        self.assertEqual(self.docker.asked, ["/version", "/networks", "/containers/json"])
 
     def test_patience_is_for_all_that_docker_is_asked(self) -> None:
         """Not for each answer anew."""
@@ -6146,7 +6152,7 @@ class UsesTest(OperatedCase):
                 (here, [{"Name": "odd", "Id": "1", "IPAM": "none"}], odd),
                 (here, [{"Name": "odd", "Id": "1", "IPAM": {"Config": [{"Subnet": "nonsense"}]}}], odd)):
             answer = networks if isinstance(networks, str) else json.dumps(networks)
-            pages = {"/version": '{"ApiVersion": "1.45"}', "/networks": answer, "/containers/json?all=1": "[]"}
+            pages = {"/version": '{"ApiVersion": "1.45"}', "/networks": answer, "/containers/json": "[]"}
             with self.subTest(host, networks=answer[:80]), \
                     mock.patch.object(self.docker, "answer", lambda path, pages=pages: pages[path].encode()):
                 said = said.format(re.escape(host.replace("unix://", "")))
@@ -6189,10 +6195,11 @@ class CheckTest(OperatedCase):
         for name, sub_pool in (("low", "10.50.0.0/25"), ("high", "10.50.0.128/25")):
             self.docker.make_network(name, "10.50.0.0/24", sub_pool=sub_pool)
         self.docker.show_network("bridge", {"Subnet": "172.17.0.0/16"}, driver="default")
-        self.docker.make_network("hint")
-        self.docker.show_hint("hint", "0.0.0.0/24")
+        for name, hint in (("hint", "0.0.0.0/24"), ("any", "0.0.0.0/0")):
+            self.docker.make_network(name)
+            self.docker.show_hint(name, hint)
         self.assertEqual(self.check(), [])
-        self.docker.start("two", "lan", "low", "high", "hint")
+        self.docker.start("two", "lan", "low", "high", "hint", "any")
         self.assertEqual(self.check(), [])
         self.docker.endpoint("two", "lan")["Gateway"] = "10.9.0.200"  # by the user
         self.assertEqual([line for line in self.check() if "10.9.0.1 " in line], [])
@@ -6425,7 +6432,7 @@ class ChangesDuringCheckTest(OperatedCase):
 
         with mock.patch.object(self.docker, "before", pass_point), mock.patch.object(gipam, "CHECK_PAUSE_S", 1), \
                 mock.patch.object(time, "sleep", lambda pause_s: pass_point() if pause_s else None):
-            found = gipam.find_differences(read_status, self.docker.path, "gipam", 0)
+            found = gipam.find_differences(read_status, self.read_docker, 0)
         for _ in steps:
             pass  # a check that found nothing at first did not come so far
         return [finding.text for finding in found.values()]
@@ -6445,11 +6452,11 @@ class ChangesDuringCheckTest(OperatedCase):
             self.docker.asked.append("gipam")
             return self.status_now()
 
-        order = ["gipam", "/version", "/networks", "/containers/json?all=1"]
-        gipam.find_differences(read_status, self.docker.path, "gipam", 0)
+        order = ["gipam", "/version", "/networks", "/containers/json"]
+        gipam.find_differences(read_status, self.read_docker, 0)
         self.assertEqual(self.docker.asked, order)
         self.request_pool("10.7.0.0/24")
-        gipam.find_differences(read_status, self.docker.path, "gipam", 0)
+        gipam.find_differences(read_status, self.read_docker, 0)
         self.assertEqual(self.docker.asked, [*order, *order, "gipam", *order, "gipam"])
 
     def test_no_event_is_mistaken_for_a_difference(self) -> None:
@@ -7107,8 +7114,8 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
         """Whatever -socket, -address and -unix lead to it."""
         self.docker.make_network("web")
         self.service.about["driver"] = "lan"
-        found = gipam.find_differences(self.status_now, self.docker.path, "lan", 0)
-        self.assertEqual([kind for kind, _ in found], ["leaked_pool", "overlap"])
+        found = gipam.find_differences(self.status_now, lambda: gipam.read_uses(self.docker.path, "lan"), 0)
+        self.assertEqual([finding.kind for finding in found.values()], ["leaked_pool", "overlap"])
         for options in ((), ("-unix", "-spec", "/x/y.spec")):
             done = self.run_gipam("check", "--grace=0", "-socket", self.socket, options=(*options, "-file", self.file))
             self.assertRegex(done.out, "^leaked_pool: ")
