@@ -3082,7 +3082,7 @@ def network_uses(network: Json, inside: list[Use], api: tuple[int, ...]) -> Iter
             kind="hint" if subnet in hints_for(subnet) else about.kind, subnet=subnet,
             sub_pool=sub_pool, routed_option=find_routed_option(network, version, api),
             has_hidden_gateway=not gateway and has_gateway(network, version, api))
-                  for subnet in told]
+                  for subnet in sorted(told)]
     yield from pools
     for use in (use for use in (*addresses, *inside) if use.address and pools):
         address = normalise_address(use.address)
