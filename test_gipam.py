@@ -6506,7 +6506,9 @@ class ImportTest(OperatedCase):
         store = gipam.Store(self.file)
         self.patch(gipam, "docker_socket", lambda: self.docker.path)
         with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive):
-            self.loop.service = self.service = gipam.open_service(config, settings, store, gipam.read_lease_file(store))
+            document = gipam.read_lease_file(store)
+            self.loop.service = self.service = gipam.open_service(config, settings, store, document)
+            gipam.begin_import(config, self.service, document)
         self.addCleanup(self.service.import_is_due.clear)  # else its thread would ask on for ever
         threading.Thread(target=gipam.take_over_when_due, args=(self.service, "gipam", self.loop.call),
                          daemon=True).start()
