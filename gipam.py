@@ -961,8 +961,9 @@ class Site:
         claims = collections.Counter(
             host for entry in self.tables["claims"].values() for host in entry.hosts)
         present = {name for name, entry in self.tables["hosts"].items() if entry.text}
-        return {"hosts": [{"host": host, "is_present": host in present, "claims": claims[host]}
-                          for host in sorted({*claims, *present})]}
+        return {"host": self.host, "hosts": [
+            {"host": host, "is_present": host in present, "claims": claims[host]}
+            for host in sorted({*claims, *present})]}
 
 
 def describe_hosts(entry: Entry) -> str:
@@ -3819,6 +3820,10 @@ def compare(status: Json, claims: list[Claim], others: list[Claim],
                           f"network {claim.network}, of another IPAM driver, overlaps {subnet} "
                           "of ours: remove one of the two networks") for pool_id, subnet in pools
                   if claim.kind == "pool" and prefix.overlaps(subnet)]
+    found += [Finding("claimed_elsewhere", pool["id"], Claim(None, "", "", pool["subnet"], ""),
+                      f"subnet {pool['subnet']} is held here, but {pool['claimed_elsewhere']} has "
+                      "claimed it in etcd: remove one of the two networks")
+              for pool in status["pools"] if pool.get("claimed_elsewhere")]
     return {finding[:2]: finding for finding in found}
 
 
@@ -3846,6 +3851,9 @@ def find_differences(read_status: Callable[[], Json], path: str, driver: str,
 def find_notes(status: Json, claims: list[Claim], proc: str) -> Iterator[str]:
     """Yield what on this host stands against containers being reached without NAT."""
     bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
+    etcd = status.get("etcd", {})
+    if etcd.get("failure"):
+        yield f"{etcd['failure']}: {etcd['due']} subnets wait for it, and so do new networks"
     for version, switch in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):
         is_off = list(read_rows(f"{proc}/sys/{switch.replace('.', '/')}")) == [[b"0"]]
         if is_off and any(base.version == version for base in bases):
@@ -4818,10 +4826,17 @@ def select_pools(pools: list[Json], what: str) -> list[Json]:
 
 def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     """Yield the lines of the text form: a bar and a map for each base, a table of the pools."""
+    elsewhere = [claim["subnet"] for claim in status.get("claims", ())
+                 if status.get("host") not in claim["hosts"]]
     for base in status["bases"]:
-        yield from render_base(base, status["pools"], width)
+        yield from render_base({**base, "elsewhere": elsewhere}, status["pools"], width)
     if status["bases"]:
-        yield "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+        yield ("  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+               + "  o other host" * bool(elsewhere))
+    hosts = [("HOST", "CLAIMS", "ETCD"), *(
+        (host["host"], str(host["claims"]), "there" if host["is_present"] else "not there")
+        for host in status.get("hosts", ()))]
+    yield from format_table(hosts)
     rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
     for pool in status["pools"]:
         age = format_age(now_s - pool["granted_s"])
@@ -4831,8 +4846,15 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
             age = format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?"
             owner = lease["container"] or lease["name"] or lease["mac"] or "-"
             rows.append(("  " + lease["address"], lease["kind"], "", "", age, owner))
+    yield from format_table(rows)
+    if status.get("etcd", {}).get("failure"):
+        yield status["etcd"]["failure"]
+
+
+def format_table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    """Yield the lines of a table, none if there is nothing below its heads."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows if status["pools"] else ():
+    for row in rows if rows[1:] else ():
         yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
@@ -4865,8 +4887,9 @@ def draw_map(base: Json, pools: list[Json], limit: int) -> str:
         count //= 2
     size, first = network.num_addresses // count, int(network[0])
     cells, held = ["."] * count, [0] * count
-    for mark, texts in (("r", base["remembered"].values()), ("~", base.get("routes", ())),
-                        ("x", base["excluded"]), ("+", {pool["subnet"] for pool in pools})):
+    for mark, texts in (("r", base["remembered"].values()), ("o", base.get("elsewhere", ())),
+                        ("~", base.get("routes", ())), ("x", base["excluded"]),
+                        ("+", {pool["subnet"] for pool in pools})):
         for inside in filter(network.overlaps, map(parse_prefix, texts)):
             start = max(int(inside[0]) - first, 0) // size
             length = min(inside.num_addresses, network.num_addresses)
