@@ -95,6 +95,7 @@ from typing import (
     Iterator,
     Mapping,
     NamedTuple,
+    Sequence,
     Tuple,
     Union,
 )
@@ -4851,7 +4852,7 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
         yield status["etcd"]["failure"]
 
 
-def format_table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+def format_table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Yield the lines of a table, none if there is nothing below its heads."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows if rows[1:] else ():
