@@ -187,6 +187,10 @@ class StoreError(GipamError, http_status=503):
     """The change could not be written; state and disk are as before it."""
 
 
+class Stopping(StoreError):
+    """No more turns are made."""
+
+
 class StoreLost(StoreError, exit_status=74):  # EX_IOERR
     """Nobody knows what the disk holds: exit, and start again from there."""
 
@@ -930,7 +934,7 @@ class Site:
         if new.text and self.host not in new.hosts:
             for subnet in family.subnets if family.held.find_overlap(network) else ():
                 if network.overlaps(subnet):
-                    self.conflicts[subnet] = describe_hosts(new)
+                    self.conflicts.setdefault(subnet, "another host")  # _compare() tells which
                     self.mark(subnet)
             family.held.cover(network)
             family.elsewhere[network] = describe_hosts(new)
@@ -2233,7 +2237,8 @@ class Service:
                 return Need("drop", network, str(part))
         pool = next(iter(subnet.pools.values()))
         wanted = pool.sub_pool or network
-        if 4 * len(offsets) >= 3 * total and site.find_part(network, wanted):
+        is_used = any(pool.leases for pool in subnet.pools.values())  # Docker has told a gateway
+        if is_used and 4 * len(offsets) >= 3 * total and site.find_part(network, wanted):
             return Need("part", network, str(wanted))
         return None
 
@@ -3092,7 +3097,7 @@ class Loop:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._calls.append((future, function))
         if self.is_over:
-            raise StoreError("gipam is stopping: try again")
+            raise Stopping("gipam is stopping: try again")
         self.ring()
         return future.result()
 
@@ -3367,7 +3372,7 @@ class Loop:
         """Refuse what threads still ask for, and wait for the one that folds."""
         self.is_over = True
         while self._calls:
-            self._calls.popleft()[0].set_exception(StoreError("gipam is stopping: try again"))
+            self._calls.popleft()[0].set_exception(Stopping("gipam is stopping: try again"))
         if self._folder:
             self._folder.join()
 
@@ -4163,12 +4168,15 @@ class Claimant:
         self._bell.set()
 
     def _repeat(self, step: Callable[[], None]) -> None:
-        while not self.busy:
+        while True:
             try:
                 step()
+            except Stopping:
+                return
             except BusyError as error:
                 self.busy = error
                 self._stop()
+                return
             except GipamError as error:
                 if str(error) != self._service.etcd_failure:  # which has been logged
                     log.warning("%s", error)
@@ -4203,6 +4211,8 @@ class Claimant:
         while True:
             try:
                 need = self._call(functools.partial(again, failure))
+            except Stopping:
+                raise
             except StoreError as error:  # that turn is not on disk
                 need = self._call(functools.partial(again, error))
             if need is None:
