@@ -6007,34 +6007,34 @@ class OperatedCase(CommandCase):
         return lines
 
 
-class ClaimsTest(OperatedCase):
+class UsesTest(OperatedCase):
     """What Docker uses, as its API shows it."""
 
-    def claims(self) -> dict[str, str]:
-        """Return "network subnet" -> what of it is claimed: the pool, or an address and who has it."""
+    def uses(self) -> dict[str, str]:
+        """Return "network subnet" -> what of it is used: the pool, or an address and who has it."""
         found: dict[str, list[str]] = {}
-        for claim in gipam.read_claims(self.docker.path, "gipam")[0]:
-            found.setdefault(f"{claim.network} {claim.sub_pool or claim.subnet}", []).append(
-                f"{claim.address} {claim.container or claim.kind}".strip())
-        return {place: ", ".join(sorted(claims, key=lambda claim: (claim != "pool", claim)))
-                for place, claims in found.items()}
+        for use in gipam.read_uses(self.docker.path, "gipam")[0]:
+            found.setdefault(f"{use.network} {use.sub_pool or use.subnet}", []).append(
+                f"{use.address} {use.container or use.kind}".strip())
+        return {place: ", ".join(sorted(uses, key=lambda use: (use != "pool", use)))
+                for place, uses in found.items()}
 
     def test_both_families_and_every_kind_of_address(self) -> None:
         for self.docker.version in (26, 29):
             with self.subTest(docker=self.docker.version):
                 self.docker.make_network("web", "4", "6")
                 self.docker.start("one", "web")
-                self.assertEqual(self.claims(), {
+                self.assertEqual(self.uses(), {
                     "web 10.2.0.0/24": "pool, 10.2.0.1 gateway, 10.2.0.2 one",
                     "web 2001:db8:0:100::/64": "pool, 2001:db8:0:100::1 gateway, 2001:db8:0:100::2 one"})
                 self.docker.stop("one")
                 self.docker.remove_network("web")
-                self.assertEqual(self.claims(), {})
+                self.assertEqual(self.uses(), {})
                 for family in self.service.state.families.values():
                     family.cursors.clear()
 
     def test_networks_as_docker_shows_them(self) -> None:
-        """Seen on dockerd 26.1.5; of the subnets that claim nothing, RequestPool never came."""
+        """Seen on dockerd 26.1.5; of the subnets that use nothing, RequestPool never came."""
         for config, keys, expected, others in (
                 ({"Subnet": "FD00:0008:0::/64", "Gateway": "FD00:8:0::0F",
                   "AuxiliaryAddresses": {"b": "fd00:8:0:0::00AA"}}, {},
@@ -6048,9 +6048,9 @@ class ClaimsTest(OperatedCase):
                 ({"Subnet": "172.17.0.0/16", "Gateway": "172.17.0.1"}, {"driver": "default"}, {}, ["172.17.0.0/16"])):
             with self.subTest(config, **keys):
                 self.docker.show_network("net", config, **keys)
-                self.assertEqual(self.claims(), expected)
-                _, found = gipam.read_claims(self.docker.path, "gipam")
-                self.assertEqual([claim.subnet for claim in found], others)
+                self.assertEqual(self.uses(), expected)
+                _, found = gipam.read_uses(self.docker.path, "gipam")
+                self.assertEqual([use.subnet for use in found], others)
 
     def test_what_only_containers_show(self) -> None:
         """Before 29: the gateway of a given subnet, and the subnet of a size hint, which is none itself."""
@@ -6060,7 +6060,7 @@ class ClaimsTest(OperatedCase):
         self.assertNotIn("Gateway", str(self.docker.networks))
         self.docker.start("one", "lan", "hint")
         self.docker.endpoint("one", "lan")["Gateway"] = "10.9.0.64"
-        self.assertEqual(self.claims(), {
+        self.assertEqual(self.uses(), {
             "lan 10.9.0.64/26": "pool, 10.9.0.64 gateway, 10.9.0.65 one", "hint 10.2.0.0/28": "pool, 10.2.0.2 one",
             "hint 2001:db8:0:100::/64": "pool, 2001:db8:0:100::2 one"})
 
@@ -6081,7 +6081,7 @@ class ClaimsTest(OperatedCase):
                 self.docker.show_network("net", {"Subnet": "10.9.0.0/30"}, {"Subnet": "fd00:9::/64"}, Driver=driver,
                                          Internal=is_internal, Options=options)
                 hidden = [(6 if ":" in pool.subnet else 4, use.kind, use.address) for pool, uses in gipam.group_uses(
-                    gipam.read_claims(self.docker.path, "gipam")[0]) for use in uses]
+                    gipam.read_uses(self.docker.path, "gipam")[0]) for use in uses]
                 self.assertEqual(hidden, [(family, "gateway", "") for family in families])
 
     def test_names_that_cannot_be_printed(self) -> None:
@@ -6091,15 +6091,15 @@ class ClaimsTest(OperatedCase):
         self.docker.start("one", "web")
         self.docker.containers["one"]["Names"] = ["/\u202eeno\udfff"]
         self.docker.endpoint("one")["MacAddress"] = "02\t"
-        claim = gipam.read_claims(self.docker.path, "gipam")[0][-1]
-        self.assertEqual((claim.network, claim.pool_name, claim.container, claim.mac), (
+        use = gipam.read_uses(self.docker.path, "gipam")[0][-1]
+        self.assertEqual((use.network, use.pool_name, use.container, use.mac), (
             ("w\\x1b[31m\\ud800\\n" + 300 * "e")[:255], "n\\x00b\u00fcro", "\\u202eeno\\udfff", "02\\t"))
         self.release_pool()
         self.assertEqual(self.run_gipam("check", "--fix", "--force").status, 0)
         pool = self.status_now()["pools"][0]
-        self.assertEqual((pool["name"], pool["addresses"][-1]["name"]), (claim.pool_name, claim.container))
+        self.assertEqual((pool["name"], pool["addresses"][-1]["name"]), (use.pool_name, use.container))
 
-    def test_what_has_no_address_claims_none(self) -> None:
+    def test_what_has_no_address_uses_none(self) -> None:
         self.docker.make_network("web")
         for network in ("host", "none"):
             self.docker.show_network(network, Driver=network, IPAM={
@@ -6111,12 +6111,12 @@ class ClaimsTest(OperatedCase):
         created = {**ENDPOINT, "IPAMConfig": {"IPv4Address": "10.2.0.44"}}  # asked for, at the first start
         for name, endpoints in (("created", {"web": created}), ("on-host", {"host": ENDPOINT}), ("in-another", {})):
             self.docker.containers[name] = self.docker.container(name, endpoints)
-        self.assertEqual(self.claims(), {"web 10.2.0.0/24": "pool, 10.2.0.1 gateway"})
+        self.assertEqual(self.uses(), {"web 10.2.0.0/24": "pool, 10.2.0.1 gateway"})
 
     def test_three_requests_however_many_networks(self) -> None:
         for number in range(300):
             self.docker.show_network(f"net{number}", {"Subnet": f"10.{number // 256}.{number % 256}.0/24"})
-        gipam.read_claims(self.docker.path, "gipam")
+        gipam.read_uses(self.docker.path, "gipam")
         self.assertEqual(self.docker.asked, ["/version", "/networks", "/containers/json?all=1"])
 
     def test_patience_is_for_all_that_docker_is_asked(self) -> None:
@@ -6129,7 +6129,7 @@ class ClaimsTest(OperatedCase):
 
         with mock.patch.object(gipam, "call", answer), \
                 mock.patch.object(time, "monotonic", side_effect=(0.0, 0.5, 1.0, 1.5)):
-            gipam.read_claims("/nothing.sock", "gipam", 2.0)
+            gipam.read_uses("/nothing.sock", "gipam", 2.0)
         self.assertEqual(patience, [1.5, 1.0, 0.5])
 
     def test_docker_that_cannot_be_asked(self) -> None:
@@ -6156,7 +6156,7 @@ class ClaimsTest(OperatedCase):
                             (socket.timeout("timed out"), "timed out; start it, or say where it is with DOCKER_HOST")):
             with self.subTest(said), mock.patch.object(gipam.Connection, "connect", side_effect=error), \
                     self.assertRaisesRegex(gipam.Unreachable, f"^{silent.format(self.docker.path)}{said}$"):
-                gipam.read_claims(self.docker.path, "gipam")
+                gipam.read_uses(self.docker.path, "gipam")
 
 
 class CheckTest(OperatedCase):
@@ -6349,8 +6349,8 @@ class CheckTest(OperatedCase):
                 self.docker.version = version
                 self.docker.show_network("web", {"Subnet": "10.2.0.0/24"}, {"Subnet": "2001:db8:0:100::/64"}, Options=dict(
                     option.split("=") for option in options), **keys)
-                claims, _ = gipam.read_claims(self.docker.path, "gipam")
-                notes = list(gipam.find_notes({"bases": []}, claims, "/nothing"))
+                uses, _ = gipam.read_uses(self.docker.path, "gipam")
+                notes = list(gipam.find_notes({"bases": []}, uses, "/nothing"))
                 self.assertEqual([note.split(" -o ")[1] for note in notes], expected)
 
     def test_notes_do_not_change_the_status(self) -> None:
@@ -6529,7 +6529,7 @@ class ImportTest(OperatedCase):
         self.docker.before = lambda path: len(self.docker.asked) < past or self.answers.wait(DEADLINE_S)
 
     def assert_all_taken_over(self) -> None:
-        used = {use.address for use in gipam.read_claims(self.docker.path, "gipam")[0] if use.address}
+        used = {use.address for use in gipam.read_uses(self.docker.path, "gipam")[0] if use.address}
         held = {address for addresses in self.held().values() for address in addresses}
         self.assertLessEqual(used, held)
         self.assertEqual(held - used, {"10.9.0.64"})  # the gateway that Docker does not show
