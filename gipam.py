@@ -4161,8 +4161,8 @@ class Claimant:
         An etcd that does not answer is no reason to wait.
         """
         try:
-            self._load()
-            self._show_presence(ETCD_PATIENCE_S)
+            self._load(ETCD_ATTEMPT_S)
+            self._show_presence(ETCD_ATTEMPT_S)
         except (Unavailable, Refused) as error:
             self._note(str(error))
 
@@ -4448,7 +4448,7 @@ class Claimant:
             if is_loaded and self._is_history(max(watched, head.revision), head):
                 self._call(site.mark_all)
             else:
-                self._load()
+                self._load(ETCD_PATIENCE_S)
             for entries in etcd.watch(self._call(lambda: site.watched) + 1):
                 self._call(functools.partial(site.learn_all, entries))
         except (OSError, http.client.HTTPException, ValueError):
@@ -4467,11 +4467,11 @@ class Claimant:
         found = [*self._watcher.entries(reply.get("kvs", ()))] or [Entry("head", "", "", 0)]
         return found[0] == head
 
-    def _load(self) -> None:
+    def _load(self, patience_s: float) -> None:
         """Learn all that there is. Raises: Unavailable, Refused."""
         site, etcd = self._site, self._watcher
         self._call(site.begin_load)
-        reply = etcd.ask("/v3/kv/range", etcd.range_of(""), ETCD_PATIENCE_S)
+        reply = etcd.ask("/v3/kv/range", etcd.range_of(""), patience_s)
         entries = list(etcd.entries(reply.get("kvs", ())))
         for at in range(0, len(entries), LOAD_ENTRIES):
             self._call(functools.partial(site.learn_all, entries[at:at + LOAD_ENTRIES], False))
