@@ -120,12 +120,12 @@ class Etcd:
 
     # -- processes; no member named means all of them
 
-    def start(self, *members: Member) -> None:
-        """Start those that do not run, and wait until etcd is well if a majority runs."""
+    def start(self, *members: Member, wait: bool = True) -> None:
+        """Start those that do not run, and wait until etcd is well, if a majority runs."""
         for member in members or self.members:
             if not member.is_running():
                 self._start(member)
-        if 2 * sum(member.is_running() for member in self.members) > len(self.members):
+        if wait and 2 * sum(member.is_running() for member in self.members) > len(self.members):
             self.wait()
 
     def _start(self, member: Member) -> None:
