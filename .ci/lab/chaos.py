@@ -64,6 +64,8 @@ class Host:
         directory = make_directory(site.test)
         self.daemon = Daemon(site.test, *BASES, *options, directory=directory, env={**NO_DOCKER, **env},
                              command=(*self.namespace.inside, *launcher(directory, lines)))
+        with open(self.daemon.file, "w", encoding="ascii") as file:
+            file.write("{}")  # it is no first start: no Docker is asked what is in use
         self.client = self.daemon.client()
         self.is_on_etcd = "-host" in options
         self.tenants: list[Tenant] = []
@@ -91,7 +93,7 @@ class Host:
         return {pool["id"]: pool for pool in self.client.state()["pools"]}
 
     def is_etcd_up(self) -> bool:
-        return bool(self.client.state()["etcd"]["is_up"])
+        return not self.client.state()["etcd"]["failure"]
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a command of gipam's on this host."""
@@ -158,7 +160,7 @@ class Site:
     def parts(self, subnet: str) -> dict[str, str]:
         """Return what etcd has: part of the shared subnet -> the name of its host."""
         prefix = f"/gipam/gipam/parts/{subnet}/"
-        return {key[len(prefix):]: value["host"] for key, value in self.etcd.keys(prefix).items()}
+        return {key[len(prefix):]: ",".join(value["hosts"]) for key, value in self.etcd.keys(prefix).items()}
 
     def holders(self) -> dict[str, list[str]]:
         """Return what the hosts hold: subnet -> their names, sorted."""
@@ -494,11 +496,12 @@ class NameTest(SiteCase):
 class SharedTest(SiteCase):
     """One /24 on three hosts; a fixed address of a container comes with a MAC address, an auxiliary one does not."""
 
-    SUBNET = "192.168.1.0/24"
+    SUBNET, NAMES = "192.168.1.0/24", ("hostA", "hostB", "hostC")
+    USABLE = {f"192.168.1.{number}" for number in range(2, 255)}  # 1 is the gateway
 
     def setUp(self) -> None:
         self.site = Site(self)
-        self.hosts = [self.site.host(name) for name in ("hostA", "hostB", "hostC")]
+        self.hosts = [self.site.host(name) for name in self.NAMES]
         self.pool_ids = [host.client.request_pool(self.SUBNET, gipam_shared="true")[0] for host in self.hosts]
         for host, pool_id in zip(self.hosts, self.pool_ids):
             self.assertEqual(host.client.request_address(pool_id, "192.168.1.1", gateway=True), "192.168.1.1/24")
@@ -511,41 +514,37 @@ class SharedTest(SiteCase):
     def release(self, number: int, address: str) -> None:
         self.hosts[number].client.release_address(self.pool_ids[number], address)
 
-    def fill(self) -> list[set[str]]:
-        """Let the hosts take addresses in turn until none gets one; return what each has."""
+    def fill(self, *numbers: int) -> list[set[str]]:
+        """Let these hosts take addresses in turn until none gets one; return what each took."""
         taken: list[set[str]] = [set(), set(), set()]
-        asking = {0, 1, 2}
+        asking = set(numbers)
         while asking:
             for number in sorted(asking):
                 try:
                     address = self.ask(number)
                 except Refused as refusal:
-                    self.assertEqual(refusal.status, 403, str(refusal))
+                    self.assertRegex(str(refusal), "^no available addresses on this pool: .*hostA, hostB, hostC")
                     asking.remove(number)
                 else:
-                    self.assertFalse([address for it in taken if address in it], "given twice")
+                    self.assertFalse([it for it in taken if address in it], f"{address} is given twice")
                     taken[number].add(address)
         return taken
 
-    def test_all_of_it_is_used_and_nothing_twice(self) -> None:
-        taken = self.fill()
-        self.assertEqual(set.union(*taken), {f"192.168.1.{number}" for number in range(2, 255)})
-        self.assertTrue(all(taken))
-        parts = self.site.parts(self.SUBNET)
-        self.assertEqual(sorted(parts), sorted(f"192.168.1.{number * 16}/28" for number in range(16)))
-        for number, name in enumerate(("hostA", "hostB", "hostC")):
-            own = [ipaddress.ip_network(part) for part, host in parts.items() if host == name]
-            self.assertEqual({address for address in taken[number]
-                              if not any(ipaddress.ip_address(address) in part for part in own)}, set())
+    def parts_of(self, name: str) -> set[str]:
+        """Return the addresses in the parts of a host."""
+        return {str(address) for part, host in self.site.parts(self.SUBNET).items() if host == name
+                for address in ipaddress.ip_network(part)}
 
-    def test_parts_given_back_are_taken_by_others(self) -> None:
-        taken = self.fill()
+    def test_all_of_it_is_used_and_what_is_given_back_is_taken_by_others(self) -> None:
+        taken = self.fill(0, 1, 2)
+        self.assertEqual(set.union(*taken), self.USABLE)
+        for number, name in enumerate(self.NAMES):
+            self.assertLessEqual(taken[number], self.parts_of(name))
         for address in taken[0]:
             self.release(0, address)
-        until(lambda: list(self.site.parts(self.SUBNET).values()).count("hostA") <= 1, "parts are given back", QUIET_S)
-        for _ in range(len(taken[0]) - 16):
-            address = self.ask(1)
-            self.assertIn(address, taken[0])
+        until(lambda: len(self.parts_of("hostA")) <= 16, "parts are given back", QUIET_S)
+        again = self.fill(1, 2)
+        self.assertEqual(set.union(*again), taken[0] - self.parts_of("hostA"))
         self.site.assert_agreement()
 
     def test_fixed_address_takes_its_part_or_names_who_has_it(self) -> None:
@@ -567,9 +566,8 @@ class SharedTest(SiteCase):
         for number in range(3):
             for address in ("192.168.1.1", "192.168.1.77"):
                 self.assert_refused("", self.ask, number, address)
-        taken = self.fill()
-        self.assertEqual(set.union(*taken),
-                         {f"192.168.1.{number}" for number in range(2, 255)} - {"192.168.1.77"})
+        taken = self.fill(0, 1, 2)
+        self.assertEqual(set.union(*taken), self.USABLE - {"192.168.1.77"})
 
     def test_member_that_goes_leaves_the_rest_to_the_others(self) -> None:
         self.ask(0)
@@ -581,10 +579,10 @@ class SharedTest(SiteCase):
         self.assert_refused("hostB", self.ask, 0, mine)
 
     def test_addresses_come_from_the_own_parts_while_etcd_is_away(self) -> None:
-        own = ipaddress.ip_network(next(part for part, host in self.site.parts(self.SUBNET).items() if host == "hostB")
-                                   if self.ask(1) else "")
+        self.ask(1)
+        own = self.parts_of("hostB")
         self.site.etcd.kill()
-        self.assertIn(ipaddress.ip_address(self.ask(1)), own)
+        self.assertIn(self.ask(1), own)
         self.assert_refused(self.site.etcd.endpoints, self.ask, 0, "192.168.1.201")
         self.site.etcd.start()
         until(self.hosts[0].is_etcd_up, "etcd is back", QUIET_S)
@@ -610,14 +608,14 @@ class RestoreTest(SiteCase):
         there.client.request_pool(gipam_v4ab="26")
         here.client.request_address(disputed)
         before = site.holders()
-        self.assertEqual(until(site.claims, "claims"), before)
+        until(lambda: site.claims() == before, "claims")
         here.kill()  # it sees nothing of it
         site.etcd.restore(snapshot, cluster_token)
         until(there.is_etcd_up, "etcd is back", QUIET_S)
         there.client.request_pool(subnet)
         here.daemon.start()
         until(lambda: here.pools()[disputed].get("claimed_elsewhere"), "the dispute is found", QUIET_S)
-        self.assertEqual(here.pools()[disputed]["claimed_elsewhere"], "there")
+        self.assertIn("there", here.pools()[disputed]["claimed_elsewhere"])
         self.assert_refused("there", here.client.request_address, disputed)
         until(lambda: site.claims() == {**before, subnet: ["there"]}, "every other claim is there again", QUIET_S)
         self.assertRegex(here.daemon.read_log(), f"{subnet}.*there")
@@ -661,7 +659,6 @@ class TlsTest(SiteCase):
         host.client.request_pool()
         site.assert_agreement()
         self.assert_no_password(host, self.PASSWORD)
-        self.assertEqual(host.client.state()["etcd"]["endpoints"], [site.etcd.endpoints])
 
     def test_wrong_ca_and_wrong_password_are_named(self) -> None:
         site, foreign = self.secure_site(), make_directory(self)
@@ -710,7 +707,7 @@ class AwayTest(SiteCase):
         leave(host)
         started, client = time.monotonic(), host.daemon.client()
         with ThreadPoolExecutor(1) as beside:
-            slow = beside.submit(self.assert_refused, site.etcd.endpoints, host.client.request_pool)
+            slow = beside.submit(self.assert_refused, site.etcd.endpoints.replace(",", ", "), host.client.request_pool)
             for _ in range(20):
                 client.release_address(pool_id, client.request_address(pool_id).partition("/")[0])
             self.assertFalse(slow.done(), "nothing waits for a new pool")
@@ -722,7 +719,7 @@ class AwayTest(SiteCase):
         host.kill()
         host.daemon.start()  # without etcd
         self.assertEqual(len(host.pools()), 2)
-        client.request_address(named)
+        host.client.request_address(named)
         come_back(host)
         until(host.is_etcd_up, "etcd is back", QUIET_S)
         host.client.request_pool()
