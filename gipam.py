@@ -95,6 +95,7 @@ from typing import (
     Iterator,
     Mapping,
     NamedTuple,
+    Sequence,
     Tuple,
     Union,
 )
@@ -184,6 +185,10 @@ class Unavailable(GipamError, http_status=503):
 
 class StoreError(GipamError, http_status=503):
     """The change could not be written; state and disk are as before it."""
+
+
+class Stopping(StoreError):
+    """No more turns are made."""
 
 
 class StoreLost(StoreError, exit_status=74):  # EX_IOERR
@@ -815,7 +820,7 @@ class Site:
         self._gone: list[Entry] = []  # deleted, and the watch has not said so yet
         self.is_loaded = False
         self.due: dict[Network, None] = {}  # subnets of which etcd may not say what is held here
-        self.leaving: set[Network] = set()  # claims that etcd is being asked to let go
+        self.leaving: set[Network] = set()  # claims that etcd may have been asked to let go
         self.wake: Callable[[], None] = lambda: None  # whoever asks etcd about them
         self.conflicts: dict[Network, str] = {}  # held here, and claimed by these others
         self.state = state
@@ -839,7 +844,8 @@ class Site:
 
     def mark_all(self) -> None:
         """Have all that is held or claimed here compared."""
-        mine = [network for network in self.tables["claims"] if self.has(network)]
+        mine = [network for network, entry in self.tables["claims"].items()
+                if self.host in entry.hosts]
         held = (network for family in self.state.families.values() for network in family.subnets)
         self.due.update(dict.fromkeys((*held, *mine)))
         self.wake()
@@ -929,7 +935,7 @@ class Site:
         if new.text and self.host not in new.hosts:
             for subnet in family.subnets if family.held.find_overlap(network) else ():
                 if network.overlaps(subnet):
-                    self.conflicts[subnet] = describe_hosts(new)
+                    self.conflicts.setdefault(subnet, "another host")  # _compare() tells which
                     self.mark(subnet)
             family.held.cover(network)
             family.elsewhere[network] = describe_hosts(new)
@@ -949,6 +955,8 @@ class Site:
                 self.learn(Entry(table, name, "", revision))
         self._advance(revision)
         self.is_loaded = True
+        self.leaving.update(network for network in self.tables["claims"] if self.has(network)
+                            and network not in self.state.families[network.version].subnets)
         self.mark_all()
 
     def find_conflict(self, subnet: Subnet) -> str:
@@ -961,8 +969,9 @@ class Site:
         claims = collections.Counter(
             host for entry in self.tables["claims"].values() for host in entry.hosts)
         present = {name for name, entry in self.tables["hosts"].items() if entry.text}
-        return {"hosts": [{"host": host, "is_present": host in present, "claims": claims[host]}
-                          for host in sorted({*claims, *present})]}
+        return {"host": self.host, "hosts": [
+            {"host": host, "is_present": host in present, "claims": claims[host]}
+            for host in sorted({*claims, *present})]}
 
 
 def describe_hosts(entry: Entry) -> str:
@@ -2171,16 +2180,23 @@ class Service:
             return None
         for network in list(itertools.islice(site.due, MAX_DUE)):
             subnet = self.state.families[network.version].subnets.get(network)
-            if subnet or not self.import_is_due.is_set():
-                del site.due[network]
+            if not subnet and self.import_is_due.is_set():
+                continue
+            del site.due[network]
             if subnet:
                 need = self._compare(site, subnet)
-            elif network not in site.due and (site.has(network) or network in site.leaving):
-                site.leaving.add(network)
+            elif site.host in site.entry("claims", network).hosts:
                 need = Need("leave", network)
             if need:
                 break
         return need
+
+    def begin_leave(self, network: Network) -> bool:
+        """Return whether the claim of a subnet may be let go; from now on it is not relied upon."""
+        if not self.site or network in self.state.families[network.version].subnets:
+            return False
+        self.site.leaving.add(network)
+        return True
 
     def _compare(self, site: Site, subnet: Subnet) -> Need | None:
         """Return what etcd lacks of a subnet that is held here."""
@@ -2231,7 +2247,8 @@ class Service:
                 return Need("drop", network, str(part))
         pool = next(iter(subnet.pools.values()))
         wanted = pool.sub_pool or network
-        if 4 * len(offsets) >= 3 * total and site.find_part(network, wanted):
+        is_used = any(pool.leases for pool in subnet.pools.values())  # Docker has told a gateway
+        if is_used and 4 * len(offsets) >= 3 * total and site.find_part(network, wanted):
             return Need("part", network, str(wanted))
         return None
 
@@ -3090,7 +3107,7 @@ class Loop:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._calls.append((future, function))
         if self.is_over:
-            raise StoreError("gipam is stopping: try again")
+            raise Stopping("gipam is stopping: try again")
         self.ring()
         return future.result()
 
@@ -3365,7 +3382,7 @@ class Loop:
         """Refuse what threads still ask for, and wait for the one that folds."""
         self.is_over = True
         while self._calls:
-            self._calls.popleft()[0].set_exception(StoreError("gipam is stopping: try again"))
+            self._calls.popleft()[0].set_exception(Stopping("gipam is stopping: try again"))
         if self._folder:
             self._folder.join()
 
@@ -3571,7 +3588,7 @@ def hint_of(subnet: str) -> str:
     return f"{'::' if ':' in subnet else '0.0.0.0'}/{subnet.partition('/')[2]}"  # noqa: S104
 
 
-class Claim(NamedTuple):
+class Use(NamedTuple):
     """What Docker uses: a subnet (address ""), or an address in it."""
 
     driver: str | None
@@ -3602,8 +3619,8 @@ def normalise_address(text: str) -> str:
     return format_address(int(address), address.version)
 
 
-def claim_network(network: Json, api: tuple[int, ...]) -> Iterator[Claim]:
-    """Yield the claims of a network: subnets, gateways and auxiliary addresses."""
+def network_uses(network: Json, api: tuple[int, ...]) -> Iterator[Use]:
+    """Yield what a network uses: subnets, gateways and auxiliary addresses."""
     ipam, is_template = network.get("IPAM") or {}, network.get("ConfigOnly")
     for config in ipam.get("Config") or ():
         version = 6 if ":" in config.get("Subnet", "") else 4
@@ -3613,15 +3630,15 @@ def claim_network(network: Json, api: tuple[int, ...]) -> Iterator[Claim]:
                             for key in ("Subnet", "IPRange"))
         gateway, auxiliary = config.get("Gateway"), config.get("AuxiliaryAddresses") or {}
         kind = "template" if is_template else "hint" if subnet == hint_of(subnet) else "pool"
-        claim = Claim(ipam.get("Driver"), printable(network["Name"]), network["Id"], subnet,
-                      sub_pool, kind=kind,
-                      pool_name=printable((ipam.get("Options") or {}).get(NAME_OPTION, "")),
-                      has_hidden_gateway=not gateway and has_gateway(network, version, api),
-                      routed_option=find_routed_option(network, version, api))
-        yield claim
+        use = Use(ipam.get("Driver"), printable(network["Name"]), network["Id"], subnet,
+                  sub_pool, kind=kind,
+                  pool_name=printable((ipam.get("Options") or {}).get(NAME_OPTION, "")),
+                  has_hidden_gateway=not gateway and has_gateway(network, version, api),
+                  routed_option=find_routed_option(network, version, api))
+        yield use
         for kind, text in ((GATEWAY, gateway), *((AUXILIARY, text) for text in auxiliary.values())):
             if text and not is_template:
-                yield place(text, [claim])._replace(kind=kind)
+                yield place(text, [use])._replace(kind=kind)
 
 
 BRIDGE = "com.docker.network.bridge."  # options of a bridge network
@@ -3654,16 +3671,16 @@ def find_routed_option(network: Json, version: int, api: tuple[int, ...]) -> str
     return "" if options.get(mode) == "routed" else mode + "=routed"
 
 
-def place(text: str, pools: list[Claim]) -> Claim:
-    """Return the claim to an address in that of these subnets which has it, or in none ("")."""
+def place(text: str, pools: list[Use]) -> Use:
+    """Return the use of an address in that of these subnets which has it, or in none ("")."""
     address = normalise_address(text)
     home = next((pool for pool in pools
                  if ipaddress.ip_address(address) in parse_prefix(pool.subnet)), None)
     return (home or pools[0]._replace(subnet="", sub_pool=""))._replace(address=address)
 
 
-def claim_container(container: Json, subnets: dict[str, list[Claim]]) -> Iterator[Claim]:
-    """Yield the claims of a container in the networks with these subnets, by id; and to gateways.
+def container_uses(container: Json, subnets: dict[str, list[Use]]) -> Iterator[Use]:
+    """Yield what a container uses of the subnets of networks, by id; and its gateways.
 
     Of a network made with a size hint, Docker < 29 shows only 0.0.0.0/26; these show its subnet.
     """
@@ -3680,17 +3697,17 @@ def claim_container(container: Json, subnets: dict[str, list[Claim]]) -> Iterato
             subnet = str(parse_prefix(f"{address}/{length}", mask=True))
             hinted = [pool._replace(subnet=subnet, kind="pool") for pool in pools
                       if pool.subnet == hint_of(subnet)]
-            claim = place(address, [*pools, *hinted])
+            use = place(address, [*pools, *hinted])
             router = place(gateway or address, [*pools, *hinted])
-            yield from (pool for pool in hinted if pool.subnet == claim.subnet)
+            yield from (pool for pool in hinted if pool.subnet == use.subnet)
             if gateway and router.subnet:
                 yield router._replace(kind=GATEWAY)
-            yield claim._replace(kind=ENDPOINT, container=name,
-                                 mac=printable(endpoint.get("MacAddress") or ""),
-                                 identity=endpoint.get("EndpointID") or container["Id"])
+            yield use._replace(kind=ENDPOINT, container=name,
+                               mac=printable(endpoint.get("MacAddress") or ""),
+                               identity=endpoint.get("EndpointID") or container["Id"])
 
 
-def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Claim], list[Claim]]:
+def read_uses(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Use], list[Use]]:
     """Return (what Docker uses of this driver, all other subnets). Raises: Unreachable."""
     end = time.monotonic() + timeout_s
 
@@ -3704,19 +3721,19 @@ def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[C
         networks = [get(f"/networks/{network['Id']}")  # the list leaves the IPAM of such a one out
                     if (network.get("ConfigFrom") or {}).get("Network") else network
                     for network in networks]
-        found = [claim for network in networks for claim in claim_network(network, api)]
-        claims = [claim for claim in found if claim.driver == driver and claim.kind != "template"]
-        others = [claim for claim in found if not claim.address
-                  and (claim.driver != driver or claim.kind == "template")]
+        found = [use for network in networks for use in network_uses(network, api)]
+        uses = [use for use in found if use.driver == driver and use.kind != "template"]
+        others = [use for use in found if not use.address
+                  and (use.driver != driver or use.kind == "template")]
         subnets = {network: list(pools) for network, pools in itertools.groupby(
-            (claim for claim in claims if not claim.address), lambda claim: claim.identity)}
+            (use for use in uses if not use.address), lambda use: use.identity)}
         for container in containers:
-            claims += claim_container(container, subnets)
+            uses += container_uses(container, subnets)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Unreachable(f"the Docker at {path} answers what gipam does not understand: "
                           f"{error!r}") from error
-    told = {(claim.identity, hint_of(claim.subnet)) for claim in claims if claim.kind == "pool"}
-    return [claim for claim in claims if (claim.identity, claim.subnet) not in told], others
+    told = {(use.identity, hint_of(use.subnet)) for use in uses if use.kind == "pool"}
+    return [use for use in uses if (use.identity, use.subnet) not in told], others
 
 
 class Finding(NamedTuple):
@@ -3724,7 +3741,7 @@ class Finding(NamedTuple):
 
     kind: str
     identity: Any  # the same as long as this difference lasts
-    about: Claim
+    about: Use
     text: str
     path: str = ""  # "": gipam cannot mend it
     body: Any = None
@@ -3736,7 +3753,7 @@ def release_body(pool: Json, lease: Json | None = None) -> Json:
     return {"PoolID": pool["id"], "Address": held.get("address", ""), "Seq": held["seq"]}
 
 
-def adopt_body(pool: Claim, uses: list[Claim], seq: int) -> Json:
+def adopt_body(pool: Use, uses: list[Use], seq: int) -> Json:
     """Return what /Gipam.Adopt takes; seq is that of the pool."""
     leases = [{"Address": use.address, "Kind": use.kind, "MAC": use.mac, "Name": use.container}
               for use in uses]
@@ -3744,34 +3761,34 @@ def adopt_body(pool: Claim, uses: list[Claim], seq: int) -> Json:
             "Leases": leases, "Seq": seq}
 
 
-def group_uses(claims: list[Claim]) -> Iterator[tuple[Claim, list[Claim]]]:
-    """Yield each pool with the first claim to each address, with "" for a hidden gateway."""
-    uses: dict[tuple[str, str], dict[str, Claim]] = {}
-    for claim in claims:
-        if claim.address:
-            uses.setdefault(claim.key, {}).setdefault(claim.address, claim)
-    for key, pool in {claim.key: claim for claim in claims if claim.kind == "pool"}.items():
-        found = list(uses.get(key, {}).values())
+def group_uses(uses: list[Use]) -> Iterator[tuple[Use, list[Use]]]:
+    """Yield each pool with the first use of each address, with "" for a hidden gateway."""
+    grouped: dict[tuple[str, str], dict[str, Use]] = {}
+    for use in uses:
+        if use.address:
+            grouped.setdefault(use.key, {}).setdefault(use.address, use)
+    for key, pool in {use.key: use for use in uses if use.kind == "pool"}.items():
+        found = list(grouped.get(key, {}).values())
         is_hidden = pool.has_hidden_gateway and not any(use.kind == GATEWAY for use in found)
         yield pool, [*found, pool._replace(kind=GATEWAY)] if is_hidden else found
 
 
-def find_leaks(status: Json, claims: list[Claim], until_s: float) -> Iterator[Finding]:
+def find_leaks(status: Json, uses: list[Use], until_s: float) -> Iterator[Finding]:
     """Yield what gipam holds, granted until that time, and Docker does not use."""
-    claimed = {claim.key: claim for claim in claims if not claim.address}
-    used = {(claim.subnet, claim.address) for claim in claims}
+    networks = {use.key: use for use in uses if not use.address}
+    used = {(use.subnet, use.address) for use in uses}
     for pool in status["pools"]:
         key = (pool["subnet"], pool["sub_pool"])
-        if key not in claimed:
-            if (hint_of(key[0]), "") not in claimed and pool["granted_s"] <= until_s:
-                yield Finding("leaked_pool", (pool["id"], pool["seq"]), Claim(None, "", "", *key),
+        if key not in networks:
+            if (hint_of(key[0]), "") not in networks and pool["granted_s"] <= until_s:
+                yield Finding("leaked_pool", (pool["id"], pool["seq"]), Use(None, "", "", *key),
                               f"subnet {' range '.join(filter(None, key))} is held with "
                               f"{pool['leases']} addresses, but no network has it",
                               "/Gipam.Release", release_body(pool))
             continue
         for lease in pool["addresses"]:
             address, owner = lease["address"], lease["name"] or lease["mac"] or lease["kind"]
-            about = claimed[key]._replace(address=address, container=lease["name"])
+            about = networks[key]._replace(address=address, container=lease["name"])
             is_hidden = lease["kind"] == GATEWAY and about.has_hidden_gateway
             if not is_hidden and (key[0], address) not in used and lease["granted_s"] <= until_s:
                 yield Finding("leaked_address", (pool["id"], address, lease["seq"]), about,
@@ -3779,46 +3796,50 @@ def find_leaks(status: Json, claims: list[Claim], until_s: float) -> Iterator[Fi
                               "but nothing has it", "/Gipam.Release", release_body(pool, lease))
 
 
-def find_missing(status: Json, claims: list[Claim]) -> Iterator[Finding]:
+def find_missing(status: Json, uses: list[Use]) -> Iterator[Finding]:
     """Yield what Docker uses and gipam does not hold, or holds only once."""
     pools = {(pool["subnet"], pool["sub_pool"]): pool for pool in status["pools"]}
     held = {(pool["subnet"], lease["address"])
             for pool in status["pools"] for lease in pool["addresses"]}
-    for claim, uses in group_uses(claims):
-        if claim.key not in pools:
-            yield Finding("missing_pool", claim, claim, f"subnet {claim.subnet} of {claim} is not "
+    for pool, inside in group_uses(uses):
+        if pool.key not in pools:
+            yield Finding("missing_pool", pool, pool, f"subnet {pool.subnet} of {pool} is not "
                           "held: another network could get it",
-                          "/Gipam.Adopt", adopt_body(claim, uses, 0))
-    users: dict[tuple[str, str], list[Claim]] = {}
-    for claim in claims:
-        if claim.address:
-            users.setdefault((claim.subnet, claim.address), []).append(claim)
+                          "/Gipam.Adopt", adopt_body(pool, inside, 0))
+    users: dict[tuple[str, str], list[Use]] = {}
+    for use in uses:
+        if use.address:
+            users.setdefault((use.subnet, use.address), []).append(use)
     for key, sharers in users.items():
-        claim, what = sharers[0], f"address {key[1]}"
-        if not claim.subnet:
-            yield Finding("address_outside", claim, claim, f"{what} of {claim} is in no subnet of "
-                          f"network {claim.network}: make the network anew")
-        elif key not in held and claim.key in pools:
-            yield Finding("missing_address", claim, claim,
-                          f"{what} of {claim} is not held: another container could get it",
-                          "/Gipam.Adopt", adopt_body(claim, [claim], pools[claim.key]["seq"]))
+        use, what = sharers[0], f"address {key[1]}"
+        if not use.subnet:
+            yield Finding("address_outside", use, use, f"{what} of {use} is in no subnet of "
+                          f"network {use.network}: make the network anew")
+        elif key not in held and use.key in pools:
+            yield Finding("missing_address", use, use,
+                          f"{what} of {use} is not held: another container could get it",
+                          "/Gipam.Adopt", adopt_body(use, [use], pools[use.key]["seq"]))
         holders = {sharer.identity: str(sharer) for sharer in sharers if sharer.kind == ENDPOINT}
         if len(holders) > 1:
-            yield Finding("address_twice", (what, *sorted(holders)), claim, f"{what} is in "
+            yield Finding("address_twice", (what, *sorted(holders)), use, f"{what} is in "
                           f"{' and '.join(holders.values())}: restart one of them")
 
 
-def compare(status: Json, claims: list[Claim], others: list[Claim],
+def compare(status: Json, uses: list[Use], others: list[Use],
             until_s: float) -> dict[Any, Finding]:
     """Return all that differs, and where subnets of other drivers overlap, by kind and identity."""
-    found = [*find_leaks(status, claims, until_s), *find_missing(status, claims)]
+    found = [*find_leaks(status, uses, until_s), *find_missing(status, uses)]
     pools = [(pool["id"], parse_prefix(pool["subnet"])) for pool in status["pools"] if others]
-    for claim in others:
-        prefix = parse_prefix(claim.subnet)
-        found += [Finding("overlap", (claim.identity, pool_id), claim, f"subnet {prefix} of "
-                          f"network {claim.network}, of another IPAM driver, overlaps {subnet} "
+    for use in others:
+        prefix = parse_prefix(use.subnet)
+        found += [Finding("overlap", (use.identity, pool_id), use, f"subnet {prefix} of "
+                          f"network {use.network}, of another IPAM driver, overlaps {subnet} "
                           "of ours: remove one of the two networks") for pool_id, subnet in pools
-                  if claim.kind == "pool" and prefix.overlaps(subnet)]
+                  if use.kind == "pool" and prefix.overlaps(subnet)]
+    found += [Finding("claimed_elsewhere", pool["id"], Use(None, "", "", pool["subnet"], ""),
+                      f"subnet {pool['subnet']} is held here, but {pool['claimed_elsewhere']} has "
+                      "claimed it in etcd: remove one of the two networks")
+              for pool in status["pools"] if pool.get("claimed_elsewhere")]
     return {finding[:2]: finding for finding in found}
 
 
@@ -3833,7 +3854,7 @@ def find_differences(read_status: Callable[[], Json], path: str, driver: str,
     for pause_s in (0.0, CHECK_PAUSE_S):
         time.sleep(pause_s)
         before, until_s = read_status(), int(time.time()) - grace_s
-        docker = read_claims(path, driver)
+        docker = read_uses(path, driver)
         first = compare(before, *docker, until_s)
         again = compare(read_status(), *docker, until_s) if first else {}
         kept = again.keys() & (found or again).keys()
@@ -3843,17 +3864,20 @@ def find_differences(read_status: Callable[[], Json], path: str, driver: str,
     return found
 
 
-def find_notes(status: Json, claims: list[Claim], proc: str) -> Iterator[str]:
+def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
     """Yield what on this host stands against containers being reached without NAT."""
     bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
+    etcd = status.get("etcd", {})
+    if etcd.get("failure"):
+        yield f"{etcd['failure']}: {etcd['due']} subnets wait for it, and so do new networks"
     for version, switch in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):
         is_off = list(read_rows(f"{proc}/sys/{switch.replace('.', '/')}")) == [[b"0"]]
         if is_off and any(base.version == version for base in bases):
             yield f"this host does not forward IPv{version}: sysctl -w {switch}=1"
-    for claim in claims:
-        if not claim.address and claim.routed_option:
-            yield (f"network {claim.network} masquerades {claim.subnet}, so that its containers "
-                   f"have the address of this host outside: make it with -o {claim.routed_option}")
+    for use in uses:
+        if not use.address and use.routed_option:
+            yield (f"network {use.network} masquerades {use.subnet}, so that its containers "
+                   f"have the address of this host outside: make it with -o {use.routed_option}")
     for base in bases:
         routes = list(read_routes(proc + "/self/net", base))
         links = [device for device, flags in routes if device != "lo" and not flags & 2]
@@ -3882,11 +3906,11 @@ def read_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
 
 
 def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json],
-         read_docker: Callable[[], tuple[list[Claim], Any]],
-         post: Callable[[str, Json], Any]) -> tuple[set[int], list[Claim]]:
-    """Mend what can be, unless it has changed since; return (changes by adoption, new claims).
+         read_docker: Callable[[], tuple[list[Use], Any]],
+         post: Callable[[str, Json], Any]) -> tuple[set[int], list[Use]]:
+    """Mend what can be, unless it has changed since; return (changes by adoption, new uses).
 
-    What Docker let go before gipam held it is released: it was adopted, and nobody claims it.
+    What Docker let go before gipam held it is released: it was adopted, and nobody uses it.
     """
     for finding in findings:
         if finding.path:
@@ -3898,14 +3922,14 @@ def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json
                 log.warning("not mended: %s: %s", finding.text, error)
     if not adopted:
         return adopted, []
-    claims, _ = read_docker()
-    for finding in find_leaks(look(), claims, time.time()):
+    uses, _ = read_docker()
+    for finding in find_leaks(look(), uses, time.time()):
         body = finding.body
         is_known = parse_pool_id(body["PoolID"]) is not None  # then Docker releases the pool itself
         if body["Seq"] in adopted and (body["Address"] or not is_known):
             with contextlib.suppress(Forbidden, Refused):  # Docker has just done so
                 post(finding.path, body)
-    return adopted, claims
+    return adopted, uses
 
 
 def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> None:
@@ -3916,8 +3940,8 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
     """
     path, end, adopted = docker_socket(), time.monotonic() + timeout_s, {*service.adopted}
 
-    def read_docker() -> tuple[list[Claim], Any]:
-        return read_claims(path, driver, max(end - time.monotonic(), 0.001))
+    def read_docker() -> tuple[list[Use], Any]:
+        return read_uses(path, driver, max(end - time.monotonic(), 0.001))
 
     def look() -> Json:
         return dict(json.loads("".join(call(lambda: list(service.status(has_leases=True))))))
@@ -3925,9 +3949,9 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
     def post(path: str, body: Json) -> Any:
         return call(lambda: METHODS[path](service, Fields(body))[0])
 
-    claims, _ = read_docker()
-    adopted, claims = mend(find_missing(look(), claims), adopted, look, read_docker, post)
-    keys = {claim.key for claim in claims}
+    uses, _ = read_docker()
+    adopted, uses = mend(find_missing(look(), uses), adopted, look, read_docker, post)
+    keys = {use.key for use in uses}
     adopted -= {held["seq"] for pool in look()["pools"]
                 if (pool["subnet"], pool["sub_pool"]) not in keys
                 for held in (pool, *pool["addresses"])}
@@ -4154,12 +4178,15 @@ class Claimant:
         self._bell.set()
 
     def _repeat(self, step: Callable[[], None]) -> None:
-        while not self.busy:
+        while True:
             try:
                 step()
+            except Stopping:
+                return
             except BusyError as error:
                 self.busy = error
                 self._stop()
+                return
             except GipamError as error:
                 if str(error) != self._service.etcd_failure:  # which has been logged
                     log.warning("%s", error)
@@ -4194,6 +4221,8 @@ class Claimant:
         while True:
             try:
                 need = self._call(functools.partial(again, failure))
+            except Stopping:
+                raise
             except StoreError as error:  # that turn is not on disk
                 need = self._call(functools.partial(again, error))
             if need is None:
@@ -4209,7 +4238,8 @@ class Claimant:
         Raises: Unavailable, Refused, Forbidden; StoreError.
         """
         if patience_s <= 0:
-            raise Unavailable("other hosts were faster each time: try again")
+            raise Unavailable(self._service.etcd_failure
+                              or "other hosts were faster each time: try again")
         end_s = time.monotonic() + patience_s
         if end_s > self._present_until_s:
             self._show_presence(patience_s)
@@ -4222,10 +4252,14 @@ class Claimant:
             time.sleep(random.uniform(0, ETCD_PAUSE_S))  # noqa: S311 - another host was faster
 
     def _claim(self, need: Need, patience_s: float) -> bool:
-        """Claim a subnet that nobody has; False: somebody was faster."""
+        """Claim a subnet that nobody has; False: somebody was faster.
+
+        What this host has claimed is written again: what it may have asked before, and thinks lost,
+        cannot happen then.
+        """
         head, known = self._call(lambda: (self._site.head, self._site.entry("claims", need.subnet)))
         if known.text:
-            return False
+            return self._site.host in known.hosts and self._transact([known], [known], patience_s)
         value = {"hosts": [self._site.host], "since": int(time.time())}
         if need.what == "join":
             value.update(part=shared_prefixlen(need.subnet), common={})
@@ -4255,7 +4289,7 @@ class Claimant:
             raise self._no_part(need, owners)
         known = owners.get(part) or Entry("parts", (need.subnet, part), "", 0)
         value = dumps({"hosts": [self._site.host], "since": int(time.time())})
-        if known.text or self._transact([claim, known], [known._replace(text=value)], patience_s):
+        if self._transact([claim, known], [known._replace(text=value)], patience_s):
             self._call(functools.partial(self._service.gain_part, need.subnet, part))
             return True
         return False
@@ -4282,16 +4316,19 @@ class Claimant:
     def _common(self, need: Need, patience_s: float) -> bool:
         """Make an address common to all hosts that share its subnet. Raises: Forbidden."""
         claim, part, owners = self._call(functools.partial(self._look_at_parts, need))
-        for owner in owners.values():
-            if self._site.host not in owner.hosts:
-                raise self._no_part(need, owners)
         value = claim.value
-        if not claim.text or not (part or owners):
-            return False
-        value["common"] = {**value.get("common", {}), need.place: need.kind}
-        known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
-        if not self._transact([claim, *known], [claim._replace(text=dumps(value))], patience_s):
-            return False
+        common = value.get("common", {})
+        if need.place not in common:
+            for owner in owners.values():
+                if self._site.host not in owner.hosts:
+                    raise self._no_part(need, owners)
+            if not claim.text or not (part or owners):
+                return False
+            value["common"] = {**common, need.place: need.kind}
+            known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
+            if not self._transact([claim, *known], [claim._replace(text=dumps(value))],
+                                  patience_s):
+                return False
         self._call(functools.partial(self._service.gain_part, need.subnet, None))
         return True
 
@@ -4302,19 +4339,21 @@ class Claimant:
         return self._transact([known], [known._replace(text="")], patience_s)
 
     def _leave(self, need: Need, patience_s: float) -> bool:
-        """Let go the claim of a subnet that is not held here any more."""
-        return self._remove(need.subnet, self._site.host, [], patience_s)
+        """Let go the claim of a subnet that is not held here any more.
+
+        While etcd is away nothing is asked of it, so that a name can have its block again.
+        """
+        self._ask("/v3/kv/range", {"key": self._etcd.key("claims", need.subnet)}, patience_s)
+        return (not self._call(lambda: self._service.begin_leave(need.subnet))
+                or self._remove(need.subnet, self._site.host, [], patience_s))
 
     def _evict(self, need: Need, patience_s: float) -> bool:
         """Let go all that a host has which is not there. Raises: Forbidden, if it is."""
         host, site = need.place, self._site
-
-        def look() -> tuple[Entry, list[Network]]:
-            return site.entry("hosts", host), site.claims_of(host)
-
-        presence, networks = self._call(look)
-        for network in networks:
-            if presence.text or not self._remove(network, host, [presence], patience_s):
+        for network in self._call(lambda: site.claims_of(host)):
+            if not self._remove(network, host, [Entry("hosts", host, "", 0)], patience_s):
+                if not self._call(lambda: site.entry("hosts", host)).text:
+                    return False
                 raise Forbidden(f"host {host} is there, or was less than {PRESENCE_S} s ago: stop "
                                 "its gipam first, and wait as long")
         return True
@@ -4763,10 +4802,10 @@ def make_state(config: Config) -> State:
 def cmd_status(arguments: argparse.Namespace) -> int:
     """Show bases, pools and, with --leases, each lease; or just what is asked for."""
     status = read_status(arguments.settings, arguments.leases or bool(arguments.what))
-    claims: list[Claim] = []
+    uses: list[Use] = []
     with contextlib.suppress(GipamError):  # names are welcome, and no reason to wait or to fail
-        claims = read_claims(docker_socket(), status["driver"], NAMES_PATIENCE_S)[0]
-    add_names(status["pools"], claims)
+        uses = read_uses(docker_socket(), status["driver"], NAMES_PATIENCE_S)[0]
+    add_names(status["pools"], uses)
     if arguments.what:
         status.update(bases=[], pools=select_pools(status["pools"], arguments.what))
     if arguments.json:
@@ -4781,10 +4820,10 @@ def cmd_status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_names(pools: list[Json], claims: list[Claim]) -> None:
+def add_names(pools: list[Json], uses: list[Use]) -> None:
     """Put pools and leases in order of address; name network and container, where Docker does."""
-    networks = {claim.key: claim.network for claim in claims if not claim.address}
-    containers = {(claim.subnet, claim.address): claim.container for claim in claims}
+    networks = {use.key: use.network for use in uses if not use.address}
+    containers = {(use.subnet, use.address): use.container for use in uses}
     pools.sort(key=lambda pool: ipaddress.get_mixed_type_key(
         parse_prefix(pool["sub_pool"] or pool["subnet"])))
     for pool in pools:
@@ -4818,10 +4857,17 @@ def select_pools(pools: list[Json], what: str) -> list[Json]:
 
 def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     """Yield the lines of the text form: a bar and a map for each base, a table of the pools."""
+    elsewhere = [claim["subnet"] for claim in status.get("claims", ())
+                 if status.get("host") not in claim["hosts"]]
     for base in status["bases"]:
-        yield from render_base(base, status["pools"], width)
+        yield from render_base({**base, "elsewhere": elsewhere}, status["pools"], width)
     if status["bases"]:
-        yield "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+        yield ("  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+               + "  o other host" * bool(elsewhere))
+    hosts = [("HOST", "CLAIMS", "ETCD"), *(
+        (host["host"], str(host["claims"]), "there" if host["is_present"] else "not there")
+        for host in status.get("hosts", ()))]
+    yield from format_table(hosts)
     rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
     for pool in status["pools"]:
         age = format_age(now_s - pool["granted_s"])
@@ -4831,8 +4877,15 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
             age = format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?"
             owner = lease["container"] or lease["name"] or lease["mac"] or "-"
             rows.append(("  " + lease["address"], lease["kind"], "", "", age, owner))
+    yield from format_table(rows)
+    if status.get("etcd", {}).get("failure"):
+        yield status["etcd"]["failure"]
+
+
+def format_table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Yield the lines of a table, none if there is nothing below its heads."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows if status["pools"] else ():
+    for row in rows if rows[1:] else ():
         yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
@@ -4865,8 +4918,9 @@ def draw_map(base: Json, pools: list[Json], limit: int) -> str:
         count //= 2
     size, first = network.num_addresses // count, int(network[0])
     cells, held = ["."] * count, [0] * count
-    for mark, texts in (("r", base["remembered"].values()), ("~", base.get("routes", ())),
-                        ("x", base["excluded"]), ("+", {pool["subnet"] for pool in pools})):
+    for mark, texts in (("r", base["remembered"].values()), ("o", base.get("elsewhere", ())),
+                        ("~", base.get("routes", ())), ("x", base["excluded"]),
+                        ("+", {pool["subnet"] for pool in pools})):
         for inside in filter(network.overlaps, map(parse_prefix, texts)):
             start = max(int(inside[0]) - first, 0) // size
             length = min(inside.num_addresses, network.num_addresses)
@@ -4885,13 +4939,12 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     read_gipam = functools.partial(ask_status, settings, has_leases=True)
     status = read_gipam()
     driver = status["driver"]
-    read_docker = functools.partial(read_claims, path, driver)
+    read_docker = functools.partial(read_uses, path, driver)
     look = functools.partial(find_differences, read_gipam, path, driver, arguments.grace)
     found = left = look()
     if arguments.fix and found:
         held = {pool["subnet"] for pool in status["pools"]}
-        known = {claim.subnet for claims in read_docker() for claim in claims
-                 if claim.driver == driver}
+        known = {use.subnet for uses in read_docker() for use in uses if use.driver == driver}
         if held and held.isdisjoint(known) and not arguments.force:
             raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one "
                               "that gipam serves? If so, use --force")
@@ -4929,11 +4982,11 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     body = release_body(pool, lease)
     address = body["Address"]
     if not arguments.force:
-        claims, _ = read_claims(docker_socket(), status["driver"])
-        leaks = [finding.body for finding in find_leaks(status, claims, time.time())]
+        uses, _ = read_uses(docker_socket(), status["driver"])
+        leaks = [finding.body for finding in find_leaks(status, uses, time.time())]
         if body not in leaks and release_body(pool) not in leaks:
-            users = [str(claim) for claim in claims
-                     if (claim.subnet, claim.address) == (pool["subnet"], address)]
+            users = [str(use) for use in uses
+                     if (use.subnet, use.address) == (pool["subnet"], address)]
             raise Forbidden(f"{(users or ['a network'])[0]} of Docker uses it: remove that first, "
                             "or use --force")
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
