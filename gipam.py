@@ -820,7 +820,7 @@ class Site:
         self._gone: list[Entry] = []  # deleted, and the watch has not said so yet
         self.is_loaded = False
         self.due: dict[Network, None] = {}  # subnets of which etcd may not say what is held here
-        self.leaving: set[Network] = set()  # claims that etcd is being asked to let go
+        self.leaving: set[Network] = set()  # claims that etcd may have been asked to let go
         self.wake: Callable[[], None] = lambda: None  # whoever asks etcd about them
         self.conflicts: dict[Network, str] = {}  # held here, and claimed by these others
         self.state = state
@@ -844,7 +844,8 @@ class Site:
 
     def mark_all(self) -> None:
         """Have all that is held or claimed here compared."""
-        mine = [network for network in self.tables["claims"] if self.has(network)]
+        mine = [network for network, entry in self.tables["claims"].items()
+                if self.host in entry.hosts]
         held = (network for family in self.state.families.values() for network in family.subnets)
         self.due.update(dict.fromkeys((*held, *mine)))
         self.wake()
@@ -954,6 +955,8 @@ class Site:
                 self.learn(Entry(table, name, "", revision))
         self._advance(revision)
         self.is_loaded = True
+        self.leaving.update(network for network in self.tables["claims"] if self.has(network)
+                            and network not in self.state.families[network.version].subnets)
         self.mark_all()
 
     def find_conflict(self, subnet: Subnet) -> str:
@@ -2177,16 +2180,23 @@ class Service:
             return None
         for network in list(itertools.islice(site.due, MAX_DUE)):
             subnet = self.state.families[network.version].subnets.get(network)
-            if subnet or not self.import_is_due.is_set():
-                del site.due[network]
+            if not subnet and self.import_is_due.is_set():
+                continue
+            del site.due[network]
             if subnet:
                 need = self._compare(site, subnet)
-            elif network not in site.due and (site.has(network) or network in site.leaving):
-                site.leaving.add(network)
+            elif site.host in site.entry("claims", network).hosts:
                 need = Need("leave", network)
             if need:
                 break
         return need
+
+    def begin_leave(self, network: Network) -> bool:
+        """Return whether the claim of a subnet may be let go; from now on it is not relied upon."""
+        if not self.site or network in self.state.families[network.version].subnets:
+            return False
+        self.site.leaving.add(network)
+        return True
 
     def _compare(self, site: Site, subnet: Subnet) -> Need | None:
         """Return what etcd lacks of a subnet that is held here."""
@@ -4151,8 +4161,8 @@ class Claimant:
         An etcd that does not answer is no reason to wait.
         """
         try:
-            self._load()
-            self._show_presence(ETCD_PATIENCE_S)
+            self._load(ETCD_ATTEMPT_S)
+            self._show_presence(ETCD_ATTEMPT_S)
         except (Unavailable, Refused) as error:
             self._note(str(error))
 
@@ -4228,7 +4238,8 @@ class Claimant:
         Raises: Unavailable, Refused, Forbidden; StoreError.
         """
         if patience_s <= 0:
-            raise Unavailable("other hosts were faster each time: try again")
+            raise Unavailable(self._service.etcd_failure
+                              or "other hosts were faster each time: try again")
         end_s = time.monotonic() + patience_s
         if end_s > self._present_until_s:
             self._show_presence(patience_s)
@@ -4241,10 +4252,14 @@ class Claimant:
             time.sleep(random.uniform(0, ETCD_PAUSE_S))  # noqa: S311 - another host was faster
 
     def _claim(self, need: Need, patience_s: float) -> bool:
-        """Claim a subnet that nobody has; False: somebody was faster."""
+        """Claim a subnet that nobody has; False: somebody was faster.
+
+        What this host has claimed is written again: what it may have asked before, and thinks lost,
+        cannot happen then.
+        """
         head, known = self._call(lambda: (self._site.head, self._site.entry("claims", need.subnet)))
         if known.text:
-            return False
+            return self._site.host in known.hosts and self._transact([known], [known], patience_s)
         value = {"hosts": [self._site.host], "since": int(time.time())}
         if need.what == "join":
             value.update(part=shared_prefixlen(need.subnet), common={})
@@ -4274,7 +4289,7 @@ class Claimant:
             raise self._no_part(need, owners)
         known = owners.get(part) or Entry("parts", (need.subnet, part), "", 0)
         value = dumps({"hosts": [self._site.host], "since": int(time.time())})
-        if known.text or self._transact([claim, known], [known._replace(text=value)], patience_s):
+        if self._transact([claim, known], [known._replace(text=value)], patience_s):
             self._call(functools.partial(self._service.gain_part, need.subnet, part))
             return True
         return False
@@ -4301,16 +4316,19 @@ class Claimant:
     def _common(self, need: Need, patience_s: float) -> bool:
         """Make an address common to all hosts that share its subnet. Raises: Forbidden."""
         claim, part, owners = self._call(functools.partial(self._look_at_parts, need))
-        for owner in owners.values():
-            if self._site.host not in owner.hosts:
-                raise self._no_part(need, owners)
         value = claim.value
-        if not claim.text or not (part or owners):
-            return False
-        value["common"] = {**value.get("common", {}), need.place: need.kind}
-        known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
-        if not self._transact([claim, *known], [claim._replace(text=dumps(value))], patience_s):
-            return False
+        common = value.get("common", {})
+        if need.place not in common:
+            for owner in owners.values():
+                if self._site.host not in owner.hosts:
+                    raise self._no_part(need, owners)
+            if not claim.text or not (part or owners):
+                return False
+            value["common"] = {**common, need.place: need.kind}
+            known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
+            if not self._transact([claim, *known], [claim._replace(text=dumps(value))],
+                                  patience_s):
+                return False
         self._call(functools.partial(self._service.gain_part, need.subnet, None))
         return True
 
@@ -4321,19 +4339,21 @@ class Claimant:
         return self._transact([known], [known._replace(text="")], patience_s)
 
     def _leave(self, need: Need, patience_s: float) -> bool:
-        """Let go the claim of a subnet that is not held here any more."""
-        return self._remove(need.subnet, self._site.host, [], patience_s)
+        """Let go the claim of a subnet that is not held here any more.
+
+        While etcd is away nothing is asked of it, so that a name can have its block again.
+        """
+        self._ask("/v3/kv/range", {"key": self._etcd.key("claims", need.subnet)}, patience_s)
+        return (not self._call(lambda: self._service.begin_leave(need.subnet))
+                or self._remove(need.subnet, self._site.host, [], patience_s))
 
     def _evict(self, need: Need, patience_s: float) -> bool:
         """Let go all that a host has which is not there. Raises: Forbidden, if it is."""
         host, site = need.place, self._site
-
-        def look() -> tuple[Entry, list[Network]]:
-            return site.entry("hosts", host), site.claims_of(host)
-
-        presence, networks = self._call(look)
-        for network in networks:
-            if presence.text or not self._remove(network, host, [presence], patience_s):
+        for network in self._call(lambda: site.claims_of(host)):
+            if not self._remove(network, host, [Entry("hosts", host, "", 0)], patience_s):
+                if not self._call(lambda: site.entry("hosts", host)).text:
+                    return False
                 raise Forbidden(f"host {host} is there, or was less than {PRESENCE_S} s ago: stop "
                                 "its gipam first, and wait as long")
         return True
@@ -4428,7 +4448,7 @@ class Claimant:
             if is_loaded and self._is_history(max(watched, head.revision), head):
                 self._call(site.mark_all)
             else:
-                self._load()
+                self._load(ETCD_PATIENCE_S)
             for entries in etcd.watch(self._call(lambda: site.watched) + 1):
                 self._call(functools.partial(site.learn_all, entries))
         except (OSError, http.client.HTTPException, ValueError):
@@ -4447,11 +4467,11 @@ class Claimant:
         found = [*self._watcher.entries(reply.get("kvs", ()))] or [Entry("head", "", "", 0)]
         return found[0] == head
 
-    def _load(self) -> None:
+    def _load(self, patience_s: float) -> None:
         """Learn all that there is. Raises: Unavailable, Refused."""
         site, etcd = self._site, self._watcher
         self._call(site.begin_load)
-        reply = etcd.ask("/v3/kv/range", etcd.range_of(""), ETCD_PATIENCE_S)
+        reply = etcd.ask("/v3/kv/range", etcd.range_of(""), patience_s)
         entries = list(etcd.entries(reply.get("kvs", ())))
         for at in range(0, len(entries), LOAD_ENTRIES):
             self._call(functools.partial(site.learn_all, entries[at:at + LOAD_ENTRIES], False))
