@@ -611,11 +611,11 @@ class RestoreTest(SiteCase):
         until(lambda: site.claims() == before, "claims")
         here.kill()  # it sees nothing of it
         site.etcd.restore(snapshot, cluster_token)
-        until(there.is_etcd_up, "etcd is back", QUIET_S)
+        until(lambda: subnet not in [claim["subnet"] for claim in there.client.state()["claims"]],
+              "the history is seen to be another", QUIET_S)
         there.client.request_pool(subnet)
         here.daemon.start()
-        until(lambda: here.pools()[disputed].get("claimed_elsewhere"), "the dispute is found", QUIET_S)
-        self.assertIn("there", here.pools()[disputed]["claimed_elsewhere"])
+        until(lambda: "there" in here.pools()[disputed]["claimed_elsewhere"], "the dispute is found and named", QUIET_S)
         self.assert_refused("there", here.client.request_address, disputed)
         until(lambda: site.claims() == {**before, subnet: ["there"]}, "every other claim is there again", QUIET_S)
         self.assertRegex(here.daemon.read_log(), f"{subnet}.*there")
