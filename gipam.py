@@ -4394,10 +4394,11 @@ class Claimant:
         try:
             reply = self._etcd.ask(path, body, patience_s)
         except GipamError as error:
-            self._note(str(error))
+            self._call(functools.partial(self._note, str(error)))
             raise
         self._service.etcd_s.observe(time.perf_counter() - started_s)
-        self._note("")
+        if self._service.etcd_failure:
+            self._call(functools.partial(self._note, ""))
         return reply
 
     def _note(self, failure: str) -> None:

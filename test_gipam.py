@@ -7559,9 +7559,18 @@ class HostsCase(LoopCase):
     """An etcd, and hosts that share it."""
 
     def setUp(self) -> None:
+        self.addCleanup(self.end_threads)
         self.etcd = FakeEtcd(self)
         self.etcd_url = self.etcd.url
         self.limit(PULSE_S=0.2, ETCD_PAUSE_S=0.01)
+
+    @staticmethod
+    def end_threads() -> None:
+        """Wait until those that ask etcd have seen that their loop is over."""
+        for thread in threading.enumerate():
+            if thread.name == "etcd":
+                thread.join(DEADLINE_S)
+                assert not thread.is_alive()
 
     def host(self, name: str, directory: str = "") -> Host:
         return Host(self, name, directory)
@@ -7899,7 +7908,8 @@ LEASE_FILE_KEYS = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool",
 SAMPLES = {"unix": "true", "address": "127.0.0.1:9191", "file": "/tmp/leases.json",
            "v6": "2001:db8::/56,2001:db8:1::/56", "v4": "10.2.0.0/16", "v6ab": "72", "v4ab": "26",
            "exclude": "10.2.0.0/24", "socket": "/run/web.sock", "spec": "/tmp/web.spec",
-           "metrics": ":9091", "tls": "/tmp"}
+           "metrics": ":9091", "tls": "/tmp", "etcd": "http://10.0.0.1:2379,http://[2001:db8::1]:2379",
+           "etcdtls": "/tmp", "host": "web-1.example"}
 V4, V6 = "-v4=10.2.0.0/16", "-v6=2001:db8::/56"
 ABSENT = "no gipam answers"
 
@@ -7944,7 +7954,8 @@ class OptionTest(CommandLineCase):
              if origin == "default"},
             {"unix": "false", "address": ":9090", "v6": "none", "v4": "none", "v6ab": "64",
              "v4ab": "24", "exclude": "none", "socket": "/run/docker/plugins/gipam.sock",
-             "spec": "/etc/docker/plugins/gipam.spec", "metrics": "off", "tls": "off"})
+             "spec": "/etc/docker/plugins/gipam.spec", "metrics": "off", "tls": "off", "etcd": "off",
+             "etcdtls": "off", "host": socket.gethostname()})
 
     def test_each_option_has_a_flag_in_both_dash_styles_and_a_variable(self) -> None:
         for option in gipam.OPTIONS:
