@@ -623,6 +623,27 @@ class RestoreTest(SiteCase):
         here.client.release_pool(disputed)  # the way out: the network is made anew
         site.assert_agreement()
 
+    def test_restore_behind_a_host_that_was_cut_off_is_seen_though_revisions_went_on(self) -> None:
+        site, subnet, mac = Site(self), "192.168.1.0/24", "02:42:00:00:00:01"
+        here, there = site.host("here"), site.host("there")
+        pool_ids = [host.client.request_pool(subnet, gipam_shared="true")[0] for host in (here, there)]
+        snapshot = os.path.join(site.etcd.directory, "snapshot")
+        site.etcd.save(snapshot)
+        for number in range(24, 248, 16):  # each with its part
+            here.client.request_address(pool_ids[0], f"192.168.1.{number}", mac)
+        revision = site.etcd.revision() + 10
+        here.cut_off()
+        site.etcd.restore(snapshot)
+        until(lambda: site.parts(subnet) == {}, "the part is forgotten")
+        until(there.is_etcd_up, "etcd is back", QUIET_S)
+        there.client.request_address(pool_ids[1], "192.168.1.201", mac)
+        while site.etcd.revision() <= revision:
+            site.etcd.put("/another", "key")
+        here.join_again()
+        until(lambda: "there" in here.pools()[pool_ids[0]]["claimed_elsewhere"], "the dispute is found", QUIET_S)
+        self.assert_refused("there", here.client.request_address, pool_ids[0], "192.168.1.202", mac)
+        self.assertEqual(here.client.request_address(pool_ids[0], "192.168.1.185", mac), "192.168.1.185/24")
+
     def test_restore_under_live_hosts_gives_nothing_away(self) -> None:
         site = Site(self, 3)
         hosts = [site.host(name) for name in ("here", "there")]
