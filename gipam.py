@@ -899,6 +899,11 @@ class Site:
         if entry.table == "parts":
             self.mark(entry.name[0])
 
+    def newest(self) -> Entry:
+        """Return what was written last of all that is known."""
+        known = (entry for table in self.tables.values() for entry in table.values() if entry.text)
+        return max(known, key=lambda entry: entry.revision, default=self.head)
+
     def learn_all(self, entries: list[Entry], is_all: bool = True) -> None:
         """Take over entries; those of a watch are all that there are up to the last one."""
         for entry in entries:
@@ -4441,8 +4446,7 @@ class Claimant:
         """Learn what changes, until the watch breaks; at first all, if there is no way to go on."""
         site, etcd = self._site, self._watcher
         try:
-            watched, head = self._call(lambda: (site.watched, site.head))
-            if site.loaded.is_set() and self._is_history(max(watched, head.revision), head):
+            if site.loaded.is_set() and self._is_history(self._call(site.newest)):
                 self._call(site.mark_all)
             else:
                 self._load(ETCD_PATIENCE_S)
@@ -4454,15 +4458,15 @@ class Claimant:
             etcd.close()
         time.sleep(ETCD_PAUSE_S)
 
-    def _is_history(self, revision: int, head: Entry) -> bool:
-        """Return whether the head was what is known of it: else an older etcd was restored."""
-        body = {"key": self._watcher.key("head", ""), "revision": str(revision)}
+    def _is_history(self, newest: Entry) -> bool:
+        """Return whether what is known as written last was so: else an older etcd was restored."""
+        body = {"key": self._watcher.key(newest.table, newest.name),
+                "revision": str(newest.revision)}
         try:
             reply = self._watcher.ask("/v3/kv/range", body, ETCD_PATIENCE_S)
         except Refused:  # it has been compacted, or is still to come
             return False
-        found = [*self._watcher.entries(reply.get("kvs", ()))] or [Entry("head", "", "", 0)]
-        return found[0] == head
+        return [*self._watcher.entries(reply.get("kvs", ()))] == [newest]
 
     def _load(self, patience_s: float) -> None:
         """Learn all that there is. Raises: Unavailable, Refused."""
