@@ -7461,6 +7461,13 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.leases.add(str(len(self.asked)))
         return {"ID": str(len(self.asked)), "TTL": "30"}
 
+    def revoke(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.leases.discard(body["ID"])
+        self.revision += 1
+        for key in [key for key, (_, _, lease) in self.values.items() if lease == body["ID"]]:
+            self.change(key, "")
+        return {}
+
     def keepalive(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"result": {"ID": body["ID"], **({"TTL": "30"} if body["ID"] in self.leases else {})}}
 
@@ -7541,7 +7548,6 @@ class Host(Unix):
         config, self.store, document = gipam.load(settings, is_daemon=True)
         test.addCleanup(os.close, self.store._lock_fd)
         self.service = gipam.open_service(config, settings, self.store, document)
-        self.service.import_is_due.clear()
         claimant = gipam.open_claimant(config, self.service, self.store)
         assert claimant and self.service.site
         self.claimant, self.site = claimant, self.service.site
@@ -7562,7 +7568,7 @@ class HostsCase(LoopCase):
         self.addCleanup(self.end_threads)
         self.etcd = FakeEtcd(self)
         self.etcd_url = self.etcd.url
-        self.limit(PULSE_S=0.2, ETCD_PAUSE_S=0.01)
+        self.limit(PULSE_S=0.2, ETCD_PAUSE_S=0.01, ETCD_ATTEMPT_S=0.2)
 
     @staticmethod
     def end_threads() -> None:
@@ -7640,7 +7646,11 @@ class ClaimTest(HostsCase):
         Direct(service).request_pool("10.9.0.0/24")
         service.fold(is_stopping=True)
         self.etcd.set("claims/10.8.0.0/24", {"hosts": ["one"]})
-        self.host("one", directory)
+        host = self.host("one", directory)
+        self.wait_for_claims({"10.8.0.0/24": ["one"], "10.9.0.0/24": ["one"]})
+        self.assertTrue(host.service.import_is_due.is_set(), "Docker may use what the file lacks")
+        host.loop.call(host.service.import_is_due.clear)
+        host.site.wake()
         self.wait_for_claims({"10.9.0.0/24": ["one"]})
 
     def test_nothing_is_let_go_before_docker_has_told_what_it_uses(self) -> None:
@@ -7758,6 +7768,18 @@ class EtcdAwayTest(HostsCase):
         wait_for(lambda: host.service.state.seq == 2, "granted, and taken back")
         self.wait_for_claims({})
 
+    def test_request_that_waits_at_a_stop_is_refused(self) -> None:
+        self.limit(DIAL_PATIENCE_S=0.1)
+        host, held = self.host("one"), threading.Event()
+        self.addCleanup(held.set)
+        self.etcd.before = lambda path: held.wait(DEADLINE_S) if path == "/v3/kv/txn" else None
+        peer = Peer(self, host.loop.servers[0].server_address).send(NEW_POOL)
+        wait_for(lambda: any(it.is_waiting for it in [*host.loop.handlers]), "it waits for etcd")
+        host.loop.stop()
+        host.thread.join()
+        host.loop.finish(lambda: None)
+        self.assertEqual(peer.answer().status, 503)
+
     def test_token_that_has_expired_is_renewed(self) -> None:
         self.etcd.password = "p@ss"
         self.etcd_url = self.etcd.url.replace("//", "//gipam:p%40ss@")
@@ -7791,6 +7813,8 @@ class PresenceTest(HostsCase):
         first.service.fold(is_stopping=True)
         first.loop._end_calls()
         fcntl.flock(first.store._lock_fd, fcntl.LOCK_UN)
+        first.claimant.end()
+        self.assertNotIn("/gipam/gipam/hosts/one", self.etcd.values)
         self.assertEqual(self.host("one", directory).request_pool()[1], "198.18.1.0/24")
 
     def test_host_whose_name_is_taken_ends(self) -> None:
