@@ -140,7 +140,7 @@ NAMES_PATIENCE_S = 2.0  # of status, for Docker
 IMPORT_PATIENCE_S = 2.0  # at a start with Docker alive
 ETCD_PATIENCE_S = 3.0  # of a request of Docker's that needs etcd
 ETCD_ATTEMPT_S = 1.0  # for one member of etcd; and for what nobody waits for
-ETCD_PAUSE_S = 0.05
+ETCD_PAUSE_S, ETCD_GOODBYE_S = 0.05, 0.2
 PRESENCE_S = 30  # a host that has not been there for so long may be evicted
 PULSE_S = 5.0  # from one sign of presence to the next
 WATCH_PATIENCE_S = 12.0  # without any sign of presence, not even of this host
@@ -956,8 +956,11 @@ class Site:
         for table in self.tables.values():
             table.update({name: entry._replace(revision=0) for name, entry in table.items()})
 
-    def finish_load(self, names: set[tuple[str, Any]], revision: int) -> None:
-        """All keys that there are at the revision have been told: others are gone."""
+    def finish_load(self, names: set[tuple[str, Any]], revision: int) -> bool:
+        """All keys that there are at the revision have been told: others are gone.
+
+        Return whether this host has claims that nothing here holds.
+        """
         for table, entries in self.tables.items():
             gone = [name for name, entry in entries.items()
                     if (table, name) not in names and entry.revision <= revision]
@@ -968,6 +971,7 @@ class Site:
         self.leaving.update(network for network in self.tables["claims"] if self.has(network)
                             and network not in self.state.families[network.version].subnets)
         self.mark_all()
+        return bool(self.leaving)
 
     def find_conflict(self, subnet: Subnet) -> str:
         """Return who has claimed what is held here of a subnet, "" for nobody."""
@@ -2169,6 +2173,15 @@ class Service:
         self.apply(change)
         return change, subnet.prefixlen
 
+    def finish_load(self, names: set[tuple[str, Any]], revision: int) -> None:
+        """Compare all, now that etcd has told all that there is.
+
+        A claim of this host that nothing holds is what a crash left, or the lease file is older
+        than Docker's networks: that is asked before anything is let go.
+        """
+        if self.site and self.site.finish_load(names, revision):
+            self.import_is_due.set()
+
     def parts_of(self, network: Network) -> list[Network]:
         """Return the parts that this host hands addresses out of, [] of a subnet not held."""
         subnet = self.state.families[network.version].subnets.get(network)
@@ -3227,6 +3240,8 @@ class Loop:
 
     def _again(self, handler: Handler, body: bytes, failure: GipamError | None) -> Need | None:
         """Try to answer a request that waits for etcd; return what it needs, None: no more."""
+        if not handler.is_waiting:
+            return None
         reply = dispatch(self.service, handler.command, handler.path, body, handler.server.paths,
                          failure)
         if reply.need:
@@ -3353,6 +3368,11 @@ class Loop:
                 self._accept(server, 0)  # who waits in the backlog would be reset
         self._stop_accepting()
         self._turn_until(self._close_idle)
+        for handler in self.handlers:
+            if handler.is_waiting:
+                handler.is_waiting = False
+                self._late.append((handler, refuse(Stopping("gipam is stopping: try again"))))
+        self.turn(0.0)
         for handler in list(self.handlers):
             self.close(handler)
         self._end_calls()
@@ -4163,7 +4183,7 @@ class Claimant:
     def __init__(self, service: Service, site: Site, make_etcd: Callable[[], Etcd],
                  machine: str) -> None:
         self._service, self._site, self._machine = service, site, machine
-        self._etcd, self._watcher = make_etcd(), make_etcd()  # one for each thread
+        self._etcd, self._watcher, self._last_words = make_etcd(), make_etcd(), make_etcd()
         self._token = ""  # of this process, once it has shown its presence
         self._lease, self._pulse_s, self._present_until_s = "", 0.0, 0.0
         self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
@@ -4189,6 +4209,12 @@ class Claimant:
         self._call, self._stop = call, stop
         for step in (self._work, self._follow):
             threading.Thread(target=self._repeat, args=(step,), name="etcd", daemon=True).start()
+
+    def end(self) -> None:
+        """Say that this host is not there any more, if etcd listens."""
+        if self._lease and not self._service.etcd_failure:
+            with contextlib.suppress(GipamError):
+                self._last_words.ask("/v3/lease/revoke", {"ID": self._lease}, ETCD_GOODBYE_S)
 
     def ask(self, need: Need, again: Again) -> None:
         """Have a request looked at until it needs etcd no more, at most as long as Docker waits.
@@ -4428,10 +4454,11 @@ class Claimant:
         try:
             reply = self._etcd.ask(path, body, patience_s)
         except GipamError as error:
-            self._note(str(error))
+            self._call(functools.partial(self._note, str(error)))
             raise
         self._service.etcd_s.observe(time.perf_counter() - started_s)
-        self._note("")
+        if self._service.etcd_failure:
+            self._call(functools.partial(self._note, ""))
         return reply
 
     def _note(self, failure: str) -> None:
@@ -4509,7 +4536,7 @@ class Claimant:
         for at in range(0, len(entries), LOAD_ENTRIES):
             self._call(functools.partial(site.learn_all, entries[at:at + LOAD_ENTRIES], False))
         revision = int(reply["header"]["revision"])
-        self._call(lambda: site.finish_load({entry[:2] for entry in entries}, revision))
+        self._call(lambda: self._service.finish_load({entry[:2] for entry in entries}, revision))
 
 
 def shared_prefixlen(subnet: Network) -> int:
@@ -4895,8 +4922,8 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     for base in status["bases"]:
         yield from render_base({**base, "elsewhere": elsewhere}, status["pools"], width)
     if status["bases"]:
-        yield ("  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
-               + "  o other host" * bool(elsewhere))
+        yield "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+        yield from ["  o held by another host"] * bool(elsewhere)
     hosts = [("HOST", "CLAIMS", "ETCD"), *(
         (host["host"], str(host["claims"]), "there" if host["is_present"] else "not there")
         for host in status.get("hosts", ()))]
@@ -5120,6 +5147,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         loop.run(Heart(service, store).beat)
         notify("STOPPING=1")
         loop.finish(made.close)
+    if claimant:
+        claimant.end()
     handler.is_held = False
     if service.loss:
         raise service.loss
@@ -5198,7 +5227,7 @@ def open_service(config: Config, settings: Settings, store: Store,
 
 
 def begin_import(config: Config, service: Service, document: Json | None) -> None:
-    """Ask Docker what is in use, if there was no lease file, for it may have been lost.
+    """Ask Docker what is in use, if there was no lease file, or an older one, for all etcd knows.
 
     At once if Docker is alive, else when it answers. (While it starts, it accepts connections, but
     waits for gipam.)
@@ -5206,11 +5235,11 @@ def begin_import(config: Config, service: Service, document: Json | None) -> Non
     if document is None or document.get("Import"):
         service.import_is_due.set()
         service.is_import_noted = True
-        if is_docker_alive():
-            try:
-                take_over(service, config.driver, IMPORT_PATIENCE_S, service.run)
-            except GipamError as error:
-                log.warning("Docker cannot be asked yet what is in use: %s", error)
+    if service.import_is_due.is_set() and is_docker_alive():
+        try:
+            take_over(service, config.driver, IMPORT_PATIENCE_S, service.run)
+        except GipamError as error:
+            log.warning("Docker cannot be asked yet what is in use: %s", error)
 
 
 def warn_of_surprises(config: Config, proc: str) -> None:
