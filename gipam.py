@@ -2234,7 +2234,7 @@ class Service:
         parts = [part for part in subnet.parts or () if part not in claimed
                  or site.host in claimed[part].hosts]
         total = sum(part.num_addresses for part in parts)
-        for part in parts[1:]:
+        for part in parts if len(parts) > 1 else ():
             if 2 * len(offsets) <= total - part.num_addresses \
                     and not subnet.is_any_in(part, offsets):
                 parts.remove(part)
