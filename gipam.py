@@ -111,7 +111,7 @@ MIN_FOLD_BYTES = 1 << 20  # a journal is folded once it is longer than this and 
 FOLD_PATIENCE_S = 10.0  # after a fold that failed
 ENCODE_LEASES = 250  # of a snapshot at a time; measured: 0.4 ms
 WRITE_BYTES = 16384  # of a snapshot, and of a page, at a time
-ROOM_BYTES = 1 << 20  # zeros ahead of the end of the journal: an append then changes no metadata
+ROOM_BYTES = 1 << 17  # zeros ahead of the end of the journal: an append then changes no metadata
 LINE_BYTES = 64  # of a line of the journal, beside its records
 SECTOR_BYTES = 512  # a disk writes it as a whole or not at all
 LOCK_PATIENCE_S = 2.0  # a predecessor may still be folding
@@ -1125,10 +1125,9 @@ def encode_line(seq: int, records: Iterable[str]) -> bytes:
     return b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload)
 
 
-def decode_lines(data: bytes, is_last: bool) -> Iterator[Line]:
+def decode_lines(data: bytes) -> Iterator[Line]:
     """Yield the lines of a segment, up to the zeros after them: room, or what a crash tore.
 
-    In the last segment, a line that is whole but for its end of line counts.
     Raises: ValueError with the place.
     """
     data, offset, number = data.rstrip(b"\0"), 0, 1
@@ -1136,8 +1135,7 @@ def decode_lines(data: bytes, is_last: bool) -> Iterator[Line]:
         head = LINE_HEAD.match(data, offset)
         end = offset + 18 + int(head[1], 16) if head else len(data)
         payload = data[offset + 18:end]
-        is_whole = head and end <= len(data) and zlib.crc32(payload) == int(head[2], 16)
-        if is_whole and (data[end:end + 1] == b"\n" or (is_last and len(data) <= end + 1)):
+        if head and data[end:end + 1] == b"\n" and zlib.crc32(payload) == int(head[2], 16):
             seq, records, *_ = json.loads(payload)  # gipam 1.0 also named the next segment
             yield Line(number, offset, end + 1, seq, records)
         elif is_torn(data, offset, end if head else None):
@@ -1160,7 +1158,7 @@ def is_torn(data: bytes, offset: int, end: int | None) -> bool:
     if b"\0" in data[offset:]:
         fits = b"\0" in data[offset:offset + 18] if end is None else len(data) <= end + 1
     else:
-        fits = len(data) < (offset + 18 if end is None else end) and data[-1:] != b"\n"
+        fits = len(data) <= (offset + 17 if end is None else end) and data[-1:] != b"\n"
     return (fits and data.find(b"\n", offset, -1) < 0
             and all(b"\0" not in sector or not sector.strip(b"\0") for sector in sectors))
 
@@ -1192,13 +1190,10 @@ class Store:
         self.snapshot_bytes = 0
         self._fd = self._lock_fd = -1
         self._end = 0  # bytes of the segment that are on disk
-        self._last_line = b""  # as recovery has read it, to be written anew
-        self._is_torn = self._is_unended = False  # there is more, or the last line lacks its end
+        self._last_line = b""  # as recovery has read it
         self._room = 0  # bytes of it that can be written without asking the disk for more
         self._reserved = 0  # of the room, for the line that is due
         self._older_bytes = 0  # in the segments before it
-        self._growth: threading.Thread | None = None
-        self._grown: int | Exception = 0  # what became of it: where the room ends now
 
     @property
     def journal_bytes(self) -> int:
@@ -1208,35 +1203,32 @@ class Store:
     def lock(self, patience_s: float = LOCK_PATIENCE_S) -> None:
         """Keep others off the lease file while the process lives. Raises: BusyError, OSError."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._lock_fd = os.open(self.path + ".lock", flags, 0o600)
-        deadline = time.monotonic() + patience_s
+        fd, deadline = os.open(self.path + ".lock", flags, 0o600), time.monotonic() + patience_s
         while True:
             try:
-                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    holder = os.pread(self._lock_fd, 20, 0).decode("ascii", "replace").strip()
+                    holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
                     raise BusyError(f"lease file {self.path} is held by process {holder}: stop it, "
                                     "or give this one another -file") from None
                 time.sleep(0.02)
         with contextlib.suppress(OSError):  # a full disk must not forbid starting
-            os.ftruncate(self._lock_fd, 0)
-            os.pwrite(self._lock_fd, b"%d\n" % os.getpid(), 0)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        self._lock_fd = fd
 
     def keep_names(self) -> None:
-        """Make the lock again if it has lost its name.
+        """Make the lock again if somebody has deleted it.
 
-        Raises: StoreLost if another has it, or if the journal was moved.
+        Raises: BusyError if another has it; StoreLost if the journal was moved.
         """
         if self._fd >= 0 and not self._is_at(self._fd, self.segment_path(self.segment), self.calls):
             raise StoreLost(f"{self.segment_path(self.segment)} was moved or deleted under gipam")
         with contextlib.suppress(FileNotFoundError):  # nobody can start in a directory that is gone
             if self._lock_fd >= 0 and not self._is_at(self._lock_fd, self.path + ".lock", os):
-                try:
-                    self.lock(patience_s=0.0)
-                except BusyError as error:
-                    raise StoreLost(f"the lock was deleted, and another has it: {error}") from None
+                self.lock(patience_s=0.0)
                 log.warning("the lock %s.lock was deleted: made again", self.path)
 
     @staticmethod
@@ -1320,7 +1312,7 @@ class Store:
             numbers.pop()  # it was made for a fold that never came to be
         for self.segment in numbers:
             path = self.segment_path(self.segment)
-            for line in self._read_segment(path, self.segment == numbers[-1]):
+            for line in self._read_segment(path):
                 first = line.seq - len(line.records) + 1
                 if document is None and line.seq:
                     raise self.damage(path, f"is there without its lease file {self.path}")
@@ -1337,39 +1329,40 @@ class Store:
         with open(self.segment_path(number), "rb") as file:
             return file.read()
 
-    def _read_segment(self, path: str, is_last: bool) -> Iterator[Line]:
+    def _read_segment(self, path: str) -> Iterator[Line]:
         data = self._read(self.segment)
-        self._older_bytes, self._end, self._room = self.journal_bytes, 0, len(data)
-        start = 0
+        self._older_bytes, self._end, self._last_line = self.journal_bytes, 0, b""
         try:
-            for line in decode_lines(data, is_last):
-                start, self._end = line.offset, line.end
+            for line in decode_lines(data):
+                self._end, self._last_line = line.end, data[line.offset:line.end]
                 yield line
         except ValueError as error:
             raise self.damage(
                 path, f"is damaged: {error}", "put back a backup; or give up that line and all "
                 f"after it: truncate -s {self._end} {path}, move later segments away, start gipam, "
                 "run `gipam check --fix`") from None
-        self._last_line = data[start:self._end - 1] + b"\n" if self._end else b""
-        self._is_unended = data[start:self._end] != self._last_line
-        self._is_torn = len(data.rstrip(b"\0")) > self._end
-        if self._is_torn:
+        if data[self._end:].strip(b"\0"):
             log.warning("dropped the end of %s from byte %d on: a crash cut it off before it was "
                         "acknowledged", path, self._end)
 
     def close(self) -> None:
-        """Let go of the segment. Raises: StoreLost."""
-        self._end_growth()
+        """Let go of the segment."""
         self._close(self._fd)
         self._fd = -1
 
     def settle(self) -> None:
-        """Sync what recovery has read: a process that was killed may not have.
+        """Go on where recovery has ended, and sync what it has read: a kill may have come before.
 
+        What is torn goes, and the room with it. The last line is written anew: where its sync had
+        failed, the kernel shows it, but takes it for written.
         Raises: OSError; BusyError if another daemon writes there.
         """
         if self.segment:
-            self._open_segment()
+            self._fd, self._room = self._take_segment(self.segment), self._end
+            self.calls.ftruncate(self._fd, self._end)
+            with contextlib.suppress(OSError):  # a full disk must not forbid starting
+                self._write(self._fd, self._last_line, self._end - len(self._last_line))
+            self.calls.fdatasync(self._fd)
         for number in self.segments():
             if number > self.segment:  # blank for us, but who has just made it may be there
                 self._close(self._take_segment(number))
@@ -1386,38 +1379,16 @@ class Store:
                             "or give this one another -file") from None
         return int(fd)
 
-    def _open_segment(self) -> None:
-        """Open the segment where recovery, or switch(), has ended: without a torn end.
-
-        The last line is written anew: where its sync had failed, the kernel shows it, but takes it
-        for written.
-        """
-        fd = self._take_segment(self.segment)
-        try:
-            if self._is_torn:
-                self.calls.ftruncate(fd, self._end)
-                self._room = self._end
-            if self._is_unended:
-                self._write(fd, b"\n", self._end - 1)
-            if self._last_line or self._is_torn:
-                with contextlib.suppress(OSError):  # a full disk must not forbid starting
-                    self._write(fd, self._last_line, self._end - len(self._last_line))
-                self.calls.fdatasync(fd)
-        except OSError:
-            self._close(fd)
-            raise
-        self._fd, self._room = fd, max(self._room, self._end)
-        self._last_line, self._is_torn, self._is_unended = b"", False, False
-
     def make_segment(self, needed: int) -> tuple[int, int] | None:
         """Return (number, bytes of room) of a new segment, to be given to switch().
 
-        None: the present one is new. Durable: its room, and its name. Raises: OSError, StoreLost.
+        A fold needs all of ROOM_BYTES. None: the present one is new. Durable: its room, and its name. Raises: OSError, StoreLost.
         """
         if self.segment and not self._end:
             return None
-        if needed >= ROOM_BYTES:
-            self._check_space()
+        disk = self.calls.statvfs(self._directory)
+        if needed >= ROOM_BYTES and disk.f_bavail * disk.f_frsize < 2 * ROOM_BYTES:
+            raise OSError(errno.ENOSPC, "the last of the disk is left to the requests")
         number = self.segment + 1  # what may be there is blank, as replay() has seen
         with self._opened(self.segment_path(number), CREATE) as fd:
             room = self._extend(number, fd, 0, needed)
@@ -1425,16 +1396,12 @@ class Store:
         return number, room
 
     def switch(self, made: tuple[int, int] | None) -> None:
-        """Go on in the segment that was made, if one was: between two turns. Raises: OSError."""
+        """Go on in the segment that was made, if one was. Raises: OSError; nothing has changed."""
         if made:
-            self._end_growth()
-            old, self._fd = self._fd, -1
+            fd = self._take_segment(made[0])
+            self._close(self._fd)  # not before: one of the two is always locked
             self._older_bytes, self._end = self.journal_bytes, 0
-            self.segment, self._room = made
-            try:
-                self._open_segment()
-            finally:
-                self._close(old)  # not before: one of the two is always locked
+            self._fd, (self.segment, self._room) = fd, made
 
     def reserve(self, size: int) -> None:
         """Make sure that a record of so many bytes can be part of the line that is due.
@@ -1443,61 +1410,31 @@ class Store:
         """
         needed = self._end + self._reserved + size + LINE_BYTES
         try:
-            if needed > self._room:
-                self._end_growth()
             if not self.segment:
                 self.keep_names()
                 self.switch(self.make_segment(needed))
-            elif self._fd < 0:
-                self._open_segment()
             if needed > self._room:
-                self._grown = self._room = self._extend(self.segment, self._fd, self._room, needed)
+                self._room = self._extend(self.segment, self._fd, self._room, needed)
         except OSError as error:
             raise StoreError(f"cannot write {self.segment_path(self.segment or 1)}: "
                              f"{error.strerror}; nothing has changed") from None
         self._reserved += size + 1
 
-    def _extend(self, number: int, fd: int, start: int, needed: int, size: int = 0) -> int:
+    def _extend(self, number: int, fd: int, start: int, needed: int) -> int:
         """Write zeros from the end of the room on; return where they end: far, or at the needed.
 
         Durable: on return. Raises: OSError, and the room is as before; StoreLost.
         """
-        size = size or ROOM_BYTES
-        end = max(start + size, needed)
-        try:
-            self._write(fd, bytes(end - start), start)
-        except OSError:
-            self.calls.ftruncate(fd, start)
-            if end == needed:
-                raise
-            return self._extend(number, fd, start, needed, size // 4)
+        for end in (max(start + ROOM_BYTES, needed), needed):
+            try:
+                self._write(fd, bytes(end - start), start)
+                break
+            except OSError:
+                self.calls.ftruncate(fd, start)
+                if end == needed:
+                    raise
         self._sync(number, fd)
         return end
-
-    def _grow(self) -> None:
-        """Make room ahead of need, in a thread: only a turn that comes meanwhile waits for it."""
-        start = self._room
-        try:
-            self._check_space()
-            self._grown = self._extend(self.segment, self._fd, start, start + ROOM_BYTES)
-        except (OSError, StoreLost) as error:
-            self._grown = error
-
-    def _check_space(self) -> None:
-        """Keep what is done ahead of need from taking the last of a disk. Raises: OSError."""
-        found = self.calls.statvfs(self._directory)
-        if found.f_bavail * found.f_frsize < 2 * ROOM_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _end_growth(self) -> None:
-        """Take over the room that the thread has made. Raises: StoreLost."""
-        if self._growth:
-            self._growth.join()
-            self._growth = None
-            if isinstance(self._grown, StoreLost):
-                raise self._grown
-            if isinstance(self._grown, int):  # else reserve() will say so when the room ends
-                self._room = self._grown
 
     def append(self, records: list[str]) -> None:
         """Write the changes that reserve() was asked for as one line. Durable: on return.
@@ -1512,12 +1449,8 @@ class Store:
             raise StoreError(f"cannot write {self.segment_path(self.segment)}: {error.strerror}; "
                              "nothing has changed") from None
         self._sync(self.segment, self._fd)
-        self._end_growth()  # the kernel tells but one of two syncs of an error, be it that thread's
         self._end, self.seq = self._end + len(data), seq
         self._room = max(self._room, self._end)  # a turn that began before switch() may be longer
-        if self._room - self._end < ROOM_BYTES // 2 and isinstance(self._grown, int):
-            self._growth = threading.Thread(target=self._grow, name="room", daemon=True)
-            self._growth.start()
 
     def _sync(self, number: int, fd: int) -> None:
         """Sync a segment. Raises: StoreLost: after that, nobody knows what the disk holds."""
