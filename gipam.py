@@ -117,10 +117,8 @@ SECTOR_BYTES = 512  # a disk writes it as a whole or not at all
 LOCK_PATIENCE_S = 2.0  # a predecessor may still be folding
 MAX_HEAD_BYTES = 1 << 18  # of a request
 RECEIVE_BYTES = 65536
-REQUEST_PATIENCE_S = 10.0  # on TCP, for a request that has begun, and for a peer to take a reply
-MAX_TCP_CLIENTS = 256  # past it the longest idle one goes
-MAX_TCP_STRANGERS = 256  # who have not been served yet: they cannot push clients out
-MAX_TCP_PAGES = 16  # in the middle of being read
+MAX_TCP_CLIENTS = 256  # and as many strangers, who have not been served; past it the idlest goes
+MAX_METRICS_CLIENTS = 16  # likewise on the address of -metrics
 MAX_RIGHTS = 253  # descriptors in one message (the kernel's SCM_MAX_FD)
 MAX_LOG_RECORDS, MAX_LOG_CHARS = 10_000, 4_000
 TICK_S = 1.0
@@ -1382,7 +1380,8 @@ class Store:
     def make_segment(self, needed: int) -> tuple[int, int] | None:
         """Return (number, bytes of room) of a new segment, to be given to switch().
 
-        A fold needs all of ROOM_BYTES. None: the present one is new. Durable: its room, and its name. Raises: OSError, StoreLost.
+        A fold needs all of ROOM_BYTES. None: the present one is new.
+        Durable: its room, and its name. Raises: OSError, StoreLost.
         """
         if self.segment and not self._end:
             return None
@@ -2223,7 +2222,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_closed = self.is_last = False
         self.is_client = False  # not a stranger: it has been served
         self.reply: Reply | None = None  # the last one, until the peer has shown that it read it
-        self.since_s = time.monotonic()  # of the last sign of life
         self.events = 0  # what the selector waits for
 
     def handle(self) -> None:
@@ -2245,16 +2243,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return whether it is in the middle of a request or of a reply."""
         return bool(self.inbox) or self.length >= 0 or self.is_sending()
 
-    def is_overdue(self, now_s: float) -> bool:
-        """Return whether it is stuck, on TCP, in a request, a reply or a handshake."""
-        is_stuck = self.is_busy() or (self.server.tls is not None and not self.is_client)
-        is_late = self.since_s + REQUEST_PATIENCE_S < now_s
-        return is_stuck and is_late and not self.server.is_unix
-
     def receive(self) -> None:
         """Put what has come into the inbox."""
-        if not self.is_busy():
-            self.since_s = time.monotonic()
         try:
             while len(self.inbox) < MAX_HEAD_BYTES + MAX_BODY_BYTES:
                 data = self.connection.recv(RECEIVE_BYTES)
@@ -2356,7 +2346,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = (f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
                 f"Content-Type: {reply.content_type}\r\n{length}"
                 f"{CLOSE if self.is_last else ''}\r\n")
-        self.reply = reply
+        self.reply, self.is_client = reply, self.is_client or reply.status == 200
         self.outbox += head.encode() + (b"" if self.command == "HEAD" else reply.body)
 
     def send(self) -> None:
@@ -2367,7 +2357,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.page = self.page if self.outbox else None
             if self.outbox:
                 self.outbox = self.outbox[self.connection.send(self.outbox):]
-                self.since_s = time.monotonic()
         except WOULD_BLOCK:
             pass
         except OSError as error:
@@ -2382,7 +2371,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.tls and not self.command:
             log.warning("refused TLS peer %s: %s", self.address_string(), error)
         if self.reply and is_unread:
-            self.server.loop.lost.append(self.reply)
+            self.server.loop.service.take_back(self.reply.change, self.reply.seq)
         self.outbox, self.page = b"", None
         self.has_ended = self.is_last = True
         self.inbox.clear()
@@ -2411,12 +2400,14 @@ class Server(socketserver.TCPServer):
             ipaddress.ip_address(str(self.server_address[0])).is_loopback)
 
     def server_bind(self) -> None:
-        """Bind. Raises: OSError that names the address."""
+        """Bind, on a UNIX socket for root only. Raises: OSError that names the address."""
         try:
             super().server_bind()
         except OSError as error:
-            raise OSError(error.errno, error.strerror,
-                          format_endpoint(self.server_address)) from None
+            error.filename = format_endpoint(self.server_address)
+            raise
+        if self.is_unix:
+            os.chmod(self.socket.getsockname(), 0o600)
 
     def get_request(self) -> Any:
         """Accept; a TLS handshake is made by the first recv()."""
@@ -2429,21 +2420,12 @@ class Server(socketserver.TCPServer):
                                            suppress_ragged_eofs=False)
         return request, client_address
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the connection its handler, which the loop asks from now on."""
-        self.finish_request(request, client_address)
-
 
 class UnixServer(Server):
     """The plugin on a UNIX socket."""
 
     address_family = socket.AF_UNIX
     is_unix = True
-
-    def server_bind(self) -> None:
-        """Bind, for root only. Raises: OSError."""
-        super().server_bind()
-        os.chmod(self.socket.getsockname(), 0o600)
 
 
 class Loop:
@@ -2457,14 +2439,11 @@ class Loop:
         self.service, self.flush_log = service, flush_log
         self.servers: list[Server] = []
         self.handlers: dict[Handler, None] = {}
-        self.lost: list[Reply] = []  # that have not arrived
         self.is_ending = False  # each reply is the last of its connection
         self.is_stopping = self.is_over = False
         self._asking: dict[Handler, None] = {}  # may have a request in the inbox
-        self._served: list[Handler] = []  # for the first time, in this turn
         self._selector = selectors.DefaultSelector()
-        self._calls: collections.deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]]
-        self._calls = collections.deque()
+        self._calls: collections.deque[Any] = collections.deque()  # (future, function) of threads
         self._bell, self._rope = socket.socketpair()
         for end in (self._bell, self._rope):
             end.setblocking(False)
@@ -2503,9 +2482,6 @@ class Loop:
         for key, events in self._selector.select(0 if self._asking else wait_s):  # 1, 2
             key.data(events & key.events)
         tell = [self._run(*self._calls.popleft()) for _ in range(len(self._calls))]  # 3
-        for lost in self.lost:
-            self.service.take_back(lost.change, lost.seq)
-        self.lost.clear()
         asking, self._asking = self._asking, {}
         replies = [(handler, reply) for handler in asking  # 4
                    for reply in [self._ask(handler)] if reply]
@@ -2513,8 +2489,6 @@ class Loop:
         for handler, reply in replies:  # 6
             handler.answer(settle(self.service, reply))
             self._send(handler)
-        while self._served:  # not before: who is pushed out may have a reply of this turn
-            self._bound(self._served.pop())
         for tell_thread in tell:
             tell_thread()
         self.flush_log()
@@ -2537,7 +2511,7 @@ class Loop:
         """Take in who has dialled."""
         try:
             for _attempt in range(BACKLOG):
-                server.process_request(*server.get_request())
+                server.finish_request(*server.get_request())
         except BlockingIOError:
             pass
         except OSError as error:
@@ -2547,23 +2521,18 @@ class Loop:
                 self._selector.unregister(server.socket)  # until the next tick
 
     def add(self, handler: Handler) -> None:
-        """Ask the handler from now on."""
+        """Ask the handler from now on; on TCP, let the longest idle ones go that are too many.
+
+        Strangers push out strangers, and never a client that works. Who asks in this turn stays.
+        """
         self.handlers[handler] = None
         self._watch(handler, selectors.EVENT_READ)
-        self._bound(handler)
-
-    def _bound(self, newcomer: Handler) -> None:
-        """On TCP, let the longest idle ones go: of strangers or of clients, as the newcomer is.
-
-        So strangers push out strangers, and never a client that works.
-        """
-        if newcomer.server.is_unix:
-            return
-        limit = MAX_TCP_CLIENTS if newcomer.is_client else MAX_TCP_STRANGERS
-        alike = [handler for handler in self.handlers if (handler.server, handler.is_client)
-                 == (newcomer.server, newcomer.is_client)]
-        for handler in alike[:-limit]:
-            self.close(handler)
+        limit = MAX_METRICS_CLIENTS if handler.server.paths else MAX_TCP_CLIENTS
+        for is_client in () if handler.server.is_unix else (False, True):
+            alike = [other for other in self.handlers if other.server is handler.server
+                     and other.is_client is is_client and other not in self._asking]
+            for other in alike[:-limit]:
+                self.close(other)
 
     def _move(self, handler: Handler, events: int) -> None:
         """Let the handler send or receive, unless an earlier one of this turn has ended it."""
@@ -2582,7 +2551,6 @@ class Loop:
         try:
             body = None if handler.is_last else handler.next_request()
             if body is not None:
-                self._check_pages(handler)
                 return dispatch(self.service, handler.command, handler.path, body,
                                 handler.server.paths)
         except GipamError as error:
@@ -2590,20 +2558,11 @@ class Loop:
         self._settle(handler)
         return None
 
-    def _check_pages(self, handler: Handler) -> None:
-        """Bound what peers on TCP can make gipam keep for them. Raises: Unavailable."""
-        if handler.command == "GET" and not handler.server.is_unix and sum(
-                other.page is not None for other in self.handlers) >= MAX_TCP_PAGES:
-            raise Unavailable("too many pages are being read at once: try again")
-
     def _send(self, handler: Handler) -> None:
         """Let the handler send; go on with what else it has been asked."""
         handler.send()
         if not handler.is_sending():
             self.handlers[handler] = self.handlers.pop(handler)  # the longest idle one is first
-            if not (handler.is_client or handler.is_last):
-                handler.is_client = bool(handler.reply and handler.reply.status == 200)
-                self._served.append(handler)
             if handler.inbox or handler.has_ended:
                 self._asking[handler] = None
                 return
@@ -2630,14 +2589,10 @@ class Loop:
     def close(self, handler: Handler) -> None:
         """End a connection. What it has not sent is not taken back: nobody but us has ended it."""
         if not handler.is_closed:
-            self.leave(handler)
-            handler.server.shutdown_request(handler.connection)
-
-    def leave(self, handler: Handler) -> None:
-        """Ask the handler no more, nor close its connection."""
-        self._watch(handler, 0)
-        handler.is_closed = True
-        self.handlers.pop(handler, None)
+            self._watch(handler, 0)
+            handler.is_closed = True
+            del self.handlers[handler]
+            handler.server.close_request(handler.connection)
 
     # A life
 
@@ -2659,9 +2614,6 @@ class Loop:
                 tick_s = time.monotonic() + TICK_S
                 for server in self.servers:
                     self.open(server)
-                for handler in list(self.handlers):
-                    if handler.is_overdue(time.monotonic()):
-                        self.close(handler)
                 on_tick()
 
     def _fold_if_due(self) -> None:
@@ -2685,7 +2637,7 @@ class Loop:
         """
         if "FDSTORE" in os.environ:
             self._stop_accepting()
-            self._turn_until(lambda: not any(map(Handler.is_busy, self.handlers)))
+            self._turn_for(0.0, DIAL_PATIENCE_S)
             self._hand_on()
         else:
             self.is_ending = True
@@ -2693,52 +2645,45 @@ class Loop:
                 if handler.server.is_unix and handler.command:
                     with contextlib.suppress(OSError):  # the peer is gone already
                         handler.connection.shutdown(socket.SHUT_RD)
-            end_s = time.monotonic() + RETIRE_PATIENCE_S
-            self._turn_until(lambda: time.monotonic() > end_s)
-            for handler in self.handlers:
-                if not handler.command:  # it may just have dialled
-                    handler.since_s = time.monotonic()
-            self._close_idle()
+            self._turn_for(RETIRE_PATIENCE_S, RETIRE_PATIENCE_S)
+            for handler in list(self.handlers):
+                if handler.command and not handler.is_busy():  # else it may just have dialled
+                    self.close(handler)
         remove_names()
-        for server in self.servers:
-            if not server.is_kept:
-                self._accept(server, 0)  # who waits in the backlog would be reset
         self._stop_accepting()
-        self._turn_until(self._close_idle)
+        self._turn_for(RETIRE_PATIENCE_S, DIAL_PATIENCE_S)
         for handler in list(self.handlers):
             self.close(handler)
         self._end_calls()
 
-    def _turn_until(self, is_done: Callable[[], bool]) -> None:
-        """Make turns until it is done, at most as long as a peer may take to send a request."""
-        end_s = time.monotonic() + DIAL_PATIENCE_S
-        while time.monotonic() < end_s and not self.service.loss and not is_done():
+    def _turn_for(self, least_s: float, most_s: float) -> None:
+        """Make turns for so long, and on while somebody is in the middle of a request."""
+        started_s = time.monotonic()
+        while self.handlers and not self.service.loss:
+            past_s = time.monotonic() - started_s
+            if past_s >= (most_s if any(map(Handler.is_busy, self.handlers)) else least_s):
+                break
             self.turn(0.01)
 
-    def _close_idle(self) -> bool:
-        """Close who has been idle for a moment, also after dialling; return whether all are."""
-        late_s = time.monotonic() - RETIRE_PATIENCE_S
-        for handler in list(self.handlers):
-            if not handler.is_busy() and handler.since_s < late_s:
-                self.close(handler)
-        return not self.handlers
-
     def _stop_accepting(self) -> None:
-        for server in self.servers:
+        """Close all listeners; who waits in the backlog of one that nobody keeps would be reset."""
+        while self.servers:
+            server = self.servers.pop()
+            if not server.is_kept:
+                self._accept(server, 0)
             if server.socket.fileno() in self._selector.get_map():
                 self._selector.unregister(server.socket)
-                if not server.is_kept:
-                    server.server_close()
+            server.server_close()
 
     def _hand_on(self) -> None:
         """Give idle connections to the service manager, for the next process (sd_notify(3))."""
         idle = [handler for handler in self.handlers if not handler.is_busy()
                 and not handler.server.tls]
-        for handler in idle:
-            self.leave(handler)
         for at in range(0, len(idle), MAX_RIGHTS):
             notify(f"FDSTORE=1\nFDNAME={CONNECTION}",
                    [handler.connection.fileno() for handler in idle[at:at + MAX_RIGHTS]])
+        for handler in idle:
+            self.close(handler)
 
     def _end_calls(self) -> None:
         """Refuse what threads still ask for, and wait for the one that folds."""
@@ -2764,12 +2709,11 @@ def listen(kind: type[Server], address: Any, loop: Loop,
         notify(f"FDSTORE=1\nFDNAME={LISTENER}", [server.socket.fileno()])
     loop.open(server)
     for connection in connections:
-        with contextlib.suppress(OSError):  # its peer has reset it meanwhile
-            if connection.getsockname() == server.server_address and not tls:
-                connection.setblocking(False)
-                server.process_request(connection, connection.getpeername())
-                continue
-        connection.close()
+        if connection.getsockname() == server.server_address and not tls:
+            connection.setblocking(False)
+            server.finish_request(connection, server.server_address)  # its peer is of this host
+        else:
+            connection.close()
     if connections:
         notify(f"FDSTOREREMOVE=1\nFDNAME={CONNECTION}")
     return server
@@ -2782,26 +2726,26 @@ def take_sockets(address: Any) -> tuple[socket.socket | None, list[socket.socket
     shut down, which would end both. One for another address, kept from before a change of options,
     is given back, and its name goes: it must not look alive.
     """
-    found, connections = None, []
+    listeners, connections = [], []
     is_for_us = os.environ.get("LISTEN_PID") == str(os.getpid())
+    is_named = not isinstance(address, str) or os.path.exists(address)
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     for at in range(int(os.environ.get("LISTEN_FDS", "0")) if is_for_us else 0):
         handed = socket.socket(fileno=3 + at)
+        bound = handed.getsockname()
         if not handed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             connections.append(handed)
-            continue
-        bound = handed.getsockname()
-        is_ours = (bound == address and os.path.exists(bound)) if isinstance(address, str) \
-            else bound[:2] == address
-        if is_ours and found is None:
-            found = handed
-            continue
-        handed.close()
-        if not is_ours and names[at:at + 1] == [LISTENER]:
-            notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}")
-            if isinstance(bound, str) and os.path.lexists(bound):
-                os.unlink(bound)
-    return found, connections
+        elif is_named and address in (bound, bound[:2]):
+            listeners.append(handed)
+        else:
+            handed.close()
+            if names[at:at + 1] == [LISTENER]:
+                notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}")
+                if isinstance(bound, str) and os.path.lexists(bound):
+                    os.unlink(bound)
+    for copy in listeners[1:]:
+        copy.close()
+    return next(iter(listeners), None), connections
 
 
 def clear_path(path: str) -> None:
@@ -2825,17 +2769,15 @@ def open_unix(config: Config, loop: Loop, remove: Callable[[str], None]) -> None
     if not server.is_kept:
         remove(config.socket)
     link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
-    if config.socket != link:
-        try:
-            if os.path.islink(link) and os.readlink(link) == config.socket:
-                os.unlink(link)  # ours: else it would pass for another daemon
+    try:
+        if os.path.realpath(link) != os.path.realpath(config.socket):
             clear_path(link)
             os.symlink(config.socket, link)
-            if "FDSTORE" not in os.environ:
-                remove(link)
-        except PermissionError:
-            if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
-                raise
+        if not server.is_kept:
+            remove(link)
+    except PermissionError:
+        if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
+            raise
     if config.is_spec_given:
         write_spec(config.spec, f"unix://{config.socket}\n", remove)
 
@@ -2844,16 +2786,15 @@ def open_tcp(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
     """Listen on the address, and write the plugin file. Raises: GipamError, OSError."""
     server = listen(Server, config.address, loop, load_tls(config.tls, is_server=True))
     address, stem = format_endpoint(server.server_address), os.path.splitext(config.spec)[0]
-    shadows = {os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock"): clear_path}
     path, text = config.spec, f"tcp://{address}\n"
     if config.tls:
-        shadows[path] = os.unlink
         files = {key: os.path.join(config.tls, name) for key, name in
                  (("CAFile", "ca.pem"), ("CertFile", "cert.pem"), ("KeyFile", "key.pem"))}
         path = stem + ".json"
         text = json.dumps({"Addr": f"https://{address}", "TLSConfig": files}) + "\n"
-    for shadow, clear in shadows.items():
-        if os.path.lexists(shadow):
+    found_first = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock")
+    for shadow, clear in ((found_first, clear_path), (config.spec, os.unlink)):
+        if shadow != path and os.path.lexists(shadow):
             clear(shadow)
             log.warning("removed %s, which hid %s; restart dockerd if it has used it", shadow, path)
     write_spec(path, text, remove)
