@@ -2214,7 +2214,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Begin with nothing read, nothing to send."""
         self.connection: socket.socket = self.request
         self.inbox, self.outbox = bytearray(), b""
-        self.page: Iterator[bytes] | None = None  # what follows in the outbox
+        self.page: Iterator[bytes] = iter(())  # what follows in the outbox
         self.command = ""  # of the last request
         self.looked = 0  # bytes of the inbox in which no head ends
         self.length = -1  # of the body, once the head is read
@@ -2235,13 +2235,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Name the peer; on a UNIX socket it has no address, and the stock method fails."""
         return "unix" if self.server.is_unix else self.client_address[0]
 
-    def is_sending(self) -> bool:
-        """Return whether the socket has not taken all yet."""
-        return bool(self.outbox) or self.page is not None
-
     def is_busy(self) -> bool:
         """Return whether it is in the middle of a request or of a reply."""
-        return bool(self.inbox) or self.length >= 0 or self.is_sending()
+        return bool(self.inbox or self.outbox) or self.length >= 0
 
     def receive(self) -> None:
         """Put what has come into the inbox."""
@@ -2338,25 +2334,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, reply: Reply) -> None:
         """Put the reply into the outbox: head and body in one piece."""
-        portion = next(reply.page, b"")
-        if portion:
-            self.page = itertools.chain([portion], reply.page)
+        self.page, portion = reply.page, next(reply.page, b"")
         self.is_last = self.close_connection or bool(portion) or self.server.loop.is_ending
         length = "" if portion else f"Content-Length: {len(reply.body)}\r\n"
         head = (f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
                 f"Content-Type: {reply.content_type}\r\n{length}"
                 f"{CLOSE if self.is_last else ''}\r\n")
         self.reply, self.is_client = reply, self.is_client or reply.status == 200
-        self.outbox += head.encode() + (b"" if self.command == "HEAD" else reply.body)
+        self.outbox += head.encode() + (b"" if self.command == "HEAD" else reply.body + portion)
 
     def send(self) -> None:
         """Send what the socket takes now, of a page one portion."""
         try:
-            if not self.outbox and self.page is not None:
-                self.outbox = next(self.page, b"")
-                self.page = self.page if self.outbox else None
-            if self.outbox:
-                self.outbox = self.outbox[self.connection.send(self.outbox):]
+            sent = self.connection.send(self.outbox)
+            self.outbox = self.outbox[sent:] or next(self.page, b"")
         except WOULD_BLOCK:
             pass
         except OSError as error:
@@ -2372,8 +2363,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.warning("refused TLS peer %s: %s", self.address_string(), error)
         if self.reply and is_unread:
             self.server.loop.service.take_back(self.reply.change, self.reply.seq)
-        self.outbox, self.page = b"", None
-        self.has_ended = self.is_last = True
+        self.outbox, self.page, self.is_last = b"", iter(()), True
         self.inbox.clear()
 
 
@@ -2447,7 +2437,8 @@ class Loop:
         self._bell, self._rope = socket.socketpair()
         for end in (self._bell, self._rope):
             end.setblocking(False)
-        self._selector.register(self._bell, selectors.EVENT_READ, self._hear)
+        self._selector.register(self._bell, selectors.EVENT_READ,
+                                lambda _: self._bell.recv(4096))
         self._folder: threading.Thread | None = None
         self._fold_after_s = 0.0
 
@@ -2493,9 +2484,6 @@ class Loop:
             tell_thread()
         self.flush_log()
 
-    def _hear(self, _: int) -> None:
-        self._bell.recv(4096)
-
     def _run(self, future: concurrent.futures.Future[Any],
              function: Callable[[], Any]) -> Callable[[], None]:
         """Call the function; return what tells its thread, once the turn is on disk."""
@@ -2523,15 +2511,15 @@ class Loop:
     def add(self, handler: Handler) -> None:
         """Ask the handler from now on; on TCP, let the longest idle ones go that are too many.
 
-        Strangers push out strangers, and never a client that works. Who asks in this turn stays.
+        Strangers push out strangers, and never a client that works; who asks in this turn is last.
         """
         self.handlers[handler] = None
         self._watch(handler, selectors.EVENT_READ)
         limit = MAX_METRICS_CLIENTS if handler.server.paths else MAX_TCP_CLIENTS
         for is_client in () if handler.server.is_unix else (False, True):
             alike = [other for other in self.handlers if other.server is handler.server
-                     and other.is_client is is_client and other not in self._asking]
-            for other in alike[:-limit]:
+                     and other.is_client is is_client]
+            for other in sorted(alike, key=self._asking.__contains__)[:-limit]:
                 self.close(other)
 
     def _move(self, handler: Handler, events: int) -> None:
@@ -2546,7 +2534,7 @@ class Loop:
 
     def _ask(self, handler: Handler) -> Reply | None:
         """Answer the next request of a handler, if it has one."""
-        if handler.is_closed or handler.is_sending():
+        if handler.is_closed or handler.outbox:
             return None
         try:
             body = None if handler.is_last else handler.next_request()
@@ -2561,7 +2549,7 @@ class Loop:
     def _send(self, handler: Handler) -> None:
         """Let the handler send; go on with what else it has been asked."""
         handler.send()
-        if not handler.is_sending():
+        if not handler.outbox:
             self.handlers[handler] = self.handlers.pop(handler)  # the longest idle one is first
             if handler.inbox or handler.has_ended:
                 self._asking[handler] = None
@@ -2570,15 +2558,16 @@ class Loop:
 
     def _settle(self, handler: Handler) -> None:
         """End the handler if it has nothing more to do, else wait for what it needs."""
-        events = selectors.EVENT_WRITE if handler.is_sending() else selectors.EVENT_READ
+        events = selectors.EVENT_WRITE if handler.outbox else selectors.EVENT_READ
         if events == selectors.EVENT_READ and (handler.is_last or handler.has_ended):
             events = 0
             if handler.is_last or not (self.is_ending and handler.server.is_unix):
                 self.close(handler)  # else finish() has shut it for reading, and ends it later
-        if events != handler.events and not handler.is_closed:
-            self._watch(handler, events)
+        self._watch(handler, events)
 
     def _watch(self, handler: Handler, events: int) -> None:
+        if events == handler.events:
+            return
         if handler.events:
             self._selector.unregister(handler.connection)
         if events:
@@ -2751,16 +2740,14 @@ def take_sockets(address: Any) -> tuple[socket.socket | None, list[socket.socket
 def clear_path(path: str) -> None:
     """Make the directory of a socket or link, remove a dead one. Raises: GipamError, OSError."""
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    if not os.path.lexists(path):
-        return
-    mode = os.lstat(path).st_mode
-    if not stat.S_ISSOCK(mode) and not stat.S_ISLNK(mode):
-        raise ConfigError(f"{path} is in the way and is not a socket: "
-                          "remove it, or use another name")
-    with socket.socket(socket.AF_UNIX) as probe:
-        if probe.connect_ex(path) == 0:
-            raise BusyError(f"another daemon answers on {path}: stop it, or use another name")
-    os.unlink(path)
+    if os.path.lexists(path):
+        if not os.path.islink(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ConfigError(f"{path} is in the way and is not a socket: "
+                              "remove it, or use another name")
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(path) == 0:
+                raise BusyError(f"another daemon answers on {path}: stop it, or use another name")
+        os.unlink(path)
 
 
 def open_unix(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
