@@ -2732,8 +2732,6 @@ def take_sockets(address: Any) -> tuple[socket.socket | None, list[socket.socket
                 notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}")
                 if isinstance(bound, str) and os.path.lexists(bound):
                     os.unlink(bound)
-    for copy in listeners[1:]:
-        copy.close()
     return next(iter(listeners), None), connections
 
 

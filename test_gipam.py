@@ -5301,13 +5301,24 @@ class ManagerTest(unittest.TestCase):
         other = self.start(Daemon(self))
         self.assertEqual((peer.answer(), Peer(self, other.socket).ask()), (ENDED, ACTIVATED))
 
+    def test_socket_that_has_lost_its_name_is_given_back(self) -> None:
+        daemon = Daemon(self)
+        self.store(daemon.socket, "gipam")
+        os.unlink(daemon.socket)
+        self.start(daemon)
+        self.assertEqual(Peer(self, daemon.socket).ask(), ACTIVATED)
+        self.assertEqual([name for name, _ in self.stored], ["gipam"])
+        self.stop(daemon)
+
     def test_socket_for_another_address_is_given_back_or_left_to_its_unit(self) -> None:
         for name, is_left in (("gipam", False), ("gipam.socket", True)):
             with self.subTest(name):
                 self.forget()
                 other = os.path.join(make_directory(self), "old.sock")
                 self.store(other, name)
-                daemon = self.start(Daemon(self))
+                daemon = Daemon(self)
+                self.store(daemon.socket)  # a dead one is at its own address
+                self.start(daemon)
                 self.assertEqual(Peer(self, daemon.socket).ask(), ACTIVATED)
                 self.assertEqual(os.path.lexists(other), is_left)
                 self.assertEqual([kept for kept, _ in self.stored], [name] * is_left + ["gipam"])
