@@ -1575,6 +1575,7 @@ class Store:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
+                    os.close(fd)
                     raise BusyError(f"lease file {self.path} is held by process {holder}: stop it, "
                                     "or give this one another -file") from None
                 time.sleep(0.02)
@@ -1586,14 +1587,19 @@ class Store:
     def keep_names(self) -> None:
         """Make the lock again if somebody has deleted it.
 
-        Raises: BusyError if another has it; StoreLost if the journal was moved.
+        Raises: BusyError if another has it and may write; StoreLost if the journal was moved.
         """
         if self._fd >= 0 and not self._is_at(self._fd, self.segment_path(self.segment), self.calls):
             raise StoreLost(f"{self.segment_path(self.segment)} was moved or deleted under gipam")
-        with contextlib.suppress(FileNotFoundError):  # nobody can start in a directory that is gone
+        try:
             if self._lock_fd >= 0 and not self._is_at(self._lock_fd, self.path + ".lock", os):
                 self.lock(patience_s=0.0)
                 log.warning("the lock %s.lock was deleted: made again", self.path)
+        except FileNotFoundError:
+            pass  # nobody can start in a directory that is gone
+        except BusyError:
+            if self._fd < 0:  # else the other one finds the journal locked, and ends
+                raise
 
     @staticmethod
     def _is_at(fd: int, path: str, calls: Any) -> bool:

@@ -2329,6 +2329,18 @@ class LockTest(StoreCase):
         client.request_pool("10.10.0.0/24")
         self.assertEqual(first.stop(), 0)
 
+    def test_lock_that_another_has_is_waited_for_while_the_journal_keeps_it_out(self) -> None:
+        """Else a second one, which is about to be refused, would end the first."""
+        service = self.begin()
+        service._store.lock()
+        Direct(service).request_pool()
+        os.unlink(self.path + ".lock")
+        with open(self.path + ".lock", "w", encoding="ascii") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            service._store.keep_names()
+        service._store.keep_names()
+        self.assertEqual(self.read_files()["leases.json.lock"], b"%d\n" % os.getpid())
+
     def test_segment_that_is_written_keeps_others_out_before_it_is_named(self) -> None:
         """A fold has made it, and it is still blank: recovery goes on in the one before it."""
         service = self.begin()
