@@ -117,16 +117,14 @@ MIN_FOLD_BYTES = 1 << 20  # a journal is folded once it is longer than this and 
 FOLD_PATIENCE_S = 10.0  # after a fold that failed
 ENCODE_LEASES = 250  # of a snapshot at a time; measured: 0.4 ms
 WRITE_BYTES = 16384  # of a snapshot, and of a page, at a time
-ROOM_BYTES = 1 << 20  # zeros ahead of the end of the journal: an append then changes no metadata
+ROOM_BYTES = 1 << 17  # zeros ahead of the end of the journal: an append then changes no metadata
 LINE_BYTES = 64  # of a line of the journal, beside its records
 SECTOR_BYTES = 512  # a disk writes it as a whole or not at all
 LOCK_PATIENCE_S = 2.0  # a predecessor may still be folding
 MAX_HEAD_BYTES = 1 << 18  # of a request
 RECEIVE_BYTES = 65536
-REQUEST_PATIENCE_S = 10.0  # on TCP, for a request that has begun, and for a peer to take a reply
-MAX_TCP_CLIENTS = 256  # past it the longest idle one goes
-MAX_TCP_STRANGERS = 256  # who have not been served yet: they cannot push clients out
-MAX_TCP_PAGES = 16  # in the middle of being read
+MAX_TCP_CLIENTS = 256  # and as many strangers, who have not been served; past it the idlest goes
+MAX_METRICS_CLIENTS = 16  # likewise on the address of -metrics
 MAX_RIGHTS = 253  # descriptors in one message (the kernel's SCM_MAX_FD)
 MAX_LOG_RECORDS, MAX_LOG_CHARS = 10_000, 4_000
 TICK_S = 1.0
@@ -1495,10 +1493,9 @@ def encode_line(seq: int, records: Iterable[str]) -> bytes:
     return b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload)
 
 
-def decode_lines(data: bytes, is_last: bool) -> Iterator[Line]:
+def decode_lines(data: bytes) -> Iterator[Line]:
     """Yield the lines of a segment, up to the zeros after them: room, or what a crash tore.
 
-    In the last segment, a line that is whole but for its end of line counts.
     Raises: ValueError with the place.
     """
     data, offset, number = data.rstrip(b"\0"), 0, 1
@@ -1506,8 +1503,7 @@ def decode_lines(data: bytes, is_last: bool) -> Iterator[Line]:
         head = LINE_HEAD.match(data, offset)
         end = offset + 18 + int(head[1], 16) if head else len(data)
         payload = data[offset + 18:end]
-        is_whole = head and end <= len(data) and zlib.crc32(payload) == int(head[2], 16)
-        if is_whole and (data[end:end + 1] == b"\n" or (is_last and len(data) <= end + 1)):
+        if head and data[end:end + 1] == b"\n" and zlib.crc32(payload) == int(head[2], 16):
             seq, records, *_ = json.loads(payload)  # gipam 1.0 also named the next segment
             yield Line(number, offset, end + 1, seq, records)
         elif is_torn(data, offset, end if head else None):
@@ -1530,7 +1526,7 @@ def is_torn(data: bytes, offset: int, end: int | None) -> bool:
     if b"\0" in data[offset:]:
         fits = b"\0" in data[offset:offset + 18] if end is None else len(data) <= end + 1
     else:
-        fits = len(data) < (offset + 18 if end is None else end) and data[-1:] != b"\n"
+        fits = len(data) <= (offset + 17 if end is None else end) and data[-1:] != b"\n"
     return (fits and data.find(b"\n", offset, -1) < 0
             and all(b"\0" not in sector or not sector.strip(b"\0") for sector in sectors))
 
@@ -1562,13 +1558,10 @@ class Store:
         self.snapshot_bytes = 0
         self._fd = self._lock_fd = -1
         self._end = 0  # bytes of the segment that are on disk
-        self._last_line = b""  # as recovery has read it, to be written anew
-        self._is_torn = self._is_unended = False  # there is more, or the last line lacks its end
+        self._last_line = b""  # as recovery has read it
         self._room = 0  # bytes of it that can be written without asking the disk for more
         self._reserved = 0  # of the room, for the line that is due
         self._older_bytes = 0  # in the segments before it
-        self._growth: threading.Thread | None = None
-        self._grown: int | Exception = 0  # what became of it: where the room ends now
 
     @property
     def journal_bytes(self) -> int:
@@ -1578,36 +1571,39 @@ class Store:
     def lock(self, patience_s: float = LOCK_PATIENCE_S) -> None:
         """Keep others off the lease file while the process lives. Raises: BusyError, OSError."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._lock_fd = os.open(self.path + ".lock", flags, 0o600)
-        deadline = time.monotonic() + patience_s
+        fd, deadline = os.open(self.path + ".lock", flags, 0o600), time.monotonic() + patience_s
         while True:
             try:
-                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    holder = os.pread(self._lock_fd, 20, 0).decode("ascii", "replace").strip()
+                    holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
+                    os.close(fd)
                     raise BusyError(f"lease file {self.path} is held by process {holder}: stop it, "
                                     "or give this one another -file") from None
                 time.sleep(0.02)
         with contextlib.suppress(OSError):  # a full disk must not forbid starting
-            os.ftruncate(self._lock_fd, 0)
-            os.pwrite(self._lock_fd, b"%d\n" % os.getpid(), 0)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        self._lock_fd = fd
 
     def keep_names(self) -> None:
-        """Make the lock again if it has lost its name.
+        """Make the lock again if somebody has deleted it.
 
-        Raises: StoreLost if another has it, or if the journal was moved.
+        Raises: BusyError if another has it and may write; StoreLost if the journal was moved.
         """
         if self._fd >= 0 and not self._is_at(self._fd, self.segment_path(self.segment), self.calls):
             raise StoreLost(f"{self.segment_path(self.segment)} was moved or deleted under gipam")
-        with contextlib.suppress(FileNotFoundError):  # nobody can start in a directory that is gone
+        try:
             if self._lock_fd >= 0 and not self._is_at(self._lock_fd, self.path + ".lock", os):
-                try:
-                    self.lock(patience_s=0.0)
-                except BusyError as error:
-                    raise StoreLost(f"the lock was deleted, and another has it: {error}") from None
+                self.lock(patience_s=0.0)
                 log.warning("the lock %s.lock was deleted: made again", self.path)
+        except FileNotFoundError:
+            pass  # nobody can start in a directory that is gone
+        except BusyError:
+            if self._fd < 0:  # else the other one finds the journal locked, and ends
+                raise
 
     @staticmethod
     def _is_at(fd: int, path: str, calls: Any) -> bool:
@@ -1690,7 +1686,7 @@ class Store:
             numbers.pop()  # it was made for a fold that never came to be
         for self.segment in numbers:
             path = self.segment_path(self.segment)
-            for line in self._read_segment(path, self.segment == numbers[-1]):
+            for line in self._read_segment(path):
                 first = line.seq - len(line.records) + 1
                 if document is None and line.seq:
                     raise self.damage(path, f"is there without its lease file {self.path}")
@@ -1707,39 +1703,40 @@ class Store:
         with open(self.segment_path(number), "rb") as file:
             return file.read()
 
-    def _read_segment(self, path: str, is_last: bool) -> Iterator[Line]:
+    def _read_segment(self, path: str) -> Iterator[Line]:
         data = self._read(self.segment)
-        self._older_bytes, self._end, self._room = self.journal_bytes, 0, len(data)
-        start = 0
+        self._older_bytes, self._end, self._last_line = self.journal_bytes, 0, b""
         try:
-            for line in decode_lines(data, is_last):
-                start, self._end = line.offset, line.end
+            for line in decode_lines(data):
+                self._end, self._last_line = line.end, data[line.offset:line.end]
                 yield line
         except ValueError as error:
             raise self.damage(
                 path, f"is damaged: {error}", "put back a backup; or give up that line and all "
                 f"after it: truncate -s {self._end} {path}, move later segments away, start gipam, "
                 "run `gipam check --fix`") from None
-        self._last_line = data[start:self._end - 1] + b"\n" if self._end else b""
-        self._is_unended = data[start:self._end] != self._last_line
-        self._is_torn = len(data.rstrip(b"\0")) > self._end
-        if self._is_torn:
+        if data[self._end:].strip(b"\0"):
             log.warning("dropped the end of %s from byte %d on: a crash cut it off before it was "
                         "acknowledged", path, self._end)
 
     def close(self) -> None:
-        """Let go of the segment. Raises: StoreLost."""
-        self._end_growth()
+        """Let go of the segment."""
         self._close(self._fd)
         self._fd = -1
 
     def settle(self) -> None:
-        """Sync what recovery has read: a process that was killed may not have.
+        """Go on where recovery has ended, and sync what it has read: a kill may have come before.
 
+        What is torn goes, and the room with it. The last line is written anew: where its sync had
+        failed, the kernel shows it, but takes it for written.
         Raises: OSError; BusyError if another daemon writes there.
         """
         if self.segment:
-            self._open_segment()
+            self._fd, self._room = self._take_segment(self.segment), self._end
+            self.calls.ftruncate(self._fd, self._end)
+            with contextlib.suppress(OSError):  # a full disk must not forbid starting
+                self._write(self._fd, self._last_line, self._end - len(self._last_line))
+            self.calls.fdatasync(self._fd)
         for number in self.segments():
             if number > self.segment:  # blank for us, but who has just made it may be there
                 self._close(self._take_segment(number))
@@ -1756,38 +1753,17 @@ class Store:
                             "or give this one another -file") from None
         return int(fd)
 
-    def _open_segment(self) -> None:
-        """Open the segment where recovery, or switch(), has ended: without a torn end.
-
-        The last line is written anew: where its sync had failed, the kernel shows it, but takes it
-        for written.
-        """
-        fd = self._take_segment(self.segment)
-        try:
-            if self._is_torn:
-                self.calls.ftruncate(fd, self._end)
-                self._room = self._end
-            if self._is_unended:
-                self._write(fd, b"\n", self._end - 1)
-            if self._last_line or self._is_torn:
-                with contextlib.suppress(OSError):  # a full disk must not forbid starting
-                    self._write(fd, self._last_line, self._end - len(self._last_line))
-                self.calls.fdatasync(fd)
-        except OSError:
-            self._close(fd)
-            raise
-        self._fd, self._room = fd, max(self._room, self._end)
-        self._last_line, self._is_torn, self._is_unended = b"", False, False
-
     def make_segment(self, needed: int) -> tuple[int, int] | None:
         """Return (number, bytes of room) of a new segment, to be given to switch().
 
-        None: the present one is new. Durable: its room, and its name. Raises: OSError, StoreLost.
+        A fold needs all of ROOM_BYTES. None: the present one is new.
+        Durable: its room, and its name. Raises: OSError, StoreLost.
         """
         if self.segment and not self._end:
             return None
-        if needed >= ROOM_BYTES:
-            self._check_space()
+        disk = self.calls.statvfs(self._directory)
+        if needed >= ROOM_BYTES and disk.f_bavail * disk.f_frsize < 2 * ROOM_BYTES:
+            raise OSError(errno.ENOSPC, "the last of the disk is left to the requests")
         number = self.segment + 1  # what may be there is blank, as replay() has seen
         with self._opened(self.segment_path(number), CREATE) as fd:
             room = self._extend(number, fd, 0, needed)
@@ -1795,16 +1771,12 @@ class Store:
         return number, room
 
     def switch(self, made: tuple[int, int] | None) -> None:
-        """Go on in the segment that was made, if one was: between two turns. Raises: OSError."""
+        """Go on in the segment that was made, if one was. Raises: OSError; nothing has changed."""
         if made:
-            self._end_growth()
-            old, self._fd = self._fd, -1
+            fd = self._take_segment(made[0])
+            self._close(self._fd)  # not before: one of the two is always locked
             self._older_bytes, self._end = self.journal_bytes, 0
-            self.segment, self._room = made
-            try:
-                self._open_segment()
-            finally:
-                self._close(old)  # not before: one of the two is always locked
+            self._fd, (self.segment, self._room) = fd, made
 
     def reserve(self, size: int) -> None:
         """Make sure that a record of so many bytes can be part of the line that is due.
@@ -1813,61 +1785,31 @@ class Store:
         """
         needed = self._end + self._reserved + size + LINE_BYTES
         try:
-            if needed > self._room:
-                self._end_growth()
             if not self.segment:
                 self.keep_names()
                 self.switch(self.make_segment(needed))
-            elif self._fd < 0:
-                self._open_segment()
             if needed > self._room:
-                self._grown = self._room = self._extend(self.segment, self._fd, self._room, needed)
+                self._room = self._extend(self.segment, self._fd, self._room, needed)
         except OSError as error:
             raise StoreError(f"cannot write {self.segment_path(self.segment or 1)}: "
                              f"{error.strerror}; nothing has changed") from None
         self._reserved += size + 1
 
-    def _extend(self, number: int, fd: int, start: int, needed: int, size: int = 0) -> int:
+    def _extend(self, number: int, fd: int, start: int, needed: int) -> int:
         """Write zeros from the end of the room on; return where they end: far, or at the needed.
 
         Durable: on return. Raises: OSError, and the room is as before; StoreLost.
         """
-        size = size or ROOM_BYTES
-        end = max(start + size, needed)
-        try:
-            self._write(fd, bytes(end - start), start)
-        except OSError:
-            self.calls.ftruncate(fd, start)
-            if end == needed:
-                raise
-            return self._extend(number, fd, start, needed, size // 4)
+        for end in (max(start + ROOM_BYTES, needed), needed):
+            try:
+                self._write(fd, bytes(end - start), start)
+                break
+            except OSError:
+                self.calls.ftruncate(fd, start)
+                if end == needed:
+                    raise
         self._sync(number, fd)
         return end
-
-    def _grow(self) -> None:
-        """Make room ahead of need, in a thread: only a turn that comes meanwhile waits for it."""
-        start = self._room
-        try:
-            self._check_space()
-            self._grown = self._extend(self.segment, self._fd, start, start + ROOM_BYTES)
-        except (OSError, StoreLost) as error:
-            self._grown = error
-
-    def _check_space(self) -> None:
-        """Keep what is done ahead of need from taking the last of a disk. Raises: OSError."""
-        found = self.calls.statvfs(self._directory)
-        if found.f_bavail * found.f_frsize < 2 * ROOM_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _end_growth(self) -> None:
-        """Take over the room that the thread has made. Raises: StoreLost."""
-        if self._growth:
-            self._growth.join()
-            self._growth = None
-            if isinstance(self._grown, StoreLost):
-                raise self._grown
-            if isinstance(self._grown, int):  # else reserve() will say so when the room ends
-                self._room = self._grown
 
     def append(self, records: list[str]) -> None:
         """Write the changes that reserve() was asked for as one line. Durable: on return.
@@ -1882,12 +1824,8 @@ class Store:
             raise StoreError(f"cannot write {self.segment_path(self.segment)}: {error.strerror}; "
                              "nothing has changed") from None
         self._sync(self.segment, self._fd)
-        self._end_growth()  # the kernel tells but one of two syncs of an error, be it that thread's
         self._end, self.seq = self._end + len(data), seq
         self._room = max(self._room, self._end)  # a turn that began before switch() may be longer
-        if self._room - self._end < ROOM_BYTES // 2 and isinstance(self._grown, int):
-            self._growth = threading.Thread(target=self._grow, name="room", daemon=True)
-            self._growth.start()
 
     def _sync(self, number: int, fd: int) -> None:
         """Sync a segment. Raises: StoreLost: after that, nobody knows what the disk holds."""
@@ -2850,7 +2788,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Begin with nothing read, nothing to send."""
         self.connection: socket.socket = self.request
         self.inbox, self.outbox = bytearray(), b""
-        self.page: Iterator[bytes] | None = None  # what follows in the outbox
+        self.page: Iterator[bytes] = iter(())  # what follows in the outbox
         self.command = ""  # of the last request
         self.looked = 0  # bytes of the inbox in which no head ends
         self.length = -1  # of the body, once the head is read
@@ -2859,7 +2797,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_waiting = False  # for etcd
         self.is_client = False  # not a stranger: it has been served
         self.reply: Reply | None = None  # the last one, until the peer has shown that it read it
-        self.since_s = time.monotonic()  # of the last sign of life
         self.events = 0  # what the selector waits for
 
     def handle(self) -> None:
@@ -2873,24 +2810,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Name the peer; on a UNIX socket it has no address, and the stock method fails."""
         return "unix" if self.server.is_unix else self.client_address[0]
 
-    def is_sending(self) -> bool:
-        """Return whether the socket has not taken all yet."""
-        return bool(self.outbox) or self.page is not None
-
     def is_busy(self) -> bool:
         """Return whether it is in the middle of a request or of a reply."""
-        return bool(self.inbox) or self.length >= 0 or self.is_waiting or self.is_sending()
-
-    def is_overdue(self, now_s: float) -> bool:
-        """Return whether it is stuck, on TCP, in a request, a reply or a handshake."""
-        is_stuck = self.is_busy() or (self.server.tls is not None and not self.is_client)
-        is_late = self.since_s + REQUEST_PATIENCE_S < now_s
-        return is_stuck and is_late and not self.server.is_unix
+        return bool(self.inbox or self.outbox) or self.length >= 0 or self.is_waiting
 
     def receive(self) -> None:
         """Put what has come into the inbox."""
-        if not self.is_busy():
-            self.since_s = time.monotonic()
         try:
             while len(self.inbox) < MAX_HEAD_BYTES + MAX_BODY_BYTES:
                 data = self.connection.recv(RECEIVE_BYTES)
@@ -2984,26 +2909,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, reply: Reply) -> None:
         """Put the reply into the outbox: head and body in one piece."""
-        portion = next(reply.page, b"")
-        if portion:
-            self.page = itertools.chain([portion], reply.page)
+        self.page, portion = reply.page, next(reply.page, b"")
         self.is_last = self.close_connection or bool(portion) or self.server.loop.is_ending
         length = "" if portion else f"Content-Length: {len(reply.body)}\r\n"
         head = (f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
                 f"Content-Type: {reply.content_type}\r\n{length}"
                 f"{CLOSE if self.is_last else ''}\r\n")
-        self.reply = reply
-        self.outbox += head.encode() + (b"" if self.command == "HEAD" else reply.body)
+        self.reply, self.is_client = reply, self.is_client or reply.status == 200
+        self.outbox += head.encode() + (b"" if self.command == "HEAD" else reply.body + portion)
 
     def send(self) -> None:
         """Send what the socket takes now, of a page one portion."""
         try:
-            if not self.outbox and self.page is not None:
-                self.outbox = next(self.page, b"")
-                self.page = self.page if self.outbox else None
-            if self.outbox:
-                self.outbox = self.outbox[self.connection.send(self.outbox):]
-                self.since_s = time.monotonic()
+            sent = self.connection.send(self.outbox)
+            self.outbox = self.outbox[sent:] or next(self.page, b"")
         except WOULD_BLOCK:
             pass
         except OSError as error:
@@ -3018,9 +2937,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.tls and not self.command:
             log.warning("refused TLS peer %s: %s", self.address_string(), error)
         if self.reply and is_unread:
-            self.server.loop.lost.append(self.reply)
-        self.outbox, self.page = b"", None
-        self.has_ended = self.is_last = True
+            self.server.loop.service.take_back(self.reply.change, self.reply.seq)
+        self.outbox, self.page, self.is_last = b"", iter(()), True
         self.inbox.clear()
 
 
@@ -3047,12 +2965,14 @@ class Server(socketserver.TCPServer):
             ipaddress.ip_address(str(self.server_address[0])).is_loopback)
 
     def server_bind(self) -> None:
-        """Bind. Raises: OSError that names the address."""
+        """Bind, on a UNIX socket for root only. Raises: OSError that names the address."""
         try:
             super().server_bind()
         except OSError as error:
-            raise OSError(error.errno, error.strerror,
-                          format_endpoint(self.server_address)) from None
+            error.filename = format_endpoint(self.server_address)
+            raise
+        if self.is_unix:
+            os.chmod(self.socket.getsockname(), 0o600)
 
     def get_request(self) -> Any:
         """Accept; a TLS handshake is made by the first recv()."""
@@ -3065,21 +2985,12 @@ class Server(socketserver.TCPServer):
                                            suppress_ragged_eofs=False)
         return request, client_address
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the connection its handler, which the loop asks from now on."""
-        self.finish_request(request, client_address)
-
 
 class UnixServer(Server):
     """The plugin on a UNIX socket."""
 
     address_family = socket.AF_UNIX
     is_unix = True
-
-    def server_bind(self) -> None:
-        """Bind, for root only. Raises: OSError."""
-        super().server_bind()
-        os.chmod(self.socket.getsockname(), 0o600)
 
 
 class Loop:
@@ -3093,20 +3004,18 @@ class Loop:
         self.service, self.flush_log = service, flush_log
         self.servers: list[Server] = []
         self.handlers: dict[Handler, None] = {}
-        self.lost: list[Reply] = []  # that have not arrived
         self.ask_etcd: Callable[[Need, Again], None] | None = None
         self._late: list[tuple[Handler, Reply]] = []  # replies that have waited for etcd
         self.is_ending = False  # each reply is the last of its connection
         self.is_stopping = self.is_over = False
         self._asking: dict[Handler, None] = {}  # may have a request in the inbox
-        self._served: list[Handler] = []  # for the first time, in this turn
         self._selector = selectors.DefaultSelector()
-        self._calls: collections.deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]]
-        self._calls = collections.deque()
+        self._calls: collections.deque[Any] = collections.deque()  # (future, function) of threads
         self._bell, self._rope = socket.socketpair()
         for end in (self._bell, self._rope):
             end.setblocking(False)
-        self._selector.register(self._bell, selectors.EVENT_READ, self._hear)
+        self._selector.register(self._bell, selectors.EVENT_READ,
+                                lambda _: self._bell.recv(4096))
         self._folder: threading.Thread | None = None
         self._fold_after_s = 0.0
 
@@ -3141,9 +3050,6 @@ class Loop:
         for key, events in self._selector.select(0 if self._asking else wait_s):  # 1, 2
             key.data(events & key.events)
         tell = [self._run(*self._calls.popleft()) for _ in range(len(self._calls))]  # 3
-        for lost in self.lost:
-            self.service.take_back(lost.change, lost.seq)
-        self.lost.clear()
         asking, self._asking = self._asking, {}
         replies, self._late = self._late, []
         replies += [(handler, reply) for handler in asking  # 4
@@ -3152,14 +3058,9 @@ class Loop:
         for handler, reply in replies:  # 6
             handler.answer(settle(self.service, reply))
             self._send(handler)
-        while self._served:  # not before: who is pushed out may have a reply of this turn
-            self._bound(self._served.pop())
         for tell_thread in tell:
             tell_thread()
         self.flush_log()
-
-    def _hear(self, _: int) -> None:
-        self._bell.recv(4096)
 
     def _run(self, future: concurrent.futures.Future[Any],
              function: Callable[[], Any]) -> Callable[[], None]:
@@ -3176,7 +3077,7 @@ class Loop:
         """Take in who has dialled."""
         try:
             for _attempt in range(BACKLOG):
-                server.process_request(*server.get_request())
+                server.finish_request(*server.get_request())
         except BlockingIOError:
             pass
         except OSError as error:
@@ -3186,23 +3087,19 @@ class Loop:
                 self._selector.unregister(server.socket)  # until the next tick
 
     def add(self, handler: Handler) -> None:
-        """Ask the handler from now on."""
+        """Ask the handler from now on; on TCP, let the longest idle ones go that are too many.
+
+        Strangers push out strangers, and never a client that works; who asks in this turn is last.
+        """
         self.handlers[handler] = None
         self._watch(handler, selectors.EVENT_READ)
-        self._bound(handler)
-
-    def _bound(self, newcomer: Handler) -> None:
-        """On TCP, let the longest idle ones go: of strangers or of clients, as the newcomer is.
-
-        So strangers push out strangers, and never a client that works.
-        """
-        if newcomer.server.is_unix:
-            return
-        limit = MAX_TCP_CLIENTS if newcomer.is_client else MAX_TCP_STRANGERS
-        alike = [handler for handler in self.handlers if (handler.server, handler.is_client)
-                 == (newcomer.server, newcomer.is_client)]
-        for handler in alike[:-limit]:
-            self.close(handler)
+        limit = MAX_METRICS_CLIENTS if handler.server.paths else MAX_TCP_CLIENTS
+        for is_client in () if handler.server.is_unix else (False, True):
+            alike = [other for other in self.handlers if other.server is handler.server
+                     and other.is_client is is_client]
+            alike.sort(key=lambda other: other.is_waiting or other in self._asking)
+            for other in alike[:-limit]:
+                self.close(other)
 
     def _move(self, handler: Handler, events: int) -> None:
         """Let the handler send or receive, unless an earlier one of this turn has ended it."""
@@ -3216,12 +3113,11 @@ class Loop:
 
     def _ask(self, handler: Handler) -> Reply | None:
         """Answer the next request of a handler, if it has one."""
-        if handler.is_closed or handler.is_waiting or handler.is_sending():
+        if handler.is_closed or handler.is_waiting or handler.outbox:
             return None
         try:
             body = None if handler.is_last else handler.next_request()
             if body is not None:
-                self._check_pages(handler)
                 return self._dispatch(handler, body)
         except GipamError as error:
             return handler.refuse(error)
@@ -3248,25 +3144,16 @@ class Loop:
             return reply.need
         handler.is_waiting = False
         if handler.is_closed:
-            self.lost.append(reply)
+            self.service.take_back(reply.change, reply.seq)
         else:
             self._late.append((handler, reply))
         return None
 
-    def _check_pages(self, handler: Handler) -> None:
-        """Bound what peers on TCP can make gipam keep for them. Raises: Unavailable."""
-        if handler.command == "GET" and not handler.server.is_unix and sum(
-                other.page is not None for other in self.handlers) >= MAX_TCP_PAGES:
-            raise Unavailable("too many pages are being read at once: try again")
-
     def _send(self, handler: Handler) -> None:
         """Let the handler send; go on with what else it has been asked."""
         handler.send()
-        if not handler.is_sending():
+        if not handler.outbox:
             self.handlers[handler] = self.handlers.pop(handler)  # the longest idle one is first
-            if not (handler.is_client or handler.is_last):
-                handler.is_client = bool(handler.reply and handler.reply.status == 200)
-                self._served.append(handler)
             if handler.inbox or handler.has_ended:
                 self._asking[handler] = None
                 return
@@ -3274,15 +3161,16 @@ class Loop:
 
     def _settle(self, handler: Handler) -> None:
         """End the handler if it has nothing more to do, else wait for what it needs."""
-        events = selectors.EVENT_WRITE if handler.is_sending() else selectors.EVENT_READ
+        events = selectors.EVENT_WRITE if handler.outbox else selectors.EVENT_READ
         if events == selectors.EVENT_READ and (handler.is_last or handler.has_ended):
             events = 0
             if handler.is_last or not (self.is_ending and handler.server.is_unix):
                 self.close(handler)  # else finish() has shut it for reading, and ends it later
-        if events != handler.events and not handler.is_closed:
-            self._watch(handler, events)
+        self._watch(handler, events)
 
     def _watch(self, handler: Handler, events: int) -> None:
+        if events == handler.events:
+            return
         if handler.events:
             self._selector.unregister(handler.connection)
         if events:
@@ -3293,14 +3181,10 @@ class Loop:
     def close(self, handler: Handler) -> None:
         """End a connection. What it has not sent is not taken back: nobody but us has ended it."""
         if not handler.is_closed:
-            self.leave(handler)
-            handler.server.shutdown_request(handler.connection)
-
-    def leave(self, handler: Handler) -> None:
-        """Ask the handler no more, nor close its connection."""
-        self._watch(handler, 0)
-        handler.is_closed = True
-        self.handlers.pop(handler, None)
+            self._watch(handler, 0)
+            handler.is_closed = True
+            del self.handlers[handler]
+            handler.server.close_request(handler.connection)
 
     # A life
 
@@ -3322,9 +3206,6 @@ class Loop:
                 tick_s = time.monotonic() + TICK_S
                 for server in self.servers:
                     self.open(server)
-                for handler in list(self.handlers):
-                    if handler.is_overdue(time.monotonic()):
-                        self.close(handler)
                 on_tick()
 
     def _fold_if_due(self) -> None:
@@ -3348,7 +3229,7 @@ class Loop:
         """
         if "FDSTORE" in os.environ:
             self._stop_accepting()
-            self._turn_until(lambda: not any(map(Handler.is_busy, self.handlers)))
+            self._turn_for(0.0, DIAL_PATIENCE_S)
             self._hand_on()
         else:
             self.is_ending = True
@@ -3356,18 +3237,13 @@ class Loop:
                 if handler.server.is_unix and handler.command:
                     with contextlib.suppress(OSError):  # the peer is gone already
                         handler.connection.shutdown(socket.SHUT_RD)
-            end_s = time.monotonic() + RETIRE_PATIENCE_S
-            self._turn_until(lambda: time.monotonic() > end_s)
-            for handler in self.handlers:
-                if not handler.command:  # it may just have dialled
-                    handler.since_s = time.monotonic()
-            self._close_idle()
+            self._turn_for(RETIRE_PATIENCE_S, RETIRE_PATIENCE_S)
+            for handler in list(self.handlers):
+                if handler.command and not handler.is_busy():  # else it may just have dialled
+                    self.close(handler)
         remove_names()
-        for server in self.servers:
-            if not server.is_kept:
-                self._accept(server, 0)  # who waits in the backlog would be reset
         self._stop_accepting()
-        self._turn_until(self._close_idle)
+        self._turn_for(RETIRE_PATIENCE_S, DIAL_PATIENCE_S)
         for handler in self.handlers:
             if handler.is_waiting:
                 handler.is_waiting = False
@@ -3377,36 +3253,34 @@ class Loop:
             self.close(handler)
         self._end_calls()
 
-    def _turn_until(self, is_done: Callable[[], bool]) -> None:
-        """Make turns until it is done, at most as long as a peer may take to send a request."""
-        end_s = time.monotonic() + DIAL_PATIENCE_S
-        while time.monotonic() < end_s and not self.service.loss and not is_done():
+    def _turn_for(self, least_s: float, most_s: float) -> None:
+        """Make turns for so long, and on while somebody is in the middle of a request."""
+        started_s = time.monotonic()
+        while self.handlers and not self.service.loss:
+            past_s = time.monotonic() - started_s
+            if past_s >= (most_s if any(map(Handler.is_busy, self.handlers)) else least_s):
+                break
             self.turn(0.01)
 
-    def _close_idle(self) -> bool:
-        """Close who has been idle for a moment, also after dialling; return whether all are."""
-        late_s = time.monotonic() - RETIRE_PATIENCE_S
-        for handler in list(self.handlers):
-            if not handler.is_busy() and handler.since_s < late_s:
-                self.close(handler)
-        return not self.handlers
-
     def _stop_accepting(self) -> None:
-        for server in self.servers:
+        """Close all listeners; who waits in the backlog of one that nobody keeps would be reset."""
+        while self.servers:
+            server = self.servers.pop()
+            if not server.is_kept:
+                self._accept(server, 0)
             if server.socket.fileno() in self._selector.get_map():
                 self._selector.unregister(server.socket)
-                if not server.is_kept:
-                    server.server_close()
+            server.server_close()
 
     def _hand_on(self) -> None:
         """Give idle connections to the service manager, for the next process (sd_notify(3))."""
         idle = [handler for handler in self.handlers if not handler.is_busy()
                 and not handler.server.tls]
-        for handler in idle:
-            self.leave(handler)
         for at in range(0, len(idle), MAX_RIGHTS):
             notify(f"FDSTORE=1\nFDNAME={CONNECTION}",
                    [handler.connection.fileno() for handler in idle[at:at + MAX_RIGHTS]])
+        for handler in idle:
+            self.close(handler)
 
     def _end_calls(self) -> None:
         """Refuse what threads still ask for, and wait for the one that folds."""
@@ -3432,12 +3306,11 @@ def listen(kind: type[Server], address: Any, loop: Loop,
         notify(f"FDSTORE=1\nFDNAME={LISTENER}", [server.socket.fileno()])
     loop.open(server)
     for connection in connections:
-        with contextlib.suppress(OSError):  # its peer has reset it meanwhile
-            if connection.getsockname() == server.server_address and not tls:
-                connection.setblocking(False)
-                server.process_request(connection, connection.getpeername())
-                continue
-        connection.close()
+        if connection.getsockname() == server.server_address and not tls:
+            connection.setblocking(False)
+            server.finish_request(connection, server.server_address)  # its peer is of this host
+        else:
+            connection.close()
     if connections:
         notify(f"FDSTOREREMOVE=1\nFDNAME={CONNECTION}")
     return server
@@ -3450,41 +3323,37 @@ def take_sockets(address: Any) -> tuple[socket.socket | None, list[socket.socket
     shut down, which would end both. One for another address, kept from before a change of options,
     is given back, and its name goes: it must not look alive.
     """
-    found, connections = None, []
+    listeners, connections = [], []
     is_for_us = os.environ.get("LISTEN_PID") == str(os.getpid())
+    is_named = not isinstance(address, str) or os.path.exists(address)
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     for at in range(int(os.environ.get("LISTEN_FDS", "0")) if is_for_us else 0):
         handed = socket.socket(fileno=3 + at)
+        bound = handed.getsockname()
         if not handed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             connections.append(handed)
-            continue
-        bound = handed.getsockname()
-        is_ours = (bound == address and os.path.exists(bound)) if isinstance(address, str) \
-            else bound[:2] == address
-        if is_ours and found is None:
-            found = handed
-            continue
-        handed.close()
-        if not is_ours and names[at:at + 1] == [LISTENER]:
-            notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}")
-            if isinstance(bound, str) and os.path.lexists(bound):
-                os.unlink(bound)
-    return found, connections
+        elif is_named and address in (bound, bound[:2]):
+            listeners.append(handed)
+        else:
+            handed.close()
+            if names[at:at + 1] == [LISTENER]:
+                notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}")
+                if isinstance(bound, str) and os.path.lexists(bound):
+                    os.unlink(bound)
+    return next(iter(listeners), None), connections
 
 
 def clear_path(path: str) -> None:
     """Make the directory of a socket or link, remove a dead one. Raises: GipamError, OSError."""
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    if not os.path.lexists(path):
-        return
-    mode = os.lstat(path).st_mode
-    if not stat.S_ISSOCK(mode) and not stat.S_ISLNK(mode):
-        raise ConfigError(f"{path} is in the way and is not a socket: "
-                          "remove it, or use another name")
-    with socket.socket(socket.AF_UNIX) as probe:
-        if probe.connect_ex(path) == 0:
-            raise BusyError(f"another daemon answers on {path}: stop it, or use another name")
-    os.unlink(path)
+    if os.path.lexists(path):
+        if not os.path.islink(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ConfigError(f"{path} is in the way and is not a socket: "
+                              "remove it, or use another name")
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(path) == 0:
+                raise BusyError(f"another daemon answers on {path}: stop it, or use another name")
+        os.unlink(path)
 
 
 def open_unix(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
@@ -3493,17 +3362,15 @@ def open_unix(config: Config, loop: Loop, remove: Callable[[str], None]) -> None
     if not server.is_kept:
         remove(config.socket)
     link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
-    if config.socket != link:
-        try:
-            if os.path.islink(link) and os.readlink(link) == config.socket:
-                os.unlink(link)  # ours: else it would pass for another daemon
+    try:
+        if os.path.realpath(link) != os.path.realpath(config.socket):
             clear_path(link)
             os.symlink(config.socket, link)
-            if "FDSTORE" not in os.environ:
-                remove(link)
-        except PermissionError:
-            if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
-                raise
+        if not server.is_kept:
+            remove(link)
+    except PermissionError:
+        if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
+            raise
     if config.is_spec_given:
         write_spec(config.spec, f"unix://{config.socket}\n", remove)
 
@@ -3512,16 +3379,15 @@ def open_tcp(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
     """Listen on the address, and write the plugin file. Raises: GipamError, OSError."""
     server = listen(Server, config.address, loop, load_tls(config.tls, is_server=True))
     address, stem = format_endpoint(server.server_address), os.path.splitext(config.spec)[0]
-    shadows = {os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock"): clear_path}
     path, text = config.spec, f"tcp://{address}\n"
     if config.tls:
-        shadows[path] = os.unlink
         files = {key: os.path.join(config.tls, name) for key, name in
                  (("CAFile", "ca.pem"), ("CertFile", "cert.pem"), ("KeyFile", "key.pem"))}
         path = stem + ".json"
         text = json.dumps({"Addr": f"https://{address}", "TLSConfig": files}) + "\n"
-    for shadow, clear in shadows.items():
-        if os.path.lexists(shadow):
+    found_first = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock")
+    for shadow, clear in ((found_first, clear_path), (config.spec, os.unlink)):
+        if shadow != path and os.path.lexists(shadow):
             clear(shadow)
             log.warning("removed %s, which hid %s; restart dockerd if it has used it", shadow, path)
     write_spec(path, text, remove)
