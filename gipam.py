@@ -123,6 +123,8 @@ SECTOR_BYTES = 512  # a disk writes it as a whole or not at all
 LOCK_PATIENCE_S = 2.0  # a predecessor may still be folding
 MAX_HEAD_BYTES = 1 << 18  # of a request
 RECEIVE_BYTES = 65536
+REQUEST_PATIENCE_S = 10.0  # on TCP, for a request that has begun, and for a peer to take a reply
+MAX_TCP_PAGES = 16  # in the middle of being read
 MAX_TCP_CLIENTS = 256  # and as many strangers, who have not been served; past it the idlest goes
 MAX_METRICS_CLIENTS = 16  # likewise on the address of -metrics
 MAX_RIGHTS = 253  # descriptors in one message (the kernel's SCM_MAX_FD)
@@ -2797,6 +2799,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_waiting = False  # for etcd
         self.is_client = False  # not a stranger: it has been served
         self.reply: Reply | None = None  # the last one, until the peer has shown that it read it
+        self.since_s = time.monotonic()  # when it was last idle, or has sent something
         self.events = 0  # what the selector waits for
 
     def handle(self) -> None:
@@ -2814,8 +2817,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return whether it is in the middle of a request or of a reply."""
         return bool(self.inbox or self.outbox) or self.length >= 0 or self.is_waiting
 
+    def is_overdue(self, now_s: float) -> bool:
+        """Return whether it is stuck, on TCP, in a request, a reply or a handshake."""
+        is_stuck = self.is_busy() or (self.server.tls is not None and not self.is_client)
+        is_late = self.since_s + REQUEST_PATIENCE_S < now_s
+        return is_stuck and is_late and not self.server.is_unix
+
     def receive(self) -> None:
         """Put what has come into the inbox."""
+        if not self.is_busy():
+            self.since_s = time.monotonic()
         try:
             while len(self.inbox) < MAX_HEAD_BYTES + MAX_BODY_BYTES:
                 data = self.connection.recv(RECEIVE_BYTES)
@@ -2923,6 +2934,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             sent = self.connection.send(self.outbox)
             self.outbox = self.outbox[sent:] or next(self.page, b"")
+            self.since_s = time.monotonic()
         except WOULD_BLOCK:
             pass
         except OSError as error:
@@ -3118,11 +3130,19 @@ class Loop:
         try:
             body = None if handler.is_last else handler.next_request()
             if body is not None:
+                self._check_pages(handler)
                 return self._dispatch(handler, body)
         except GipamError as error:
             return handler.refuse(error)
         self._settle(handler)
         return None
+
+    def _check_pages(self, handler: Handler) -> None:
+        """Bound what peers on TCP can make gipam keep for them. Raises: Unavailable."""
+        if handler.command == "GET" and not handler.server.is_unix and sum(
+                bool(other.outbox) and other.command == "GET" for other in self.handlers
+                if not other.server.is_unix) >= MAX_TCP_PAGES:
+            raise Unavailable("too many pages are being read at once: try again")
 
     def _dispatch(self, handler: Handler, body: bytes) -> Reply | None:
         """Answer a request, or put it aside until etcd has been asked."""
@@ -3206,6 +3226,9 @@ class Loop:
                 tick_s = time.monotonic() + TICK_S
                 for server in self.servers:
                     self.open(server)
+                for handler in list(self.handlers):
+                    if handler.is_overdue(time.monotonic()):
+                        self.close(handler)
                 on_tick()
 
     def _fold_if_due(self) -> None:
