@@ -189,7 +189,7 @@ class Unreachable(GipamError, exit_status=2):
 
 
 class Absent(Unreachable):
-    """No daemon answers where it should."""
+    """Nobody listens where Docker or the daemon should."""
 
 
 class Refused(GipamError, exit_status=2):
@@ -881,19 +881,10 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool) -> Iterat
     yield "]}"
 
 
-def normalise_keys(document: Json, keys: Iterable[str]) -> tuple[Json, list[str]]:
-    """Return (the document with its keys spelt as these, the keys that are none of them)."""
+def normalise_keys(document: Json, keys: Iterable[str]) -> Json:
+    """Return the document with those of its keys that are meant spelt as these."""
     spelling = {**{key.lower(): key for key in keys}, **OTHER_NAMES}
-    known = {spelling[key.lower()]: value for key, value in document.items()
-             if key.lower() in spelling}
-    return known, [key for key in document if key.lower() not in spelling]
-
-
-def carry_over(keys: Json, document: Json) -> dict[str, Any]:
-    """Return the settings in a lease file that are not what gipam has written there."""
-    found, _ = normalise_keys(document, FILE_NAMES)
-    return {key: found.get(key) for key in FILE_KEYS.values()
-            if (found.get(key) or None) != (keys.get(key) or None)}
+    return {spelling.get(key.lower(), key): value for key, value in document.items()}
 
 
 # === Allocator ====================================================================================
@@ -1927,7 +1918,9 @@ def keep_edits(store: Store, keys: Json) -> Json:
     if found in ((), store.identity):
         return keys
     try:
-        edits = carry_over(keys, store.read_snapshot() or {})
+        there = normalise_keys(store.read_snapshot() or {}, FILE_NAMES)
+        edits = {key: there.get(key) for key in FILE_KEYS.values()
+                 if (there.get(key) or None) != (keys.get(key) or None)}
         log.warning("%s was edited while gipam runs: %s will take effect at the next start; what "
                     "else was edited there is lost", store.path, edits or "no setting")
     except ConfigError as error:
@@ -2989,7 +2982,9 @@ def call(connection: Connection, verb: str, path: str, body: Any = None) -> Any:
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         remedy = "run this as root" if isinstance(error, PermissionError) else connection.remedy
-        raise Unreachable(f"{connection.peer}: {why}; {remedy}") from None
+        is_absent = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
+        kind = Absent if is_absent else Unreachable
+        raise kind(f"{connection.peer}: {why}; {remedy}") from None
     finally:
         connection.close()  # the next call connects again
     if response.status != 200:
@@ -3607,19 +3602,32 @@ def read_lease_file(store: Store) -> Json | None:
     document = store.read_snapshot(compact_leases)
     if document is None:
         return None
-    document, unknown = normalise_keys(document, FILE_NAMES)
+    document = normalise_keys(document, FILE_NAMES)
     try:
         pools = [normalise_keys(entry, POOL_KEYS) for entry in document.get("Allocated") or ()]
     except (TypeError, AttributeError):
         raise store.damage(store.path, "has something else than pools in Allocated") from None
-    document["Allocated"] = [entry for entry, _ in pools]
-    for key in sorted({*unknown, *(key for _, keys in pools for key in keys)}):
+    document["Allocated"] = pools
+    unknown = (document.keys() - FILE_NAMES).union(*(pool.keys() - POOL_KEYS for pool in pools))
+    for key in sorted(unknown):
         log.warning("unknown key %r in %s: dropped", key, store.path)
     return document
 
 
-def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Json | None]:
-    """Add the third stage; return the configuration and the lease file, which a daemon locks."""
+def read_state(config: Config, store: Store, document: Json | None) -> State:
+    """Return what is on disk, as the state of a configuration. Raises: DamageError."""
+    state = State(Family(version, bases, prefixlen,
+                         [network for network in config.exclude if network.version == version])
+                  for version, bases, prefixlen in config.families)
+    recover(store, document, state)
+    return state
+
+
+def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Json | None, State]:
+    """Add the third stage; return it all, with the lease file if there is one. A daemon locks it.
+
+    Raises: ConfigError, DamageError, BusyError.
+    """
     store = Store(settings["file"].value)
     if not os.path.isdir(os.path.dirname(store.path)):
         raise settings["file"]._replace(text=store.path).error("its directory is not there")
@@ -3627,59 +3635,43 @@ def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Js
         store.lock()
     document = read_lease_file(store)
     overrule_settings(settings, document or {}, store.path)
-    return build_config(settings), store, document
+    config = build_config(settings)
+    return config, store, document, read_state(config, store, document)
 
 
-def find_daemon(settings: Settings) -> Connection:
-    """Return how to call the running daemon, by its socket or its address. Raises: Unreachable."""
-    path, tcp, tls_directory = (settings[name].value for name in ("socket", "address", "tls"))
-    for address, tls in ((path, ""), (tcp, tls_directory)):
-        connection = Connection(address, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
-        with contextlib.closing(connection):
-            try:
-                connection.connect()
-            except (ConnectionError, FileNotFoundError, socket.timeout):
-                continue  # it is not there
-            except OSError:
-                pass  # it is: call() says what is wrong
-            return connection
-    raise Absent(f"no gipam answers on {path} or {format_endpoint(tcp)}: start it, or say where it "
-                 "is with -socket or -address")
+def ask_daemon(settings: Settings, verb: str, path: str, body: Any = None) -> Any:
+    """Return what the daemon answers, on its socket or its address. Raises: as call()."""
+    places = ((settings["socket"].value, ""), (settings["address"].value, settings["tls"].value))
+    for place, tls in places:
+        with contextlib.suppress(Absent):
+            peer = Connection(place, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
+            return call(peer, verb, path, body)
+    where = " or ".join(format_endpoint(place) for place, _ in places)
+    raise Absent(f"no gipam answers on {where}: start it, or say where it is with -socket or "
+                 "-address")
 
 
-def ask_status(settings: Settings, has_leases: bool) -> Json:
+def ask_status(settings: Settings, has_leases: bool = True) -> Json:
     """Return the status that the daemon gives. Raises: Unreachable."""
     return {**describe_daemon(settings, "?"),  # should the daemon be of an earlier version
-            **call(find_daemon(settings), "GET", f"/status?leases={int(has_leases)}")}
+            **ask_daemon(settings, "GET", f"/status?leases={int(has_leases)}")}
 
 
-def read_status(settings: Settings, has_leases: bool, is_second_look: bool = False) -> Json:
+def read_status(settings: Settings, has_leases: bool) -> Json:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
     try:
         return ask_status(settings, has_leases)
     except Absent as error:
         why = str(error)
-    config, store, document = load(settings)
+    try:
+        config, _, document, state = load(settings)
+    except DamageError:  # perhaps a daemon was just ending, and folded the journal into the file
+        config, _, document, state = load(settings)
     if document is None:
         raise Absent(f"{why}; nor is there a lease file {config.file}")
-    state = make_state(config)
-    try:
-        recover(store, document, state)
-    except DamageError:  # perhaps a daemon was just ending, and folded the journal into the file
-        if is_second_look:
-            raise
-        return read_status(settings, has_leases, is_second_look=True)
     print(f"gipam: {why}; this is what {config.file} holds", file=sys.stderr)
-    status = json.loads("".join(encode_status(describe_state(state), state.pools.values(),
-                                              has_leases)))
-    return {**describe_daemon(settings, ""), **status}
-
-
-def make_state(config: Config) -> State:
-    """Return the empty state of a configuration."""
-    return State(Family(version, bases, prefixlen,
-                        [network for network in config.exclude if network.version == version])
-                 for version, bases, prefixlen in config.families)
+    text = "".join(encode_status(describe_state(state), state.pools.values(), has_leases))
+    return {**describe_daemon(settings, ""), **json.loads(text)}
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
@@ -3804,7 +3796,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
     settings, path = arguments.settings, docker_socket()
-    read_gipam = functools.partial(ask_status, settings, has_leases=True)
+    read_gipam = functools.partial(ask_status, settings)
     status = read_gipam()
     driver = status["driver"]
     read_docker = functools.partial(read_uses, path, driver)
@@ -3816,7 +3808,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         if held and held.isdisjoint(known) and not arguments.force:
             raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one "
                               "that gipam serves? If so, use --force")
-        post = functools.partial(call, find_daemon(settings), "POST")
+        post = functools.partial(ask_daemon, settings, "POST")
         mend(found.values(), set(), read_gipam, read_docker, post)
         left = look()
     notes = list(dict.fromkeys(find_notes(status, read_docker()[0], "/proc")))
@@ -3845,7 +3837,7 @@ def report(found: dict[Any, Finding], left: dict[Any, Finding], notes: list[str]
 
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
-    status = ask_status(arguments.settings, has_leases=True)
+    status = ask_status(arguments.settings)
     pool, lease = find_lease(status["pools"], arguments.pool, arguments.lease)
     body = release_body(pool, lease)
     address = body["Address"]
@@ -3860,7 +3852,7 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
     if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
-    call(find_daemon(arguments.settings), "POST", "/Gipam.Release", body)
+    ask_daemon(arguments.settings, "POST", "/Gipam.Release", body)
     print(f"released {what} {pool['subnet']}")
     return 0
 
@@ -3896,12 +3888,12 @@ def ask(question: str) -> bool:
 def cmd_config(arguments: argparse.Namespace) -> int:
     """Print each effective value with its origin: as the daemon says, where one answers."""
     try:
-        shown = call(find_daemon(arguments.settings), "GET", "/status").get("config", {})
+        status = ask_status(arguments.settings, has_leases=False)
     except Absent as error:
         load(arguments.settings)
         print(f"gipam: {error}; this environment and lease file would give", file=sys.stderr)
-        shown = describe_daemon(arguments.settings, "")["config"]
-    for name, setting in shown.items():
+        status = describe_daemon(arguments.settings, "")
+    for name, setting in status["config"].items():
         print(f"{name:8} {setting['value'] or 'none':34} {setting['origin']}")
     return 0
 
@@ -3912,13 +3904,13 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     faulthandler.enable()  # the watchdog's SIGABRT then says where it hung
     notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
     gc.disable()  # it would take a third of the time to load a million leases
-    config, store, document = load(arguments.settings, is_daemon=True)
+    config, store, document, state = load(arguments.settings, is_daemon=True)
     if config.unix and "LISTEN_FDS" not in os.environ:
         clear_path(config.socket)  # a second daemon writes and imports nothing
     with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
         if document is None:
             unserved.callback(store.discard)
-        service = open_service(config, arguments.settings, store, document)
+        service = open_service(config, arguments.settings, store, document, state)
         gc.freeze()  # nor need it look at them later: 270 ms for a million
         gc.enable()
         handler: LogHandler = arguments.log_handler
@@ -3975,26 +3967,19 @@ class Heart:
         self._told = status
 
 
-def open_service(config: Config, settings: Settings, store: Store,
-                 document: Json | None) -> Service:
-    """Recover the state; at a first start, write the lease file before anything is served.
+def open_service(config: Config, settings: Settings, store: Store, document: Json | None,
+                 state: State) -> Service:
+    """Return the service; at a first start, write the lease file before anything is served.
 
     No lease file may mean a lost one: then Docker is asked what is in use, at once if it is alive,
     else when it answers. (While it starts, Docker accepts connections, but waits for gipam.)
     """
     keys = config_keys(settings)
-
-    def read_state(document: Json | None) -> State:
-        state = make_state(config)
-        recover(store, document, state)
-        return state
-
-    state = read_state(document)
     if document is None:
         chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
         store.write_snapshot(chunks, is_named=False)
     service = Service(store, state, keys,
-                      lambda: read_state(read_lease_file(store)))
+                      lambda: read_state(config, store, read_lease_file(store)))
     if document is None or document.get("Import"):
         service.import_is_due.set()
         service.is_import_noted = True

@@ -847,7 +847,7 @@ class SnapshotTest(unittest.TestCase):
     def test_keys_match_without_regard_to_case(self) -> None:
         self.assertEqual(gipam.normalise_keys({"v4pool": 1, "V4": 2, "ALLOCATED": 3, "colour": 4},
                                               ("Allocated", "V4Pool")),
-                         ({"V4Pool": 2, "Allocated": 3}, ["colour"]))
+                         {"V4Pool": 2, "Allocated": 3, "colour": 4})
 
 
 # === Allocator ====================================================================================
@@ -1576,10 +1576,7 @@ def snapshot_of(state: gipam.State, segment: int | None = None) -> Iterator[str]
 
 def read_anew(store: gipam.Store, settings: gipam.Settings) -> gipam.State:
     """Return what is on disk, as a service reads it after a failure."""
-    document = gipam.read_lease_file(store)
-    state = gipam.make_state(gipam.build_config(settings))
-    gipam.recover(store, document, state)
-    return state
+    return gipam.read_state(gipam.build_config(settings), store, gipam.read_lease_file(store))
 
 
 def begin(path: str, calls: Any = os) -> gipam.Service:
@@ -3270,9 +3267,8 @@ class InMemory(Client):
 
     def open(self) -> None:
         settings = gipam.read_settings({}, argparse.Namespace(file=self.path, **self.options))
-        store, state = gipam.Store(self.path), gipam.make_state(gipam.build_config(settings))
-        gipam.recover(store, gipam.read_lease_file(store), state)
-        self.service = gipam.Service(store, state, {},
+        store = gipam.Store(self.path)
+        self.service = gipam.Service(store, read_anew(store, settings), {},
                                      functools.partial(read_anew, store, settings), self.proc)
 
     def post(self, path: str, body: bytes, verb: str = "POST") -> tuple[int, Any]:
@@ -5920,7 +5916,8 @@ class OperatedCase(CommandCase):
         self.docker = FakeDocker(self, os.path.join(self.directory, "docker.sock"), self.call)
         self.patch(gipam, "CHECK_PAUSE_S", 0)
         config, settings = self.config()
-        store, state = gipam.Store(self.file), gipam.make_state(config)
+        store = gipam.Store(self.file)
+        state = gipam.read_state(config, store, None)
         store.write_snapshot(gipam.encode_snapshot({}, gipam.copy_state(state), None), is_named=False)
         keys = {"V4Pool": "10.2.0.0/20", "V6Pool": "2001:db8:0:100::/60"}
         self.service = gipam.Service(store, state, keys, functools.partial(read_anew, store, settings), self.proc)
@@ -5936,7 +5933,7 @@ class OperatedCase(CommandCase):
         return gipam.build_config(settings), settings
 
     def exclude(self, prefix: str) -> None:
-        self.service.state.families[4] = gipam.make_state(self.config("-exclude", prefix)[0]).families[4]
+        self.service.state.families[4] = make_state("10.2.0.0/20", excluded=prefix).families[4]
 
     def in_turn(self, function: Callable[[], Any]) -> Any:
         """Return what the function does in a turn of the loop, or in this one."""
@@ -6506,7 +6503,9 @@ class ImportTest(OperatedCase):
         store = gipam.Store(self.file)
         self.patch(gipam, "docker_socket", lambda: self.docker.path)
         with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive):
-            self.loop.service = self.service = gipam.open_service(config, settings, store, gipam.read_lease_file(store))
+            document = gipam.read_lease_file(store)
+            state = gipam.read_state(config, store, document)
+            self.loop.service = self.service = gipam.open_service(config, settings, store, document, state)
         self.addCleanup(self.service.import_is_due.clear)  # else its thread would ask on for ever
         threading.Thread(target=gipam.take_over_when_due, args=(self.service, "gipam", self.loop.call),
                          daemon=True).start()
@@ -6994,7 +6993,7 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
             self.assertEqual(gipam.format_count(count), text)
 
     def test_blocks_that_routes_touch_are_not_free(self) -> None:
-        family = gipam.make_state(self.config("-exclude", "10.2.1.0/24,10.2.8.0/22")[0]).families[4]
+        family = make_state("10.2.0.0/20", excluded="10.2.1.0/24 10.2.8.0/22").families[4]
         for routes, count in ((), 0), (("10.2.3.0/25", "10.2.3.128/26"), 1), (("10.2.3.1/32", "10.2.4.0/23"), 3), \
                 (("10.2.0.0/22", "10.2.2.0/24"), 3), (("10.2.1.0/24", "10.2.9.0/30"), 0):
             with self.subTest(routes):
@@ -7359,7 +7358,7 @@ class CommandLineCase(CommandCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.patch(gipam, "find_daemon", mock.Mock(side_effect=gipam.Absent(ABSENT)))
+        self.patch(gipam, "ask_daemon", mock.Mock(side_effect=gipam.Absent(ABSENT)))
         self.patch(gipam.Store, "lock", mock.Mock(side_effect=AssertionError("this would serve")))
 
     def run_main(self, *words: str, **how: Any) -> Finished:
