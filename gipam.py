@@ -3507,14 +3507,14 @@ Config = argparse.Namespace  # all options under their names, parsed; and what b
 
 def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace) -> Settings:
     """Return the first two stages: command line over environment over default."""
-    settings = {option.name: option._replace(text=option.default) for option in OPTIONS}
-    variables = {option.name: environment.get(option.variable) for option in OPTIONS}
-    for origin, stage in (("environment ({})", variables), ("command line", vars(arguments))):
-        for name, option in settings.items():
-            given = stage.get(name)
+    settings = {}
+    for option in OPTIONS:
+        settings[option.name] = option._replace(text=option.default)
+        stages = {f"environment ({option.variable})": environment.get(option.variable),
+                  "command line": getattr(arguments, option.name, None)}
+        for origin, given in stages.items():
             if given is not None:
-                settings[name] = option._replace(
-                    text=given, origin=origin.format(option.variable), given=given)
+                settings[option.name] = option._replace(text=given, origin=origin, given=given)
     return settings
 
 
@@ -3537,13 +3537,10 @@ def overrule_settings(settings: Settings, document: Json, path: str) -> None:
             settings[name] = option._replace(text=found, origin=f"lease file ({key} in {path})")
             if is_edited:
                 log.warning("%s has been edited in %s, from %r to %r", key, path, written, found)
-            if option.given not in (None, found):
+            if option.text != found and {option.given, noted} != {None}:
                 log.warning("-%s is %r as the lease file %s says, not %r as the %s does: the lease "
                             "file wins; to change it, edit %s there or give -%s a new value",
                             name, found, path, option.text, option.origin, key, name)
-            elif option.given is None and noted is not None:
-                log.warning("-%s is not given any more and stays %r, as the lease file %s says; "
-                            "to change it, give it another value", name, found, path)
 
 
 def config_keys(settings: Settings) -> Json:
@@ -3687,11 +3684,12 @@ def cmd_status(arguments: argparse.Namespace) -> int:
         print(json.dumps(status, indent=2))
         return 0
     is_terminal = sys.stdout.isatty()
-    has_colour = is_terminal and "NO_COLOR" not in os.environ
     width = max(shutil.get_terminal_size().columns, 40) if is_terminal else 80
     for line in render_status(status, width, int(time.time())):
-        mark = "\033[33m\\g<0>\033[0m" if has_colour and line.startswith("  ") else "\\g<0>"
-        print(re.sub("[#+]+", mark, line[:width]))
+        text = line[:width]
+        if is_terminal and line.startswith("  ") and "NO_COLOR" not in os.environ:
+            text = re.sub("[#+]+", "\033[33m\\g<0>\033[0m", text)
+        print(text)
     return 0
 
 
@@ -3732,19 +3730,21 @@ def select_pools(pools: list[Json], what: str) -> list[Json]:
 
 def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     """Yield the lines of the text form: a bar and a map for each base, a table of the pools."""
+    def age(held: Json) -> str:
+        return format_age(now_s - held["granted_s"]) if held["granted_s"] else "?"
+
     for base in status["bases"]:
         yield from render_base(base, status["pools"], width)
     if status["bases"]:
         yield "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
     rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
     for pool in status["pools"]:
-        age = format_age(now_s - pool["granted_s"])
+        network = pool["network"] or pool["name"] or "-"
         rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]),
-                     format_count(pool["usable"]), age, pool["network"] or pool["name"] or "-"))
-        for lease in pool.get("addresses", ()):
-            age = format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?"
-            owner = lease["container"] or lease["name"] or lease["mac"] or "-"
-            rows.append(("  " + lease["address"], lease["kind"], "", "", age, owner))
+                     format_count(pool["usable"]), age(pool), network))
+        rows += [("  " + lease["address"], lease["kind"], "", "", age(lease),
+                  lease["container"] or lease["name"] or lease["mac"] or "-")
+                 for lease in pool.get("addresses", ())]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows if status["pools"] else ():
         yield "  ".join(map(str.ljust, row, widths)).rstrip()
@@ -3757,14 +3757,12 @@ def render_base(base: Json, pools: list[Json], width: int) -> Iterator[str]:
     bar = ("#" * -(-10 * used // total)).ljust(10, ".")
     yield (f"{prefix}  [{bar}]  {used} of {format_count(total)} blocks of "
            f"/{base['block_prefixlen']} held, {format_count(free)} free")
-    last = int(prefix[-1]) + 1 - prefix.num_addresses // total
-    indent = len(format_address(last, prefix.version))
+    indent = len(str(prefix[-(prefix.num_addresses // total)]))
     length = 1 << max(width - indent - 4, 1).bit_length() - 1
     cells = draw_map(base, pools, 4 * length)
     for start in range(0, len(cells), length):
-        first = int(prefix[0]) + prefix.num_addresses // len(cells) * start
-        label = format_address(first, prefix.version)
-        yield f"  {label:{indent}}  {cells[start:start + length]}"
+        first = prefix[prefix.num_addresses // len(cells) * start]
+        yield f"  {first!s:{indent}}  {''.join(cells[start:start + length])}"
 
 
 def format_count(count: int) -> str:
@@ -3772,22 +3770,21 @@ def format_count(count: int) -> str:
     return str(count) if count < 10 ** 9 else f"2^{(count - 1).bit_length()}"
 
 
-def draw_map(base: Json, pools: list[Json], limit: int) -> str:
+def draw_map(base: Json, pools: list[Json], limit: int) -> list[str]:
     """Return a character for each block of the base, or for each group of 2, 4, 8 … blocks."""
     network, count = parse_prefix(base["prefix"]), base["blocks"]
     while count > limit:
         count //= 2
-    size, first = network.num_addresses // count, int(network[0])
-    cells, held = ["."] * count, [0] * count
+    size, cells = network.num_addresses // count, ["."] * count
     for mark, texts in (("r", base["remembered"].values()), ("~", base.get("routes", ())),
-                        ("x", base["excluded"]), ("+", {pool["subnet"] for pool in pools})):
-        for inside in filter(network.overlaps, map(parse_prefix, texts)):
-            start = max(int(inside[0]) - first, 0) // size
-            length = min(inside.num_addresses, network.num_addresses)
-            for cell in range(start, start + max(length // size, 1)):
-                cells[cell] = mark
-                held[cell] += min(length, size) * (mark == "+")
-    return "".join("#" if there == size else mark for mark, there in zip(cells, held))
+                        ("x", base["excluded"]), ("#", [pool["subnet"] for pool in pools])):
+        inside: Any = filter(network.overlaps, map(parse_prefix, texts))
+        for part in ipaddress.collapse_addresses(inside):
+            start = max(int(part[0]) - int(network[0]), 0) // size
+            length = min(max(part.num_addresses // size, 1), count)
+            is_partly = mark == "#" and part.num_addresses < size
+            cells[start:start + length] = ("+" if is_partly else mark) * length
+    return cells
 
 
 def cmd_check(arguments: argparse.Namespace) -> int:
@@ -3864,15 +3861,12 @@ def find_lease(pools: list[Json], name: str, text: str) -> tuple[Json, Json | No
         raise InvalidRequest(
             f"{name!r} names {len(found)} pools: give the id of one, as `gipam status --json` "
             "has it" + "".join(f"\n  {pool['id']}" for pool in found))
-    try:
-        address = text and normalise_address(text)
-    except ValueError:
-        raise InvalidRequest(f"{text!r} is not a bare IP address") from None
     pool = found[0]
-    lease = next((lease for lease in pool["addresses"] if lease["address"] == address), None)
-    if address and not lease:
-        raise InvalidRequest(f"{address} is not held in {pool['subnet']}")
-    return pool, lease
+    held = {lease["address"]: lease for lease in pool["addresses"]}
+    try:
+        return pool, held[normalise_address(text)] if text else None
+    except (ValueError, LookupError):
+        raise InvalidRequest(f"{text!r} is no address held in {pool['subnet']}") from None
 
 
 def ask(question: str) -> bool:
@@ -3928,7 +3922,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
                  len(service.state.pools))
         notify("READY=1")
         handler.is_held = True
-        loop.run(Heart(service, store).beat)
+        loop.run(functools.partial(beat, service, store))
         notify("STOPPING=1")
         loop.finish(made.close)
     handler.is_held = False
@@ -3951,20 +3945,14 @@ def open_servers(config: Config, loop: Loop, made: contextlib.ExitStack) -> None
         loop.open(Server(config.metrics, loop, paths=paths))
 
 
-class Heart:
-    """Tells the service manager each second that the loop turns, and what gipam holds."""
+def beat(service: Service, store: Store) -> None:
+    """Tell the service manager that the loop turns, and what is held. Raises: StoreLost.
 
-    def __init__(self, service: Service, store: Store) -> None:
-        self._service, self._store = service, store
-        self._told = ""
-
-    def beat(self) -> None:
-        """Say so; a turn that hangs in a sync lets the watchdog end gipam. Raises: StoreLost."""
-        self._store.keep_names()
-        state = self._service.state
-        status = f"STATUS={len(state.pools)} pools, {state.lease_count} leases"
-        notify("WATCHDOG=1" + f"\n{status}" * (status != self._told))
-        self._told = status
+    A turn that hangs in a sync lets the watchdog end gipam.
+    """
+    store.keep_names()
+    pools, leases = len(service.state.pools), service.state.lease_count
+    notify(f"WATCHDOG=1\nSTATUS={pools} pools, {leases} leases")
 
 
 def open_service(config: Config, settings: Settings, store: Store, document: Json | None,
@@ -4063,16 +4051,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class LogFormatter(logging.Formatter):
-    """Puts the head of a message before each of its lines: to the journal every line is one."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the lines, in which everything can be printed."""
-        text = super().format(record)
-        head = "\n" + text[:text.index(record.message)]
-        return head.join(printable(line, MAX_LOG_CHARS) for line in text.split("\n"))
-
-
 class LogHandler(logging.Handler):
     """Writes to stderr what it takes, and never waits for it: gipam must go on without a reader.
 
@@ -4084,28 +4062,28 @@ class LogHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._records: collections.deque[logging.LogRecord]
-        self._records = collections.deque(maxlen=MAX_LOG_RECORDS)  # past it, the oldest go
-        self._text = b""
+        self._records: collections.deque[Any] = collections.deque(maxlen=MAX_LOG_RECORDS)
+        self._text, self._writing = b"", threading.Lock()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the record."""
+        """Keep the record; if there are too many, the oldest goes."""
         self._records.append(record)
         if not self.is_held:
             self.flush()
 
     def flush(self) -> None:
         """Write as much as can be written now."""
-        self.acquire()
-        try:
+        with self._writing, contextlib.suppress(OSError):  # nobody will ever read it
             while (self._text or self._records) and select.select([], [2], [], 0)[1]:
                 if not self._text:
                     self._text = self.format(self._records.popleft()).encode() + b"\n"
                 self._text = self._text[os.write(2, self._text[:select.PIPE_BUF]):]
-        except (OSError, ValueError):  # nobody will ever read it
-            self._text = b""
-        finally:
-            self.release()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return its lines, each with the head of the first: to the journal each is a message."""
+        text = super().format(record)
+        head = "\n" + text[:text.index(record.message)]
+        return head.join(printable(line, MAX_LOG_CHARS) for line in text.split("\n"))
 
 
 def set_up_log(handler: logging.Handler) -> None:
@@ -4115,7 +4093,7 @@ def set_up_log(handler: logging.Handler) -> None:
         form = "%(levelname)s%(message)s"
         for level, priority in ((logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
             logging.addLevelName(level, f"<{priority}>")
-    handler.setFormatter(LogFormatter(form))
+    handler.setFormatter(logging.Formatter(form))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
@@ -4131,8 +4109,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unknown option {flag}: {hint}")
     arguments = parser.parse_args(words)
     arguments.settings = read_settings(os.environ, arguments)  # the first two stages
-    is_daemon = arguments.func is cmd_serve
-    arguments.log_handler = LogHandler() if is_daemon else logging.StreamHandler()
+    arguments.log_handler = LogHandler()
     set_up_log(arguments.log_handler)
     try:
         status = int(arguments.func(arguments))

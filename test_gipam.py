@@ -6845,10 +6845,8 @@ class ByHandTest(OperatedCase):
         one = "pools: give the id of one, as `gipam status --json` has it"
         for arguments, words in (("10.77.0.0/24", f"'10.77.0.0/24' names 0 {one}"),
                                  ("10.50.0.0/24", f"'10.50.0.0/24' names 2 {one}\n  {low}\n  {high}"),
-                                 ("10.2.0.0/24 10.2.0.9", "10.2.0.9 is not held in 10.2.0.0/24"),
-                                 ("10.2.0.0/24 10.9.0.9", "10.9.0.9 is not held in 10.2.0.0/24"),
-                                 ("10.2.0.0/24 one", "'one' is not a bare IP address"),
-                                 ("10.2.0.0/24 10.2.0.2x", "'10.2.0.2x' is not a bare IP address")):
+                                 *((f"10.2.0.0/24 {text}", f"{text!r} is no address held in 10.2.0.0/24")
+                                   for text in ("10.2.0.9", "10.9.0.9", "one", "10.2.0.2x"))):
             with self.subTest(arguments):
                 done = self.run_gipam("release", *arguments.split(), "--force", "--yes")
                 self.assertEqual(done, (1, "", f"gipam: {words}\n"))
@@ -6964,7 +6962,8 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
                                  (["10.0.0.0/14", "10.4.0.0/14"], "#" + "." * 31),
                                  (["10.0.0.0/7"], "#" * 32), (["fd00::/8", "192.168.0.0/16"], "." * 32)):
             with self.subTest(subnets):
-                self.assertEqual(gipam.draw_map(base, [{"subnet": subnet} for subnet in subnets], 63), drawing)
+                drawn = gipam.draw_map(base, [{"subnet": subnet} for subnet in subnets], 63)
+                self.assertEqual("".join(drawn), drawing)
 
     def test_rows_of_the_map_begin_with_their_first_block(self) -> None:
         for text, prefixlen, count, labels in (
@@ -7313,7 +7312,9 @@ class LogTest(unittest.TestCase):
 
     def test_each_line_of_a_message_has_its_head_and_is_escaped(self) -> None:
         record = logging.makeLogRecord({"levelname": "<4>", "msg": "one\ntwo \x1b[31m\t"})
-        self.assertEqual(gipam.LogFormatter("%(levelname)s%(message)s").format(record), "<4>one\n<4>two \\x1b[31m\\t")
+        handler = gipam.LogHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s%(message)s"))
+        self.assertEqual(handler.format(record), "<4>one\n<4>two \\x1b[31m\\t")
 
     def test_what_anybody_sends_is_shown_escaped_and_cut(self) -> None:
         daemon = self.daemon(JOURNAL_STREAM="8:1").start()
@@ -7514,7 +7515,7 @@ class ConfigurationTest(CommandLineCase):
         one, two, three = "10.2.0.0/16", "10.3.0.0/16", "10.4.0.0/16"
         for found, note, given, wins, said in (
                 (one, [one, one], one, one, ""),
-                (one, [one, one], None, one, "-v4 is not given any more and stays '10.2.0.0/16'"),
+                (one, [one, one], None, one, "-v4 is '10.2.0.0/16' as the lease file .*, not '' as the default does"),
                 (one, [one, None], None, one, ""),
                 (one, [one, one], two, two, "-v4 changes from '10.2.0.0/16' in the lease file"),
                 (one, [one, None], two, two, "to '10.3.0.0/16' from the command line: pools that"),
