@@ -3551,26 +3551,21 @@ def config_keys(settings: Settings) -> Json:
             "Options": {option.name: [option.text, option.given] for option in chosen.values()}}
 
 
-def find_driver(settings: Settings) -> str:
-    """Return the driver's name to Docker: the base name of the socket or the plugin file."""
-    path: str = settings["socket" if settings["unix"].value else "spec"].value
-    return os.path.splitext(os.path.basename(path))[0]
-
-
-def describe_daemon(settings: Settings, place: Any) -> Json:
+def describe_daemon(config: Config, place: Any) -> Json:
     """Return what /status tells of a daemon that listens there, "" without one; no passwords."""
     shown = {}
-    for name, option in settings.items():
+    for name, option in config.settings.items():
         text = option.value if option.parse is parse_path else option.text
         shown[name] = {"value": re.sub("//[^/@,]*@", "//***@", text), "origin": option.origin}
-    return {"driver": find_driver(settings), "listening": format_endpoint(place), "config": shown}
+    return {"driver": config.driver, "listening": format_endpoint(place), "config": shown}
 
 
 def build_config(settings: Settings) -> Config:
     """Parse and check all options. Raises: ConfigError."""
-    config = Config(**{name: option.value for name, option in settings.items()})
+    config = Config(**{name: option.value for name, option in settings.items()}, settings=settings)
     config.is_spec_given = settings["spec"].origin != "default"
-    config.driver = find_driver(settings)
+    plugin = os.path.basename(config.socket if config.unix else config.spec)
+    config.driver = os.path.splitext(plugin)[0]  # what Docker calls it
     config.families = ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab))
     if not (config.unix or config.tls or ipaddress.ip_address(config.address[0]).is_loopback):
         raise settings["address"].error("not a loopback address: whoever reaches the port could "
@@ -3648,16 +3643,10 @@ def ask_daemon(settings: Settings, verb: str, path: str, body: Any = None) -> An
                  "-address")
 
 
-def ask_status(settings: Settings, has_leases: bool = True) -> Json:
-    """Return the status that the daemon gives. Raises: Unreachable."""
-    return {**describe_daemon(settings, "?"),  # should the daemon be of an earlier version
-            **ask_daemon(settings, "GET", f"/status?leases={int(has_leases)}")}
-
-
 def read_status(settings: Settings, has_leases: bool) -> Json:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
     try:
-        return ask_status(settings, has_leases)
+        return dict(ask_daemon(settings, "GET", f"/status?leases={int(has_leases)}"))
     except Absent as error:
         why = str(error)
     try:
@@ -3668,7 +3657,7 @@ def read_status(settings: Settings, has_leases: bool) -> Json:
         raise Absent(f"{why}; nor is there a lease file {config.file}")
     print(f"gipam: {why}; this is what {config.file} holds", file=sys.stderr)
     text = "".join(encode_status(describe_state(state), state.pools.values(), has_leases))
-    return {**describe_daemon(settings, ""), **json.loads(text)}
+    return {**describe_daemon(config, ""), **json.loads(text)}
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
@@ -3793,7 +3782,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
     settings, path = arguments.settings, docker_socket()
-    read_gipam = functools.partial(ask_status, settings)
+    read_gipam = functools.partial(ask_daemon, settings, "GET", "/status?leases=1")
     status = read_gipam()
     driver = status["driver"]
     read_docker = functools.partial(read_uses, path, driver)
@@ -3834,7 +3823,7 @@ def report(found: dict[Any, Finding], left: dict[Any, Finding], notes: list[str]
 
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
-    status = ask_status(arguments.settings)
+    status = ask_daemon(arguments.settings, "GET", "/status?leases=1")
     pool, lease = find_lease(status["pools"], arguments.pool, arguments.lease)
     body = release_body(pool, lease)
     address = body["Address"]
@@ -3882,11 +3871,10 @@ def ask(question: str) -> bool:
 def cmd_config(arguments: argparse.Namespace) -> int:
     """Print each effective value with its origin: as the daemon says, where one answers."""
     try:
-        status = ask_status(arguments.settings, has_leases=False)
+        status = ask_daemon(arguments.settings, "GET", "/status")
     except Absent as error:
-        load(arguments.settings)
+        status = describe_daemon(load(arguments.settings)[0], "")
         print(f"gipam: {error}; this environment and lease file would give", file=sys.stderr)
-        status = describe_daemon(arguments.settings, "")
     for name, setting in status["config"].items():
         print(f"{name:8} {setting['value'] or 'none':34} {setting['origin']}")
     return 0
@@ -3904,7 +3892,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
         if document is None:
             unserved.callback(store.discard)
-        service = open_service(config, arguments.settings, store, document, state)
+        service = open_service(config, store, document, state)
         gc.freeze()  # nor need it look at them later: 270 ms for a million
         gc.enable()
         handler: LogHandler = arguments.log_handler
@@ -3917,7 +3905,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
                          name="import", daemon=True).start()
         warn_of_surprises(config, "/proc/self/net")
         places = [format_endpoint(server.server_address) for server in loop.servers]
-        service.about = describe_daemon(arguments.settings, places[0])
+        service.about = describe_daemon(config, places[0])
         log.info("serving on %s with %d pools", ", and metrics on ".join(places),
                  len(service.state.pools))
         notify("READY=1")
@@ -3955,14 +3943,13 @@ def beat(service: Service, store: Store) -> None:
     notify(f"WATCHDOG=1\nSTATUS={pools} pools, {leases} leases")
 
 
-def open_service(config: Config, settings: Settings, store: Store, document: Json | None,
-                 state: State) -> Service:
+def open_service(config: Config, store: Store, document: Json | None, state: State) -> Service:
     """Return the service; at a first start, write the lease file before anything is served.
 
     No lease file may mean a lost one: then Docker is asked what is in use, at once if it is alive,
     else when it answers. (While it starts, Docker accepts connections, but waits for gipam.)
     """
-    keys = config_keys(settings)
+    keys = config_keys(config.settings)
     if document is None:
         chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
         store.write_snapshot(chunks, is_named=False)
@@ -4032,9 +4019,8 @@ def build_parser() -> argparse.ArgumentParser:
         text = f"{option.help} ({option.variable}; default: {option.default or 'none'})"
         shown.add_argument("--" + option.name, metavar=option.metavar, help=text)
         hidden.add_argument("--" + option.name, help=argparse.SUPPRESS)
-    parser = argparse.ArgumentParser(prog="gipam", parents=[shown], allow_abbrev=False,
-                                     description="Docker IPAM driver that hands out routed "
-                                                 "prefixes")
+    parser = argparse.ArgumentParser(prog="gipam", parents=[shown], description="Docker IPAM "
+                                     "driver that hands out routed prefixes")
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(func=cmd_serve)
     commands = parser.add_subparsers(metavar="COMMAND", help="default: serve")
@@ -4042,7 +4028,7 @@ def build_parser() -> argparse.ArgumentParser:
         purpose = function.__doc__ or ""
         is_serve = function is cmd_serve
         command = commands.add_parser(
-            function.__name__[4:], parents=[shown if is_serve else hidden], allow_abbrev=False,
+            function.__name__[4:], parents=[shown if is_serve else hidden],
             help=purpose.split("\n")[0], description=purpose,
             epilog=None if is_serve else "It takes the options of `gipam --help`, too.")
         command.set_defaults(func=function)
