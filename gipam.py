@@ -3413,10 +3413,10 @@ def parse_bool(text: str) -> bool:
     return BOOLEANS[text]
 
 
-def parse_number(text: str) -> int:
-    """Return a number of at most three decimal digits. Raises: ValueError."""
-    if not re.fullmatch("[0-9]{1,3}", text):
-        raise ValueError("not a prefix length in bits, such as 24")
+def parse_length(bits: int, text: str) -> int:
+    """Return the length in bits of a block, which has two addresses or more. Raises: ValueError."""
+    if not re.fullmatch("[0-9]{1,3}", text) or not 0 < int(text) < bits:
+        raise ValueError(f"not a prefix length from 1 to {bits - 1}")
     return int(text)
 
 
@@ -3486,8 +3486,10 @@ OPTIONS = (
     Option("file", parse_path, "leases.json", "FILE", "lease file"),
     Option("v6", parse_prefixes, "", "PREFIXES", "IPv6 bases, separated by commas, used in order"),
     Option("v4", parse_prefixes, "", "PREFIXES", "IPv4 bases, likewise"),
-    Option("v6ab", parse_number, "64", "BITS", "prefix length of a network's IPv6 block"),
-    Option("v4ab", parse_number, "24", "BITS", "prefix length of a network's IPv4 block"),
+    Option("v6ab", functools.partial(parse_length, BITS[6]), "64", "BITS",
+           "prefix length of a network's IPv6 block"),
+    Option("v4ab", functools.partial(parse_length, BITS[4]), "24", "BITS",
+           "prefix length of a network's IPv4 block"),
     Option("exclude", parse_prefixes, "", "PREFIXES",
            "prefixes in the bases that are never handed out"),
     Option("socket", parse_path, PLUGIN_SOCKET_DIR + "/gipam.sock", "PATH",
@@ -3572,9 +3574,6 @@ def build_config(settings: Settings) -> Config:
                                         "take every address; use -tls")
     for version, bases, prefixlen in reversed(config.families):
         given, block = settings[f"v{version}"], settings[f"v{version}ab"]
-        longest = BITS[version] - 1
-        if not 1 <= prefixlen <= longest:
-            raise block.error(f"not from 1 to {longest}: a block has two addresses or more")
         for at, base in enumerate(bases):
             if base.version != version:
                 raise given.error(f"{base} is not an IPv{version} prefix")
@@ -4037,6 +4036,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>"}  # to the journal
+
+
 class LogHandler(logging.Handler):
     """Writes to stderr what it takes, and never waits for it: gipam must go on without a reader.
 
@@ -4066,21 +4068,13 @@ class LogHandler(logging.Handler):
                 self._text = self._text[os.write(2, self._text[:select.PIPE_BUF]):]
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return its lines, each with the head of the first: to the journal each is a message."""
-        text = super().format(record)
-        head = "\n" + text[:text.index(record.message)]
-        return head.join(printable(line, MAX_LOG_CHARS) for line in text.split("\n"))
-
-
-def set_up_log(handler: logging.Handler) -> None:
-    """Log to stderr: with priorities under systemd (sd-daemon(3)), with the time elsewhere."""
-    form = "%(asctime)s %(levelname)s %(message)s"
-    if "JOURNAL_STREAM" in os.environ:
-        form = "%(levelname)s%(message)s"
-        for level, priority in ((logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
-            logging.addLevelName(level, f"<{priority}>")
-    handler.setFormatter(logging.Formatter(form))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+        """Return its lines, each with a priority under systemd (sd-daemon(3)), else with a time."""
+        formatter = logging.Formatter()
+        head = f"{formatter.formatTime(record)} {record.levelname} "
+        if "JOURNAL_STREAM" in os.environ:
+            head = PRIORITIES.get(record.levelno, "<3>")
+        lines = formatter.format(record).split("\n")
+        return "\n".join(head + printable(line, MAX_LOG_CHARS) for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -4096,7 +4090,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     arguments.settings = read_settings(os.environ, arguments)  # the first two stages
     arguments.log_handler = LogHandler()
-    set_up_log(arguments.log_handler)
+    logging.basicConfig(level=logging.INFO, handlers=[arguments.log_handler])
     try:
         status = int(arguments.func(arguments))
         sys.stdout.flush()
