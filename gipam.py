@@ -3486,12 +3486,9 @@ OPTIONS = (
     Option("file", parse_path, "leases.json", "FILE", "lease file"),
     Option("v6", parse_prefixes, "", "PREFIXES", "IPv6 bases, separated by commas, used in order"),
     Option("v4", parse_prefixes, "", "PREFIXES", "IPv4 bases, likewise"),
-    Option("v6ab", functools.partial(parse_length, BITS[6]), "64", "BITS",
-           "prefix length of a network's IPv6 block"),
-    Option("v4ab", functools.partial(parse_length, BITS[4]), "24", "BITS",
-           "prefix length of a network's IPv4 block"),
-    Option("exclude", parse_prefixes, "", "PREFIXES",
-           "prefixes in the bases that are never handed out"),
+    Option("v6ab", functools.partial(parse_length, BITS[6]), "64", "BITS", "length of an IPv6 block"),
+    Option("v4ab", functools.partial(parse_length, BITS[4]), "24", "BITS", "length of an IPv4 block"),
+    Option("exclude", parse_prefixes, "", "PREFIXES", "prefixes that are never handed out"),
     Option("socket", parse_path, PLUGIN_SOCKET_DIR + "/gipam.sock", "PATH",
            "socket; its base name names the driver"),
     Option("spec", parse_path, "/etc/docker/plugins/gipam.spec", "PATH",
@@ -3830,10 +3827,9 @@ def cmd_release(arguments: argparse.Namespace) -> int:
         uses, _ = read_uses(docker_socket(), status["driver"])
         leaks = [finding.body for finding in find_leaks(status, uses, time.time())]
         if body not in leaks and release_body(pool) not in leaks:
-            users = [str(use) for use in uses
-                     if (use.subnet, use.address) == (pool["subnet"], address)]
-            raise Forbidden(f"{(users or ['a network'])[0]} of Docker uses it: remove that first, "
-                            "or use --force")
+            user = next((str(use) for use in uses
+                         if (use.subnet, use.address) == (pool["subnet"], address)), "a network")
+            raise Forbidden(f"{user} of Docker uses it: remove that first, or use --force")
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
     if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
@@ -3933,10 +3929,7 @@ def open_servers(config: Config, loop: Loop, made: contextlib.ExitStack) -> None
 
 
 def beat(service: Service, store: Store) -> None:
-    """Tell the service manager that the loop turns, and what is held. Raises: StoreLost.
-
-    A turn that hangs in a sync lets the watchdog end gipam.
-    """
+    """Show the service manager that no turn hangs, and what is held. Raises: StoreLost."""
     store.keep_names()
     pools, leases = len(service.state.pools), service.state.lease_count
     notify(f"WATCHDOG=1\nSTATUS={pools} pools, {leases} leases")
@@ -3984,12 +3977,12 @@ def normalise_arguments(arguments: list[str]) -> list[str]:
     """Turn Go's one dash into two; give a boolean flag its value, the next word if that is one."""
     booleans = ["--" + option.name for option in OPTIONS if option.parse is parse_bool]
     words: list[str] = []
-    for argument in arguments:
-        if words and words[-1] in booleans and argument in BOOLEANS:
-            words[-1] += "=" + argument
-        else:
-            words.append(re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument))
-    return [word + "=true" if word in booleans else word for word in words]
+    for argument in reversed(arguments):
+        word = re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument)
+        if word in booleans:
+            word += "=" + (words.pop() if words and words[-1] in BOOLEANS else "true")
+        words.append(word)
+    return words[::-1]
 
 
 COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, str]], ...] = (
@@ -4025,11 +4018,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", help="default: serve")
     for function, flags in COMMANDS:
         purpose = function.__doc__ or ""
-        is_serve = function is cmd_serve
         command = commands.add_parser(
-            function.__name__[4:], parents=[shown if is_serve else hidden],
+            function.__name__[4:], parents=[shown if function is cmd_serve else hidden],
             help=purpose.split("\n")[0], description=purpose,
-            epilog=None if is_serve else "It takes the options of `gipam --help`, too.")
+            epilog="It takes all the options of `gipam --help`.")
         command.set_defaults(func=function)
         for flag, text in flags.items():
             command.add_argument(flag, help=text, **VALUES.get(flag, {"action": "store_true"}))
@@ -4069,10 +4061,9 @@ class LogHandler(logging.Handler):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return its lines, each with a priority under systemd (sd-daemon(3)), else with a time."""
-        formatter = logging.Formatter()
-        head = f"{formatter.formatTime(record)} {record.levelname} "
-        if "JOURNAL_STREAM" in os.environ:
-            head = PRIORITIES.get(record.levelno, "<3>")
+        formatter, head = logging.Formatter(), PRIORITIES.get(record.levelno, "<3>")
+        if "JOURNAL_STREAM" not in os.environ:
+            head = f"{formatter.formatTime(record)} {record.levelname} "
         lines = formatter.format(record).split("\n")
         return "\n".join(head + printable(line, MAX_LOG_CHARS) for line in lines)
 
