@@ -6506,6 +6506,7 @@ class ImportTest(OperatedCase):
             document = gipam.read_lease_file(store)
             state = gipam.read_state(config, store, document)
             self.loop.service = self.service = gipam.open_service(config, store, document, state)
+            gipam.begin_import(config, self.service, document)
         self.service.about = gipam.describe_daemon(config, self.socket)
         self.addCleanup(self.service.import_is_due.clear)  # else its thread would ask on for ever
         threading.Thread(target=gipam.take_over_when_due, args=(self.service, "gipam", self.loop.call),
