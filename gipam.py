@@ -95,6 +95,7 @@ from typing import (
     Iterator,
     Mapping,
     NamedTuple,
+    Sequence,
     Tuple,
     Union,
 )
@@ -184,6 +185,10 @@ class Unavailable(GipamError, http_status=503):
 
 class StoreError(GipamError, http_status=503):
     """The change could not be written; state and disk are as before it."""
+
+
+class Stopping(StoreError):
+    """No more turns are made."""
 
 
 class StoreLost(StoreError, exit_status=74):  # EX_IOERR
@@ -815,7 +820,7 @@ class Site:
         self._gone: list[Entry] = []  # deleted, and the watch has not said so yet
         self.is_loaded = False
         self.due: dict[Network, None] = {}  # subnets of which etcd may not say what is held here
-        self.leaving: set[Network] = set()  # claims that etcd is being asked to let go
+        self.leaving: set[Network] = set()  # claims that etcd may have been asked to let go
         self.wake: Callable[[], None] = lambda: None  # whoever asks etcd about them
         self.conflicts: dict[Network, str] = {}  # held here, and claimed by these others
         self.state = state
@@ -839,7 +844,8 @@ class Site:
 
     def mark_all(self) -> None:
         """Have all that is held or claimed here compared."""
-        mine = [network for network in self.tables["claims"] if self.has(network)]
+        mine = [network for network, entry in self.tables["claims"].items()
+                if self.host in entry.hosts]
         held = (network for family in self.state.families.values() for network in family.subnets)
         self.due.update(dict.fromkeys((*held, *mine)))
         self.wake()
@@ -929,7 +935,7 @@ class Site:
         if new.text and self.host not in new.hosts:
             for subnet in family.subnets if family.held.find_overlap(network) else ():
                 if network.overlaps(subnet):
-                    self.conflicts[subnet] = describe_hosts(new)
+                    self.conflicts.setdefault(subnet, "another host")  # _compare() tells which
                     self.mark(subnet)
             family.held.cover(network)
             family.elsewhere[network] = describe_hosts(new)
@@ -949,6 +955,8 @@ class Site:
                 self.learn(Entry(table, name, "", revision))
         self._advance(revision)
         self.is_loaded = True
+        self.leaving.update(network for network in self.tables["claims"] if self.has(network)
+                            and network not in self.state.families[network.version].subnets)
         self.mark_all()
 
     def find_conflict(self, subnet: Subnet) -> str:
@@ -961,8 +969,9 @@ class Site:
         claims = collections.Counter(
             host for entry in self.tables["claims"].values() for host in entry.hosts)
         present = {name for name, entry in self.tables["hosts"].items() if entry.text}
-        return {"hosts": [{"host": host, "is_present": host in present, "claims": claims[host]}
-                          for host in sorted({*claims, *present})]}
+        return {"host": self.host, "hosts": [
+            {"host": host, "is_present": host in present, "claims": claims[host]}
+            for host in sorted({*claims, *present})]}
 
 
 def describe_hosts(entry: Entry) -> str:
@@ -2162,16 +2171,23 @@ class Service:
             return None
         for network in list(itertools.islice(site.due, MAX_DUE)):
             subnet = self.state.families[network.version].subnets.get(network)
-            if subnet or not self.import_is_due.is_set():
-                del site.due[network]
+            if not subnet and self.import_is_due.is_set():
+                continue
+            del site.due[network]
             if subnet:
                 need = self._compare(site, subnet)
-            elif network not in site.due and (site.has(network) or network in site.leaving):
-                site.leaving.add(network)
+            elif site.host in site.entry("claims", network).hosts:
                 need = Need("leave", network)
             if need:
                 break
         return need
+
+    def begin_leave(self, network: Network) -> bool:
+        """Return whether the claim of a subnet may be let go; from now on it is not relied upon."""
+        if not self.site or network in self.state.families[network.version].subnets:
+            return False
+        self.site.leaving.add(network)
+        return True
 
     def _compare(self, site: Site, subnet: Subnet) -> Need | None:
         """Return what etcd lacks of a subnet that is held here."""
@@ -2222,7 +2238,8 @@ class Service:
                 return Need("drop", network, str(part))
         pool = next(iter(subnet.pools.values()))
         wanted = pool.sub_pool or network
-        if 4 * len(offsets) >= 3 * total and site.find_part(network, wanted):
+        is_used = any(pool.leases for pool in subnet.pools.values())  # Docker has told a gateway
+        if is_used and 4 * len(offsets) >= 3 * total and site.find_part(network, wanted):
             return Need("part", network, str(wanted))
         return None
 
@@ -3083,7 +3100,7 @@ class Loop:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._calls.append((future, function))
         if self.is_over:
-            raise StoreError("gipam is stopping: try again")
+            raise Stopping("gipam is stopping: try again")
         self.ring()
         return future.result()
 
@@ -3358,7 +3375,7 @@ class Loop:
         """Refuse what threads still ask for, and wait for the one that folds."""
         self.is_over = True
         while self._calls:
-            self._calls.popleft()[0].set_exception(StoreError("gipam is stopping: try again"))
+            self._calls.popleft()[0].set_exception(Stopping("gipam is stopping: try again"))
         if self._folder:
             self._folder.join()
 
@@ -3814,6 +3831,10 @@ def compare(status: Json, uses: list[Use], others: list[Use],
                           f"network {use.network}, of another IPAM driver, overlaps {subnet} "
                           "of ours: remove one of the two networks") for pool_id, subnet in pools
                   if use.kind == "pool" and prefix.overlaps(subnet)]
+    found += [Finding("claimed_elsewhere", pool["id"], Use(None, "", "", pool["subnet"], ""),
+                      f"subnet {pool['subnet']} is held here, but {pool['claimed_elsewhere']} has "
+                      "claimed it in etcd: remove one of the two networks")
+              for pool in status["pools"] if pool.get("claimed_elsewhere")]
     return {finding[:2]: finding for finding in found}
 
 
@@ -3841,6 +3862,9 @@ def find_differences(read_status: Callable[[], Json], path: str, driver: str,
 def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
     """Yield what on this host stands against containers being reached without NAT."""
     bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
+    etcd = status.get("etcd", {})
+    if etcd.get("failure"):
+        yield f"{etcd['failure']}: {etcd['due']} subnets wait for it, and so do new networks"
     for version, switch in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):
         is_off = list(read_rows(f"{proc}/sys/{switch.replace('.', '/')}")) == [[b"0"]]
         if is_off and any(base.version == version for base in bases):
@@ -4149,12 +4173,15 @@ class Claimant:
         self._bell.set()
 
     def _repeat(self, step: Callable[[], None]) -> None:
-        while not self.busy:
+        while True:
             try:
                 step()
+            except Stopping:
+                return
             except BusyError as error:
                 self.busy = error
                 self._stop()
+                return
             except GipamError as error:
                 if str(error) != self._service.etcd_failure:  # which has been logged
                     log.warning("%s", error)
@@ -4189,6 +4216,8 @@ class Claimant:
         while True:
             try:
                 need = self._call(functools.partial(again, failure))
+            except Stopping:
+                raise
             except StoreError as error:  # that turn is not on disk
                 need = self._call(functools.partial(again, error))
             if need is None:
@@ -4204,7 +4233,8 @@ class Claimant:
         Raises: Unavailable, Refused, Forbidden; StoreError.
         """
         if patience_s <= 0:
-            raise Unavailable("other hosts were faster each time: try again")
+            raise Unavailable(self._service.etcd_failure
+                              or "other hosts were faster each time: try again")
         end_s = time.monotonic() + patience_s
         if end_s > self._present_until_s:
             self._show_presence(patience_s)
@@ -4217,10 +4247,14 @@ class Claimant:
             time.sleep(random.uniform(0, ETCD_PAUSE_S))  # noqa: S311 - another host was faster
 
     def _claim(self, need: Need, patience_s: float) -> bool:
-        """Claim a subnet that nobody has; False: somebody was faster."""
+        """Claim a subnet that nobody has; False: somebody was faster.
+
+        What this host has claimed is written again: what it may have asked before, and thinks lost,
+        cannot happen then.
+        """
         head, known = self._call(lambda: (self._site.head, self._site.entry("claims", need.subnet)))
         if known.text:
-            return False
+            return self._site.host in known.hosts and self._transact([known], [known], patience_s)
         value = {"hosts": [self._site.host], "since": int(time.time())}
         if need.what == "join":
             value.update(part=shared_prefixlen(need.subnet), common={})
@@ -4250,7 +4284,7 @@ class Claimant:
             raise self._no_part(need, owners)
         known = owners.get(part) or Entry("parts", (need.subnet, part), "", 0)
         value = dumps({"hosts": [self._site.host], "since": int(time.time())})
-        if known.text or self._transact([claim, known], [known._replace(text=value)], patience_s):
+        if self._transact([claim, known], [known._replace(text=value)], patience_s):
             self._call(functools.partial(self._service.gain_part, need.subnet, part))
             return True
         return False
@@ -4277,16 +4311,19 @@ class Claimant:
     def _common(self, need: Need, patience_s: float) -> bool:
         """Make an address common to all hosts that share its subnet. Raises: Forbidden."""
         claim, part, owners = self._call(functools.partial(self._look_at_parts, need))
-        for owner in owners.values():
-            if self._site.host not in owner.hosts:
-                raise self._no_part(need, owners)
         value = claim.value
-        if not claim.text or not (part or owners):
-            return False
-        value["common"] = {**value.get("common", {}), need.place: need.kind}
-        known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
-        if not self._transact([claim, *known], [claim._replace(text=dumps(value))], patience_s):
-            return False
+        common = value.get("common", {})
+        if need.place not in common:
+            for owner in owners.values():
+                if self._site.host not in owner.hosts:
+                    raise self._no_part(need, owners)
+            if not claim.text or not (part or owners):
+                return False
+            value["common"] = {**common, need.place: need.kind}
+            known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
+            if not self._transact([claim, *known], [claim._replace(text=dumps(value))],
+                                  patience_s):
+                return False
         self._call(functools.partial(self._service.gain_part, need.subnet, None))
         return True
 
@@ -4297,19 +4334,21 @@ class Claimant:
         return self._transact([known], [known._replace(text="")], patience_s)
 
     def _leave(self, need: Need, patience_s: float) -> bool:
-        """Let go the claim of a subnet that is not held here any more."""
-        return self._remove(need.subnet, self._site.host, [], patience_s)
+        """Let go the claim of a subnet that is not held here any more.
+
+        While etcd is away nothing is asked of it, so that a name can have its block again.
+        """
+        self._ask("/v3/kv/range", {"key": self._etcd.key("claims", need.subnet)}, patience_s)
+        return (not self._call(lambda: self._service.begin_leave(need.subnet))
+                or self._remove(need.subnet, self._site.host, [], patience_s))
 
     def _evict(self, need: Need, patience_s: float) -> bool:
         """Let go all that a host has which is not there. Raises: Forbidden, if it is."""
         host, site = need.place, self._site
-
-        def look() -> tuple[Entry, list[Network]]:
-            return site.entry("hosts", host), site.claims_of(host)
-
-        presence, networks = self._call(look)
-        for network in networks:
-            if presence.text or not self._remove(network, host, [presence], patience_s):
+        for network in self._call(lambda: site.claims_of(host)):
+            if not self._remove(network, host, [Entry("hosts", host, "", 0)], patience_s):
+                if not self._call(lambda: site.entry("hosts", host)).text:
+                    return False
                 raise Forbidden(f"host {host} is there, or was less than {PRESENCE_S} s ago: stop "
                                 "its gipam first, and wait as long")
         return True
@@ -4796,10 +4835,17 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     def age(held: Json) -> str:
         return format_age(now_s - held["granted_s"]) if held["granted_s"] else "?"
 
+    elsewhere = [claim["subnet"] for claim in status.get("claims", ())
+                 if status.get("host") not in claim["hosts"]]
     for base in status["bases"]:
-        yield from render_base(base, status["pools"], width)
+        yield from render_base({**base, "elsewhere": elsewhere}, status["pools"], width)
     if status["bases"]:
-        yield "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+        yield ("  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+               + "  o other host" * bool(elsewhere))
+    hosts = [("HOST", "CLAIMS", "ETCD"), *(
+        (host["host"], str(host["claims"]), "there" if host["is_present"] else "not there")
+        for host in status.get("hosts", ()))]
+    yield from format_table(hosts)
     rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
     for pool in status["pools"]:
         network = pool["network"] or pool["name"] or "-"
@@ -4808,8 +4854,15 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
         rows += [("  " + lease["address"], lease["kind"], "", "", age(lease),
                   lease["container"] or lease["name"] or lease["mac"] or "-")
                  for lease in pool.get("addresses", ())]
+    yield from format_table(rows)
+    if status.get("etcd", {}).get("failure"):
+        yield status["etcd"]["failure"]
+
+
+def format_table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Yield the lines of a table, none if there is nothing below its heads."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows if status["pools"] else ():
+    for row in rows if rows[1:] else ():
         yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
@@ -4839,8 +4892,9 @@ def draw_map(base: Json, pools: list[Json], limit: int) -> list[str]:
     while count > limit:
         count //= 2
     size, cells = network.num_addresses // count, ["."] * count
-    for mark, texts in (("r", base["remembered"].values()), ("~", base.get("routes", ())),
-                        ("x", base["excluded"]), ("#", [pool["subnet"] for pool in pools])):
+    for mark, texts in (("r", base["remembered"].values()), ("o", base.get("elsewhere", ())),
+                        ("~", base.get("routes", ())), ("x", base["excluded"]),
+                        ("#", [pool["subnet"] for pool in pools])):
         inside: Any = filter(network.overlaps, map(parse_prefix, texts))
         for part in ipaddress.collapse_addresses(inside):
             start = max(int(part[0]) - int(network[0]), 0) // size
