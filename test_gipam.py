@@ -8362,96 +8362,58 @@ class OptionsTableTest(unittest.TestCase):
 # The tests run in as many processes as there are processors, a class at a time. Each process has a
 # network, a /run and an /etc/docker of its own, where the host permits it, so that no test meets
 # the host's gipam, Docker or routes, and a session of its own, so that all it has started ends with
-# it. `python3 -m unittest test_gipam.StyleTest` runs tests in the process that a debugger is
-# attached to.
+# it. `python3 -m unittest test_gipam.StyleTest` runs tests where a debugger is attached.
 
 ISOLATION = """
 mount -t tmpfs -o mode=755 tmpfs /run
 [ ! -d /etc/docker ] || mount -t tmpfs -o mode=755 tmpfs /etc/docker
 exec "$@"
 """
-MIN_MEMORY_BYTES = 256 << 20
+MIN_MEMORY_BYTES, MAX_REPORT_CHARS = 256 << 20, 30_000
 OUTCOMES = {".": "ok", "F": "FAILED", "s": "skipped"}
 
 
 class Report(NamedTuple):
-    """What became of a test; in the end of a class, of nothing."""
+    """What became of a test."""
 
-    outcome: str = ""  # a key of OUTCOMES
-    test: str = ""
-    text: str = ""  # traceback or reason
+    test: str
+    outcome: str  # a key of OUTCOMES
+    text: str  # traceback or reason
     seconds: float = 0.0
 
 
 class Reporter(unittest.TestResult):
-    """Reports to the parent process, a line for each test."""
+    """Sends the parent process a report of each test."""
 
-    def __init__(self, out: Any) -> None:
+    def __init__(self, parent: socket.socket) -> None:
         super().__init__()
-        self.out, self.started = out, time.monotonic()
+        self.parent, self.started = parent, time.monotonic()
 
     def stopTest(self, test: unittest.TestCase) -> None:
         super().stopTest(test)
         self.report(test.id().replace("__main__.", ""))
+        self.errors, self.failures, self.skipped = [], [], []
+        self.started = time.monotonic()
 
-    def report(self, name: str) -> None:
-        failed = [f"{part}\n{text}" for part, text in (*self.errors, *self.failures)]
-        reasons = [reason for _, reason in self.skipped]
-        outcome = "F" if failed else "s" if reasons else "."
-        seconds = time.monotonic() - self.started
-        print(json.dumps(Report(outcome, name, "\n".join(failed or reasons), seconds)),
-              file=self.out, flush=True)
-        self.__init__(self.out)  # type: ignore[misc]  # nothing has happened yet
+    def report(self, test: str) -> None:
+        failed = [f"{part}\n{text}" for part, text in self.errors + self.failures]
+        text = "\n".join(failed or [reason for _, reason in self.skipped])[-MAX_REPORT_CHARS:]
+        outcome = "F" if failed else "s" if self.skipped else "."
+        report = Report(test, outcome, text, time.monotonic() - self.started)
+        self.parent.sendall(json.dumps(report).encode())
 
 
-def work() -> None:
-    """Run the classes that the parent names on standard input, until it has no more."""
-    parent = os.dup(0), os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what tests start shall neither read
-    os.dup2(2, 1)                                 # nor write there
+def work(classes: list[list[str]], todo: int, parent: int) -> None:
+    """Run the classes whose numbers come out of a pipe that all processes read."""
     if os.environ["GIPAM_ISOLATED"] == "yes":
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:  # ip link set lo up
             fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh", b"lo", 1))    # SIOCSIFFLAGS, IFF_UP
-    with open(parent[0], encoding="utf-8") as todo, \
-            open(parent[1], "w", encoding="utf-8") as reports:
-        for names in map(json.loads, todo):
-            reporter, load = Reporter(reports), unittest.defaultTestLoader.loadTestsFromNames
-            load(names, sys.modules[__name__]).run(reporter)
-            if reporter.errors or reporter.skipped:  # in setUpClass()
-                reporter.report(names[0])
-            print(json.dumps(Report()), file=reports, flush=True)
-
-
-class Worker(threading.Thread):
-    """A process that runs tests, and the thread that hands on what it reports."""
-
-    def __init__(self, command: list[str], todo: Iterator[list[str]],
-                 tell: Callable[[Report], None]) -> None:
-        super().__init__(daemon=True)
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        encoding="utf-8", start_new_session=True)
-        self.todo, self.tell = todo, tell
-        self.start()
-
-    def run(self) -> None:
-        assert self.process.stdin and self.process.stdout
-        for names in self.todo:  # which the workers share
-            print(json.dumps(names), file=self.process.stdin, flush=True)
-            for line in self.process.stdout:
-                report = Report(*json.loads(line))
-                if not report.outcome:
-                    break
-                self.tell(report)
-            else:
-                self.tell(Report("F", names[0], "the process of this class has ended"))
-                break
-        self.process.stdin.close()
-        self.process.wait()
-
-    def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+    connection = socket.socket(fileno=parent)
+    for number in iter(lambda: os.read(todo, 1), b""):
+        names, reporter = classes[number[0]], Reporter(connection)
+        unittest.defaultTestLoader.loadTestsFromNames(names, sys.modules[__name__]).run(reporter)
+        for name in names if reporter.errors or reporter.skipped else ():  # in setUpClass()
+            reporter.report(name)
 
 
 def find_isolation() -> tuple[list[str], str]:
@@ -8466,8 +8428,7 @@ def find_isolation() -> tuple[list[str], str]:
         return [], "unshare is missing: apt-get install util-linux"
     except subprocess.CalledProcessError as error:
         hint = "as root" if user else "in a privileged container"
-        return [], ("gets no network and no /run of its own "
-                    f"({error.stderr.strip()}): try it {hint}")
+        return [], f"gets no network of its own ({error.stderr.strip()}): try it {hint}"
     return command, "yes"
 
 
@@ -8492,39 +8453,44 @@ def choose_tests(arguments: argparse.Namespace) -> list[list[str]]:
     return [names[::-1] for names in classes.values()][::-1]
 
 
-def run_all(todo: list[list[str]], is_verbose: bool) -> list[Report]:
-    """Run the tests and return what became of them; nothing they started or wrote is left."""
+def run_all(classes: list[list[str]], is_verbose: bool) -> Iterator[Report]:
+    """Run the tests and yield what becomes of them; nothing they started or wrote is left."""
     command, isolated = find_isolation()
     memory = os.access("/dev/shm", os.W_OK) and \
         shutil.disk_usage("/dev/shm").free > MIN_MEMORY_BYTES  # where fsync costs nothing
     scratch = tempfile.mkdtemp(prefix="gipam-", dir="/dev/shm" if memory else None)
     os.environ.update(TMPDIR=scratch, GIPAM_ISOLATED=isolated, PYTHONDONTWRITEBYTECODE="1")
-    count = min(max(2, min(os.cpu_count() or 1, 4)), len(todo))  # most tests wait most of the time
-    print(f"{sum(map(len, todo))} tests of gipam {gipam.__version__} with Python "
+    count = min(max(2, min(os.cpu_count() or 1, 4)), len(classes))  # most tests mostly wait
+    print(f"{sum(map(len, classes))} tests of gipam {gipam.__version__} with Python "
           f"{platform.python_version()} in {count} processes, all files in {scratch}; all tests "
           "take about a minute on two processors", flush=True)
     if isolated != "yes":
         print(f"without a network and a /run of their own: {isolated}", flush=True)
-    done: list[Report] = []
-
-    def tell(report: Report) -> None:
-        done.append(report)
-        line = f"{report.test} ... {OUTCOMES[report.outcome]} ({report.seconds:.2f} s)\n"
-        print(line if is_verbose else report.outcome, end="", flush=True)
-
-    workers: list[Worker] = []
-    command += [sys.executable, os.path.abspath(__file__), "--work"]
-    classes = iter(todo)
+    todo, numbers = os.pipe()
+    os.write(numbers, bytes(range(len(classes))))
+    os.close(numbers)
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    fds, left = (todo, there.fileno()), {name for names in classes for name in names}
+    command += [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--work", *map(str, fds)]
+    processes = []
     try:
-        for _ in range(count):
-            workers.append(Worker(command, classes, tell))
-        for worker in workers:
-            worker.join()
+        for _ in range(count):  # standard output is for the reports
+            processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2,
+                                              pass_fds=fds, start_new_session=True))
+        there.close()
+        for message in iter(lambda: here.recv(1 << 18), b""):
+            report = Report(*json.loads(message))
+            line = f"{report.test} ... {OUTCOMES[report.outcome]} ({report.seconds:.2f} s)\n"
+            print(line if is_verbose else report.outcome, end="", flush=True)
+            left.discard(report.test)
+            yield report
+        yield from (Report(name, "F", "its process has ended before it") for name in sorted(left))
     finally:
-        for worker in workers:
-            worker.end()
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         shutil.rmtree(scratch, ignore_errors=True)
-    return done
 
 
 def conclude(passed: int, failed: int, skipped: int) -> int:
@@ -8542,19 +8508,21 @@ def stop(number: int, _: Any) -> None:
 
 def main() -> int:
     """Run the tests that the arguments choose; say what failed, and why what was skipped was."""
-    if sys.argv[1:] == ["--work"]:
-        work()
-        return 0
     parser = argparse.ArgumentParser(description="The self-check of gipam.")
     parser.add_argument("tests", nargs="*", metavar="CLASS[.TEST]", help="what to run, if not all")
     parser.add_argument("-k", action="append", metavar="PATTERN",
                         help="run only tests whose name has this in it")
     parser.add_argument("-v", action="store_true", help="name each test, and how long it took")
+    parser.add_argument("--work", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    classes, started = choose_tests(arguments), time.monotonic()
+    if arguments.work:
+        work(classes, *arguments.work)
+        return 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
-    started, done = time.monotonic(), run_all(choose_tests(arguments), arguments.v)
+    done = list(run_all(classes, arguments.v))
     sorted_out = {key: [report for report in done if report.outcome == key] for key in OUTCOMES}
     for report in sorted_out["F"]:
         print(f"\n\nFAILED: {report.test}\n{report.text}", end="")
