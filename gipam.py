@@ -5091,20 +5091,13 @@ def open_claimant(config: Config, service: Service, store: Store) -> Claimant | 
         return None
     tls = load_tls(config.etcdtls, False, "etcdtls") or ssl.create_default_context()
     lock = os.stat(store.path + ".lock")
-    place = f"{read_text('/etc/machine-id')} {store.path} {lock.st_dev} {lock.st_ino}"
+    place = f"{[*read_rows('/etc/machine-id')]} {store.path} {lock.st_dev} {lock.st_ino}"
     service.site = Site(config.host, service.state)
     claimant = Claimant(service, service.site, lambda: Etcd(
         config.etcd, tls, f"/gipam/{config.driver}/"),
         hashlib.sha256(place.encode()).hexdigest()[:16])
     claimant.begin()
     return claimant
-
-
-def read_text(path: str) -> str:
-    """Return what a file holds, "" if it cannot be read."""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
-    return ""
 
 
 def open_service(config: Config, store: Store, document: Json | None, state: State) -> Service:

@@ -6954,8 +6954,8 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
     def test_bar_and_rows_of_the_map(self) -> None:
         """Large numbers are powers of two; a row begins with the first address of its blocks."""
         for text, prefixlen, used, width, bar, labels in (
-                ("10.0.0.0/8", 30, 0, 64, "[..........]  0 of 4194304 blocks of /30 held, 4194304 free",
-                 "10.0.0.0 10.64.0.0 10.128.0.0 10.192.0.0"),
+                ("10.0.0.0/8", 30, 0, 64, "[..........]  0 of 4194304 blocks of /30 held, 4194304 "
+                 "free", "10.0.0.0 10.64.0.0 10.128.0.0 10.192.0.0"),
                 ("10.2.0.0/25", 31, 64, 64, "[##########]  64 of 64 blocks of /31 held, 0 free",
                  "10.2.0.0"),
                 ("2001:db8::/56", 64, 1, 64, "[#.........]  1 of 256 blocks of /64 held, 255 free",
