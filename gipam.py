@@ -818,7 +818,7 @@ class Site:
             "head": {}, "hosts": {}, "claims": {}, "parts": {}}
         self.watched = 0
         self._gone: list[Entry] = []  # deleted, and the watch has not said so yet
-        self.is_loaded = False
+        self.loaded = threading.Event()  # all claims are known
         self.due: dict[Network, None] = {}  # subnets of which etcd may not say what is held here
         self.leaving: set[Network] = set()  # claims that etcd may have been asked to let go
         self.wake: Callable[[], None] = lambda: None  # whoever asks etcd about them
@@ -853,7 +853,7 @@ class Site:
     def has(self, network: Network) -> bool:
         """Return whether the subnet is claimed for this host, alone or with others."""
         entry = self.tables["claims"].get(network)
-        return (self.is_loaded and entry is not None and self.host in entry.hosts
+        return (self.loaded.is_set() and entry is not None and self.host in entry.hosts
                 and network not in self.leaving)
 
     def parts(self, network: Network) -> dict[Network, Entry]:
@@ -942,7 +942,8 @@ class Site:
 
     def begin_load(self) -> None:
         """Be told everything anew, by an etcd whose history is another than the one known."""
-        self.is_loaded, self.watched = False, 0
+        self.loaded.clear()
+        self.watched = 0
         for table in self.tables.values():
             table.update({name: entry._replace(revision=0) for name, entry in table.items()})
 
@@ -954,7 +955,7 @@ class Site:
             for name in gone:
                 self.learn(Entry(table, name, "", revision))
         self._advance(revision)
-        self.is_loaded = True
+        self.loaded.set()
         self.leaving.update(network for network in self.tables["claims"] if self.has(network)
                             and network not in self.state.families[network.version].subnets)
         self.mark_all()
@@ -2225,7 +2226,7 @@ class Service:
         parts = [part for part in subnet.parts or () if part not in claimed
                  or site.host in claimed[part].hosts]
         total = sum(part.num_addresses for part in parts)
-        for part in parts[1:]:
+        for part in parts if len(parts) > 1 else ():
             if 2 * len(offsets) <= total - part.num_addresses \
                     and not subnet.is_any_in(part, offsets):
                 parts.remove(part)
@@ -2295,7 +2296,7 @@ class Service:
 
         Raises: Unavailable, where it is not known what other hosts hold.
         """
-        if self.site and not self.site.is_loaded:
+        if self.site and not self.site.loaded.is_set():
             raise Unavailable("what other hosts hold is not known: etcd does not answer: "
                               + self.etcd_failure)
         first = self.state.seq + 1
@@ -3064,7 +3065,7 @@ class Loop:
         self.servers: list[Server] = []
         self.handlers: dict[Handler, None] = {}
         self.lost: list[Reply] = []  # that have not arrived
-        self.ask_etcd: Callable[[Again], None] | None = None
+        self.ask_etcd: Callable[[Need, Again], None] | None = None
         self._late: list[tuple[Handler, Reply]] = []  # replies that have waited for etcd
         self.is_ending = False  # each reply is the last of its connection
         self.is_stopping = self.is_over = False
@@ -3205,7 +3206,7 @@ class Loop:
             return reply
         handler.is_waiting = True
         self._watch(handler, 0)
-        self.ask_etcd(functools.partial(self._again, handler, body))
+        self.ask_etcd(reply.need, functools.partial(self._again, handler, body))
         return None
 
     def _again(self, handler: Handler, body: bytes, failure: GipamError | None) -> Need | None:
@@ -4143,7 +4144,7 @@ class Claimant:
         self._etcd, self._watcher = make_etcd(), make_etcd()  # one for each thread
         self._token = ""  # of this process, once it has shown its presence
         self._lease, self._pulse_s, self._present_until_s = "", 0.0, 0.0
-        self._asks: collections.deque[tuple[Again, float]] = collections.deque()
+        self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
         self._bell = threading.Event()
         self._call: Call = service.run
         self._stop: Callable[[], None] = lambda: None
@@ -4156,8 +4157,8 @@ class Claimant:
         An etcd that does not answer is no reason to wait.
         """
         try:
-            self._load()
-            self._show_presence(ETCD_PATIENCE_S)
+            self._load(ETCD_ATTEMPT_S)
+            self._show_presence(ETCD_ATTEMPT_S)
         except (Unavailable, Refused) as error:
             self._note(str(error))
 
@@ -4167,9 +4168,13 @@ class Claimant:
         for step in (self._work, self._follow):
             threading.Thread(target=self._repeat, args=(step,), name="etcd", daemon=True).start()
 
-    def ask(self, again: Again) -> None:
-        """Have a request looked at until it needs etcd no more, at most as long as Docker waits."""
-        self._asks.append((again, time.monotonic() + ETCD_PATIENCE_S))
+    def ask(self, need: Need, again: Again) -> None:
+        """Have a request looked at until it needs etcd no more, at most as long as Docker waits.
+
+        What it needs now is not what it will, if others are before it.
+        """
+        first = None if self._asks else need
+        self._asks.append((again, first, time.monotonic() + ETCD_PATIENCE_S))
         self._bell.set()
 
     def _repeat(self, step: Callable[[], None]) -> None:
@@ -4210,22 +4215,17 @@ class Claimant:
             finally:  # whatever became of it, it is looked at again
                 self._call(functools.partial(self._site.due.setdefault, need.subnet))
 
-    def _serve(self, again: Again, end_s: float) -> None:
+    def _serve(self, again: Again, need: Need | None, end_s: float) -> None:
         """Ask for what a request needs, until it has been answered."""
-        failure: GipamError | None = None
-        while True:
-            try:
-                need = self._call(functools.partial(again, failure))
-            except Stopping:
-                raise
-            except StoreError as error:  # that turn is not on disk
-                need = self._call(functools.partial(again, error))
-            if need is None:
-                return
-            try:
+        try:
+            need = need or self._call(functools.partial(again, None))
+            while need:
                 self._fulfil(need, end_s - time.monotonic())
-            except GipamError as error:
-                failure = error
+                need = self._call(functools.partial(again, None))
+        except Stopping:
+            raise
+        except GipamError as error:  # of etcd, or of a turn that is not on disk
+            self._call(functools.partial(again, error))
 
     def _fulfil(self, need: Need, patience_s: float) -> None:
         """Ask etcd for it; whether it could be had shows when it is looked at again.
@@ -4238,11 +4238,8 @@ class Claimant:
         end_s = time.monotonic() + patience_s
         if end_s > self._present_until_s:
             self._show_presence(patience_s)
-        while not self._call(lambda: self._site.is_loaded):
-            if time.monotonic() > end_s:
-                raise Unavailable("what other hosts hold has not been read from etcd yet: try "
-                                  "again")
-            time.sleep(ETCD_PAUSE_S)
+        if not self._site.loaded.wait(max(end_s - time.monotonic(), 0.0)):
+            raise Unavailable("what other hosts hold has not been read from etcd yet: try again")
         if not getattr(self, "_" + need.what)(need, max(end_s - time.monotonic(), ETCD_PAUSE_S)):
             time.sleep(random.uniform(0, ETCD_PAUSE_S))  # noqa: S311 - another host was faster
 
@@ -4438,12 +4435,11 @@ class Claimant:
         """Learn what changes, until the watch breaks; at first all, if there is no way to go on."""
         site, etcd = self._site, self._watcher
         try:
-            watched, head, is_loaded = self._call(
-                lambda: (site.watched, site.head, site.is_loaded))
-            if is_loaded and self._is_history(max(watched, head.revision), head):
+            watched, head = self._call(lambda: (site.watched, site.head))
+            if site.loaded.is_set() and self._is_history(max(watched, head.revision), head):
                 self._call(site.mark_all)
             else:
-                self._load()
+                self._load(ETCD_PATIENCE_S)
             for entries in etcd.watch(self._call(lambda: site.watched) + 1):
                 self._call(functools.partial(site.learn_all, entries))
         except (OSError, http.client.HTTPException, ValueError):
@@ -4462,11 +4458,11 @@ class Claimant:
         found = [*self._watcher.entries(reply.get("kvs", ()))] or [Entry("head", "", "", 0)]
         return found[0] == head
 
-    def _load(self) -> None:
+    def _load(self, patience_s: float) -> None:
         """Learn all that there is. Raises: Unavailable, Refused."""
         site, etcd = self._site, self._watcher
         self._call(site.begin_load)
-        reply = etcd.ask("/v3/kv/range", etcd.range_of(""), ETCD_PATIENCE_S)
+        reply = etcd.ask("/v3/kv/range", etcd.range_of(""), patience_s)
         entries = list(etcd.entries(reply.get("kvs", ())))
         for at in range(0, len(entries), LOAD_ENTRIES):
             self._call(functools.partial(site.learn_all, entries[at:at + LOAD_ENTRIES], False))

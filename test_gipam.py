@@ -3930,7 +3930,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
         held = ("held by pool {!r} for AGE; should no network use that any more, "
                 "`gipam check --fix` releases it").format
         form = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
-        known = "gipam has gipam.name, gipam.v4ab, gipam.v6ab"
+        known = "gipam has gipam.name, gipam.v4ab, gipam.v6ab, gipam.shared"
         pool, sub_pool = "invalid address pool: ", "invalid address subpool: "
         rows: tuple[tuple[int, str, dict[str, Any]], ...] = (
             (403, f"{OVERLAPPING}10.9.0.0/16 with 10.9.0.0/24, {held(whole)}", {"Pool": "10.9.0.0/16"}),
