@@ -8209,9 +8209,12 @@ class ConfigurationTest(CommandLineCase):
                 ["web", "10.2.0.0/24", 1, []], ["web", "10.2.0.0/24", 1, {"db": 5}],
                 ["web", "10.2.0.0/24", 1, {"db": ["5", 1]}]))]}
         nothing = {**pool, "Allocated": None, "Leases": None, "Free": None}
-        for allocated in ([pool], [nothing], None):  # which are right
+        for allocated, shown in (([pool], r"- +1 +254 +\? +-\n"), (None, "^$"),  # which are right
+                                 ([nothing], r"- +0 +254 +\? +-\n")):
             self.keep({"Allocated": allocated, "Free": None})
-            self.assertEqual(self.run_main("status", "-file", self.file).status, 0)
+            done = self.run_main("status", "-file", self.file)
+            self.assertEqual(done.status, 0, done)
+            self.assertRegex(done.out, shown)
         for document in (
                 {"Allocated": [{"Pool": "10.2.0.0/24"}]},
                 *({"Allocated": [{**pool, key: value}]} for key in wrong for value in wrong[key]),
@@ -8426,23 +8429,19 @@ def find_isolation() -> tuple[list[str], str]:
 
 def choose_tests(arguments: argparse.Namespace) -> list[list[str]]:
     """Return the names of the chosen tests, a list for each class. Raises: SystemExit."""
-    loader, module = unittest.TestLoader(), sys.modules[__name__]
+    loader, wanted = unittest.TestLoader(), arguments.tests
     if arguments.k:
         loader.testNamePatterns = [pattern if "*" in pattern else f"*{pattern}*"
                                    for pattern in arguments.k]
-    suites: list[Any] = [loader.loadTestsFromNames(arguments.tests, module) if arguments.tests
-                         else loader.loadTestsFromModule(module)]
-    classes: dict[str, list[str]] = {}
-    while suites:
-        suite = suites.pop()
-        if isinstance(suite, unittest.TestCase):
-            name = type(suite).__name__
-            classes.setdefault(name, []).append(f"{name}.{suite._testMethodName}")
-        else:
-            suites += suite
-    if loader.errors or not classes:
-        sys.exit("\n".join(map(str, loader.errors)) or "no test has such a name")
-    return [names[::-1] for names in classes.values()][::-1]
+    classes = {name: [f"{name}.{test}" for test in loader.getTestCaseNames(kind)]
+               for name, kind in vars(sys.modules[__name__]).items()
+               if isinstance(kind, type) and issubclass(kind, unittest.TestCase)}
+    tests = [[test for test in classes[name] if not wanted or {name, test} & {*wanted}]
+             for name in classes]
+    unknown = {*wanted}.difference(classes, *classes.values())
+    if unknown or not any(tests):
+        sys.exit("no test has such a name: " + " ".join(sorted(unknown) or arguments.k))
+    return list(filter(None, tests))
 
 
 def run_all(classes: list[list[str]], is_verbose: bool) -> Iterator[Report]:
