@@ -4725,10 +4725,7 @@ def read_state(config: Config, store: Store, document: Json | None) -> State:
 
 
 def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Json | None, State]:
-    """Add the third stage; return it all, with the lease file if there is one. A daemon locks it.
-
-    Raises: ConfigError, DamageError, BusyError.
-    """
+    """Add the third stage; return that and what is on disk. A daemon locks it. Raises: GipamError."""
     store = Store(settings["file"].value)
     if not os.path.isdir(os.path.dirname(store.path)):
         raise settings["file"]._replace(text=store.path).error("its directory is not there")
@@ -5193,9 +5190,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>"}  # to the journal
-
-
 class LogHandler(logging.Handler):
     """Writes to stderr what it takes, and never waits for it: gipam must go on without a reader.
 
@@ -5226,7 +5220,8 @@ class LogHandler(logging.Handler):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return its lines, each with a priority under systemd (sd-daemon(3)), else with a time."""
-        formatter, head = logging.Formatter(), PRIORITIES.get(record.levelno, "<3>")
+        formatter = logging.Formatter()
+        head = {logging.INFO: "<6>", logging.WARNING: "<4>"}.get(record.levelno, "<3>")
         if "JOURNAL_STREAM" not in os.environ:
             head = f"{formatter.formatTime(record)} {record.levelname} "
         lines = formatter.format(record).split("\n")
