@@ -4725,7 +4725,7 @@ def read_state(config: Config, store: Store, document: Json | None) -> State:
 
 
 def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Json | None, State]:
-    """Add the third stage; return that and what is on disk. A daemon locks it. Raises: GipamError."""
+    """Add the third stage; return it and what is on disk; a daemon locks that. Raises: GipamError."""
     store = Store(settings["file"].value)
     if not os.path.isdir(os.path.dirname(store.path)):
         raise settings["file"]._replace(text=store.path).error("its directory is not there")
