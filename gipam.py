@@ -5235,7 +5235,7 @@ class LogHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._records: collections.deque[Any] = collections.deque(maxlen=MAX_LOG_RECORDS)
-        self._text, self._writing = b"", threading.Lock()
+        self._text, self._writing, self._formatter = b"", threading.Lock(), logging.Formatter()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the record; if there are too many, the oldest goes."""
@@ -5253,11 +5253,10 @@ class LogHandler(logging.Handler):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return its lines, each with a priority under systemd (sd-daemon(3)), else with a time."""
-        formatter = logging.Formatter()
         head = {logging.INFO: "<6>", logging.WARNING: "<4>"}.get(record.levelno, "<3>")
         if "JOURNAL_STREAM" not in os.environ:
-            head = f"{formatter.formatTime(record)} {record.levelname} "
-        lines = formatter.format(record).split("\n")
+            head = f"{self._formatter.formatTime(record)} {record.levelname} "
+        lines = self._formatter.format(record).split("\n")
         return "\n".join(head + printable(line, MAX_LOG_CHARS) for line in lines)
 
 
