@@ -5847,8 +5847,7 @@ class CommandCase(unittest.TestCase):
     maxDiff = None
 
     def setUp(self) -> None:
-        self.directory = os.path.realpath(tempfile.mkdtemp(prefix="gipam-"))
-        self.addCleanup(shutil.rmtree, self.directory, ignore_errors=True)
+        self.directory = make_directory(self)
         self.file = os.path.join(self.directory, "leases.json")
         self.patch(gipam.log, "handlers", [logging.NullHandler()])  # what is refused is expected
 
@@ -5907,7 +5906,6 @@ class OperatedCase(CommandCase):
         self.nowhere = ("-socket", none, "-address", "127.0.0.1:1", "-file", self.file, *self.BASES)
         self.absent = (f"gipam: no gipam answers on {none} or 127.0.0.1:1: start it, or say where it is with -socket "
                        "or -address")
-        self.docker = FakeDocker(self, os.path.join(self.directory, "docker.sock"), self.call)
         self.patch(gipam, "CHECK_PAUSE_S", 0)
         config, settings = self.config()
         store = gipam.Store(self.file)
@@ -5919,6 +5917,10 @@ class OperatedCase(CommandCase):
         self.loop = gipam.Loop(self.service)
         self.loop.open(gipam.UnixServer(self.socket, self.loop))
         self.thread = serve_in_thread(self, self.loop)
+        client = Client(self.socket)
+        self.addCleanup(client.close)
+        self.call, self.status_now, self.request_pool = client.call, client.state, client.request_pool
+        self.docker = FakeDocker(self, os.path.join(self.directory, "docker.sock"), self.call)
 
     def config(self, *options: str) -> tuple[Any, Any]:
         arguments = gipam.build_parser().parse_args(gipam.normalise_arguments(
@@ -5929,32 +5931,11 @@ class OperatedCase(CommandCase):
     def exclude(self, prefix: str) -> None:
         self.service.state.families[4] = make_state("10.2.0.0/20", excluded=prefix).families[4]
 
-    def in_turn(self, function: Callable[[], Any]) -> Any:
-        """Return what the function does in a turn of the loop, or in this one."""
-        is_turn = threading.current_thread() is self.thread
-        return function() if is_turn else self.loop.call(function)
-
     def serve_tcp(self, paths: Any = frozenset()) -> int:
         """Serve on a loopback port too; return it."""
         server = gipam.Server(("127.0.0.1", 0), self.loop, paths=paths)
-        self.in_turn(lambda: self.loop.open(server))
+        self.loop.call(lambda: self.loop.open(server))
         return int(server.server_address[1])
-
-    def call(self, method: str, **arguments: Any) -> Any:
-        """What dockerd asks of gipam."""
-        body = json.dumps(arguments).encode()
-        try:
-            reply = self.in_turn(lambda: gipam.dispatch(self.service, "POST", "/" + method, body))
-        except gipam.StoreError as error:
-            raise Refused(503, str(error)) from None
-        decoded = json.loads(reply.body)
-        if reply.status != 200:
-            raise Refused(reply.status, decoded["Error"])
-        return decoded
-
-    def request_pool(self, subnet: str) -> None:
-        """Take a subnet that no network has."""
-        self.call("IpamDriver.RequestPool", AddressSpace="gipam", Pool=subnet, SubPool="", Options=None, V6=False)
 
     def release_pool(self, network: str = "web", version: int = 4) -> None:
         self.call("IpamDriver.ReleasePool", PoolID=self.docker.pool_ids[network, version])
@@ -5967,9 +5948,10 @@ class OperatedCase(CommandCase):
         pool_id = self.docker.pool_ids[network, 6 if ":" in address else 4]
         self.call("IpamDriver.ReleaseAddress", PoolID=pool_id, Address=address)
 
-    def status_now(self) -> Any:
-        """Return what GET /status?leases=1 shows."""
-        return json.loads("".join(self.in_turn(lambda: list(self.service.status(has_leases=True)))))
+    def make_ranges(self) -> None:
+        """Make two networks of one subnet."""
+        for name, sub_pool in (("low", "10.50.0.0/25"), ("high", "10.50.0.128/25")):
+            self.docker.make_network(name, "10.50.0.0/24", sub_pool=sub_pool)
 
     def held(self) -> dict[str, list[str]]:
         """Return what gipam holds: range or subnet -> addresses, in order."""
@@ -6156,11 +6138,6 @@ class CheckTest(OperatedCase):
         """Let the event come between that the differences are found and that they are mended."""
         mend = gipam.mend
         self.patch(gipam, "mend", lambda *arguments: (event(), mend(*arguments))[1])
-
-    def make_ranges(self) -> None:
-        """Make two networks of one subnet."""
-        for name, sub_pool in (("low", "10.50.0.0/25"), ("high", "10.50.0.128/25")):
-            self.docker.make_network(name, "10.50.0.0/24", sub_pool=sub_pool)
 
     def test_no_difference(self) -> None:
         """Though before 29, neither gateways nor the blocks of size hints are shown."""
@@ -6511,10 +6488,10 @@ class ImportTest(OperatedCase):
         wait_for(lambda: len(self.docker.asked) > asked + 12, "Docker is asked again and again")
         self.assertTrue(self.service.import_is_due.is_set())
 
-    def await_answers(self, past: int = 0) -> None:
-        """Let Docker be silent, once it has answered so often."""
+    def await_answers(self) -> None:
+        """Let Docker be silent."""
         self.answers.clear()
-        self.docker.before = lambda path: len(self.docker.asked) < past or self.answers.wait(DEADLINE_S)
+        self.docker.before = lambda path: self.answers.wait(DEADLINE_S)
 
     def assert_all_taken_over(self) -> None:
         used = {use.address for use in self.read_docker()[0] if use.address}
@@ -6537,7 +6514,7 @@ class ImportTest(OperatedCase):
     def test_what_docker_releases_between_reading_and_adoption_is_let_go(self) -> None:
         """gipam does not hold it then, so that the release passes by; nobody would release it again.
 
-        If Docker takes too long to be asked again before the start, it is asked later.
+        If Docker cannot be asked again before the start, it is asked later.
         """
         real = gipam.Service.adopt
 
@@ -6548,17 +6525,18 @@ class ImportTest(OperatedCase):
                 self.docker.remove_network("old")
             return real(service, *arguments)
 
+        def hang_up(path: str) -> None:
+            if "old" not in self.docker.networks:
+                raise ConnectionResetError
+
         self.patch(gipam.Service, "adopt", adopt)
-        for is_slow in (False, True):
-            with self.subTest(is_slow=is_slow):
+        for is_late, before in ((False, self.docker.before), (True, hang_up)):
+            with self.subTest(is_late=is_late), mock.patch.object(self.docker, "before", before):
                 self.lose_file()
                 self.docker.make_network("old", "10.8.0.0/24")
-                if is_slow:
-                    self.await_answers(past=len(self.docker.asked) + 3)
-                    self.patch(gipam, "IMPORT_PATIENCE_S", 1.0)
                 self.start()
-                self.assertEqual([self.service.import_is_due.is_set(), "10.8.0.0/24" in self.held()], 2 * [is_slow])
-                self.answers.set()
+                self.assertEqual([self.service.import_is_due.is_set(), "10.8.0.0/24" in self.held()], 2 * [is_late])
+                self.docker.before = lambda path: None
                 self.wait_for_import()
                 self.assertNotIn("10.8.0.0/24", self.held())
                 self.assert_all_taken_over()
@@ -6819,8 +6797,7 @@ class ByHandTest(OperatedCase):
         self.assertNotIn("10.2.0.0/24", self.held())
 
     def test_command_takes_one_pool_and_address_in_any_spelling(self) -> None:
-        for name, sub_pool in (("low", "10.50.0.0/25"), ("high", "10.50.0.128/25")):
-            self.docker.make_network(name, "10.50.0.0/24", sub_pool=sub_pool)
+        self.make_ranges()
         self.docker.make_network("six", "fd00:9::/64")
         low, high = (self.docker.pool_ids[name, 4] for name in ("low", "high"))
         one = "pools: give the id of one, as `gipam status --json` has it"
