@@ -208,7 +208,7 @@ class Unreachable(GipamError, exit_status=2):
 
 
 class Absent(Unreachable):
-    """No daemon answers where it should."""
+    """Nobody listens where Docker or the daemon should."""
 
 
 class Refused(GipamError, exit_status=2):
@@ -1206,19 +1206,10 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
     yield "]}"
 
 
-def normalise_keys(document: Json, keys: Iterable[str]) -> tuple[Json, list[str]]:
-    """Return (the document with its keys spelt as these, the keys that are none of them)."""
+def normalise_keys(document: Json, keys: Iterable[str]) -> Json:
+    """Return the document with those of its keys that are meant spelt as these."""
     spelling = {**{key.lower(): key for key in keys}, **OTHER_NAMES}
-    known = {spelling[key.lower()]: value for key, value in document.items()
-             if key.lower() in spelling}
-    return known, [key for key in document if key.lower() not in spelling]
-
-
-def carry_over(keys: Json, document: Json) -> dict[str, Any]:
-    """Return the settings in a lease file that are not what gipam has written there."""
-    found, _ = normalise_keys(document, FILE_NAMES)
-    return {key: found.get(key) for key in FILE_KEYS.values()
-            if (found.get(key) or None) != (keys.get(key) or None)}
+    return {spelling.get(key.lower(), key): value for key, value in document.items()}
 
 
 # === Allocator ====================================================================================
@@ -2404,7 +2395,9 @@ def keep_edits(store: Store, keys: Json) -> Json:
     if found in ((), store.identity):
         return keys
     try:
-        edits = carry_over(keys, store.read_snapshot() or {})
+        there = normalise_keys(store.read_snapshot() or {}, FILE_NAMES)
+        edits = {key: there.get(key) for key in FILE_KEYS.values()
+                 if (there.get(key) or None) != (keys.get(key) or None)}
         log.warning("%s was edited while gipam runs: %s will take effect at the next start; what "
                     "else was edited there is lost", store.path, edits or "no setting")
     except ConfigError as error:
@@ -3483,7 +3476,9 @@ def call(connection: Connection, verb: str, path: str, body: Any = None) -> Any:
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         remedy = "run this as root" if isinstance(error, PermissionError) else connection.remedy
-        raise Unreachable(f"{connection.peer}: {why}; {remedy}") from None
+        is_absent = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
+        kind = Absent if is_absent else Unreachable
+        raise kind(f"{connection.peer}: {why}; {remedy}") from None
     finally:
         connection.close()  # the next call connects again
     if response.status != 200:
@@ -4423,10 +4418,10 @@ def parse_bool(text: str) -> bool:
     return BOOLEANS[text]
 
 
-def parse_number(text: str) -> int:
-    """Return a number of at most three decimal digits. Raises: ValueError."""
-    if not re.fullmatch("[0-9]{1,3}", text):
-        raise ValueError("not a prefix length in bits, such as 24")
+def parse_length(bits: int, text: str) -> int:
+    """Return the length in bits of a block, which has two addresses or more. Raises: ValueError."""
+    if not re.fullmatch("[0-9]{1,3}", text) or not 0 < int(text) < bits:
+        raise ValueError(f"not a prefix length from 1 to {bits - 1}")
     return int(text)
 
 
@@ -4523,10 +4518,9 @@ OPTIONS = (
     Option("file", parse_path, "leases.json", "FILE", "lease file"),
     Option("v6", parse_prefixes, "", "PREFIXES", "IPv6 bases, separated by commas, used in order"),
     Option("v4", parse_prefixes, "", "PREFIXES", "IPv4 bases, likewise"),
-    Option("v6ab", parse_number, "64", "BITS", "prefix length of a network's IPv6 block"),
-    Option("v4ab", parse_number, "24", "BITS", "prefix length of a network's IPv4 block"),
-    Option("exclude", parse_prefixes, "", "PREFIXES",
-           "prefixes in the bases that are never handed out"),
+    Option("v6ab", functools.partial(parse_length, BITS[6]), "64", "BITS", "length of IPv6 blocks"),
+    Option("v4ab", functools.partial(parse_length, BITS[4]), "24", "BITS", "length of IPv4 blocks"),
+    Option("exclude", parse_prefixes, "", "PREFIXES", "prefixes that are never handed out"),
     Option("socket", parse_path, PLUGIN_SOCKET_DIR + "/gipam.sock", "PATH",
            "socket; its base name names the driver"),
     Option("spec", parse_path, "/etc/docker/plugins/gipam.spec", "PATH",
@@ -4550,14 +4544,14 @@ Config = argparse.Namespace  # all options under their names, parsed; and what b
 
 def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace) -> Settings:
     """Return the first two stages: command line over environment over default."""
-    settings = {option.name: option._replace(text=option.default) for option in OPTIONS}
-    variables = {option.name: environment.get(option.variable) for option in OPTIONS}
-    for origin, stage in (("environment ({})", variables), ("command line", vars(arguments))):
-        for name, option in settings.items():
-            given = stage.get(name)
+    settings = {}
+    for option in OPTIONS:
+        settings[option.name] = option._replace(text=option.default)
+        stages = {f"environment ({option.variable})": environment.get(option.variable),
+                  "command line": getattr(arguments, option.name, None)}
+        for origin, given in stages.items():
             if given is not None:
-                settings[name] = option._replace(
-                    text=given, origin=origin.format(option.variable), given=given)
+                settings[option.name] = option._replace(text=given, origin=origin, given=given)
     return settings
 
 
@@ -4580,13 +4574,10 @@ def overrule_settings(settings: Settings, document: Json, path: str) -> None:
             settings[name] = option._replace(text=found, origin=f"lease file ({key} in {path})")
             if is_edited:
                 log.warning("%s has been edited in %s, from %r to %r", key, path, written, found)
-            if option.given not in (None, found):
+            if option.text != found and {option.given, noted} != {None}:
                 log.warning("-%s is %r as the lease file %s says, not %r as the %s does: the lease "
                             "file wins; to change it, edit %s there or give -%s a new value",
                             name, found, path, option.text, option.origin, key, name)
-            elif option.given is None and noted is not None:
-                log.warning("-%s is not given any more and stays %r, as the lease file %s says; "
-                            "to change it, give it another value", name, found, path)
 
 
 def config_keys(settings: Settings) -> Json:
@@ -4597,35 +4588,27 @@ def config_keys(settings: Settings) -> Json:
             "Options": {option.name: [option.text, option.given] for option in chosen.values()}}
 
 
-def find_driver(settings: Settings) -> str:
-    """Return the driver's name to Docker: the base name of the socket or the plugin file."""
-    path: str = settings["socket" if settings["unix"].value else "spec"].value
-    return os.path.splitext(os.path.basename(path))[0]
-
-
-def describe_daemon(settings: Settings, place: Any) -> Json:
+def describe_daemon(config: Config, place: Any) -> Json:
     """Return what /status tells of a daemon that listens there, "" without one; no passwords."""
     shown = {}
-    for name, option in settings.items():
+    for name, option in config.settings.items():
         text = option.value if option.parse in (parse_path, parse_host) else option.text
         shown[name] = {"value": mask(text), "origin": option.origin}
-    return {"driver": find_driver(settings), "listening": format_endpoint(place), "config": shown}
+    return {"driver": config.driver, "listening": format_endpoint(place), "config": shown}
 
 
 def build_config(settings: Settings) -> Config:
     """Parse and check all options. Raises: ConfigError."""
-    config = Config(**{name: option.value for name, option in settings.items()})
+    config = Config(**{name: option.value for name, option in settings.items()}, settings=settings)
     config.is_spec_given = settings["spec"].origin != "default"
-    config.driver = find_driver(settings)
+    plugin = os.path.basename(config.socket if config.unix else config.spec)
+    config.driver = os.path.splitext(plugin)[0]  # what Docker calls it
     config.families = ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab))
     if not (config.unix or config.tls or ipaddress.ip_address(config.address[0]).is_loopback):
         raise settings["address"].error("not a loopback address: whoever reaches the port could "
                                         "take every address; use -tls")
     for version, bases, prefixlen in reversed(config.families):
         given, block = settings[f"v{version}"], settings[f"v{version}ab"]
-        longest = BITS[version] - 1
-        if not 1 <= prefixlen <= longest:
-            raise block.error(f"not from 1 to {longest}: a block has two addresses or more")
         for at, base in enumerate(bases):
             if base.version != version:
                 raise given.error(f"{base} is not an IPv{version} prefix")
@@ -4645,19 +4628,29 @@ def read_lease_file(store: Store) -> Json | None:
     document = store.read_snapshot(compact_leases)
     if document is None:
         return None
-    document, unknown = normalise_keys(document, FILE_NAMES)
+    document = normalise_keys(document, FILE_NAMES)
     try:
         pools = [normalise_keys(entry, POOL_KEYS) for entry in document.get("Allocated") or ()]
     except (TypeError, AttributeError):
         raise store.damage(store.path, "has something else than pools in Allocated") from None
-    document["Allocated"] = [entry for entry, _ in pools]
-    for key in sorted({*unknown, *(key for _, keys in pools for key in keys)}):
+    document["Allocated"] = pools
+    unknown = (document.keys() - FILE_NAMES).union(*(pool.keys() - POOL_KEYS for pool in pools))
+    for key in sorted(unknown):
         log.warning("unknown key %r in %s: dropped", key, store.path)
     return document
 
 
-def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Json | None]:
-    """Add the third stage; return the configuration and the lease file, which a daemon locks."""
+def read_state(config: Config, store: Store, document: Json | None) -> State:
+    """Return what is on disk, as the state of a configuration. Raises: DamageError."""
+    state = State(Family(version, bases, prefixlen,
+                         [network for network in config.exclude if network.version == version])
+                  for version, bases, prefixlen in config.families)
+    recover(store, document, state)
+    return state
+
+
+def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Json | None, State]:
+    """Add the third stage; return it and what is on disk. A daemon locks it. Raises: GipamError."""
     store = Store(settings["file"].value)
     if not os.path.isdir(os.path.dirname(store.path)):
         raise settings["file"]._replace(text=store.path).error("its directory is not there")
@@ -4665,59 +4658,37 @@ def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Js
         store.lock()
     document = read_lease_file(store)
     overrule_settings(settings, document or {}, store.path)
-    return build_config(settings), store, document
+    config = build_config(settings)
+    return config, store, document, read_state(config, store, document)
 
 
-def find_daemon(settings: Settings) -> Connection:
-    """Return how to call the running daemon, by its socket or its address. Raises: Unreachable."""
-    path, tcp, tls_directory = (settings[name].value for name in ("socket", "address", "tls"))
-    for address, tls in ((path, ""), (tcp, tls_directory)):
-        connection = Connection(address, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
-        with contextlib.closing(connection):
-            try:
-                connection.connect()
-            except (ConnectionError, FileNotFoundError, socket.timeout):
-                continue  # it is not there
-            except OSError:
-                pass  # it is: call() says what is wrong
-            return connection
-    raise Absent(f"no gipam answers on {path} or {format_endpoint(tcp)}: start it, or say where it "
-                 "is with -socket or -address")
+def ask_daemon(settings: Settings, verb: str, path: str, body: Any = None) -> Any:
+    """Return what the daemon answers, on its socket or its address. Raises: as call()."""
+    places = ((settings["socket"].value, ""), (settings["address"].value, settings["tls"].value))
+    for place, tls in places:
+        with contextlib.suppress(Absent):
+            peer = Connection(place, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
+            return call(peer, verb, path, body)
+    where = " or ".join(format_endpoint(place) for place, _ in places)
+    raise Absent(f"no gipam answers on {where}: start it, or say where it is with -socket or "
+                 "-address")
 
 
-def ask_status(settings: Settings, has_leases: bool) -> Json:
-    """Return the status that the daemon gives. Raises: Unreachable."""
-    return {**describe_daemon(settings, "?"),  # should the daemon be of an earlier version
-            **call(find_daemon(settings), "GET", f"/status?leases={int(has_leases)}")}
-
-
-def read_status(settings: Settings, has_leases: bool, is_second_look: bool = False) -> Json:
+def read_status(settings: Settings, has_leases: bool) -> Json:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
     try:
-        return ask_status(settings, has_leases)
+        return dict(ask_daemon(settings, "GET", f"/status?leases={int(has_leases)}"))
     except Absent as error:
         why = str(error)
-    config, store, document = load(settings)
+    try:
+        config, _, document, state = load(settings)
+    except DamageError:  # perhaps a daemon was just ending, and folded the journal into the file
+        config, _, document, state = load(settings)
     if document is None:
         raise Absent(f"{why}; nor is there a lease file {config.file}")
-    state = make_state(config)
-    try:
-        recover(store, document, state)
-    except DamageError:  # perhaps a daemon was just ending, and folded the journal into the file
-        if is_second_look:
-            raise
-        return read_status(settings, has_leases, is_second_look=True)
     print(f"gipam: {why}; this is what {config.file} holds", file=sys.stderr)
-    status = json.loads("".join(encode_status(describe_state(state), state.pools.values(),
-                                              has_leases)))
-    return {**describe_daemon(settings, ""), **status}
-
-
-def make_state(config: Config) -> State:
-    """Return the empty state of a configuration."""
-    return State(Family(version, bases, prefixlen,
-                        [network for network in config.exclude if network.version == version])
-                 for version, bases, prefixlen in config.families)
+    text = "".join(encode_status(describe_state(state), state.pools.values(), has_leases))
+    return {**describe_daemon(config, ""), **json.loads(text)}
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
@@ -4733,11 +4704,12 @@ def cmd_status(arguments: argparse.Namespace) -> int:
         print(json.dumps(status, indent=2))
         return 0
     is_terminal = sys.stdout.isatty()
-    has_colour = is_terminal and "NO_COLOR" not in os.environ
     width = max(shutil.get_terminal_size().columns, 40) if is_terminal else 80
     for line in render_status(status, width, int(time.time())):
-        mark = "\033[33m\\g<0>\033[0m" if has_colour and line.startswith("  ") else "\\g<0>"
-        print(re.sub("[#+]+", mark, line[:width]))
+        text = line[:width]
+        if is_terminal and line.startswith("  ") and "NO_COLOR" not in os.environ:
+            text = re.sub("[#+]+", "\033[33m\\g<0>\033[0m", text)
+        print(text)
     return 0
 
 
@@ -4777,6 +4749,9 @@ def select_pools(pools: list[Json], what: str) -> list[Json]:
 
 def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     """Yield the lines of the text form: a bar and a map for each base, a table of the pools."""
+    def age(held: Json) -> str:
+        return format_age(now_s - held["granted_s"]) if held["granted_s"] else "?"
+
     elsewhere = [claim["subnet"] for claim in status.get("claims", ())
                  if status.get("host") not in claim["hosts"]]
     for base in status["bases"]:
@@ -4790,13 +4765,12 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     yield from format_table(hosts)
     rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
     for pool in status["pools"]:
-        age = format_age(now_s - pool["granted_s"])
+        network = pool["network"] or pool["name"] or "-"
         rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]),
-                     format_count(pool["usable"]), age, pool["network"] or pool["name"] or "-"))
-        for lease in pool.get("addresses", ()):
-            age = format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?"
-            owner = lease["container"] or lease["name"] or lease["mac"] or "-"
-            rows.append(("  " + lease["address"], lease["kind"], "", "", age, owner))
+                     format_count(pool["usable"]), age(pool), network))
+        rows += [("  " + lease["address"], lease["kind"], "", "", age(lease),
+                  lease["container"] or lease["name"] or lease["mac"] or "-")
+                 for lease in pool.get("addresses", ())]
     yield from format_table(rows)
     if status.get("etcd", {}).get("failure"):
         yield status["etcd"]["failure"]
@@ -4816,14 +4790,12 @@ def render_base(base: Json, pools: list[Json], width: int) -> Iterator[str]:
     bar = ("#" * -(-10 * used // total)).ljust(10, ".")
     yield (f"{prefix}  [{bar}]  {used} of {format_count(total)} blocks of "
            f"/{base['block_prefixlen']} held, {format_count(free)} free")
-    last = int(prefix[-1]) + 1 - prefix.num_addresses // total
-    indent = len(format_address(last, prefix.version))
+    indent = len(str(prefix[-(prefix.num_addresses // total)]))
     length = 1 << max(width - indent - 4, 1).bit_length() - 1
     cells = draw_map(base, pools, 4 * length)
     for start in range(0, len(cells), length):
-        first = int(prefix[0]) + prefix.num_addresses // len(cells) * start
-        label = format_address(first, prefix.version)
-        yield f"  {label:{indent}}  {cells[start:start + length]}"
+        first = prefix[prefix.num_addresses // len(cells) * start]
+        yield f"  {first!s:{indent}}  {''.join(cells[start:start + length])}"
 
 
 def format_count(count: int) -> str:
@@ -4831,23 +4803,22 @@ def format_count(count: int) -> str:
     return str(count) if count < 10 ** 9 else f"2^{(count - 1).bit_length()}"
 
 
-def draw_map(base: Json, pools: list[Json], limit: int) -> str:
+def draw_map(base: Json, pools: list[Json], limit: int) -> list[str]:
     """Return a character for each block of the base, or for each group of 2, 4, 8 … blocks."""
     network, count = parse_prefix(base["prefix"]), base["blocks"]
     while count > limit:
         count //= 2
-    size, first = network.num_addresses // count, int(network[0])
-    cells, held = ["."] * count, [0] * count
+    size, cells = network.num_addresses // count, ["."] * count
     for mark, texts in (("r", base["remembered"].values()), ("o", base.get("elsewhere", ())),
                         ("~", base.get("routes", ())), ("x", base["excluded"]),
-                        ("+", {pool["subnet"] for pool in pools})):
-        for inside in filter(network.overlaps, map(parse_prefix, texts)):
-            start = max(int(inside[0]) - first, 0) // size
-            length = min(inside.num_addresses, network.num_addresses)
-            for cell in range(start, start + max(length // size, 1)):
-                cells[cell] = mark
-                held[cell] += min(length, size) * (mark == "+")
-    return "".join("#" if there == size else mark for mark, there in zip(cells, held))
+                        ("#", [pool["subnet"] for pool in pools])):
+        inside: Any = filter(network.overlaps, map(parse_prefix, texts))
+        for part in ipaddress.collapse_addresses(inside):
+            start = max(int(part[0]) - int(network[0]), 0) // size
+            length = min(max(part.num_addresses // size, 1), count)
+            is_partly = mark == "#" and part.num_addresses < size
+            cells[start:start + length] = ("+" if is_partly else mark) * length
+    return cells
 
 
 def cmd_check(arguments: argparse.Namespace) -> int:
@@ -4856,7 +4827,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
     settings, path = arguments.settings, docker_socket()
-    read_gipam = functools.partial(ask_status, settings, has_leases=True)
+    read_gipam = functools.partial(ask_daemon, settings, "GET", "/status?leases=1")
     status = read_gipam()
     driver = status["driver"]
     read_docker = functools.partial(read_uses, path, driver)
@@ -4868,7 +4839,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         if held and held.isdisjoint(known) and not arguments.force:
             raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one "
                               "that gipam serves? If so, use --force")
-        post = functools.partial(call, find_daemon(settings), "POST")
+        post = functools.partial(ask_daemon, settings, "POST")
         mend(found.values(), set(), read_gipam, read_docker, post)
         left = look()
     notes = list(dict.fromkeys(find_notes(status, read_docker()[0], "/proc")))
@@ -4897,21 +4868,20 @@ def report(found: dict[str, Finding], left: dict[str, Finding], notes: list[str]
 
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
-    status = ask_status(arguments.settings, has_leases=True)
+    status = ask_daemon(arguments.settings, "GET", "/status?leases=1")
     pool, lease = find_lease(status["pools"], arguments.pool, arguments.lease)
     request, address = release_request(pool, lease), lease["address"] if lease else ""
     if not arguments.force:
         uses, _ = read_uses(docker_socket(), status["driver"])
         leaks = [(finding.path, finding.body) for finding in find_leaks(status, uses)]
         if request not in leaks and release_request(pool) not in leaks:
-            users = [str(use) for use in uses
-                     if (use.subnet, use.address) == (pool["subnet"], address)]
-            raise Forbidden(f"{(users or ['a network'])[0]} of Docker uses it: remove that first, "
-                            "or use --force")
+            user = next((str(use) for use in uses
+                         if (use.subnet, use.address) == (pool["subnet"], address)), "a network")
+            raise Forbidden(f"{user} of Docker uses it: remove that first, or use --force")
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
     if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
-    call(find_daemon(arguments.settings), "POST", *request)
+    ask_daemon(arguments.settings, "POST", *request)
     print(f"released {what} {pool['subnet']}")
     return 0
 
@@ -4923,15 +4893,12 @@ def find_lease(pools: list[Json], name: str, text: str) -> tuple[Json, Json | No
         raise InvalidRequest(
             f"{name!r} names {len(found)} pools: give the id of one, as `gipam status --json` "
             "has it" + "".join(f"\n  {pool['id']}" for pool in found))
-    try:
-        address = text and normalise_address(text)
-    except ValueError:
-        raise InvalidRequest(f"{text!r} is not a bare IP address") from None
     pool = found[0]
-    lease = next((lease for lease in pool["addresses"] if lease["address"] == address), None)
-    if address and not lease:
-        raise InvalidRequest(f"{address} is not held in {pool['subnet']}")
-    return pool, lease
+    held = {lease["address"]: lease for lease in pool["addresses"]}
+    try:
+        return pool, held[normalise_address(text)] if text else None
+    except (ValueError, LookupError):
+        raise InvalidRequest(f"{text!r} is no address held in {pool['subnet']}") from None
 
 
 def ask(question: str) -> bool:
@@ -4946,11 +4913,11 @@ def ask(question: str) -> bool:
 
 def cmd_evict(arguments: argparse.Namespace) -> int:
     """Give up what a host that will never come back has claimed in etcd."""
-    status, host = ask_status(arguments.settings, has_leases=False), arguments.host_name
+    status, host = ask_daemon(arguments.settings, "GET", "/status"), arguments.host_name
     claims = [claim["subnet"] for claim in status["claims"] if host in claim["hosts"]]
     if not arguments.yes and not ask(f"give up {len(claims)} claims of host {host}? [y/N] "):
         return 1
-    call(find_daemon(arguments.settings), "POST", "/Gipam.Evict", {"Host": host})
+    ask_daemon(arguments.settings, "POST", "/Gipam.Evict", {"Host": host})
     print(f"gave up {len(claims)} claims of host {host}")
     return 0
 
@@ -4958,12 +4925,11 @@ def cmd_evict(arguments: argparse.Namespace) -> int:
 def cmd_config(arguments: argparse.Namespace) -> int:
     """Print each effective value with its origin: as the daemon says, where one answers."""
     try:
-        shown = call(find_daemon(arguments.settings), "GET", "/status").get("config", {})
+        status = ask_daemon(arguments.settings, "GET", "/status")
     except Absent as error:
-        load(arguments.settings)
+        status = describe_daemon(load(arguments.settings)[0], "")
         print(f"gipam: {error}; this environment and lease file would give", file=sys.stderr)
-        shown = describe_daemon(arguments.settings, "")["config"]
-    for name, setting in shown.items():
+    for name, setting in status["config"].items():
         print(f"{name:8} {setting['value'] or 'none':34} {setting['origin']}")
     return 0
 
@@ -4974,13 +4940,13 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     faulthandler.enable()  # the watchdog's SIGABRT then says where it hung
     notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
     gc.disable()  # it would take a third of the time to load a million leases
-    config, store, document = load(arguments.settings, is_daemon=True)
+    config, store, document, state = load(arguments.settings, is_daemon=True)
     if config.unix and "LISTEN_FDS" not in os.environ:
         clear_path(config.socket)  # a second daemon writes and imports nothing
     with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
         if document is None:
             unserved.callback(store.discard)
-        service = open_service(config, arguments.settings, store, document)
+        service = open_service(config, store, document, state)
         claimant = open_claimant(config, service, store)
         begin_import(config, service, document)
         gc.freeze()  # nor need it look at them later: 270 ms for a million
@@ -4998,12 +4964,12 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
                          name="import", daemon=True).start()
         warn_of_surprises(config, "/proc/self/net")
         places = [format_endpoint(server.server_address) for server in loop.servers]
-        service.about = describe_daemon(arguments.settings, places[0])
+        service.about = describe_daemon(config, places[0])
         log.info("serving on %s with %d pools", ", and metrics on ".join(places),
                  len(service.state.pools))
         notify("READY=1")
         handler.is_held = True
-        loop.run(Heart(service, store).beat)
+        loop.run(functools.partial(beat, service, store))
         notify("STOPPING=1")
         loop.finish(made.close)
     if claimant:
@@ -5030,20 +4996,11 @@ def open_servers(config: Config, loop: Loop, made: contextlib.ExitStack) -> None
         loop.open(Server(config.metrics, loop, paths=paths))
 
 
-class Heart:
-    """Tells the service manager each second that the loop turns, and what gipam holds."""
-
-    def __init__(self, service: Service, store: Store) -> None:
-        self._service, self._store = service, store
-        self._told = ""
-
-    def beat(self) -> None:
-        """Say so; a turn that hangs in a sync lets the watchdog end gipam. Raises: StoreLost."""
-        self._store.keep_names()
-        state = self._service.state
-        status = f"STATUS={len(state.pools)} pools, {state.lease_count} leases"
-        notify("WATCHDOG=1" + f"\n{status}" * (status != self._told))
-        self._told = status
+def beat(service: Service, store: Store) -> None:
+    """Show the service manager that no turn hangs, and what is held. Raises: StoreLost."""
+    store.keep_names()
+    pools, leases = len(service.state.pools), service.state.lease_count
+    notify(f"WATCHDOG=1\nSTATUS={pools} pools, {leases} leases")
 
 
 def open_claimant(config: Config, service: Service, store: Store) -> Claimant | None:
@@ -5052,7 +5009,7 @@ def open_claimant(config: Config, service: Service, store: Store) -> Claimant | 
         return None
     tls = load_tls(config.etcdtls, False, "etcdtls") or ssl.create_default_context()
     lock = os.stat(store.path + ".lock")
-    place = f"{read_text('/etc/machine-id')} {store.path} {lock.st_dev} {lock.st_ino}"
+    place = f"{[*read_rows('/etc/machine-id')]} {store.path} {lock.st_dev} {lock.st_ino}"
     service.site = Site(config.host, service.state)
     claimant = Claimant(service, service.site, lambda: Etcd(
         config.etcd, tls, f"/gipam/{config.driver}/"),
@@ -5061,28 +5018,13 @@ def open_claimant(config: Config, service: Service, store: Store) -> Claimant | 
     return claimant
 
 
-def read_text(path: str) -> str:
-    """Return what a file holds, "" if it cannot be read."""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
-    return ""
-
-
-def open_service(config: Config, settings: Settings, store: Store,
-                 document: Json | None) -> Service:
-    """Recover the state; at a first start, write the lease file before anything is served."""
-    keys = config_keys(settings)
-
-    def read_state(document: Json | None) -> State:
-        state = make_state(config)
-        recover(store, document, state)
-        return state
-
-    state = read_state(document)
+def open_service(config: Config, store: Store, document: Json | None, state: State) -> Service:
+    """Return the service; at a first start, write the lease file before anything is served."""
+    keys = config_keys(config.settings)
     if document is None:
         chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
         store.write_snapshot(chunks, is_named=False)
-    return Service(store, state, keys, lambda: read_state(read_lease_file(store)))
+    return Service(store, state, keys, lambda: read_state(config, store, read_lease_file(store)))
 
 
 def begin_import(config: Config, service: Service, document: Json | None) -> None:
@@ -5120,12 +5062,12 @@ def normalise_arguments(arguments: list[str]) -> list[str]:
     """Turn Go's one dash into two; give a boolean flag its value, the next word if that is one."""
     booleans = ["--" + option.name for option in OPTIONS if option.parse is parse_bool]
     words: list[str] = []
-    for argument in arguments:
-        if words and words[-1] in booleans and argument in BOOLEANS:
-            words[-1] += "=" + argument
-        else:
-            words.append(re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument))
-    return [word + "=true" if word in booleans else word for word in words]
+    for argument in reversed(arguments):
+        word = re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument)
+        if word in booleans:
+            word += "=" + (words.pop() if words and words[-1] in BOOLEANS else "true")
+        words.append(word)
+    return words[::-1]
 
 
 COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, str]], ...] = (
@@ -5156,33 +5098,21 @@ def build_parser() -> argparse.ArgumentParser:
         text = f"{option.help} ({option.variable}; default: {option.default or 'none'})"
         shown.add_argument("--" + option.name, metavar=option.metavar, help=text)
         hidden.add_argument("--" + option.name, help=argparse.SUPPRESS)
-    parser = argparse.ArgumentParser(prog="gipam", parents=[shown], allow_abbrev=False,
-                                     description="Docker IPAM driver that hands out routed "
-                                                 "prefixes")
+    parser = argparse.ArgumentParser(prog="gipam", parents=[shown], description="Docker IPAM "
+                                     "driver that hands out routed prefixes")
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(func=cmd_serve)
     commands = parser.add_subparsers(metavar="COMMAND", help="default: serve")
     for function, flags in COMMANDS:
         purpose = function.__doc__ or ""
-        is_serve = function is cmd_serve
         command = commands.add_parser(
-            function.__name__[4:], parents=[shown if is_serve else hidden], allow_abbrev=False,
+            function.__name__[4:], parents=[shown if function is cmd_serve else hidden],
             help=purpose.split("\n")[0], description=purpose,
-            epilog=None if is_serve else "It takes the options of `gipam --help`, too.")
+            epilog="It takes all the options of `gipam --help`.")
         command.set_defaults(func=function)
         for flag, text in flags.items():
             command.add_argument(flag, help=text, **VALUES.get(flag, {"action": "store_true"}))
     return parser
-
-
-class LogFormatter(logging.Formatter):
-    """Puts the head of a message before each of its lines: to the journal every line is one."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the lines, in which everything can be printed."""
-        text = super().format(record)
-        head = "\n" + text[:text.index(record.message)]
-        return head.join(printable(line, MAX_LOG_CHARS) for line in text.split("\n"))
 
 
 class LogHandler(logging.Handler):
@@ -5196,39 +5126,30 @@ class LogHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._records: collections.deque[logging.LogRecord]
-        self._records = collections.deque(maxlen=MAX_LOG_RECORDS)  # past it, the oldest go
-        self._text = b""
+        self._records: collections.deque[Any] = collections.deque(maxlen=MAX_LOG_RECORDS)
+        self._text, self._writing, self._formatter = b"", threading.Lock(), logging.Formatter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the record."""
+        """Keep the record; if there are too many, the oldest goes."""
         self._records.append(record)
         if not self.is_held:
             self.flush()
 
     def flush(self) -> None:
         """Write as much as can be written now."""
-        self.acquire()
-        try:
+        with self._writing, contextlib.suppress(OSError):  # nobody will ever read it
             while (self._text or self._records) and select.select([], [2], [], 0)[1]:
                 if not self._text:
                     self._text = self.format(self._records.popleft()).encode() + b"\n"
                 self._text = self._text[os.write(2, self._text[:select.PIPE_BUF]):]
-        except (OSError, ValueError):  # nobody will ever read it
-            self._text = b""
-        finally:
-            self.release()
 
-
-def set_up_log(handler: logging.Handler) -> None:
-    """Log to stderr: with priorities under systemd (sd-daemon(3)), with the time elsewhere."""
-    form = "%(asctime)s %(levelname)s %(message)s"
-    if "JOURNAL_STREAM" in os.environ:
-        form = "%(levelname)s%(message)s"
-        for level, priority in ((logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
-            logging.addLevelName(level, f"<{priority}>")
-    handler.setFormatter(LogFormatter(form))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    def format(self, record: logging.LogRecord) -> str:
+        """Return its lines, each with a priority under systemd (sd-daemon(3)), else with a time."""
+        head = {logging.INFO: "<6>", logging.WARNING: "<4>"}.get(record.levelno, "<3>")
+        if "JOURNAL_STREAM" not in os.environ:
+            head = f"{self._formatter.formatTime(record)} {record.levelname} "
+        lines = self._formatter.format(record).split("\n")
+        return "\n".join(head + printable(line, MAX_LOG_CHARS) for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -5243,9 +5164,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unknown option {flag}: {hint}")
     arguments = parser.parse_args(words)
     arguments.settings = read_settings(os.environ, arguments)  # the first two stages
-    is_daemon = arguments.func is cmd_serve
-    arguments.log_handler = LogHandler() if is_daemon else logging.StreamHandler()
-    set_up_log(arguments.log_handler)
+    arguments.log_handler = LogHandler()
+    logging.basicConfig(level=logging.INFO, handlers=[arguments.log_handler])
     try:
         status = int(arguments.func(arguments))
         sys.stdout.flush()
