@@ -18,12 +18,13 @@ The sections, each of which uses only what stands above it (`grep -n '^# ===' gi
     Protocol    method name -> function; bytes in, bytes out
     Transport   the loop: HTTP on a UNIX socket or on TCP, signals, systemd
     Docker      what Docker uses, for check and for a lost lease file
+    Hosts       what the hosts of a site claim in etcd, so that they share bases and subnets
     Commands    options, configuration in three stages, main
 
 One thread serves all, turn by turn: it reads what has come, decides and applies each request that
 is whole, writes one line with all their changes and syncs it, and only then sends the replies. So
 nothing needs a lock. What has to wait for others (the lease file being written, Docker being asked)
-runs in threads, which come back by Loop.call() to have a function run in a turn.
+or etcd) runs in threads, which come back by Loop.call() to have a function run in a turn.
 
 On disk. The lease file is a JSON document for people: the configuration (of it and the options wins
 what was changed last), each pool under Allocated with its addresses, and a checksum over the state.
@@ -49,6 +50,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import base64
 import bisect
 import collections
 import concurrent.futures
@@ -59,6 +61,7 @@ import faulthandler
 import fcntl
 import functools
 import gc
+import hashlib
 import http
 import http.client
 import http.server
@@ -68,6 +71,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import secrets
 import select
@@ -81,6 +85,7 @@ import stat
 import sys
 import threading
 import time
+import urllib.parse
 import zlib
 from typing import (
     Any,
@@ -90,6 +95,7 @@ from typing import (
     Iterator,
     Mapping,
     NamedTuple,
+    Sequence,
     Tuple,
     Union,
 )
@@ -132,6 +138,15 @@ IMPORT_PAUSE_S, MAX_IMPORT_PAUSE_S = 1.0, 60.0
 DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
 NAMES_PATIENCE_S = 2.0  # of status, for Docker
 IMPORT_PATIENCE_S = 2.0  # at a start with Docker alive
+ETCD_PATIENCE_S = 3.0  # of a request of Docker's that needs etcd
+ETCD_ATTEMPT_S = 1.0  # for one member of etcd; and for what nobody waits for
+ETCD_PAUSE_S = 0.05
+PRESENCE_S = 30  # a host that has not been there for so long may be evicted
+PULSE_S = 5.0  # from one sign of presence to the next
+WATCH_PATIENCE_S = 12.0  # without any sign of presence, not even of this host
+MAX_DUE = 100  # subnets that are compared with etcd in one turn
+LOAD_ENTRIES = 20  # of etcd that are taken over in one turn; measured: 70 us each
+AUTHENTICATE = "/v3/auth/authenticate"
 BITS = {4: 32, 6: 128}
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
 SOCKET_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -172,6 +187,10 @@ class StoreError(GipamError, http_status=503):
     """The change could not be written; state and disk are as before it."""
 
 
+class Stopping(StoreError):
+    """No more turns are made."""
+
+
 class StoreLost(StoreError, exit_status=74):  # EX_IOERR
     """Nobody knows what the disk holds: exit, and start again from there."""
 
@@ -197,7 +216,15 @@ class Refused(GipamError, exit_status=2):
 
 
 class BusyError(GipamError, exit_status=75):  # EX_TEMPFAIL
-    """Another daemon holds the lease file or the socket."""
+    """Another daemon holds the lease file, the socket, or the name of this host in etcd."""
+
+
+class Unclaimed(Exception):
+    """No refusal: etcd must be asked for something first; then the request is looked at again."""
+
+    def __init__(self, need: Need) -> None:
+        super().__init__(need)
+        self.need = need
 
 
 # === Model ========================================================================================
@@ -319,10 +346,19 @@ class BindPool(NamedTuple):
     new_id: str
 
 
-Change = Union[RequestPool, ReleasePool, BindPool, RequestAddress, ReleaseAddress]
+class SharePool(NamedTuple):
+    """Change: what this host has of a subnet that several hosts share."""
+
+    pool_id: str  # of any pool in the subnet
+    parts: list[str]  # CIDR
+    common: dict[str, str]  # bare address -> kind: of all these hosts, and given to none of them
+
+
+Change = Union[RequestPool, ReleasePool, BindPool, SharePool, RequestAddress, ReleaseAddress]
 CHANGES: dict[str, Any] = {
     "request_pool": RequestPool, "release_pool": ReleasePool, "bind_pool": BindPool,
-    "request_address": RequestAddress, "release_address": ReleaseAddress,
+    "share_pool": SharePool, "request_address": RequestAddress,
+    "release_address": ReleaseAddress,
 }
 CHANGE_NAMES = {kind: name for name, kind in CHANGES.items()}
 
@@ -493,6 +529,8 @@ class Subnet:
         self.held = AddressSet()  # offsets from first; the reserved ones are always held
         self.memory = Memory()  # owner -> offset
         self.pools: dict[Network | None, Pool] = {}  # by sub_pool
+        self.parts: list[Network] | None = None  # of a shared subnet: those that this host has
+        self.common: dict[int, str] = {}  # of a shared subnet: offset -> kind
         for offset in self.reserved:
             self.held.add(offset)
 
@@ -502,6 +540,29 @@ class Subnet:
         if self.version == 6:
             return {0}  # the subnet-router anycast address
         return {0, self.last_offset} if self.last_offset >= 3 else set()
+
+    def ranges(self, low: int, high: int) -> list[Range]:
+        """Return what this host may hand out of a range of offsets: all, or what it has of it."""
+        if self.parts is None:
+            return [(low, high)]
+        spans = ((int(part[0]) - self.first, int(part[-1]) - self.first) for part in self.parts)
+        return [(max(low, first), min(high, last)) for first, last in spans
+                if first <= high and low <= last]
+
+    def is_any_in(self, part: Network, offsets: Iterable[int]) -> bool:
+        """Return whether any of the offsets lies in the part."""
+        low, high = int(part[0]) - self.first, int(part[-1]) - self.first
+        return any(low <= offset <= high for offset in offsets)
+
+    def find_free(self, low: int, high: int) -> int | None:
+        """Return the first free offset of the range that this host may hand out, None: none is."""
+        for first, last in self.ranges(low, high):
+            offset = self.held.next_absent(first)
+            while offset in self.common:
+                offset = self.held.next_absent(offset + 1)
+            if offset <= last:
+                return offset
+        return None
 
 
 class Pool:
@@ -543,10 +604,11 @@ class Family:
                  excluded: list[Network]) -> None:
         self.version, self.bases, self.excluded = version, bases, excluded
         self.prefixlen = prefixlen  # of a block, where the network does not ask for another
-        self.held = PrefixTree(BITS[version])  # subnets in use
+        self.held = PrefixTree(BITS[version])  # subnets in use, here and elsewhere
         self.subnets: dict[Network, Subnet] = {}
         self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
         self.names = Memory()  # gipam.name -> Kept
+        self.elsewhere: dict[Network, str] = {}  # held too: what others have claimed -> by whom
 
     def find_block(self, bases: list[Network], prefixlen: int,
                    obstacles: Obstacles) -> tuple[Network, int] | None:
@@ -571,16 +633,23 @@ class Family:
         free = self.held.addresses(base) - sum(map(self.held.addresses, excluded))
         return base.num_addresses - shut - free, shut, free
 
-    def find_rival(self, network: Network, sub_pool: Network | None) -> Subnet | None:
+    def find_rival(self, network: Network, sub_pool: Network | None) -> Network | None:
         """Return a subnet in use that overlaps the prefix, unless both are for other ranges of it.
 
         Source: macvlan networks share theirs, if it is equal (moby TestMacvlanIPAMOverlap).
         """
         overlap = self.held.find_overlap(network)
-        rival = self.subnets[overlap] if overlap else None
-        if rival and overlap == network and sub_pool and not {None, sub_pool} & rival.pools.keys():
+        subnet = self.subnets.get(network) if overlap == network and sub_pool else None
+        if subnet and not {None, sub_pool} & subnet.pools.keys():
             return None
-        return rival
+        return overlap
+
+    def find_elsewhere(self, network: Network) -> Network | None:
+        """Return what another host has claimed and overlaps this subnet, which is held here."""
+        self.held.cover(network, -1)
+        overlap = self.held.find_overlap(network)
+        self.held.cover(network)
+        return overlap
 
     def is_block(self, network: Network) -> bool:
         """Return whether the prefix lies in a base and is not in use."""
@@ -626,7 +695,7 @@ class State:
         pool = Pool(change, subnet, self.seq + 1)
         rival = family.find_rival(network, pool.sub_pool)
         if rival:
-            raise ValueError(f"pool {network} overlaps {rival.network}")
+            raise ValueError(f"pool {network} overlaps {rival}")
         if not 0 <= pool.low <= pool.high <= subnet.last_offset:
             raise ValueError(f"sub_pool {pool.sub_pool} is outside {network}")
         kept = family.recall(pool.name)
@@ -666,6 +735,10 @@ class State:
         self.pools[change.new_id] = self.pools.pop(change.pool_id)
         pool.pool_id = change.new_id
 
+    def _share_pool(self, change: SharePool, pool: Pool) -> None:
+        pool.subnet.parts = [parse_prefix(text) for text in change.parts]
+        pool.subnet.common = {pool.offset(address): kind for address, kind in change.common.items()}
+
     def _request_address(self, change: RequestAddress, pool: Pool) -> None:
         subnet, offset = pool.subnet, pool.offset(change.address)
         if not 0 <= offset <= subnet.last_offset or offset in subnet.held:
@@ -688,6 +761,221 @@ class State:
         self.lease_count -= 1
 
 
+class Need(NamedTuple):
+    """What etcd has to be asked for: a method of Claimant, and what it is about."""
+
+    what: str
+    subnet: Any  # None where it is about a host
+    place: str = ""  # in the subnet: an address, a part, a range; or a host
+    kind: str = ""  # of the address
+
+
+class Entry(NamedTuple):
+    """A key of etcd below the driver's prefix, as of a revision."""
+
+    table: str  # head, hosts, claims or parts
+    name: Any  # "", a host, a subnet, (a subnet, a part of it)
+    text: str  # its value, "": it is deleted
+    revision: int
+
+    @property
+    def value(self) -> Json:
+        """Return the value; what gipam has not written is one, too."""
+        with contextlib.suppress(ValueError):
+            found = json.loads(self.text or "{}")
+            return dict(found) if isinstance(found, dict) else {}
+        return {}
+
+    @property
+    def hosts(self) -> list[str]:
+        """Return who has it: one, or all that share a subnet."""
+        hosts = self.value.get("hosts") or ["?"] * bool(self.text)
+        return [printable(str(host)) for host in hosts]
+
+
+def parse_key(key: str) -> tuple[str, Any]:
+    """Return the table and the name of a key below the driver's prefix. Raises: ValueError."""
+    table, _, name = key.partition("/")
+    if table in ("head", "hosts"):
+        return table, name
+    prefixes = re.fullmatch("([^/]+/[0-9]+)(?:/([^/]+/[0-9]+))?", name)
+    if table not in ("claims", "parts") or not prefixes or (table == "parts") != bool(prefixes[2]):
+        raise ValueError(f"{key!r} is no key of gipam's")
+    subnet = parse_prefix(prefixes[1])
+    return table, (subnet, parse_prefix(prefixes[2])) if prefixes[2] else subnet
+
+
+class Site:
+    """What the hosts of a site have claimed, as etcd tells it. Nothing of it is journalled.
+
+    Each entry counts as of its revision: what comes later, from a transaction of this host or from
+    the watch, may be older. All up to the revision `watched` has been seen.
+    """
+
+    def __init__(self, host: str, state: State) -> None:
+        self.host = host
+        self.tables: dict[str, dict[Any, Entry]] = {
+            "head": {}, "hosts": {}, "claims": {}, "parts": {}}
+        self.watched = 0
+        self._gone: list[Entry] = []  # deleted, and the watch has not said so yet
+        self.is_loaded = False
+        self.due: dict[Network, None] = {}  # subnets of which etcd may not say what is held here
+        self.leaving: set[Network] = set()  # claims that etcd is being asked to let go
+        self.wake: Callable[[], None] = lambda: None  # whoever asks etcd about them
+        self.conflicts: dict[Network, str] = {}  # held here, and claimed by these others
+        self.state = state
+
+    @property
+    def head(self) -> Entry:
+        """Return the head as of which all claims are known."""
+        return self.entry("head", "")
+
+    def attach(self, state: State) -> None:
+        """Go on with a state that has been read anew: cover there what others have."""
+        self.state = state
+        for network, entry in self.tables["claims"].items():
+            self._cover(network, Entry("claims", network, "", 0), entry)
+        self.mark_all()
+
+    def mark(self, network: Network) -> None:
+        """Have etcd asked about the subnet soon."""
+        self.due[network] = None
+        self.wake()
+
+    def mark_all(self) -> None:
+        """Have all that is held or claimed here compared."""
+        mine = [network for network in self.tables["claims"] if self.has(network)]
+        held = (network for family in self.state.families.values() for network in family.subnets)
+        self.due.update(dict.fromkeys((*held, *mine)))
+        self.wake()
+
+    def has(self, network: Network) -> bool:
+        """Return whether the subnet is claimed for this host, alone or with others."""
+        entry = self.tables["claims"].get(network)
+        return (self.is_loaded and entry is not None and self.host in entry.hosts
+                and network not in self.leaving)
+
+    def parts(self, network: Network) -> dict[Network, Entry]:
+        """Return the claimed parts of a shared subnet."""
+        return {name[1]: entry for name, entry in self.tables["parts"].items()
+                if name[0] == network and entry.text}
+
+    def part_prefixlen(self, network: Network) -> int:
+        """Return the length of the parts of a subnet, 0 if it is not a shared one."""
+        entry = self.tables["claims"].get(network)
+        length = entry.value.get("part") if entry else 0
+        if isinstance(length, int) and network.prefixlen <= length <= BITS[network.version]:
+            return length
+        return 0
+
+    def find_part(self, network: Network, wanted: Network) -> Network | None:
+        """Return the first part of a shared subnet that touches the range and nobody has."""
+        length, claimed = self.part_prefixlen(network), self.parts(network)
+        parts = wanted.subnets(new_prefix=length) if wanted.prefixlen < length \
+            else [wanted.supernet(new_prefix=length)]
+        return next((part for part in parts if part not in claimed), None) if length else None
+
+    def entry(self, table: str, name: Any) -> Entry:
+        """Return what is known of a key, be it that it is not there."""
+        return self.tables[table].get(name) or Entry(table, name, "", 0)
+
+    def learn(self, entry: Entry) -> None:
+        """Take over what an entry says, unless something later is known.
+
+        What is deleted is kept until the watch has come as far: an older event must not bring it
+        back.
+        """
+        known = self.entry(entry.table, entry.name)
+        if entry.revision <= max(known.revision, self.watched):
+            return
+        self.tables[entry.table][entry.name] = entry
+        if not entry.text:
+            self._gone.append(entry)
+        if entry.table == "claims" and known.text != entry.text:
+            self._cover(entry.name, known, entry)
+            if self.host in (*entry.hosts, *known.hosts):
+                self.mark(entry.name)
+        if entry.table == "parts":
+            self.mark(entry.name[0])
+
+    def learn_all(self, entries: list[Entry], is_all: bool = True) -> None:
+        """Take over entries; those of a watch are all that there are up to the last one."""
+        for entry in entries:
+            self.learn(entry)
+        if entries and is_all:
+            self._advance(max(entry.revision for entry in entries))
+
+    def _advance(self, revision: int) -> None:
+        self.watched = revision
+        for entry in self._gone:
+            if self.tables[entry.table].get(entry.name) == entry and entry.revision <= revision:
+                del self.tables[entry.table][entry.name]
+        self._gone = [entry for entry in self._gone if entry.revision > revision]
+
+    def settle(self, news: list[Entry], about: list[Entry]) -> None:
+        """Take over what a transaction did or found; no earlier one about these can happen now."""
+        for entry in news:
+            self.learn(entry)
+        self.leaving.difference_update(entry.name for entry in about if entry.table == "claims")
+
+    def claims_of(self, host: str) -> list[Network]:
+        """Return the subnets that a host has claimed, or has parts of."""
+        parts = [entry._replace(name=name[0]) for name, entry in self.tables["parts"].items()]
+        return list(dict.fromkeys(entry.name for entry in (*self.tables["claims"].values(), *parts)
+                                  if host in entry.hosts))
+
+    def _cover(self, network: Network, old: Entry, new: Entry) -> None:
+        family = self.state.families[network.version]
+        if old.text and self.host not in old.hosts:
+            family.held.cover(network, -1)
+            del family.elsewhere[network]
+            for subnet in self.conflicts:
+                self.mark(subnet)
+        if new.text and self.host not in new.hosts:
+            for subnet in family.subnets if family.held.find_overlap(network) else ():
+                if network.overlaps(subnet):
+                    self.conflicts.setdefault(subnet, "another host")  # _compare() tells which
+                    self.mark(subnet)
+            family.held.cover(network)
+            family.elsewhere[network] = describe_hosts(new)
+
+    def begin_load(self) -> None:
+        """Be told everything anew, by an etcd whose history is another than the one known."""
+        self.is_loaded, self.watched = False, 0
+        for table in self.tables.values():
+            table.update({name: entry._replace(revision=0) for name, entry in table.items()})
+
+    def finish_load(self, names: set[tuple[str, Any]], revision: int) -> None:
+        """All keys that there are at the revision have been told: others are gone."""
+        for table, entries in self.tables.items():
+            gone = [name for name, entry in entries.items()
+                    if (table, name) not in names and entry.revision <= revision]
+            for name in gone:
+                self.learn(Entry(table, name, "", revision))
+        self._advance(revision)
+        self.is_loaded = True
+        self.mark_all()
+
+    def find_conflict(self, subnet: Subnet) -> str:
+        """Return who has claimed what is held here of a subnet, "" for nobody."""
+        return next((holder for network, holder in self.conflicts.items()
+                     if network.overlaps(subnet.network)), "")
+
+    def describe(self) -> Json:
+        """Return what `status --json` shows of the hosts."""
+        claims = collections.Counter(
+            host for entry in self.tables["claims"].values() for host in entry.hosts)
+        present = {name for name, entry in self.tables["hosts"].items() if entry.text}
+        return {"host": self.host, "hosts": [
+            {"host": host, "is_present": host in present, "claims": claims[host]}
+            for host in sorted({*claims, *present})]}
+
+
+def describe_hosts(entry: Entry) -> str:
+    """Return who has a claim, as messages say it."""
+    return f"host{'s' * (len(entry.hosts) > 1)} {', '.join(entry.hosts)}"
+
+
 UNBOUND = "unbound"  # in place of the token, until Docker sends the id of a pool taken over
 STATE_KEYS: dict[str, type] = {  # are checksummed
     "Seq": int, "V6Idx": int, "V4Idx": int, "Cursors": dict, "Names": list, "Free": list,
@@ -695,7 +983,8 @@ STATE_KEYS: dict[str, type] = {  # are checksummed
 }
 POOL_KEYS: dict[str, type] = {
     "ID": str, "V": int, "Pool": str, "SubPool": str, "Name": str, "Granted": int, "Seq": int,
-    "Idx": int, "Remembered": dict, "Free": list, "Allocated": list, "Leases": list,
+    "Idx": int, "Remembered": dict, "Free": list, "Shared": list, "Allocated": list,
+    "Leases": list,
 }
 OTHER_NAMES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
 FILE_KEYS = {**OTHER_NAMES, "exclude": "Exclude"}  # option -> its key in the lease file
@@ -722,8 +1011,18 @@ def copy_state(state: State) -> tuple[Json, list[Any]]:
         is_first = next(iter(pool.subnet.pools.values())) is pool  # it stands for its subnet
         memory = pool.subnet.memory.copy() if is_first else {}
         free = {offset for offset, _ in memory.values() if offset not in pool.subnet.held}
-        pools.append((pool, pool.pool_id, pool.cursor, dict(pool.leases), memory, free))
+        pools.append((pool, pool.pool_id, pool.cursor, dict(pool.leases), memory, free,
+                      describe_share(pool)))
     return head, pools
+
+
+def describe_share(pool: Pool) -> list[Any]:
+    """Return what a SharePool change says of the pool, [] if it has its subnet alone."""
+    subnet = pool.subnet
+    if subnet.parts is None:
+        return []
+    common = {pool.format(offset): kind for offset, kind in subnet.common.items()}
+    return [list(map(str, subnet.parts)), common]
 
 
 def encode_snapshot(config: Json, copy: Any, segment: int | None,
@@ -742,11 +1041,11 @@ def encode_state(head: Json, pools: list[Any]) -> Iterator[str]:
     """Yield the state as the JSON text that is checksummed, cut between elements."""
     yield dumps(head)[1:-1] + ',"Allocated":['
     comma = ""
-    for pool, pool_id, cursor, leases, memory, free in pools:
+    for pool, pool_id, cursor, leases, memory, free, share in pools:
         owners = {owner: [pool.format(offset), seq] for owner, (offset, seq) in memory.items()}
         values = (pool_id, pool.subnet.version, str(pool.subnet.network), str(pool.sub_pool or ""),
                   pool.name, pool.granted_s, pool.seq, cursor, owners,
-                  [pool.format(offset) for offset in sorted(free)])
+                  [pool.format(offset) for offset in sorted(free)], share)
         yield comma + dumps(dict(zip(POOL_KEYS, values)))[:-1] + ',"Allocated":['
         yield from encode_list(map(pool.format, leases))
         yield '],"Leases":['
@@ -840,6 +1139,8 @@ def decode_pool(entry: Json, state: State) -> None:
         subnet.held.add(offset)
         pool.leases[offset] = lease if isinstance(lease, Lease) else Lease(*lease)
     state.lease_count += len(pool.leases)
+    for parts, common in typed_rows(what, [values["Shared"]] * bool(values["Shared"]), list, dict):
+        state.apply(SharePool(pool_id, parts, common))
     remembered = ((owner, *entry) for owner, entry in values["Remembered"].items())
     for owner, address, seq in typed_rows(what, remembered, str, str, int):
         subnet.memory[owner] = (pool.offset(address), seq)
@@ -861,15 +1162,22 @@ def describe_state(state: State) -> Json:
     return {"version": __version__, "seq": state.seq, "bases": bases}
 
 
-def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool) -> Iterator[str]:
+def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
+                  site: Site | None = None) -> Iterator[str]:
     """Yield the JSON of `status --json` in portions, of pools as they are when it is their turn."""
-    yield dumps(head)[:-1] + ',"pools":['
+    yield dumps(head)[:-1] + ',"claims":['
+    claims = [entry for entry in site.tables["claims"].values() if entry.text] if site else []
+    yield from encode_list({"subnet": str(entry.name), "hosts": entry.hosts,
+                            "since_s": entry.value.get("since", 0)} for entry in claims)
+    yield '],"pools":['
     comma = ""
     for pool in pools:
         text = comma + dumps({
             "id": pool.pool_id, "subnet": str(pool.subnet.network),
             "sub_pool": str(pool.sub_pool or ""), "name": pool.name, "leases": len(pool.leases),
-            "usable": pool.usable(), "granted_s": pool.granted_s, "seq": pool.seq})
+            "usable": pool.usable(), "granted_s": pool.granted_s, "seq": pool.seq,
+            "parts": [str(part) for part in pool.subnet.parts or ()],
+            "claimed_elsewhere": site.find_conflict(pool.subnet) if site else ""})
         if has_leases:
             leases = ({"address": pool.format(at), **pool.leases[at]._asdict()}
                       for at in list(pool.leases) if at in pool.leases)
@@ -907,6 +1215,7 @@ class PoolRequest(NamedTuple):
     sub_pool: Network | None
     prefixlen: int | None  # of the block, None: the family's default
     name: str
+    is_shared: bool = False  # with other hosts
 
 
 class AddressRequest(NamedTuple):
@@ -985,7 +1294,7 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
         yield change
         pool = state.pools[change.pool_id]
     for request in requests:
-        with contextlib.suppress(Forbidden, Unavailable):  # it is held already
+        with contextlib.suppress(Forbidden, Unavailable, Unclaimed):  # it is held already
             yield decide_request_address(pool, request, now_s)
 
 
@@ -1000,13 +1309,18 @@ def check_subnet(state: State, subnet: Network, sub_pool: Network | None, now_s:
     """Check that a subnet, or a range of it, may be granted. Raises: InvalidRequest, Forbidden."""
     if sub_pool and not (sub_pool.overlaps(subnet) and sub_pool.prefixlen >= subnet.prefixlen):
         raise InvalidRequest(f"invalid address subpool: {sub_pool} does not lie in {subnet}")
-    rival = state.families[subnet.version].find_rival(subnet, sub_pool)
-    if rival:
-        pool = rival.pools.get(sub_pool) or next(iter(rival.pools.values()))
-        raise Forbidden(f"Pool overlaps with other one on this address space: {subnet} with "
-                        f"{rival.network}, held by pool {pool.pool_id!r} for "
-                        f"{format_age(now_s - pool.granted_s)}; should no network use that any "
-                        "more, `gipam check --fix` releases it")
+    family = state.families[subnet.version]
+    rival = family.find_rival(subnet, sub_pool)
+    if rival is None:
+        return
+    what = f"Pool overlaps with other one on this address space: {subnet} with {rival}"
+    if rival not in family.subnets:
+        raise Forbidden(f"{what}, claimed by {family.elsewhere[rival]}")
+    pools = family.subnets[rival].pools
+    pool = pools.get(sub_pool) or next(iter(pools.values()))
+    raise Forbidden(f"{what}, held by pool {pool.pool_id!r} for "
+                    f"{format_age(now_s - pool.granted_s)}; should no network use that any more, "
+                    "`gipam check --fix` releases it")
 
 
 def format_age(age_s: int) -> str:
@@ -1065,36 +1379,75 @@ def parse_offset(pool: Pool, address: str) -> int:
                              "has them") from None
 
 
-def choose_offset(pool: Pool, owner: str) -> tuple[int, int]:
-    """Return (offset, cursor): the owner's last, else the next free one; past the range: full."""
-    last = pool.subnet.memory.get(owner, (-1, 0))[0]
-    if pool.low <= last <= pool.high and last not in pool.subnet.held:
+def choose_offset(pool: Pool, owner: str) -> tuple[int | None, int]:
+    """Return (offset, cursor): the owner's last, else the next free one; None: all are held."""
+    subnet, last = pool.subnet, pool.subnet.memory.get(owner, (-1, 0))[0]
+    if pool.low <= last <= pool.high and subnet.find_free(last, last) == last:
         return last, pool.cursor
-    offset = pool.subnet.held.next_absent(max(pool.cursor, pool.low))
-    if offset > pool.high:
-        offset = pool.subnet.held.next_absent(pool.low)
-    return offset, offset + 1
+    offset = subnet.find_free(max(pool.cursor, pool.low), pool.high)
+    if offset is None:
+        offset = subnet.find_free(pool.low, pool.high)
+    return offset, pool.cursor if offset is None else offset + 1
 
 
 def decide_request_address(pool: Pool, request: AddressRequest, now_s: int) -> RequestAddress:
-    """Decide which address is given. Raises: InvalidRequest, Forbidden, Unavailable."""
-    subnet, cursor, address = pool.subnet, pool.cursor, request.address
-    if address:  # of the subnet, in the sub_pool or not
-        offset = parse_offset(pool, address)
-        if not 0 <= offset <= subnet.last_offset:
-            raise InvalidRequest(f"requested address is out of range: {address} is not in "
-                                 f"{subnet.network}")
-        if offset in subnet.held:
-            how = "reserved" if offset in subnet.reserved else "held"
-            raise Forbidden(f"Address already in use: {address} is {how} in {subnet.network}")
+    """Decide which address is given.
+
+    Raises: InvalidRequest, Forbidden, Unavailable; Unclaimed, where hosts share the subnet.
+    """
+    subnet, cursor = pool.subnet, pool.cursor
+    offset: int | None
+    if request.address:  # of the subnet, in the sub_pool or not
+        offset = check_address(pool, request)
     elif request.kind == GATEWAY:
-        offset = subnet.held.next_absent(pool.low)
+        offset = choose_gateway(pool)
     else:
         offset, cursor = choose_offset(pool, request.name or request.mac)
-    if not address and offset > pool.high:
+    if offset is None and subnet.parts is not None:
+        raise Unclaimed(Need("part", subnet.network, str(pool.sub_pool or subnet.network)))
+    if offset is None:
         raise Unavailable(f"no available addresses on this pool: all {pool.usable()} of "
                           f"{pool.sub_pool or subnet.network} are held")
+    if subnet.parts is not None:
+        check_share(pool, offset, request.kind)
     return RequestAddress(pool.pool_id, pool.format(offset), *request[1:], now_s, cursor)
+
+
+def check_address(pool: Pool, request: AddressRequest) -> int:
+    """Return the offset of an explicit address. Raises: InvalidRequest, Forbidden."""
+    subnet, address = pool.subnet, request.address
+    offset = parse_offset(pool, address)
+    if not 0 <= offset <= subnet.last_offset:
+        raise InvalidRequest(f"requested address is out of range: {address} is not in "
+                             f"{subnet.network}")
+    if offset in subnet.held:
+        how = "reserved" if offset in subnet.reserved else "held"
+        raise Forbidden(f"Address already in use: {address} is {how} in {subnet.network}")
+    return offset
+
+
+def choose_gateway(pool: Pool) -> int | None:
+    """Return the first free offset; of a shared subnet, the gateway that its hosts have."""
+    subnet = pool.subnet
+    known = (offset for offset, kind in sorted(subnet.common.items())
+             if kind == GATEWAY and offset not in subnet.held)
+    first = subnet.held.next_absent(pool.low)
+    return next(known, first if first <= pool.high else None)
+
+
+def check_share(pool: Pool, offset: int, kind: str) -> None:
+    """Check that this host may give the address of a shared subnet. Raises: Unclaimed, Forbidden.
+
+    Gateways and auxiliary addresses are common to its hosts, all others are one host's.
+    """
+    subnet, address = pool.subnet, pool.format(offset)
+    if kind != ENDPOINT and offset not in subnet.common:
+        raise Unclaimed(Need("common", subnet.network, address, kind))
+    if kind == ENDPOINT and offset in subnet.common:
+        raise Forbidden(f"Address already in use: {address} is {subnet.common[offset]} of all "
+                        f"hosts that share {subnet.network}")
+    if kind == ENDPOINT and not subnet.ranges(offset, offset):
+        raise Unclaimed(Need("part", subnet.network, address))
 
 
 def decide_release_address(pool: Pool, address: str) -> ReleaseAddress | None:
@@ -1605,6 +1958,7 @@ class Histogram:
 
 
 Call = Callable[[Callable[[], Any]], Any]  # runs a function in a turn of the loop, and waits for it
+Again = Callable[[Union[GipamError, None]], Union[Need, None]]  # looks again at what waits for etcd
 RESULTS = ("ok", "bug", "InvalidRequest", "Forbidden", "Unavailable", "StoreError", "StoreLost")
 IS_PLAIN = re.compile(r"[\w.:/#,@+=-]*").fullmatch  # needs no quotes in the log
 
@@ -1651,6 +2005,8 @@ class Service:
         self._is_changing = False  # the state: what an exception leaves then is not to be used
         self.failure = StoreError("nothing has failed")  # the last one
         self.about: Json = {}  # what /status tells of the daemon
+        self.site: Site | None = None  # where several hosts share etcd
+        self.etcd_s, self.etcd_failure = Histogram(), "it has not been asked yet"  # "": it answers
         self.requests: collections.Counter[tuple[str, str]] = collections.Counter()
         self.request_s, self.sync_s, self.last_write_s = Histogram(), Histogram(), 0.0
         self.is_import_noted = False  # in the lease file, should gipam crash
@@ -1676,9 +2032,14 @@ class Service:
             self.failure = error
             raise
         self._is_changing = True
+        pool = self.state.pools.get(change.pool_id)
         self.state.apply(change)
         self._done.append(Done(change, record, self.state.seq, asked_s))
         self._is_changing = False
+        if self.site:
+            subnet = (pool or self.state.pools[change.pool_id]).subnet
+            if isinstance(change, (RequestPool, ReleasePool)) or subnet.parts is not None:
+                self.site.mark(subnet.network)
 
     def commit(self) -> None:
         """Write what has been applied since the last time, as one line. Durable: on return.
@@ -1716,6 +2077,8 @@ class Service:
             self._store.close()
             self.state = self._read_state()
             self._store.settle()
+            if self.site:
+                self.site.attach(self.state)
         except StoreLost as loss:
             self.failure = loss
         except Exception as failure:  # noqa: BLE001 - whatever it is, start again
@@ -1738,13 +2101,38 @@ class Service:
     def request_pool(self, request: PoolRequest) -> RequestPool:
         """Grant a subnet. Raises: as decide_request_pool(); StoreError."""
         routes: list[Range] = []
+        if request.is_shared and self.site and request.subnet and not (
+                self.site.has(request.subnet) and self.site.part_prefixlen(request.subnet)):
+            raise Unclaimed(Need("join", request.subnet))
         if request.subnet is None:  # read now, never cached: a VPN may have come up
             bases = self.state.families[request.version].bases
             routes = read_obstacles(self._proc, request.version, bases)
         change = decide_request_pool(self.state, request, routes, int(time.time()),
                                      secrets.token_hex(8))
-        self.apply(change)
+        network = parse_prefix(change.subnet)
+        if self.site and not self.site.has(network):
+            raise Unclaimed(Need("claim", network))
+        self._grant(change)
         return change
+
+    def _grant(self, change: RequestPool) -> None:
+        """Apply the change; where hosts share the subnet, this one begins with what etcd says."""
+        self.apply(change)
+        subnet = self.state.pools[change.pool_id].subnet
+        if self.site and subnet.parts is None and self.site.has(subnet.network) \
+                and self.site.part_prefixlen(subnet.network):
+            parts = self.site.parts(subnet.network).items()
+            self.share(subnet, [part for part, entry in parts if self.site.host in entry.hosts])
+
+    def share(self, subnet: Subnet, parts: list[Network]) -> None:
+        """Note which parts of a shared subnet this host has, and what is common to its hosts."""
+        if self.site:
+            entry = self.site.tables["claims"].get(subnet.network)
+            common = entry.value.get("common") if entry else None
+            pool = next(iter(subnet.pools.values()))
+            change = SharePool(pool.pool_id, sorted(map(str, parts)), common or {})
+            if describe_share(pool) != list(change[1:]):
+                self.apply(change)
 
     def request_address(self, pool_id: str, request: AddressRequest) -> tuple[RequestAddress, int]:
         """Grant an address; return the prefixlen of its subnet too.
@@ -1754,16 +2142,105 @@ class Service:
         """
         now_s, pool = int(time.time()), self._find_pool(pool_id)
         if not pool:
-            for adoption in decide_adoption(self.state, pool_id, request.address, now_s,
-                                            secrets.token_hex(8)):
-                self.apply(adoption)
-                self.adopted.add(self.state.seq)
+            self._adopt(decide_adoption(self.state, pool_id, request.address, now_s,
+                                        secrets.token_hex(8)))
             self.import_is_due.set()
             log.warning("adopting pool_id=%r: Docker holds it, the lease file does not", pool_id)
             pool = self.state.pools[pool_id]
+        subnet = pool.subnet.network
+        if self.site and subnet in self.site.conflicts:
+            raise Forbidden(f"{subnet} is held here, but claimed by {self.site.conflicts[subnet]} "
+                            "too: no address of it is given out until one of the two networks is "
+                            "removed")
         change = decide_request_address(pool, request, now_s)
         self.apply(change)
-        return change, pool.subnet.network.prefixlen
+        return change, subnet.prefixlen
+
+    def parts_of(self, network: Network) -> list[Network]:
+        """Return the parts that this host hands addresses out of, [] of a subnet not held."""
+        subnet = self.state.families[network.version].subnets.get(network)
+        return list(subnet.parts or ()) if subnet else []
+
+    def gain_part(self, network: Network, part: Network | None) -> None:
+        """Note what etcd has given: a part of a shared subnet, or an address common to all."""
+        subnet = self.state.families[network.version].subnets.get(network)
+        if subnet:
+            self.share(subnet, list(filter(None, {*self.parts_of(network), part})))
+
+    def next_need(self) -> Need | None:
+        """Return what etcd has to be asked for, so that it says what is held here; None: nothing.
+
+        A claim that nothing here holds is kept while Docker has not told what it uses.
+        """
+        site, need = self.site, None
+        if not site:
+            return None
+        for network in list(itertools.islice(site.due, MAX_DUE)):
+            subnet = self.state.families[network.version].subnets.get(network)
+            if subnet or not self.import_is_due.is_set():
+                del site.due[network]
+            if subnet:
+                need = self._compare(site, subnet)
+            elif network not in site.due and (site.has(network) or network in site.leaving):
+                site.leaving.add(network)
+                need = Need("leave", network)
+            if need:
+                break
+        return need
+
+    def _compare(self, site: Site, subnet: Subnet) -> Need | None:
+        """Return what etcd lacks of a subnet that is held here."""
+        network = subnet.network
+        overlap = self.state.families[network.version].find_elsewhere(network)
+        is_shared = subnet.parts is not None or site.part_prefixlen(network) > 0
+        if overlap and not (is_shared and overlap == network):
+            holder = describe_hosts(site.tables["claims"][overlap])
+            if site.conflicts.get(network) != holder:
+                log.error("claimed_elsewhere: %s is held here, and %s claimed by %s: no address of "
+                          "it is given out any more; remove one of the two networks", network,
+                          overlap, holder)
+            site.conflicts[network] = holder
+            return None
+        site.conflicts.pop(network, None)
+        if not site.has(network):
+            return Need("join" if is_shared else "claim", network)
+        return self._compare_parts(site, subnet) if is_shared else None
+
+    def _compare_parts(self, site: Site, subnet: Subnet) -> Need | None:
+        """Return what etcd lacks, or has too much, of the parts that this host has of a subnet.
+
+        One more is asked for when three quarters of them are held; an empty one goes when the rest
+        is not half full.
+        """
+        network, claimed = subnet.network, site.parts(subnet.network)
+        offsets = [offset for pool in subnet.pools.values() for offset, lease in pool.leases.items()
+                   if lease.kind == ENDPOINT]
+        for part, entry in claimed.items():
+            site.conflicts.pop(part, None)
+            if site.host not in entry.hosts and subnet.is_any_in(part, offsets):
+                site.conflicts[part] = describe_hosts(entry)
+                log.error("claimed_elsewhere: part %s of %s has addresses here, but is claimed by "
+                          "%s", part, network, describe_hosts(entry))
+        parts = [part for part in subnet.parts or () if part not in claimed
+                 or site.host in claimed[part].hosts]
+        total = sum(part.num_addresses for part in parts)
+        for part in parts[1:]:
+            if 2 * len(offsets) <= total - part.num_addresses \
+                    and not subnet.is_any_in(part, offsets):
+                parts.remove(part)
+                break
+        self.share(subnet, parts)
+        for part in {*parts} - {*claimed}:
+            return Need("part", network, str(part))
+        for part, entry in claimed.items():
+            if site.host in entry.hosts and part not in parts:
+                return Need("drop", network, str(part))
+        pool = next(iter(subnet.pools.values()))
+        wanted = pool.sub_pool or network
+        is_used = any(pool.leases for pool in subnet.pools.values())  # Docker has told a gateway
+        if is_used and 4 * len(offsets) >= 3 * total and site.find_part(network, wanted):
+            return Need("part", network, str(wanted))
+        return None
 
     def release(self, pool_id: str, address: str = "") -> Change | None:
         """Release a pool with its leases, or an address in it; None: it is gone already.
@@ -1809,13 +2286,25 @@ class Service:
 
         Raises: as decide_import(), and nothing is taken over; StoreError.
         """
+        return self._adopt(decide_import(self.state, subnet, sub_pool, name, requests, seq,
+                                         int(time.time())))
+
+    def _adopt(self, changes: Iterator[Change]) -> range:
+        """Apply the changes, each before the next; return their numbers.
+
+        Raises: Unavailable, where it is not known what other hosts hold.
+        """
+        if self.site and not self.site.is_loaded:
+            raise Unavailable("what other hosts hold is not known: etcd does not answer: "
+                              + self.etcd_failure)
         first = self.state.seq + 1
-        for change in decide_import(self.state, subnet, sub_pool, name, requests, seq,
-                                    int(time.time())):
-            self.apply(change)
-        done = range(first, self.state.seq + 1)
-        self.adopted.update(done)
-        return done
+        for change in changes:
+            if isinstance(change, RequestPool):
+                self._grant(change)
+            else:
+                self.apply(change)
+            self.adopted.update(range(first, self.state.seq + 1))
+        return range(first, self.state.seq + 1)
 
     def finish_import(self, seen: set[int]) -> None:
         """Note what Docker has vouched for; once that is all, it need not be asked again."""
@@ -1835,7 +2324,10 @@ class Service:
                               f"{BITS[version] - (last - first).bit_length()}"
                               for first, last in inside]
             base["blocks_routed"] = families[version].count_touched(inside)
-        return encode_status(status, list(self.state.pools.values()), has_leases)
+        if self.site:
+            status.update(self.site.describe(), etcd={
+                "failure": self.etcd_failure, "due": len(self.site.due)})
+        return encode_status(status, list(self.state.pools.values()), has_leases, self.site)
 
     def samples(self, methods: Iterable[str]) -> Iterator[str]:
         """Yield the lines of GET /metrics; the counts of these methods from 0 on (increase())."""
@@ -1866,11 +2358,23 @@ class Service:
             ("journal_sync_duration_seconds", "histogram",
              "Time of one write and sync of the journal", self.sync_s.series()),
             ("journal_bytes", "gauge", "Length of the journal", [("", self._store.journal_bytes)]),
+            *self._site_samples(),
             *[("last_write_timestamp_seconds", "gauge", "When the journal was last written",
                [("", self.last_write_s)])] * (self.last_write_s > 0),
         ):
             yield f"# HELP gipam_{name} {text}\n# TYPE gipam_{name} {kind}\n"
             yield from (f"gipam_{name}{labels} {value}\n" for labels, value in series)
+
+    def _site_samples(self) -> Iterator[tuple[str, str, str, Iterable[tuple[str, Any]]]]:
+        """Yield name, kind, help and series of what concerns etcd."""
+        if self.site:
+            hosts = self.site.describe()["hosts"]
+            yield ("etcd_up", "gauge", "1 if etcd has answered the last time",
+                   [("", int(not self.etcd_failure))])
+            yield ("etcd_request_duration_seconds", "histogram", "Time of one request to etcd",
+                   self.etcd_s.series())
+            yield ("claims", "gauge", "Subnets that a host has claimed",
+                   [(f'{{host="{host["host"]}"}}', host["claims"]) for host in hosts])
 
     def is_fold_due(self) -> bool:
         """Return whether the journal has outgrown the lease file, or that lacks what it needs."""
@@ -1993,6 +2497,7 @@ def read_rows(path: str) -> Iterator[list[bytes]]:
 # === Protocol =====================================================================================
 
 NAME_OPTION, LENGTH_OPTIONS = "gipam.name", {4: "gipam.v4ab", 6: "gipam.v6ab"}
+SHARED_OPTION = "gipam.shared"
 ENDPOINT_NAME = "com.docker.network.endpoint.name"
 ENDPOINT_MAC = "com.docker.network.endpoint.macaddress"
 
@@ -2004,6 +2509,7 @@ class Reply(NamedTuple):
     body: bytes
     seq: int = 0  # of the newest change that the decision could see
     change: Change | None = None  # that it made
+    need: Need | None = None  # no reply yet: etcd must be asked first
     content_type: str = REPLY_TYPE
     page: Iterator[bytes] = iter(())  # what follows the body, in portions
 
@@ -2064,18 +2570,22 @@ class Fields(Dict[str, Any]):
 
 
 def dispatch(service: Service, verb: str, target: str, body: bytes,
-             paths: frozenset[str] = frozenset()) -> Reply:
+             paths: frozenset[str] = frozenset(), failure: GipamError | None = None) -> Reply:
     """Answer a request, only for these paths if there are any. Never raises.
 
     What it changed is not on disk before commit(); if it is refused, nothing has changed (but that
-    a pool may have been adopted on the way).
+    a pool may have been adopted on the way). The failure is that of etcd, asked for its need.
     """
     started_s, result, got = time.perf_counter(), "ok", body[:MAX_TEXT_CHARS]
     path, _, query = target.partition("?")
     try:
         if paths and path not in paths:
             raise InvalidRequest(f"{path} is not served here, only {', '.join(sorted(paths))}", 404)
+        if failure:
+            raise failure
         reply = answer(service, verb, path, query, body)
+    except Unclaimed as due:
+        return Reply(0, b"", need=due.need)
     except GipamError as error:
         log.warning("refused %s: %s; got %r", printable(path), error, got)
         reply, result = refuse(error), type(error).__name__
@@ -2102,7 +2612,13 @@ def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> R
         return Reply(200, next(portions, b""), content_type=content_type, page=portions)
     if path in CONSTANT_ANSWERS:
         return Reply(200, CONSTANT_ANSWERS[path])
-    result, change = METHODS[path](service, decode_fields(body))
+    try:
+        result, change = METHODS[path](service, decode_fields(body))
+    except Unclaimed as due:
+        if not service.site:
+            raise Unavailable(f"{due.need.subnet} is shared with other hosts: start gipam with "
+                              "-etcd") from None
+        raise
     if change is None and not result:
         log.warning("nothing to do for %s: not held; got %r", path, body[:MAX_TEXT_CHARS])
     return Reply(200, dumps(result).encode(), change=change)
@@ -2147,19 +2663,24 @@ def read_pool_request(fields: Fields) -> PoolRequest:
     if sub_pool and not subnet:
         raise InvalidRequest(
             f"invalid address subpool: {sub_pool} comes without the subnet it is in")
-    return PoolRequest(version, subnet, sub_pool, prefixlen, options.get(NAME_OPTION, ""))
+    text = options.get(SHARED_OPTION, "false")
+    if text not in ("true", "false") or (text == "true" and not subnet):
+        raise InvalidRequest(f"option {SHARED_OPTION} is true or false, and takes a --subnet: "
+                             f"{text!r}")
+    return PoolRequest(version, subnet, sub_pool, prefixlen, options.get(NAME_OPTION, ""),
+                       text == "true")
 
 
 def read_prefixlen(options: dict[str, str], version: int) -> int | None:
     """Return the length of block asked for. Raises: InvalidRequest, also for unknown options."""
-    known = (NAME_OPTION, *LENGTH_OPTIONS.values())
+    known = (NAME_OPTION, *LENGTH_OPTIONS.values(), SHARED_OPTION)
     for key, text in options.items():
         if key.startswith("gipam.") and key not in known:
             raise InvalidRequest(f"unknown option {printable(repr(key))}: "
                                  f"gipam has {', '.join(known)}")
         if "gipam." + key in known:
             log.warning("option %r does nothing: is 'gipam.%s' meant?", key, key)
-        if key in known[1:] and not re.fullmatch("[0-9]{1,3}", text):
+        if key in LENGTH_OPTIONS.values() and not re.fullmatch("[0-9]{1,3}", text):
             raise InvalidRequest(f"option {key} is not a prefix length: {text!r}")
     text = options.get(LENGTH_OPTIONS[version], "")
     return int(text) if text else None
@@ -2168,6 +2689,8 @@ def read_prefixlen(options: dict[str, str], version: int) -> int | None:
 def request_pool(service: Service, fields: Fields) -> tuple[Any, Change]:
     """Grant a network its subnet."""
     request = read_pool_request(fields)
+    if request.is_shared and not service.site:
+        raise InvalidRequest(f"option {SHARED_OPTION} needs -etcd, through which hosts share")
     change = service.request_pool(request)
     kept = service.state.families[request.version].recall(request.name)
     if kept and str(kept.network) != change.subnet:
@@ -2205,6 +2728,17 @@ def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
     return {"Adopted": len(done), "Seq": done.stop - 1}, None
 
 
+def evict_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
+    """Give up what a host that will never come back has claimed."""
+    host, site = fields.text("Host", is_needed=True), service.site
+    if not site or host == site.host:
+        raise InvalidRequest(f"{host!r} is this host" if site else "this gipam has no -etcd")
+    if any(host in entry.hosts for table in ("claims", "parts")
+           for entry in site.tables[table].values()):
+        raise Unclaimed(Need("evict", None, host))
+    return {"Host": host}, None
+
+
 def show_health(service: Service, _: str) -> list[str]:
     """Say whether gipam answers and can still write. Raises: StoreLost."""
     if service.loss:
@@ -2228,6 +2762,7 @@ METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Change | None]]] = {
     "/Gipam.Release": lambda service, fields: (  # of what `check --fix` or `release` saw
         {}, service.release_if(fields.pool_id(), fields.address(), fields.seq())),
     "/Gipam.Adopt": adopt_by_hand,
+    "/Gipam.Evict": evict_by_hand,
 }
 PAGES: dict[str, tuple[str, Callable[[Service, str], Iterable[str]]]] = {  # -> type, text
     "/status": ("application/json",
@@ -2288,6 +2823,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.length = -1  # of the body, once the head is read
         self.has_ended = False  # the peer: it sends no more
         self.is_closed = self.is_last = False
+        self.is_waiting = False  # for etcd
         self.is_client = False  # not a stranger: it has been served
         self.reply: Reply | None = None  # the last one, until the peer has shown that it read it
         self.since_s = time.monotonic()  # of the last sign of life
@@ -2310,7 +2846,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def is_busy(self) -> bool:
         """Return whether it is in the middle of a request or of a reply."""
-        return bool(self.inbox) or self.length >= 0 or self.is_sending()
+        return bool(self.inbox) or self.length >= 0 or self.is_waiting or self.is_sending()
 
     def is_overdue(self, now_s: float) -> bool:
         """Return whether it is stuck, on TCP, in a request, a reply or a handshake."""
@@ -2525,6 +3061,8 @@ class Loop:
         self.servers: list[Server] = []
         self.handlers: dict[Handler, None] = {}
         self.lost: list[Reply] = []  # that have not arrived
+        self.ask_etcd: Callable[[Again], None] | None = None
+        self._late: list[tuple[Handler, Reply]] = []  # replies that have waited for etcd
         self.is_ending = False  # each reply is the last of its connection
         self.is_stopping = self.is_over = False
         self._asking: dict[Handler, None] = {}  # may have a request in the inbox
@@ -2559,7 +3097,7 @@ class Loop:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._calls.append((future, function))
         if self.is_over:
-            raise StoreError("gipam is stopping: try again")
+            raise Stopping("gipam is stopping: try again")
         self.ring()
         return future.result()
 
@@ -2574,8 +3112,9 @@ class Loop:
             self.service.take_back(lost.change, lost.seq)
         self.lost.clear()
         asking, self._asking = self._asking, {}
-        replies = [(handler, reply) for handler in asking  # 4
-                   for reply in [self._ask(handler)] if reply]
+        replies, self._late = self._late, []
+        replies += [(handler, reply) for handler in asking  # 4
+                    for reply in [self._ask(handler)] if reply]
         self.service.commit()  # 5
         for handler, reply in replies:  # 6
             handler.answer(settle(self.service, reply))
@@ -2644,17 +3183,39 @@ class Loop:
 
     def _ask(self, handler: Handler) -> Reply | None:
         """Answer the next request of a handler, if it has one."""
-        if handler.is_closed or handler.is_sending():
+        if handler.is_closed or handler.is_waiting or handler.is_sending():
             return None
         try:
             body = None if handler.is_last else handler.next_request()
             if body is not None:
                 self._check_pages(handler)
-                return dispatch(self.service, handler.command, handler.path, body,
-                                handler.server.paths)
+                return self._dispatch(handler, body)
         except GipamError as error:
             return handler.refuse(error)
         self._settle(handler)
+        return None
+
+    def _dispatch(self, handler: Handler, body: bytes) -> Reply | None:
+        """Answer a request, or put it aside until etcd has been asked."""
+        reply = dispatch(self.service, handler.command, handler.path, body, handler.server.paths)
+        if not reply.need or not self.ask_etcd:
+            return reply
+        handler.is_waiting = True
+        self._watch(handler, 0)
+        self.ask_etcd(functools.partial(self._again, handler, body))
+        return None
+
+    def _again(self, handler: Handler, body: bytes, failure: GipamError | None) -> Need | None:
+        """Try to answer a request that waits for etcd; return what it needs, None: no more."""
+        reply = dispatch(self.service, handler.command, handler.path, body, handler.server.paths,
+                         failure)
+        if reply.need:
+            return reply.need
+        handler.is_waiting = False
+        if handler.is_closed:
+            self.lost.append(reply)
+        else:
+            self._late.append((handler, reply))
         return None
 
     def _check_pages(self, handler: Handler) -> None:
@@ -2811,7 +3372,7 @@ class Loop:
         """Refuse what threads still ask for, and wait for the one that folds."""
         self.is_over = True
         while self._calls:
-            self._calls.popleft()[0].set_exception(StoreError("gipam is stopping: try again"))
+            self._calls.popleft()[0].set_exception(Stopping("gipam is stopping: try again"))
         if self._folder:
             self._folder.join()
 
@@ -2936,20 +3497,24 @@ def write_spec(path: str, text: str, remove: Callable[[str], None]) -> None:
     remove(path)
 
 
-def load_tls(directory: str, is_server: bool) -> ssl.SSLContext | None:
-    """Return what both sides need: TLS 1.2, a certificate, and the other's. Raises: ConfigError."""
+def load_tls(directory: str, is_server: bool, option: str = "tls") -> ssl.SSLContext | None:
+    """Return what both sides need: TLS 1.2, a certificate, and the other's. Raises: ConfigError.
+
+    To etcd, one's own is only shown where there is one.
+    """
     if not directory:
         return None
     stem = "server-" if is_server else ""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
+    own = [os.path.join(directory, stem + name) for name in ("cert.pem", "key.pem")]
     try:
         context.load_verify_locations(os.path.join(directory, "ca.pem"))
-        context.load_cert_chain(os.path.join(directory, f"{stem}cert.pem"),
-                                os.path.join(directory, f"{stem}key.pem"))
+        if option == "tls" or any(map(os.path.exists, own)):
+            context.load_cert_chain(*own)
     except OSError as error:
-        raise ConfigError(f"-tls {directory!r}: cannot use ca.pem, {stem}cert.pem and "
+        raise ConfigError(f"-{option} {directory!r}: cannot use ca.pem, {stem}cert.pem and "
                           f"{stem}key.pem in it: {error}") from None
     return context
 
@@ -3013,7 +3578,7 @@ def hint_of(subnet: str) -> str:
     return f"{'::' if ':' in subnet else '0.0.0.0'}/{subnet.partition('/')[2]}"  # noqa: S104
 
 
-class Claim(NamedTuple):
+class Use(NamedTuple):
     """What Docker uses: a subnet (address ""), or an address in it."""
 
     driver: str | None
@@ -3044,8 +3609,8 @@ def normalise_address(text: str) -> str:
     return format_address(int(address), address.version)
 
 
-def claim_network(network: Json, api: tuple[int, ...]) -> Iterator[Claim]:
-    """Yield the claims of a network: subnets, gateways and auxiliary addresses."""
+def network_uses(network: Json, api: tuple[int, ...]) -> Iterator[Use]:
+    """Yield what a network uses: subnets, gateways and auxiliary addresses."""
     ipam, is_template = network.get("IPAM") or {}, network.get("ConfigOnly")
     for config in ipam.get("Config") or ():
         version = 6 if ":" in config.get("Subnet", "") else 4
@@ -3055,15 +3620,15 @@ def claim_network(network: Json, api: tuple[int, ...]) -> Iterator[Claim]:
                             for key in ("Subnet", "IPRange"))
         gateway, auxiliary = config.get("Gateway"), config.get("AuxiliaryAddresses") or {}
         kind = "template" if is_template else "hint" if subnet == hint_of(subnet) else "pool"
-        claim = Claim(ipam.get("Driver"), printable(network["Name"]), network["Id"], subnet,
-                      sub_pool, kind=kind,
-                      pool_name=printable((ipam.get("Options") or {}).get(NAME_OPTION, "")),
-                      has_hidden_gateway=not gateway and has_gateway(network, version, api),
-                      routed_option=find_routed_option(network, version, api))
-        yield claim
+        use = Use(ipam.get("Driver"), printable(network["Name"]), network["Id"], subnet,
+                  sub_pool, kind=kind,
+                  pool_name=printable((ipam.get("Options") or {}).get(NAME_OPTION, "")),
+                  has_hidden_gateway=not gateway and has_gateway(network, version, api),
+                  routed_option=find_routed_option(network, version, api))
+        yield use
         for kind, text in ((GATEWAY, gateway), *((AUXILIARY, text) for text in auxiliary.values())):
             if text and not is_template:
-                yield place(text, [claim])._replace(kind=kind)
+                yield place(text, [use])._replace(kind=kind)
 
 
 BRIDGE = "com.docker.network.bridge."  # options of a bridge network
@@ -3096,16 +3661,16 @@ def find_routed_option(network: Json, version: int, api: tuple[int, ...]) -> str
     return "" if options.get(mode) == "routed" else mode + "=routed"
 
 
-def place(text: str, pools: list[Claim]) -> Claim:
-    """Return the claim to an address in that of these subnets which has it, or in none ("")."""
+def place(text: str, pools: list[Use]) -> Use:
+    """Return the use of an address in that of these subnets which has it, or in none ("")."""
     address = normalise_address(text)
     home = next((pool for pool in pools
                  if ipaddress.ip_address(address) in parse_prefix(pool.subnet)), None)
     return (home or pools[0]._replace(subnet="", sub_pool=""))._replace(address=address)
 
 
-def claim_container(container: Json, subnets: dict[str, list[Claim]]) -> Iterator[Claim]:
-    """Yield the claims of a container in the networks with these subnets, by id; and to gateways.
+def container_uses(container: Json, subnets: dict[str, list[Use]]) -> Iterator[Use]:
+    """Yield what a container uses of the subnets of networks, by id; and its gateways.
 
     Of a network made with a size hint, Docker < 29 shows only 0.0.0.0/26; these show its subnet.
     """
@@ -3122,17 +3687,17 @@ def claim_container(container: Json, subnets: dict[str, list[Claim]]) -> Iterato
             subnet = str(parse_prefix(f"{address}/{length}", mask=True))
             hinted = [pool._replace(subnet=subnet, kind="pool") for pool in pools
                       if pool.subnet == hint_of(subnet)]
-            claim = place(address, [*pools, *hinted])
+            use = place(address, [*pools, *hinted])
             router = place(gateway or address, [*pools, *hinted])
-            yield from (pool for pool in hinted if pool.subnet == claim.subnet)
+            yield from (pool for pool in hinted if pool.subnet == use.subnet)
             if gateway and router.subnet:
                 yield router._replace(kind=GATEWAY)
-            yield claim._replace(kind=ENDPOINT, container=name,
-                                 mac=printable(endpoint.get("MacAddress") or ""),
-                                 identity=endpoint.get("EndpointID") or container["Id"])
+            yield use._replace(kind=ENDPOINT, container=name,
+                               mac=printable(endpoint.get("MacAddress") or ""),
+                               identity=endpoint.get("EndpointID") or container["Id"])
 
 
-def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Claim], list[Claim]]:
+def read_uses(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Use], list[Use]]:
     """Return (what Docker uses of this driver, all other subnets). Raises: Unreachable."""
     end = time.monotonic() + timeout_s
 
@@ -3146,19 +3711,19 @@ def read_claims(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[C
         networks = [get(f"/networks/{network['Id']}")  # the list leaves the IPAM of such a one out
                     if (network.get("ConfigFrom") or {}).get("Network") else network
                     for network in networks]
-        found = [claim for network in networks for claim in claim_network(network, api)]
-        claims = [claim for claim in found if claim.driver == driver and claim.kind != "template"]
-        others = [claim for claim in found if not claim.address
-                  and (claim.driver != driver or claim.kind == "template")]
+        found = [use for network in networks for use in network_uses(network, api)]
+        uses = [use for use in found if use.driver == driver and use.kind != "template"]
+        others = [use for use in found if not use.address
+                  and (use.driver != driver or use.kind == "template")]
         subnets = {network: list(pools) for network, pools in itertools.groupby(
-            (claim for claim in claims if not claim.address), lambda claim: claim.identity)}
+            (use for use in uses if not use.address), lambda use: use.identity)}
         for container in containers:
-            claims += claim_container(container, subnets)
+            uses += container_uses(container, subnets)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Unreachable(f"the Docker at {path} answers what gipam does not understand: "
                           f"{error!r}") from error
-    told = {(claim.identity, hint_of(claim.subnet)) for claim in claims if claim.kind == "pool"}
-    return [claim for claim in claims if (claim.identity, claim.subnet) not in told], others
+    told = {(use.identity, hint_of(use.subnet)) for use in uses if use.kind == "pool"}
+    return [use for use in uses if (use.identity, use.subnet) not in told], others
 
 
 class Finding(NamedTuple):
@@ -3166,7 +3731,7 @@ class Finding(NamedTuple):
 
     kind: str
     identity: Any  # the same as long as this difference lasts
-    about: Claim
+    about: Use
     text: str
     path: str = ""  # "": gipam cannot mend it
     body: Any = None
@@ -3178,7 +3743,7 @@ def release_body(pool: Json, lease: Json | None = None) -> Json:
     return {"PoolID": pool["id"], "Address": held.get("address", ""), "Seq": held["seq"]}
 
 
-def adopt_body(pool: Claim, uses: list[Claim], seq: int) -> Json:
+def adopt_body(pool: Use, uses: list[Use], seq: int) -> Json:
     """Return what /Gipam.Adopt takes; seq is that of the pool."""
     leases = [{"Address": use.address, "Kind": use.kind, "MAC": use.mac, "Name": use.container}
               for use in uses]
@@ -3186,34 +3751,34 @@ def adopt_body(pool: Claim, uses: list[Claim], seq: int) -> Json:
             "Leases": leases, "Seq": seq}
 
 
-def group_uses(claims: list[Claim]) -> Iterator[tuple[Claim, list[Claim]]]:
-    """Yield each pool with the first claim to each address, with "" for a hidden gateway."""
-    uses: dict[tuple[str, str], dict[str, Claim]] = {}
-    for claim in claims:
-        if claim.address:
-            uses.setdefault(claim.key, {}).setdefault(claim.address, claim)
-    for key, pool in {claim.key: claim for claim in claims if claim.kind == "pool"}.items():
-        found = list(uses.get(key, {}).values())
+def group_uses(uses: list[Use]) -> Iterator[tuple[Use, list[Use]]]:
+    """Yield each pool with the first use of each address, with "" for a hidden gateway."""
+    grouped: dict[tuple[str, str], dict[str, Use]] = {}
+    for use in uses:
+        if use.address:
+            grouped.setdefault(use.key, {}).setdefault(use.address, use)
+    for key, pool in {use.key: use for use in uses if use.kind == "pool"}.items():
+        found = list(grouped.get(key, {}).values())
         is_hidden = pool.has_hidden_gateway and not any(use.kind == GATEWAY for use in found)
         yield pool, [*found, pool._replace(kind=GATEWAY)] if is_hidden else found
 
 
-def find_leaks(status: Json, claims: list[Claim], until_s: float) -> Iterator[Finding]:
+def find_leaks(status: Json, uses: list[Use], until_s: float) -> Iterator[Finding]:
     """Yield what gipam holds, granted until that time, and Docker does not use."""
-    claimed = {claim.key: claim for claim in claims if not claim.address}
-    used = {(claim.subnet, claim.address) for claim in claims}
+    networks = {use.key: use for use in uses if not use.address}
+    used = {(use.subnet, use.address) for use in uses}
     for pool in status["pools"]:
         key = (pool["subnet"], pool["sub_pool"])
-        if key not in claimed:
-            if (hint_of(key[0]), "") not in claimed and pool["granted_s"] <= until_s:
-                yield Finding("leaked_pool", (pool["id"], pool["seq"]), Claim(None, "", "", *key),
+        if key not in networks:
+            if (hint_of(key[0]), "") not in networks and pool["granted_s"] <= until_s:
+                yield Finding("leaked_pool", (pool["id"], pool["seq"]), Use(None, "", "", *key),
                               f"subnet {' range '.join(filter(None, key))} is held with "
                               f"{pool['leases']} addresses, but no network has it",
                               "/Gipam.Release", release_body(pool))
             continue
         for lease in pool["addresses"]:
             address, owner = lease["address"], lease["name"] or lease["mac"] or lease["kind"]
-            about = claimed[key]._replace(address=address, container=lease["name"])
+            about = networks[key]._replace(address=address, container=lease["name"])
             is_hidden = lease["kind"] == GATEWAY and about.has_hidden_gateway
             if not is_hidden and (key[0], address) not in used and lease["granted_s"] <= until_s:
                 yield Finding("leaked_address", (pool["id"], address, lease["seq"]), about,
@@ -3221,46 +3786,50 @@ def find_leaks(status: Json, claims: list[Claim], until_s: float) -> Iterator[Fi
                               "but nothing has it", "/Gipam.Release", release_body(pool, lease))
 
 
-def find_missing(status: Json, claims: list[Claim]) -> Iterator[Finding]:
+def find_missing(status: Json, uses: list[Use]) -> Iterator[Finding]:
     """Yield what Docker uses and gipam does not hold, or holds only once."""
     pools = {(pool["subnet"], pool["sub_pool"]): pool for pool in status["pools"]}
     held = {(pool["subnet"], lease["address"])
             for pool in status["pools"] for lease in pool["addresses"]}
-    for claim, uses in group_uses(claims):
-        if claim.key not in pools:
-            yield Finding("missing_pool", claim, claim, f"subnet {claim.subnet} of {claim} is not "
+    for pool, inside in group_uses(uses):
+        if pool.key not in pools:
+            yield Finding("missing_pool", pool, pool, f"subnet {pool.subnet} of {pool} is not "
                           "held: another network could get it",
-                          "/Gipam.Adopt", adopt_body(claim, uses, 0))
-    users: dict[tuple[str, str], list[Claim]] = {}
-    for claim in claims:
-        if claim.address:
-            users.setdefault((claim.subnet, claim.address), []).append(claim)
+                          "/Gipam.Adopt", adopt_body(pool, inside, 0))
+    users: dict[tuple[str, str], list[Use]] = {}
+    for use in uses:
+        if use.address:
+            users.setdefault((use.subnet, use.address), []).append(use)
     for key, sharers in users.items():
-        claim, what = sharers[0], f"address {key[1]}"
-        if not claim.subnet:
-            yield Finding("address_outside", claim, claim, f"{what} of {claim} is in no subnet of "
-                          f"network {claim.network}: make the network anew")
-        elif key not in held and claim.key in pools:
-            yield Finding("missing_address", claim, claim,
-                          f"{what} of {claim} is not held: another container could get it",
-                          "/Gipam.Adopt", adopt_body(claim, [claim], pools[claim.key]["seq"]))
+        use, what = sharers[0], f"address {key[1]}"
+        if not use.subnet:
+            yield Finding("address_outside", use, use, f"{what} of {use} is in no subnet of "
+                          f"network {use.network}: make the network anew")
+        elif key not in held and use.key in pools:
+            yield Finding("missing_address", use, use,
+                          f"{what} of {use} is not held: another container could get it",
+                          "/Gipam.Adopt", adopt_body(use, [use], pools[use.key]["seq"]))
         holders = {sharer.identity: str(sharer) for sharer in sharers if sharer.kind == ENDPOINT}
         if len(holders) > 1:
-            yield Finding("address_twice", (what, *sorted(holders)), claim, f"{what} is in "
+            yield Finding("address_twice", (what, *sorted(holders)), use, f"{what} is in "
                           f"{' and '.join(holders.values())}: restart one of them")
 
 
-def compare(status: Json, claims: list[Claim], others: list[Claim],
+def compare(status: Json, uses: list[Use], others: list[Use],
             until_s: float) -> dict[Any, Finding]:
     """Return all that differs, and where subnets of other drivers overlap, by kind and identity."""
-    found = [*find_leaks(status, claims, until_s), *find_missing(status, claims)]
+    found = [*find_leaks(status, uses, until_s), *find_missing(status, uses)]
     pools = [(pool["id"], parse_prefix(pool["subnet"])) for pool in status["pools"] if others]
-    for claim in others:
-        prefix = parse_prefix(claim.subnet)
-        found += [Finding("overlap", (claim.identity, pool_id), claim, f"subnet {prefix} of "
-                          f"network {claim.network}, of another IPAM driver, overlaps {subnet} "
+    for use in others:
+        prefix = parse_prefix(use.subnet)
+        found += [Finding("overlap", (use.identity, pool_id), use, f"subnet {prefix} of "
+                          f"network {use.network}, of another IPAM driver, overlaps {subnet} "
                           "of ours: remove one of the two networks") for pool_id, subnet in pools
-                  if claim.kind == "pool" and prefix.overlaps(subnet)]
+                  if use.kind == "pool" and prefix.overlaps(subnet)]
+    found += [Finding("claimed_elsewhere", pool["id"], Use(None, "", "", pool["subnet"], ""),
+                      f"subnet {pool['subnet']} is held here, but {pool['claimed_elsewhere']} has "
+                      "claimed it in etcd: remove one of the two networks")
+              for pool in status["pools"] if pool.get("claimed_elsewhere")]
     return {finding[:2]: finding for finding in found}
 
 
@@ -3275,7 +3844,7 @@ def find_differences(read_status: Callable[[], Json], path: str, driver: str,
     for pause_s in (0.0, CHECK_PAUSE_S):
         time.sleep(pause_s)
         before, until_s = read_status(), int(time.time()) - grace_s
-        docker = read_claims(path, driver)
+        docker = read_uses(path, driver)
         first = compare(before, *docker, until_s)
         again = compare(read_status(), *docker, until_s) if first else {}
         kept = again.keys() & (found or again).keys()
@@ -3285,17 +3854,20 @@ def find_differences(read_status: Callable[[], Json], path: str, driver: str,
     return found
 
 
-def find_notes(status: Json, claims: list[Claim], proc: str) -> Iterator[str]:
+def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
     """Yield what on this host stands against containers being reached without NAT."""
     bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
+    etcd = status.get("etcd", {})
+    if etcd.get("failure"):
+        yield f"{etcd['failure']}: {etcd['due']} subnets wait for it, and so do new networks"
     for version, switch in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):
         is_off = list(read_rows(f"{proc}/sys/{switch.replace('.', '/')}")) == [[b"0"]]
         if is_off and any(base.version == version for base in bases):
             yield f"this host does not forward IPv{version}: sysctl -w {switch}=1"
-    for claim in claims:
-        if not claim.address and claim.routed_option:
-            yield (f"network {claim.network} masquerades {claim.subnet}, so that its containers "
-                   f"have the address of this host outside: make it with -o {claim.routed_option}")
+    for use in uses:
+        if not use.address and use.routed_option:
+            yield (f"network {use.network} masquerades {use.subnet}, so that its containers "
+                   f"have the address of this host outside: make it with -o {use.routed_option}")
     for base in bases:
         routes = list(read_routes(proc + "/self/net", base))
         links = [device for device, flags in routes if device != "lo" and not flags & 2]
@@ -3324,11 +3896,11 @@ def read_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
 
 
 def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json],
-         read_docker: Callable[[], tuple[list[Claim], Any]],
-         post: Callable[[str, Json], Any]) -> tuple[set[int], list[Claim]]:
-    """Mend what can be, unless it has changed since; return (changes by adoption, new claims).
+         read_docker: Callable[[], tuple[list[Use], Any]],
+         post: Callable[[str, Json], Any]) -> tuple[set[int], list[Use]]:
+    """Mend what can be, unless it has changed since; return (changes by adoption, new uses).
 
-    What Docker let go before gipam held it is released: it was adopted, and nobody claims it.
+    What Docker let go before gipam held it is released: it was adopted, and nobody uses it.
     """
     for finding in findings:
         if finding.path:
@@ -3340,14 +3912,14 @@ def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json
                 log.warning("not mended: %s: %s", finding.text, error)
     if not adopted:
         return adopted, []
-    claims, _ = read_docker()
-    for finding in find_leaks(look(), claims, time.time()):
+    uses, _ = read_docker()
+    for finding in find_leaks(look(), uses, time.time()):
         body = finding.body
         is_known = parse_pool_id(body["PoolID"]) is not None  # then Docker releases the pool itself
         if body["Seq"] in adopted and (body["Address"] or not is_known):
             with contextlib.suppress(Forbidden, Refused):  # Docker has just done so
                 post(finding.path, body)
-    return adopted, claims
+    return adopted, uses
 
 
 def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> None:
@@ -3358,8 +3930,8 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
     """
     path, end, adopted = docker_socket(), time.monotonic() + timeout_s, {*service.adopted}
 
-    def read_docker() -> tuple[list[Claim], Any]:
-        return read_claims(path, driver, max(end - time.monotonic(), 0.001))
+    def read_docker() -> tuple[list[Use], Any]:
+        return read_uses(path, driver, max(end - time.monotonic(), 0.001))
 
     def look() -> Json:
         return dict(json.loads("".join(call(lambda: list(service.status(has_leases=True))))))
@@ -3367,9 +3939,9 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
     def post(path: str, body: Json) -> Any:
         return call(lambda: METHODS[path](service, Fields(body))[0])
 
-    claims, _ = read_docker()
-    adopted, claims = mend(find_missing(look(), claims), adopted, look, read_docker, post)
-    keys = {claim.key for claim in claims}
+    uses, _ = read_docker()
+    adopted, uses = mend(find_missing(look(), uses), adopted, look, read_docker, post)
+    keys = {use.key for use in uses}
     adopted -= {held["seq"] for pool in look()["pools"]
                 if (pool["subnet"], pool["sub_pool"]) not in keys
                 for held in (pool, *pool["addresses"])}
@@ -3402,6 +3974,498 @@ def take_over_when_due(service: Service, driver: str, call: Call) -> None:
             time.sleep(pause_s)
         else:
             pause_s = IMPORT_PAUSE_S
+
+
+# === Hosts ========================================================================================
+
+
+class Endpoint(NamedTuple):
+    """Where a member of etcd answers, and as whom to ask it."""
+
+    scheme: str
+    host: str
+    port: int
+    user: str
+    password: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{format_endpoint((self.host, self.port))}"
+
+
+def encode_bytes(text: str) -> str:
+    """Return text as the gateway has it: base64."""
+    return base64.b64encode(text.encode()).decode()
+
+
+def decode_bytes(text: str) -> str:
+    """Return the text of a key or a value."""
+    return base64.b64decode(text).decode("utf-8", "replace")
+
+
+class Etcd:
+    """Calls etcd through its JSON gateway, for one thread: the member that answered, else the next.
+
+    Source: etcd.io/docs/v3.5/dev-guide/api_grpc_gateway; numbers of 64 bits are strings.
+    """
+
+    def __init__(self, endpoints: list[Endpoint], tls: ssl.SSLContext | None, prefix: str) -> None:
+        self._prefix, self._tls = prefix, tls
+        self._endpoints = collections.deque(endpoints)
+        self._places = ", ".join(map(str, endpoints))
+        self._connection: Connection | None = None
+        self._token = ""
+
+    def ask(self, path: str, body: Json, patience_s: float) -> Json:
+        """Return the reply, whoever gives it within that time. Raises: Unavailable, Refused."""
+        end_s = time.monotonic() + patience_s
+        while True:
+            left_s = min(max(end_s - time.monotonic(), 0.05), ETCD_ATTEMPT_S)
+            try:
+                response = self._post(path, body, left_s)
+                return dict(json.loads(response.read()))
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                self.close()
+                self._endpoints.rotate(-1)
+                why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            if time.monotonic() + ETCD_PAUSE_S >= end_s:
+                raise Unavailable(f"etcd does not answer on {self._places}: {why}")
+            time.sleep(ETCD_PAUSE_S)
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._connection:
+            self._connection.close()
+        self._connection, self._token = None, ""
+
+    def _post(self, path: str, body: Json, timeout_s: float) -> http.client.HTTPResponse:
+        """Return a reply that is no error. Raises: Refused; OSError, where another may answer."""
+        endpoint, is_new = self._endpoints[0], not self._token
+        if not self._connection:
+            tls = self._tls if endpoint.scheme == "https" else None
+            self._connection = Connection((endpoint.host, endpoint.port), timeout_s, tls)
+            self._connection.connect()
+        self._connection.sock.settimeout(timeout_s)
+        if endpoint.user and is_new and path != AUTHENTICATE:
+            credentials = {"name": endpoint.user, "password": endpoint.password}
+            response = self._post(AUTHENTICATE, credentials, timeout_s)
+            self._token = json.loads(response.read())["token"]
+        headers = {"Authorization": self._token} if self._token else {}
+        self._connection.request("POST", path, dumps(body), headers)
+        response = self._connection.getresponse()
+        if response.status == http.HTTPStatus.OK:
+            return response
+        text, code = response.read().decode("utf-8", "replace"), 0
+        with contextlib.suppress(ValueError, LookupError):  # of a refused certificate it is no JSON
+            text, code = (json.loads(text)[key] for key in ("message", "code"))
+        if code in (4, 14):  # DEADLINE_EXCEEDED, UNAVAILABLE: it has no leader, or is starting
+            raise ConnectionError(text)
+        if self._token and not is_new:  # it may have expired
+            self._token = ""
+            return self._post(path, body, timeout_s)
+        raise Refused(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
+
+    def key(self, table: str, name: Any) -> str:
+        """Return the key of an entry, as the gateway has it."""
+        names = name if isinstance(name, tuple) else (name,) if name else ()
+        return encode_bytes("/".join((self._prefix + table, *map(str, names))))
+
+    def put(self, entry: Entry, lease: str = "0") -> Json:
+        """Return the operation that writes an entry, or deletes it if it has no text."""
+        key = self.key(entry.table, entry.name)
+        if not entry.text:
+            return {"request_delete_range": {"key": key}}
+        return {"request_put": {"key": key, "value": encode_bytes(entry.text), "lease": lease}}
+
+    def same(self, entry: Entry) -> Iterator[Json]:
+        """Yield what must be true if the entry is to be as it is known.
+
+        Its value too: after an etcd was restored, a revision may have been another one's.
+        """
+        compare = {"key": self.key(entry.table, entry.name), "result": "EQUAL"}
+        revision = entry.revision if entry.text else 0
+        yield {**compare, "target": "MOD", "mod_revision": str(revision)}
+        if entry.text:
+            yield {**compare, "target": "VALUE", "value": encode_bytes(entry.text)}
+
+    def range_of(self, table: str, since: int = 0) -> Json:
+        """Return the request for all that has changed in a table since a revision."""
+        start = self._prefix + table
+        end = start[:-1] + chr(ord(start[-1]) + 1)
+        return {"key": encode_bytes(start), "range_end": encode_bytes(end),
+                "min_mod_revision": str(since)}
+
+    def entries(self, values: Iterable[Json], is_deleted: bool = False) -> Iterator[Entry]:
+        """Yield what keys and values of a reply say."""
+        for value in values:
+            key = decode_bytes(value["key"])
+            try:
+                table, name = parse_key(key[len(self._prefix):])
+            except ValueError as error:
+                log.warning("ignored in etcd: %s", error)
+                continue
+            text = "" if is_deleted else decode_bytes(value.get("value", "")) or "{}"
+            yield Entry(table, name, text, int(value["mod_revision"]))
+
+    def watch(self, since: int) -> Iterator[list[Entry]]:
+        """Yield what changes from a revision on, until that breaks or nothing comes any more.
+
+        Each host writes its presence every few seconds: a watch that is quiet for longer is broken.
+        Raises: OSError, ValueError, http.client.HTTPException, Refused.
+        """
+        every = self.range_of("")
+        response = self._post("/v3/watch", {"create_request": {
+            "key": every["key"], "range_end": every["range_end"], "start_revision": str(since)}},
+            WATCH_PATIENCE_S)
+        for line in iter(response.readline, b""):
+            result = json.loads(line).get("result") or {}
+            if result.get("canceled") or not result:
+                return
+            events = result.get("events", ())
+            yield [entry for event in events
+                   for entry in self.entries([event["kv"]], event.get("type") == "DELETE")]
+
+
+class Claimant:
+    """Keeps etcd and what is held here in step, in two threads that come back by call().
+
+    One serves requests that need etcd, claims and lets go what is due, and shows that this host is
+    there; the other follows what changes.
+    """
+
+    def __init__(self, service: Service, site: Site, make_etcd: Callable[[], Etcd],
+                 machine: str) -> None:
+        self._service, self._site, self._machine = service, site, machine
+        self._etcd, self._watcher = make_etcd(), make_etcd()  # one for each thread
+        self._token = ""  # of this process, once it has shown its presence
+        self._lease, self._pulse_s, self._present_until_s = "", 0.0, 0.0
+        self._asks: collections.deque[tuple[Again, float]] = collections.deque()
+        self._bell = threading.Event()
+        self._call: Call = service.run
+        self._stop: Callable[[], None] = lambda: None
+        self.busy: BusyError | None = None  # another gipam has the name of this host
+        site.wake = self._bell.set
+
+    def begin(self) -> None:
+        """Before anything is served, learn what others hold and show presence. Raises: BusyError.
+
+        An etcd that does not answer is no reason to wait.
+        """
+        try:
+            self._load()
+            self._show_presence(ETCD_PATIENCE_S)
+        except (Unavailable, Refused) as error:
+            self._note(str(error))
+
+    def start(self, call: Call, stop: Callable[[], None]) -> None:
+        """Go on in threads; stop() is called if another gipam takes the name of this host."""
+        self._call, self._stop = call, stop
+        for step in (self._work, self._follow):
+            threading.Thread(target=self._repeat, args=(step,), name="etcd", daemon=True).start()
+
+    def ask(self, again: Again) -> None:
+        """Have a request looked at until it needs etcd no more, at most as long as Docker waits."""
+        self._asks.append((again, time.monotonic() + ETCD_PATIENCE_S))
+        self._bell.set()
+
+    def _repeat(self, step: Callable[[], None]) -> None:
+        while True:
+            try:
+                step()
+            except Stopping:
+                return
+            except BusyError as error:
+                self.busy = error
+                self._stop()
+                return
+            except GipamError as error:
+                if str(error) != self._service.etcd_failure:  # which has been logged
+                    log.warning("%s", error)
+                time.sleep(ETCD_PAUSE_S)
+            except Exception:  # a bug: the operator gets the traceback
+                log.exception("failed to ask etcd")
+                time.sleep(PULSE_S)
+
+    # The thread that asks
+
+    def _work(self) -> None:
+        """Serve who asks, show presence when it is time, then see to what is due."""
+        self._bell.wait(max(self._pulse_s - time.monotonic(), 0.0))
+        self._bell.clear()
+        while self._asks:
+            self._serve(*self._asks.popleft())
+        if time.monotonic() >= self._pulse_s:
+            self._pulse_s = time.monotonic() + PULSE_S
+            self._show_presence(ETCD_ATTEMPT_S)
+        while not self._asks and time.monotonic() < self._pulse_s:
+            need = self._call(self._service.next_need)
+            if need is None:
+                break
+            try:
+                self._fulfil(need, ETCD_ATTEMPT_S)
+            finally:  # whatever became of it, it is looked at again
+                self._call(functools.partial(self._site.due.setdefault, need.subnet))
+
+    def _serve(self, again: Again, end_s: float) -> None:
+        """Ask for what a request needs, until it has been answered."""
+        failure: GipamError | None = None
+        while True:
+            try:
+                need = self._call(functools.partial(again, failure))
+            except Stopping:
+                raise
+            except StoreError as error:  # that turn is not on disk
+                need = self._call(functools.partial(again, error))
+            if need is None:
+                return
+            try:
+                self._fulfil(need, end_s - time.monotonic())
+            except GipamError as error:
+                failure = error
+
+    def _fulfil(self, need: Need, patience_s: float) -> None:
+        """Ask etcd for it; whether it could be had shows when it is looked at again.
+
+        Raises: Unavailable, Refused, Forbidden; StoreError.
+        """
+        if patience_s <= 0:
+            raise Unavailable("other hosts were faster each time: try again")
+        end_s = time.monotonic() + patience_s
+        if end_s > self._present_until_s:
+            self._show_presence(patience_s)
+        while not self._call(lambda: self._site.is_loaded):
+            if time.monotonic() > end_s:
+                raise Unavailable("what other hosts hold has not been read from etcd yet: try "
+                                  "again")
+            time.sleep(ETCD_PAUSE_S)
+        if not getattr(self, "_" + need.what)(need, max(end_s - time.monotonic(), ETCD_PAUSE_S)):
+            time.sleep(random.uniform(0, ETCD_PAUSE_S))  # noqa: S311 - another host was faster
+
+    def _claim(self, need: Need, patience_s: float) -> bool:
+        """Claim a subnet that nobody has; False: somebody was faster."""
+        head, known = self._call(lambda: (self._site.head, self._site.entry("claims", need.subnet)))
+        if known.text:
+            return False
+        value = {"hosts": [self._site.host], "since": int(time.time())}
+        if need.what == "join":
+            value.update(part=shared_prefixlen(need.subnet), common={})
+        return self._transact([head, known], [head._replace(text=secrets.token_hex(8)),
+                                              known._replace(text=dumps(value))], patience_s)
+
+    def _join(self, need: Need, patience_s: float) -> bool:
+        """Become one of the hosts that share a subnet, or the first. Raises: Forbidden."""
+        known = self._call(lambda: self._site.entry("claims", need.subnet))
+        if not known.text:
+            return self._claim(need, patience_s)
+        value, host = known.value, self._site.host
+        if "part" not in value and known.hosts != [host]:
+            raise Forbidden(f"Pool overlaps with other one on this address space: {need.subnet} is "
+                            f"claimed by {describe_hosts(known)}, not to be shared")
+        value = {"part": shared_prefixlen(need.subnet), "common": {}, **value,
+                 "hosts": sorted({*known.hosts, host})}
+        return self._transact([known], [known._replace(text=dumps(value))], patience_s)
+
+    def _part(self, need: Need, patience_s: float) -> bool:
+        """Claim the first free part of a shared subnet in a range, or that of an address.
+
+        Raises: Forbidden, Unavailable, if there is none.
+        """
+        claim, part, owners = self._call(functools.partial(self._look_at_parts, need))
+        if part is None:
+            raise self._no_part(need, owners)
+        known = owners.get(part) or Entry("parts", (need.subnet, part), "", 0)
+        value = dumps({"hosts": [self._site.host], "since": int(time.time())})
+        if known.text or self._transact([claim, known], [known._replace(text=value)], patience_s):
+            self._call(functools.partial(self._service.gain_part, need.subnet, part))
+            return True
+        return False
+
+    def _look_at_parts(self, need: Need) -> tuple[Entry, Network | None, dict[Network, Entry]]:
+        """Return (the claim of the subnet, a part to be had, who has those in question)."""
+        site, wanted = self._site, ipaddress.ip_network(need.place)
+        owners = {part: entry for part, entry in site.parts(need.subnet).items()
+                  if part.overlaps(wanted)}
+        own = (part for part, entry in owners.items() if site.host in entry.hosts
+               and part not in self._service.parts_of(need.subnet))
+        part = next(own, None) or site.find_part(need.subnet, wanted)
+        return site.entry("claims", need.subnet), part, owners
+
+    @staticmethod
+    def _no_part(need: Need, owners: dict[Network, Entry]) -> GipamError:
+        names = ", ".join(sorted({host for entry in owners.values() for host in entry.hosts}))
+        if "/" in need.place:
+            return Unavailable(f"no available addresses on this pool: the parts of {need.place} "
+                               f"are claimed by {names or 'nobody, nor is the subnet'}")
+        return Forbidden(f"Address already in use: {need.place} lies in a part of {need.subnet} "
+                         f"that host {names} has")
+
+    def _common(self, need: Need, patience_s: float) -> bool:
+        """Make an address common to all hosts that share its subnet. Raises: Forbidden."""
+        claim, part, owners = self._call(functools.partial(self._look_at_parts, need))
+        for owner in owners.values():
+            if self._site.host not in owner.hosts:
+                raise self._no_part(need, owners)
+        value = claim.value
+        if not claim.text or not (part or owners):
+            return False
+        value["common"] = {**value.get("common", {}), need.place: need.kind}
+        known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
+        if not self._transact([claim, *known], [claim._replace(text=dumps(value))], patience_s):
+            return False
+        self._call(functools.partial(self._service.gain_part, need.subnet, None))
+        return True
+
+    def _drop(self, need: Need, patience_s: float) -> bool:
+        """Let go a part of a shared subnet."""
+        name = (need.subnet, ipaddress.ip_network(need.place))
+        known = self._call(lambda: self._site.entry("parts", name))
+        return self._transact([known], [known._replace(text="")], patience_s)
+
+    def _leave(self, need: Need, patience_s: float) -> bool:
+        """Let go the claim of a subnet that is not held here any more."""
+        return self._remove(need.subnet, self._site.host, [], patience_s)
+
+    def _evict(self, need: Need, patience_s: float) -> bool:
+        """Let go all that a host has which is not there. Raises: Forbidden, if it is."""
+        host, site = need.place, self._site
+
+        def look() -> tuple[Entry, list[Network]]:
+            return site.entry("hosts", host), site.claims_of(host)
+
+        presence, networks = self._call(look)
+        for network in networks:
+            if presence.text or not self._remove(network, host, [presence], patience_s):
+                raise Forbidden(f"host {host} is there, or was less than {PRESENCE_S} s ago: stop "
+                                "its gipam first, and wait as long")
+        return True
+
+    def _remove(self, network: Network, host: str, others: list[Entry], patience_s: float) -> bool:
+        """Take a host out of a claim, and its parts with it; the last one's claim goes."""
+        def look() -> tuple[Entry, list[Entry]]:
+            return self._site.entry("claims", network), [
+                entry for entry in self._site.parts(network).values() if host in entry.hosts]
+
+        claim, parts = self._call(look)
+        rest = [other for other in claim.hosts if other != host]
+        text = dumps({**claim.value, "hosts": rest}) if rest else ""
+        gone = [claim._replace(text=text), *(part._replace(text="") for part in parts)]
+        return self._transact([claim, *parts, *others], gone, patience_s)
+
+    def _transact(self, known: list[Entry], changed: list[Entry], patience_s: float,
+                  lease: str = "0") -> bool:
+        """Write what is changed if all is as known; else learn how it is, and return False."""
+        etcd, head = self._etcd, known[0]
+        reads = [{"key": etcd.key(entry.table, entry.name)} for entry in known]
+        if head.table == "head":  # then all that has been claimed since it was written, too
+            reads.append(etcd.range_of("claims/", head.revision + 1))
+        reply = self._ask("/v3/kv/txn", {
+            "compare": [compare for entry in known for compare in etcd.same(entry)],
+            "success": [etcd.put(entry, lease) for entry in changed],
+            "failure": [{"request_range": read} for read in reads]}, patience_s)
+        revision, is_done = int(reply["header"]["revision"]), bool(reply.get("succeeded"))
+        found = [] if is_done else [
+            entry for response in reply["responses"]
+            for entry in etcd.entries(response["response_range"].get("kvs", ()))]
+        there = {entry[:2] for entry in found}
+        gone = [entry._replace(text="") for entry in known if entry[:2] not in there]
+        news = [entry._replace(revision=revision) for entry in (changed if is_done else gone)]
+        self._call(lambda: self._site.settle([*found, *news], [*known, *changed]))
+        return is_done
+
+    def _ask(self, path: str, body: Json, patience_s: float) -> Json:
+        """Ask, and note how that went. Raises: Unavailable, Refused."""
+        started_s = time.perf_counter()
+        try:
+            reply = self._etcd.ask(path, body, patience_s)
+        except GipamError as error:
+            self._note(str(error))
+            raise
+        self._service.etcd_s.observe(time.perf_counter() - started_s)
+        self._note("")
+        return reply
+
+    def _note(self, failure: str) -> None:
+        """Note whether etcd answers; say so when that changes."""
+        before, self._service.etcd_failure = self._service.etcd_failure, failure
+        if failure and failure != before:
+            log.warning("%s; what is held here goes on, what is new waits", failure)
+        elif before and not failure:
+            log.info("etcd answers")
+
+    def _show_presence(self, patience_s: float) -> None:
+        """Keep the key that says that this host is there. Raises: BusyError; Unavailable, Refused.
+
+        Whoever holds the lease file on the machine that wrote it before is this host: the lock of
+        the lease file says that the process before is gone.
+        """
+        now_s, name = time.monotonic(), self._site.host
+        if self._lease:
+            reply = self._ask("/v3/lease/keepalive", {"ID": self._lease}, patience_s)
+            self._lease *= "TTL" in reply["result"]
+        if not self._lease:
+            reply = self._ask("/v3/lease/grant", {"TTL": str(PRESENCE_S)}, patience_s)
+            self._lease = reply["ID"]
+        token = self._token or secrets.token_hex(8)
+        value = {"machine": self._machine, "token": token, "at": int(time.time())}
+        is_done = False
+        while not is_done:
+            known = self._call(lambda: self._site.entry("hosts", name))
+            if known.text and (known.value.get("machine") != self._machine
+                               or (self._token and known.value.get("token") != token)):
+                raise BusyError(f"another gipam is there as host {name!r}: give each one a -host "
+                                f"of its own; one that has gone is forgotten after {PRESENCE_S} s")
+            is_done = self._transact([known], [known._replace(text=dumps(value))], patience_s,
+                                     self._lease)
+        self._token, self._present_until_s = token, now_s + PRESENCE_S
+
+    # The thread that follows
+
+    def _follow(self) -> None:
+        """Learn what changes, until the watch breaks; at first all, if there is no way to go on."""
+        site, etcd = self._site, self._watcher
+        try:
+            watched, head, is_loaded = self._call(
+                lambda: (site.watched, site.head, site.is_loaded))
+            if is_loaded and self._is_history(max(watched, head.revision), head):
+                self._call(site.mark_all)
+            else:
+                self._load()
+            for entries in etcd.watch(self._call(lambda: site.watched) + 1):
+                self._call(functools.partial(site.learn_all, entries))
+        except (OSError, http.client.HTTPException, ValueError):
+            pass  # a watch ends when its member does; another is asked
+        finally:
+            etcd.close()
+        time.sleep(ETCD_PAUSE_S)
+
+    def _is_history(self, revision: int, head: Entry) -> bool:
+        """Return whether the head was what is known of it: else an older etcd was restored."""
+        body = {"key": self._watcher.key("head", ""), "revision": str(revision)}
+        try:
+            reply = self._watcher.ask("/v3/kv/range", body, ETCD_PATIENCE_S)
+        except Refused:  # it has been compacted, or is still to come
+            return False
+        found = [*self._watcher.entries(reply.get("kvs", ()))] or [Entry("head", "", "", 0)]
+        return found[0] == head
+
+    def _load(self) -> None:
+        """Learn all that there is. Raises: Unavailable, Refused."""
+        site, etcd = self._site, self._watcher
+        self._call(site.begin_load)
+        reply = etcd.ask("/v3/kv/range", etcd.range_of(""), ETCD_PATIENCE_S)
+        entries = list(etcd.entries(reply.get("kvs", ())))
+        for at in range(0, len(entries), LOAD_ENTRIES):
+            self._call(functools.partial(site.learn_all, entries[at:at + LOAD_ENTRIES], False))
+        revision = int(reply["header"]["revision"])
+        self._call(lambda: site.finish_load({entry[:2] for entry in entries}, revision))
+
+
+def shared_prefixlen(subnet: Network) -> int:
+    """Return the length of the parts of a subnet: a sixteenth, with 16 addresses or more.
+
+    Of IPv6 a 65536th: a /80 of a /64.
+    """
+    length = subnet.prefixlen + (4 if subnet.version == 4 else 16)
+    return max(min(length, BITS[subnet.version] - 4), subnet.prefixlen)
 
 
 # === Commands =====================================================================================
@@ -3454,6 +4518,11 @@ def parse_listen(text: str) -> tuple[str, int]:
     return str(ipaddress.ip_address(host)), int(match[2])
 
 
+def mask(text: str) -> str:
+    """Return the text of an option without the credentials in its URLs."""
+    return re.sub("//[^,]*@", "//***@", text)
+
+
 class Option(NamedTuple):
     """An option: the flag -name, the variable GIPAM_NAME, and the text that it has been given."""
 
@@ -3481,7 +4550,29 @@ class Option(NamedTuple):
 
     def error(self, rule: object) -> ConfigError:
         """Return the error that names the option, its text, where that is from, and the rule."""
-        return ConfigError(f"-{self.name} {self.text!r} from the {self.origin}: {rule}")
+        return ConfigError(f"-{self.name} {mask(self.text)!r} from the {self.origin}: {rule}")
+
+
+def parse_endpoints(text: str) -> list[Endpoint]:
+    """Return the endpoints of a list with commas, [] for none. Raises: ValueError."""
+    found = []
+    for part in text.split(",") if text not in ("", "off") else ():
+        url = urllib.parse.urlsplit(part.strip())
+        if url.scheme not in ("http", "https") or not url.hostname or url.path.strip("/"):
+            raise ValueError("not a list of endpoints, such as http://10.0.0.1:2379 or "
+                             "https://user:password@etcd2:2379")
+        found.append(Endpoint(url.scheme, url.hostname, url.port or 2379,
+                              urllib.parse.unquote(url.username or ""),
+                              urllib.parse.unquote(url.password or "")))
+    return found
+
+
+def parse_host(text: str) -> str:
+    """Return the name of a host, "" for this one's. Raises: ValueError."""
+    name = text or socket.gethostname()
+    if not re.fullmatch(r"[\w.-]{1,64}", name):
+        raise ValueError(f"{name!r} has other characters than letters, digits and . _ -")
+    return name
 
 
 OPTIONS = (
@@ -3503,6 +4594,12 @@ OPTIONS = (
            "HOST:PORT", "address for GET /metrics, /healthz and /status"),
     Option("tls", parse_directory, "off", "DIR", "certificates for TCP: ca.pem, server-cert.pem, "
            "server-key.pem; for dockerd cert.pem, key.pem"),
+    Option("etcd", parse_endpoints, "off", "URLS", "endpoints of the etcd through which several "
+           "hosts share the bases, separated by commas"),
+    Option("etcdtls", parse_directory, "off", "DIR", "certificates for etcd: ca.pem, and where it "
+           "wants a client certificate cert.pem, key.pem"),
+    Option("host", parse_host, "", "NAME", "name of this host in etcd, its own of all that share; "
+           "without: the host's name"),
 )
 
 
@@ -3569,8 +4666,8 @@ def describe_daemon(settings: Settings, place: Any) -> Json:
     """Return what /status tells of a daemon that listens there, "" without one; no passwords."""
     shown = {}
     for name, option in settings.items():
-        text = option.value if option.parse is parse_path else option.text
-        shown[name] = {"value": re.sub("//[^/@,]*@", "//***@", text), "origin": option.origin}
+        text = option.value if option.parse in (parse_path, parse_host) else option.text
+        shown[name] = {"value": mask(text), "origin": option.origin}
     return {"driver": find_driver(settings), "listening": format_endpoint(place), "config": shown}
 
 
@@ -3685,10 +4782,10 @@ def make_state(config: Config) -> State:
 def cmd_status(arguments: argparse.Namespace) -> int:
     """Show bases, pools and, with --leases, each lease; or just what is asked for."""
     status = read_status(arguments.settings, arguments.leases or bool(arguments.what))
-    claims: list[Claim] = []
+    uses: list[Use] = []
     with contextlib.suppress(GipamError):  # names are welcome, and no reason to wait or to fail
-        claims = read_claims(docker_socket(), status["driver"], NAMES_PATIENCE_S)[0]
-    add_names(status["pools"], claims)
+        uses = read_uses(docker_socket(), status["driver"], NAMES_PATIENCE_S)[0]
+    add_names(status["pools"], uses)
     if arguments.what:
         status.update(bases=[], pools=select_pools(status["pools"], arguments.what))
     if arguments.json:
@@ -3703,10 +4800,10 @@ def cmd_status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_names(pools: list[Json], claims: list[Claim]) -> None:
+def add_names(pools: list[Json], uses: list[Use]) -> None:
     """Put pools and leases in order of address; name network and container, where Docker does."""
-    networks = {claim.key: claim.network for claim in claims if not claim.address}
-    containers = {(claim.subnet, claim.address): claim.container for claim in claims}
+    networks = {use.key: use.network for use in uses if not use.address}
+    containers = {(use.subnet, use.address): use.container for use in uses}
     pools.sort(key=lambda pool: ipaddress.get_mixed_type_key(
         parse_prefix(pool["sub_pool"] or pool["subnet"])))
     for pool in pools:
@@ -3740,10 +4837,17 @@ def select_pools(pools: list[Json], what: str) -> list[Json]:
 
 def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     """Yield the lines of the text form: a bar and a map for each base, a table of the pools."""
+    elsewhere = [claim["subnet"] for claim in status.get("claims", ())
+                 if status.get("host") not in claim["hosts"]]
     for base in status["bases"]:
-        yield from render_base(base, status["pools"], width)
+        yield from render_base({**base, "elsewhere": elsewhere}, status["pools"], width)
     if status["bases"]:
-        yield "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+        yield ("  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+               + "  o other host" * bool(elsewhere))
+    hosts = [("HOST", "CLAIMS", "ETCD"), *(
+        (host["host"], str(host["claims"]), "there" if host["is_present"] else "not there")
+        for host in status.get("hosts", ()))]
+    yield from format_table(hosts)
     rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
     for pool in status["pools"]:
         age = format_age(now_s - pool["granted_s"])
@@ -3753,8 +4857,15 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
             age = format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?"
             owner = lease["container"] or lease["name"] or lease["mac"] or "-"
             rows.append(("  " + lease["address"], lease["kind"], "", "", age, owner))
+    yield from format_table(rows)
+    if status.get("etcd", {}).get("failure"):
+        yield status["etcd"]["failure"]
+
+
+def format_table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Yield the lines of a table, none if there is nothing below its heads."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows if status["pools"] else ():
+    for row in rows if rows[1:] else ():
         yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
@@ -3787,8 +4898,9 @@ def draw_map(base: Json, pools: list[Json], limit: int) -> str:
         count //= 2
     size, first = network.num_addresses // count, int(network[0])
     cells, held = ["."] * count, [0] * count
-    for mark, texts in (("r", base["remembered"].values()), ("~", base.get("routes", ())),
-                        ("x", base["excluded"]), ("+", {pool["subnet"] for pool in pools})):
+    for mark, texts in (("r", base["remembered"].values()), ("o", base.get("elsewhere", ())),
+                        ("~", base.get("routes", ())), ("x", base["excluded"]),
+                        ("+", {pool["subnet"] for pool in pools})):
         for inside in filter(network.overlaps, map(parse_prefix, texts)):
             start = max(int(inside[0]) - first, 0) // size
             length = min(inside.num_addresses, network.num_addresses)
@@ -3807,13 +4919,12 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     read_gipam = functools.partial(ask_status, settings, has_leases=True)
     status = read_gipam()
     driver = status["driver"]
-    read_docker = functools.partial(read_claims, path, driver)
+    read_docker = functools.partial(read_uses, path, driver)
     look = functools.partial(find_differences, read_gipam, path, driver, arguments.grace)
     found = left = look()
     if arguments.fix and found:
         held = {pool["subnet"] for pool in status["pools"]}
-        known = {claim.subnet for claims in read_docker() for claim in claims
-                 if claim.driver == driver}
+        known = {use.subnet for uses in read_docker() for use in uses if use.driver == driver}
         if held and held.isdisjoint(known) and not arguments.force:
             raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one "
                               "that gipam serves? If so, use --force")
@@ -3851,11 +4962,11 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     body = release_body(pool, lease)
     address = body["Address"]
     if not arguments.force:
-        claims, _ = read_claims(docker_socket(), status["driver"])
-        leaks = [finding.body for finding in find_leaks(status, claims, time.time())]
+        uses, _ = read_uses(docker_socket(), status["driver"])
+        leaks = [finding.body for finding in find_leaks(status, uses, time.time())]
         if body not in leaks and release_body(pool) not in leaks:
-            users = [str(claim) for claim in claims
-                     if (claim.subnet, claim.address) == (pool["subnet"], address)]
+            users = [str(use) for use in uses
+                     if (use.subnet, use.address) == (pool["subnet"], address)]
             raise Forbidden(f"{(users or ['a network'])[0]} of Docker uses it: remove that first, "
                             "or use --force")
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
@@ -3894,6 +5005,17 @@ def ask(question: str) -> bool:
     return False
 
 
+def cmd_evict(arguments: argparse.Namespace) -> int:
+    """Give up what a host that will never come back has claimed in etcd."""
+    status, host = ask_status(arguments.settings, has_leases=False), arguments.host_name
+    claims = [claim["subnet"] for claim in status["claims"] if host in claim["hosts"]]
+    if not arguments.yes and not ask(f"give up {len(claims)} claims of host {host}? [y/N] "):
+        return 1
+    call(find_daemon(arguments.settings), "POST", "/Gipam.Evict", {"Host": host})
+    print(f"gave up {len(claims)} claims of host {host}")
+    return 0
+
+
 def cmd_config(arguments: argparse.Namespace) -> int:
     """Print each effective value with its origin: as the daemon says, where one answers."""
     try:
@@ -3920,6 +5042,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         if document is None:
             unserved.callback(store.discard)
         service = open_service(config, arguments.settings, store, document)
+        claimant = open_claimant(config, service, store)
+        begin_import(config, service, document)
         gc.freeze()  # nor need it look at them later: 270 ms for a million
         gc.enable()
         handler: LogHandler = arguments.log_handler
@@ -3928,6 +5052,9 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
             signal.signal(number, loop.stop)
         open_servers(config, loop, made)
         unserved.pop_all()
+        if claimant:
+            loop.ask_etcd = claimant.ask
+            claimant.start(loop.call, loop.stop)
         threading.Thread(target=take_over_when_due, args=(service, config.driver, loop.call),
                          name="import", daemon=True).start()
         warn_of_surprises(config, "/proc/self/net")
@@ -3943,6 +5070,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     handler.is_held = False
     if service.loss:
         raise service.loss
+    if claimant and claimant.busy:
+        raise claimant.busy
     service.fold(is_stopping=True)
     log.info("stopped")
     return 0
@@ -3976,13 +5105,31 @@ class Heart:
         self._told = status
 
 
+def open_claimant(config: Config, service: Service, store: Store) -> Claimant | None:
+    """Learn from etcd what other hosts hold, if there is any. Raises: BusyError, ConfigError."""
+    if not config.etcd:
+        return None
+    tls = load_tls(config.etcdtls, False, "etcdtls") or ssl.create_default_context()
+    lock = os.stat(store.path + ".lock")
+    place = f"{read_text('/etc/machine-id')} {store.path} {lock.st_dev} {lock.st_ino}"
+    service.site = Site(config.host, service.state)
+    claimant = Claimant(service, service.site, lambda: Etcd(
+        config.etcd, tls, f"/gipam/{config.driver}/"),
+        hashlib.sha256(place.encode()).hexdigest()[:16])
+    claimant.begin()
+    return claimant
+
+
+def read_text(path: str) -> str:
+    """Return what a file holds, "" if it cannot be read."""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
+    return ""
+
+
 def open_service(config: Config, settings: Settings, store: Store,
                  document: Json | None) -> Service:
-    """Recover the state; at a first start, write the lease file before anything is served.
-
-    No lease file may mean a lost one: then Docker is asked what is in use, at once if it is alive,
-    else when it answers. (While it starts, Docker accepts connections, but waits for gipam.)
-    """
+    """Recover the state; at a first start, write the lease file before anything is served."""
     keys = config_keys(settings)
 
     def read_state(document: Json | None) -> State:
@@ -3994,8 +5141,15 @@ def open_service(config: Config, settings: Settings, store: Store,
     if document is None:
         chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
         store.write_snapshot(chunks, is_named=False)
-    service = Service(store, state, keys,
-                      lambda: read_state(read_lease_file(store)))
+    return Service(store, state, keys, lambda: read_state(read_lease_file(store)))
+
+
+def begin_import(config: Config, service: Service, document: Json | None) -> None:
+    """Ask Docker what is in use, if there was no lease file, for it may have been lost.
+
+    At once if Docker is alive, else when it answers. (While it starts, it accepts connections, but
+    waits for gipam.)
+    """
     if document is None or document.get("Import"):
         service.import_is_due.set()
         service.is_import_noted = True
@@ -4004,7 +5158,6 @@ def open_service(config: Config, settings: Settings, store: Store,
                 take_over(service, config.driver, IMPORT_PATIENCE_S, service.run)
             except GipamError as error:
                 log.warning("Docker cannot be asked yet what is in use: %s", error)
-    return service
 
 
 def warn_of_surprises(config: Config, proc: str) -> None:
@@ -4043,10 +5196,12 @@ COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, str]], ...]
                  "--grace": "overlook what is younger (default: 60)"}),
     (cmd_release, {"pool": "id or subnet", "lease": "in it", "--yes": "do not ask",
                    "--force": "even if Docker uses it"}),
+    (cmd_evict, {"host_name": "as `gipam status` shows it", "--yes": "do not ask"}),
     (cmd_config, {}),
 )
 VALUES: dict[str, Json] = {  # the arguments of commands that are no switches
     "--grace": {"type": int, "default": 60, "metavar": "SECONDS"}, "pool": {"metavar": "POOL"},
+    "host_name": {"metavar": "HOST"},
     "lease": {"metavar": "ADDRESS", "nargs": "?", "default": ""},
     "what": {"metavar": "ADDRESS|NETWORK|SUBNET", "nargs": "?", "default": ""},
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import concurrent.futures
 import contextlib
 import copy
@@ -5420,34 +5421,34 @@ class OperatedCase(CommandCase):
         return lines
 
 
-class ClaimsTest(OperatedCase):
+class UsesTest(OperatedCase):
     """What Docker uses, as its API shows it."""
 
-    def claims(self) -> dict[str, str]:
-        """Return "network subnet" -> what of it is claimed: the pool, or an address and who has it."""
+    def uses(self) -> dict[str, str]:
+        """Return "network subnet" -> what of it is used: the pool, or an address and who has it."""
         found: dict[str, list[str]] = {}
-        for claim in gipam.read_claims(self.docker.path, "gipam")[0]:
-            found.setdefault(f"{claim.network} {claim.sub_pool or claim.subnet}", []).append(
-                f"{claim.address} {claim.container or claim.kind}".strip())
-        return {place: ", ".join(sorted(claims, key=lambda claim: (claim != "pool", claim)))
-                for place, claims in found.items()}
+        for use in gipam.read_uses(self.docker.path, "gipam")[0]:
+            found.setdefault(f"{use.network} {use.sub_pool or use.subnet}", []).append(
+                f"{use.address} {use.container or use.kind}".strip())
+        return {place: ", ".join(sorted(uses, key=lambda use: (use != "pool", use)))
+                for place, uses in found.items()}
 
     def test_both_families_and_every_kind_of_address(self) -> None:
         for self.docker.version in (26, 29):
             with self.subTest(docker=self.docker.version):
                 self.docker.make_network("web", "4", "6")
                 self.docker.start("one", "web")
-                self.assertEqual(self.claims(), {
+                self.assertEqual(self.uses(), {
                     "web 10.2.0.0/24": "pool, 10.2.0.1 gateway, 10.2.0.2 one",
                     "web 2001:db8:0:100::/64": "pool, 2001:db8:0:100::1 gateway, 2001:db8:0:100::2 one"})
                 self.docker.stop("one")
                 self.docker.remove_network("web")
-                self.assertEqual(self.claims(), {})
+                self.assertEqual(self.uses(), {})
                 for family in self.service.state.families.values():
                     family.cursors.clear()
 
     def test_networks_as_docker_shows_them(self) -> None:
-        """Seen on dockerd 26.1.5; of the subnets that claim nothing, RequestPool never came."""
+        """Seen on dockerd 26.1.5; of the subnets that use nothing, RequestPool never came."""
         for config, keys, expected, others in (
                 ({"Subnet": "FD00:0008:0::/64", "Gateway": "FD00:8:0::0F",
                   "AuxiliaryAddresses": {"b": "fd00:8:0:0::00AA"}}, {},
@@ -5461,9 +5462,9 @@ class ClaimsTest(OperatedCase):
                 ({"Subnet": "172.17.0.0/16", "Gateway": "172.17.0.1"}, {"driver": "default"}, {}, ["172.17.0.0/16"])):
             with self.subTest(config, **keys):
                 self.docker.show_network("net", config, **keys)
-                self.assertEqual(self.claims(), expected)
-                _, found = gipam.read_claims(self.docker.path, "gipam")
-                self.assertEqual([claim.subnet for claim in found], others)
+                self.assertEqual(self.uses(), expected)
+                _, found = gipam.read_uses(self.docker.path, "gipam")
+                self.assertEqual([use.subnet for use in found], others)
 
     def test_what_only_containers_show(self) -> None:
         """Before 29: the gateway of a given subnet, and the subnet of a size hint, which is none itself."""
@@ -5473,7 +5474,7 @@ class ClaimsTest(OperatedCase):
         self.assertNotIn("Gateway", str(self.docker.networks))
         self.docker.start("one", "lan", "hint")
         self.docker.endpoint("one", "lan")["Gateway"] = "10.9.0.64"
-        self.assertEqual(self.claims(), {
+        self.assertEqual(self.uses(), {
             "lan 10.9.0.64/26": "pool, 10.9.0.64 gateway, 10.9.0.65 one", "hint 10.2.0.0/28": "pool, 10.2.0.2 one",
             "hint 2001:db8:0:100::/64": "pool, 2001:db8:0:100::2 one"})
 
@@ -5494,7 +5495,7 @@ class ClaimsTest(OperatedCase):
                 self.docker.show_network("net", {"Subnet": "10.9.0.0/30"}, {"Subnet": "fd00:9::/64"}, Driver=driver,
                                          Internal=is_internal, Options=options)
                 hidden = [(6 if ":" in pool.subnet else 4, use.kind, use.address) for pool, uses in gipam.group_uses(
-                    gipam.read_claims(self.docker.path, "gipam")[0]) for use in uses]
+                    gipam.read_uses(self.docker.path, "gipam")[0]) for use in uses]
                 self.assertEqual(hidden, [(family, "gateway", "") for family in families])
 
     def test_names_that_cannot_be_printed(self) -> None:
@@ -5504,15 +5505,15 @@ class ClaimsTest(OperatedCase):
         self.docker.start("one", "web")
         self.docker.containers["one"]["Names"] = ["/\u202eeno\udfff"]
         self.docker.endpoint("one")["MacAddress"] = "02\t"
-        claim = gipam.read_claims(self.docker.path, "gipam")[0][-1]
-        self.assertEqual((claim.network, claim.pool_name, claim.container, claim.mac), (
+        use = gipam.read_uses(self.docker.path, "gipam")[0][-1]
+        self.assertEqual((use.network, use.pool_name, use.container, use.mac), (
             ("w\\x1b[31m\\ud800\\n" + 300 * "e")[:255], "n\\x00b\u00fcro", "\\u202eeno\\udfff", "02\\t"))
         self.release_pool()
         self.assertEqual(self.run_gipam("check", "--fix", "--force").status, 0)
         pool = self.status_now()["pools"][0]
-        self.assertEqual((pool["name"], pool["addresses"][-1]["name"]), (claim.pool_name, claim.container))
+        self.assertEqual((pool["name"], pool["addresses"][-1]["name"]), (use.pool_name, use.container))
 
-    def test_what_has_no_address_claims_none(self) -> None:
+    def test_what_has_no_address_uses_none(self) -> None:
         self.docker.make_network("web")
         for network in ("host", "none"):
             self.docker.show_network(network, Driver=network, IPAM={
@@ -5524,12 +5525,12 @@ class ClaimsTest(OperatedCase):
         created = {**ENDPOINT, "IPAMConfig": {"IPv4Address": "10.2.0.44"}}  # asked for, at the first start
         for name, endpoints in (("created", {"web": created}), ("on-host", {"host": ENDPOINT}), ("in-another", {})):
             self.docker.containers[name] = self.docker.container(name, endpoints)
-        self.assertEqual(self.claims(), {"web 10.2.0.0/24": "pool, 10.2.0.1 gateway"})
+        self.assertEqual(self.uses(), {"web 10.2.0.0/24": "pool, 10.2.0.1 gateway"})
 
     def test_three_requests_however_many_networks(self) -> None:
         for number in range(300):
             self.docker.show_network(f"net{number}", {"Subnet": f"10.{number // 256}.{number % 256}.0/24"})
-        gipam.read_claims(self.docker.path, "gipam")
+        gipam.read_uses(self.docker.path, "gipam")
         self.assertEqual(self.docker.asked, ["/version", "/networks", "/containers/json?all=1"])
 
     def test_patience_is_for_all_that_docker_is_asked(self) -> None:
@@ -5542,7 +5543,7 @@ class ClaimsTest(OperatedCase):
 
         with mock.patch.object(gipam, "call", answer), \
                 mock.patch.object(time, "monotonic", side_effect=(0.0, 0.5, 1.0, 1.5)):
-            gipam.read_claims("/nothing.sock", "gipam", 2.0)
+            gipam.read_uses("/nothing.sock", "gipam", 2.0)
         self.assertEqual(patience, [1.5, 1.0, 0.5])
 
     def test_docker_that_cannot_be_asked(self) -> None:
@@ -5569,7 +5570,7 @@ class ClaimsTest(OperatedCase):
                             (socket.timeout("timed out"), "timed out; start it, or say where it is with DOCKER_HOST")):
             with self.subTest(said), mock.patch.object(gipam.Connection, "connect", side_effect=error), \
                     self.assertRaisesRegex(gipam.Unreachable, f"^{silent.format(self.docker.path)}{said}$"):
-                gipam.read_claims(self.docker.path, "gipam")
+                gipam.read_uses(self.docker.path, "gipam")
 
 
 class CheckTest(OperatedCase):
@@ -5762,8 +5763,8 @@ class CheckTest(OperatedCase):
                 self.docker.version = version
                 self.docker.show_network("web", {"Subnet": "10.2.0.0/24"}, {"Subnet": "2001:db8:0:100::/64"}, Options=dict(
                     option.split("=") for option in options), **keys)
-                claims, _ = gipam.read_claims(self.docker.path, "gipam")
-                notes = list(gipam.find_notes({"bases": []}, claims, "/nothing"))
+                uses, _ = gipam.read_uses(self.docker.path, "gipam")
+                notes = list(gipam.find_notes({"bases": []}, uses, "/nothing"))
                 self.assertEqual([note.split(" -o ")[1] for note in notes], expected)
 
     def test_notes_do_not_change_the_status(self) -> None:
@@ -5920,7 +5921,9 @@ class ImportTest(OperatedCase):
         store = gipam.Store(self.file)
         self.patch(gipam, "docker_socket", lambda: self.docker.path)
         with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive):
-            self.loop.service = self.service = gipam.open_service(config, settings, store, gipam.read_lease_file(store))
+            document = gipam.read_lease_file(store)
+            self.loop.service = self.service = gipam.open_service(config, settings, store, document)
+            gipam.begin_import(config, self.service, document)
         self.addCleanup(self.service.import_is_due.clear)  # else its thread would ask on for ever
         threading.Thread(target=gipam.take_over_when_due, args=(self.service, "gipam", self.loop.call),
                          daemon=True).start()
@@ -5940,7 +5943,7 @@ class ImportTest(OperatedCase):
         self.docker.before = lambda path: len(self.docker.asked) < past or self.answers.wait(DEADLINE_S)
 
     def assert_all_taken_over(self) -> None:
-        used = {use.address for use in gipam.read_claims(self.docker.path, "gipam")[0] if use.address}
+        used = {use.address for use in gipam.read_uses(self.docker.path, "gipam")[0] if use.address}
         held = {address for addresses in self.held().values() for address in addresses}
         self.assertLessEqual(used, held)
         self.assertEqual(held - used, {"10.9.0.64"})  # the gateway that Docker does not show
@@ -6754,6 +6757,553 @@ class LogTest(unittest.TestCase):
         for _ in range(1000):
             client.release_pool(client.request_pool()[0])
         self.assertEqual(daemon.stop(), 0)
+
+
+# === Hosts ========================================================================================
+#
+# Several hosts, each a service with a loop in this process, and an etcd that can be made to fail at
+# will. What a real one does is shown in the lab.
+
+
+def text_of(field: str) -> str:
+    return base64.b64decode(field).decode()
+
+
+class EtcdHandler(http.server.BaseHTTPRequestHandler):
+    """The JSON gateway of an etcd: https://etcd.io/docs/v3.5/dev-guide/api_grpc_gateway."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: FakeEtcd
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        try:
+            if self.path == "/v3/watch":
+                self.watch(body["create_request"])
+                return
+            with self.server.lock:
+                status, reply = self.server.answer(self.path, body, self.headers.get("Authorization"))
+        except ConnectionError:
+            self.close_connection = True
+            return
+        data = json.dumps(reply).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def watch(self, request: dict[str, Any]) -> None:
+        """Stream what happens from the revision on, a line for each, until the etcd goes away."""
+        self.close_connection = True
+        self.send_response(200)
+        self.end_headers()
+        at, absences = int(request["start_revision"]), self.server.absences
+        while True:
+            with self.server.lock:
+                events = self.server.events_from(at)
+                while not events and self.server.absences == absences:
+                    self.server.changed.wait(DEADLINE_S)
+                    events = self.server.events_from(at)
+                if self.server.absences > absences:
+                    return
+            at = events[-1]["mod_revision"] + 1
+            rows = [{"type": event["type"], "kv": {**event, "mod_revision": str(event["mod_revision"])}}
+                    for event in events]
+            self.wfile.write(json.dumps({"result": {"events": rows}}).encode() + b"\n")
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+
+class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    """Keeps keys and values in memory, with revisions; can be away, slow, forgetful or suspicious."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, test: unittest.TestCase) -> None:
+        super().__init__(("127.0.0.1", 0), EtcdHandler)
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.values: dict[str, tuple[str, int, str]] = {}  # key -> (value, mod_revision, lease)
+        self.events: list[dict[str, Any]] = []
+        self.revision = 1
+        self.leases: set[str] = set()
+        self.tokens: set[str] = set()
+        self.password = ""  # if it wants one
+        self.is_away, self.absences = False, 0
+        self.asked: list[str] = []
+        self.before: Callable[[str], Any] = lambda path: None  # it decides
+        self.after: Callable[[str], Any] = lambda path: None  # it has
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        test.addCleanup(self.server_close)
+        test.addCleanup(self.shutdown)
+        test.addCleanup(self.go)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Stay silent when gipam has not waited for the answer."""
+
+    def go(self, is_away: bool = True) -> None:
+        """Go away, and end all watches; or come back."""
+        with self.lock:
+            self.is_away = is_away
+            self.absences += is_away
+            self.changed.notify_all()
+
+    def answer(self, path: str, body: dict[str, Any], token: str | None) -> tuple[int, Any]:
+        if self.is_away:
+            raise ConnectionError
+        self.asked.append(path)
+        if path == "/v3/auth/authenticate":
+            if body["password"] != self.password:
+                return 400, {"code": 3, "message": "etcdserver: authentication failed"}
+            self.tokens.add(f"token{len(self.asked)}")
+            return 200, {"token": f"token{len(self.asked)}"}
+        if self.password and token not in self.tokens:
+            return 401, {"code": 16, "message": "etcdserver: invalid auth token"}
+        self.before(path)
+        reply = getattr(self, path.rpartition("/")[2])(body)
+        self.after(path)
+        return 200, {"header": {"revision": str(self.revision)}, **reply}
+
+    def events_from(self, revision: int) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["mod_revision"] >= revision]
+
+    def grant(self, _: dict[str, Any]) -> dict[str, Any]:
+        self.leases.add(str(len(self.asked)))
+        return {"ID": str(len(self.asked)), "TTL": "30"}
+
+    def keepalive(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"result": {"ID": body["ID"], **({"TTL": "30"} if body["ID"] in self.leases else {})}}
+
+    def range(self, body: dict[str, Any]) -> dict[str, Any]:
+        first, since = text_of(body["key"]), int(body.get("min_mod_revision", 0))
+        end = text_of(body["range_end"]) if "range_end" in body else first + "\0"
+        values = self.values
+        if "revision" in body:  # as of then
+            values = {}
+            for event in self.events:
+                if event["mod_revision"] <= int(body["revision"]):
+                    values[text_of(event["key"])] = (text_of(event["value"]), event["mod_revision"], "")
+        return {"kvs": [
+            {"key": gipam.encode_bytes(key), "value": gipam.encode_bytes(value), "mod_revision": str(revision)}
+            for key, (value, revision, _) in sorted(values.items())
+            if first <= key < end and revision >= since and value]}
+
+    def txn(self, body: dict[str, Any]) -> dict[str, Any]:
+        is_same = all(self.is_true(**compare) for compare in body["compare"])
+        chosen = body["success" if is_same else "failure"]
+        self.revision += is_same
+        replies = [{"response_range": self.range(operation["request_range"])}
+                   for operation in chosen if "request_range" in operation]
+        for operation in chosen:
+            for kind, request in operation.items():
+                if kind != "request_range":
+                    self.change(text_of(request["key"]), text_of(request.get("value", "")),
+                                request.get("lease", ""))
+        self.changed.notify_all()
+        return {"succeeded": is_same, "responses": replies}
+
+    def is_true(self, key: str, target: str, result: str, mod_revision: str = "", value: str = "") -> bool:
+        found = self.values.get(text_of(key), ("", 0, ""))
+        return str(found[1]) == mod_revision if target == "MOD" else found[0] == text_of(value)
+
+    def change(self, key: str, value: str, lease: str = "") -> None:
+        """Write a key in the present revision, or delete it: no value."""
+        if value:
+            self.values[key] = (value, self.revision, lease)
+        else:
+            self.values.pop(key, None)
+        self.events.append({
+            "type": "PUT" if value else "DELETE", "key": gipam.encode_bytes(key),
+            "value": gipam.encode_bytes(value), "mod_revision": self.revision})
+
+    def set(self, key: str, value: Any) -> None:
+        """Write or delete a key as somebody else does, a claim with the head."""
+        with self.lock:
+            self.revision += 1
+            self.change("/gipam/gipam/" + key, value and json.dumps(value))
+            if key.startswith("claims/") and value:
+                self.change("/gipam/gipam/head", f"somebody's {self.revision}")
+            self.changed.notify_all()
+
+    def claims(self, table: str = "claims/") -> dict[str, list[str]]:
+        """Return subnet -> hosts; or of parts."""
+        start = "/gipam/gipam/" + table
+        with self.lock:
+            return {key[len(start):]: json.loads(value)["hosts"]
+                    for key, (value, _, _) in sorted(self.values.items()) if key.startswith(start)}
+
+    def expire(self, host: str) -> None:
+        """End the lease under which a host shows that it is there."""
+        with self.lock:
+            lease = self.values["/gipam/gipam/hosts/" + host][2]
+            self.leases.discard(lease)
+        self.set("hosts/" + host, "")
+
+
+class Host(Unix):
+    """A gipam in this process, which shares an etcd with others."""
+
+    def __init__(self, test: HostsCase, name: str, directory: str = "") -> None:
+        self.name, self.directory = name, directory or make_directory(test)
+        settings = gipam.read_settings({}, argparse.Namespace(
+            file=os.path.join(self.directory, "leases.json"), v4=CASES_V4, v6=CASES_V6, v4ab="24",
+            etcd=test.etcd_url, host=name))
+        config, self.store, document = gipam.load(settings, is_daemon=True)
+        test.addCleanup(os.close, self.store._lock_fd)
+        self.service = gipam.open_service(config, settings, self.store, document)
+        self.service.import_is_due.clear()
+        claimant = gipam.open_claimant(config, self.service, self.store)
+        assert claimant and self.service.site
+        self.claimant, self.site = claimant, self.service.site
+        self.loop = gipam.Loop(self.service)
+        self.loop.ask_etcd = claimant.ask
+        path = os.path.join(make_directory(test), "sock")
+        self.loop.open(gipam.UnixServer(path, self.loop))
+        claimant.start(self.loop.call, self.loop.stop)
+        self.thread = serve_in_thread(test, self.loop)
+        Client.__init__(self, path)
+        test.addCleanup(self.close)
+
+
+class HostsCase(LoopCase):
+    """An etcd, and hosts that share it."""
+
+    def setUp(self) -> None:
+        self.etcd = FakeEtcd(self)
+        self.etcd_url = self.etcd.url
+        self.limit(PULSE_S=0.2, ETCD_PAUSE_S=0.01)
+
+    def host(self, name: str, directory: str = "") -> Host:
+        return Host(self, name, directory)
+
+    def wait_for_claims(self, claims: dict[str, list[str]], table: str = "claims/") -> None:
+        wait_for(lambda: self.etcd.claims(table) == claims, f"{claims} in etcd")
+
+    def assert_refused(self, text: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+        with self.assertRaises(Refused) as caught:
+            function(*arguments, **named)
+        self.assertIn(text, str(caught.exception))
+
+
+class ClaimTest(HostsCase):
+    """Blocks and explicit subnets of several hosts."""
+
+    def test_hosts_get_different_blocks(self) -> None:
+        hosts = [self.host("one"), self.host("two")]
+        subnets = [host.request_pool()[1] for host in hosts * 3]
+        self.assertEqual(len({*subnets}), 6)
+        self.assertEqual(self.etcd.claims(), {
+            subnet: [host.name] for subnet, host in zip(subnets, hosts * 3)})
+
+    def test_subnet_of_another_host_is_refused_with_its_name(self) -> None:
+        one, two = self.host("one"), self.host("two")
+        one.request_pool("10.9.0.0/16")
+        for subnet in ("10.9.0.0/16", "10.9.1.0/24", "10.8.0.0/15"):
+            self.assert_refused("with 10.9.0.0/16, claimed by host one", two.request_pool, subnet)
+
+    def test_released_subnet_may_go_to_another_host(self) -> None:
+        one, two = self.host("one"), self.host("two")
+        one.release_pool(one.request_pool("10.9.0.0/16")[0])
+        self.wait_for_claims({})
+        wait_for(lambda: not two.site.claims_of("one"), "two to hear of it")
+        two.request_pool("10.9.0.0/24")
+        self.assertEqual(self.etcd.claims(), {"10.9.0.0/24": ["two"]})
+
+    def test_who_loses_a_race_takes_the_next_block(self) -> None:
+        """The claim of the other comes between the decision and the transaction."""
+        host = self.host("one")
+        rivals = iter(["198.18.0.0/24", "198.18.1.0/24"])
+
+        def race(path: str) -> None:
+            for rival in itertools.islice(rivals, path == "/v3/kv/txn"):
+                self.etcd.set(f"claims/{rival}", {"hosts": ["two"]})
+
+        self.etcd.before = race
+        self.assertEqual(host.request_pool()[1], "198.18.2.0/24")
+        self.assertEqual(self.etcd.claims()["198.18.2.0/24"], ["one"])
+
+    def test_claim_whose_reply_is_lost_is_used(self) -> None:
+        host, losses = self.host("one"), iter([1])
+
+        def lose(path: str) -> None:
+            for _ in itertools.islice(losses, path == "/v3/kv/txn"):
+                raise ConnectionError
+
+        self.etcd.after = lose
+        self.assertEqual(host.request_pool()[1], "198.18.0.0/24")
+        self.assertEqual(self.etcd.claims(), {"198.18.0.0/24": ["one"]})
+
+    def test_what_a_crash_left_is_put_right_at_the_start(self) -> None:
+        """A claim that nothing holds goes; a subnet that is held is claimed."""
+        directory = make_directory(self)
+        path = os.path.join(directory, "leases.json")
+        service = begin(path)
+        Direct(service).request_pool("10.9.0.0/24")
+        service.fold(is_stopping=True)
+        self.etcd.set("claims/10.8.0.0/24", {"hosts": ["one"]})
+        self.host("one", directory)
+        self.wait_for_claims({"10.9.0.0/24": ["one"]})
+
+    def test_nothing_is_let_go_before_docker_has_told_what_it_uses(self) -> None:
+        host = self.host("one")
+        host.loop.call(host.service.import_is_due.set)
+        pool_id, subnet = host.request_pool()
+        host.release_pool(pool_id)
+        wait_for(lambda: self.etcd.asked.count("/v3/lease/keepalive") > 3, "it had the time")
+        self.assertEqual(self.etcd.claims(), {subnet: ["one"]})
+        host.loop.call(host.service.import_is_due.clear)
+        self.wait_for_claims({})
+
+    def test_what_another_has_claimed_meanwhile_is_named_and_shut(self) -> None:
+        one = self.host("one")
+        pool_id, subnet = one.request_pool()
+        one.request_address(pool_id)
+        with self.assertLogs("gipam", "ERROR") as logged:
+            self.etcd.set(f"claims/{subnet}", {"hosts": ["two"]})
+            wait_for(lambda: one.state()["pools"][0]["claimed_elsewhere"] == "host two", "it to be seen")
+            wait_for(lambda: logged.output, "it to be said")
+        self.assertIn(f"claimed_elsewhere: {subnet} is held here", logged.output[0])
+        self.assert_refused("claimed by host two too", one.request_address, pool_id)
+        one.release_pool(pool_id)
+        wait_for(lambda: not one.site.due, "the claim to be left alone")
+        self.assertEqual(self.etcd.claims(), {subnet: ["two"]})
+
+    def test_older_etcd_is_told_again_what_is_held(self) -> None:
+        """Restored from a snapshot, it has revisions that were others' before."""
+        one = self.host("one")
+        first = one.request_pool()[1]
+        with self.etcd.lock:
+            saved = dict(self.etcd.values), self.etcd.revision, len(self.etcd.events)
+        second = one.request_pool()[1]
+        with self.etcd.lock:
+            self.etcd.go()
+            self.etcd.values, self.etcd.revision = saved[:2]
+            del self.etcd.events[saved[2]:]
+            for number in range(20):
+                self.etcd.set(f"claims/10.{number}.0.0/24", {"hosts": ["two"]})
+            self.etcd.go(is_away=False)
+        wait_for(lambda: len(self.etcd.claims()) == 22, "both are claimed again")
+        self.assertEqual([self.etcd.claims()[subnet] for subnet in (first, second)], [["one"]] * 2)
+        self.assert_refused("claimed by host two", one.request_pool, "10.3.0.0/16")
+
+    def test_late_news_bring_nothing_back(self) -> None:
+        """A watch may be behind what this host knows from its own transactions."""
+        network = gipam.parse_prefix("10.9.0.0/24")
+        site = gipam.Site("one", make_state(BASES))
+        site.finish_load(set(), 10)
+
+        def news(revision: int, text: str) -> gipam.Entry:
+            return gipam.Entry("claims", network, text, revision)
+
+        mine = '{"hosts":["one"]}'
+        site.learn(news(12, mine))
+        site.learn(news(14, ""))
+        site.learn_all([news(12, mine)])
+        self.assertFalse(site.has(network))
+        site.learn_all([news(14, ""), news(16, mine)])
+        self.assertTrue(site.has(network))
+        site.learn(news(15, ""))
+        self.assertTrue(site.has(network))
+
+
+class EtcdAwayTest(HostsCase):
+    """etcd is on no container's path."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.limit(ETCD_PATIENCE_S=0.5, ETCD_ATTEMPT_S=0.2)
+
+    def test_only_new_pools_wait_for_it(self) -> None:
+        host = self.host("one")
+        pool_id, subnet = host.request_pool(gipam_name="web")
+        self.etcd.go()
+        host.request_address(pool_id)
+        self.assert_refused(f"etcd does not answer on {self.etcd.url}: ", host.request_pool)
+        host.release_pool(pool_id)
+        self.assertEqual(host.request_pool(gipam_name="web")[1], subnet)
+        self.etcd.go(is_away=False)
+        self.assertNotEqual(host.request_pool()[1], subnet)
+
+    def test_released_subnet_is_let_go_when_it_is_back(self) -> None:
+        host = self.host("one")
+        pool_id, _ = host.request_pool()
+        self.etcd.go()
+        host.release_pool(pool_id)
+        self.etcd.go(is_away=False)
+        self.wait_for_claims({})
+
+    def test_start_does_not_wait_for_it(self) -> None:
+        directory = make_directory(self)
+        self.etcd.go()
+        host = self.host("one", directory)
+        self.assert_refused("etcd does not answer", host.request_pool)
+        self.assertIn("etcd does not answer", host.state()["etcd"]["failure"])
+        self.etcd.go(is_away=False)
+        wait_for(lambda: not host.state()["etcd"]["failure"], "etcd answers")
+        host.request_pool()
+
+    def test_member_that_does_not_answer_is_passed_over(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            self.etcd_url = f"http://127.0.0.1:{silent.getsockname()[1]},{self.etcd.url}"
+            self.host("one").request_pool()
+
+    def test_request_whose_peer_has_gone_is_taken_back(self) -> None:
+        host = self.host("one")
+        peer = Peer(self, host.loop.servers[0].server_address)
+        held = threading.Event()
+        self.etcd.before = lambda path: held.wait(DEADLINE_S) if path == "/v3/kv/txn" else None
+        peer.send(NEW_POOL)
+        wait_for(lambda: any(it.is_waiting for it in [*host.loop.handlers]), "it waits for etcd")
+        peer.close(is_reset=True)
+        held.set()
+        wait_for(lambda: host.service.state.seq == 2, "granted, and taken back")
+        self.wait_for_claims({})
+
+    def test_token_that_has_expired_is_renewed(self) -> None:
+        self.etcd.password = "p@ss"
+        self.etcd_url = self.etcd.url.replace("//", "//gipam:p%40ss@")
+        host = self.host("one")
+        host.request_pool()
+        self.etcd.tokens.clear()
+        host.request_pool()
+
+    def test_wrong_password_is_said_and_not_shown(self) -> None:
+        self.etcd.password = "p@ss"
+        self.etcd_url = self.etcd.url.replace("//", "//gipam:secret@")
+        host = self.host("one")
+        self.assert_refused("authentication failed", host.request_pool)
+        self.assertNotIn("secret", json.dumps(host.state()))
+
+
+class PresenceTest(HostsCase):
+    """Each host has a name of its own."""
+
+    def test_second_host_of_a_name_does_not_start(self) -> None:
+        self.host("one")
+        with self.assertRaisesRegex(gipam.BusyError, "another gipam is there as host 'one'"):
+            self.host("one")
+
+    def test_host_starts_again_at_once(self) -> None:
+        directory = make_directory(self)
+        first = self.host("one", directory)
+        self.assertEqual(first.request_pool()[1], "198.18.0.0/24")
+        first.loop.stop()
+        first.thread.join()
+        first.service.fold(is_stopping=True)
+        first.loop._end_calls()
+        fcntl.flock(first.store._lock_fd, fcntl.LOCK_UN)
+        self.assertEqual(self.host("one", directory).request_pool()[1], "198.18.1.0/24")
+
+    def test_host_whose_name_is_taken_ends(self) -> None:
+        host = self.host("one")
+        self.etcd.set("hosts/one", {"machine": "another"})
+        host.thread.join(DEADLINE_S)
+        self.assertIsInstance(host.claimant.busy, gipam.BusyError)
+
+    def test_lease_that_ran_out_is_taken_anew(self) -> None:
+        host = self.host("one")
+        self.etcd.expire("one")
+        wait_for(lambda: "/gipam/gipam/hosts/one" in self.etcd.values, "it is there again")
+        self.assertEqual(host.state()["hosts"], [{"host": "one", "is_present": True, "claims": 0}])
+
+    def test_only_a_host_that_has_gone_is_evicted(self) -> None:
+        one, two = self.host("one"), self.host("two")
+        one.request_pool("10.9.0.0/24")
+        one.request_pool("10.8.0.0/24", gipam_shared="true")
+        two.request_pool("10.8.0.0/24", gipam_shared="true")
+        self.assert_refused("host one is there", two.call, "Gipam.Evict", Host="one")
+        self.assert_refused("'two' is this host", two.call, "Gipam.Evict", Host="two")
+        one.loop.stop()
+        one.thread.join()
+        one.loop._end_calls()
+        self.etcd.expire("one")
+        wait_for(lambda: two.call("Gipam.Evict", Host="one"), "it has gone")
+        self.assertEqual(self.etcd.claims(), {"10.8.0.0/24": ["two"]})
+        self.assertNotIn(["one"], self.etcd.claims("parts/").values())
+
+
+class SharedTest(HostsCase):
+    """One subnet on several hosts, such as a macvlan network."""
+
+    LAN = "192.168.1.0/24"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.hosts = [self.host(name) for name in ("one", "two")]
+        self.pools = [host.request_pool(self.LAN, gipam_shared="true")[0] for host in self.hosts]
+
+    def take(self, number: int, count: int = 1) -> list[str]:
+        return [self.hosts[number].request_address(self.pools[number]).partition("/")[0]
+                for _ in range(count)]
+
+    def test_no_address_is_on_two_hosts(self) -> None:
+        gateways = {host.request_address(pool, "192.168.1.1", gateway=True)
+                    for host, pool in zip(self.hosts, self.pools)}
+        self.assertEqual(gateways, {"192.168.1.1/24"})
+        taken = self.take(0, 100) + self.take(1, 100)
+        for number in (0, 1):
+            with self.assertRaisesRegex(Refused, USED_UP):
+                while True:
+                    taken += self.take(number)
+        self.assertEqual(sorted(taken), sorted(f"192.168.1.{number}" for number in range(2, 255)))
+
+    def test_fixed_address_takes_its_part(self) -> None:
+        one, two = self.hosts
+        one.request_address(self.pools[0], "192.168.1.200", mac="02:42:00:00:00:01")
+        self.assertEqual(self.etcd.claims("parts/")[f"{self.LAN}/192.168.1.192/28"], ["one"])
+        self.assert_refused(IN_USE + "192.168.1.201 lies in a part of 192.168.1.0/24 that host one has",
+                            two.request_address, self.pools[1], "192.168.1.201", mac="02:42:00:00:00:02")
+
+    def test_auxiliary_address_belongs_to_all(self) -> None:
+        one, two = self.hosts
+        for host, pool in zip(self.hosts, self.pools):
+            host.request_address(pool, "192.168.1.130")
+        one.release_address(self.pools[0], "192.168.1.130")
+        self.assert_refused("is auxiliary of all hosts", one.request_address, self.pools[0],
+                            "192.168.1.130", mac="02:42:00:00:00:01")
+        two.request_address(self.pools[1], "192.168.1.150", mac="02:42:00:00:00:01")
+        self.assert_refused("that host two has", one.request_address, self.pools[0], "192.168.1.151")
+
+    def test_empty_parts_are_given_back(self) -> None:
+        taken = self.take(0, 100)
+        for address in taken:
+            self.hosts[0].release_address(self.pools[0], address)
+        wait_for(lambda: sum(hosts == ["one"] for hosts in self.etcd.claims("parts/").values()) == 1,
+                 "one part is left")
+        self.take(1, 200)
+
+    def test_addresses_go_on_without_etcd_and_after_a_restart(self) -> None:
+        one = self.hosts[0]
+        one.request_address(self.pools[0], "192.168.1.1", gateway=True)
+        wait_for(lambda: one.state()["pools"][0]["parts"], "the first part")
+        self.etcd.go()
+        taken = self.take(0, 5)
+        state = recover(one.store.path)
+        self.assertEqual(len(taken), 5)
+        pool = state.pools[self.pools[0]]
+        self.assertEqual(list(map(str, pool.subnet.parts or ())), ["192.168.1.0/28"])
+        one.service.fold(is_stopping=True)
+        self.assertEqual(dump_state(recover(one.store.path)), dump_state(one.service.state))
+
+    def test_last_host_takes_the_claim_away(self) -> None:
+        self.hosts[0].release_pool(self.pools[0])
+        self.wait_for_claims({self.LAN: ["two"]})
+        self.hosts[1].release_pool(self.pools[1])
+        self.wait_for_claims({})
+        self.assertEqual(self.etcd.claims("parts/"), {})
+
+    def test_it_is_refused_where_it_cannot_be(self) -> None:
+        three = self.host("three")
+        self.assert_refused("claimed by hosts one, two", three.request_pool, self.LAN)
+        three.request_pool("10.9.0.0/24")
+        self.assert_refused("claimed by host three, not to be shared", self.hosts[0].request_pool,
+                            "10.9.0.0/24", gipam_shared="true")
+        self.assert_refused("takes a --subnet", three.request_pool, gipam_shared="true")
+        self.assert_refused("needs -etcd", InMemory(self).request_pool, self.LAN, gipam_shared="true")
 
 
 # === Commands =====================================================================================
