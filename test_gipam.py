@@ -3665,7 +3665,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
 
     def test_pools(self) -> None:
         form = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
-        known = "gipam has gipam.name, gipam.v4ab, gipam.v6ab"
+        known = "gipam has gipam.name, gipam.v4ab, gipam.v6ab, gipam.shared"
         pool, sub_pool = "invalid address pool: ", "invalid address subpool: "
         rows: tuple[tuple[str, dict[str, Any]], ...] = (
             ("invalid address space: 'other' is not 'gipam'", {"AddressSpace": "other"}),
@@ -3801,6 +3801,7 @@ def new_pool(number: int) -> bytes:
 
 
 ACTIVATE, ACTIVATED = request("Plugin.Activate"), {"Implements": ["IpamDriver"]}
+NEW_POOL = new_pool(0)
 PAGE = request("status?leases=1", verb="GET")
 KINDS = (gipam.UnixServer, gipam.Server)
 
@@ -3950,6 +3951,14 @@ class LoopCase(unittest.TestCase):
     def wait_for_ends(self, left: int = 0) -> None:
         wait_for(lambda: len(self.loop.handlers) == left, "the end to be seen")
 
+    def state_on_disk(self) -> Any:
+        """Return what a restart would find, once no fold is under way."""
+        wait_for(lambda: not self.service.is_fold_due(), "a fold")
+        if self.loop._folder:
+            self.loop._folder.join()
+        self.caller.open()
+        return self.caller.state()
+
     def fill(self, count: int) -> None:
         """Hold so many pools."""
         for number in range(count):
@@ -3985,7 +3994,7 @@ class PeerTest(LoopCase):
     def assert_refused(self, data: bytes, status: int) -> None:
         """Check that the bytes are refused, what follows is not served, and nothing changes."""
         with self.subTest(data[:60]):
-            (answer,) = self.peer(data + new_pool(0), is_last=True).answers()
+            (answer,) = self.peer(data + NEW_POOL, is_last=True).answers()
             self.assertEqual((answer.status, answer.headers["connection"]), (status, "close"))
             self.assertEqual(sorted(answer.body), ["Err", "Error"])
             self.assertEqual(self.service.state.seq, 0)
@@ -4008,7 +4017,7 @@ class PeerTest(LoopCase):
                 self.assert_refused(data, status)
 
     def test_request_in_pieces(self) -> None:
-        peer, data = self.peer(), new_pool(0)
+        peer, data = self.peer(), NEW_POOL
         for at in range(len(data)):
             peer.send(data[at:at + 1])
         self.assertEqual(peer.answer().status, 200)
@@ -4017,7 +4026,7 @@ class PeerTest(LoopCase):
         """RFC 9112 section 2.2: an empty line before a request should be ignored."""
         head = b"POST /IpamDriver.ReleasePool HTTP/1.1\r\nContent-Length: %d\r\n\r\n"
         limit, body = gipam.MAX_BODY_BYTES, b'{"PoolID":"x"}'
-        for data, statuses in ((new_pool(0) * 2 + new_pool(1) + ask_for(""), [200, 403, 200, 400]),
+        for data, statuses in ((NEW_POOL * 2 + new_pool(1) + ask_for(""), [200, 403, 200, 400]),
                                (b"\r\n" + ACTIVATE, [200]), (b"\n" + ACTIVATE, [200]),
                                (head % limit + body.ljust(limit) + ACTIVATE, [200, 200]),
                                (head % 99 + body, [400])):
@@ -4108,14 +4117,13 @@ class UndoneTest(LoopCase):
         """Check that one change came after this, and its undoing, in memory and on disk."""
         state = self.docker.state()
         self.assertEqual((state["seq"], held(self.service.state)), (seq + 2, before))
-        self.caller.open()
-        self.assertEqual(self.caller.state()["pools"], state["pools"])
+        self.assertEqual(self.state_on_disk()["pools"], state["pools"])
 
     def test_grant_that_the_client_has_not_read_is_undone(self) -> None:
         """TestFailOnce: dockerd's retry has no body and cannot succeed."""
         with self.assertLogs("gipam") as said:
             for is_answered, data in itertools.product((False, True), (
-                    new_pool(0), ask_for(self.pool_id), ask_for(self.pool_id, "10.63.0.9"))):
+                    NEW_POOL, ask_for(self.pool_id), ask_for(self.pool_id, "10.63.0.9"))):
                 with self.subTest(data, is_answered=is_answered):
                     self.assert_undone(*self.lose(self.peer(), data, is_answered))
         self.assertEqual(["took back" in line for line in said.output].count(True), 6)
@@ -4138,7 +4146,7 @@ class LimitTest(LoopCase):
     def test_silent_connections_never_push_out_a_client_that_works(self) -> None:
         """Whoever may connect could hold all connections: the longest silent strangers go."""
         self.serve()
-        client = self.peer(new_pool(0))
+        client = self.peer(NEW_POOL)
         self.assertEqual(client.answer().status, 200)
         strangers = [Peer(self, self.server.server_address) for _ in range(300)]
         surplus = 300 - gipam.MAX_TCP_STRANGERS
@@ -4177,7 +4185,7 @@ class LoopTest(LoopCase):
 
     def test_answer_is_sent_in_one_piece(self) -> None:
         """Protocol.md 1.6: two on TCP cost 40 ms. Seen from inside: streams join them."""
-        data = (ACTIVATE, new_pool(0), request("IpamDriver.ReleasePool"), request("nope"),
+        data = (ACTIVATE, NEW_POOL, request("IpamDriver.ReleasePool"), request("nope"),
                 request("status", verb="GET"), b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n")
         statuses, real = [200, 200, 400, 404, 200, 400], socket.socket.send
         sent: list[bytes] = []
@@ -4214,7 +4222,7 @@ class LoopTest(LoopCase):
 
     def test_reply_that_could_not_be_made_durable_is_an_error(self) -> None:
         self.listen()
-        peer = self.peer(new_pool(0))
+        peer = self.peer(NEW_POOL)
         failure = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error"))
         with mock.patch.multiple(self.service._store, reserve=mock.DEFAULT, settle=mock.DEFAULT,
                                  _write=failure):
@@ -4300,7 +4308,7 @@ class LoopTest(LoopCase):
         self.serve(gipam.Server)
         new, idle = self.peers(2)
         self.assertEqual(idle.ask(), ACTIVATED)
-        data = new_pool(0)
+        data = NEW_POOL
         for part in (b"P", ACTIVATE[:30], ACTIVATE[:-2], data[:50], data[:-1]):
             with self.subTest(part):
                 self.assertEqual(self.peer(part).answer(), ENDED)
@@ -4411,7 +4419,7 @@ class StopTest(LoopCase):
             with self.subTest(number=number):
                 daemon = Daemon(self, command=launcher(directory, lines)).start()
                 os.mkfifo(hold)
-                peer = Peer(self, daemon.socket).send(new_pool(0))
+                peer = Peer(self, daemon.socket).send(NEW_POOL)
                 with open(hold, "w", encoding="ascii"):  # once it is read
                     os.unlink(hold)
                     assert daemon.process
@@ -4773,12 +4781,12 @@ class ManagerTest(unittest.TestCase):
     def test_restart_hands_on_every_open_connection(self) -> None:
         """Peers see no end; what they ask in between is answered by the next process."""
         daemon = self.serve(Daemon(self, "-v4", CASES_V4))
-        busy = Peer(self, daemon.socket).send(new_pool(0)[:50])
+        busy = Peer(self, daemon.socket).send(NEW_POOL[:50])
         peers = [Peer(self, daemon.socket) for _ in range(300)]  # two messages
         self.assertEqual([peer.ask() for peer in peers], [ACTIVATED] * 300)
         assert daemon.process
         daemon.process.terminate()
-        self.assertTrue(busy.ask(new_pool(0)[50:]))  # half a request is waited for
+        self.assertTrue(busy.ask(NEW_POOL[50:]))  # half a request is waited for
         self.stop(daemon, 0)  # a second SIGTERM might hit an interpreter that has ended
         self.assertFalse(any(map(Peer.has_input, peers)))
         for peer in peers:
@@ -4889,9 +4897,7 @@ class FuzzTest(LoopCase):
                 client.release_pool(pool_id)
             seen.update(statuses)
         self.assertLessEqual({200, 400, 403, 404, 405}, seen)
-        live = client.state()
-        self.caller.open()
-        self.assertEqual(self.caller.state(), live)
+        self.assertEqual(self.state_on_disk(), client.state())
 
 
 # === TLS ==========================================================================================
