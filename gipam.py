@@ -818,9 +818,9 @@ class Site:
             "head": {}, "hosts": {}, "claims": {}, "parts": {}}
         self.watched = 0
         self._gone: list[Entry] = []  # deleted, and the watch has not said so yet
-        self.is_loaded = False
+        self.loaded = threading.Event()  # all claims are known
         self.due: dict[Network, None] = {}  # subnets of which etcd may not say what is held here
-        self.leaving: set[Network] = set()  # claims that etcd is being asked to let go
+        self.leaving: set[Network] = set()  # claims that etcd may have been asked to let go
         self.wake: Callable[[], None] = lambda: None  # whoever asks etcd about them
         self.conflicts: dict[Network, str] = {}  # held here, and claimed by these others
         self.state = state
@@ -844,7 +844,8 @@ class Site:
 
     def mark_all(self) -> None:
         """Have all that is held or claimed here compared."""
-        mine = [network for network in self.tables["claims"] if self.has(network)]
+        mine = [network for network, entry in self.tables["claims"].items()
+                if self.host in entry.hosts]
         held = (network for family in self.state.families.values() for network in family.subnets)
         self.due.update(dict.fromkeys((*held, *mine)))
         self.wake()
@@ -852,7 +853,7 @@ class Site:
     def has(self, network: Network) -> bool:
         """Return whether the subnet is claimed for this host, alone or with others."""
         entry = self.tables["claims"].get(network)
-        return (self.is_loaded and entry is not None and self.host in entry.hosts
+        return (self.loaded.is_set() and entry is not None and self.host in entry.hosts
                 and network not in self.leaving)
 
     def parts(self, network: Network) -> dict[Network, Entry]:
@@ -941,7 +942,8 @@ class Site:
 
     def begin_load(self) -> None:
         """Be told everything anew, by an etcd whose history is another than the one known."""
-        self.is_loaded, self.watched = False, 0
+        self.loaded.clear()
+        self.watched = 0
         for table in self.tables.values():
             table.update({name: entry._replace(revision=0) for name, entry in table.items()})
 
@@ -953,7 +955,9 @@ class Site:
             for name in gone:
                 self.learn(Entry(table, name, "", revision))
         self._advance(revision)
-        self.is_loaded = True
+        self.loaded.set()
+        self.leaving.update(network for network in self.tables["claims"] if self.has(network)
+                            and network not in self.state.families[network.version].subnets)
         self.mark_all()
 
     def find_conflict(self, subnet: Subnet) -> str:
@@ -2177,16 +2181,23 @@ class Service:
             return None
         for network in list(itertools.islice(site.due, MAX_DUE)):
             subnet = self.state.families[network.version].subnets.get(network)
-            if subnet or not self.import_is_due.is_set():
-                del site.due[network]
+            if not subnet and self.import_is_due.is_set():
+                continue
+            del site.due[network]
             if subnet:
                 need = self._compare(site, subnet)
-            elif network not in site.due and (site.has(network) or network in site.leaving):
-                site.leaving.add(network)
+            elif site.host in site.entry("claims", network).hosts:
                 need = Need("leave", network)
             if need:
                 break
         return need
+
+    def begin_leave(self, network: Network) -> bool:
+        """Return whether the claim of a subnet may be let go; from now on it is not relied upon."""
+        if not self.site or network in self.state.families[network.version].subnets:
+            return False
+        self.site.leaving.add(network)
+        return True
 
     def _compare(self, site: Site, subnet: Subnet) -> Need | None:
         """Return what etcd lacks of a subnet that is held here."""
@@ -2224,7 +2235,7 @@ class Service:
         parts = [part for part in subnet.parts or () if part not in claimed
                  or site.host in claimed[part].hosts]
         total = sum(part.num_addresses for part in parts)
-        for part in parts[1:]:
+        for part in parts if len(parts) > 1 else ():
             if 2 * len(offsets) <= total - part.num_addresses \
                     and not subnet.is_any_in(part, offsets):
                 parts.remove(part)
@@ -2294,7 +2305,7 @@ class Service:
 
         Raises: Unavailable, where it is not known what other hosts hold.
         """
-        if self.site and not self.site.is_loaded:
+        if self.site and not self.site.loaded.is_set():
             raise Unavailable("what other hosts hold is not known: etcd does not answer: "
                               + self.etcd_failure)
         first = self.state.seq + 1
@@ -3061,7 +3072,7 @@ class Loop:
         self.servers: list[Server] = []
         self.handlers: dict[Handler, None] = {}
         self.lost: list[Reply] = []  # that have not arrived
-        self.ask_etcd: Callable[[Again], None] | None = None
+        self.ask_etcd: Callable[[Need, Again], None] | None = None
         self._late: list[tuple[Handler, Reply]] = []  # replies that have waited for etcd
         self.is_ending = False  # each reply is the last of its connection
         self.is_stopping = self.is_over = False
@@ -3202,7 +3213,7 @@ class Loop:
             return reply
         handler.is_waiting = True
         self._watch(handler, 0)
-        self.ask_etcd(functools.partial(self._again, handler, body))
+        self.ask_etcd(reply.need, functools.partial(self._again, handler, body))
         return None
 
     def _again(self, handler: Handler, body: bytes, failure: GipamError | None) -> Need | None:
@@ -4138,7 +4149,7 @@ class Claimant:
         self._etcd, self._watcher = make_etcd(), make_etcd()  # one for each thread
         self._token = ""  # of this process, once it has shown its presence
         self._lease, self._pulse_s, self._present_until_s = "", 0.0, 0.0
-        self._asks: collections.deque[tuple[Again, float]] = collections.deque()
+        self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
         self._bell = threading.Event()
         self._call: Call = service.run
         self._stop: Callable[[], None] = lambda: None
@@ -4151,8 +4162,8 @@ class Claimant:
         An etcd that does not answer is no reason to wait.
         """
         try:
-            self._load()
-            self._show_presence(ETCD_PATIENCE_S)
+            self._load(ETCD_ATTEMPT_S)
+            self._show_presence(ETCD_ATTEMPT_S)
         except (Unavailable, Refused) as error:
             self._note(str(error))
 
@@ -4162,9 +4173,13 @@ class Claimant:
         for step in (self._work, self._follow):
             threading.Thread(target=self._repeat, args=(step,), name="etcd", daemon=True).start()
 
-    def ask(self, again: Again) -> None:
-        """Have a request looked at until it needs etcd no more, at most as long as Docker waits."""
-        self._asks.append((again, time.monotonic() + ETCD_PATIENCE_S))
+    def ask(self, need: Need, again: Again) -> None:
+        """Have a request looked at until it needs etcd no more, at most as long as Docker waits.
+
+        What it needs now is not what it will, if others are before it.
+        """
+        first = None if self._asks else need
+        self._asks.append((again, first, time.monotonic() + ETCD_PATIENCE_S))
         self._bell.set()
 
     def _repeat(self, step: Callable[[], None]) -> None:
@@ -4205,22 +4220,17 @@ class Claimant:
             finally:  # whatever became of it, it is looked at again
                 self._call(functools.partial(self._site.due.setdefault, need.subnet))
 
-    def _serve(self, again: Again, end_s: float) -> None:
+    def _serve(self, again: Again, need: Need | None, end_s: float) -> None:
         """Ask for what a request needs, until it has been answered."""
-        failure: GipamError | None = None
-        while True:
-            try:
-                need = self._call(functools.partial(again, failure))
-            except Stopping:
-                raise
-            except StoreError as error:  # that turn is not on disk
-                need = self._call(functools.partial(again, error))
-            if need is None:
-                return
-            try:
+        try:
+            need = need or self._call(functools.partial(again, None))
+            while need:
                 self._fulfil(need, end_s - time.monotonic())
-            except GipamError as error:
-                failure = error
+                need = self._call(functools.partial(again, None))
+        except Stopping:
+            raise
+        except GipamError as error:  # of etcd, or of a turn that is not on disk
+            self._call(functools.partial(again, error))
 
     def _fulfil(self, need: Need, patience_s: float) -> None:
         """Ask etcd for it; whether it could be had shows when it is looked at again.
@@ -4228,23 +4238,25 @@ class Claimant:
         Raises: Unavailable, Refused, Forbidden; StoreError.
         """
         if patience_s <= 0:
-            raise Unavailable("other hosts were faster each time: try again")
+            raise Unavailable(self._service.etcd_failure
+                              or "other hosts were faster each time: try again")
         end_s = time.monotonic() + patience_s
         if end_s > self._present_until_s:
             self._show_presence(patience_s)
-        while not self._call(lambda: self._site.is_loaded):
-            if time.monotonic() > end_s:
-                raise Unavailable("what other hosts hold has not been read from etcd yet: try "
-                                  "again")
-            time.sleep(ETCD_PAUSE_S)
+        if not self._site.loaded.wait(max(end_s - time.monotonic(), 0.0)):
+            raise Unavailable("what other hosts hold has not been read from etcd yet: try again")
         if not getattr(self, "_" + need.what)(need, max(end_s - time.monotonic(), ETCD_PAUSE_S)):
             time.sleep(random.uniform(0, ETCD_PAUSE_S))  # noqa: S311 - another host was faster
 
     def _claim(self, need: Need, patience_s: float) -> bool:
-        """Claim a subnet that nobody has; False: somebody was faster."""
+        """Claim a subnet that nobody has; False: somebody was faster.
+
+        What this host has claimed is written again: what it may have asked before, and thinks lost,
+        cannot happen then.
+        """
         head, known = self._call(lambda: (self._site.head, self._site.entry("claims", need.subnet)))
         if known.text:
-            return False
+            return self._site.host in known.hosts and self._transact([known], [known], patience_s)
         value = {"hosts": [self._site.host], "since": int(time.time())}
         if need.what == "join":
             value.update(part=shared_prefixlen(need.subnet), common={})
@@ -4274,7 +4286,7 @@ class Claimant:
             raise self._no_part(need, owners)
         known = owners.get(part) or Entry("parts", (need.subnet, part), "", 0)
         value = dumps({"hosts": [self._site.host], "since": int(time.time())})
-        if known.text or self._transact([claim, known], [known._replace(text=value)], patience_s):
+        if self._transact([claim, known], [known._replace(text=value)], patience_s):
             self._call(functools.partial(self._service.gain_part, need.subnet, part))
             return True
         return False
@@ -4301,16 +4313,19 @@ class Claimant:
     def _common(self, need: Need, patience_s: float) -> bool:
         """Make an address common to all hosts that share its subnet. Raises: Forbidden."""
         claim, part, owners = self._call(functools.partial(self._look_at_parts, need))
-        for owner in owners.values():
-            if self._site.host not in owner.hosts:
-                raise self._no_part(need, owners)
         value = claim.value
-        if not claim.text or not (part or owners):
-            return False
-        value["common"] = {**value.get("common", {}), need.place: need.kind}
-        known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
-        if not self._transact([claim, *known], [claim._replace(text=dumps(value))], patience_s):
-            return False
+        common = value.get("common", {})
+        if need.place not in common:
+            for owner in owners.values():
+                if self._site.host not in owner.hosts:
+                    raise self._no_part(need, owners)
+            if not claim.text or not (part or owners):
+                return False
+            value["common"] = {**common, need.place: need.kind}
+            known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
+            if not self._transact([claim, *known], [claim._replace(text=dumps(value))],
+                                  patience_s):
+                return False
         self._call(functools.partial(self._service.gain_part, need.subnet, None))
         return True
 
@@ -4321,19 +4336,21 @@ class Claimant:
         return self._transact([known], [known._replace(text="")], patience_s)
 
     def _leave(self, need: Need, patience_s: float) -> bool:
-        """Let go the claim of a subnet that is not held here any more."""
-        return self._remove(need.subnet, self._site.host, [], patience_s)
+        """Let go the claim of a subnet that is not held here any more.
+
+        While etcd is away nothing is asked of it, so that a name can have its block again.
+        """
+        self._ask("/v3/kv/range", {"key": self._etcd.key("claims", need.subnet)}, patience_s)
+        return (not self._call(lambda: self._service.begin_leave(need.subnet))
+                or self._remove(need.subnet, self._site.host, [], patience_s))
 
     def _evict(self, need: Need, patience_s: float) -> bool:
         """Let go all that a host has which is not there. Raises: Forbidden, if it is."""
         host, site = need.place, self._site
-
-        def look() -> tuple[Entry, list[Network]]:
-            return site.entry("hosts", host), site.claims_of(host)
-
-        presence, networks = self._call(look)
-        for network in networks:
-            if presence.text or not self._remove(network, host, [presence], patience_s):
+        for network in self._call(lambda: site.claims_of(host)):
+            if not self._remove(network, host, [Entry("hosts", host, "", 0)], patience_s):
+                if not self._call(lambda: site.entry("hosts", host)).text:
+                    return False
                 raise Forbidden(f"host {host} is there, or was less than {PRESENCE_S} s ago: stop "
                                 "its gipam first, and wait as long")
         return True
@@ -4423,12 +4440,11 @@ class Claimant:
         """Learn what changes, until the watch breaks; at first all, if there is no way to go on."""
         site, etcd = self._site, self._watcher
         try:
-            watched, head, is_loaded = self._call(
-                lambda: (site.watched, site.head, site.is_loaded))
-            if is_loaded and self._is_history(max(watched, head.revision), head):
+            watched, head = self._call(lambda: (site.watched, site.head))
+            if site.loaded.is_set() and self._is_history(max(watched, head.revision), head):
                 self._call(site.mark_all)
             else:
-                self._load()
+                self._load(ETCD_PATIENCE_S)
             for entries in etcd.watch(self._call(lambda: site.watched) + 1):
                 self._call(functools.partial(site.learn_all, entries))
         except (OSError, http.client.HTTPException, ValueError):
@@ -4447,11 +4463,11 @@ class Claimant:
         found = [*self._watcher.entries(reply.get("kvs", ()))] or [Entry("head", "", "", 0)]
         return found[0] == head
 
-    def _load(self) -> None:
+    def _load(self, patience_s: float) -> None:
         """Learn all that there is. Raises: Unavailable, Refused."""
         site, etcd = self._site, self._watcher
         self._call(site.begin_load)
-        reply = etcd.ask("/v3/kv/range", etcd.range_of(""), ETCD_PATIENCE_S)
+        reply = etcd.ask("/v3/kv/range", etcd.range_of(""), patience_s)
         entries = list(etcd.entries(reply.get("kvs", ())))
         for at in range(0, len(entries), LOAD_ENTRIES):
             self._call(functools.partial(site.learn_all, entries[at:at + LOAD_ENTRIES], False))

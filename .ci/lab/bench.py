@@ -7,6 +7,8 @@ rounds' medians; in brackets stand the lowest and the highest round. The files l
 
 from __future__ import annotations
 
+import concurrent.futures
+import http.client
 import ipaddress
 import itertools
 import json
@@ -25,6 +27,7 @@ import time
 import unittest
 from typing import Any, Callable, Iterator, Sequence
 
+from etcd import CLIENT_PORT, Etcd, loopback
 from machines import Docker
 
 import gipam
@@ -176,6 +179,23 @@ class Disk:
         return time.perf_counter() - started
 
 
+class Gateway:
+    """An etcd transaction, and nothing else."""
+
+    def __init__(self, etcd: Etcd) -> None:
+        self.connection = http.client.HTTPConnection(etcd.members[0].address, CLIENT_PORT)
+
+    def put(self, *keys: str) -> float:
+        """Write claims of another host; return how long that took."""
+        value = gipam.encode_bytes('{"hosts":["other"],"since":1795510069}')
+        body = json.dumps({"success": [{"request_put": {"key": gipam.encode_bytes(key), "value": value}}
+                                       for key in keys]})
+        started = time.perf_counter()
+        self.connection.request("POST", "/v3/kv/txn", body)
+        self.connection.getresponse().read()
+        return time.perf_counter() - started
+
+
 class Fixture:
     """A state to start with: subnets with leases in them, so far apart, and /24 of 10.0.0.0/8 likewise."""
 
@@ -203,8 +223,8 @@ class Fixture:
 class BenchDaemon(Daemon):
     """gipam.py with a state to start with, and with a few lines run before its main()."""
 
-    def __init__(self, bench: Bench, fixture: Fixture | None = None, patch: str = "") -> None:
-        super().__init__(bench, "-v4", "10.0.0.0/8", "-v6", "2001:db8::/32")
+    def __init__(self, bench: Bench, fixture: Fixture | None = None, patch: str = "", *options: str) -> None:
+        super().__init__(bench, "-v4", "10.0.0.0/8", "-v6", "2001:db8::/32", *options)
         self.command = launcher(self.directory, patch)
         if os.path.isdir("/dev/shm"):  # as under systemd, the log shall not go to the disk that is measured
             descriptor, self.log = tempfile.mkstemp(prefix="gipam-", suffix=".log", dir="/dev/shm")
@@ -435,6 +455,71 @@ class Bench(unittest.TestCase):
         self.row("  beyond it", [max(call - sync, 0.0) for call, sync in zip(worst, worst_floors)], "ms", at_most)
         self.row("  median call then", [statistics.median(times)], "ms")
 
+    # -- several hosts
+
+    def several_hosts(self) -> None:
+        """What etcd costs, on this machine: new pools wait for it, addresses never."""
+        etcd = Etcd(*loopback(1))
+        self.addCleanup(etcd.close)
+        etcd.start()
+        alone = BenchDaemon(self).start()
+        hosts = [BenchDaemon(self, None, "", "-etcd", etcd.endpoints, "-host", f"host{number}").start()
+                 for number in range(3)]
+        self.pools_through_etcd(etcd, alone, hosts[0])
+        rates = [sum(self.at_once([host.socket for host in hosts])) for _ in self.rounds(2, 5)]
+        self.row("claims a second of three hosts at once", rates, "/s")
+        wires = [Wire(host.socket) for host in (hosts[0], alone)]
+        traffic = [addresses(wire.request_pool(f"172.{number}.0.0/16")) for number, wire in enumerate(wires, 16)]
+        falls: dict[str, Callable[[], Any]] = {"there": etcd.wait, "hung": etcd.pause, "away": etcd.kill}
+        for what, fall in falls.items():
+            fall()
+            times = [[statistics.median(it) for it in zip(*(
+                [wire.pair(its)[0] for wire, its in zip(wires, traffic)] for _ in range(100)))]
+                for _ in self.rounds(10, 40)]
+            self.row(f"time of an address, etcd {what} / without -etcd", [ours / plain for ours, plain in times],
+                     at_most=1.0)
+
+    def pools_through_etcd(self, etcd: Etcd, alone: BenchDaemon, host: BenchDaemon) -> None:
+        gateway = Gateway(etcd)
+        names = ("a dynamic pool without etcd", "an etcd transaction, nothing else", "a dynamic pool through etcd")
+        wires, medians = (Wire(alone.socket), Wire(host.socket)), []
+        for _ in self.rounds(5, 20):
+            traffic, rows, replies = networks(), [], []
+            for _ in range(30):
+                calls = [wire.call(traffic.answer()) for wire in wires]
+                rows.append((calls[0][0], gateway.put("/bench/claim", "/bench/head"), calls[1][0]))
+                replies.append([reply for _, reply in calls])
+            for pair in replies:
+                for wire, reply in zip(wires, pair):
+                    wire.call(traffic.answer(reply))
+            medians.append([statistics.median(column) for column in zip(*rows)])
+        for name, column in zip(names, zip(*medians)):
+            self.row(name, column, "ms")
+        self.row("  / (1.5 x transaction + without)", [ours / (1.5 * transaction + plain)
+                                                       for plain, transaction, ours in medians], at_most=1)
+
+    def at_once(self, paths: list[str]) -> list[float]:
+        """Return how many networks a second each gets that comes and goes."""
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda path: storm(path, networks(), 4, 1.0) / 2, paths))
+
+    def claims_of_others(self) -> None:
+        """Start and memory beside 10,000 claims of another host."""
+        etcd, count = Etcd(*loopback(1)), 1_000 if self.quick else 10_000
+        self.addCleanup(etcd.close)
+        etcd.start()
+        options = ("-etcd", etcd.endpoints, "-host", "bench")
+        daemon = BenchDaemon(self, None, "", *options)
+        empty = [daemon.seconds_to_start() for _ in self.rounds(3, 7)], daemon.memory_bytes("VmRSS")
+        gateway = Gateway(etcd)
+        for first in range(0, count, 100):
+            gateway.put(*(f"/gipam/gipam/claims/10.{number >> 8}.{number & 255}.0/24"
+                          for number in range(first, first + 100)))
+        full = [daemon.seconds_to_start() for _ in self.rounds(3, 7)], daemon.memory_bytes("VmRSS")
+        self.row("start beside an etcd without claims", empty[0], "s")
+        self.row(f"start beside {count:,} claims of another host", full[0], "s")
+        self.row("memory a claim of another host", [(full[1] - empty[1]) / count], "B")
+
     # -- beside Docker
 
     def beside_docker(self) -> None:
@@ -474,7 +559,7 @@ def main(arguments: list[str]) -> int:
     try:
         for section in (runner.one_connection, runner.many_connections, runner.empty_start,
                         runner.a_million_leases, runner.far_apart, runner.many_routes,
-                        runner.full_and_crowded, runner.folding,
+                        runner.full_and_crowded, runner.folding, runner.several_hosts, runner.claims_of_others,
                         runner.beside_docker):
             section()
             runner.doCleanups()

@@ -30,8 +30,9 @@ BASE_V6 = "2001:db8:0:100::/56"
 MASQUERADE_OFF = ("-o", "com.docker.network.bridge.enable_ip_masquerade=false")
 DOCKER_DEADLINE_S = 90.0  # dockerd waits 15 s for each network whose plugin does not answer
 PACKAGES = {"bash": "bash", "busybox": "busybox-static", "containerd": "containerd", "debootstrap": "debootstrap",
-            "docker": "docker-cli", "docker-compose": "docker-compose", "dockerd": "docker.io", "ip": "iproute2",
-            "iptables": "iptables", "mount": "mount", "ndppd": "ndppd", "nsenter": "util-linux",
+            "docker": "docker-cli", "docker-compose": "docker-compose", "dockerd": "docker.io",
+            "etcd": "etcd-server", "etcdctl": "etcd-client", "etcdutl": "etcd-server",
+            "ip": "iproute2", "iptables": "iptables", "mount": "mount", "ndppd": "ndppd", "nsenter": "util-linux",
             "openssl": "openssl", "sysctl": "procps", "unshare": "util-linux"}
 
 

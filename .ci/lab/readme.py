@@ -25,7 +25,7 @@ printf '#!/bin/sh\nexec busybox ping -W 2 "$@"\n' > /usr/local/bin/ping
 printf '#!/bin/sh\nexec busybox wget -T 2 -q -O - "$1"\n' > /usr/local/bin/curl
 chmod +x /usr/local/bin/*
 cd $(mktemp -d); mkdir bin www; cp $(command -v busybox) bin; echo 'hello from nginx' > www/index.html
-for name in httpd nc wget; do ln -s busybox bin/$name; done
+for name in httpd nc ping sh wget; do ln -s busybox bin/$name; done
 tar c . | docker import -c 'CMD ["httpd", "-f", "-h", "/www"]' -c 'STOPSIGNAL SIGKILL' - nginx; rm -r "$PWD"
 """
 CONNECT = """
@@ -44,8 +44,9 @@ WEB1 = "docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.
 
 
 class Block(NamedTuple):
-    """A fenced block: the chapter that it is in, what stands behind its first fence, the text."""
+    """A fenced block: the part and the chapter that it is in, what stands behind its first fence, the text."""
 
+    part: str
     chapter: str
     kind: str
     text: str
@@ -55,12 +56,13 @@ def read_blocks() -> list[Block]:
     """Return the blocks of README.md, in order."""
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
         text = file.read()
-    blocks, chapter = [], ""
-    for match in re.finditer(r"^#+ (.*)$|^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
+    blocks, titles = [], [""] * 7
+    for match in re.finditer(r"^(#+) (.*)$|^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
         if match[1] is not None:
-            chapter = match[1]
+            level = len(match[1])
+            titles[level:] = [match[2]] * (7 - level)
         else:
-            blocks.append(Block(chapter, match[2], match[3]))
+            blocks.append(Block(titles[2], titles[-1], match[3], match[4]))
     return blocks
 
 

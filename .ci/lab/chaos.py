@@ -1,0 +1,755 @@
+"""Several gipams and a real etcd, with all that can go wrong between them: `python3 .ci/lab/chaos.py`.
+
+No dockerd: clients speak the plugin protocol. GIPAM_CHAOS_S is for how many seconds each random run goes on,
+GIPAM_TEST_SEED repeats one (the schedule, not the moments).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import http.client
+import ipaddress
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, NamedTuple
+
+from etcd import Etcd, EtcdError, Member, make_certificates
+from machines import main, require, until
+
+from test_gipam import GIPAM, NO_DOCKER, Daemon, Refused, launcher, make_directory, seeds
+
+CHAOS_S = float(os.environ.get("GIPAM_CHAOS_S") or 45)
+BASES = ("-v4", "10.2.0.0/19", "-v6", "2001:db8:0:100::/59")  # 32 blocks of each family: hosts meet
+QUIET_S = 60.0  # the presence of who has died, its lease, lasts 30 s
+NOTHING = ("", "", "")
+CLOCK = "import time; now = time.time; time.time = lambda: now() + {}"
+
+
+# === A site: hosts and an etcd on one bridge ======================================================
+
+
+class Namespace:
+    """A network namespace, which ends with the test."""
+
+    def __init__(self, test: unittest.TestCase) -> None:
+        holder = subprocess.Popen(["unshare", "--net", "sh", "-c", "ip link set lo up && echo && exec cat"],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        test.addCleanup(holder.communicate)
+        assert holder.stdout
+        if not holder.stdout.readline():
+            raise AssertionError("gets no network namespace: run it on a host or in a privileged container")
+        self.pid = holder.pid
+        self.inside = ("nsenter", "-t", str(self.pid), "-n", "--")
+
+    def ip(self, words: str) -> None:
+        subprocess.run([*self.inside, "ip", *words.split()], check=True)
+
+
+class Host:
+    """A gipam of its own name, in a namespace of its own, with the tenants that use it."""
+
+    def __init__(self, site: Site, name: str, options: tuple[str, ...], lines: str, env: dict[str, str]) -> None:
+        self.site, self.name, self.namespace = site, name, Namespace(site.test)
+        site.plug(self.namespace)
+        directory = make_directory(site.test)
+        self.daemon = Daemon(site.test, *BASES, *options, directory=directory, env={**NO_DOCKER, **env},
+                             command=(*self.namespace.inside, *launcher(directory, lines)))
+        with open(self.daemon.file, "w", encoding="ascii") as file:
+            file.write("{}")  # it is no first start: no Docker is asked what is in use
+        self.client = self.daemon.client()
+        self.is_on_etcd = "-host" in options
+        self.tenants: list[Tenant] = []
+        self.is_dying = False
+
+    def kill(self) -> None:
+        self.is_dying = True
+        self.client.close()
+        self.daemon.kill()
+
+    def start_again(self) -> None:
+        """Start it after kill(), and see that it has what its tenants were answered."""
+        until(lambda: not [it for it in self.tenants if it.is_alive() and it.lost == NOTHING], "tenants have seen it")
+        self.daemon.start()
+        self.reconcile()
+        self.is_dying = False
+
+    def cut_off(self) -> None:
+        self.site.namespace.ip(f"link set host{self.namespace.pid} down")
+
+    def join_again(self) -> None:
+        self.site.namespace.ip(f"link set host{self.namespace.pid} up")
+
+    def pools(self) -> dict[str, Any]:
+        return {pool["id"]: pool for pool in self.client.state()["pools"]}
+
+    def is_etcd_up(self) -> bool:
+        return not self.client.state()["etcd"]["failure"]
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of gipam's on this host."""
+        return subprocess.run([sys.executable, GIPAM, "-unix", "-socket", self.daemon.socket, *arguments],
+                              env=self.daemon.env, capture_output=True, encoding="utf-8")
+
+    def reconcile(self) -> None:
+        """Check that gipam holds what its tenants were answered; what lost replies have done, they learn of."""
+        found = {(pool["id"], address): (pool["subnet"], kind) for pool in self.pools().values()
+                 for address, kind in [("", ""), *((it["address"], it["kind"]) for it in pool["addresses"])]}
+        known = {(entry.pool_id, entry.address) for entry in self.site.ledger.of(*self.tenants)}
+        for what in known - set(found):
+            self.site.ledger.problem(f"{self.name} has lost {what}")
+        for pool_id, address in sorted(set(found) - known):
+            subnet, kind = found[pool_id, address]
+            asked = [tenant for tenant in self.tenants if tenant.explains(pool_id, subnet, address)]
+            if asked:
+                asked[0].learn(pool_id, subnet, address, kind == "gateway")
+            else:
+                self.site.ledger.problem(f"{self.name} holds {address} of {pool_id}, which nobody asked for")
+        for tenant in self.tenants:
+            tenant.lost = NOTHING
+
+
+class Site:
+    """Hosts, each plugged into a bridge, and an etcd there: members on addresses of the bridge's namespace."""
+
+    def __init__(self, test: unittest.TestCase, members: int = 1, tls: bool = False, token_ttl_s: int = 300) -> None:
+        require("ip", "nsenter", "unshare")
+        self.test, self.ledger, self.namespace = test, Ledger(), Namespace(test)
+        self.hosts: list[Host] = []
+        self.plugs = itertools.count(1)
+        addresses = [f"10.77.0.{index + 1}" for index in range(members)]
+        for words in ("link add site type bridge", "link set site up", *(f"addr add {it}/16 dev site" for it in addresses)):
+            self.namespace.ip(words)
+        self.etcd = Etcd(*addresses, inside=[self.namespace.inside] * members, tls=tls, token_ttl_s=token_ttl_s)
+        test.addCleanup(self.etcd.close)
+        self.etcd.start()
+
+    def plug(self, namespace: Namespace) -> None:
+        self.namespace.ip(f"link add host{namespace.pid} type veth peer name eth0 netns {namespace.pid}")
+        self.namespace.ip(f"link set host{namespace.pid} master site up")
+        namespace.ip(f"addr add 10.77.1.{next(self.plugs)}/16 dev eth0")
+        namespace.ip("link set eth0 up")
+
+    def new_host(self, name: str, *options: str, lines: str = "", env: dict[str, str] | None = None,
+                 is_on_etcd: bool = True) -> Host:
+        """Return a host whose gipam does not run yet."""
+        on_etcd = ("-host", name, "-etcd", self.etcd.endpoints) if is_on_etcd else ()
+        return Host(self, name, (*on_etcd, *options), lines, env or {})
+
+    def host(self, name: str, *options: str, **more: Any) -> Host:
+        """Return a host whose gipam runs."""
+        host = self.new_host(name, *options, **more)
+        host.daemon.start()
+        self.hosts.append(host)
+        return host
+
+    def claims(self) -> dict[str, list[str]]:
+        """Return what etcd has: subnet -> the names of its hosts, sorted."""
+        prefix = "/gipam/gipam/claims/"
+        return {key[len(prefix):]: sorted(value["hosts"]) for key, value in self.etcd.keys(prefix).items()}
+
+    def parts(self, subnet: str) -> dict[str, str]:
+        """Return what etcd has: part of the shared subnet -> the name of its host."""
+        prefix = f"/gipam/gipam/parts/{subnet}/"
+        return {key[len(prefix):]: ",".join(value["hosts"]) for key, value in self.etcd.keys(prefix).items()}
+
+    def holders(self) -> dict[str, list[str]]:
+        """Return what the hosts hold: subnet -> their names, sorted."""
+        found: dict[str, set[str]] = {}
+        for host in self.hosts:
+            for pool in host.pools().values():
+                found.setdefault(pool["subnet"], set()).add(host.name)
+        return {subnet: sorted(names) for subnet, names in found.items()}
+
+    def assert_agreement(self) -> None:
+        """After quiet every claim has a holder and every holder a claim."""
+        with contextlib.suppress(AssertionError):
+            until(lambda: self.claims() == self.holders(), "agreement", QUIET_S)
+        self.test.assertEqual(self.claims(), self.holders())
+        for host in self.hosts:
+            for pool in host.pools().values():
+                self.test.assertFalse(pool.get("claimed_elsewhere"), pool)
+                parts = [ipaddress.ip_network(part) for part, name in self.parts(pool["subnet"]).items() if name == host.name]
+                for lease in pool["addresses"] if pool["subnet"].startswith("192.168.") else ():
+                    is_in_part = any(ipaddress.ip_address(lease["address"]) in part for part in parts)
+                    self.test.assertTrue(is_in_part or lease["kind"] != "endpoint", (lease, parts))
+
+
+# === The checker: it knows only what was answered =================================================
+
+
+class Entry(NamedTuple):
+    """What a tenant surely holds: a pool, or an address of it."""
+
+    tenant: Tenant
+    pool_id: str
+    subnet: str
+    address: str  # "" for the pool itself
+    is_common: bool  # a shared subnet, its gateway: several hosts may hold it, each once
+
+    def stands_against(self, other: Entry) -> bool:
+        """Tell whether nobody should have been given this while the other is held."""
+        if self.is_common and other.is_common and self.tenant.host is not other.tenant.host:
+            return self.subnet != other.subnet and self._overlaps(other)
+        return self._overlaps(other)
+
+    def _overlaps(self, other: Entry) -> bool:
+        if self.address or other.address:
+            return (self.subnet, self.address) == (other.subnet, other.address)
+        return ipaddress.ip_network(self.subnet).overlaps(ipaddress.ip_network(other.subnet))
+
+
+class Ledger:
+    """Who holds what: from the reply to a request until its release is about to be asked for."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.entries: list[Entry] = []
+        self.problems: list[str] = []
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def problem(self, text: str) -> None:
+        self.problems.append(f"{time.strftime('%H:%M:%S')} {text}")
+
+    def add(self, new: Entry) -> None:
+        with self.lock:
+            for old in self.entries:
+                if new.stands_against(old):
+                    self.problem(f"{new} was given while there is {old}")
+            self.entries.append(new)
+
+    def remove(self, pool_id: str, address: str = "") -> None:
+        """Forget an address, or a pool with all its addresses."""
+        with self.lock:
+            self.entries = [it for it in self.entries if it.pool_id != pool_id or (address and it.address != address)]
+
+    def of(self, *tenants: Tenant) -> list[Entry]:
+        with self.lock:
+            return [entry for entry in self.entries if entry.tenant in tenants]
+
+
+class Tenant(threading.Thread):
+    """Makes and removes networks and containers of a host at random, and knows what it was answered."""
+
+    ACTIONS = ("request_pool", "release_pool", *["request_address"] * 6, *["release_address"] * 3)
+    MAX_POOLS, MAX_ENTRIES = 4, 60
+
+    def __init__(self, host: Host, number: int, rng: random.Random) -> None:
+        super().__init__(daemon=True)
+        self.host, self.number, self.rng = host, number, rng
+        self.client, self.ledger = host.daemon.client(), host.site.ledger
+        self.asked = NOTHING  # the call that was made last: its name, pool, address
+        self.lost = NOTHING  # the same, when it got no reply; nothing more is asked until it is reconciled
+        self.end = threading.Event()
+
+    def __repr__(self) -> str:
+        return f"<tenant {self.number} of {self.host.name}>"
+
+    def run(self) -> None:
+        while not self.end.wait(self.rng.random() / 50):
+            if self.lost == NOTHING:
+                self.step()
+
+    def step(self) -> None:
+        held = self.ledger.of(self)
+        pools = [entry for entry in held if not entry.address]
+        action = self.rng.choice(self.ACTIONS) if pools else "request_pool"
+        if action == "request_pool" and len(pools) >= self.MAX_POOLS:
+            action = "release_pool"
+        if action == "request_address" and len(held) >= self.MAX_ENTRIES:
+            action = "release_address"
+        try:
+            what = getattr(self, action)(*[self.rng.choice(pools)] if action != "request_pool" else ())
+        except Refused as refusal:
+            what = f"{action} {refusal.status}"
+            if refusal.status == 500 or action.startswith("release"):
+                self.ledger.problem(f"{self}: {self.asked}: {refusal.status} {refusal}")
+        except (OSError, http.client.HTTPException) as error:
+            what = "lost reply"
+            if not self.host.is_dying:
+                self.ledger.problem(f"{self}: {self.asked}: {error!r}")
+            self.lost = self.asked
+            self.client.close()
+        self.ledger.counts[what] += 1
+
+    def request_pool(self) -> str:
+        block, shared = self.rng.randrange(32), f"192.168.{self.number}.0/25"
+        kinds: list[tuple[str, str, bool, dict[str, str]]] = [
+            ("dynamic", "", False, {}), ("dynamic", "", True, {}), ("small", "", False, {"gipam_v4ab": "26"}),
+            ("large", "", False, {"gipam_v4ab": "23"}), ("small", "", True, {"gipam_v6ab": "72"}),
+            ("named", "", bool(block % 2), {"gipam_name": f"net{self.number}{block % 3}"}),
+            ("explicit", f"10.2.{block}.0/24", False, {}), ("explicit", f"10.2.{block}.64/26", False, {}),
+            ("explicit", f"2001:db8:0:100::{block}:0:0/96", True, {}), ("outside", f"172.16.{block % 4}.0/24", False, {}),
+            *[("shared", shared, False, {"gipam_shared": "true"})] * 3 * self.host.is_on_etcd]
+        kind, pool, is_v6, options = self.rng.choice(kinds)
+        self.asked = ("request_pool", pool, "")
+        pool_id, subnet = self.client.request_pool(pool, "", is_v6, **options)
+        self.learn(pool_id, subnet)
+        if kind == "shared":  # its gateway, as Docker does at once
+            self.asked = ("request_address", pool_id, subnet.replace(".0/25", ".1"))
+            self.client.request_address(pool_id, self.asked[2], gateway=True)
+            self.learn(pool_id, subnet, self.asked[2], is_gateway=True)
+        return kind + " pool"
+
+    def release_pool(self, pool: Entry) -> str:
+        self.ledger.remove(pool.pool_id)
+        self.asked = ("release_pool", pool.pool_id, "")
+        self.client.release_pool(pool.pool_id)
+        return "released pool"
+
+    def request_address(self, pool: Entry) -> str:
+        address = ""
+        if not self.rng.randrange(4):  # 1 is a gateway's
+            address = str(ipaddress.ip_network(pool.subnet)[self.rng.randrange(2, 60)])
+        mac = f"02:42:00:00:{self.number:02x}:{self.rng.randrange(64):02x}"
+        self.asked = ("request_address", pool.pool_id, address)
+        given = self.client.request_address(pool.pool_id, address, mac, f"web{self.number}").partition("/")[0]
+        self.learn(pool.pool_id, pool.subnet, given)
+        return "shared " * pool.is_common + ("fixed" if address else "dynamic") + " address"
+
+    def release_address(self, pool: Entry) -> str:
+        held = [entry.address for entry in self.ledger.of(self) if entry.pool_id == pool.pool_id and entry.address]
+        if not held:
+            return "nothing to release"
+        self.asked = ("release_address", pool.pool_id, self.rng.choice(held))
+        self.ledger.remove(*self.asked[1:])
+        self.client.release_address(*self.asked[1:])
+        return "released address"
+
+    def learn(self, pool_id: str, subnet: str, address: str = "", is_gateway: bool = False) -> None:
+        is_shared = subnet.startswith("192.168.")
+        self.ledger.add(Entry(self, pool_id, subnet, address, is_shared and (is_gateway or not address)))
+
+    def explains(self, pool_id: str, subnet: str, address: str) -> bool:
+        """Tell whether the call without a reply has made gipam hold this, or has not made it let go."""
+        name, what, which = self.lost
+        if name == "release_pool":
+            return pool_id == what
+        is_it = (name == "request_pool" and not address and what in ("", subnet)) or (
+            bool(address) and pool_id == what and which in ("", address))
+        if is_it:
+            self.lost = ("", "", "explained")
+        return is_it
+
+
+# === What goes wrong ==============================================================================
+
+
+class Chaos:
+    """Faults, one or two at a time, drawn from a seed, while tenants of every host go on."""
+
+    def __init__(self, site: Site, seed: int) -> None:
+        self.site, self.etcd, self.rng = site, site.etcd, random.Random(seed)
+        for host in site.hosts:
+            host.tenants = [Tenant(host, number, random.Random(f"{seed} {host.name} {number}")) for number in range(3)]
+
+    def run(self, for_s: float, *faults: Callable[[Chaos, Host], Callable[[], Any]]) -> None:
+        """Live with these faults for a time, then be quiet and check what every host holds."""
+        tenants = [tenant for host in self.site.hosts for tenant in host.tenants]
+        for tenant in tenants:
+            tenant.start()
+        end = time.monotonic() + for_s
+        while time.monotonic() < end and not self.site.ledger.problems:
+            with contextlib.ExitStack() as undo:
+                for host in self.rng.sample(self.site.hosts, self.rng.randrange(1, 3)) if faults else ():
+                    fault = self.rng.choice(faults)
+                    self.site.ledger.counts[f"{fault.__name__}()"] += 1
+                    undo.callback(fault(self, host))
+                    self.sleep(2)
+                self.sleep(max(4.0, for_s / 15))  # in a long run longer than the lease of a presence
+            self.sleep(2)
+        for tenant in tenants:
+            tenant.end.set()
+        for tenant in tenants:
+            tenant.join()
+        for host in self.site.hosts:
+            host.reconcile()
+        print("\n" + ", ".join(f"{number} {what}" for what, number in sorted(self.site.ledger.counts.items())))
+
+    def sleep(self, at_most_s: float) -> None:
+        time.sleep(self.rng.random() * at_most_s)
+
+    # -- each returns what ends it
+
+    def kill_gipam(self, host: Host) -> Callable[[], Any]:
+        host.kill()
+        return host.start_again
+
+    def pause_gipam(self, host: Host) -> Callable[[], Any]:
+        assert host.daemon.process
+        host.daemon.process.send_signal(signal.SIGSTOP)
+        return functools.partial(host.daemon.process.send_signal, signal.SIGCONT)
+
+    def cut_host_off(self, host: Host) -> Callable[[], Any]:
+        host.cut_off()
+        return host.join_again
+
+    def compact_behind_a_watch(self, host: Host) -> Callable[[], Any]:
+        def compact() -> None:
+            with contextlib.suppress(EtcdError):  # there is no majority
+                self.etcd.compact()
+            host.join_again()
+        host.cut_off()
+        return compact
+
+    def kill_etcd(self, _: Host) -> Callable[[], Any]:
+        members = self.members()
+        self.etcd.kill(*members)
+        return functools.partial(self.etcd.start, *members, wait=False)
+
+    def pause_etcd(self, _: Host) -> Callable[[], Any]:
+        members = self.members()
+        self.etcd.pause(*members)
+        return functools.partial(self.etcd.resume, *members)
+
+    def members(self) -> list[Member]:
+        """Return the leader, or any, or a majority of them."""
+        kind, members = self.rng.choice(("leader", "any", "majority")), self.etcd.members
+        self.site.ledger.counts[f"{kind} of etcd"] += 1
+        if kind == "leader":
+            with contextlib.suppress(EtcdError):
+                return [self.etcd.leader()]
+        return self.rng.sample(members, len(members) // 2 + 1 if kind == "majority" else 1)
+
+
+FAULTS = (*[Chaos.kill_gipam] * 2, Chaos.pause_gipam, Chaos.cut_host_off, Chaos.compact_behind_a_watch,
+          *[Chaos.kill_etcd] * 2, *[Chaos.pause_etcd] * 2)
+
+
+class ChaosTest(unittest.TestCase):
+    """Hosts under load; nothing that was answered is lost, and nothing is given twice."""
+
+    maxDiff = None
+
+    def live(self, hosts: int, members: int) -> None:
+        seed = seeds(1)[0]
+        with self.subTest(GIPAM_TEST_SEED=seed):
+            site = Site(self, members)
+            for number in range(hosts):
+                site.host(f"host{number}", lines=CLOCK.format(3600 * number))
+            Chaos(site, seed).run(CHAOS_S, *FAULTS)
+            self.assertEqual(site.ledger.problems, [])
+            site.assert_agreement()
+
+    def test_two_hosts_and_an_etcd_of_one_member(self) -> None:
+        self.live(2, 1)
+
+    def test_three_hosts_whose_clocks_are_an_hour_apart_and_three_members(self) -> None:
+        self.live(3, 3)
+
+    def test_checker_sees_two_hosts_that_do_not_speak(self) -> None:
+        site = Site(self)
+        for name in ("deaf", "dumb"):
+            site.host(name, is_on_etcd=False)
+        Chaos(site, seeds(1)[0]).run(30, Chaos.kill_gipam)
+        self.assertRegex(site.ledger.problems[0], "was given while there is")
+
+
+# === One thing at a time ==========================================================================
+
+
+class SiteCase(unittest.TestCase):
+    maxDiff = None
+
+    def assert_refused(self, words: str, ask: Callable[..., Any], *arguments: Any, **more: Any) -> str:
+        """Check that the answer is an error with these words (a pattern), and return it."""
+        with self.assertRaisesRegex(Refused, words) as caught:
+            ask(*arguments, **more)
+        return str(caught.exception)
+
+    def assert_no_password(self, host: Host, password: str) -> None:
+        done = host.command("config")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for text in (host.daemon.read_log(), done.stdout + done.stderr, repr(host.client.state()),
+                     host.command("status").stdout):
+            self.assertNotIn(password, text)
+
+
+class NameTest(SiteCase):
+    def test_second_host_of_a_name_does_not_serve_and_a_restart_of_the_first_does_at_once(self) -> None:
+        site = Site(self)
+        first = site.host("web")
+        first.client.request_pool()
+        second = site.new_host("web")
+        second.daemon.start(wait=False)
+        assert second.daemon.process
+        self.assertEqual(second.daemon.process.wait(QUIET_S), 75)
+        self.assertFalse(os.path.exists(second.daemon.socket))
+        self.assertIn("'web'", second.daemon.read_log())
+        before = first.pools()
+        first.kill()
+        first.daemon.start()  # its presence is still in etcd
+        self.assertEqual(first.pools(), before)
+        first.client.request_pool()
+        site.assert_agreement()
+
+
+class SharedTest(SiteCase):
+    """One /24 on three hosts; a fixed address of a container comes with a MAC address, an auxiliary one does not."""
+
+    SUBNET, NAMES = "192.168.1.0/24", ("hostA", "hostB", "hostC")
+    USABLE = {f"192.168.1.{number}" for number in range(2, 255)}  # 1 is the gateway
+
+    def setUp(self) -> None:
+        self.site = Site(self)
+        self.hosts = [self.site.host(name) for name in self.NAMES]
+        self.pool_ids = [host.client.request_pool(self.SUBNET, gipam_shared="true")[0] for host in self.hosts]
+        for host, pool_id in zip(self.hosts, self.pool_ids):
+            self.assertEqual(host.client.request_address(pool_id, "192.168.1.1", gateway=True), "192.168.1.1/24")
+
+    def ask(self, number: int, address: str = "") -> str:
+        """Request an address for a container of a host, and return it."""
+        return self.hosts[number].client.request_address(
+            self.pool_ids[number], address, "02:42:00:00:00:01").partition("/")[0]
+
+    def release(self, number: int, address: str) -> None:
+        self.hosts[number].client.release_address(self.pool_ids[number], address)
+
+    def fill(self, *numbers: int) -> list[set[str]]:
+        """Let these hosts take addresses in turn until none gets one; return what each took."""
+        taken: list[set[str]] = [set(), set(), set()]
+        asking = set(numbers)
+        while asking:
+            for number in sorted(asking):
+                try:
+                    address = self.ask(number)
+                except Refused as refusal:
+                    self.assertRegex(str(refusal), "^no available addresses on this pool: .*hostA, hostB, hostC")
+                    asking.remove(number)
+                else:
+                    self.assertFalse([it for it in taken if address in it], f"{address} is given twice")
+                    taken[number].add(address)
+        return taken
+
+    def parts_of(self, name: str) -> set[str]:
+        """Return the addresses in the parts of a host."""
+        return {str(address) for part, host in self.site.parts(self.SUBNET).items() if host == name
+                for address in ipaddress.ip_network(part)}
+
+    def test_all_of_it_is_used_and_what_is_given_back_is_taken_by_others(self) -> None:
+        taken = self.fill(0, 1, 2)
+        self.assertEqual(set.union(*taken), self.USABLE)
+        for number, name in enumerate(self.NAMES):
+            self.assertLessEqual(taken[number], self.parts_of(name))
+        for address in taken[0]:
+            self.release(0, address)
+        until(lambda: len(self.parts_of("hostA")) <= 16, "parts are given back", QUIET_S)
+        again = self.fill(1, 2)
+        self.assertEqual(set.union(*again), taken[0] - self.parts_of("hostA"))
+        self.site.assert_agreement()
+
+    def test_fixed_address_takes_its_part_or_names_who_has_it(self) -> None:
+        self.assertEqual(self.ask(0, "192.168.1.200"), "192.168.1.200")
+        self.assertEqual(self.site.parts(self.SUBNET)["192.168.1.192/28"], "hostA")
+        for number in (1, 2):
+            self.assert_refused("hostA", self.ask, number, "192.168.1.201")
+            self.assert_refused("hostA", self.ask, number, "192.168.1.200")
+        self.assertEqual(self.ask(0, "192.168.1.201"), "192.168.1.201")
+        for address in ("192.168.1.200", "192.168.1.201"):
+            self.release(0, address)
+        until(lambda: "192.168.1.192/28" not in self.site.parts(self.SUBNET), "the part is given back", QUIET_S)
+        self.assertEqual(self.ask(1, "192.168.1.201"), "192.168.1.201")
+
+    def test_gateway_and_auxiliary_addresses_belong_to_all(self) -> None:
+        for host, pool_id in zip(self.hosts, self.pool_ids):
+            self.assertEqual(host.client.request_address(pool_id, "192.168.1.77"), "192.168.1.77/24")
+        self.assertNotIn("192.168.1.64/28", self.site.parts(self.SUBNET))
+        for number in range(3):
+            for address in ("192.168.1.1", "192.168.1.77"):
+                self.assert_refused("", self.ask, number, address)
+        taken = self.fill(0, 1, 2)
+        self.assertEqual(set.union(*taken), self.USABLE - {"192.168.1.77"})
+
+    def test_member_that_goes_leaves_the_rest_to_the_others(self) -> None:
+        self.ask(0)
+        mine = self.ask(1)
+        self.hosts[0].client.release_pool(self.pool_ids[0])
+        until(lambda: self.site.claims() == {self.SUBNET: ["hostB", "hostC"]}, "one host has gone", QUIET_S)
+        self.assertNotIn("hostA", self.site.parts(self.SUBNET).values())
+        self.pool_ids[0] = self.hosts[0].client.request_pool(self.SUBNET, gipam_shared="true")[0]
+        self.assert_refused("hostB", self.ask, 0, mine)
+
+    def test_addresses_come_from_the_own_parts_while_etcd_is_away(self) -> None:
+        self.ask(1)
+        own = self.parts_of("hostB")
+        self.site.etcd.kill()
+        self.assertIn(self.ask(1), own)
+        self.assert_refused(self.site.etcd.endpoints, self.ask, 0, "192.168.1.201")
+        self.site.etcd.start()
+        until(self.hosts[0].is_etcd_up, "etcd is back", QUIET_S)
+        self.assertEqual(self.ask(0, "192.168.1.201"), "192.168.1.201")
+
+
+class RestoreTest(SiteCase):
+    def test_after_a_restore_hosts_claim_again_and_what_was_given_in_between_is_named(self) -> None:
+        for cluster_token in ("", "another"):  # the same cluster id, or a new one
+            with self.subTest(cluster_token=cluster_token):
+                self.restore(Site(self, 3), cluster_token)
+
+    def restore(self, site: Site, cluster_token: str) -> None:
+        here, there = site.host("here"), site.host("there")
+        gone_later = here.client.request_pool()[0]
+        there.client.request_pool()
+        until(lambda: site.claims() == site.holders(), "claims")
+        snapshot = os.path.join(site.etcd.directory, "snapshot")
+        site.etcd.save(snapshot)
+        here.client.release_pool(gone_later)
+        disputed, subnet = here.client.request_pool("10.2.30.0/24")
+        kept = here.client.request_pool(v6=True)
+        there.client.request_pool(gipam_v4ab="26")
+        here.client.request_address(disputed)
+        before = site.holders()
+        until(lambda: site.claims() == before, "claims")
+        here.kill()  # it sees nothing of it
+        site.etcd.restore(snapshot, cluster_token)
+        until(lambda: subnet not in [claim["subnet"] for claim in there.client.state()["claims"]],
+              "the history is seen to be another", QUIET_S)
+        there.client.request_pool(subnet)
+        here.daemon.start()
+        until(lambda: "there" in here.pools()[disputed]["claimed_elsewhere"], "the dispute is found and named", QUIET_S)
+        self.assert_refused("there", here.client.request_address, disputed)
+        until(lambda: site.claims() == {**before, subnet: ["there"]}, "every other claim is there again", QUIET_S)
+        self.assertRegex(here.daemon.read_log(), f"{subnet}.*there")
+        here.client.request_address(kept[0])
+        here.client.release_pool(disputed)  # the way out: the network is made anew
+        site.assert_agreement()
+
+    def test_restore_under_live_hosts_gives_nothing_away(self) -> None:
+        site = Site(self, 3)
+        hosts = [site.host(name) for name in ("here", "there")]
+        snapshot = os.path.join(site.etcd.directory, "snapshot")
+        site.etcd.save(snapshot)
+        for host in hosts:
+            for _ in range(5):
+                host.client.request_pool()
+        site.etcd.restore(snapshot)
+        until(lambda: site.claims() == site.holders(), "all is claimed again", QUIET_S)
+        for host in hosts:
+            host.client.request_pool()
+        self.assertEqual(len(site.holders()), 12)
+        site.assert_agreement()
+
+
+class TlsTest(SiteCase):
+    PASSWORD = "s3cret-of-etcd"
+
+    def secure_site(self, token_ttl_s: int = 300) -> Site:
+        site = Site(self, tls=True, token_ttl_s=token_ttl_s)
+        site.etcd.enable_auth("gipam", self.PASSWORD)
+        return site
+
+    def secure_host(self, site: Site, name: str, password: str = "", tls: str = "") -> Host:
+        """Start one whose password is not on its command line."""
+        endpoints = site.etcd.endpoints.replace("//", f"//gipam:{password or self.PASSWORD}@")
+        return site.host(name, "-host", name, "-etcdtls", tls or site.etcd.client_tls, is_on_etcd=False,
+                         env={"GIPAM_ETCD": endpoints})
+
+    def test_user_and_certificates_are_right(self) -> None:
+        site = self.secure_site()
+        host = self.secure_host(site, "right")
+        host.client.request_pool()
+        site.assert_agreement()
+        self.assert_no_password(host, self.PASSWORD)
+
+    def test_wrong_ca_and_wrong_password_are_named(self) -> None:
+        site, foreign = self.secure_site(), make_directory(self)
+        make_certificates(foreign, ["10.77.0.1"])
+        for name, words, password, tls in (("ca", "certificate verify failed", "", foreign + "/client"),
+                                           ("password", "invalid user ID or password", "wr0ng-of-etcd", "")):
+            with self.subTest(name):
+                host = self.secure_host(site, name, password, tls)
+                text = self.assert_refused(words, host.client.request_pool)
+                self.assertIn(site.etcd.endpoints, text)
+                self.assertNotIn(password or self.PASSWORD, text)
+                self.assert_no_password(host, password or self.PASSWORD)
+
+    def test_expired_token_is_renewed(self) -> None:
+        site = self.secure_site(token_ttl_s=1)
+        host = self.secure_host(site, "patient")
+        for _ in range(3):
+            host.client.request_pool()
+            time.sleep(3)  # the token is good for one second
+        site.etcd.kill()  # and is forgotten by an etcd that ends
+        site.etcd.start()
+        until(host.is_etcd_up, "etcd is back", QUIET_S)
+        host.client.request_pool()
+        site.assert_agreement()
+        self.assert_no_password(host, self.PASSWORD)
+
+
+class AwayTest(SiteCase):
+    """etcd is on no container's path."""
+
+    WAYS: dict[str, tuple[Callable[[Host], None], Callable[[Host], None]]] = {
+        "dead": (lambda host: host.site.etcd.kill(), lambda host: host.site.etcd.start()),
+        "hanging": (lambda host: host.site.etcd.pause(), lambda host: host.site.etcd.resume()),
+        "out of reach": (Host.cut_off, Host.join_again)}
+
+    def test_held_pools_go_on_and_a_new_one_says_why_not(self) -> None:
+        for way, (leave, come_back) in self.WAYS.items():
+            with self.subTest(etcd=way):
+                self.live_without_etcd(leave, come_back)
+
+    def live_without_etcd(self, leave: Callable[[Host], None], come_back: Callable[[Host], None]) -> None:
+        site = Site(self, 3)
+        host, other = site.host("lonely"), site.host("other")
+        pool_id = host.client.request_pool()[0]
+        named, block = host.client.request_pool(gipam_name="web")
+        leave(host)
+        started, client = time.monotonic(), host.daemon.client()
+        with ThreadPoolExecutor(1) as beside:
+            slow = beside.submit(self.assert_refused, site.etcd.endpoints.replace(",", ", "), host.client.request_pool)
+            for _ in range(20):
+                client.release_address(pool_id, client.request_address(pool_id).partition("/")[0])
+            self.assertFalse(slow.done(), "nothing waits for a new pool")
+            print(f"\n{slow.result()}: said after {time.monotonic() - started:.1f} s")
+        client.release_pool(named)
+        named, again = client.request_pool(gipam_name="web")
+        self.assertEqual(again, block)
+        client.request_address(named)
+        host.kill()
+        host.daemon.start()  # without etcd
+        self.assertEqual(len(host.pools()), 2)
+        host.client.request_address(named)
+        come_back(host)
+        until(host.is_etcd_up, "etcd is back", QUIET_S)
+        host.client.request_pool()
+        until(other.is_etcd_up, "etcd is back for the other", QUIET_S)
+        other.client.request_pool()
+        site.assert_agreement()
+
+
+class EvictTest(SiteCase):
+    def test_host_is_evicted_when_it_is_gone_and_not_before(self) -> None:
+        site = Site(self)
+        stays, leaves = site.host("stays"), site.host("leaves")
+        stays.client.request_pool()
+        leaves.client.request_pool("10.2.9.0/24")
+        shared = leaves.client.request_pool("192.168.1.0/24", gipam_shared="true")[0]
+        leaves.client.request_address(shared, "192.168.1.1", gateway=True)
+        leaves.client.request_address(shared)
+        refused = stays.command("evict", "leaves", "--yes")
+        self.assertNotEqual(refused.returncode, 0)
+        self.assertRegex(refused.stderr, "^gipam: .*leaves")
+        leaves.kill()
+        site.hosts.remove(leaves)
+        until(lambda: not site.etcd.keys("/gipam/gipam/hosts/leaves"), "its presence ends", QUIET_S)
+        self.assertIn("10.2.9.0/24", site.claims())
+        done = stays.command("evict", "leaves", "--yes")
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        site.assert_agreement()
+        self.assertEqual(site.parts("192.168.1.0/24"), {})
+        self.assertEqual(stays.client.request_pool("10.2.9.0/24")[1], "10.2.9.0/24")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

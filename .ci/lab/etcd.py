@@ -1,0 +1,241 @@
+"""A real etcd for the lab: Debian's etcd-server, one member or more, each on an address of its own.
+
+    etcd = Etcd(*loopback(3))            # or addresses of hosts, and for each what runs a command there:
+    etcd = Etcd("10.9.0.1", "10.9.0.2", inside=[["nsenter", "-t", pid, "-n", "--"], ...])
+    test.addCleanup(etcd.close)
+    etcd.start()                         # waits until it is well
+    etcd.endpoints                       # "http://10.9.0.1:2379,http://10.9.0.2:2379", for -etcd
+    etcd.kill(etcd.leader())             # one Member or several; none means all; start() brings them back
+    etcd.pause(*etcd.members[:2])        # SIGSTOP; resume() lets them go on
+    etcd.keys()                          # {"/gipam/gipam/head": ..., ...}, values parsed as JSON
+    etcd.ctl("get", "--prefix", "/gipam")
+    etcd.compact(); etcd.save(path); etcd.restore(path)
+
+What runs a command elsewhere must become it, so that signals reach it: nsenter -n without -p, or
+`ip netns exec`. With tls=True gipam needs -etcdtls etcd.client_tls; enable_auth() then adds a user.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from typing import Any, Iterable, Sequence
+
+from machines import require, until
+
+CLIENT_PORT, PEER_PORT = 2379, 2380
+START_DEADLINE_S = 60.0
+ROOT = "root:rootpw"  # who administers an etcd with users
+NUMBERS = itertools.count(1)
+
+# The server's certificate is a client's too: the gateway in etcd speaks to etcd with it. A client's
+# with a common name is refused by the gateway as soon as etcd asks for certificates and users.
+MAKE_CERTIFICATES = """
+mkdir -p "$0"; cd "$0"
+new() { openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -noenc -keyout "$1-key.pem" -subj "/O=$1" "${@:2}"; }
+new ca -x509 -days 2 -out ca.pem
+for name in server client; do
+  new $name -x509 -days 2 -CA ca.pem -CAkey ca-key.pem -out $name.pem -addext subjectAltName="$1" \\
+    -addext basicConstraints=CA:FALSE -addext extendedKeyUsage=serverAuth,clientAuth
+done
+mkdir -p client; cp ca.pem client; cp client.pem client/cert.pem; cp client-key.pem client/key.pem
+"""
+
+
+def loopback(count: int) -> list[str]:
+    """Return loopback addresses that no other run and no other cluster of this one has."""
+    number, pid = next(NUMBERS), os.getpid()
+    return [f"127.{128 + pid // 250 % 125}.{1 + pid % 250}.{number * 8 + index}" for index in range(count)]
+
+
+def make_certificates(directory: str, addresses: Iterable[str]) -> None:
+    """Make a CA, a server's certificate for the addresses, and client/ as -etcdtls wants it."""
+    names = ",".join("IP:" + address for address in addresses)
+    subprocess.run(["bash", "-ec", MAKE_CERTIFICATES, directory, names], check=True, capture_output=True)
+
+
+class EtcdError(Exception):
+    """etcdctl failed; str() is what it said."""
+
+
+class Member:
+    """One etcd process."""
+
+    def __init__(self, directory: str, address: str, inside: Sequence[str]) -> None:
+        self.name, self.address, self.inside = f"etcd-{address}", address, list(inside)
+        self.data, self.log = f"{directory}/{self.name}", f"{directory}/{self.name}.log"
+        self.peer_url = f"http://{address}:{PEER_PORT}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def send(self, number: int) -> None:
+        if self.process is not None and self.is_running():
+            self.process.send_signal(number)
+
+    def read_log(self) -> str:
+        with open(self.log, encoding="utf-8", errors="replace") as log:
+            return log.read()
+
+
+class Etcd:
+    """A cluster in a temporary directory; close() ends it and leaves nothing behind."""
+
+    def __init__(self, *addresses: str, inside: Sequence[Sequence[str]] = (), tls: bool = False,
+                 token_ttl_s: int = 300) -> None:
+        require("bash", "etcd", "etcdctl", "etcdutl", "openssl")
+        self.directory = tempfile.mkdtemp(prefix="gipam-etcd-")
+        self.members = [Member(self.directory, *pair) for pair in zip(addresses, inside or [()] * len(addresses))]
+        self.is_tls, self.token_ttl_s, self.has_users = tls, token_ttl_s, False
+        self.cluster_token = "gipam-lab"
+        self.certificates = f"{self.directory}/tls"
+        self.client_tls = f"{self.certificates}/client"
+        if tls:
+            make_certificates(self.certificates, [member.address for member in self.members])
+
+    def close(self) -> None:
+        self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def url(self, member: Member) -> str:
+        return f"http{'s' * self.is_tls}://{member.address}:{CLIENT_PORT}"
+
+    @property
+    def endpoints(self) -> str:
+        return ",".join(self.url(member) for member in self.members)
+
+    @property
+    def cluster(self) -> list[str]:
+        """Return the options that make the members one cluster."""
+        peers = ",".join(f"{member.name}={member.peer_url}" for member in self.members)
+        return ["--initial-cluster", peers, "--initial-cluster-token", self.cluster_token]
+
+    # -- processes; no member named means all of them
+
+    def start(self, *members: Member, wait: bool = True) -> None:
+        """Start those that do not run, and wait until etcd is well, if a majority runs."""
+        for member in members or self.members:
+            if not member.is_running():
+                self._start(member)
+        if wait and 2 * sum(member.is_running() for member in self.members) > len(self.members):
+            self.wait()
+
+    def _start(self, member: Member) -> None:
+        url = self.url(member)
+        options = ["--name", member.name, "--data-dir", member.data, "--listen-client-urls", url,
+                   "--advertise-client-urls", url, "--listen-peer-urls", member.peer_url,
+                   "--initial-advertise-peer-urls", member.peer_url, *self.cluster,
+                   "--auth-token-ttl", str(self.token_ttl_s), "--log-level", "warn"]
+        if self.is_tls:
+            options += ["--client-cert-auth", "--trusted-ca-file", f"{self.certificates}/ca.pem", "--cert-file",
+                        f"{self.certificates}/server.pem", "--key-file", f"{self.certificates}/server-key.pem"]
+        with open(member.log, "ab") as log:
+            member.process = subprocess.Popen([*member.inside, "etcd", *options], stdin=subprocess.DEVNULL,
+                                              stdout=log, stderr=log)
+
+    def wait(self) -> None:
+        """Wait until etcd is well: it has a leader and takes writes."""
+        try:
+            until(self.is_well, "etcd is well", START_DEADLINE_S)
+        except AssertionError as error:
+            raise AssertionError("\n".join([str(error), *(member.read_log()[-3000:] for member in self.members
+                                                          if os.path.exists(member.log))])) from None
+
+    def is_well(self) -> bool:
+        with contextlib.suppress(EtcdError):
+            self.ctl("--command-timeout=2s", "put", "/is-well", "")
+            return True
+        return False
+
+    def kill(self, *members: Member) -> None:
+        """End them with SIGKILL, paused ones too."""
+        for member in members or self.members:
+            member.send(signal.SIGKILL)
+        for member in members or self.members:
+            if member.process is not None:
+                member.process.wait()
+
+    def pause(self, *members: Member) -> None:
+        for member in members or self.members:
+            member.send(signal.SIGSTOP)
+
+    def resume(self, *members: Member) -> None:
+        for member in members or self.members:
+            member.send(signal.SIGCONT)
+
+    def leader(self) -> Member:
+        """Return the member that leads. Raises: EtcdError: none does."""
+        for member in filter(Member.is_running, self.members):
+            with contextlib.suppress(EtcdError):
+                status = json.loads(self.ctl("--command-timeout=2s", "endpoint", "status", "-w", "json", member=member))
+                if status[0]["Status"]["leader"] == status[0]["Status"]["header"]["member_id"]:
+                    return member
+        raise EtcdError("no member leads")
+
+    # -- what etcdctl and etcdutl do
+
+    def ctl(self, *arguments: str, member: Member | None = None) -> str:
+        """Return what etcdctl prints, asked of one member or of any. Raises: EtcdError."""
+        asked = member or self.members[0]
+        options = ["--endpoints", self.url(member) if member else self.endpoints]
+        if self.is_tls:
+            options += ["--cacert", f"{self.client_tls}/ca.pem", "--cert", f"{self.client_tls}/cert.pem",
+                        "--key", f"{self.client_tls}/key.pem"]
+        if self.has_users:
+            options += ["--user", ROOT]
+        done = subprocess.run([*asked.inside, "etcdctl", *options, *arguments], stdin=subprocess.DEVNULL,
+                              capture_output=True, encoding="utf-8")
+        if done.returncode != 0:
+            raise EtcdError(done.stderr.strip())
+        return done.stdout
+
+    def keys(self, prefix: str = "/gipam/") -> dict[str, Any]:
+        """Return every key under the prefix with its value, parsed where it is JSON."""
+        found = {}
+        for pair in json.loads(self.ctl("get", "--prefix", prefix, "-w", "json")).get("kvs", []):
+            value = base64.b64decode(pair.get("value", "")).decode()
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
+            found[base64.b64decode(pair["key"]).decode()] = value
+        return found
+
+    def put(self, key: str, value: str) -> None:
+        self.ctl("put", key, value)
+
+    def revision(self) -> int:
+        return int(json.loads(self.ctl("get", "/is-well", "-w", "json"))["header"]["revision"])
+
+    def compact(self) -> None:
+        """Forget all that is older than now."""
+        self.ctl("compact", str(self.revision()))
+
+    def save(self, path: str) -> None:
+        """Save a snapshot of it all."""
+        self.ctl("snapshot", "save", path, member=next(filter(Member.is_running, self.members)))
+
+    def restore(self, path: str, cluster_token: str = "") -> None:
+        """Let a snapshot take the place of it all; another token makes another cluster id."""
+        self.kill()
+        self.cluster_token = cluster_token or self.cluster_token
+        for member in self.members:
+            shutil.rmtree(member.data)
+            subprocess.run(["etcdutl", "snapshot", "restore", path, "--data-dir", member.data, "--name", member.name,
+                            "--initial-advertise-peer-urls", member.peer_url, *self.cluster],
+                           check=True, capture_output=True)
+        self.start()
+
+    def enable_auth(self, user: str, password: str) -> None:
+        """Let in this user, who may touch /gipam/ and nothing else, and root."""
+        for command in (f"user add {ROOT}", "user grant-role root root", "role add gipam",
+                        "role grant-permission gipam --prefix=true readwrite /gipam/",
+                        f"user add {user}:{password}", f"user grant-role {user} gipam", "auth enable"):
+            self.ctl(*command.split())
+        self.has_users = True

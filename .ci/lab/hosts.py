@@ -1,0 +1,281 @@
+"""Several hosts that share their prefixes through etcd, by the README's commands: `python3 .ci/lab/hosts.py`.
+
+Three hosts and a router are Debian machines that boot, on one segment, with Docker, gipam, BIRD and a member
+of etcd each; the network namespace "outside" is beyond the router. The README's chapter on several hosts is
+followed word for word, each block where it says: on each host (sh), on the first, on the router, outside.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import unittest
+from typing import Any, Iterable
+
+from boot import FILES, Machine, make_tree
+from machines import main
+from readme import EQUIP, NEWER_DOCKER, Block, read_blocks
+
+HOSTS = {"host1": 7, "host2": 8, "host3": 9}  # name: last part of its addresses
+OUTSIDE = ("198.51.100.2", "2001:db8:eeee::2")
+BEFORE = ("As a service", "Reachable from outside")  # what a host needs first
+PART = "Several hosts"  # the part of the README that this is about
+ME = "me=192.0.2.7"  # stands for each host's own address
+
+# A machine whose packages have just been installed. The image says whom it sees: busybox has REMOTE_ADDR in brackets.
+SET_UP = EQUIP.replace("tar c .", r"""mkdir www/cgi-bin; printf '#!/bin/sh\necho; echo $REMOTE_ADDR\n' > www/cgi-bin/who
+chmod +x www/cgi-bin/who; cp -r www /; tar c .""") + "systemctl enable bird etcd"
+CONNECT_ROUTER = """
+systemctl stop docker.socket docker; iptables -P FORWARD ACCEPT
+echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
+ip link add eth0 type bridge; ip link set eth0 up; ip addr add 192.168.1.1/24 dev eth0
+ip addr add 192.0.2.1/24 dev eth0; ip addr add 2001:db8:ffff::1/64 dev eth0 nodad
+ip netns add outside; ip link add eth1 type veth peer name eth0 netns outside; ip link set eth1 up
+ip addr add 198.51.100.1/24 dev eth1; ip addr add 2001:db8:eeee::1/64 dev eth1 nodad
+ip -n outside link set lo up; ip -n outside link set eth0 up
+ip -n outside addr add 198.51.100.2/24 dev eth0; ip -n outside addr add 2001:db8:eeee::2/64 dev eth0 nodad
+ip -n outside route add default via 198.51.100.1; ip -n outside route add default via 2001:db8:eeee::1
+ip netns exec outside busybox httpd -h /www
+"""
+CONNECT_HOST = """
+ip link set eth0 up; ip addr add 192.0.2.{0}/24 dev eth0; ip addr add 2001:db8:ffff::{0}/64 dev eth0 nodad
+ip route add default via 192.0.2.1; ip -6 route add default via 2001:db8:ffff::1
+"""
+NETWORK = ("docker network create --ipam-driver gipam --ipv6 -o com.docker.network.bridge.enable_ip_masquerade=false {0}\n"
+           "docker network inspect -f '{{{{range .IPAM.Config}}}}{{{{.Subnet}}}} {{{{end}}}}' {0}")
+ADDRESSES = "docker inspect -f '{{{{range .NetworkSettings.Networks}}}}{{{{.IPAddress}}}} {{{{.GlobalIPv6Address}}}} {{{{end}}}}' {0}"
+
+
+class Host(Machine):
+    """A machine of the segment."""
+
+    def __init__(self, name: str, *lower: str) -> None:
+        super().__init__(*lower)
+        self.name = name
+        os.makedirs(os.path.join(self.disk, "upper", "etc"))
+        with open(os.path.join(self.disk, "upper", "etc", "hostname"), "w", encoding="ascii") as file:
+            print(name, file=file)
+
+    def follow_block(self, block: Block) -> str:
+        """Run the commands of a block as they are, with the address of this host in its place."""
+        text = block.text
+        if block.kind == "sh outside":
+            text = f"exec ip netns exec outside bash -e << 'outside'\n{text}outside\n"
+        return self(f"cd /root/gipam\n{text.replace(ME, f'me=192.0.2.{HOSTS.get(self.name)}')}")
+
+    def connect(self, router: Machine) -> None:
+        """Plug the cable in, and have addresses and routes."""
+        subprocess.check_call(["ip", "link", "add", self.name, "netns", router.pid, "type", "veth",
+                               "peer", "name", "eth0", "netns", self.pid])
+        router(f"ip link set {self.name} master eth0 up")
+        self(CONNECT_HOST.format(HOSTS[self.name]))
+
+    def network(self, name: str, *options: str) -> list[str]:
+        """Make a network and return its subnets."""
+        return self(NETWORK.format(" ".join([*options, name]))).split()[1:]
+
+    def addresses_of(self, container: str) -> list[str]:
+        return self(ADDRESSES.format(container)).split()
+
+    def status(self) -> dict[str, Any]:
+        return dict(json.loads(self("gipam status --json")))
+
+
+class HostsTest(unittest.TestCase):
+    """The tests share the site; each leaves it as it found it."""
+
+    maxDiff = None
+    router: Host
+    hosts: dict[str, Host]
+    said: dict[str, list[str]]  # what the commands of a chapter said
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        tree = make_tree()
+        installed = Machine(tree)
+        cls.addClassCleanup(installed.remove)
+        installed.boot(*FILES, end="poweroff")
+        installed(SET_UP)
+        installed.end()
+        lower = os.path.join(installed.disk, "upper")
+        cls.router, *hosts = (Host(name, lower, tree) for name in ("router", *HOSTS))
+        cls.hosts = {host.name: host for host in hosts}
+        for machine in (cls.router, *hosts):
+            cls.addClassCleanup(machine.remove)
+            machine.boot()
+        cls.router(CONNECT_ROUTER)
+        for host in hosts:
+            host.connect(cls.router)
+        cls.follow_all()
+
+    @classmethod
+    def follow_all(cls) -> None:
+        """Follow the README, but for what starts networks before etcd is there, and for what ends a host."""
+        cls.said = {}
+        blocks = [block for block in read_blocks() if block.kind.startswith("sh") and NEWER_DOCKER not in block.text]
+        before = [block for block in blocks if block.chapter in BEFORE and block.kind == "sh"]
+        networks = [block for block in before if "docker network create" in block.text or "docker run" in block.text]
+        several = [block for block in blocks if block.part == PART and "evict" not in block.text]
+        for block in [*(block for block in before if block not in networks), *several, *networks]:
+            machines = {"sh": list(cls.hosts.values()), "sh first": [cls.hosts["host1"]]}.get(block.kind, [cls.router])
+            for machine in machines:
+                cls.said.setdefault(block.chapter, []).append(machine.follow_block(block))
+            if "ca-key" in block.text:  # "copy this to the others"
+                cls.copy("/etc/etcd")
+
+    @classmethod
+    def copy(cls, path: str) -> None:
+        packed = cls.hosts["host1"](f"tar cz -C / .{path} | base64 -w 0")
+        for name in ("host2", "host3"):
+            cls.hosts[name](f"echo {packed} | base64 -d | tar xz -C /; rm {path}/ca-key.pem")
+
+    # -- helpers
+
+    def assert_refused(self, host: Host, script: str, *words: str) -> None:
+        """Docker says no, in these words."""
+        said = host(script, 1, 125)
+        for word in words:
+            self.assertIn(word, said)
+        self.assertNotIn("CHANGE-ME", said)
+
+    def assert_seen_as(self, own: Iterable[str], machine: Machine, command: str, *addresses: str) -> None:
+        """The servers at these addresses see the one who runs this command as its own addresses."""
+        seen = set()
+        for address in addresses:
+            url = f"http://[{address}]/cgi-bin/who" if ":" in address else f"http://{address}/cgi-bin/who"
+            machine.wait_until(f"{command} wget -T 1 -q -O - {url} > /run/seen")
+            seen.add(machine("cat /run/seen").strip("[]").replace("::ffff:", ""))
+        self.assertEqual(seen, set(own))
+
+    def assert_all_reach_each_other(self) -> None:
+        addresses = {host: host.addresses_of("web1") for host in self.hosts.values()}
+        everywhere = [*itertools.chain(*addresses.values()), *OUTSIDE]
+        for host, own in addresses.items():
+            self.assert_seen_as(own, host, "docker exec web1", *(set(everywhere) - set(own)))
+        self.assert_seen_as(OUTSIDE, self.router, "ip netns exec outside busybox", *everywhere[:-2])
+
+    def assert_all_is_well(self) -> None:
+        """Each host sees all hosts, is at peace with Docker and etcd, and nothing is to be done."""
+        for host in self.hosts.values():
+            host.wait_until("""gipam status --json | grep -q '"etcd": {"failure": "", "due": 0}'""")
+            self.assertIn("no difference", host("gipam check --grace 0"))
+            self.assertEqual({seen["host"]: seen["is_present"] for seen in host.status()["hosts"]},
+                             dict.fromkeys(HOSTS, True))
+        self.assert_all_reach_each_other()
+
+    # -- one prefix for all
+
+    def test_all_reach_each_other_under_their_own_addresses(self) -> None:
+        self.assert_all_is_well()
+
+    def test_no_two_hosts_get_the_same_block(self) -> None:
+        script = "".join(NETWORK.format(f"at-once-{number}") + "\n" for number in range(5))
+        commands = [host.begin(script) for host in self.hosts.values()]
+        said = "\n".join(command.communicate(timeout=120)[0] for command in commands)
+        found = re.findall(r"\S+/(?:24|64)", said)
+        self.assertEqual(len(found), 2 * 5 * len(HOSTS), said)
+        found += [subnet for host in self.hosts.values() for subnet in host.subnets()["web"]]
+        self.assertEqual(len(found), len(set(found)), found)
+        for host in self.hosts.values():
+            host("docker network rm $(seq -f at-once-%g 0 4)")
+
+    def test_removed_network_takes_its_route_away(self) -> None:
+        v4, v6 = self.hosts["host2"].network("away")
+        routes = f"ip route show {v4}; ip -6 route show {v6}"
+        self.router.wait_until(f"[ $({{ {routes}; }} | grep -c 'via .* proto bird') = 2 ]")
+        self.hosts["host2"]("docker network rm away")
+        self.router.wait_until(f'[ -z "$({routes})" ]')
+
+    def test_subnet_of_another_host_is_refused_with_its_name(self) -> None:
+        first, second, _ = self.hosts.values()
+        first.network("own", "--subnet 10.2.77.0/24 --subnet 2001:db8:0:177::/64")
+        for subnet in ("10.2.77.0/24", "10.2.76.0/22", "10.2.77.128/25", "2001:db8:0:177::/64"):
+            with self.subTest(subnet):
+                self.assert_refused(second, f"docker network create --ipam-driver gipam --ipv6 --subnet {subnet} own",
+                                    "Pool overlaps", "host1")
+        first("docker network rm own")
+        second.wait_until("docker network create --ipam-driver gipam --subnet 10.2.77.0/24 own")
+        second("docker network rm own")
+
+    def test_hosts_and_claims_are_shown(self) -> None:
+        claims = {subnet: [name] for name, host in self.hosts.items() for subnet in host.subnets()["web"]}
+        claims["192.168.1.0/24"] = list(HOSTS)
+        for host in self.hosts.values():
+            self.assertEqual({claim["subnet"]: claim["hosts"] for claim in host.status()["claims"]}, claims)
+            said = host("gipam status")
+            for name in HOSTS:
+                self.assertIn(name, said)
+            self.assertNotIn("CHANGE-ME", host("gipam config; gipam status --json; journalctl -t gipam"))
+
+    # -- one subnet on several hosts
+
+    def test_shared_subnet_has_each_address_once(self) -> None:
+        addresses = {}
+        for host in self.hosts.values():
+            host("docker run -d --name lan1 --network lan nginx")
+            addresses[host] = host.addresses_of("lan1")[0]
+        self.assertEqual(len(set(addresses.values())), len(HOSTS))
+        for host, own in addresses.items():
+            others = [address for address in addresses.values() if address != own]
+            self.assert_seen_as([own], host, "docker exec lan1", *others, OUTSIDE[0])
+        self.assert_seen_as(OUTSIDE[:1], self.router, "ip netns exec outside busybox", *addresses.values())
+        for host in self.hosts.values():
+            host("docker rm -f lan1")
+
+    def test_address_in_the_part_of_another_host_is_refused_with_its_name(self) -> None:
+        first, second, third = self.hosts.values()
+        run = "docker run -d --name fixed --network lan --ip {} nginx"
+        third(run.format("192.168.1.200"))
+        for address in ("192.168.1.200", "192.168.1.201"):
+            self.assert_refused(second, run.format(address), address, "host3")
+            second("docker rm fixed")
+        self.assert_refused(second, run.format("192.168.1.1"), "192.168.1.1")
+        third("docker rm -f fixed")
+        second.wait_until("{ docker rm -f fixed; %s; }" % run.format("192.168.1.201"))  # once the part is given back
+        second("docker rm -f fixed")
+
+    # -- what happens when etcd or a host is away
+
+    def test_containers_start_and_stop_while_etcd_is_away(self) -> None:
+        for away, back in (("systemctl kill -s STOP etcd", "systemctl kill -s CONT etcd"),
+                           ("systemctl kill -s KILL etcd; systemctl stop etcd", "systemctl --no-block start etcd")):
+            with self.subTest(away):
+                before = {host: host.subnets() for host in self.hosts.values()}
+                for script in (away, "docker restart web1; docker run --rm --network web nginx true"):
+                    for host in self.hosts.values():
+                        host(script)
+                self.assert_refused(first := self.hosts["host1"], NETWORK.format("later"), *(
+                    f"https://192.0.2.{number}:2379" for number in HOSTS.values()), "etcd does not answer")
+                for host in self.hosts.values():
+                    host(back)
+                first.wait_until(NETWORK.format("later"))
+                first("docker network rm later")
+                self.assertEqual({host: host.subnets() for host in self.hosts.values()}, before)
+                self.assert_all_is_well()
+
+    def test_host_that_is_gone_is_evicted_and_found_out_when_it_comes_back(self) -> None:
+        first, _, third = self.hosts.values()
+        evict, = (block for block in read_blocks() if block.part == PART and "evict" in block.text)
+        self.assertIn("host3 is there", first(evict.text, 1))
+        v4, v6 = third.subnets()["web"]
+        third.end()
+        take = f"docker network create --ipam-driver gipam --ipv6 --subnet {v4} --subnet {v6} taken"
+        self.assert_refused(first, take, "Pool overlaps", "host3")
+        first.wait_until("{ %s; }" % evict.text.strip())
+        first(take)
+        third.boot()
+        third.connect(self.router)
+        third.wait_until("gipam check --grace 0 > /run/said; grep -q claimed_elsewhere /run/said")
+        self.assertIn("host1", third("cat /run/said"))
+        self.assert_refused(third, "docker restart web1", "host1")
+        first("docker network rm taken")
+        third.wait_until("docker start web1")
+        self.assert_all_is_well()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
