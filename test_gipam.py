@@ -4336,6 +4336,7 @@ class LoopTest(LoopCase):
             peer.close()
         self.assertEqual([peer.answer().body for peer in peers[20:]], [ACTIVATED] * 20)
         self.assertLess(daemon.read_log().count("cannot accept"), 10)  # once a tick
+        self.assertEqual(daemon.stop(), 0)
 
     def test_thread_comes_back_only_between_decisions(self) -> None:
         """What it changes is on disk when call() returns, and what it raises comes to it."""
