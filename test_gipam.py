@@ -3608,7 +3608,7 @@ WRONG_VALUES: dict[str, list[Any]] = {  # within the right type
 
 
 def wrong_calls(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each call with one value in it that is wrong, or that is this text, which none may be."""
+    """Yield each call with one value in it that is wrong, or is this text, which none may be."""
     yield "/IpamDriver.RequestPool", {"Options": {"gipam." + text: "1"}}
     for path, usual in CALLS.items():
         for key, value in usual.items():
@@ -4091,9 +4091,9 @@ class UndoneTest(LoopCase):
         self.docker = self.client()
         self.pool_id = self.docker.request_pool("10.63.0.0/24")[0]
 
-    def lose(self, peer: Peer, data: bytes, is_answered: bool = True) -> tuple[int, Any]:
-        """Let the peer ask and leave; return (seq, what is held) before."""
-        before = self.docker.state()["seq"], held(self.service.state)
+    def check_undone(self, peer: Peer, data: bytes, is_answered: bool = True) -> None:
+        """Let the peer ask and leave; check that this makes one change, and its undoing."""
+        seq, before = self.docker.state()["seq"], held(self.service.state)
         append = self.service._store.append
 
         def leave_first(records: list[str]) -> None:
@@ -4107,10 +4107,6 @@ class UndoneTest(LoopCase):
                 wait_for(peer.has_input, "an answer")
                 peer.close()
             self.wait_for_ends(left=1)
-        return before
-
-    def assert_undone(self, seq: int, before: Any) -> None:
-        """Check that one change came after this, and its undoing, in memory and on disk."""
         state = self.docker.state()
         self.assertEqual((state["seq"], held(self.service.state)), (seq + 2, before))
         self.assertEqual(self.state_on_disk()["pools"], state["pools"])
@@ -4121,7 +4117,7 @@ class UndoneTest(LoopCase):
             for is_answered, data in itertools.product((False, True), (
                     NEW_POOL, ask_for(self.pool_id), ask_for(self.pool_id, "10.63.0.9"))):
                 with self.subTest(data, is_answered=is_answered):
-                    self.assert_undone(*self.lose(self.peer(), data, is_answered))
+                    self.check_undone(self.peer(), data, is_answered)
         self.assertEqual(["took back" in line for line in said.output].count(True), 6)
 
     def test_only_the_unread_answer_is_undone(self) -> None:
@@ -4130,7 +4126,7 @@ class UndoneTest(LoopCase):
         peers = self.peer(), self.peer()
         self.assertTrue(all(peer.ask(ask) for peer in peers))
         peers[0].close()
-        self.assert_undone(*self.lose(peers[1], ask))
+        self.check_undone(peers[1], ask)
         self.assertEqual(held(self.service.state), {self.pool_id: ["10.63.0.1", "10.63.0.2"]})
 
 
@@ -4576,7 +4572,7 @@ class NameTest(unittest.TestCase):
 
     def test_what_is_in_the_way(self) -> None:
         """The same where the socket is to be, its link, or what would hide a plugin file."""
-        way, living, dead = self.path("way"), self.path("living"), self.path("dead")
+        way, living, dead = self.path("new", "way"), self.path("living"), self.path("dead")
         self.bind(living).listen()
         self.bind(dead).close()
         busy = (75, f"another daemon answers on {way}: stop it, or use another name")
@@ -4602,6 +4598,7 @@ class NameTest(unittest.TestCase):
                     os.rename(way, self.path(what))  # it is still there
                 self.assertEqual(said, expected)
                 self.assertFalse(os.path.lexists(way))
+        self.assert_modes((self.path("new"), 0o700))
 
     def test_socket_and_the_link_for_dockerd(self) -> None:
         os.mkdir(self.path("old"), 0o755)
