@@ -215,6 +215,10 @@ class Refused(GipamError, exit_status=2):
     """Docker, or the daemon, answered with an error."""
 
 
+class Outdated(Refused):
+    """etcd has not, or not any more, the revision that it was asked for."""
+
+
 class BusyError(GipamError, exit_status=75):  # EX_TEMPFAIL
     """Another daemon holds the lease file, the socket, or the name of this host in etcd."""
 
@@ -4067,6 +4071,13 @@ class Etcd:
                 raise Unavailable(f"etcd does not answer on {self._places}: {why}")
             time.sleep(ETCD_PAUSE_S)
 
+    def hang_up(self) -> None:
+        """End a watch, from another thread."""
+        connection = self._connection
+        if connection and connection.sock:
+            with contextlib.suppress(OSError):  # it has just ended
+                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Hang up."""
         if self._connection:
@@ -4098,7 +4109,8 @@ class Etcd:
         if self._token and not is_new:  # it may have expired
             self._token = ""
             return self._post(path, body, timeout_s)
-        raise Refused(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
+        kind = Outdated if code == 11 else Refused  # OUT_OF_RANGE
+        raise kind(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
 
     def key(self, table: str, name: Any) -> str:
         """Return the key of an entry, as the gateway has it."""
@@ -4400,24 +4412,41 @@ class Claimant:
 
     def _transact(self, known: list[Entry], changed: list[Entry], patience_s: float,
                   lease: str = "0") -> bool:
-        """Write what is changed if all is as known; else learn how it is, and return False."""
+        """Write what is changed if all is as known; else learn how it is, and return False.
+
+        If there has been another head since the one that is known, that one is asked for as well:
+        an etcd that never had it is an older one, restored, and all that is known may be wrong.
+        """
         etcd, head = self._etcd, known[0]
         reads = [{"key": etcd.key(entry.table, entry.name)} for entry in known]
         if head.table == "head":  # then all that has been claimed since it was written, too
             reads.append(etcd.range_of("claims/", head.revision + 1))
-        reply = self._ask("/v3/kv/txn", {
-            "compare": [compare for entry in known for compare in etcd.same(entry)],
-            "success": [etcd.put(entry, lease) for entry in changed],
-            "failure": [{"request_range": read} for read in reads]}, patience_s)
+            reads.append({**reads[0], "revision": str(head.revision)})
+        try:
+            reply = self._ask("/v3/kv/txn", {
+                "compare": [compare for entry in known for compare in etcd.same(entry)],
+                "success": [etcd.put(entry, lease) for entry in changed],
+                "failure": [{"request_range": read} for read in reads]}, patience_s)
+        except Outdated:
+            return self._forget(patience_s)
         revision, is_done = int(reply["header"]["revision"]), bool(reply.get("succeeded"))
         found = [] if is_done else [
             entry for response in reply["responses"]
             for entry in etcd.entries(response["response_range"].get("kvs", ()))]
+        if not is_done and head.table == "head" and head.text and head not in found:
+            return self._forget(patience_s)
         there = {entry[:2] for entry in found}
         gone = [entry._replace(text="") for entry in known if entry[:2] not in there]
         news = [entry._replace(revision=revision) for entry in (changed if is_done else gone)]
         self._call(lambda: self._site.settle([*found, *news], [*known, *changed]))
         return is_done
+
+    def _forget(self, patience_s: float) -> bool:
+        """Have the other thread learn all anew, and wait for it; return False."""
+        self._site.loaded.clear()
+        self._watcher.hang_up()
+        self._site.loaded.wait(patience_s)
+        return False
 
     def _ask(self, path: str, body: Json, patience_s: float) -> Json:
         """Ask, and note how that went. Raises: Unavailable, Refused."""
@@ -4455,16 +4484,18 @@ class Claimant:
             self._lease = reply["ID"]
         token = self._token or secrets.token_hex(8)
         value = {"machine": self._machine, "token": token, "at": int(time.time())}
-        is_done = False
-        while not is_done:
+        for _ in range(3):
             known = self._call(lambda: self._site.entry("hosts", name))
             if known.text and (known.value.get("machine") != self._machine
                                or (self._token and known.value.get("token") != token)):
                 raise BusyError(f"another gipam is there as host {name!r}: give each one a -host "
                                 f"of its own; one that has gone is forgotten after {PRESENCE_S} s")
-            is_done = self._transact([known], [known._replace(text=dumps(value))], patience_s,
-                                     self._lease)
-        self._token, self._present_until_s = token, now_s + PRESENCE_S
+            if self._transact([known], [known._replace(text=dumps(value))], patience_s,
+                              self._lease):
+                self._token, self._present_until_s = token, now_s + PRESENCE_S
+                return
+        self._forget(patience_s)
+        raise Unavailable("etcd is not the one that it was, and is read again: try again")
 
     # The thread that follows
 
@@ -4478,6 +4509,8 @@ class Claimant:
                 self._load(ETCD_PATIENCE_S)
             for entries in etcd.watch(self._call(lambda: site.watched) + 1):
                 self._call(functools.partial(site.learn_all, entries))
+                if not site.loaded.is_set():
+                    break
         except (OSError, http.client.HTTPException, ValueError):
             pass  # a watch ends when its member does; another is asked
         finally:
