@@ -2621,7 +2621,7 @@ def read_pool_request(fields: Fields) -> PoolRequest:
     if space not in ("", ADDRESS_SPACE):
         raise InvalidRequest(f"invalid address space: {space!r} is not {ADDRESS_SPACE!r}")
     if not isinstance(is_v6, bool) or (is_v6 and subnet and subnet.version == 4):
-        raise InvalidRequest(f"invalid address pool: {subnet} with V6 {is_v6!r}")
+        raise InvalidRequest(f"invalid address pool: {subnet} with V6 {printable(repr(is_v6))}")
     version = subnet.version if subnet else 6 if is_v6 else 4
     prefixlen = read_prefixlen(options, version)
     if subnet and is_hint(subnet):
