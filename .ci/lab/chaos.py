@@ -523,17 +523,17 @@ class NameTest(SiteCase):
             for address in ("", "", str(ipaddress.ip_network(pool_id.partition("#")[0])[200])):
                 before.client.request_address(pool_id, address, "02:42:00:00:00:01")
         before.kill()
-        host = site.host(name, directory=before.daemon.directory)
-        until(lambda: host.client.state()["etcd"]["due"] == 0, "all is compared")
-        return host, pool_ids
+        return site.host(name, directory=before.daemon.directory), pool_ids
 
     def test_hosts_come_to_a_site_with_what_they_have(self) -> None:
         site = Site(self)
         old, pool_ids = self.come_with(site, "old", "10.2.0.0/24", "172.16.0.0/23")
+        until(lambda: site.claims() == site.holders(), "all is claimed")
         for pool_id in pool_ids:
             old.client.request_address(pool_id)
         new, pool_ids = self.come_with(site, "new", "10.2.0.0/24", "172.16.0.0/16", "172.17.0.0/24")
         for pool_id in pool_ids[:2]:
+            until(lambda: "old" in new.pools()[pool_id]["claimed_elsewhere"], "the dispute is named")  # noqa: B023
             self.assert_refused("old", new.client.request_address, pool_id)
             new.client.release_pool(pool_id)
         new.client.request_address(pool_ids[2])
@@ -546,6 +546,7 @@ class NameTest(SiteCase):
         pool_id = host.client.request_pool("192.168.1.0/24", gipam_shared="true")[0]
         host.client.request_address(pool_id, "", "02:42:00:00:00:01")
         new, (new_id,) = self.come_with(site, "new", "192.168.1.0/24")
+        until(lambda: "192.168.1.192/28" in site.parts("192.168.1.0/24"), "the part of .200 is claimed")
         self.assert_refused("new", host.client.request_address, pool_id, "192.168.1.200", "02:42:00:00:00:01")
         self.assertIn("there", new.pools()[new_id]["claimed_elsewhere"])  # .0 and .1 or so
         new.client.request_address(new_id, "192.168.1.201", "02:42:00:00:00:01")
