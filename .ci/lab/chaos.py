@@ -9,10 +9,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import glob
 import http.client
 import ipaddress
 import itertools
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -75,10 +77,10 @@ class Host:
         self.tenants: list[Tenant] = []
         self.is_dying = False
 
-    def kill(self) -> None:
+    def kill(self, number: int = signal.SIGKILL) -> None:
         self.is_dying = True
         self.client.close()
-        self.daemon.kill()
+        self.daemon.stop(number)
 
     def start_again(self) -> None:
         """Start it after kill(), and see that it has what its tenants were answered."""
@@ -550,6 +552,30 @@ class NameTest(SiteCase):
         self.assert_refused("new", host.client.request_address, pool_id, "192.168.1.200", "02:42:00:00:00:01")
         self.assertIn("there", new.pools()[new_id]["claimed_elsewhere"])  # .0 and .1 or so
         new.client.request_address(new_id, "192.168.1.201", "02:42:00:00:00:01")
+
+
+    def test_old_backup_of_a_lease_file_gives_nothing_away(self) -> None:
+        site = Site(self)
+        host, other = site.host("old"), site.host("other")
+        kept = host.client.request_pool()[1]
+        host.kill(signal.SIGTERM)
+        backup = pathlib.Path(host.daemon.file).read_bytes()
+        host.daemon.start()
+        for subnet in ("10.2.5.0/24", "10.2.6.0/24"):
+            host.client.request_pool(subnet)
+        host.kill()
+        for name in glob.glob(host.daemon.file + ".journal*"):
+            os.unlink(name)
+        pathlib.Path(host.daemon.file).write_bytes(backup)
+        site.docker.before = lambda _: time.sleep(1)  # it takes its time
+        site.docker.show_network("net", {"Subnet": "10.2.5.0/24"})
+        host.daemon.start()
+        for subnet in (kept, "10.2.5.0/24", "10.2.6.0/24"):
+            self.assert_refused("claimed by host old", other.client.request_pool, subnet)
+        until(lambda: set(site.claims()) == {kept, "10.2.5.0/24"}, "Docker has told", QUIET_S)
+        self.assertEqual(site.holders(), {kept: ["old"], "10.2.5.0/24": ["old"]})
+        other.client.request_pool("10.2.6.0/24")
+        site.assert_agreement()
 
 
 class SharedTest(SiteCase):
