@@ -135,8 +135,10 @@ class Site:
         self.hosts: list[Host] = []
         self.plugs = itertools.count(1)
         addresses = [f"10.77.0.{index + 1}" for index in range(members)]
-        for words in ("link add site type bridge", "link set site up", *(f"addr add {it}/16 dev site" for it in addresses)):
+        for words in ("link add site type bridge", "link set site up"):
             self.namespace.ip(words)
+        for address in addresses:
+            self.namespace.ip(f"addr add {address}/16 dev site")
         self.etcd = Etcd(*addresses, inside=[self.namespace.inside] * members, tls=tls, token_ttl_s=token_ttl_s)
         test.addCleanup(self.etcd.close)
         self.etcd.start()
@@ -188,7 +190,8 @@ class Site:
         for host in self.hosts:
             for pool in host.pools().values():
                 self.test.assertFalse(pool.get("claimed_elsewhere"), pool)
-                parts = [ipaddress.ip_network(part) for part, name in self.parts(pool["subnet"]).items() if name == host.name]
+                parts = [ipaddress.ip_network(part) for part, name in self.parts(pool["subnet"]).items()
+                         if name == host.name]
                 for lease in pool["addresses"] if pool["subnet"].startswith(SHARED) else ():
                     is_in_part = any(ipaddress.ip_address(lease["address"]) in part for part in parts)
                     self.test.assertTrue(is_in_part or lease["kind"] != "endpoint", (lease, parts))
@@ -293,7 +296,8 @@ class Tenant(threading.Thread):
             ("large", "", False, {"gipam_v4ab": "23"}), ("small", "", True, {"gipam_v6ab": "72"}),
             ("named", "", bool(block % 2), {"gipam_name": f"net{self.number}{block % 3}"}),
             ("explicit", f"10.2.{block}.0/24", False, {}), ("explicit", f"10.2.{block}.64/26", False, {}),
-            ("explicit", f"2001:db8:0:100::{block}:0:0/96", True, {}), ("outside", f"172.16.{block % 4}.0/24", False, {}),
+            ("explicit", f"2001:db8:0:100::{block}:0:0/96", True, {}),
+            ("outside", f"172.16.{block % 4}.0/24", False, {}),
             *[("shared", f"192.168.{self.number}.0/25", False, {"gipam_shared": "true"}),
               ("shared", f"fd00:{self.number}::/64", True, {"gipam_shared": "true"})] * 2 * self.host.is_on_etcd]
         kind, pool, is_v6, options = self.rng.choice(kinds)
