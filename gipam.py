@@ -553,11 +553,6 @@ class Subnet:
         return [(max(low, first), min(high, last)) for first, last in spans
                 if first <= high and low <= last]
 
-    def is_any_in(self, part: Network, offsets: Iterable[int]) -> bool:
-        """Return whether any of the offsets lies in the part."""
-        low, high = int(part[0]) - self.first, int(part[-1]) - self.first
-        return any(low <= offset <= high for offset in offsets)
-
     def find_free(self, low: int, high: int) -> int | None:
         """Return the first free offset of the range that this host may hand out, None: none is."""
         for first, last in self.ranges(low, high):
@@ -2166,7 +2161,7 @@ class Service:
             site.conflicts[network] = holder
             return None
         site.conflicts.pop(network, None)
-        if not site.has(network):
+        if not site.has(network) or (is_shared and not site.part_prefixlen(network)):
             return Need("join" if is_shared else "claim", network)
         return self._compare_parts(site, subnet) if is_shared else None
 
@@ -2174,32 +2169,36 @@ class Service:
         """Return what etcd lacks, or has too much, of the parts that this host has of a subnet.
 
         One more is asked for when three quarters of them are held; an empty one goes when the rest
-        is not half full.
+        is not half full. Addresses from before the subnet was shared have their parts claimed, too.
         """
         network, claimed = subnet.network, site.parts(subnet.network)
         offsets = [offset for pool in subnet.pools.values() for offset, lease in pool.leases.items()
                    if lease.kind == ENDPOINT]
+        bits = BITS[subnet.version] - site.part_prefixlen(network)
+        used = {(subnet.first + offset) >> bits << bits for offset in offsets}  # first addresses
         for part, entry in claimed.items():
-            site.conflicts.pop(part, None)
-            if site.host not in entry.hosts and subnet.is_any_in(part, offsets):
-                site.conflicts[part] = describe_hosts(entry)
-                log.error("claimed_elsewhere: part %s of %s has addresses here, but is claimed by "
-                          "%s", part, network, describe_hosts(entry))
+            before, holder = site.conflicts.pop(part, ""), describe_hosts(entry)
+            if site.host not in entry.hosts and int(part[0]) in used:
+                site.conflicts[part] = holder
+                if before != holder:
+                    log.error("claimed_elsewhere: part %s of %s has addresses here, but is claimed "
+                              "by %s", part, network, holder)
         parts = [part for part in subnet.parts or () if part not in claimed
                  or site.host in claimed[part].hosts]
         total = sum(part.num_addresses for part in parts)
         for part in parts if len(parts) > 1 else ():
-            if 2 * len(offsets) <= total - part.num_addresses \
-                    and not subnet.is_any_in(part, offsets):
+            if 2 * len(offsets) <= total - part.num_addresses and int(part[0]) not in used:
                 parts.remove(part)
                 break
         self.share(subnet, parts)
         for part in {*parts} - {*claimed}:
             return Need("part", network, str(part))
+        pool = next(iter(subnet.pools.values()))
+        for first in used - {int(part[0]) for part in claimed}:
+            return Need("part", network, pool.format(first - subnet.first))
         for part, entry in claimed.items():
             if site.host in entry.hosts and part not in parts:
                 return Need("drop", network, str(part))
-        pool = next(iter(subnet.pools.values()))
         wanted = pool.sub_pool or network
         is_used = any(pool.leases for pool in subnet.pools.values())  # Docker has told a gateway
         if is_used and 4 * len(offsets) >= 3 * total and site.find_part(network, wanted):
