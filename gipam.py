@@ -140,7 +140,7 @@ NAMES_PATIENCE_S = 2.0  # of status, for Docker
 IMPORT_PATIENCE_S = 2.0  # at a start with Docker alive
 ETCD_PATIENCE_S = 3.0  # of a request of Docker's that needs etcd
 ETCD_ATTEMPT_S = 1.0  # for one member of etcd; and for what nobody waits for
-ETCD_PAUSE_S = 0.05
+ETCD_PAUSE_S, ETCD_GOODBYE_S = 0.05, 0.2
 PRESENCE_S = 30  # a host that has not been there for so long may be evicted
 PULSE_S = 5.0  # from one sign of presence to the next
 WATCH_PATIENCE_S = 12.0  # without any sign of presence, not even of this host
@@ -899,6 +899,11 @@ class Site:
         if entry.table == "parts":
             self.mark(entry.name[0])
 
+    def newest(self) -> Entry:
+        """Return what was written last of all that is known."""
+        known = (entry for table in self.tables.values() for entry in table.values() if entry.text)
+        return max(known, key=lambda entry: entry.revision, default=self.head)
+
     def learn_all(self, entries: list[Entry], is_all: bool = True) -> None:
         """Take over entries; those of a watch are all that there are up to the last one."""
         for entry in entries:
@@ -947,8 +952,11 @@ class Site:
         for table in self.tables.values():
             table.update({name: entry._replace(revision=0) for name, entry in table.items()})
 
-    def finish_load(self, names: set[tuple[str, Any]], revision: int) -> None:
-        """All keys that there are at the revision have been told: others are gone."""
+    def finish_load(self, names: set[tuple[str, Any]], revision: int) -> bool:
+        """All keys that there are at the revision have been told: others are gone.
+
+        Return whether this host has claims that nothing here holds.
+        """
         for table, entries in self.tables.items():
             gone = [name for name, entry in entries.items()
                     if (table, name) not in names and entry.revision <= revision]
@@ -959,6 +967,7 @@ class Site:
         self.leaving.update(network for network in self.tables["claims"] if self.has(network)
                             and network not in self.state.families[network.version].subnets)
         self.mark_all()
+        return bool(self.leaving)
 
     def find_conflict(self, subnet: Subnet) -> str:
         """Return who has claimed what is held here of a subnet, "" for nobody."""
@@ -2160,6 +2169,15 @@ class Service:
         self.apply(change)
         return change, subnet.prefixlen
 
+    def finish_load(self, names: set[tuple[str, Any]], revision: int) -> None:
+        """Compare all, now that etcd has told all that there is.
+
+        A claim of this host that nothing holds is what a crash left, or the lease file is older
+        than Docker's networks: that is asked before anything is let go.
+        """
+        if self.site and self.site.finish_load(names, revision):
+            self.import_is_due.set()
+
     def parts_of(self, network: Network) -> list[Network]:
         """Return the parts that this host hands addresses out of, [] of a subnet not held."""
         subnet = self.state.families[network.version].subnets.get(network)
@@ -3218,6 +3236,8 @@ class Loop:
 
     def _again(self, handler: Handler, body: bytes, failure: GipamError | None) -> Need | None:
         """Try to answer a request that waits for etcd; return what it needs, None: no more."""
+        if not handler.is_waiting:
+            return None
         reply = dispatch(self.service, handler.command, handler.path, body, handler.server.paths,
                          failure)
         if reply.need:
@@ -3344,6 +3364,11 @@ class Loop:
                 self._accept(server, 0)  # who waits in the backlog would be reset
         self._stop_accepting()
         self._turn_until(self._close_idle)
+        for handler in self.handlers:
+            if handler.is_waiting:
+                handler.is_waiting = False
+                self._late.append((handler, refuse(Stopping("gipam is stopping: try again"))))
+        self.turn(0.0)
         for handler in list(self.handlers):
             self.close(handler)
         self._end_calls()
@@ -4146,7 +4171,7 @@ class Claimant:
     def __init__(self, service: Service, site: Site, make_etcd: Callable[[], Etcd],
                  machine: str) -> None:
         self._service, self._site, self._machine = service, site, machine
-        self._etcd, self._watcher = make_etcd(), make_etcd()  # one for each thread
+        self._etcd, self._watcher, self._last_words = make_etcd(), make_etcd(), make_etcd()
         self._token = ""  # of this process, once it has shown its presence
         self._lease, self._pulse_s, self._present_until_s = "", 0.0, 0.0
         self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
@@ -4172,6 +4197,12 @@ class Claimant:
         self._call, self._stop = call, stop
         for step in (self._work, self._follow):
             threading.Thread(target=self._repeat, args=(step,), name="etcd", daemon=True).start()
+
+    def end(self) -> None:
+        """Say that this host is not there any more, if etcd listens."""
+        if self._lease and not self._service.etcd_failure:
+            with contextlib.suppress(GipamError):
+                self._last_words.ask("/v3/lease/revoke", {"ID": self._lease}, ETCD_GOODBYE_S)
 
     def ask(self, need: Need, again: Again) -> None:
         """Have a request looked at until it needs etcd no more, at most as long as Docker waits.
@@ -4394,10 +4425,11 @@ class Claimant:
         try:
             reply = self._etcd.ask(path, body, patience_s)
         except GipamError as error:
-            self._note(str(error))
+            self._call(functools.partial(self._note, str(error)))
             raise
         self._service.etcd_s.observe(time.perf_counter() - started_s)
-        self._note("")
+        if self._service.etcd_failure:
+            self._call(functools.partial(self._note, ""))
         return reply
 
     def _note(self, failure: str) -> None:
@@ -4440,8 +4472,7 @@ class Claimant:
         """Learn what changes, until the watch breaks; at first all, if there is no way to go on."""
         site, etcd = self._site, self._watcher
         try:
-            watched, head = self._call(lambda: (site.watched, site.head))
-            if site.loaded.is_set() and self._is_history(max(watched, head.revision), head):
+            if site.loaded.is_set() and self._is_history(self._call(site.newest)):
                 self._call(site.mark_all)
             else:
                 self._load(ETCD_PATIENCE_S)
@@ -4453,15 +4484,15 @@ class Claimant:
             etcd.close()
         time.sleep(ETCD_PAUSE_S)
 
-    def _is_history(self, revision: int, head: Entry) -> bool:
-        """Return whether the head was what is known of it: else an older etcd was restored."""
-        body = {"key": self._watcher.key("head", ""), "revision": str(revision)}
+    def _is_history(self, newest: Entry) -> bool:
+        """Return whether what is known as written last was so: else an older etcd was restored."""
+        body = {"key": self._watcher.key(newest.table, newest.name),
+                "revision": str(newest.revision)}
         try:
             reply = self._watcher.ask("/v3/kv/range", body, ETCD_PATIENCE_S)
         except Refused:  # it has been compacted, or is still to come
             return False
-        found = [*self._watcher.entries(reply.get("kvs", ()))] or [Entry("head", "", "", 0)]
-        return found[0] == head
+        return [*self._watcher.entries(reply.get("kvs", ()))] == [newest]
 
     def _load(self, patience_s: float) -> None:
         """Learn all that there is. Raises: Unavailable, Refused."""
@@ -4472,7 +4503,7 @@ class Claimant:
         for at in range(0, len(entries), LOAD_ENTRIES):
             self._call(functools.partial(site.learn_all, entries[at:at + LOAD_ENTRIES], False))
         revision = int(reply["header"]["revision"])
-        self._call(lambda: site.finish_load({entry[:2] for entry in entries}, revision))
+        self._call(lambda: self._service.finish_load({entry[:2] for entry in entries}, revision))
 
 
 def shared_prefixlen(subnet: Network) -> int:
@@ -4858,8 +4889,8 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     for base in status["bases"]:
         yield from render_base({**base, "elsewhere": elsewhere}, status["pools"], width)
     if status["bases"]:
-        yield ("  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
-               + "  o other host" * bool(elsewhere))
+        yield "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+        yield from ["  o held by another host"] * bool(elsewhere)
     hosts = [("HOST", "CLAIMS", "ETCD"), *(
         (host["host"], str(host["claims"]), "there" if host["is_present"] else "not there")
         for host in status.get("hosts", ()))]
@@ -5083,6 +5114,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         loop.run(Heart(service, store).beat)
         notify("STOPPING=1")
         loop.finish(made.close)
+    if claimant:
+        claimant.end()
     handler.is_held = False
     if service.loss:
         raise service.loss
@@ -5161,7 +5194,7 @@ def open_service(config: Config, settings: Settings, store: Store,
 
 
 def begin_import(config: Config, service: Service, document: Json | None) -> None:
-    """Ask Docker what is in use, if there was no lease file, for it may have been lost.
+    """Ask Docker what is in use, if there was no lease file, or an older one, for all etcd knows.
 
     At once if Docker is alive, else when it answers. (While it starts, it accepts connections, but
     waits for gipam.)
@@ -5169,11 +5202,11 @@ def begin_import(config: Config, service: Service, document: Json | None) -> Non
     if document is None or document.get("Import"):
         service.import_is_due.set()
         service.is_import_noted = True
-        if is_docker_alive():
-            try:
-                take_over(service, config.driver, IMPORT_PATIENCE_S, service.run)
-            except GipamError as error:
-                log.warning("Docker cannot be asked yet what is in use: %s", error)
+    if service.import_is_due.is_set() and is_docker_alive():
+        try:
+            take_over(service, config.driver, IMPORT_PATIENCE_S, service.run)
+        except GipamError as error:
+            log.warning("Docker cannot be asked yet what is in use: %s", error)
 
 
 def warn_of_surprises(config: Config, proc: str) -> None:

@@ -7461,6 +7461,13 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.leases.add(str(len(self.asked)))
         return {"ID": str(len(self.asked)), "TTL": "30"}
 
+    def revoke(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.leases.discard(body["ID"])
+        self.revision += 1
+        for key in [key for key, (_, _, lease) in self.values.items() if lease == body["ID"]]:
+            self.change(key, "")
+        return {}
+
     def keepalive(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"result": {"ID": body["ID"], **({"TTL": "30"} if body["ID"] in self.leases else {})}}
 
@@ -7541,7 +7548,6 @@ class Host(Unix):
         config, self.store, document = gipam.load(settings, is_daemon=True)
         test.addCleanup(os.close, self.store._lock_fd)
         self.service = gipam.open_service(config, settings, self.store, document)
-        self.service.import_is_due.clear()
         claimant = gipam.open_claimant(config, self.service, self.store)
         assert claimant and self.service.site
         self.claimant, self.site = claimant, self.service.site
@@ -7559,9 +7565,18 @@ class HostsCase(LoopCase):
     """An etcd, and hosts that share it."""
 
     def setUp(self) -> None:
+        self.addCleanup(self.end_threads)
         self.etcd = FakeEtcd(self)
         self.etcd_url = self.etcd.url
-        self.limit(PULSE_S=0.2, ETCD_PAUSE_S=0.01)
+        self.limit(PULSE_S=0.2, ETCD_PAUSE_S=0.01, ETCD_ATTEMPT_S=0.2)
+
+    @staticmethod
+    def end_threads() -> None:
+        """Wait until those that ask etcd have seen that their loop is over."""
+        for thread in threading.enumerate():
+            if thread.name == "etcd":
+                thread.join(DEADLINE_S)
+                assert not thread.is_alive()
 
     def host(self, name: str, directory: str = "") -> Host:
         return Host(self, name, directory)
@@ -7631,7 +7646,11 @@ class ClaimTest(HostsCase):
         Direct(service).request_pool("10.9.0.0/24")
         service.fold(is_stopping=True)
         self.etcd.set("claims/10.8.0.0/24", {"hosts": ["one"]})
-        self.host("one", directory)
+        host = self.host("one", directory)
+        self.wait_for_claims({"10.8.0.0/24": ["one"], "10.9.0.0/24": ["one"]})
+        self.assertTrue(host.service.import_is_due.is_set(), "Docker may use what the file lacks")
+        host.loop.call(host.service.import_is_due.clear)
+        host.site.wake()
         self.wait_for_claims({"10.9.0.0/24": ["one"]})
 
     def test_nothing_is_let_go_before_docker_has_told_what_it_uses(self) -> None:
@@ -7749,6 +7768,18 @@ class EtcdAwayTest(HostsCase):
         wait_for(lambda: host.service.state.seq == 2, "granted, and taken back")
         self.wait_for_claims({})
 
+    def test_request_that_waits_at_a_stop_is_refused(self) -> None:
+        self.limit(DIAL_PATIENCE_S=0.1)
+        host, held = self.host("one"), threading.Event()
+        self.addCleanup(held.set)
+        self.etcd.before = lambda path: held.wait(DEADLINE_S) if path == "/v3/kv/txn" else None
+        peer = Peer(self, host.loop.servers[0].server_address).send(NEW_POOL)
+        wait_for(lambda: any(it.is_waiting for it in [*host.loop.handlers]), "it waits for etcd")
+        host.loop.stop()
+        host.thread.join()
+        host.loop.finish(lambda: None)
+        self.assertEqual(peer.answer().status, 503)
+
     def test_token_that_has_expired_is_renewed(self) -> None:
         self.etcd.password = "p@ss"
         self.etcd_url = self.etcd.url.replace("//", "//gipam:p%40ss@")
@@ -7782,6 +7813,8 @@ class PresenceTest(HostsCase):
         first.service.fold(is_stopping=True)
         first.loop._end_calls()
         fcntl.flock(first.store._lock_fd, fcntl.LOCK_UN)
+        first.claimant.end()
+        self.assertNotIn("/gipam/gipam/hosts/one", self.etcd.values)
         self.assertEqual(self.host("one", directory).request_pool()[1], "198.18.1.0/24")
 
     def test_host_whose_name_is_taken_ends(self) -> None:
@@ -7899,7 +7932,8 @@ LEASE_FILE_KEYS = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool",
 SAMPLES = {"unix": "true", "address": "127.0.0.1:9191", "file": "/tmp/leases.json",
            "v6": "2001:db8::/56,2001:db8:1::/56", "v4": "10.2.0.0/16", "v6ab": "72", "v4ab": "26",
            "exclude": "10.2.0.0/24", "socket": "/run/web.sock", "spec": "/tmp/web.spec",
-           "metrics": ":9091", "tls": "/tmp"}
+           "metrics": ":9091", "tls": "/tmp", "etcd": "http://10.0.0.1:2379,http://[2001:db8::1]:2379",
+           "etcdtls": "/tmp", "host": "web-1.example"}
 V4, V6 = "-v4=10.2.0.0/16", "-v6=2001:db8::/56"
 ABSENT = "no gipam answers"
 
@@ -7944,7 +7978,8 @@ class OptionTest(CommandLineCase):
              if origin == "default"},
             {"unix": "false", "address": ":9090", "v6": "none", "v4": "none", "v6ab": "64",
              "v4ab": "24", "exclude": "none", "socket": "/run/docker/plugins/gipam.sock",
-             "spec": "/etc/docker/plugins/gipam.spec", "metrics": "off", "tls": "off"})
+             "spec": "/etc/docker/plugins/gipam.spec", "metrics": "off", "tls": "off", "etcd": "off",
+             "etcdtls": "off", "host": socket.gethostname()})
 
     def test_each_option_has_a_flag_in_both_dash_styles_and_a_variable(self) -> None:
         for option in gipam.OPTIONS:
