@@ -215,6 +215,10 @@ class Refused(GipamError, exit_status=2):
     """Docker, or the daemon, answered with an error."""
 
 
+class Outdated(Refused):
+    """etcd has not, or not any more, the revision that it was asked for."""
+
+
 class BusyError(GipamError, exit_status=75):  # EX_TEMPFAIL
     """Another daemon holds the lease file, the socket, or the name of this host in etcd."""
 
@@ -3609,31 +3613,32 @@ def docker_socket() -> str:
     return host[7:]
 
 
-def hint_of(subnet: str) -> str:
-    """Return the size hint that asks for any block of this length."""
-    return f"{'::' if ':' in subnet else '0.0.0.0'}/{subnet.partition('/')[2]}"  # noqa: S104
+def hints_for(subnet: str) -> set[str]:
+    """Return the size hints that may have led to it: of its length, or of the default one."""
+    return {f"{'::' if ':' in subnet else '0.0.0.0'}/{length}"  # noqa: S104
+            for length in (subnet.partition("/")[2], "0")}
 
 
 class Use(NamedTuple):
-    """What Docker uses: a subnet (address ""), or an address in it."""
+    """What Docker uses: a subnet (address ""), or an address in it, or in none (subnet "")."""
 
-    driver: str | None
-    network: str  # name
-    identity: str  # new whenever Docker makes the network or the endpoint anew
-    subnet: str
-    sub_pool: str
+    kind: str  # of an address, as leases have it; else "pool", "template", "hint" (Docker < 29)
     address: str = ""  # bare
-    kind: str = "pool"  # or "hint", only the length asked for (Docker < 29), or "template"
-    mac: str = ""
+    subnet: str = ""
+    sub_pool: str = ""
+    driver: str | None = None
+    network: str = ""  # name
+    identity: str = ""  # new whenever Docker makes the network or the endpoint anew
     container: str = ""
+    mac: str = ""
     pool_name: str = ""  # gipam.name
     has_hidden_gateway: bool = False  # Docker does not show it: the first address that was free
     routed_option: str = ""  # of the network: would end its masquerading
 
     @property
-    def key(self) -> tuple[str, str]:
-        """Return what tells pools apart."""
-        return self.subnet, self.sub_pool
+    def place(self) -> tuple[str, str]:
+        """Return the subnet, and what of it is used: an address, a range, or all ("")."""
+        return self.subnet, self.address or self.sub_pool
 
     def __str__(self) -> str:
         return f"container {self.container}" if self.container else f"network {self.network}"
@@ -3645,26 +3650,51 @@ def normalise_address(text: str) -> str:
     return format_address(int(address), address.version)
 
 
-def network_uses(network: Json, api: tuple[int, ...]) -> Iterator[Use]:
-    """Yield what a network uses: subnets, gateways and auxiliary addresses."""
-    ipam, is_template = network.get("IPAM") or {}, network.get("ConfigOnly")
+def container_uses(container: Json) -> Iterator[tuple[str, Use]]:
+    """Yield each address of a container, and its gateway, with the id of the network."""
+    name = printable((container.get("Names") or ["/" + container["Id"][:12]])[0][1:])
+    for endpoint in ((container.get("NetworkSettings") or {}).get("Networks") or {}).values():
+        network, mac = endpoint.get("NetworkID"), printable(endpoint.get("MacAddress") or "")
+        for keys in (("IPAddress", "IPPrefixLen", "Gateway"),
+                     ("GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPv6Gateway")):
+            address, length, gateway = (endpoint.get(key) or "" for key in keys)
+            if address:
+                subnet = str(parse_prefix(f"{address}/{length}", mask=True))
+                yield network, Use(GATEWAY, gateway, subnet)
+                yield network, Use(ENDPOINT, address, subnet, container=name, mac=mac,
+                                   identity=endpoint.get("EndpointID") or container["Id"])
+
+
+def network_uses(network: Json, inside: list[Use], api: tuple[int, ...]) -> Iterator[Use]:
+    """Yield the subnets of a network, and each address that it or a container in it has.
+
+    Of a network made with a size hint, Docker < 29 shows only that; its containers tell more.
+    """
+    ipam, pools, addresses = network.get("IPAM") or {}, [], []
+    about = Use("template" if network.get("ConfigOnly") else "pool", driver=ipam.get("Driver"),
+                network=printable(network["Name"]), identity=network["Id"],
+                pool_name=printable((ipam.get("Options") or {}).get(NAME_OPTION, "")))
     for config in ipam.get("Config") or ():
         version = 6 if ":" in config.get("Subnet", "") else 4
         if not config.get("Subnet") or not network.get(f"EnableIPv{version}", True):
             continue  # it is shown, but was never asked for
-        subnet, sub_pool = (str(parse_prefix(config[key], mask=True)) if config.get(key) else ""
-                            for key in ("Subnet", "IPRange"))
+        shown, sub_pool = (str(parse_prefix(config[key], mask=True)) if config.get(key) else ""
+                           for key in ("Subnet", "IPRange"))
         gateway, auxiliary = config.get("Gateway"), config.get("AuxiliaryAddresses") or {}
-        kind = "template" if is_template else "hint" if subnet == hint_of(subnet) else "pool"
-        use = Use(ipam.get("Driver"), printable(network["Name"]), network["Id"], subnet,
-                  sub_pool, kind=kind,
-                  pool_name=printable((ipam.get("Options") or {}).get(NAME_OPTION, "")),
-                  has_hidden_gateway=not gateway and has_gateway(network, version, api),
-                  routed_option=find_routed_option(network, version, api))
-        yield use
-        for kind, text in ((GATEWAY, gateway), *((AUXILIARY, text) for text in auxiliary.values())):
-            if text and not is_template:
-                yield place(text, [use])._replace(kind=kind)
+        addresses += [Use(GATEWAY, gateway), *(Use(AUXILIARY, text) for text in auxiliary.values())]
+        told = {use.subnet for use in inside if shown in hints_for(use.subnet)} or {shown}
+        pools += [about._replace(
+            kind="hint" if subnet in hints_for(subnet) else about.kind, subnet=subnet,
+            sub_pool=sub_pool, routed_option=find_routed_option(network, version, api),
+            has_hidden_gateway=not gateway and has_gateway(network, version, api))
+                  for subnet in sorted(told)]
+    yield from pools
+    for use in (use for use in (*addresses, *inside) if use.address and pools):
+        address = normalise_address(use.address)
+        home = next((pool for pool in pools
+                     if ipaddress.ip_address(address) in parse_prefix(pool.subnet)), about)
+        yield home._replace(kind=use.kind, address=address, container=use.container, mac=use.mac,
+                            identity=use.identity or home.identity)
 
 
 BRIDGE = "com.docker.network.bridge."  # options of a bridge network
@@ -3697,42 +3727,6 @@ def find_routed_option(network: Json, version: int, api: tuple[int, ...]) -> str
     return "" if options.get(mode) == "routed" else mode + "=routed"
 
 
-def place(text: str, pools: list[Use]) -> Use:
-    """Return the use of an address in that of these subnets which has it, or in none ("")."""
-    address = normalise_address(text)
-    home = next((pool for pool in pools
-                 if ipaddress.ip_address(address) in parse_prefix(pool.subnet)), None)
-    return (home or pools[0]._replace(subnet="", sub_pool=""))._replace(address=address)
-
-
-def container_uses(container: Json, subnets: dict[str, list[Use]]) -> Iterator[Use]:
-    """Yield what a container uses of the subnets of networks, by id; and its gateways.
-
-    Of a network made with a size hint, Docker < 29 shows only 0.0.0.0/26; these show its subnet.
-    """
-    if container.get("State") not in ("running", "paused", "restarting"):
-        return  # after a crash of dockerd, or a failed start, what it had is still shown
-    name = printable((container.get("Names") or ["/" + container["Id"][:12]])[0][1:])
-    for endpoint in ((container.get("NetworkSettings") or {}).get("Networks") or {}).values():
-        pools = subnets.get(endpoint.get("NetworkID"))
-        for keys in (("IPAddress", "IPPrefixLen", "Gateway"),
-                     ("GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPv6Gateway")):
-            address, length, gateway = (endpoint.get(key) or "" for key in keys)
-            if not pools or not address:
-                continue
-            subnet = str(parse_prefix(f"{address}/{length}", mask=True))
-            hinted = [pool._replace(subnet=subnet, kind="pool") for pool in pools
-                      if pool.subnet == hint_of(subnet)]
-            use = place(address, [*pools, *hinted])
-            router = place(gateway or address, [*pools, *hinted])
-            yield from (pool for pool in hinted if pool.subnet == use.subnet)
-            if gateway and router.subnet:
-                yield router._replace(kind=GATEWAY)
-            yield use._replace(kind=ENDPOINT, container=name,
-                               mac=printable(endpoint.get("MacAddress") or ""),
-                               identity=endpoint.get("EndpointID") or container["Id"])
-
-
 def read_uses(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Use], list[Use]]:
     """Return (what Docker uses of this driver, all other subnets). Raises: Unreachable."""
     end = time.monotonic() + timeout_s
@@ -3743,146 +3737,129 @@ def read_uses(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Use
 
     try:
         api = tuple(map(int, get("/version")["ApiVersion"].split(".")))
-        networks, containers = get("/networks"), get("/containers/json?all=1")
+        networks, inside = get("/networks"), collections.defaultdict(list)
+        for container in get("/containers/json"):
+            for network_id, use in container_uses(container):
+                inside[network_id].append(use)
         networks = [get(f"/networks/{network['Id']}")  # the list leaves the IPAM of such a one out
                     if (network.get("ConfigFrom") or {}).get("Network") else network
                     for network in networks]
-        found = [use for network in networks for use in network_uses(network, api)]
-        uses = [use for use in found if use.driver == driver and use.kind != "template"]
-        others = [use for use in found if not use.address
-                  and (use.driver != driver or use.kind == "template")]
-        subnets = {network: list(pools) for network, pools in itertools.groupby(
-            (use for use in uses if not use.address), lambda use: use.identity)}
-        for container in containers:
-            uses += container_uses(container, subnets)
+        uses = [use for network in networks
+                for use in network_uses(network, inside[network["Id"]], api)]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Unreachable(f"the Docker at {path} answers what gipam does not understand: "
                           f"{error!r}") from error
-    told = {(use.identity, hint_of(use.subnet)) for use in uses if use.kind == "pool"}
-    return [use for use in uses if (use.identity, use.subnet) not in told], others
+    ours = [use for use in uses if use.driver == driver and use.kind != "template"]
+    return ours, [use for use in uses if use.driver != driver or use.kind == "template"]
 
 
 class Finding(NamedTuple):
     """A difference between gipam and Docker, and the request that mends it."""
 
     kind: str
-    identity: Any  # the same as long as this difference lasts
     about: Use
+    path: str  # "": gipam cannot mend it
+    body: Any
     text: str
-    path: str = ""  # "": gipam cannot mend it
-    body: Any = None
+    granted_s: float = 0.0  # when what has leaked was granted
 
 
-def release_body(pool: Json, lease: Json | None = None) -> Json:
-    """Return what /Gipam.Release takes of a pool, or of a lease in it."""
+def release_request(pool: Json, lease: Json | None = None) -> tuple[str, Json]:
+    """Return what releases a pool, or a lease in it, if it still is what was seen."""
     held = lease or pool
-    return {"PoolID": pool["id"], "Address": held.get("address", ""), "Seq": held["seq"]}
+    return "/Gipam.Release", {"PoolID": pool["id"], "Address": held.get("address", ""),
+                              "Seq": held["seq"]}
 
 
-def adopt_body(pool: Use, uses: list[Use], seq: int) -> Json:
-    """Return what /Gipam.Adopt takes; seq is that of the pool."""
+def adopt_request(pool: Use, uses: Iterable[Use], seq: int) -> tuple[str, Json]:
+    """Return what adopts addresses in the pool that was granted as change seq; 0: and the pool."""
     leases = [{"Address": use.address, "Kind": use.kind, "MAC": use.mac, "Name": use.container}
               for use in uses]
-    return {"Subnet": pool.subnet, "SubPool": pool.sub_pool, "Name": pool.pool_name,
-            "Leases": leases, "Seq": seq}
+    return "/Gipam.Adopt", {"Subnet": pool.subnet, "SubPool": pool.sub_pool,
+                            "Name": pool.pool_name, "Leases": leases, "Seq": seq}
 
 
-def group_uses(uses: list[Use]) -> Iterator[tuple[Use, list[Use]]]:
-    """Yield each pool with the first use of each address, with "" for a hidden gateway."""
-    grouped: dict[tuple[str, str], dict[str, Use]] = {}
-    for use in uses:
-        if use.address:
-            grouped.setdefault(use.key, {}).setdefault(use.address, use)
-    for key, pool in {use.key: use for use in uses if use.kind == "pool"}.items():
-        found = list(grouped.get(key, {}).values())
-        is_hidden = pool.has_hidden_gateway and not any(use.kind == GATEWAY for use in found)
-        yield pool, [*found, pool._replace(kind=GATEWAY)] if is_hidden else found
-
-
-def find_leaks(status: Json, uses: list[Use], until_s: float) -> Iterator[Finding]:
-    """Yield what gipam holds, granted until that time, and Docker does not use."""
-    networks = {use.key: use for use in uses if not use.address}
-    used = {(use.subnet, use.address) for use in uses}
+def find_leaks(status: Json, uses: list[Use]) -> Iterator[Finding]:
+    """Yield what gipam holds and Docker does not use."""
+    used = {use.place: use for use in uses}
     for pool in status["pools"]:
-        key = (pool["subnet"], pool["sub_pool"])
-        if key not in networks:
-            if (hint_of(key[0]), "") not in networks and pool["granted_s"] <= until_s:
-                yield Finding("leaked_pool", (pool["id"], pool["seq"]), Use(None, "", "", *key),
-                              f"subnet {' range '.join(filter(None, key))} is held with "
-                              f"{pool['leases']} addresses, but no network has it",
-                              "/Gipam.Release", release_body(pool))
-            continue
-        for lease in pool["addresses"]:
-            address, owner = lease["address"], lease["name"] or lease["mac"] or lease["kind"]
-            about = networks[key]._replace(address=address, container=lease["name"])
-            is_hidden = lease["kind"] == GATEWAY and about.has_hidden_gateway
-            if not is_hidden and (key[0], address) not in used and lease["granted_s"] <= until_s:
-                yield Finding("leaked_address", (pool["id"], address, lease["seq"]), about,
-                              f"address {address} of network {about.network} is held for {owner}, "
-                              "but nothing has it", "/Gipam.Release", release_body(pool, lease))
+        subnet, sub_pool = pool["subnet"], pool["sub_pool"]
+        network = used.get((subnet, sub_pool))
+        if network:
+            for lease in pool["addresses"]:
+                about = network._replace(address=lease["address"], container=lease["name"])
+                is_hidden = lease["kind"] == GATEWAY and network.has_hidden_gateway
+                if not is_hidden and about.place not in used:
+                    yield Finding("leaked_address", about, *release_request(pool, lease),
+                                  f"address {about.address} of {network} is held for "
+                                  f"{lease['name'] or lease['mac'] or lease['kind']}, but nothing "
+                                  "has it", lease["granted_s"])
+        elif used.keys().isdisjoint((hint, "") for hint in hints_for(subnet)):
+            yield Finding("leaked_pool", Use("pool", "", subnet, sub_pool), *release_request(pool),
+                          f"subnet {subnet}{sub_pool and ' range ' + sub_pool} is held with "
+                          f"{pool['leases']} addresses, but no network has it", pool["granted_s"])
 
 
 def find_missing(status: Json, uses: list[Use]) -> Iterator[Finding]:
     """Yield what Docker uses and gipam does not hold, or holds only once."""
-    pools = {(pool["subnet"], pool["sub_pool"]): pool for pool in status["pools"]}
-    held = {(pool["subnet"], lease["address"])
-            for pool in status["pools"] for lease in pool["addresses"]}
-    for pool, inside in group_uses(uses):
-        if pool.key not in pools:
-            yield Finding("missing_pool", pool, pool, f"subnet {pool.subnet} of {pool} is not "
-                          "held: another network could get it",
-                          "/Gipam.Adopt", adopt_body(pool, inside, 0))
-    users: dict[tuple[str, str], list[Use]] = {}
+    held = {(pool["subnet"], one.get("address", pool["sub_pool"])): one["seq"]
+            for pool in status["pools"] for one in (pool, *pool["addresses"])}
+    homes: dict[tuple[str, str], dict[str, Use]] = {}
+    users: dict[tuple[str, str], Use] = {}
     for use in uses:
-        if use.address:
-            users.setdefault((use.subnet, use.address), []).append(use)
-    for key, sharers in users.items():
-        use, what = sharers[0], f"address {key[1]}"
-        if not use.subnet:
-            yield Finding("address_outside", use, use, f"{what} of {use} is in no subnet of "
-                          f"network {use.network}: make the network anew")
-        elif key not in held and use.key in pools:
-            yield Finding("missing_address", use, use,
-                          f"{what} of {use} is not held: another container could get it",
-                          "/Gipam.Adopt", adopt_body(use, [use], pools[use.key]["seq"]))
-        holders = {sharer.identity: str(sharer) for sharer in sharers if sharer.kind == ENDPOINT}
-        if len(holders) > 1:
-            yield Finding("address_twice", (what, *sorted(holders)), use, f"{what} is in "
-                          f"{' and '.join(holders.values())}: restart one of them")
+        homes.setdefault((use.subnet, use.sub_pool), {}).setdefault(use.address, use)
+        first = users.setdefault(use.place, use) if use.kind == ENDPOINT else use
+        if first.identity != use.identity:
+            yield Finding("address_twice", use, "", None, f"address {use.address} is in {first} "
+                          f"and {use}: restart one of them")
+    for home, inside in homes.items():
+        pool = inside.pop("", None)
+        if pool and pool.kind == "pool" and home not in held:
+            if pool.has_hidden_gateway and GATEWAY not in {use.kind for use in inside.values()}:
+                inside[""] = pool._replace(kind=GATEWAY)
+            yield Finding("missing_pool", pool, *adopt_request(pool, inside.values(), 0), "subnet "
+                          f"{pool.subnet} of {pool} is not held: another network could get it")
+        for use in inside.values():
+            what = f"address {use.address} of {use} is"
+            if not use.subnet and use.kind != GATEWAY:
+                yield Finding("address_outside", use, "", None, f"{what} in no subnet of network "
+                              f"{use.network}: make the network anew")
+            elif home in held and use.place not in held:
+                yield Finding("missing_address", use, *adopt_request(use, [use], held[home]),
+                              f"{what} not held: another container could get it")
 
 
 def compare(status: Json, uses: list[Use], others: list[Use],
-            until_s: float) -> dict[Any, Finding]:
-    """Return all that differs, and where subnets of other drivers overlap, by kind and identity."""
-    found = [*find_leaks(status, uses, until_s), *find_missing(status, uses)]
-    pools = [(pool["id"], parse_prefix(pool["subnet"])) for pool in status["pools"] if others]
-    for use in others:
-        prefix = parse_prefix(use.subnet)
-        found += [Finding("overlap", (use.identity, pool_id), use, f"subnet {prefix} of "
-                          f"network {use.network}, of another IPAM driver, overlaps {subnet} "
-                          "of ours: remove one of the two networks") for pool_id, subnet in pools
-                  if use.kind == "pool" and prefix.overlaps(subnet)]
-    found += [Finding("claimed_elsewhere", pool["id"], Use(None, "", "", pool["subnet"], ""),
-                      f"subnet {pool['subnet']} is held here, but {pool['claimed_elsewhere']} has "
-                      "claimed it in etcd: remove one of the two networks")
-              for pool in status["pools"] if pool.get("claimed_elsewhere")]
-    return {finding[:2]: finding for finding in found}
+            until_s: float) -> dict[str, Finding]:
+    """Return all that differs, or had leaked by that time, and what else has a subnet of ours."""
+    found = [*find_leaks(status, uses), *find_missing(status, uses)]
+    subnets = [parse_prefix(pool["subnet"]) for pool in status["pools"] if others]
+    for use in (use for use in others if use.kind == "pool"):
+        found += [Finding("overlap", use._replace(identity=f"{use.identity} {subnet}"), "", None,
+                          f"subnet {use.subnet} of {use}, of another IPAM driver, overlaps "
+                          f"{subnet} of ours: remove one of the two networks")
+                  for subnet in filter(parse_prefix(use.subnet).overlaps, subnets)]
+    found += [Finding("claimed_elsewhere", Use("pool", "", pool["subnet"], pool["sub_pool"]), "",
+                      None, f"subnet {pool['subnet']} is held here, but "
+                      f"{pool['claimed_elsewhere']} has claimed it in etcd: remove one of the two "
+                      "networks") for pool in status["pools"] if pool.get("claimed_elsewhere")]
+    return {str(finding[:4]): finding for finding in found if finding.granted_s <= until_s}
 
 
-def find_differences(read_status: Callable[[], Json], path: str, driver: str,
-                     grace_s: int) -> dict[Any, Finding]:
+def find_differences(look: Callable[[], Json], read_docker: Callable[[], tuple[list[Use], Any]],
+                     grace_s: int) -> dict[str, Finding]:
     """Compare gipam with Docker until no passing difference can be left. Raises: Unreachable.
 
     A round reads gipam, Docker, gipam, and keeps what both readings show. What is left is looked at
     again a moment later, for Docker shows a container that stops before it releases its address.
     """
-    found: dict[Any, Finding] = {}
+    found: dict[str, Finding] = {}
     for pause_s in (0.0, CHECK_PAUSE_S):
         time.sleep(pause_s)
-        before, until_s = read_status(), int(time.time()) - grace_s
-        docker = read_uses(path, driver)
-        first = compare(before, *docker, until_s)
-        again = compare(read_status(), *docker, until_s) if first else {}
+        status, until_s = look(), int(time.time()) - grace_s
+        docker = read_docker()
+        first = compare(status, *docker, until_s)
+        again = compare(look(), *docker, until_s) if first else {}
         kept = again.keys() & (found or again).keys()
         found = {key: finding for key, finding in first.items() if key in kept}
         if not found:
@@ -3949,12 +3926,11 @@ def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json
     if not adopted:
         return adopted, []
     uses, _ = read_docker()
-    for finding in find_leaks(look(), uses, time.time()):
-        body = finding.body
+    for _, _, path, body, *_ in find_leaks(look(), uses):
         is_known = parse_pool_id(body["PoolID"]) is not None  # then Docker releases the pool itself
         if body["Seq"] in adopted and (body["Address"] or not is_known):
             with contextlib.suppress(Forbidden, Refused):  # Docker has just done so
-                post(finding.path, body)
+                post(path, body)
     return adopted, uses
 
 
@@ -3964,7 +3940,7 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
     It is over once Docker has been asked again, and shows each pool that was adopted: before 29, an
     empty network made with a size hint is not shown with its subnet (protocol.md 10.4).
     """
-    path, end, adopted = docker_socket(), time.monotonic() + timeout_s, {*service.adopted}
+    path, end = docker_socket(), time.monotonic() + timeout_s
 
     def read_docker() -> tuple[list[Use], Any]:
         return read_uses(path, driver, max(end - time.monotonic(), 0.001))
@@ -3975,11 +3951,11 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
     def post(path: str, body: Json) -> Any:
         return call(lambda: METHODS[path](service, Fields(body))[0])
 
-    uses, _ = read_docker()
+    adopted, (uses, _) = {*service.adopted}, read_docker()
     adopted, uses = mend(find_missing(look(), uses), adopted, look, read_docker, post)
-    keys = {use.key for use in uses}
+    places = {use.place for use in uses}
     adopted -= {held["seq"] for pool in look()["pools"]
-                if (pool["subnet"], pool["sub_pool"]) not in keys
+                if (pool["subnet"], pool["sub_pool"]) not in places
                 for held in (pool, *pool["addresses"])}
     call(lambda: service.finish_import(adopted))
 
@@ -4067,6 +4043,13 @@ class Etcd:
                 raise Unavailable(f"etcd does not answer on {self._places}: {why}")
             time.sleep(ETCD_PAUSE_S)
 
+    def hang_up(self) -> None:
+        """End a watch, from another thread."""
+        connection = self._connection
+        if connection and connection.sock:
+            with contextlib.suppress(OSError):  # it has just ended
+                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Hang up."""
         if self._connection:
@@ -4098,7 +4081,8 @@ class Etcd:
         if self._token and not is_new:  # it may have expired
             self._token = ""
             return self._post(path, body, timeout_s)
-        raise Refused(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
+        kind = Outdated if code == 11 else Refused  # OUT_OF_RANGE
+        raise kind(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
 
     def key(self, table: str, name: Any) -> str:
         """Return the key of an entry, as the gateway has it."""
@@ -4400,24 +4384,41 @@ class Claimant:
 
     def _transact(self, known: list[Entry], changed: list[Entry], patience_s: float,
                   lease: str = "0") -> bool:
-        """Write what is changed if all is as known; else learn how it is, and return False."""
+        """Write what is changed if all is as known; else learn how it is, and return False.
+
+        If there has been another head since the one that is known, that one is asked for as well:
+        an etcd that never had it is an older one, restored, and all that is known may be wrong.
+        """
         etcd, head = self._etcd, known[0]
         reads = [{"key": etcd.key(entry.table, entry.name)} for entry in known]
         if head.table == "head":  # then all that has been claimed since it was written, too
             reads.append(etcd.range_of("claims/", head.revision + 1))
-        reply = self._ask("/v3/kv/txn", {
-            "compare": [compare for entry in known for compare in etcd.same(entry)],
-            "success": [etcd.put(entry, lease) for entry in changed],
-            "failure": [{"request_range": read} for read in reads]}, patience_s)
+            reads.append({**reads[0], "revision": str(head.revision)})
+        try:
+            reply = self._ask("/v3/kv/txn", {
+                "compare": [compare for entry in known for compare in etcd.same(entry)],
+                "success": [etcd.put(entry, lease) for entry in changed],
+                "failure": [{"request_range": read} for read in reads]}, patience_s)
+        except Outdated:
+            return self._forget(patience_s)
         revision, is_done = int(reply["header"]["revision"]), bool(reply.get("succeeded"))
         found = [] if is_done else [
             entry for response in reply["responses"]
             for entry in etcd.entries(response["response_range"].get("kvs", ()))]
+        if not is_done and head.table == "head" and head.text and head not in found:
+            return self._forget(patience_s)
         there = {entry[:2] for entry in found}
         gone = [entry._replace(text="") for entry in known if entry[:2] not in there]
         news = [entry._replace(revision=revision) for entry in (changed if is_done else gone)]
         self._call(lambda: self._site.settle([*found, *news], [*known, *changed]))
         return is_done
+
+    def _forget(self, patience_s: float) -> bool:
+        """Have the other thread learn all anew, and wait for it; return False."""
+        self._site.loaded.clear()
+        self._watcher.hang_up()
+        self._site.loaded.wait(patience_s)
+        return False
 
     def _ask(self, path: str, body: Json, patience_s: float) -> Json:
         """Ask, and note how that went. Raises: Unavailable, Refused."""
@@ -4455,16 +4456,18 @@ class Claimant:
             self._lease = reply["ID"]
         token = self._token or secrets.token_hex(8)
         value = {"machine": self._machine, "token": token, "at": int(time.time())}
-        is_done = False
-        while not is_done:
+        for _ in range(3):
             known = self._call(lambda: self._site.entry("hosts", name))
             if known.text and (known.value.get("machine") != self._machine
                                or (self._token and known.value.get("token") != token)):
                 raise BusyError(f"another gipam is there as host {name!r}: give each one a -host "
                                 f"of its own; one that has gone is forgotten after {PRESENCE_S} s")
-            is_done = self._transact([known], [known._replace(text=dumps(value))], patience_s,
-                                     self._lease)
-        self._token, self._present_until_s = token, now_s + PRESENCE_S
+            if self._transact([known], [known._replace(text=dumps(value))], patience_s,
+                              self._lease):
+                self._token, self._present_until_s = token, now_s + PRESENCE_S
+                return
+        self._forget(patience_s)
+        raise Unavailable("etcd is not the one that it was, and is read again: try again")
 
     # The thread that follows
 
@@ -4478,6 +4481,8 @@ class Claimant:
                 self._load(ETCD_PATIENCE_S)
             for entries in etcd.watch(self._call(lambda: site.watched) + 1):
                 self._call(functools.partial(site.learn_all, entries))
+                if not site.loaded.is_set():
+                    break
         except (OSError, http.client.HTTPException, ValueError):
             pass  # a watch ends when its member does; another is asked
         finally:
@@ -4849,16 +4854,15 @@ def cmd_status(arguments: argparse.Namespace) -> int:
 
 def add_names(pools: list[Json], uses: list[Use]) -> None:
     """Put pools and leases in order of address; name network and container, where Docker does."""
-    networks = {use.key: use.network for use in uses if not use.address}
-    containers = {(use.subnet, use.address): use.container for use in uses}
+    used = {use.place: use for use in uses}
     pools.sort(key=lambda pool: ipaddress.get_mixed_type_key(
         parse_prefix(pool["sub_pool"] or pool["subnet"])))
     for pool in pools:
-        pool["network"] = networks.get((pool["subnet"], pool["sub_pool"]), "")
+        pool["network"] = used.get((pool["subnet"], pool["sub_pool"]), Use("")).network
         leases = pool.get("addresses", [])
         leases.sort(key=lambda lease: int(ipaddress.ip_address(lease["address"])))
         for lease in leases:
-            lease["container"] = containers.get((pool["subnet"], lease["address"]), "")
+            lease["container"] = used.get((pool["subnet"], lease["address"]), Use("")).container
 
 
 def find_pools(pools: list[Json], text: str) -> list[Json]:
@@ -4967,7 +4971,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     status = read_gipam()
     driver = status["driver"]
     read_docker = functools.partial(read_uses, path, driver)
-    look = functools.partial(find_differences, read_gipam, path, driver, arguments.grace)
+    look = functools.partial(find_differences, read_gipam, read_docker, arguments.grace)
     found = left = look()
     if arguments.fix and found:
         held = {pool["subnet"] for pool in status["pools"]}
@@ -4983,7 +4987,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     return 1 if left else 0
 
 
-def report(found: dict[Any, Finding], left: dict[Any, Finding], notes: list[str],
+def report(found: dict[str, Finding], left: dict[str, Finding], notes: list[str],
            as_json: bool) -> None:
     """Print what was found and is left, or has come up meanwhile."""
     all_found = {**found, **left}
@@ -5006,12 +5010,11 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
     status = ask_status(arguments.settings, has_leases=True)
     pool, lease = find_lease(status["pools"], arguments.pool, arguments.lease)
-    body = release_body(pool, lease)
-    address = body["Address"]
+    request, address = release_request(pool, lease), lease["address"] if lease else ""
     if not arguments.force:
         uses, _ = read_uses(docker_socket(), status["driver"])
-        leaks = [finding.body for finding in find_leaks(status, uses, time.time())]
-        if body not in leaks and release_body(pool) not in leaks:
+        leaks = [(finding.path, finding.body) for finding in find_leaks(status, uses)]
+        if request not in leaks and release_request(pool) not in leaks:
             users = [str(use) for use in uses
                      if (use.subnet, use.address) == (pool["subnet"], address)]
             raise Forbidden(f"{(users or ['a network'])[0]} of Docker uses it: remove that first, "
@@ -5019,7 +5022,7 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
     if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
-    call(find_daemon(arguments.settings), "POST", "/Gipam.Release", body)
+    call(find_daemon(arguments.settings), "POST", *request)
     print(f"released {what} {pool['subnet']}")
     return 0
 

@@ -52,8 +52,11 @@ class Namespace:
         self.pid = holder.pid
         self.inside = ("nsenter", "-t", str(self.pid), "-n", "--")
 
+    def run(self, *command: str) -> None:
+        subprocess.run([*self.inside, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
     def ip(self, words: str) -> None:
-        subprocess.run([*self.inside, "ip", *words.split()], check=True)
+        self.run("ip", *words.split())
 
 
 class Host:
@@ -62,7 +65,7 @@ class Host:
     def __init__(self, site: Site, name: str, options: tuple[str, ...], *, lines: str = "", directory: str = "",
                  env: dict[str, str] | None = None) -> None:
         self.site, self.name, self.namespace = site, name, Namespace(site.test)
-        site.plug(self.namespace)
+        self.address = site.plug(self.namespace)
         directory = directory or make_directory(site.test)
         self.daemon = Daemon(site.test, *BASES, *options, directory=directory, env={**NO_DOCKER, **(env or {})},
                              command=(*self.namespace.inside, *launcher(directory, lines)))
@@ -125,7 +128,7 @@ class Site:
     """Hosts, each plugged into a bridge, and an etcd there: members on addresses of the bridge's namespace."""
 
     def __init__(self, test: unittest.TestCase, members: int = 1, tls: bool = False, token_ttl_s: int = 300) -> None:
-        require("ip", "nsenter", "unshare")
+        require("ip", "nsenter", "ss", "unshare")
         self.test, self.ledger, self.namespace = test, Ledger(), Namespace(test)
         self.hosts: list[Host] = []
         self.plugs = itertools.count(1)
@@ -136,11 +139,14 @@ class Site:
         test.addCleanup(self.etcd.close)
         self.etcd.start()
 
-    def plug(self, namespace: Namespace) -> None:
+    def plug(self, namespace: Namespace) -> str:
+        """Connect a namespace, and return its address."""
+        address = f"10.77.1.{next(self.plugs)}"
         self.namespace.ip(f"link add host{namespace.pid} type veth peer name eth0 netns {namespace.pid}")
         self.namespace.ip(f"link set host{namespace.pid} master site up")
-        namespace.ip(f"addr add 10.77.1.{next(self.plugs)}/16 dev eth0")
+        namespace.ip(f"addr add {address}/16 dev eth0")
         namespace.ip("link set eth0 up")
+        return address
 
     def new_host(self, name: str, *options: str, is_on_etcd: bool = True, **more: Any) -> Host:
         """Return a host whose gipam does not run yet."""
@@ -683,6 +689,26 @@ class RestoreTest(SiteCase):
         until(lambda: "there" in here.pools()[pool_ids[0]]["claimed_elsewhere"], "the dispute is found", QUIET_S)
         self.assert_refused("there", here.client.request_address, pool_ids[0], "192.168.1.202", mac)
         self.assertEqual(here.client.request_address(pool_ids[0], "192.168.1.185", mac), "192.168.1.185/24")
+
+    def test_claims_of_a_restored_etcd_are_known_before_the_next_though_the_watch_is_silent(self) -> None:
+        site = Site(self)
+        here, there = site.host("here"), site.host("there")
+        snapshot = os.path.join(site.etcd.directory, "snapshot")
+        site.etcd.save(snapshot)
+        for _ in range(10):
+            here.client.request_pool()
+        revision = site.etcd.revision() + 10
+        here.cut_off()
+        site.namespace.run("ss", "-K", "dst", here.address)  # as if the power had failed: nobody ends the watch
+        site.etcd.restore(snapshot)
+        until(lambda: not there.client.state()["claims"], "the history is seen to be another", QUIET_S)
+        there.client.request_pool("172.16.0.0/16")
+        while site.etcd.revision() <= revision:
+            site.etcd.put("/another", "key")
+        there.client.request_pool("172.17.0.0/16")
+        here.join_again()
+        self.assert_refused("claimed by host there", here.client.request_pool, "172.16.0.0/24")
+        site.assert_agreement()
 
     def test_restore_under_live_hosts_gives_nothing_away(self) -> None:
         site = Site(self, 3)
