@@ -27,9 +27,20 @@ ME = "me=192.0.2.7"  # stands for each host's own address
 
 # A machine whose packages have just been installed. The image says whom it sees: busybox has REMOTE_ADDR in brackets.
 SET_UP = EQUIP.replace("tar c .", r"""mkdir www/cgi-bin; printf '#!/bin/sh\necho; echo $REMOTE_ADDR\n' > www/cgi-bin/who
-chmod +x www/cgi-bin/who; cp -r www /; tar c .""") + "systemctl enable bird etcd"
+chmod +x www/cgi-bin/who; cp -r www /; tar c .""") + r"""
+cat > /usr/local/bin/cable << 'END'
+#!/bin/bash
+number=$((6 + ${HOSTNAME#host}))
+ip link add eth0 type veth peer name cable; ip link set eth0 up
+ip addr add 192.0.2.$number/24 dev eth0; ip addr add 2001:db8:ffff::$number/64 dev eth0 nodad
+ip route add default via 192.0.2.1; ip -6 route add default via 2001:db8:ffff::1
+END
+printf '%s\n' [Unit] Before=network.target [Service] Type=oneshot RemainAfterExit=yes ExecStart=/usr/local/bin/cable \
+  [Install] WantedBy=multi-user.target > /etc/systemd/system/cable.service
+chmod +x /usr/local/bin/cable; systemctl enable cable bird etcd
+"""
 CONNECT_ROUTER = """
-systemctl stop docker.socket docker; iptables -P FORWARD ACCEPT
+systemctl stop docker.socket docker; iptables -P FORWARD ACCEPT; ip link del eth0
 echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
 ip link add eth0 type bridge; ip link set eth0 up; ip addr add 192.168.1.1/24 dev eth0
 ip addr add 192.0.2.1/24 dev eth0; ip addr add 2001:db8:ffff::1/64 dev eth0 nodad
@@ -39,10 +50,6 @@ ip -n outside link set lo up; ip -n outside link set eth0 up
 ip -n outside addr add 198.51.100.2/24 dev eth0; ip -n outside addr add 2001:db8:eeee::2/64 dev eth0 nodad
 ip -n outside route add default via 198.51.100.1; ip -n outside route add default via 2001:db8:eeee::1
 ip netns exec outside busybox httpd -h /www
-"""
-CONNECT_HOST = """
-ip link set eth0 up; ip addr add 192.0.2.{0}/24 dev eth0; ip addr add 2001:db8:ffff::{0}/64 dev eth0 nodad
-ip route add default via 192.0.2.1; ip -6 route add default via 2001:db8:ffff::1
 """
 CREATE = "docker network create --ipam-driver gipam --ipv6 -o com.docker.network.bridge.enable_ip_masquerade=false "
 ADDRESSES = "docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}}{{end}}' "
@@ -66,11 +73,10 @@ class Host(Machine):
         return self(f"cd /root/gipam\n{text.replace(ME, f'me=192.0.2.{HOSTS.get(self.name)}')}")
 
     def connect(self, router: Machine) -> None:
-        """Plug the cable in, and have addresses and routes."""
-        subprocess.check_call(["ip", "link", "add", self.name, "netns", router.pid, "type", "veth",
-                               "peer", "name", "eth0", "netns", self.pid])
+        """Plug its cable in."""
+        subprocess.check_call(["nsenter", "-t", self.pid, "-n", "ip", "link", "set", "cable",
+                               "netns", router.pid, "name", self.name])
         router(f"ip link set {self.name} master eth0 up")
-        self(CONNECT_HOST.format(HOSTS[self.name]))
 
     def addresses_of(self, container: str) -> list[str]:
         return self(ADDRESSES + container).split()
@@ -113,7 +119,11 @@ class HostsTest(unittest.TestCase):
         before = [block for block in blocks if block.chapter in BEFORE and block.kind == "sh"]
         cls.networks = [block for block in before if "docker network create" in block.text or "docker run" in block.text]
         several = [block for block in blocks if block.part == PART and "evict" not in block.text]
+        text = ""
         for block in [*(block for block in before if block not in cls.networks), *several, *cls.networks]:
+            if block.kind == "sh router":  # "the same with another first line"
+                block = block._replace(text=block.text + text.partition("\n")[2])
+            text = block.text
             for machine in {"sh": list(cls.hosts.values()), "sh first": [cls.hosts["host1"]]}.get(block.kind, [cls.router]):
                 machine.follow_block(block)
             if "ca-key" in block.text:  # "copy this to the others"
@@ -258,6 +268,18 @@ class HostsTest(unittest.TestCase):
                 first("docker network rm later")
                 self.assertEqual({host: host.subnets() for host in before}, before)
                 self.assert_all_is_well()
+
+    def test_host_that_is_switched_off_keeps_its_subnets(self) -> None:
+        first, _, third = self.hosts.values()
+        before = third.subnets()
+        third.end()
+        self.assert_refused(first, f"{CREATE} --subnet {before['web'][0]} taken", "Pool overlaps", "host3")
+        first(CREATE + "other; docker network rm other")  # two members of etcd are enough
+        third.boot()
+        third.connect(self.router)
+        third.wait_for_containers()
+        self.assertEqual(third.subnets(), before)
+        self.assert_all_is_well()
 
     def test_host_that_is_gone_is_evicted_and_found_out_when_it_comes_back(self) -> None:
         first, _, third = self.hosts.values()
