@@ -4040,6 +4040,7 @@ class Claimant:
         self._service, self._site, self._machine = service, site, machine
         self._etcd, self._watcher, self._last_words = make_etcd(), make_etcd(), make_etcd()
         self._token = ""  # of this process, once it has shown its presence
+        self._rival: Entry | None = None  # has the name of this host
         self._lease, self._pulse_s, self._present_until_s = "", 0.0, 0.0
         self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
         self._bell = threading.Event()
@@ -4051,11 +4052,18 @@ class Claimant:
     def begin(self) -> None:
         """Before anything is served, learn what others hold and show presence. Raises: BusyError.
 
-        An etcd that does not answer is no reason to wait.
+        An etcd that does not answer is no reason to wait; another gipam of this name is, until it
+        shows itself again or is forgotten.
         """
         try:
             self._load(ETCD_ATTEMPT_S)
-            self._show_presence(ETCD_ATTEMPT_S)
+            while not self._token:
+                try:
+                    self._show_presence(ETCD_ATTEMPT_S)
+                except Unavailable:
+                    if not self._rival:
+                        raise
+                    time.sleep(PULSE_S / 5)
         except (Unavailable, Refused) as error:
             self._note(str(error))
 
@@ -4341,16 +4349,30 @@ class Claimant:
         value = {"machine": self._machine, "token": token, "at": int(time.time())}
         for _ in range(3):
             known = self._call(lambda: self._site.entry("hosts", name))
-            if known.text and (known.value.get("machine") != self._machine
-                               or (self._token and known.value.get("token") != token)):
-                raise BusyError(f"another gipam is there as host {name!r}: give each one a -host "
-                                f"of its own; one that has gone is forgotten after {PRESENCE_S} s")
+            self._check_name(known)
             if self._transact([known], [known._replace(text=dumps(value))], patience_s,
                               self._lease):
                 self._token, self._present_until_s = token, now_s + PRESENCE_S
                 return
         self._forget(patience_s)
         raise Unavailable("etcd is not the one that it was, and is read again: try again")
+
+    def _check_name(self, known: Entry) -> None:
+        """Check that no other gipam is there under the name of this host.
+
+        Raises: BusyError, if it has shown itself again; Unavailable, if it may have gone.
+        """
+        is_own = known.value.get("machine") == self._machine and (
+            not self._token or known.value.get("token") == self._token)
+        if known.text and not is_own:
+            first, self._rival = self._rival, known
+            said = f"another gipam is there as host {known.name!r}: each needs a -host of its own"
+            if first and first.revision < known.revision:
+                raise BusyError(said)
+            absent = known._replace(text="")
+            self._transact([absent], [absent], ETCD_ATTEMPT_S)  # to learn how it is now
+            raise Unavailable(f"{said}; one that has gone is forgotten after {PRESENCE_S} s")
+        self._rival = None
 
     # The thread that follows
 

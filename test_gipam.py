@@ -7215,9 +7215,19 @@ class PresenceTest(HostsCase):
         self.assertNotIn("/gipam/gipam/hosts/one", self.etcd.values)
         self.assertEqual(self.host("one", directory).request_pool()[1], "198.18.1.0/24")
 
+    def test_host_waits_for_one_of_its_name_that_has_gone(self) -> None:
+        """Such as itself, before its lease file was made anew: until that is forgotten."""
+        self.etcd.set("hosts/one", {"machine": "another"})
+        forget = threading.Timer(0.2, self.etcd.set, ("hosts/one", ""))
+        forget.start()
+        self.host("one").request_pool()
+        forget.join()
+
     def test_host_whose_name_is_taken_ends(self) -> None:
         host = self.host("one")
-        self.etcd.set("hosts/one", {"machine": "another"})
+        while not host.claimant.busy:  # it is alive
+            self.etcd.set("hosts/one", {"machine": "another"})
+            time.sleep(0.05)
         host.thread.join(DEADLINE_S)
         self.assertIsInstance(host.claimant.busy, gipam.BusyError)
 
