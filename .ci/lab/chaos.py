@@ -32,6 +32,7 @@ CHAOS_S = float(os.environ.get("GIPAM_CHAOS_S") or 45)
 BASES = ("-v4", "10.2.0.0/19", "-v6", "2001:db8:0:100::/59")  # 32 blocks of each family: hosts meet
 QUIET_S = 60.0  # the presence of who has died, its lease, lasts 30 s
 NOTHING = ("", "", "")
+SHARED = ("192.168.", "fd00:")  # these subnets are asked for to be shared
 CLOCK = "import time; now = time.time; time.time = lambda: now() + {}"
 
 
@@ -51,21 +52,26 @@ class Namespace:
         self.pid = holder.pid
         self.inside = ("nsenter", "-t", str(self.pid), "-n", "--")
 
+    def run(self, *command: str) -> None:
+        subprocess.run([*self.inside, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
     def ip(self, words: str) -> None:
-        subprocess.run([*self.inside, "ip", *words.split()], check=True)
+        self.run("ip", *words.split())
 
 
 class Host:
     """A gipam of its own name, in a namespace of its own, with the tenants that use it."""
 
-    def __init__(self, site: Site, name: str, options: tuple[str, ...], lines: str, env: dict[str, str]) -> None:
+    def __init__(self, site: Site, name: str, options: tuple[str, ...], *, lines: str = "", directory: str = "",
+                 env: dict[str, str] | None = None) -> None:
         self.site, self.name, self.namespace = site, name, Namespace(site.test)
-        site.plug(self.namespace)
-        directory = make_directory(site.test)
-        self.daemon = Daemon(site.test, *BASES, *options, directory=directory, env={**NO_DOCKER, **env},
+        self.address = site.plug(self.namespace)
+        directory = directory or make_directory(site.test)
+        self.daemon = Daemon(site.test, *BASES, *options, directory=directory, env={**NO_DOCKER, **(env or {})},
                              command=(*self.namespace.inside, *launcher(directory, lines)))
-        with open(self.daemon.file, "w", encoding="ascii") as file:
-            file.write("{}")  # it is no first start: no Docker is asked what is in use
+        if not os.path.exists(self.daemon.file):
+            with open(self.daemon.file, "w", encoding="ascii") as file:
+                file.write("{}")  # it is no first start: no Docker is asked what is in use
         self.client = self.daemon.client()
         self.is_on_etcd = "-host" in options
         self.tenants: list[Tenant] = []
@@ -122,7 +128,7 @@ class Site:
     """Hosts, each plugged into a bridge, and an etcd there: members on addresses of the bridge's namespace."""
 
     def __init__(self, test: unittest.TestCase, members: int = 1, tls: bool = False, token_ttl_s: int = 300) -> None:
-        require("ip", "nsenter", "unshare")
+        require("ip", "nsenter", "ss", "unshare")
         self.test, self.ledger, self.namespace = test, Ledger(), Namespace(test)
         self.hosts: list[Host] = []
         self.plugs = itertools.count(1)
@@ -133,17 +139,19 @@ class Site:
         test.addCleanup(self.etcd.close)
         self.etcd.start()
 
-    def plug(self, namespace: Namespace) -> None:
+    def plug(self, namespace: Namespace) -> str:
+        """Connect a namespace, and return its address."""
+        address = f"10.77.1.{next(self.plugs)}"
         self.namespace.ip(f"link add host{namespace.pid} type veth peer name eth0 netns {namespace.pid}")
         self.namespace.ip(f"link set host{namespace.pid} master site up")
-        namespace.ip(f"addr add 10.77.1.{next(self.plugs)}/16 dev eth0")
+        namespace.ip(f"addr add {address}/16 dev eth0")
         namespace.ip("link set eth0 up")
+        return address
 
-    def new_host(self, name: str, *options: str, lines: str = "", env: dict[str, str] | None = None,
-                 is_on_etcd: bool = True) -> Host:
+    def new_host(self, name: str, *options: str, is_on_etcd: bool = True, **more: Any) -> Host:
         """Return a host whose gipam does not run yet."""
         on_etcd = ("-host", name, "-etcd", self.etcd.endpoints) if is_on_etcd else ()
-        return Host(self, name, (*on_etcd, *options), lines, env or {})
+        return Host(self, name, (*on_etcd, *options), **more)
 
     def host(self, name: str, *options: str, **more: Any) -> Host:
         """Return a host whose gipam runs."""
@@ -179,7 +187,7 @@ class Site:
             for pool in host.pools().values():
                 self.test.assertFalse(pool.get("claimed_elsewhere"), pool)
                 parts = [ipaddress.ip_network(part) for part, name in self.parts(pool["subnet"]).items() if name == host.name]
-                for lease in pool["addresses"] if pool["subnet"].startswith("192.168.") else ():
+                for lease in pool["addresses"] if pool["subnet"].startswith(SHARED) else ():
                     is_in_part = any(ipaddress.ip_address(lease["address"]) in part for part in parts)
                     self.test.assertTrue(is_in_part or lease["kind"] != "endpoint", (lease, parts))
 
@@ -282,20 +290,21 @@ class Tenant(threading.Thread):
         self.ledger.counts[what] += 1
 
     def request_pool(self) -> str:
-        block, shared = self.rng.randrange(32), f"192.168.{self.number}.0/25"
+        block = self.rng.randrange(32)
         kinds: list[tuple[str, str, bool, dict[str, str]]] = [
             ("dynamic", "", False, {}), ("dynamic", "", True, {}), ("small", "", False, {"gipam_v4ab": "26"}),
             ("large", "", False, {"gipam_v4ab": "23"}), ("small", "", True, {"gipam_v6ab": "72"}),
             ("named", "", bool(block % 2), {"gipam_name": f"net{self.number}{block % 3}"}),
             ("explicit", f"10.2.{block}.0/24", False, {}), ("explicit", f"10.2.{block}.64/26", False, {}),
             ("explicit", f"2001:db8:0:100::{block}:0:0/96", True, {}), ("outside", f"172.16.{block % 4}.0/24", False, {}),
-            *[("shared", shared, False, {"gipam_shared": "true"})] * 3 * self.host.is_on_etcd]
+            *[("shared", f"192.168.{self.number}.0/25", False, {"gipam_shared": "true"}),
+              ("shared", f"fd00:{self.number}::/64", True, {"gipam_shared": "true"})] * 2 * self.host.is_on_etcd]
         kind, pool, is_v6, options = self.rng.choice(kinds)
         self.asked = ("request_pool", pool, "")
         pool_id, subnet = self.client.request_pool(pool, "", is_v6, **options)
         self.learn(pool_id, subnet)
         if kind == "shared":  # its gateway, as Docker does at once
-            self.asked = ("request_address", pool_id, subnet.replace(".0/25", ".1"))
+            self.asked = ("request_address", pool_id, str(ipaddress.ip_network(subnet)[1]))
             self.client.request_address(pool_id, self.asked[2], gateway=True)
             self.learn(pool_id, subnet, self.asked[2], is_gateway=True)
         return kind + " pool"
@@ -326,7 +335,7 @@ class Tenant(threading.Thread):
         return "released address"
 
     def learn(self, pool_id: str, subnet: str, address: str = "", is_gateway: bool = False) -> None:
-        is_shared = subnet.startswith("192.168.")
+        is_shared = subnet.startswith(SHARED)
         self.ledger.add(Entry(self, pool_id, subnet, address, is_shared and (is_gateway or not address)))
 
     def explains(self, pool_id: str, subnet: str, address: str) -> bool:
@@ -493,6 +502,43 @@ class NameTest(SiteCase):
         site.assert_agreement()
 
 
+    def test_second_host_of_a_name_that_started_without_etcd_ends_when_it_is_back(self) -> None:
+        site = Site(self)
+        first, second = site.host("web"), site.new_host("web")
+        first.client.request_pool()
+        site.etcd.kill()
+        second.daemon.start()  # nobody can tell
+        site.etcd.start()
+        assert second.daemon.process
+        self.assertEqual(second.daemon.process.wait(QUIET_S), 75, second.daemon.read_log())
+        self.assertIn("'web'", second.daemon.read_log())
+        first.client.request_pool()
+        site.assert_agreement()
+
+    def test_hosts_that_come_to_a_site_with_what_they_have(self) -> None:
+        site, hosts = Site(self), []
+        for name in ("old", "new"):
+            before = site.new_host(name, is_on_etcd=False)
+            before.daemon.start()
+            before.client.request_pool()
+            before.client.request_pool(v6=True, gipam_v6ab="72" if name == "old" else "70")
+            before.client.request_pool("172.16.0.0/24" if name == "old" else "172.17.0.0/24")
+            before.kill()
+            hosts.append(site.host(name, directory=before.daemon.directory))
+            until(lambda: hosts[-1].client.state()["etcd"]["due"] == 0, "all is compared")
+        for pool in hosts[0].pools().values():
+            self.assertEqual(pool["claimed_elsewhere"], "")
+            hosts[0].client.request_address(pool["id"])
+        for pool in hosts[1].pools().values():
+            if pool["subnet"] == "172.17.0.0/24":
+                hosts[1].client.request_address(pool["id"])
+            else:
+                self.assert_refused("old", hosts[1].client.request_address, pool["id"])
+                hosts[1].client.release_pool(pool["id"])
+        hosts[1].client.request_pool()
+        site.assert_agreement()
+
+
 class SharedTest(SiteCase):
     """One /24 on three hosts; a fixed address of a container comes with a MAC address, an auxiliary one does not."""
 
@@ -623,6 +669,47 @@ class RestoreTest(SiteCase):
         here.client.release_pool(disputed)  # the way out: the network is made anew
         site.assert_agreement()
 
+    def test_restore_behind_a_host_that_was_cut_off_is_seen_though_revisions_went_on(self) -> None:
+        site, subnet, mac = Site(self), "192.168.1.0/24", "02:42:00:00:00:01"
+        here, there = site.host("here"), site.host("there")
+        pool_ids = [host.client.request_pool(subnet, gipam_shared="true")[0] for host in (here, there)]
+        snapshot = os.path.join(site.etcd.directory, "snapshot")
+        site.etcd.save(snapshot)
+        for number in range(24, 248, 16):  # each with its part
+            here.client.request_address(pool_ids[0], f"192.168.1.{number}", mac)
+        revision = site.etcd.revision() + 10
+        here.cut_off()
+        site.etcd.restore(snapshot)
+        until(lambda: site.parts(subnet) == {}, "the part is forgotten")
+        until(there.is_etcd_up, "etcd is back", QUIET_S)
+        there.client.request_address(pool_ids[1], "192.168.1.201", mac)
+        while site.etcd.revision() <= revision:
+            site.etcd.put("/another", "key")
+        here.join_again()
+        until(lambda: "there" in here.pools()[pool_ids[0]]["claimed_elsewhere"], "the dispute is found", QUIET_S)
+        self.assert_refused("there", here.client.request_address, pool_ids[0], "192.168.1.202", mac)
+        self.assertEqual(here.client.request_address(pool_ids[0], "192.168.1.185", mac), "192.168.1.185/24")
+
+    def test_claims_of_a_restored_etcd_are_known_before_the_next_though_the_watch_is_silent(self) -> None:
+        site = Site(self)
+        here, there = site.host("here"), site.host("there")
+        snapshot = os.path.join(site.etcd.directory, "snapshot")
+        site.etcd.save(snapshot)
+        for _ in range(10):
+            here.client.request_pool()
+        revision = site.etcd.revision() + 10
+        here.cut_off()
+        site.namespace.run("ss", "-K", "dst", here.address)  # as if the power had failed: nobody ends the watch
+        site.etcd.restore(snapshot)
+        until(lambda: not there.client.state()["claims"], "the history is seen to be another", QUIET_S)
+        there.client.request_pool("172.16.0.0/16")
+        while site.etcd.revision() <= revision:
+            site.etcd.put("/another", "key")
+        there.client.request_pool("172.17.0.0/16")
+        here.join_again()
+        self.assert_refused("claimed by host there", here.client.request_pool, "172.16.0.0/24")
+        site.assert_agreement()
+
     def test_restore_under_live_hosts_gives_nothing_away(self) -> None:
         site = Site(self, 3)
         hosts = [site.host(name) for name in ("here", "there")]
@@ -749,6 +836,13 @@ class EvictTest(SiteCase):
         site.assert_agreement()
         self.assertEqual(site.parts("192.168.1.0/24"), {})
         self.assertEqual(stays.client.request_pool("10.2.9.0/24")[1], "10.2.9.0/24")
+        leaves.daemon.start()  # against all promises
+        lost = next(pool_id for pool_id, pool in leaves.pools().items() if pool["subnet"] == "10.2.9.0/24")
+        self.assert_refused("stays", leaves.client.request_address, lost)
+        leaves.client.request_address(shared)  # of its part, which nobody has taken
+        leaves.client.release_pool(lost)
+        site.hosts.append(leaves)
+        site.assert_agreement()
 
 
 if __name__ == "__main__":
