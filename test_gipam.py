@@ -100,6 +100,21 @@ def ranges(networks: Iterable[gipam.Network]) -> list[gipam.Range]:
     return [(int(network[0]), int(network[-1])) for network in networks]
 
 
+WORLDS = prefixes("10.0.0.0/22 2001:db8::/118")  # 1,024 addresses each: a naive model may list them
+
+
+def random_prefix(rng: random.Random, world: gipam.Network, shortest: int = 0) -> gipam.Network:
+    """Return a prefix inside, at least so many bits longer."""
+    length = rng.randint(world.prefixlen + shortest, world.max_prefixlen)
+    first = int(world[0]) + rng.randrange(world.num_addresses)
+    return ipaddress.ip_network((first.to_bytes(world.max_prefixlen // 8, "big"), length),
+                                strict=False)
+
+
+def subnet_of(pool_id: str) -> gipam.Network:
+    return gipam.parse_prefix(re.split("[,#]", pool_id)[0])
+
+
 def make_directory(test: unittest.TestCase) -> str:
     """Return a new directory that goes with the test."""
     directory = os.path.realpath(tempfile.mkdtemp(prefix="gipam-"))
@@ -229,10 +244,13 @@ def record(service: gipam.Service) -> list[gipam.Change]:
 
 
 class Tenant:
-    """Makes and removes networks and containers at random, and knows what it was answered."""
+    """Makes and removes networks and containers at random, and knows what it was answered.
 
-    ACTIONS: tuple[str, ...] = ("request_pool", "release_pool", "request_held", "release_unheld",
-                                *["request_address"] * 6, *["release_address"] * 3)
+    About a fifth of what it asks for must be refused.
+    """
+
+    ACTIONS = (*["request_pool"] * 4, *["release_pool"] * 2, *["request_address"] * 6,
+               *["release_address"] * 5, *["request_any"] * 3, "release_any")
     MAX_POOLS, MAX_ADDRESSES = 4, 30  # so that a long life does not fill the state
 
     def __init__(self, client: Any, rng: random.Random, number: int = 0,
@@ -263,14 +281,21 @@ class Tenant:
         self.replies += 1
 
     def request_pool(self, _: str) -> None:
-        net = f"172.16.{self.number}."
-        explicit = net + "0/24", f"{net}{self.rng.randrange(4) * 16}/28"
-        kinds: list[tuple[str, str, bool, dict[str, str]]] = [
-            ("", "", False, {}), ("", "", True, {}), ("", "", False, {"gipam_v4ab": "26"}),
-            ("", "", True, {"gipam_name": f"net{self.rng.randrange(3)}"}), (*explicit, False, {})]
-        pool, sub_pool, is_v6, options = self.rng.choice(kinds)
+        rng, world = self.rng, self.rng.choice(WORLDS)
+        options = {"gipam_name": rng.choice(("", "", "web", "db", "mail"))}
+        subnet = sub_pool = None
+        if rng.random() < 0.5:
+            subnet = random_prefix(rng, world, 3)
+            if self.pools and rng.random() < 0.4:  # of one that is held it may get another range
+                subnet = subnet_of(rng.choice(list(self.pools)))
+            if rng.random() < 0.6:
+                sub_pool = random_prefix(rng, rng.choice((subnet,) * 3 + (rng.choice(WORLDS),)))
+        elif rng.random() < 0.3:
+            length = rng.randint(world.prefixlen, world.max_prefixlen)
+            options[f"gipam_v{world.version}ab"] = str(length)
+        asked = str(subnet or ""), str(sub_pool or ""), (subnet or world).version == 6
         self.pending = ("request_pool",)
-        self.pools[self.client.request_pool(pool, sub_pool, is_v6, **options)[0]] = []
+        self.pools[self.client.request_pool(*asked, **options)[0]] = []
 
     def release_pool(self, pool_id: str) -> None:
         if pool_id not in self.shared:
@@ -278,29 +303,40 @@ class Tenant:
             self.client.release_pool(pool_id)
             del self.pools[pool_id]
 
-    def request_address(self, pool_id: str) -> None:
-        mac = f"02:42:00:00:{self.number:02x}:{self.rng.randrange(64):02x}"
+    def request_address(self, pool_id: str, address: str = "") -> None:
+        mac = f"02:42:00:00:{self.number:02x}:{self.rng.randrange(4):02x}"
         name, is_gateway = self.rng.choice(("", f"web{self.number}")), not self.rng.randrange(5)
         self.pending = ("request_address", pool_id)
-        cidr = self.client.request_address(pool_id, mac=mac, name=name, gateway=is_gateway)
-        self.pools[pool_id].append(cidr.partition("/")[0])
+        cidr = self.client.request_address(pool_id, address, mac, name, gateway=is_gateway)
+        address = cidr.partition("/")[0]
+        if address in self.pools[pool_id]:
+            raise AssertionError(f"{address} of {pool_id} was given twice")
+        self.pools[pool_id].append(address)
 
     def release_address(self, pool_id: str) -> None:
         if self.pools[pool_id]:
-            address = self.rng.choice(self.pools[pool_id])
-            self.pending = ("release_address", pool_id, address)
-            self.client.release_address(pool_id, address)
-            self.pools[pool_id].remove(address)
+            self.release(pool_id, self.rng.choice(self.pools[pool_id]))
 
-    def request_held(self, pool_id: str) -> None:
-        """Ask for an address that cannot be had."""
-        for address in self.pools[pool_id][:1]:
-            self.client.request_address(pool_id, address)
-            raise AssertionError(f"{address} of {pool_id} was given twice")
+    def request_any(self, pool_id: str) -> None:
+        """Ask for an address that is held, reserved, outside or free."""
+        self.request_address(pool_id, self.rng.choice([self.random_address(pool_id),
+                                                       *self.pools[pool_id][:1]]))
 
-    def release_unheld(self, pool_id: str) -> None:
-        """Release an address that is not held: the reserved first one."""
-        self.client.release_address(pool_id, pool_id.partition("/")[0])
+    def release_any(self, pool_id: str) -> None:
+        """Release an address that may be held or not."""
+        if pool_id not in self.shared:  # where it may be another's
+            self.release(pool_id, self.random_address(pool_id))
+
+    def release(self, pool_id: str, address: str) -> None:
+        self.pending = ("release_address", pool_id, address)
+        self.client.release_address(pool_id, address)
+        self.pools[pool_id] = [held for held in self.pools[pool_id] if held != address]
+
+    def random_address(self, pool_id: str) -> str:
+        """Return an address of the subnet, or now and then of the world around it."""
+        subnet = subnet_of(pool_id)
+        world = WORLDS[subnet.version == 6]
+        return str(random_prefix(self.rng, self.rng.choice((subnet,) * 9 + (world,)))[0])
 
 
 class Daemon:
@@ -485,7 +521,6 @@ class StyleTest(unittest.TestCase):
 NOW_S = 1_700_000_000
 TOKEN = "0123456789abcdef"
 BASES = "10.2.0.0/16 2001:db8:0:100::/56"
-WORLDS = prefixes("10.0.0.0/22 2001:db8::/118")  # 1,024 addresses each: a naive model may list them
 
 
 def make_state(bases: str = BASES, v4ab: int = 24, v6ab: int = 64,
@@ -519,14 +554,6 @@ def dump_state(state: gipam.State) -> Any:
                    for network, subnet in family.subnets.items()})
         for version, family in state.families.items()}
     return state.seq, pools, families
-
-
-def random_prefix(rng: random.Random, world: gipam.Network, shortest: int = 0) -> gipam.Network:
-    """Return a prefix inside, at least so many bits longer."""
-    length = rng.randint(world.prefixlen + shortest, world.max_prefixlen)
-    first = int(world[0]) + rng.randrange(world.num_addresses)
-    return ipaddress.ip_network((first.to_bytes(world.max_prefixlen // 8, "big"), length),
-                                strict=False)
 
 
 def random_state(rng: random.Random) -> gipam.State:
@@ -578,56 +605,6 @@ class Alone(Direct):
             while True:
                 given.append(self.request_address(pool_id).partition("/")[0])
         return given
-
-
-class Wild(Tenant):
-    """Asks for anything, of which about a fifth must be refused."""
-
-    ACTIONS = (*["request_pool"] * 4, *["release_pool"] * 2, *["request_address"] * 7,
-               *["release_address"] * 5, "request_held", "release_unheld")
-    MAX_POOLS = MAX_ADDRESSES = 1000
-
-    def request_pool(self, _: str) -> None:
-        rng, world = self.rng, self.rng.choice(WORLDS)
-        self.client.routes[:] = [random_prefix(rng, world, 4)
-                                 for _ in range(rng.choice((0, 0, 0, 1, 3)))]
-        options = {"gipam_name": rng.choice(("", "", "web", "db", "mail"))}
-        subnet = sub_pool = None
-        if rng.random() < 0.5:
-            subnet = random_prefix(rng, world, 3)
-            if self.pools and rng.random() < 0.4:  # of one that is held it may get another range
-                subnet = subnet_of(rng.choice(list(self.pools)))
-            if rng.random() < 0.6:
-                sub_pool = random_prefix(rng, rng.choice((subnet,) * 3 + (rng.choice(WORLDS),)))
-        elif rng.random() < 0.3:
-            length = rng.randint(world.prefixlen, world.max_prefixlen)
-            options[f"gipam_v{world.version}ab"] = str(length)
-        asked = str(subnet or ""), str(sub_pool or ""), (subnet or world).version == 6
-        self.pools[self.client.request_pool(*asked, **options)[0]] = []
-
-    def request_address(self, pool_id: str) -> None:
-        address = self.random_address(pool_id) if self.rng.random() < 0.4 else ""
-        mac, name = self.rng.choice((("", ""), ("02:42:0a:00:00:01", "web1"),
-                                     ("02:42:0a:00:00:01", "web2"), ("02:42:0a:02:00:02", "")))
-        cidr = self.client.request_address(pool_id, address, mac, name,
-                                           gateway=self.rng.random() < 0.25)
-        self.pools[pool_id].append(cidr.partition("/")[0])
-
-    def release_unheld(self, pool_id: str) -> None:
-        """Release any address, held or not."""
-        address = self.random_address(pool_id)
-        self.client.release_address(pool_id, address)
-        self.pools[pool_id] = [held for held in self.pools[pool_id] if held != address]
-
-    def random_address(self, pool_id: str) -> str:
-        """Return an address of the subnet, or now and then of the world around it."""
-        subnet = subnet_of(pool_id)
-        world = WORLDS[subnet.version == 6]
-        return str(random_prefix(self.rng, self.rng.choice((subnet,) * 9 + (world,)))[0])
-
-
-def subnet_of(pool_id: str) -> gipam.Network:
-    return gipam.parse_prefix(re.split("[,#]", pool_id)[0])
 
 
 class ParsingTest(unittest.TestCase):
@@ -713,51 +690,6 @@ class PoolIdTest(unittest.TestCase):
                 self.assertIsNone(gipam.parse_pool_id(text))
 
 
-class AddressSetTest(unittest.TestCase):
-    @seeded(6)
-    def test_it_is_a_set_that_finds_the_next_absent_number(self, rng: random.Random) -> None:
-        corners = (0, 1 << 11, 1 << 16, 1 << 64, (1 << 127) - 40)
-        numbers = gipam.AddressSet()
-        naive: set[int] = set()
-        for _ in range(1500):
-            number = max(0, rng.choice(corners) + rng.randint(-20, 20))
-            change = rng.choice(("add", "add", "discard"))
-            getattr(numbers, change)(number)
-            getattr(naive, change)(number)
-            probe = max(0, number + rng.randint(-25, 5))
-            self.assertEqual(probe in numbers, probe in naive, probe)
-            self.assertEqual(numbers.next_absent(probe),
-                             next(after for after in itertools.count(probe) if after not in naive))
-        for number in naive:
-            numbers.discard(number)
-        self.assertEqual(numbers._bitmaps, {}, "what is empty again takes room")
-
-
-class PrefixTreeTest(unittest.TestCase):
-    @seeded(4)
-    def test_it_answers_as_a_list_would(self, rng: random.Random) -> None:
-        """What is free, and where, is shown by the pools that a driver gives."""
-        for world in WORLDS:
-            tree = gipam.PrefixTree(world.max_prefixlen)
-            naive: list[gipam.Network] = []
-            for _ in range(100):
-                if naive and rng.random() < 0.45:
-                    tree.cover(naive.pop(rng.randrange(len(naive))), -1)
-                else:
-                    naive.append(rng.choice(naive) if naive and rng.random() < 0.1
-                                 else random_prefix(rng, world, rng.choice((0, 3, 5, 8))))
-                    tree.cover(naive[-1])
-                probe = random_prefix(rng, world)
-                around: list[Any] = [cover for cover in naive if cover.overlaps(probe)]
-                outer = [cover for cover in around if cover.prefixlen <= probe.prefixlen]
-                self.assertIn(tree.find_overlap(probe), outer or around or [None], probe)
-                taken = {address for network in naive for address in network}
-                self.assertEqual(tree.addresses(probe), len(set(probe) - taken), probe)
-            for network in naive:
-                tree.cover(network, -1)
-            self.assertEqual((tree._covers, tree._free), ({}, {}), "something was left behind")
-
-
 class MemoryTest(unittest.TestCase):
     @mock.patch.object(gipam, "MAX_REMEMBERED", 8)
     def test_it_forgets_the_older_half_when_it_is_full(self) -> None:
@@ -819,13 +751,15 @@ class StateTest(unittest.TestCase):
 
 
 class SnapshotTest(unittest.TestCase):
+    @mock.patch.multiple(gipam.AddressSet, SHIFT=3, MASK=7)
     @mock.patch.object(gipam, "ENCODE_LEASES", 3)
     @seeded(10)
     def test_a_state_written_and_read_again_is_equal_and_goes_on_alike(
             self, rng: random.Random) -> None:
         """A copy is of one moment. What the journal holds does what the change did: no chance."""
         client = Alone(random_state(rng))
-        state, tenant = client.service.state, Wild(client, rng)
+        state, tenant = client.service.state, Tenant(client, rng)
+        tenant.MAX_POOLS = 1000
         again = copy.deepcopy(state)
         for _ in range(rng.randrange(250)):
             tenant.step()
@@ -1396,15 +1330,18 @@ class Naive:
 
 
 class Compared:
-    """A client whose every answer is that of the naive one."""
+    """A client whose every answer is that of the naive one, on a host with any routes."""
 
-    def __init__(self, test: unittest.TestCase, client: Alone, naive: Naive) -> None:
-        self.test, self.client, self.naive, self.routes = test, client, naive, client.routes
+    def __init__(self, test: unittest.TestCase, client: Alone, naive: Naive,
+                 rng: random.Random) -> None:
+        self.test, self.client, self.naive, self.rng = test, client, naive, rng
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         return functools.partial(self.compare, method)
 
     def compare(self, method: str, *arguments: Any, **options: Any) -> Any:
+        self.client.routes[:] = [random_prefix(self.rng, self.rng.choice(WORLDS), 4)
+                                 for _ in range(self.rng.choice((0, 0, 0, 1, 5)))]
         ask = functools.partial(getattr(self.naive, method), re.sub("#.*", "", arguments[0]),
                                 *arguments[1:], **options)
         try:
@@ -1420,12 +1357,14 @@ class Compared:
 
 
 class AllocatorModelTest(unittest.TestCase):
+    @mock.patch.multiple(gipam.AddressSet, SHIFT=3, MASK=7)
     @seeded(12)
     def test_it_answers_as_lists_and_dicts_would(self, rng: random.Random) -> None:
         """Both families, sub-pools, block lengths, bases, exclusions, names, routes, owners."""
         client = Alone(random_state(rng))
         naive = Naive(client)
-        tenant = Wild(Compared(self, client, naive), rng)
+        tenant = Tenant(Compared(self, client, naive, rng), rng)
+        tenant.MAX_POOLS = tenant.MAX_ADDRESSES = 1000
         for _ in range(400):
             tenant.step()
         self.assertEqual({(pool.subnet.network, pool.format(offset)): lease.name or lease.mac
@@ -1537,9 +1476,7 @@ class Disk:
         elif fault is not None and name != "close":  # that descriptor is gone all the same
             raise OSError(fault, os.strerror(fault))
         result = getattr(os, name)(*arguments)
-        follow = getattr(type(self), "_after_" + name, None)
-        if follow:
-            follow(self, result, *arguments)
+        self._follow(name, result, *arguments)
         if fault not in (None, SHORT):
             raise OSError(errno.ENOSPC, "No space left on device")
         return result
@@ -1549,36 +1486,25 @@ class Disk:
         file = os.path.basename(path).replace("leases.json.", "")
         return f"{name} {'directory' if os.path.isdir(path) else file}"
 
-    def _after_open(self, fd: int, path: str, flags: int, _mode: int = 0o777) -> None:
-        name, self._paths[fd] = os.path.basename(path), path
-        if flags & os.O_CREAT and name not in self.files:
-            self._enter({name: [b""]})
-        if flags & os.O_TRUNC:
-            self.files[name].append(b"")
-
-    def _after_close(self, _: None, fd: int) -> None:
-        del self._paths[fd]
-
-    def _after_pwrite(self, _: Any, fd: int, *_arguments: Any) -> None:
-        with open(f"/proc/self/fd/{fd}", "rb") as file:
-            self._versions(fd).append(file.read())
-
-    _after_ftruncate = _after_pwrite
-
-    def _after_fsync(self, _: None, fd: int) -> None:
-        if os.path.isdir(self._paths[fd]):
+    def _follow(self, name: str, result: Any, target: Any, *rest: Any) -> None:
+        """Note what has become of the files."""
+        if name == "open":
+            file, self._paths[result] = os.path.basename(target), target
+            if rest[0] & os.O_CREAT and file not in self.files:
+                self._enter({file: [b""]})
+            if rest[0] & os.O_TRUNC:
+                self.files[file].append(b"")
+        elif name == "close":
+            del self._paths[target]
+        elif name in ("pwrite", "ftruncate"):
+            self._versions(target).append(pathlib.Path(f"/proc/self/fd/{target}").read_bytes())
+        elif name in ("fsync", "fdatasync") and os.path.isdir(self._paths[target]):
             self.on_disk, self.pending = dict(self.files), []
-        else:
-            del self._versions(fd)[:-1]
-
-    _after_fdatasync = _after_fsync
-
-    def _after_replace(self, _: None, source: str, target: str) -> None:
-        name = os.path.basename(source)
-        self._enter({os.path.basename(target): self.files[name], name: None})
-
-    def _after_unlink(self, _: None, path: str) -> None:
-        self._enter({os.path.basename(path): None})
+        elif name in ("fsync", "fdatasync"):
+            del self._versions(target)[:-1]
+        elif name in ("replace", "unlink"):
+            file = os.path.basename(target)
+            self._enter({**{os.path.basename(path): self.files[file] for path in rest}, file: None})
 
     def _versions(self, fd: int) -> list[bytes]:
         return self.files.setdefault(os.path.basename(self._paths[fd]), [b""])
