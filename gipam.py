@@ -117,16 +117,16 @@ MIN_FOLD_BYTES = 1 << 20  # a journal is folded once it is longer than this and 
 FOLD_PATIENCE_S = 10.0  # after a fold that failed
 ENCODE_LEASES = 250  # of a snapshot at a time; measured: 0.4 ms
 WRITE_BYTES = 16384  # of a snapshot, and of a page, at a time
-ROOM_BYTES = 1 << 20  # zeros ahead of the end of the journal: an append then changes no metadata
+ROOM_BYTES = 1 << 17  # zeros ahead of the end of the journal: an append then changes no metadata
 LINE_BYTES = 64  # of a line of the journal, beside its records
 SECTOR_BYTES = 512  # a disk writes it as a whole or not at all
 LOCK_PATIENCE_S = 2.0  # a predecessor may still be folding
 MAX_HEAD_BYTES = 1 << 18  # of a request
 RECEIVE_BYTES = 65536
 REQUEST_PATIENCE_S = 10.0  # on TCP, for a request that has begun, and for a peer to take a reply
-MAX_TCP_CLIENTS = 256  # past it the longest idle one goes
-MAX_TCP_STRANGERS = 256  # who have not been served yet: they cannot push clients out
 MAX_TCP_PAGES = 16  # in the middle of being read
+MAX_TCP_CLIENTS = 256  # and as many strangers, who have not been served; past it the idlest goes
+MAX_METRICS_CLIENTS = 16  # likewise on the address of -metrics
 MAX_RIGHTS = 253  # descriptors in one message (the kernel's SCM_MAX_FD)
 MAX_LOG_RECORDS, MAX_LOG_CHARS = 10_000, 4_000
 TICK_S = 1.0
@@ -208,11 +208,15 @@ class Unreachable(GipamError, exit_status=2):
 
 
 class Absent(Unreachable):
-    """No daemon answers where it should."""
+    """Nobody listens where Docker or the daemon should."""
 
 
 class Refused(GipamError, exit_status=2):
     """Docker, or the daemon, answered with an error."""
+
+
+class Outdated(Refused):
+    """etcd has not, or not any more, the revision that it was asked for."""
 
 
 class BusyError(GipamError, exit_status=75):  # EX_TEMPFAIL
@@ -548,11 +552,6 @@ class Subnet:
         spans = ((int(part[0]) - self.first, int(part[-1]) - self.first) for part in self.parts)
         return [(max(low, first), min(high, last)) for first, last in spans
                 if first <= high and low <= last]
-
-    def is_any_in(self, part: Network, offsets: Iterable[int]) -> bool:
-        """Return whether any of the offsets lies in the part."""
-        low, high = int(part[0]) - self.first, int(part[-1]) - self.first
-        return any(low <= offset <= high for offset in offsets)
 
     def find_free(self, low: int, high: int) -> int | None:
         """Return the first free offset of the range that this host may hand out, None: none is."""
@@ -1202,19 +1201,10 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
     yield "]}"
 
 
-def normalise_keys(document: Json, keys: Iterable[str]) -> tuple[Json, list[str]]:
-    """Return (the document with its keys spelt as these, the keys that are none of them)."""
+def normalise_keys(document: Json, keys: Iterable[str]) -> Json:
+    """Return the document with those of its keys that are meant spelt as these."""
     spelling = {**{key.lower(): key for key in keys}, **OTHER_NAMES}
-    known = {spelling[key.lower()]: value for key, value in document.items()
-             if key.lower() in spelling}
-    return known, [key for key in document if key.lower() not in spelling]
-
-
-def carry_over(keys: Json, document: Json) -> dict[str, Any]:
-    """Return the settings in a lease file that are not what gipam has written there."""
-    found, _ = normalise_keys(document, FILE_NAMES)
-    return {key: found.get(key) for key in FILE_KEYS.values()
-            if (found.get(key) or None) != (keys.get(key) or None)}
+    return {spelling.get(key.lower(), key): value for key, value in document.items()}
 
 
 # === Allocator ====================================================================================
@@ -1491,10 +1481,9 @@ def encode_line(seq: int, records: Iterable[str]) -> bytes:
     return b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload)
 
 
-def decode_lines(data: bytes, is_last: bool) -> Iterator[Line]:
+def decode_lines(data: bytes) -> Iterator[Line]:
     """Yield the lines of a segment, up to the zeros after them: room, or what a crash tore.
 
-    In the last segment, a line that is whole but for its end of line counts.
     Raises: ValueError with the place.
     """
     data, offset, number = data.rstrip(b"\0"), 0, 1
@@ -1502,8 +1491,7 @@ def decode_lines(data: bytes, is_last: bool) -> Iterator[Line]:
         head = LINE_HEAD.match(data, offset)
         end = offset + 18 + int(head[1], 16) if head else len(data)
         payload = data[offset + 18:end]
-        is_whole = head and end <= len(data) and zlib.crc32(payload) == int(head[2], 16)
-        if is_whole and (data[end:end + 1] == b"\n" or (is_last and len(data) <= end + 1)):
+        if head and data[end:end + 1] == b"\n" and zlib.crc32(payload) == int(head[2], 16):
             seq, records, *_ = json.loads(payload)  # gipam 1.0 also named the next segment
             yield Line(number, offset, end + 1, seq, records)
         elif is_torn(data, offset, end if head else None):
@@ -1526,7 +1514,7 @@ def is_torn(data: bytes, offset: int, end: int | None) -> bool:
     if b"\0" in data[offset:]:
         fits = b"\0" in data[offset:offset + 18] if end is None else len(data) <= end + 1
     else:
-        fits = len(data) < (offset + 18 if end is None else end) and data[-1:] != b"\n"
+        fits = len(data) <= (offset + 17 if end is None else end) and data[-1:] != b"\n"
     return (fits and data.find(b"\n", offset, -1) < 0
             and all(b"\0" not in sector or not sector.strip(b"\0") for sector in sectors))
 
@@ -1558,13 +1546,10 @@ class Store:
         self.snapshot_bytes = 0
         self._fd = self._lock_fd = -1
         self._end = 0  # bytes of the segment that are on disk
-        self._last_line = b""  # as recovery has read it, to be written anew
-        self._is_torn = self._is_unended = False  # there is more, or the last line lacks its end
+        self._last_line = b""  # as recovery has read it
         self._room = 0  # bytes of it that can be written without asking the disk for more
         self._reserved = 0  # of the room, for the line that is due
         self._older_bytes = 0  # in the segments before it
-        self._growth: threading.Thread | None = None
-        self._grown: int | Exception = 0  # what became of it: where the room ends now
 
     @property
     def journal_bytes(self) -> int:
@@ -1574,36 +1559,39 @@ class Store:
     def lock(self, patience_s: float = LOCK_PATIENCE_S) -> None:
         """Keep others off the lease file while the process lives. Raises: BusyError, OSError."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._lock_fd = os.open(self.path + ".lock", flags, 0o600)
-        deadline = time.monotonic() + patience_s
+        fd, deadline = os.open(self.path + ".lock", flags, 0o600), time.monotonic() + patience_s
         while True:
             try:
-                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    holder = os.pread(self._lock_fd, 20, 0).decode("ascii", "replace").strip()
+                    holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
+                    os.close(fd)
                     raise BusyError(f"lease file {self.path} is held by process {holder}: stop it, "
                                     "or give this one another -file") from None
                 time.sleep(0.02)
         with contextlib.suppress(OSError):  # a full disk must not forbid starting
-            os.ftruncate(self._lock_fd, 0)
-            os.pwrite(self._lock_fd, b"%d\n" % os.getpid(), 0)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        self._lock_fd = fd
 
     def keep_names(self) -> None:
-        """Make the lock again if it has lost its name.
+        """Make the lock again if somebody has deleted it.
 
-        Raises: StoreLost if another has it, or if the journal was moved.
+        Raises: BusyError if another has it and may write; StoreLost if the journal was moved.
         """
         if self._fd >= 0 and not self._is_at(self._fd, self.segment_path(self.segment), self.calls):
             raise StoreLost(f"{self.segment_path(self.segment)} was moved or deleted under gipam")
-        with contextlib.suppress(FileNotFoundError):  # nobody can start in a directory that is gone
+        try:
             if self._lock_fd >= 0 and not self._is_at(self._lock_fd, self.path + ".lock", os):
-                try:
-                    self.lock(patience_s=0.0)
-                except BusyError as error:
-                    raise StoreLost(f"the lock was deleted, and another has it: {error}") from None
+                self.lock(patience_s=0.0)
                 log.warning("the lock %s.lock was deleted: made again", self.path)
+        except FileNotFoundError:
+            pass  # nobody can start in a directory that is gone
+        except BusyError:
+            if self._fd < 0:  # else the other one finds the journal locked, and ends
+                raise
 
     @staticmethod
     def _is_at(fd: int, path: str, calls: Any) -> bool:
@@ -1686,7 +1674,7 @@ class Store:
             numbers.pop()  # it was made for a fold that never came to be
         for self.segment in numbers:
             path = self.segment_path(self.segment)
-            for line in self._read_segment(path, self.segment == numbers[-1]):
+            for line in self._read_segment(path):
                 first = line.seq - len(line.records) + 1
                 if document is None and line.seq:
                     raise self.damage(path, f"is there without its lease file {self.path}")
@@ -1703,39 +1691,40 @@ class Store:
         with open(self.segment_path(number), "rb") as file:
             return file.read()
 
-    def _read_segment(self, path: str, is_last: bool) -> Iterator[Line]:
+    def _read_segment(self, path: str) -> Iterator[Line]:
         data = self._read(self.segment)
-        self._older_bytes, self._end, self._room = self.journal_bytes, 0, len(data)
-        start = 0
+        self._older_bytes, self._end, self._last_line = self.journal_bytes, 0, b""
         try:
-            for line in decode_lines(data, is_last):
-                start, self._end = line.offset, line.end
+            for line in decode_lines(data):
+                self._end, self._last_line = line.end, data[line.offset:line.end]
                 yield line
         except ValueError as error:
             raise self.damage(
                 path, f"is damaged: {error}", "put back a backup; or give up that line and all "
                 f"after it: truncate -s {self._end} {path}, move later segments away, start gipam, "
                 "run `gipam check --fix`") from None
-        self._last_line = data[start:self._end - 1] + b"\n" if self._end else b""
-        self._is_unended = data[start:self._end] != self._last_line
-        self._is_torn = len(data.rstrip(b"\0")) > self._end
-        if self._is_torn:
+        if data[self._end:].strip(b"\0"):
             log.warning("dropped the end of %s from byte %d on: a crash cut it off before it was "
                         "acknowledged", path, self._end)
 
     def close(self) -> None:
-        """Let go of the segment. Raises: StoreLost."""
-        self._end_growth()
+        """Let go of the segment."""
         self._close(self._fd)
         self._fd = -1
 
     def settle(self) -> None:
-        """Sync what recovery has read: a process that was killed may not have.
+        """Go on where recovery has ended, and sync what it has read: a kill may have come before.
 
+        What is torn goes, and the room with it. The last line is written anew: where its sync had
+        failed, the kernel shows it, but takes it for written.
         Raises: OSError; BusyError if another daemon writes there.
         """
         if self.segment:
-            self._open_segment()
+            self._fd, self._room = self._take_segment(self.segment), self._end
+            self.calls.ftruncate(self._fd, self._end)
+            with contextlib.suppress(OSError):  # a full disk must not forbid starting
+                self._write(self._fd, self._last_line, self._end - len(self._last_line))
+            self.calls.fdatasync(self._fd)
         for number in self.segments():
             if number > self.segment:  # blank for us, but who has just made it may be there
                 self._close(self._take_segment(number))
@@ -1752,38 +1741,17 @@ class Store:
                             "or give this one another -file") from None
         return int(fd)
 
-    def _open_segment(self) -> None:
-        """Open the segment where recovery, or switch(), has ended: without a torn end.
-
-        The last line is written anew: where its sync had failed, the kernel shows it, but takes it
-        for written.
-        """
-        fd = self._take_segment(self.segment)
-        try:
-            if self._is_torn:
-                self.calls.ftruncate(fd, self._end)
-                self._room = self._end
-            if self._is_unended:
-                self._write(fd, b"\n", self._end - 1)
-            if self._last_line or self._is_torn:
-                with contextlib.suppress(OSError):  # a full disk must not forbid starting
-                    self._write(fd, self._last_line, self._end - len(self._last_line))
-                self.calls.fdatasync(fd)
-        except OSError:
-            self._close(fd)
-            raise
-        self._fd, self._room = fd, max(self._room, self._end)
-        self._last_line, self._is_torn, self._is_unended = b"", False, False
-
     def make_segment(self, needed: int) -> tuple[int, int] | None:
         """Return (number, bytes of room) of a new segment, to be given to switch().
 
-        None: the present one is new. Durable: its room, and its name. Raises: OSError, StoreLost.
+        A fold needs all of ROOM_BYTES. None: the present one is new.
+        Durable: its room, and its name. Raises: OSError, StoreLost.
         """
         if self.segment and not self._end:
             return None
-        if needed >= ROOM_BYTES:
-            self._check_space()
+        disk = self.calls.statvfs(self._directory)
+        if needed >= ROOM_BYTES and disk.f_bavail * disk.f_frsize < 2 * ROOM_BYTES:
+            raise OSError(errno.ENOSPC, "the last of the disk is left to the requests")
         number = self.segment + 1  # what may be there is blank, as replay() has seen
         with self._opened(self.segment_path(number), CREATE) as fd:
             room = self._extend(number, fd, 0, needed)
@@ -1791,16 +1759,12 @@ class Store:
         return number, room
 
     def switch(self, made: tuple[int, int] | None) -> None:
-        """Go on in the segment that was made, if one was: between two turns. Raises: OSError."""
+        """Go on in the segment that was made, if one was. Raises: OSError; nothing has changed."""
         if made:
-            self._end_growth()
-            old, self._fd = self._fd, -1
+            fd = self._take_segment(made[0])
+            self._close(self._fd)  # not before: one of the two is always locked
             self._older_bytes, self._end = self.journal_bytes, 0
-            self.segment, self._room = made
-            try:
-                self._open_segment()
-            finally:
-                self._close(old)  # not before: one of the two is always locked
+            self._fd, (self.segment, self._room) = fd, made
 
     def reserve(self, size: int) -> None:
         """Make sure that a record of so many bytes can be part of the line that is due.
@@ -1809,61 +1773,31 @@ class Store:
         """
         needed = self._end + self._reserved + size + LINE_BYTES
         try:
-            if needed > self._room:
-                self._end_growth()
             if not self.segment:
                 self.keep_names()
                 self.switch(self.make_segment(needed))
-            elif self._fd < 0:
-                self._open_segment()
             if needed > self._room:
-                self._grown = self._room = self._extend(self.segment, self._fd, self._room, needed)
+                self._room = self._extend(self.segment, self._fd, self._room, needed)
         except OSError as error:
             raise StoreError(f"cannot write {self.segment_path(self.segment or 1)}: "
                              f"{error.strerror}; nothing has changed") from None
         self._reserved += size + 1
 
-    def _extend(self, number: int, fd: int, start: int, needed: int, size: int = 0) -> int:
+    def _extend(self, number: int, fd: int, start: int, needed: int) -> int:
         """Write zeros from the end of the room on; return where they end: far, or at the needed.
 
         Durable: on return. Raises: OSError, and the room is as before; StoreLost.
         """
-        size = size or ROOM_BYTES
-        end = max(start + size, needed)
-        try:
-            self._write(fd, bytes(end - start), start)
-        except OSError:
-            self.calls.ftruncate(fd, start)
-            if end == needed:
-                raise
-            return self._extend(number, fd, start, needed, size // 4)
+        for end in (max(start + ROOM_BYTES, needed), needed):
+            try:
+                self._write(fd, bytes(end - start), start)
+                break
+            except OSError:
+                self.calls.ftruncate(fd, start)
+                if end == needed:
+                    raise
         self._sync(number, fd)
         return end
-
-    def _grow(self) -> None:
-        """Make room ahead of need, in a thread: only a turn that comes meanwhile waits for it."""
-        start = self._room
-        try:
-            self._check_space()
-            self._grown = self._extend(self.segment, self._fd, start, start + ROOM_BYTES)
-        except (OSError, StoreLost) as error:
-            self._grown = error
-
-    def _check_space(self) -> None:
-        """Keep what is done ahead of need from taking the last of a disk. Raises: OSError."""
-        found = self.calls.statvfs(self._directory)
-        if found.f_bavail * found.f_frsize < 2 * ROOM_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _end_growth(self) -> None:
-        """Take over the room that the thread has made. Raises: StoreLost."""
-        if self._growth:
-            self._growth.join()
-            self._growth = None
-            if isinstance(self._grown, StoreLost):
-                raise self._grown
-            if isinstance(self._grown, int):  # else reserve() will say so when the room ends
-                self._room = self._grown
 
     def append(self, records: list[str]) -> None:
         """Write the changes that reserve() was asked for as one line. Durable: on return.
@@ -1878,12 +1812,8 @@ class Store:
             raise StoreError(f"cannot write {self.segment_path(self.segment)}: {error.strerror}; "
                              "nothing has changed") from None
         self._sync(self.segment, self._fd)
-        self._end_growth()  # the kernel tells but one of two syncs of an error, be it that thread's
         self._end, self.seq = self._end + len(data), seq
         self._room = max(self._room, self._end)  # a turn that began before switch() may be longer
-        if self._room - self._end < ROOM_BYTES // 2 and isinstance(self._grown, int):
-            self._growth = threading.Thread(target=self._grow, name="room", daemon=True)
-            self._growth.start()
 
     def _sync(self, number: int, fd: int) -> None:
         """Sync a segment. Raises: StoreLost: after that, nobody knows what the disk holds."""
@@ -2231,7 +2161,7 @@ class Service:
             site.conflicts[network] = holder
             return None
         site.conflicts.pop(network, None)
-        if not site.has(network):
+        if not site.has(network) or (is_shared and not site.part_prefixlen(network)):
             return Need("join" if is_shared else "claim", network)
         return self._compare_parts(site, subnet) if is_shared else None
 
@@ -2239,32 +2169,36 @@ class Service:
         """Return what etcd lacks, or has too much, of the parts that this host has of a subnet.
 
         One more is asked for when three quarters of them are held; an empty one goes when the rest
-        is not half full.
+        is not half full. Addresses from before the subnet was shared have their parts claimed, too.
         """
         network, claimed = subnet.network, site.parts(subnet.network)
         offsets = [offset for pool in subnet.pools.values() for offset, lease in pool.leases.items()
                    if lease.kind == ENDPOINT]
+        bits = BITS[subnet.version] - site.part_prefixlen(network)
+        used = {(subnet.first + offset) >> bits << bits for offset in offsets}  # first addresses
         for part, entry in claimed.items():
-            site.conflicts.pop(part, None)
-            if site.host not in entry.hosts and subnet.is_any_in(part, offsets):
-                site.conflicts[part] = describe_hosts(entry)
-                log.error("claimed_elsewhere: part %s of %s has addresses here, but is claimed by "
-                          "%s", part, network, describe_hosts(entry))
+            before, holder = site.conflicts.pop(part, ""), describe_hosts(entry)
+            if site.host not in entry.hosts and int(part[0]) in used:
+                site.conflicts[part] = holder
+                if before != holder:
+                    log.error("claimed_elsewhere: part %s of %s has addresses here, but is claimed "
+                              "by %s", part, network, holder)
         parts = [part for part in subnet.parts or () if part not in claimed
                  or site.host in claimed[part].hosts]
         total = sum(part.num_addresses for part in parts)
         for part in parts if len(parts) > 1 else ():
-            if 2 * len(offsets) <= total - part.num_addresses \
-                    and not subnet.is_any_in(part, offsets):
+            if 2 * len(offsets) <= total - part.num_addresses and int(part[0]) not in used:
                 parts.remove(part)
                 break
         self.share(subnet, parts)
         for part in {*parts} - {*claimed}:
             return Need("part", network, str(part))
+        pool = next(iter(subnet.pools.values()))
+        for first in used - {int(part[0]) for part in claimed}:
+            return Need("part", network, pool.format(first - subnet.first))
         for part, entry in claimed.items():
             if site.host in entry.hosts and part not in parts:
                 return Need("drop", network, str(part))
-        pool = next(iter(subnet.pools.values()))
         wanted = pool.sub_pool or network
         is_used = any(pool.leases for pool in subnet.pools.values())  # Docker has told a gateway
         if is_used and 4 * len(offsets) >= 3 * total and site.find_part(network, wanted):
@@ -2460,7 +2394,9 @@ def keep_edits(store: Store, keys: Json) -> Json:
     if found in ((), store.identity):
         return keys
     try:
-        edits = carry_over(keys, store.read_snapshot() or {})
+        there = normalise_keys(store.read_snapshot() or {}, FILE_NAMES)
+        edits = {key: there.get(key) for key in FILE_KEYS.values()
+                 if (there.get(key) or None) != (keys.get(key) or None)}
         log.warning("%s was edited while gipam runs: %s will take effect at the next start; what "
                     "else was edited there is lost", store.path, edits or "no setting")
     except ConfigError as error:
@@ -2684,7 +2620,7 @@ def read_pool_request(fields: Fields) -> PoolRequest:
     if space not in ("", ADDRESS_SPACE):
         raise InvalidRequest(f"invalid address space: {space!r} is not {ADDRESS_SPACE!r}")
     if not isinstance(is_v6, bool) or (is_v6 and subnet and subnet.version == 4):
-        raise InvalidRequest(f"invalid address pool: {subnet} with V6 {is_v6!r}")
+        raise InvalidRequest(f"invalid address pool: {subnet} with V6 {printable(repr(is_v6))}")
     version = subnet.version if subnet else 6 if is_v6 else 4
     prefixlen = read_prefixlen(options, version)
     if subnet and is_hint(subnet):
@@ -2846,7 +2782,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Begin with nothing read, nothing to send."""
         self.connection: socket.socket = self.request
         self.inbox, self.outbox = bytearray(), b""
-        self.page: Iterator[bytes] | None = None  # what follows in the outbox
+        self.page: Iterator[bytes] = iter(())  # what follows in the outbox
         self.command = ""  # of the last request
         self.looked = 0  # bytes of the inbox in which no head ends
         self.length = -1  # of the body, once the head is read
@@ -2855,7 +2791,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_waiting = False  # for etcd
         self.is_client = False  # not a stranger: it has been served
         self.reply: Reply | None = None  # the last one, until the peer has shown that it read it
-        self.since_s = time.monotonic()  # of the last sign of life
+        self.since_s = time.monotonic()  # when it was last idle, or has sent something
         self.events = 0  # what the selector waits for
 
     def handle(self) -> None:
@@ -2869,13 +2805,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Name the peer; on a UNIX socket it has no address, and the stock method fails."""
         return "unix" if self.server.is_unix else self.client_address[0]
 
-    def is_sending(self) -> bool:
-        """Return whether the socket has not taken all yet."""
-        return bool(self.outbox) or self.page is not None
-
     def is_busy(self) -> bool:
         """Return whether it is in the middle of a request or of a reply."""
-        return bool(self.inbox) or self.length >= 0 or self.is_waiting or self.is_sending()
+        return bool(self.inbox or self.outbox) or self.length >= 0 or self.is_waiting
 
     def is_overdue(self, now_s: float) -> bool:
         """Return whether it is stuck, on TCP, in a request, a reply or a handshake."""
@@ -2980,26 +2912,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, reply: Reply) -> None:
         """Put the reply into the outbox: head and body in one piece."""
-        portion = next(reply.page, b"")
-        if portion:
-            self.page = itertools.chain([portion], reply.page)
+        self.page, portion = reply.page, next(reply.page, b"")
         self.is_last = self.close_connection or bool(portion) or self.server.loop.is_ending
         length = "" if portion else f"Content-Length: {len(reply.body)}\r\n"
         head = (f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
                 f"Content-Type: {reply.content_type}\r\n{length}"
                 f"{CLOSE if self.is_last else ''}\r\n")
-        self.reply = reply
-        self.outbox += head.encode() + (b"" if self.command == "HEAD" else reply.body)
+        self.reply, self.is_client = reply, self.is_client or reply.status == 200
+        self.outbox += head.encode() + (b"" if self.command == "HEAD" else reply.body + portion)
 
     def send(self) -> None:
         """Send what the socket takes now, of a page one portion."""
         try:
-            if not self.outbox and self.page is not None:
-                self.outbox = next(self.page, b"")
-                self.page = self.page if self.outbox else None
-            if self.outbox:
-                self.outbox = self.outbox[self.connection.send(self.outbox):]
-                self.since_s = time.monotonic()
+            sent = self.connection.send(self.outbox)
+            self.outbox = self.outbox[sent:] or next(self.page, b"")
+            self.since_s = time.monotonic()
         except WOULD_BLOCK:
             pass
         except OSError as error:
@@ -3014,9 +2941,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.tls and not self.command:
             log.warning("refused TLS peer %s: %s", self.address_string(), error)
         if self.reply and is_unread:
-            self.server.loop.lost.append(self.reply)
-        self.outbox, self.page = b"", None
-        self.has_ended = self.is_last = True
+            self.server.loop.service.take_back(self.reply.change, self.reply.seq)
+        self.outbox, self.page, self.is_last = b"", iter(()), True
         self.inbox.clear()
 
 
@@ -3043,12 +2969,14 @@ class Server(socketserver.TCPServer):
             ipaddress.ip_address(str(self.server_address[0])).is_loopback)
 
     def server_bind(self) -> None:
-        """Bind. Raises: OSError that names the address."""
+        """Bind, on a UNIX socket for root only. Raises: OSError that names the address."""
         try:
             super().server_bind()
         except OSError as error:
-            raise OSError(error.errno, error.strerror,
-                          format_endpoint(self.server_address)) from None
+            error.filename = format_endpoint(self.server_address)
+            raise
+        if self.is_unix:
+            os.chmod(self.socket.getsockname(), 0o600)
 
     def get_request(self) -> Any:
         """Accept; a TLS handshake is made by the first recv()."""
@@ -3061,21 +2989,12 @@ class Server(socketserver.TCPServer):
                                            suppress_ragged_eofs=False)
         return request, client_address
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the connection its handler, which the loop asks from now on."""
-        self.finish_request(request, client_address)
-
 
 class UnixServer(Server):
     """The plugin on a UNIX socket."""
 
     address_family = socket.AF_UNIX
     is_unix = True
-
-    def server_bind(self) -> None:
-        """Bind, for root only. Raises: OSError."""
-        super().server_bind()
-        os.chmod(self.socket.getsockname(), 0o600)
 
 
 class Loop:
@@ -3089,20 +3008,18 @@ class Loop:
         self.service, self.flush_log = service, flush_log
         self.servers: list[Server] = []
         self.handlers: dict[Handler, None] = {}
-        self.lost: list[Reply] = []  # that have not arrived
         self.ask_etcd: Callable[[Need, Again], None] | None = None
         self._late: list[tuple[Handler, Reply]] = []  # replies that have waited for etcd
         self.is_ending = False  # each reply is the last of its connection
         self.is_stopping = self.is_over = False
         self._asking: dict[Handler, None] = {}  # may have a request in the inbox
-        self._served: list[Handler] = []  # for the first time, in this turn
         self._selector = selectors.DefaultSelector()
-        self._calls: collections.deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]]
-        self._calls = collections.deque()
+        self._calls: collections.deque[Any] = collections.deque()  # (future, function) of threads
         self._bell, self._rope = socket.socketpair()
         for end in (self._bell, self._rope):
             end.setblocking(False)
-        self._selector.register(self._bell, selectors.EVENT_READ, self._hear)
+        self._selector.register(self._bell, selectors.EVENT_READ,
+                                lambda _: self._bell.recv(4096))
         self._folder: threading.Thread | None = None
         self._fold_after_s = 0.0
 
@@ -3137,9 +3054,6 @@ class Loop:
         for key, events in self._selector.select(0 if self._asking else wait_s):  # 1, 2
             key.data(events & key.events)
         tell = [self._run(*self._calls.popleft()) for _ in range(len(self._calls))]  # 3
-        for lost in self.lost:
-            self.service.take_back(lost.change, lost.seq)
-        self.lost.clear()
         asking, self._asking = self._asking, {}
         replies, self._late = self._late, []
         replies += [(handler, reply) for handler in asking  # 4
@@ -3148,14 +3062,9 @@ class Loop:
         for handler, reply in replies:  # 6
             handler.answer(settle(self.service, reply))
             self._send(handler)
-        while self._served:  # not before: who is pushed out may have a reply of this turn
-            self._bound(self._served.pop())
         for tell_thread in tell:
             tell_thread()
         self.flush_log()
-
-    def _hear(self, _: int) -> None:
-        self._bell.recv(4096)
 
     def _run(self, future: concurrent.futures.Future[Any],
              function: Callable[[], Any]) -> Callable[[], None]:
@@ -3172,7 +3081,7 @@ class Loop:
         """Take in who has dialled."""
         try:
             for _attempt in range(BACKLOG):
-                server.process_request(*server.get_request())
+                server.finish_request(*server.get_request())
         except BlockingIOError:
             pass
         except OSError as error:
@@ -3182,23 +3091,19 @@ class Loop:
                 self._selector.unregister(server.socket)  # until the next tick
 
     def add(self, handler: Handler) -> None:
-        """Ask the handler from now on."""
+        """Ask the handler from now on; on TCP, let the longest idle ones go that are too many.
+
+        Strangers push out strangers, and never a client that works; who asks in this turn is last.
+        """
         self.handlers[handler] = None
         self._watch(handler, selectors.EVENT_READ)
-        self._bound(handler)
-
-    def _bound(self, newcomer: Handler) -> None:
-        """On TCP, let the longest idle ones go: of strangers or of clients, as the newcomer is.
-
-        So strangers push out strangers, and never a client that works.
-        """
-        if newcomer.server.is_unix:
-            return
-        limit = MAX_TCP_CLIENTS if newcomer.is_client else MAX_TCP_STRANGERS
-        alike = [handler for handler in self.handlers if (handler.server, handler.is_client)
-                 == (newcomer.server, newcomer.is_client)]
-        for handler in alike[:-limit]:
-            self.close(handler)
+        limit = MAX_METRICS_CLIENTS if handler.server.paths else MAX_TCP_CLIENTS
+        for is_client in () if handler.server.is_unix else (False, True):
+            alike = [other for other in self.handlers if other.server is handler.server
+                     and other.is_client is is_client]
+            alike.sort(key=lambda other: other.is_waiting or other in self._asking)
+            for other in alike[:-limit]:
+                self.close(other)
 
     def _move(self, handler: Handler, events: int) -> None:
         """Let the handler send or receive, unless an earlier one of this turn has ended it."""
@@ -3212,7 +3117,7 @@ class Loop:
 
     def _ask(self, handler: Handler) -> Reply | None:
         """Answer the next request of a handler, if it has one."""
-        if handler.is_closed or handler.is_waiting or handler.is_sending():
+        if handler.is_closed or handler.is_waiting or handler.outbox:
             return None
         try:
             body = None if handler.is_last else handler.next_request()
@@ -3223,6 +3128,13 @@ class Loop:
             return handler.refuse(error)
         self._settle(handler)
         return None
+
+    def _check_pages(self, handler: Handler) -> None:
+        """Bound what peers on TCP can make gipam keep for them. Raises: Unavailable."""
+        if handler.command == "GET" and not handler.server.is_unix and sum(
+                bool(other.outbox) and other.command == "GET" for other in self.handlers
+                if not other.server.is_unix) >= MAX_TCP_PAGES:
+            raise Unavailable("too many pages are being read at once: try again")
 
     def _dispatch(self, handler: Handler, body: bytes) -> Reply | None:
         """Answer a request, or put it aside until etcd has been asked."""
@@ -3244,25 +3156,16 @@ class Loop:
             return reply.need
         handler.is_waiting = False
         if handler.is_closed:
-            self.lost.append(reply)
+            self.service.take_back(reply.change, reply.seq)
         else:
             self._late.append((handler, reply))
         return None
 
-    def _check_pages(self, handler: Handler) -> None:
-        """Bound what peers on TCP can make gipam keep for them. Raises: Unavailable."""
-        if handler.command == "GET" and not handler.server.is_unix and sum(
-                other.page is not None for other in self.handlers) >= MAX_TCP_PAGES:
-            raise Unavailable("too many pages are being read at once: try again")
-
     def _send(self, handler: Handler) -> None:
         """Let the handler send; go on with what else it has been asked."""
         handler.send()
-        if not handler.is_sending():
+        if not handler.outbox:
             self.handlers[handler] = self.handlers.pop(handler)  # the longest idle one is first
-            if not (handler.is_client or handler.is_last):
-                handler.is_client = bool(handler.reply and handler.reply.status == 200)
-                self._served.append(handler)
             if handler.inbox or handler.has_ended:
                 self._asking[handler] = None
                 return
@@ -3270,15 +3173,16 @@ class Loop:
 
     def _settle(self, handler: Handler) -> None:
         """End the handler if it has nothing more to do, else wait for what it needs."""
-        events = selectors.EVENT_WRITE if handler.is_sending() else selectors.EVENT_READ
+        events = selectors.EVENT_WRITE if handler.outbox else selectors.EVENT_READ
         if events == selectors.EVENT_READ and (handler.is_last or handler.has_ended):
             events = 0
             if handler.is_last or not (self.is_ending and handler.server.is_unix):
                 self.close(handler)  # else finish() has shut it for reading, and ends it later
-        if events != handler.events and not handler.is_closed:
-            self._watch(handler, events)
+        self._watch(handler, events)
 
     def _watch(self, handler: Handler, events: int) -> None:
+        if events == handler.events:
+            return
         if handler.events:
             self._selector.unregister(handler.connection)
         if events:
@@ -3289,14 +3193,10 @@ class Loop:
     def close(self, handler: Handler) -> None:
         """End a connection. What it has not sent is not taken back: nobody but us has ended it."""
         if not handler.is_closed:
-            self.leave(handler)
-            handler.server.shutdown_request(handler.connection)
-
-    def leave(self, handler: Handler) -> None:
-        """Ask the handler no more, nor close its connection."""
-        self._watch(handler, 0)
-        handler.is_closed = True
-        self.handlers.pop(handler, None)
+            self._watch(handler, 0)
+            handler.is_closed = True
+            del self.handlers[handler]
+            handler.server.close_request(handler.connection)
 
     # A life
 
@@ -3344,7 +3244,7 @@ class Loop:
         """
         if "FDSTORE" in os.environ:
             self._stop_accepting()
-            self._turn_until(lambda: not any(map(Handler.is_busy, self.handlers)))
+            self._turn_for(0.0, DIAL_PATIENCE_S)
             self._hand_on()
         else:
             self.is_ending = True
@@ -3352,18 +3252,13 @@ class Loop:
                 if handler.server.is_unix and handler.command:
                     with contextlib.suppress(OSError):  # the peer is gone already
                         handler.connection.shutdown(socket.SHUT_RD)
-            end_s = time.monotonic() + RETIRE_PATIENCE_S
-            self._turn_until(lambda: time.monotonic() > end_s)
-            for handler in self.handlers:
-                if not handler.command:  # it may just have dialled
-                    handler.since_s = time.monotonic()
-            self._close_idle()
+            self._turn_for(RETIRE_PATIENCE_S, RETIRE_PATIENCE_S)
+            for handler in list(self.handlers):
+                if handler.command and not handler.is_busy():  # else it may just have dialled
+                    self.close(handler)
         remove_names()
-        for server in self.servers:
-            if not server.is_kept:
-                self._accept(server, 0)  # who waits in the backlog would be reset
         self._stop_accepting()
-        self._turn_until(self._close_idle)
+        self._turn_for(RETIRE_PATIENCE_S, DIAL_PATIENCE_S)
         for handler in self.handlers:
             if handler.is_waiting:
                 handler.is_waiting = False
@@ -3373,36 +3268,34 @@ class Loop:
             self.close(handler)
         self._end_calls()
 
-    def _turn_until(self, is_done: Callable[[], bool]) -> None:
-        """Make turns until it is done, at most as long as a peer may take to send a request."""
-        end_s = time.monotonic() + DIAL_PATIENCE_S
-        while time.monotonic() < end_s and not self.service.loss and not is_done():
+    def _turn_for(self, least_s: float, most_s: float) -> None:
+        """Make turns for so long, and on while somebody is in the middle of a request."""
+        started_s = time.monotonic()
+        while self.handlers and not self.service.loss:
+            past_s = time.monotonic() - started_s
+            if past_s >= (most_s if any(map(Handler.is_busy, self.handlers)) else least_s):
+                break
             self.turn(0.01)
 
-    def _close_idle(self) -> bool:
-        """Close who has been idle for a moment, also after dialling; return whether all are."""
-        late_s = time.monotonic() - RETIRE_PATIENCE_S
-        for handler in list(self.handlers):
-            if not handler.is_busy() and handler.since_s < late_s:
-                self.close(handler)
-        return not self.handlers
-
     def _stop_accepting(self) -> None:
-        for server in self.servers:
+        """Close all listeners; who waits in the backlog of one that nobody keeps would be reset."""
+        while self.servers:
+            server = self.servers.pop()
+            if not server.is_kept:
+                self._accept(server, 0)
             if server.socket.fileno() in self._selector.get_map():
                 self._selector.unregister(server.socket)
-                if not server.is_kept:
-                    server.server_close()
+            server.server_close()
 
     def _hand_on(self) -> None:
         """Give idle connections to the service manager, for the next process (sd_notify(3))."""
         idle = [handler for handler in self.handlers if not handler.is_busy()
                 and not handler.server.tls]
-        for handler in idle:
-            self.leave(handler)
         for at in range(0, len(idle), MAX_RIGHTS):
             notify(f"FDSTORE=1\nFDNAME={CONNECTION}",
                    [handler.connection.fileno() for handler in idle[at:at + MAX_RIGHTS]])
+        for handler in idle:
+            self.close(handler)
 
     def _end_calls(self) -> None:
         """Refuse what threads still ask for, and wait for the one that folds."""
@@ -3428,12 +3321,11 @@ def listen(kind: type[Server], address: Any, loop: Loop,
         notify(f"FDSTORE=1\nFDNAME={LISTENER}", [server.socket.fileno()])
     loop.open(server)
     for connection in connections:
-        with contextlib.suppress(OSError):  # its peer has reset it meanwhile
-            if connection.getsockname() == server.server_address and not tls:
-                connection.setblocking(False)
-                server.process_request(connection, connection.getpeername())
-                continue
-        connection.close()
+        if connection.getsockname() == server.server_address and not tls:
+            connection.setblocking(False)
+            server.finish_request(connection, server.server_address)  # its peer is of this host
+        else:
+            connection.close()
     if connections:
         notify(f"FDSTOREREMOVE=1\nFDNAME={CONNECTION}")
     return server
@@ -3446,41 +3338,37 @@ def take_sockets(address: Any) -> tuple[socket.socket | None, list[socket.socket
     shut down, which would end both. One for another address, kept from before a change of options,
     is given back, and its name goes: it must not look alive.
     """
-    found, connections = None, []
+    listeners, connections = [], []
     is_for_us = os.environ.get("LISTEN_PID") == str(os.getpid())
+    is_named = not isinstance(address, str) or os.path.exists(address)
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     for at in range(int(os.environ.get("LISTEN_FDS", "0")) if is_for_us else 0):
         handed = socket.socket(fileno=3 + at)
+        bound = handed.getsockname()
         if not handed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             connections.append(handed)
-            continue
-        bound = handed.getsockname()
-        is_ours = (bound == address and os.path.exists(bound)) if isinstance(address, str) \
-            else bound[:2] == address
-        if is_ours and found is None:
-            found = handed
-            continue
-        handed.close()
-        if not is_ours and names[at:at + 1] == [LISTENER]:
-            notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}")
-            if isinstance(bound, str) and os.path.lexists(bound):
-                os.unlink(bound)
-    return found, connections
+        elif is_named and address in (bound, bound[:2]):
+            listeners.append(handed)
+        else:
+            handed.close()
+            if names[at:at + 1] == [LISTENER]:
+                notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}")
+                if isinstance(bound, str) and os.path.lexists(bound):
+                    os.unlink(bound)
+    return next(iter(listeners), None), connections
 
 
 def clear_path(path: str) -> None:
     """Make the directory of a socket or link, remove a dead one. Raises: GipamError, OSError."""
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    if not os.path.lexists(path):
-        return
-    mode = os.lstat(path).st_mode
-    if not stat.S_ISSOCK(mode) and not stat.S_ISLNK(mode):
-        raise ConfigError(f"{path} is in the way and is not a socket: "
-                          "remove it, or use another name")
-    with socket.socket(socket.AF_UNIX) as probe:
-        if probe.connect_ex(path) == 0:
-            raise BusyError(f"another daemon answers on {path}: stop it, or use another name")
-    os.unlink(path)
+    if os.path.lexists(path):
+        if not os.path.islink(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ConfigError(f"{path} is in the way and is not a socket: "
+                              "remove it, or use another name")
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(path) == 0:
+                raise BusyError(f"another daemon answers on {path}: stop it, or use another name")
+        os.unlink(path)
 
 
 def open_unix(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
@@ -3489,17 +3377,15 @@ def open_unix(config: Config, loop: Loop, remove: Callable[[str], None]) -> None
     if not server.is_kept:
         remove(config.socket)
     link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
-    if config.socket != link:
-        try:
-            if os.path.islink(link) and os.readlink(link) == config.socket:
-                os.unlink(link)  # ours: else it would pass for another daemon
+    try:
+        if os.path.realpath(link) != os.path.realpath(config.socket):
             clear_path(link)
             os.symlink(config.socket, link)
-            if "FDSTORE" not in os.environ:
-                remove(link)
-        except PermissionError:
-            if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
-                raise
+        if not server.is_kept:
+            remove(link)
+    except PermissionError:
+        if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
+            raise
     if config.is_spec_given:
         write_spec(config.spec, f"unix://{config.socket}\n", remove)
 
@@ -3508,16 +3394,15 @@ def open_tcp(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
     """Listen on the address, and write the plugin file. Raises: GipamError, OSError."""
     server = listen(Server, config.address, loop, load_tls(config.tls, is_server=True))
     address, stem = format_endpoint(server.server_address), os.path.splitext(config.spec)[0]
-    shadows = {os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock"): clear_path}
     path, text = config.spec, f"tcp://{address}\n"
     if config.tls:
-        shadows[path] = os.unlink
         files = {key: os.path.join(config.tls, name) for key, name in
                  (("CAFile", "ca.pem"), ("CertFile", "cert.pem"), ("KeyFile", "key.pem"))}
         path = stem + ".json"
         text = json.dumps({"Addr": f"https://{address}", "TLSConfig": files}) + "\n"
-    for shadow, clear in shadows.items():
-        if os.path.lexists(shadow):
+    found_first = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock")
+    for shadow, clear in ((found_first, clear_path), (config.spec, os.unlink)):
+        if shadow != path and os.path.lexists(shadow):
             clear(shadow)
             log.warning("removed %s, which hid %s; restart dockerd if it has used it", shadow, path)
     write_spec(path, text, remove)
@@ -3590,7 +3475,9 @@ def call(connection: Connection, verb: str, path: str, body: Any = None) -> Any:
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         remedy = "run this as root" if isinstance(error, PermissionError) else connection.remedy
-        raise Unreachable(f"{connection.peer}: {why}; {remedy}") from None
+        is_absent = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
+        kind = Absent if is_absent else Unreachable
+        raise kind(f"{connection.peer}: {why}; {remedy}") from None
     finally:
         connection.close()  # the next call connects again
     if response.status != 200:
@@ -3609,31 +3496,32 @@ def docker_socket() -> str:
     return host[7:]
 
 
-def hint_of(subnet: str) -> str:
-    """Return the size hint that asks for any block of this length."""
-    return f"{'::' if ':' in subnet else '0.0.0.0'}/{subnet.partition('/')[2]}"  # noqa: S104
+def hints_for(subnet: str) -> set[str]:
+    """Return the size hints that may have led to it: of its length, or of the default one."""
+    return {f"{'::' if ':' in subnet else '0.0.0.0'}/{length}"  # noqa: S104
+            for length in (subnet.partition("/")[2], "0")}
 
 
 class Use(NamedTuple):
-    """What Docker uses: a subnet (address ""), or an address in it."""
+    """What Docker uses: a subnet (address ""), or an address in it, or in none (subnet "")."""
 
-    driver: str | None
-    network: str  # name
-    identity: str  # new whenever Docker makes the network or the endpoint anew
-    subnet: str
-    sub_pool: str
+    kind: str  # of an address, as leases have it; else "pool", "template", "hint" (Docker < 29)
     address: str = ""  # bare
-    kind: str = "pool"  # or "hint", only the length asked for (Docker < 29), or "template"
-    mac: str = ""
+    subnet: str = ""
+    sub_pool: str = ""
+    driver: str | None = None
+    network: str = ""  # name
+    identity: str = ""  # new whenever Docker makes the network or the endpoint anew
     container: str = ""
+    mac: str = ""
     pool_name: str = ""  # gipam.name
     has_hidden_gateway: bool = False  # Docker does not show it: the first address that was free
     routed_option: str = ""  # of the network: would end its masquerading
 
     @property
-    def key(self) -> tuple[str, str]:
-        """Return what tells pools apart."""
-        return self.subnet, self.sub_pool
+    def place(self) -> tuple[str, str]:
+        """Return the subnet, and what of it is used: an address, a range, or all ("")."""
+        return self.subnet, self.address or self.sub_pool
 
     def __str__(self) -> str:
         return f"container {self.container}" if self.container else f"network {self.network}"
@@ -3645,26 +3533,51 @@ def normalise_address(text: str) -> str:
     return format_address(int(address), address.version)
 
 
-def network_uses(network: Json, api: tuple[int, ...]) -> Iterator[Use]:
-    """Yield what a network uses: subnets, gateways and auxiliary addresses."""
-    ipam, is_template = network.get("IPAM") or {}, network.get("ConfigOnly")
+def container_uses(container: Json) -> Iterator[tuple[str, Use]]:
+    """Yield each address of a container, and its gateway, with the id of the network."""
+    name = printable((container.get("Names") or ["/" + container["Id"][:12]])[0][1:])
+    for endpoint in ((container.get("NetworkSettings") or {}).get("Networks") or {}).values():
+        network, mac = endpoint.get("NetworkID"), printable(endpoint.get("MacAddress") or "")
+        for keys in (("IPAddress", "IPPrefixLen", "Gateway"),
+                     ("GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPv6Gateway")):
+            address, length, gateway = (endpoint.get(key) or "" for key in keys)
+            if address:
+                subnet = str(parse_prefix(f"{address}/{length}", mask=True))
+                yield network, Use(GATEWAY, gateway, subnet)
+                yield network, Use(ENDPOINT, address, subnet, container=name, mac=mac,
+                                   identity=endpoint.get("EndpointID") or container["Id"])
+
+
+def network_uses(network: Json, inside: list[Use], api: tuple[int, ...]) -> Iterator[Use]:
+    """Yield the subnets of a network, and each address that it or a container in it has.
+
+    Of a network made with a size hint, Docker < 29 shows only that; its containers tell more.
+    """
+    ipam, pools, addresses = network.get("IPAM") or {}, [], []
+    about = Use("template" if network.get("ConfigOnly") else "pool", driver=ipam.get("Driver"),
+                network=printable(network["Name"]), identity=network["Id"],
+                pool_name=printable((ipam.get("Options") or {}).get(NAME_OPTION, "")))
     for config in ipam.get("Config") or ():
         version = 6 if ":" in config.get("Subnet", "") else 4
         if not config.get("Subnet") or not network.get(f"EnableIPv{version}", True):
             continue  # it is shown, but was never asked for
-        subnet, sub_pool = (str(parse_prefix(config[key], mask=True)) if config.get(key) else ""
-                            for key in ("Subnet", "IPRange"))
+        shown, sub_pool = (str(parse_prefix(config[key], mask=True)) if config.get(key) else ""
+                           for key in ("Subnet", "IPRange"))
         gateway, auxiliary = config.get("Gateway"), config.get("AuxiliaryAddresses") or {}
-        kind = "template" if is_template else "hint" if subnet == hint_of(subnet) else "pool"
-        use = Use(ipam.get("Driver"), printable(network["Name"]), network["Id"], subnet,
-                  sub_pool, kind=kind,
-                  pool_name=printable((ipam.get("Options") or {}).get(NAME_OPTION, "")),
-                  has_hidden_gateway=not gateway and has_gateway(network, version, api),
-                  routed_option=find_routed_option(network, version, api))
-        yield use
-        for kind, text in ((GATEWAY, gateway), *((AUXILIARY, text) for text in auxiliary.values())):
-            if text and not is_template:
-                yield place(text, [use])._replace(kind=kind)
+        addresses += [Use(GATEWAY, gateway), *(Use(AUXILIARY, text) for text in auxiliary.values())]
+        told = {use.subnet for use in inside if shown in hints_for(use.subnet)} or {shown}
+        pools += [about._replace(
+            kind="hint" if subnet in hints_for(subnet) else about.kind, subnet=subnet,
+            sub_pool=sub_pool, routed_option=find_routed_option(network, version, api),
+            has_hidden_gateway=not gateway and has_gateway(network, version, api))
+                  for subnet in sorted(told)]
+    yield from pools
+    for use in (use for use in (*addresses, *inside) if use.address and pools):
+        address = normalise_address(use.address)
+        home = next((pool for pool in pools
+                     if ipaddress.ip_address(address) in parse_prefix(pool.subnet)), about)
+        yield home._replace(kind=use.kind, address=address, container=use.container, mac=use.mac,
+                            identity=use.identity or home.identity)
 
 
 BRIDGE = "com.docker.network.bridge."  # options of a bridge network
@@ -3697,42 +3610,6 @@ def find_routed_option(network: Json, version: int, api: tuple[int, ...]) -> str
     return "" if options.get(mode) == "routed" else mode + "=routed"
 
 
-def place(text: str, pools: list[Use]) -> Use:
-    """Return the use of an address in that of these subnets which has it, or in none ("")."""
-    address = normalise_address(text)
-    home = next((pool for pool in pools
-                 if ipaddress.ip_address(address) in parse_prefix(pool.subnet)), None)
-    return (home or pools[0]._replace(subnet="", sub_pool=""))._replace(address=address)
-
-
-def container_uses(container: Json, subnets: dict[str, list[Use]]) -> Iterator[Use]:
-    """Yield what a container uses of the subnets of networks, by id; and its gateways.
-
-    Of a network made with a size hint, Docker < 29 shows only 0.0.0.0/26; these show its subnet.
-    """
-    if container.get("State") not in ("running", "paused", "restarting"):
-        return  # after a crash of dockerd, or a failed start, what it had is still shown
-    name = printable((container.get("Names") or ["/" + container["Id"][:12]])[0][1:])
-    for endpoint in ((container.get("NetworkSettings") or {}).get("Networks") or {}).values():
-        pools = subnets.get(endpoint.get("NetworkID"))
-        for keys in (("IPAddress", "IPPrefixLen", "Gateway"),
-                     ("GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPv6Gateway")):
-            address, length, gateway = (endpoint.get(key) or "" for key in keys)
-            if not pools or not address:
-                continue
-            subnet = str(parse_prefix(f"{address}/{length}", mask=True))
-            hinted = [pool._replace(subnet=subnet, kind="pool") for pool in pools
-                      if pool.subnet == hint_of(subnet)]
-            use = place(address, [*pools, *hinted])
-            router = place(gateway or address, [*pools, *hinted])
-            yield from (pool for pool in hinted if pool.subnet == use.subnet)
-            if gateway and router.subnet:
-                yield router._replace(kind=GATEWAY)
-            yield use._replace(kind=ENDPOINT, container=name,
-                               mac=printable(endpoint.get("MacAddress") or ""),
-                               identity=endpoint.get("EndpointID") or container["Id"])
-
-
 def read_uses(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Use], list[Use]]:
     """Return (what Docker uses of this driver, all other subnets). Raises: Unreachable."""
     end = time.monotonic() + timeout_s
@@ -3743,146 +3620,129 @@ def read_uses(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Use
 
     try:
         api = tuple(map(int, get("/version")["ApiVersion"].split(".")))
-        networks, containers = get("/networks"), get("/containers/json?all=1")
+        networks, inside = get("/networks"), collections.defaultdict(list)
+        for container in get("/containers/json"):
+            for network_id, use in container_uses(container):
+                inside[network_id].append(use)
         networks = [get(f"/networks/{network['Id']}")  # the list leaves the IPAM of such a one out
                     if (network.get("ConfigFrom") or {}).get("Network") else network
                     for network in networks]
-        found = [use for network in networks for use in network_uses(network, api)]
-        uses = [use for use in found if use.driver == driver and use.kind != "template"]
-        others = [use for use in found if not use.address
-                  and (use.driver != driver or use.kind == "template")]
-        subnets = {network: list(pools) for network, pools in itertools.groupby(
-            (use for use in uses if not use.address), lambda use: use.identity)}
-        for container in containers:
-            uses += container_uses(container, subnets)
+        uses = [use for network in networks
+                for use in network_uses(network, inside[network["Id"]], api)]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Unreachable(f"the Docker at {path} answers what gipam does not understand: "
                           f"{error!r}") from error
-    told = {(use.identity, hint_of(use.subnet)) for use in uses if use.kind == "pool"}
-    return [use for use in uses if (use.identity, use.subnet) not in told], others
+    ours = [use for use in uses if use.driver == driver and use.kind != "template"]
+    return ours, [use for use in uses if use.driver != driver or use.kind == "template"]
 
 
 class Finding(NamedTuple):
     """A difference between gipam and Docker, and the request that mends it."""
 
     kind: str
-    identity: Any  # the same as long as this difference lasts
     about: Use
+    path: str  # "": gipam cannot mend it
+    body: Any
     text: str
-    path: str = ""  # "": gipam cannot mend it
-    body: Any = None
+    granted_s: float = 0.0  # when what has leaked was granted
 
 
-def release_body(pool: Json, lease: Json | None = None) -> Json:
-    """Return what /Gipam.Release takes of a pool, or of a lease in it."""
+def release_request(pool: Json, lease: Json | None = None) -> tuple[str, Json]:
+    """Return what releases a pool, or a lease in it, if it still is what was seen."""
     held = lease or pool
-    return {"PoolID": pool["id"], "Address": held.get("address", ""), "Seq": held["seq"]}
+    return "/Gipam.Release", {"PoolID": pool["id"], "Address": held.get("address", ""),
+                              "Seq": held["seq"]}
 
 
-def adopt_body(pool: Use, uses: list[Use], seq: int) -> Json:
-    """Return what /Gipam.Adopt takes; seq is that of the pool."""
+def adopt_request(pool: Use, uses: Iterable[Use], seq: int) -> tuple[str, Json]:
+    """Return what adopts addresses in the pool that was granted as change seq; 0: and the pool."""
     leases = [{"Address": use.address, "Kind": use.kind, "MAC": use.mac, "Name": use.container}
               for use in uses]
-    return {"Subnet": pool.subnet, "SubPool": pool.sub_pool, "Name": pool.pool_name,
-            "Leases": leases, "Seq": seq}
+    return "/Gipam.Adopt", {"Subnet": pool.subnet, "SubPool": pool.sub_pool,
+                            "Name": pool.pool_name, "Leases": leases, "Seq": seq}
 
 
-def group_uses(uses: list[Use]) -> Iterator[tuple[Use, list[Use]]]:
-    """Yield each pool with the first use of each address, with "" for a hidden gateway."""
-    grouped: dict[tuple[str, str], dict[str, Use]] = {}
-    for use in uses:
-        if use.address:
-            grouped.setdefault(use.key, {}).setdefault(use.address, use)
-    for key, pool in {use.key: use for use in uses if use.kind == "pool"}.items():
-        found = list(grouped.get(key, {}).values())
-        is_hidden = pool.has_hidden_gateway and not any(use.kind == GATEWAY for use in found)
-        yield pool, [*found, pool._replace(kind=GATEWAY)] if is_hidden else found
-
-
-def find_leaks(status: Json, uses: list[Use], until_s: float) -> Iterator[Finding]:
-    """Yield what gipam holds, granted until that time, and Docker does not use."""
-    networks = {use.key: use for use in uses if not use.address}
-    used = {(use.subnet, use.address) for use in uses}
+def find_leaks(status: Json, uses: list[Use]) -> Iterator[Finding]:
+    """Yield what gipam holds and Docker does not use."""
+    used = {use.place: use for use in uses}
     for pool in status["pools"]:
-        key = (pool["subnet"], pool["sub_pool"])
-        if key not in networks:
-            if (hint_of(key[0]), "") not in networks and pool["granted_s"] <= until_s:
-                yield Finding("leaked_pool", (pool["id"], pool["seq"]), Use(None, "", "", *key),
-                              f"subnet {' range '.join(filter(None, key))} is held with "
-                              f"{pool['leases']} addresses, but no network has it",
-                              "/Gipam.Release", release_body(pool))
-            continue
-        for lease in pool["addresses"]:
-            address, owner = lease["address"], lease["name"] or lease["mac"] or lease["kind"]
-            about = networks[key]._replace(address=address, container=lease["name"])
-            is_hidden = lease["kind"] == GATEWAY and about.has_hidden_gateway
-            if not is_hidden and (key[0], address) not in used and lease["granted_s"] <= until_s:
-                yield Finding("leaked_address", (pool["id"], address, lease["seq"]), about,
-                              f"address {address} of network {about.network} is held for {owner}, "
-                              "but nothing has it", "/Gipam.Release", release_body(pool, lease))
+        subnet, sub_pool = pool["subnet"], pool["sub_pool"]
+        network = used.get((subnet, sub_pool))
+        if network:
+            for lease in pool["addresses"]:
+                about = network._replace(address=lease["address"], container=lease["name"])
+                is_hidden = lease["kind"] == GATEWAY and network.has_hidden_gateway
+                if not is_hidden and about.place not in used:
+                    yield Finding("leaked_address", about, *release_request(pool, lease),
+                                  f"address {about.address} of {network} is held for "
+                                  f"{lease['name'] or lease['mac'] or lease['kind']}, but nothing "
+                                  "has it", lease["granted_s"])
+        elif used.keys().isdisjoint((hint, "") for hint in hints_for(subnet)):
+            yield Finding("leaked_pool", Use("pool", "", subnet, sub_pool), *release_request(pool),
+                          f"subnet {subnet}{sub_pool and ' range ' + sub_pool} is held with "
+                          f"{pool['leases']} addresses, but no network has it", pool["granted_s"])
 
 
 def find_missing(status: Json, uses: list[Use]) -> Iterator[Finding]:
     """Yield what Docker uses and gipam does not hold, or holds only once."""
-    pools = {(pool["subnet"], pool["sub_pool"]): pool for pool in status["pools"]}
-    held = {(pool["subnet"], lease["address"])
-            for pool in status["pools"] for lease in pool["addresses"]}
-    for pool, inside in group_uses(uses):
-        if pool.key not in pools:
-            yield Finding("missing_pool", pool, pool, f"subnet {pool.subnet} of {pool} is not "
-                          "held: another network could get it",
-                          "/Gipam.Adopt", adopt_body(pool, inside, 0))
-    users: dict[tuple[str, str], list[Use]] = {}
+    held = {(pool["subnet"], one.get("address", pool["sub_pool"])): one["seq"]
+            for pool in status["pools"] for one in (pool, *pool["addresses"])}
+    homes: dict[tuple[str, str], dict[str, Use]] = {}
+    users: dict[tuple[str, str], Use] = {}
     for use in uses:
-        if use.address:
-            users.setdefault((use.subnet, use.address), []).append(use)
-    for key, sharers in users.items():
-        use, what = sharers[0], f"address {key[1]}"
-        if not use.subnet:
-            yield Finding("address_outside", use, use, f"{what} of {use} is in no subnet of "
-                          f"network {use.network}: make the network anew")
-        elif key not in held and use.key in pools:
-            yield Finding("missing_address", use, use,
-                          f"{what} of {use} is not held: another container could get it",
-                          "/Gipam.Adopt", adopt_body(use, [use], pools[use.key]["seq"]))
-        holders = {sharer.identity: str(sharer) for sharer in sharers if sharer.kind == ENDPOINT}
-        if len(holders) > 1:
-            yield Finding("address_twice", (what, *sorted(holders)), use, f"{what} is in "
-                          f"{' and '.join(holders.values())}: restart one of them")
+        homes.setdefault((use.subnet, use.sub_pool), {}).setdefault(use.address, use)
+        first = users.setdefault(use.place, use) if use.kind == ENDPOINT else use
+        if first.identity != use.identity:
+            yield Finding("address_twice", use, "", None, f"address {use.address} is in {first} "
+                          f"and {use}: restart one of them")
+    for home, inside in homes.items():
+        pool = inside.pop("", None)
+        if pool and pool.kind == "pool" and home not in held:
+            if pool.has_hidden_gateway and GATEWAY not in {use.kind for use in inside.values()}:
+                inside[""] = pool._replace(kind=GATEWAY)
+            yield Finding("missing_pool", pool, *adopt_request(pool, inside.values(), 0), "subnet "
+                          f"{pool.subnet} of {pool} is not held: another network could get it")
+        for use in inside.values():
+            what = f"address {use.address} of {use} is"
+            if not use.subnet and use.kind != GATEWAY:
+                yield Finding("address_outside", use, "", None, f"{what} in no subnet of network "
+                              f"{use.network}: make the network anew")
+            elif home in held and use.place not in held:
+                yield Finding("missing_address", use, *adopt_request(use, [use], held[home]),
+                              f"{what} not held: another container could get it")
 
 
 def compare(status: Json, uses: list[Use], others: list[Use],
-            until_s: float) -> dict[Any, Finding]:
-    """Return all that differs, and where subnets of other drivers overlap, by kind and identity."""
-    found = [*find_leaks(status, uses, until_s), *find_missing(status, uses)]
-    pools = [(pool["id"], parse_prefix(pool["subnet"])) for pool in status["pools"] if others]
-    for use in others:
-        prefix = parse_prefix(use.subnet)
-        found += [Finding("overlap", (use.identity, pool_id), use, f"subnet {prefix} of "
-                          f"network {use.network}, of another IPAM driver, overlaps {subnet} "
-                          "of ours: remove one of the two networks") for pool_id, subnet in pools
-                  if use.kind == "pool" and prefix.overlaps(subnet)]
-    found += [Finding("claimed_elsewhere", pool["id"], Use(None, "", "", pool["subnet"], ""),
-                      f"subnet {pool['subnet']} is held here, but {pool['claimed_elsewhere']} has "
-                      "claimed it in etcd: remove one of the two networks")
-              for pool in status["pools"] if pool.get("claimed_elsewhere")]
-    return {finding[:2]: finding for finding in found}
+            until_s: float) -> dict[str, Finding]:
+    """Return all that differs, or had leaked by that time, and what else has a subnet of ours."""
+    found = [*find_leaks(status, uses), *find_missing(status, uses)]
+    subnets = [parse_prefix(pool["subnet"]) for pool in status["pools"] if others]
+    for use in (use for use in others if use.kind == "pool"):
+        found += [Finding("overlap", use._replace(identity=f"{use.identity} {subnet}"), "", None,
+                          f"subnet {use.subnet} of {use}, of another IPAM driver, overlaps "
+                          f"{subnet} of ours: remove one of the two networks")
+                  for subnet in filter(parse_prefix(use.subnet).overlaps, subnets)]
+    found += [Finding("claimed_elsewhere", Use("pool", "", pool["subnet"], pool["sub_pool"]), "",
+                      None, f"subnet {pool['subnet']} is held here, but "
+                      f"{pool['claimed_elsewhere']} has claimed it in etcd: remove one of the two "
+                      "networks") for pool in status["pools"] if pool.get("claimed_elsewhere")]
+    return {str(finding[:4]): finding for finding in found if finding.granted_s <= until_s}
 
 
-def find_differences(read_status: Callable[[], Json], path: str, driver: str,
-                     grace_s: int) -> dict[Any, Finding]:
+def find_differences(look: Callable[[], Json], read_docker: Callable[[], tuple[list[Use], Any]],
+                     grace_s: int) -> dict[str, Finding]:
     """Compare gipam with Docker until no passing difference can be left. Raises: Unreachable.
 
     A round reads gipam, Docker, gipam, and keeps what both readings show. What is left is looked at
     again a moment later, for Docker shows a container that stops before it releases its address.
     """
-    found: dict[Any, Finding] = {}
+    found: dict[str, Finding] = {}
     for pause_s in (0.0, CHECK_PAUSE_S):
         time.sleep(pause_s)
-        before, until_s = read_status(), int(time.time()) - grace_s
-        docker = read_uses(path, driver)
-        first = compare(before, *docker, until_s)
-        again = compare(read_status(), *docker, until_s) if first else {}
+        status, until_s = look(), int(time.time()) - grace_s
+        docker = read_docker()
+        first = compare(status, *docker, until_s)
+        again = compare(look(), *docker, until_s) if first else {}
         kept = again.keys() & (found or again).keys()
         found = {key: finding for key, finding in first.items() if key in kept}
         if not found:
@@ -3949,12 +3809,11 @@ def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json
     if not adopted:
         return adopted, []
     uses, _ = read_docker()
-    for finding in find_leaks(look(), uses, time.time()):
-        body = finding.body
+    for _, _, path, body, *_ in find_leaks(look(), uses):
         is_known = parse_pool_id(body["PoolID"]) is not None  # then Docker releases the pool itself
         if body["Seq"] in adopted and (body["Address"] or not is_known):
             with contextlib.suppress(Forbidden, Refused):  # Docker has just done so
-                post(finding.path, body)
+                post(path, body)
     return adopted, uses
 
 
@@ -3964,7 +3823,7 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
     It is over once Docker has been asked again, and shows each pool that was adopted: before 29, an
     empty network made with a size hint is not shown with its subnet (protocol.md 10.4).
     """
-    path, end, adopted = docker_socket(), time.monotonic() + timeout_s, {*service.adopted}
+    path, end = docker_socket(), time.monotonic() + timeout_s
 
     def read_docker() -> tuple[list[Use], Any]:
         return read_uses(path, driver, max(end - time.monotonic(), 0.001))
@@ -3975,11 +3834,11 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
     def post(path: str, body: Json) -> Any:
         return call(lambda: METHODS[path](service, Fields(body))[0])
 
-    uses, _ = read_docker()
+    adopted, (uses, _) = {*service.adopted}, read_docker()
     adopted, uses = mend(find_missing(look(), uses), adopted, look, read_docker, post)
-    keys = {use.key for use in uses}
+    places = {use.place for use in uses}
     adopted -= {held["seq"] for pool in look()["pools"]
-                if (pool["subnet"], pool["sub_pool"]) not in keys
+                if (pool["subnet"], pool["sub_pool"]) not in places
                 for held in (pool, *pool["addresses"])}
     call(lambda: service.finish_import(adopted))
 
@@ -4067,6 +3926,13 @@ class Etcd:
                 raise Unavailable(f"etcd does not answer on {self._places}: {why}")
             time.sleep(ETCD_PAUSE_S)
 
+    def hang_up(self) -> None:
+        """End a watch, from another thread."""
+        connection = self._connection
+        if connection and connection.sock:
+            with contextlib.suppress(OSError):  # it has just ended
+                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Hang up."""
         if self._connection:
@@ -4098,7 +3964,8 @@ class Etcd:
         if self._token and not is_new:  # it may have expired
             self._token = ""
             return self._post(path, body, timeout_s)
-        raise Refused(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
+        kind = Outdated if code == 11 else Refused  # OUT_OF_RANGE
+        raise kind(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
 
     def key(self, table: str, name: Any) -> str:
         """Return the key of an entry, as the gateway has it."""
@@ -4173,6 +4040,7 @@ class Claimant:
         self._service, self._site, self._machine = service, site, machine
         self._etcd, self._watcher, self._last_words = make_etcd(), make_etcd(), make_etcd()
         self._token = ""  # of this process, once it has shown its presence
+        self._rival: Entry | None = None  # has the name of this host
         self._lease, self._pulse_s, self._present_until_s = "", 0.0, 0.0
         self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
         self._bell = threading.Event()
@@ -4184,11 +4052,18 @@ class Claimant:
     def begin(self) -> None:
         """Before anything is served, learn what others hold and show presence. Raises: BusyError.
 
-        An etcd that does not answer is no reason to wait.
+        An etcd that does not answer is no reason to wait; another gipam of this name is, until it
+        shows itself again or is forgotten.
         """
         try:
             self._load(ETCD_ATTEMPT_S)
-            self._show_presence(ETCD_ATTEMPT_S)
+            while not self._token:
+                try:
+                    self._show_presence(ETCD_ATTEMPT_S)
+                except Unavailable:
+                    if not self._rival:
+                        raise
+                    time.sleep(PULSE_S / 5)
         except (Unavailable, Refused) as error:
             self._note(str(error))
 
@@ -4400,24 +4275,41 @@ class Claimant:
 
     def _transact(self, known: list[Entry], changed: list[Entry], patience_s: float,
                   lease: str = "0") -> bool:
-        """Write what is changed if all is as known; else learn how it is, and return False."""
+        """Write what is changed if all is as known; else learn how it is, and return False.
+
+        If there has been another head since the one that is known, that one is asked for as well:
+        an etcd that never had it is an older one, restored, and all that is known may be wrong.
+        """
         etcd, head = self._etcd, known[0]
         reads = [{"key": etcd.key(entry.table, entry.name)} for entry in known]
         if head.table == "head":  # then all that has been claimed since it was written, too
             reads.append(etcd.range_of("claims/", head.revision + 1))
-        reply = self._ask("/v3/kv/txn", {
-            "compare": [compare for entry in known for compare in etcd.same(entry)],
-            "success": [etcd.put(entry, lease) for entry in changed],
-            "failure": [{"request_range": read} for read in reads]}, patience_s)
+            reads.append({**reads[0], "revision": str(head.revision)})
+        try:
+            reply = self._ask("/v3/kv/txn", {
+                "compare": [compare for entry in known for compare in etcd.same(entry)],
+                "success": [etcd.put(entry, lease) for entry in changed],
+                "failure": [{"request_range": read} for read in reads]}, patience_s)
+        except Outdated:
+            return self._forget(patience_s)
         revision, is_done = int(reply["header"]["revision"]), bool(reply.get("succeeded"))
         found = [] if is_done else [
             entry for response in reply["responses"]
             for entry in etcd.entries(response["response_range"].get("kvs", ()))]
+        if not is_done and head.table == "head" and head.text and head not in found:
+            return self._forget(patience_s)
         there = {entry[:2] for entry in found}
         gone = [entry._replace(text="") for entry in known if entry[:2] not in there]
         news = [entry._replace(revision=revision) for entry in (changed if is_done else gone)]
         self._call(lambda: self._site.settle([*found, *news], [*known, *changed]))
         return is_done
+
+    def _forget(self, patience_s: float) -> bool:
+        """Have the other thread learn all anew, and wait for it; return False."""
+        self._site.loaded.clear()
+        self._watcher.hang_up()
+        self._site.loaded.wait(patience_s)
+        return False
 
     def _ask(self, path: str, body: Json, patience_s: float) -> Json:
         """Ask, and note how that went. Raises: Unavailable, Refused."""
@@ -4455,16 +4347,32 @@ class Claimant:
             self._lease = reply["ID"]
         token = self._token or secrets.token_hex(8)
         value = {"machine": self._machine, "token": token, "at": int(time.time())}
-        is_done = False
-        while not is_done:
+        for _ in range(3):
             known = self._call(lambda: self._site.entry("hosts", name))
-            if known.text and (known.value.get("machine") != self._machine
-                               or (self._token and known.value.get("token") != token)):
-                raise BusyError(f"another gipam is there as host {name!r}: give each one a -host "
-                                f"of its own; one that has gone is forgotten after {PRESENCE_S} s")
-            is_done = self._transact([known], [known._replace(text=dumps(value))], patience_s,
-                                     self._lease)
-        self._token, self._present_until_s = token, now_s + PRESENCE_S
+            self._check_name(known)
+            if self._transact([known], [known._replace(text=dumps(value))], patience_s,
+                              self._lease):
+                self._token, self._present_until_s = token, now_s + PRESENCE_S
+                return
+        self._forget(patience_s)
+        raise Unavailable("etcd is not the one that it was, and is read again: try again")
+
+    def _check_name(self, known: Entry) -> None:
+        """Check that no other gipam is there under the name of this host.
+
+        Raises: BusyError, if it has shown itself again; Unavailable, if it may have gone.
+        """
+        is_own = known.value.get("machine") == self._machine and (
+            not self._token or known.value.get("token") == self._token)
+        if known.text and not is_own:
+            first, self._rival = self._rival, known
+            said = f"another gipam is there as host {known.name!r}: each needs a -host of its own"
+            if first and first.revision < known.revision:
+                raise BusyError(said)
+            absent = known._replace(text="")
+            self._transact([absent], [absent], ETCD_ATTEMPT_S)  # to learn how it is now
+            raise Unavailable(f"{said}; one that has gone is forgotten after {PRESENCE_S} s")
+        self._rival = None
 
     # The thread that follows
 
@@ -4478,6 +4386,8 @@ class Claimant:
                 self._load(ETCD_PATIENCE_S)
             for entries in etcd.watch(self._call(lambda: site.watched) + 1):
                 self._call(functools.partial(site.learn_all, entries))
+                if not site.loaded.is_set():
+                    break
         except (OSError, http.client.HTTPException, ValueError):
             pass  # a watch ends when its member does; another is asked
         finally:
@@ -4529,10 +4439,10 @@ def parse_bool(text: str) -> bool:
     return BOOLEANS[text]
 
 
-def parse_number(text: str) -> int:
-    """Return a number of at most three decimal digits. Raises: ValueError."""
-    if not re.fullmatch("[0-9]{1,3}", text):
-        raise ValueError("not a prefix length in bits, such as 24")
+def parse_length(bits: int, text: str) -> int:
+    """Return the length in bits of a block, which has two addresses or more. Raises: ValueError."""
+    if not re.fullmatch("[0-9]{1,3}", text) or not 0 < int(text) < bits:
+        raise ValueError(f"not a prefix length from 1 to {bits - 1}")
     return int(text)
 
 
@@ -4629,10 +4539,9 @@ OPTIONS = (
     Option("file", parse_path, "leases.json", "FILE", "lease file"),
     Option("v6", parse_prefixes, "", "PREFIXES", "IPv6 bases, separated by commas, used in order"),
     Option("v4", parse_prefixes, "", "PREFIXES", "IPv4 bases, likewise"),
-    Option("v6ab", parse_number, "64", "BITS", "prefix length of a network's IPv6 block"),
-    Option("v4ab", parse_number, "24", "BITS", "prefix length of a network's IPv4 block"),
-    Option("exclude", parse_prefixes, "", "PREFIXES",
-           "prefixes in the bases that are never handed out"),
+    Option("v6ab", functools.partial(parse_length, BITS[6]), "64", "BITS", "length of IPv6 blocks"),
+    Option("v4ab", functools.partial(parse_length, BITS[4]), "24", "BITS", "length of IPv4 blocks"),
+    Option("exclude", parse_prefixes, "", "PREFIXES", "prefixes that are never handed out"),
     Option("socket", parse_path, PLUGIN_SOCKET_DIR + "/gipam.sock", "PATH",
            "socket; its base name names the driver"),
     Option("spec", parse_path, "/etc/docker/plugins/gipam.spec", "PATH",
@@ -4656,14 +4565,14 @@ Config = argparse.Namespace  # all options under their names, parsed; and what b
 
 def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace) -> Settings:
     """Return the first two stages: command line over environment over default."""
-    settings = {option.name: option._replace(text=option.default) for option in OPTIONS}
-    variables = {option.name: environment.get(option.variable) for option in OPTIONS}
-    for origin, stage in (("environment ({})", variables), ("command line", vars(arguments))):
-        for name, option in settings.items():
-            given = stage.get(name)
+    settings = {}
+    for option in OPTIONS:
+        settings[option.name] = option._replace(text=option.default)
+        stages = {f"environment ({option.variable})": environment.get(option.variable),
+                  "command line": getattr(arguments, option.name, None)}
+        for origin, given in stages.items():
             if given is not None:
-                settings[name] = option._replace(
-                    text=given, origin=origin.format(option.variable), given=given)
+                settings[option.name] = option._replace(text=given, origin=origin, given=given)
     return settings
 
 
@@ -4686,13 +4595,10 @@ def overrule_settings(settings: Settings, document: Json, path: str) -> None:
             settings[name] = option._replace(text=found, origin=f"lease file ({key} in {path})")
             if is_edited:
                 log.warning("%s has been edited in %s, from %r to %r", key, path, written, found)
-            if option.given not in (None, found):
+            if option.text != found and {option.given, noted} != {None}:
                 log.warning("-%s is %r as the lease file %s says, not %r as the %s does: the lease "
                             "file wins; to change it, edit %s there or give -%s a new value",
                             name, found, path, option.text, option.origin, key, name)
-            elif option.given is None and noted is not None:
-                log.warning("-%s is not given any more and stays %r, as the lease file %s says; "
-                            "to change it, give it another value", name, found, path)
 
 
 def config_keys(settings: Settings) -> Json:
@@ -4703,35 +4609,27 @@ def config_keys(settings: Settings) -> Json:
             "Options": {option.name: [option.text, option.given] for option in chosen.values()}}
 
 
-def find_driver(settings: Settings) -> str:
-    """Return the driver's name to Docker: the base name of the socket or the plugin file."""
-    path: str = settings["socket" if settings["unix"].value else "spec"].value
-    return os.path.splitext(os.path.basename(path))[0]
-
-
-def describe_daemon(settings: Settings, place: Any) -> Json:
+def describe_daemon(config: Config, place: Any) -> Json:
     """Return what /status tells of a daemon that listens there, "" without one; no passwords."""
     shown = {}
-    for name, option in settings.items():
+    for name, option in config.settings.items():
         text = option.value if option.parse in (parse_path, parse_host) else option.text
         shown[name] = {"value": mask(text), "origin": option.origin}
-    return {"driver": find_driver(settings), "listening": format_endpoint(place), "config": shown}
+    return {"driver": config.driver, "listening": format_endpoint(place), "config": shown}
 
 
 def build_config(settings: Settings) -> Config:
     """Parse and check all options. Raises: ConfigError."""
-    config = Config(**{name: option.value for name, option in settings.items()})
+    config = Config(**{name: option.value for name, option in settings.items()}, settings=settings)
     config.is_spec_given = settings["spec"].origin != "default"
-    config.driver = find_driver(settings)
+    plugin = os.path.basename(config.socket if config.unix else config.spec)
+    config.driver = os.path.splitext(plugin)[0]  # what Docker calls it
     config.families = ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab))
     if not (config.unix or config.tls or ipaddress.ip_address(config.address[0]).is_loopback):
         raise settings["address"].error("not a loopback address: whoever reaches the port could "
                                         "take every address; use -tls")
     for version, bases, prefixlen in reversed(config.families):
         given, block = settings[f"v{version}"], settings[f"v{version}ab"]
-        longest = BITS[version] - 1
-        if not 1 <= prefixlen <= longest:
-            raise block.error(f"not from 1 to {longest}: a block has two addresses or more")
         for at, base in enumerate(bases):
             if base.version != version:
                 raise given.error(f"{base} is not an IPv{version} prefix")
@@ -4751,19 +4649,29 @@ def read_lease_file(store: Store) -> Json | None:
     document = store.read_snapshot(compact_leases)
     if document is None:
         return None
-    document, unknown = normalise_keys(document, FILE_NAMES)
+    document = normalise_keys(document, FILE_NAMES)
     try:
         pools = [normalise_keys(entry, POOL_KEYS) for entry in document.get("Allocated") or ()]
     except (TypeError, AttributeError):
         raise store.damage(store.path, "has something else than pools in Allocated") from None
-    document["Allocated"] = [entry for entry, _ in pools]
-    for key in sorted({*unknown, *(key for _, keys in pools for key in keys)}):
+    document["Allocated"] = pools
+    unknown = (document.keys() - FILE_NAMES).union(*(pool.keys() - POOL_KEYS for pool in pools))
+    for key in sorted(unknown):
         log.warning("unknown key %r in %s: dropped", key, store.path)
     return document
 
 
-def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Json | None]:
-    """Add the third stage; return the configuration and the lease file, which a daemon locks."""
+def read_state(config: Config, store: Store, document: Json | None) -> State:
+    """Return what is on disk, as the state of a configuration. Raises: DamageError."""
+    state = State(Family(version, bases, prefixlen,
+                         [network for network in config.exclude if network.version == version])
+                  for version, bases, prefixlen in config.families)
+    recover(store, document, state)
+    return state
+
+
+def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Json | None, State]:
+    """Add the third stage; return it and what is on disk. A daemon locks it. Raises: GipamError."""
     store = Store(settings["file"].value)
     if not os.path.isdir(os.path.dirname(store.path)):
         raise settings["file"]._replace(text=store.path).error("its directory is not there")
@@ -4771,59 +4679,37 @@ def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Js
         store.lock()
     document = read_lease_file(store)
     overrule_settings(settings, document or {}, store.path)
-    return build_config(settings), store, document
+    config = build_config(settings)
+    return config, store, document, read_state(config, store, document)
 
 
-def find_daemon(settings: Settings) -> Connection:
-    """Return how to call the running daemon, by its socket or its address. Raises: Unreachable."""
-    path, tcp, tls_directory = (settings[name].value for name in ("socket", "address", "tls"))
-    for address, tls in ((path, ""), (tcp, tls_directory)):
-        connection = Connection(address, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
-        with contextlib.closing(connection):
-            try:
-                connection.connect()
-            except (ConnectionError, FileNotFoundError, socket.timeout):
-                continue  # it is not there
-            except OSError:
-                pass  # it is: call() says what is wrong
-            return connection
-    raise Absent(f"no gipam answers on {path} or {format_endpoint(tcp)}: start it, or say where it "
-                 "is with -socket or -address")
+def ask_daemon(settings: Settings, verb: str, path: str, body: Any = None) -> Any:
+    """Return what the daemon answers, on its socket or its address. Raises: as call()."""
+    places = ((settings["socket"].value, ""), (settings["address"].value, settings["tls"].value))
+    for place, tls in places:
+        with contextlib.suppress(Absent):
+            peer = Connection(place, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
+            return call(peer, verb, path, body)
+    where = " or ".join(format_endpoint(place) for place, _ in places)
+    raise Absent(f"no gipam answers on {where}: start it, or say where it is with -socket or "
+                 "-address")
 
 
-def ask_status(settings: Settings, has_leases: bool) -> Json:
-    """Return the status that the daemon gives. Raises: Unreachable."""
-    return {**describe_daemon(settings, "?"),  # should the daemon be of an earlier version
-            **call(find_daemon(settings), "GET", f"/status?leases={int(has_leases)}")}
-
-
-def read_status(settings: Settings, has_leases: bool, is_second_look: bool = False) -> Json:
+def read_status(settings: Settings, has_leases: bool) -> Json:
     """Return the status that the daemon gives, or where none runs, what the lease file holds."""
     try:
-        return ask_status(settings, has_leases)
+        return dict(ask_daemon(settings, "GET", f"/status?leases={int(has_leases)}"))
     except Absent as error:
         why = str(error)
-    config, store, document = load(settings)
+    try:
+        config, _, document, state = load(settings)
+    except DamageError:  # perhaps a daemon was just ending, and folded the journal into the file
+        config, _, document, state = load(settings)
     if document is None:
         raise Absent(f"{why}; nor is there a lease file {config.file}")
-    state = make_state(config)
-    try:
-        recover(store, document, state)
-    except DamageError:  # perhaps a daemon was just ending, and folded the journal into the file
-        if is_second_look:
-            raise
-        return read_status(settings, has_leases, is_second_look=True)
     print(f"gipam: {why}; this is what {config.file} holds", file=sys.stderr)
-    status = json.loads("".join(encode_status(describe_state(state), state.pools.values(),
-                                              has_leases)))
-    return {**describe_daemon(settings, ""), **status}
-
-
-def make_state(config: Config) -> State:
-    """Return the empty state of a configuration."""
-    return State(Family(version, bases, prefixlen,
-                        [network for network in config.exclude if network.version == version])
-                 for version, bases, prefixlen in config.families)
+    text = "".join(encode_status(describe_state(state), state.pools.values(), has_leases))
+    return {**describe_daemon(config, ""), **json.loads(text)}
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
@@ -4839,26 +4725,26 @@ def cmd_status(arguments: argparse.Namespace) -> int:
         print(json.dumps(status, indent=2))
         return 0
     is_terminal = sys.stdout.isatty()
-    has_colour = is_terminal and "NO_COLOR" not in os.environ
     width = max(shutil.get_terminal_size().columns, 40) if is_terminal else 80
     for line in render_status(status, width, int(time.time())):
-        mark = "\033[33m\\g<0>\033[0m" if has_colour and line.startswith("  ") else "\\g<0>"
-        print(re.sub("[#+]+", mark, line[:width]))
+        text = line[:width]
+        if is_terminal and line.startswith("  ") and "NO_COLOR" not in os.environ:
+            text = re.sub("[#+]+", "\033[33m\\g<0>\033[0m", text)
+        print(text)
     return 0
 
 
 def add_names(pools: list[Json], uses: list[Use]) -> None:
     """Put pools and leases in order of address; name network and container, where Docker does."""
-    networks = {use.key: use.network for use in uses if not use.address}
-    containers = {(use.subnet, use.address): use.container for use in uses}
+    used = {use.place: use for use in uses}
     pools.sort(key=lambda pool: ipaddress.get_mixed_type_key(
         parse_prefix(pool["sub_pool"] or pool["subnet"])))
     for pool in pools:
-        pool["network"] = networks.get((pool["subnet"], pool["sub_pool"]), "")
+        pool["network"] = used.get((pool["subnet"], pool["sub_pool"]), Use("")).network
         leases = pool.get("addresses", [])
         leases.sort(key=lambda lease: int(ipaddress.ip_address(lease["address"])))
         for lease in leases:
-            lease["container"] = containers.get((pool["subnet"], lease["address"]), "")
+            lease["container"] = used.get((pool["subnet"], lease["address"]), Use("")).container
 
 
 def find_pools(pools: list[Json], text: str) -> list[Json]:
@@ -4884,6 +4770,9 @@ def select_pools(pools: list[Json], what: str) -> list[Json]:
 
 def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     """Yield the lines of the text form: a bar and a map for each base, a table of the pools."""
+    def age(held: Json) -> str:
+        return format_age(now_s - held["granted_s"]) if held["granted_s"] else "?"
+
     elsewhere = [claim["subnet"] for claim in status.get("claims", ())
                  if status.get("host") not in claim["hosts"]]
     for base in status["bases"]:
@@ -4897,13 +4786,12 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     yield from format_table(hosts)
     rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
     for pool in status["pools"]:
-        age = format_age(now_s - pool["granted_s"])
+        network = pool["network"] or pool["name"] or "-"
         rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]),
-                     format_count(pool["usable"]), age, pool["network"] or pool["name"] or "-"))
-        for lease in pool.get("addresses", ()):
-            age = format_age(now_s - lease["granted_s"]) if lease["granted_s"] else "?"
-            owner = lease["container"] or lease["name"] or lease["mac"] or "-"
-            rows.append(("  " + lease["address"], lease["kind"], "", "", age, owner))
+                     format_count(pool["usable"]), age(pool), network))
+        rows += [("  " + lease["address"], lease["kind"], "", "", age(lease),
+                  lease["container"] or lease["name"] or lease["mac"] or "-")
+                 for lease in pool.get("addresses", ())]
     yield from format_table(rows)
     if status.get("etcd", {}).get("failure"):
         yield status["etcd"]["failure"]
@@ -4923,14 +4811,12 @@ def render_base(base: Json, pools: list[Json], width: int) -> Iterator[str]:
     bar = ("#" * -(-10 * used // total)).ljust(10, ".")
     yield (f"{prefix}  [{bar}]  {used} of {format_count(total)} blocks of "
            f"/{base['block_prefixlen']} held, {format_count(free)} free")
-    last = int(prefix[-1]) + 1 - prefix.num_addresses // total
-    indent = len(format_address(last, prefix.version))
+    indent = len(str(prefix[-(prefix.num_addresses // total)]))
     length = 1 << max(width - indent - 4, 1).bit_length() - 1
     cells = draw_map(base, pools, 4 * length)
     for start in range(0, len(cells), length):
-        first = int(prefix[0]) + prefix.num_addresses // len(cells) * start
-        label = format_address(first, prefix.version)
-        yield f"  {label:{indent}}  {cells[start:start + length]}"
+        first = prefix[prefix.num_addresses // len(cells) * start]
+        yield f"  {first!s:{indent}}  {''.join(cells[start:start + length])}"
 
 
 def format_count(count: int) -> str:
@@ -4938,23 +4824,22 @@ def format_count(count: int) -> str:
     return str(count) if count < 10 ** 9 else f"2^{(count - 1).bit_length()}"
 
 
-def draw_map(base: Json, pools: list[Json], limit: int) -> str:
+def draw_map(base: Json, pools: list[Json], limit: int) -> list[str]:
     """Return a character for each block of the base, or for each group of 2, 4, 8 … blocks."""
     network, count = parse_prefix(base["prefix"]), base["blocks"]
     while count > limit:
         count //= 2
-    size, first = network.num_addresses // count, int(network[0])
-    cells, held = ["."] * count, [0] * count
+    size, cells = network.num_addresses // count, ["."] * count
     for mark, texts in (("r", base["remembered"].values()), ("o", base.get("elsewhere", ())),
                         ("~", base.get("routes", ())), ("x", base["excluded"]),
-                        ("+", {pool["subnet"] for pool in pools})):
-        for inside in filter(network.overlaps, map(parse_prefix, texts)):
-            start = max(int(inside[0]) - first, 0) // size
-            length = min(inside.num_addresses, network.num_addresses)
-            for cell in range(start, start + max(length // size, 1)):
-                cells[cell] = mark
-                held[cell] += min(length, size) * (mark == "+")
-    return "".join("#" if there == size else mark for mark, there in zip(cells, held))
+                        ("#", [pool["subnet"] for pool in pools])):
+        inside: Any = filter(network.overlaps, map(parse_prefix, texts))
+        for part in ipaddress.collapse_addresses(inside):
+            start = max(int(part[0]) - int(network[0]), 0) // size
+            length = min(max(part.num_addresses // size, 1), count)
+            is_partly = mark == "#" and part.num_addresses < size
+            cells[start:start + length] = ("+" if is_partly else mark) * length
+    return cells
 
 
 def cmd_check(arguments: argparse.Namespace) -> int:
@@ -4963,11 +4848,11 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
     settings, path = arguments.settings, docker_socket()
-    read_gipam = functools.partial(ask_status, settings, has_leases=True)
+    read_gipam = functools.partial(ask_daemon, settings, "GET", "/status?leases=1")
     status = read_gipam()
     driver = status["driver"]
     read_docker = functools.partial(read_uses, path, driver)
-    look = functools.partial(find_differences, read_gipam, path, driver, arguments.grace)
+    look = functools.partial(find_differences, read_gipam, read_docker, arguments.grace)
     found = left = look()
     if arguments.fix and found:
         held = {pool["subnet"] for pool in status["pools"]}
@@ -4975,7 +4860,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         if held and held.isdisjoint(known) and not arguments.force:
             raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one "
                               "that gipam serves? If so, use --force")
-        post = functools.partial(call, find_daemon(settings), "POST")
+        post = functools.partial(ask_daemon, settings, "POST")
         mend(found.values(), set(), read_gipam, read_docker, post)
         left = look()
     notes = list(dict.fromkeys(find_notes(status, read_docker()[0], "/proc")))
@@ -4983,7 +4868,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     return 1 if left else 0
 
 
-def report(found: dict[Any, Finding], left: dict[Any, Finding], notes: list[str],
+def report(found: dict[str, Finding], left: dict[str, Finding], notes: list[str],
            as_json: bool) -> None:
     """Print what was found and is left, or has come up meanwhile."""
     all_found = {**found, **left}
@@ -5004,22 +4889,20 @@ def report(found: dict[Any, Finding], left: dict[Any, Finding], notes: list[str]
 
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
-    status = ask_status(arguments.settings, has_leases=True)
+    status = ask_daemon(arguments.settings, "GET", "/status?leases=1")
     pool, lease = find_lease(status["pools"], arguments.pool, arguments.lease)
-    body = release_body(pool, lease)
-    address = body["Address"]
+    request, address = release_request(pool, lease), lease["address"] if lease else ""
     if not arguments.force:
         uses, _ = read_uses(docker_socket(), status["driver"])
-        leaks = [finding.body for finding in find_leaks(status, uses, time.time())]
-        if body not in leaks and release_body(pool) not in leaks:
-            users = [str(use) for use in uses
-                     if (use.subnet, use.address) == (pool["subnet"], address)]
-            raise Forbidden(f"{(users or ['a network'])[0]} of Docker uses it: remove that first, "
-                            "or use --force")
+        leaks = [(finding.path, finding.body) for finding in find_leaks(status, uses)]
+        if request not in leaks and release_request(pool) not in leaks:
+            user = next((str(use) for use in uses
+                         if (use.subnet, use.address) == (pool["subnet"], address)), "a network")
+            raise Forbidden(f"{user} of Docker uses it: remove that first, or use --force")
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
     if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
-    call(find_daemon(arguments.settings), "POST", "/Gipam.Release", body)
+    ask_daemon(arguments.settings, "POST", *request)
     print(f"released {what} {pool['subnet']}")
     return 0
 
@@ -5031,15 +4914,12 @@ def find_lease(pools: list[Json], name: str, text: str) -> tuple[Json, Json | No
         raise InvalidRequest(
             f"{name!r} names {len(found)} pools: give the id of one, as `gipam status --json` "
             "has it" + "".join(f"\n  {pool['id']}" for pool in found))
-    try:
-        address = text and normalise_address(text)
-    except ValueError:
-        raise InvalidRequest(f"{text!r} is not a bare IP address") from None
     pool = found[0]
-    lease = next((lease for lease in pool["addresses"] if lease["address"] == address), None)
-    if address and not lease:
-        raise InvalidRequest(f"{address} is not held in {pool['subnet']}")
-    return pool, lease
+    held = {lease["address"]: lease for lease in pool["addresses"]}
+    try:
+        return pool, held[normalise_address(text)] if text else None
+    except (ValueError, LookupError):
+        raise InvalidRequest(f"{text!r} is no address held in {pool['subnet']}") from None
 
 
 def ask(question: str) -> bool:
@@ -5054,11 +4934,11 @@ def ask(question: str) -> bool:
 
 def cmd_evict(arguments: argparse.Namespace) -> int:
     """Give up what a host that will never come back has claimed in etcd."""
-    status, host = ask_status(arguments.settings, has_leases=False), arguments.host_name
+    status, host = ask_daemon(arguments.settings, "GET", "/status"), arguments.host_name
     claims = [claim["subnet"] for claim in status["claims"] if host in claim["hosts"]]
     if not arguments.yes and not ask(f"give up {len(claims)} claims of host {host}? [y/N] "):
         return 1
-    call(find_daemon(arguments.settings), "POST", "/Gipam.Evict", {"Host": host})
+    ask_daemon(arguments.settings, "POST", "/Gipam.Evict", {"Host": host})
     print(f"gave up {len(claims)} claims of host {host}")
     return 0
 
@@ -5066,12 +4946,11 @@ def cmd_evict(arguments: argparse.Namespace) -> int:
 def cmd_config(arguments: argparse.Namespace) -> int:
     """Print each effective value with its origin: as the daemon says, where one answers."""
     try:
-        shown = call(find_daemon(arguments.settings), "GET", "/status").get("config", {})
+        status = ask_daemon(arguments.settings, "GET", "/status")
     except Absent as error:
-        load(arguments.settings)
+        status = describe_daemon(load(arguments.settings)[0], "")
         print(f"gipam: {error}; this environment and lease file would give", file=sys.stderr)
-        shown = describe_daemon(arguments.settings, "")["config"]
-    for name, setting in shown.items():
+    for name, setting in status["config"].items():
         print(f"{name:8} {setting['value'] or 'none':34} {setting['origin']}")
     return 0
 
@@ -5082,13 +4961,13 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     faulthandler.enable()  # the watchdog's SIGABRT then says where it hung
     notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
     gc.disable()  # it would take a third of the time to load a million leases
-    config, store, document = load(arguments.settings, is_daemon=True)
+    config, store, document, state = load(arguments.settings, is_daemon=True)
     if config.unix and "LISTEN_FDS" not in os.environ:
         clear_path(config.socket)  # a second daemon writes and imports nothing
     with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
         if document is None:
             unserved.callback(store.discard)
-        service = open_service(config, arguments.settings, store, document)
+        service = open_service(config, store, document, state)
         claimant = open_claimant(config, service, store)
         begin_import(config, service, document)
         gc.freeze()  # nor need it look at them later: 270 ms for a million
@@ -5106,12 +4985,12 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
                          name="import", daemon=True).start()
         warn_of_surprises(config, "/proc/self/net")
         places = [format_endpoint(server.server_address) for server in loop.servers]
-        service.about = describe_daemon(arguments.settings, places[0])
+        service.about = describe_daemon(config, places[0])
         log.info("serving on %s with %d pools", ", and metrics on ".join(places),
                  len(service.state.pools))
         notify("READY=1")
         handler.is_held = True
-        loop.run(Heart(service, store).beat)
+        loop.run(functools.partial(beat, service, store))
         notify("STOPPING=1")
         loop.finish(made.close)
     if claimant:
@@ -5138,20 +5017,11 @@ def open_servers(config: Config, loop: Loop, made: contextlib.ExitStack) -> None
         loop.open(Server(config.metrics, loop, paths=paths))
 
 
-class Heart:
-    """Tells the service manager each second that the loop turns, and what gipam holds."""
-
-    def __init__(self, service: Service, store: Store) -> None:
-        self._service, self._store = service, store
-        self._told = ""
-
-    def beat(self) -> None:
-        """Say so; a turn that hangs in a sync lets the watchdog end gipam. Raises: StoreLost."""
-        self._store.keep_names()
-        state = self._service.state
-        status = f"STATUS={len(state.pools)} pools, {state.lease_count} leases"
-        notify("WATCHDOG=1" + f"\n{status}" * (status != self._told))
-        self._told = status
+def beat(service: Service, store: Store) -> None:
+    """Show the service manager that no turn hangs, and what is held. Raises: StoreLost."""
+    store.keep_names()
+    pools, leases = len(service.state.pools), service.state.lease_count
+    notify(f"WATCHDOG=1\nSTATUS={pools} pools, {leases} leases")
 
 
 def open_claimant(config: Config, service: Service, store: Store) -> Claimant | None:
@@ -5160,7 +5030,7 @@ def open_claimant(config: Config, service: Service, store: Store) -> Claimant | 
         return None
     tls = load_tls(config.etcdtls, False, "etcdtls") or ssl.create_default_context()
     lock = os.stat(store.path + ".lock")
-    place = f"{read_text('/etc/machine-id')} {store.path} {lock.st_dev} {lock.st_ino}"
+    place = f"{[*read_rows('/etc/machine-id')]} {store.path} {lock.st_dev} {lock.st_ino}"
     service.site = Site(config.host, service.state)
     claimant = Claimant(service, service.site, lambda: Etcd(
         config.etcd, tls, f"/gipam/{config.driver}/"),
@@ -5169,28 +5039,13 @@ def open_claimant(config: Config, service: Service, store: Store) -> Claimant | 
     return claimant
 
 
-def read_text(path: str) -> str:
-    """Return what a file holds, "" if it cannot be read."""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
-    return ""
-
-
-def open_service(config: Config, settings: Settings, store: Store,
-                 document: Json | None) -> Service:
-    """Recover the state; at a first start, write the lease file before anything is served."""
-    keys = config_keys(settings)
-
-    def read_state(document: Json | None) -> State:
-        state = make_state(config)
-        recover(store, document, state)
-        return state
-
-    state = read_state(document)
+def open_service(config: Config, store: Store, document: Json | None, state: State) -> Service:
+    """Return the service; at a first start, write the lease file before anything is served."""
+    keys = config_keys(config.settings)
     if document is None:
         chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
         store.write_snapshot(chunks, is_named=False)
-    return Service(store, state, keys, lambda: read_state(read_lease_file(store)))
+    return Service(store, state, keys, lambda: read_state(config, store, read_lease_file(store)))
 
 
 def begin_import(config: Config, service: Service, document: Json | None) -> None:
@@ -5228,12 +5083,12 @@ def normalise_arguments(arguments: list[str]) -> list[str]:
     """Turn Go's one dash into two; give a boolean flag its value, the next word if that is one."""
     booleans = ["--" + option.name for option in OPTIONS if option.parse is parse_bool]
     words: list[str] = []
-    for argument in arguments:
-        if words and words[-1] in booleans and argument in BOOLEANS:
-            words[-1] += "=" + argument
-        else:
-            words.append(re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument))
-    return [word + "=true" if word in booleans else word for word in words]
+    for argument in reversed(arguments):
+        word = re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument)
+        if word in booleans:
+            word += "=" + (words.pop() if words and words[-1] in BOOLEANS else "true")
+        words.append(word)
+    return words[::-1]
 
 
 COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, str]], ...] = (
@@ -5264,33 +5119,21 @@ def build_parser() -> argparse.ArgumentParser:
         text = f"{option.help} ({option.variable}; default: {option.default or 'none'})"
         shown.add_argument("--" + option.name, metavar=option.metavar, help=text)
         hidden.add_argument("--" + option.name, help=argparse.SUPPRESS)
-    parser = argparse.ArgumentParser(prog="gipam", parents=[shown], allow_abbrev=False,
-                                     description="Docker IPAM driver that hands out routed "
-                                                 "prefixes")
+    parser = argparse.ArgumentParser(prog="gipam", parents=[shown], description="Docker IPAM "
+                                     "driver that hands out routed prefixes")
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(func=cmd_serve)
     commands = parser.add_subparsers(metavar="COMMAND", help="default: serve")
     for function, flags in COMMANDS:
         purpose = function.__doc__ or ""
-        is_serve = function is cmd_serve
         command = commands.add_parser(
-            function.__name__[4:], parents=[shown if is_serve else hidden], allow_abbrev=False,
+            function.__name__[4:], parents=[shown if function is cmd_serve else hidden],
             help=purpose.split("\n")[0], description=purpose,
-            epilog=None if is_serve else "It takes the options of `gipam --help`, too.")
+            epilog="It takes all the options of `gipam --help`.")
         command.set_defaults(func=function)
         for flag, text in flags.items():
             command.add_argument(flag, help=text, **VALUES.get(flag, {"action": "store_true"}))
     return parser
-
-
-class LogFormatter(logging.Formatter):
-    """Puts the head of a message before each of its lines: to the journal every line is one."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the lines, in which everything can be printed."""
-        text = super().format(record)
-        head = "\n" + text[:text.index(record.message)]
-        return head.join(printable(line, MAX_LOG_CHARS) for line in text.split("\n"))
 
 
 class LogHandler(logging.Handler):
@@ -5304,39 +5147,30 @@ class LogHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._records: collections.deque[logging.LogRecord]
-        self._records = collections.deque(maxlen=MAX_LOG_RECORDS)  # past it, the oldest go
-        self._text = b""
+        self._records: collections.deque[Any] = collections.deque(maxlen=MAX_LOG_RECORDS)
+        self._text, self._writing, self._formatter = b"", threading.Lock(), logging.Formatter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the record."""
+        """Keep the record; if there are too many, the oldest goes."""
         self._records.append(record)
         if not self.is_held:
             self.flush()
 
     def flush(self) -> None:
         """Write as much as can be written now."""
-        self.acquire()
-        try:
+        with self._writing, contextlib.suppress(OSError):  # nobody will ever read it
             while (self._text or self._records) and select.select([], [2], [], 0)[1]:
                 if not self._text:
                     self._text = self.format(self._records.popleft()).encode() + b"\n"
                 self._text = self._text[os.write(2, self._text[:select.PIPE_BUF]):]
-        except (OSError, ValueError):  # nobody will ever read it
-            self._text = b""
-        finally:
-            self.release()
 
-
-def set_up_log(handler: logging.Handler) -> None:
-    """Log to stderr: with priorities under systemd (sd-daemon(3)), with the time elsewhere."""
-    form = "%(asctime)s %(levelname)s %(message)s"
-    if "JOURNAL_STREAM" in os.environ:
-        form = "%(levelname)s%(message)s"
-        for level, priority in ((logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
-            logging.addLevelName(level, f"<{priority}>")
-    handler.setFormatter(LogFormatter(form))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    def format(self, record: logging.LogRecord) -> str:
+        """Return its lines, each with a priority under systemd (sd-daemon(3)), else with a time."""
+        head = {logging.INFO: "<6>", logging.WARNING: "<4>"}.get(record.levelno, "<3>")
+        if "JOURNAL_STREAM" not in os.environ:
+            head = f"{self._formatter.formatTime(record)} {record.levelname} "
+        lines = self._formatter.format(record).split("\n")
+        return "\n".join(head + printable(line, MAX_LOG_CHARS) for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -5351,9 +5185,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unknown option {flag}: {hint}")
     arguments = parser.parse_args(words)
     arguments.settings = read_settings(os.environ, arguments)  # the first two stages
-    is_daemon = arguments.func is cmd_serve
-    arguments.log_handler = LogHandler() if is_daemon else logging.StreamHandler()
-    set_up_log(arguments.log_handler)
+    arguments.log_handler = LogHandler()
+    logging.basicConfig(level=logging.INFO, handlers=[arguments.log_handler])
     try:
         status = int(arguments.func(arguments))
         sys.stdout.flush()

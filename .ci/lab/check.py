@@ -86,7 +86,7 @@ class CheckTest(CheckedCase):
         return {
             "plain": (), "dual": ("--ipv6",), "internal": ("--ipv6", "--internal"), "routed": ("--ipv6", *MASQUERADE_OFF),
             "small": ("--ipv6", "--ipam-opt", "gipam.v4ab=27", "--ipam-opt", "gipam.v6ab=80"),
-            "hint": ("--subnet", "0.0.0.0/28"), "hint6": ("--ipv6", "--subnet", "::/72"),
+            "hint": ("--subnet", "0.0.0.0/28"), "hint6": ("--ipv6", "--subnet", "::/72"), "any": ("--subnet", "0.0.0.0/0"),
             "named": ("--ipv6", "--ipam-opt", "gipam.name=named"), "six": ("--subnet", "fd00:7::/64"),
             "explicit": ("--ipv6", "--subnet", "10.2.200.0/22", "--subnet", "2001:db8:0:1ff::/64"),
             "odd": ("--ipv6", "--subnet", "FD00:0008:0::/64", "--gateway", "FD00:8:0::0F", "--aux-address",

@@ -39,7 +39,8 @@ NUMBERS = itertools.count(1)
 # with a common name is refused by the gateway as soon as etcd asks for certificates and users.
 MAKE_CERTIFICATES = """
 mkdir -p "$0"; cd "$0"
-new() { openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -noenc -keyout "$1-key.pem" -subj "/O=$1" "${@:2}"; }
+curve="-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -noenc"
+new() { openssl req $curve -keyout "$1-key.pem" -subj "/O=$1" "${@:2}"; }
 new ca -x509 -days 2 -out ca.pem
 for name in server client; do
   new $name -x509 -days 2 -CA ca.pem -CAkey ca-key.pem -out $name.pem -addext subjectAltName="$1" \\

@@ -33,7 +33,7 @@ PACKAGES = {"bash": "bash", "busybox": "busybox-static", "containerd": "containe
             "docker": "docker-cli", "docker-compose": "docker-compose", "dockerd": "docker.io",
             "etcd": "etcd-server", "etcdctl": "etcd-client", "etcdutl": "etcd-server",
             "ip": "iproute2", "iptables": "iptables", "mount": "mount", "ndppd": "ndppd", "nsenter": "util-linux",
-            "openssl": "openssl", "sysctl": "procps", "unshare": "util-linux"}
+            "openssl": "openssl", "ss": "iproute2", "sysctl": "procps", "unshare": "util-linux"}
 
 
 def require(*commands: str) -> None:
