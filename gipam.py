@@ -23,8 +23,13 @@ The sections, each of which uses only what stands above it (`grep -n '^# ===' gi
 
 One thread serves all, turn by turn: it reads what has come, decides and applies each request that
 is whole, writes one line with all their changes and syncs it, and only then sends the replies. So
-nothing needs a lock. What has to wait for others (the lease file being written, Docker being asked)
-or etcd) runs in threads, which come back by Loop.call() to have a function run in a turn.
+nothing needs a lock. What has to wait for others (the lease file being written, Docker or etcd being
+asked) runs in threads, which come back by Loop.call() to have a function run in a turn.
+
+Several hosts share their bases through etcd. What others have claimed covers the free space here
+like anything held; a new subnet is claimed before it is journalled, and let go after it is released.
+So a crash leaves a claim too many or too few, which is put right, and never a subnet on two hosts.
+No container waits for etcd: its address comes from what this host has.
 
 On disk. The lease file is a JSON document for people: the configuration (of it and the options wins
 what was changed last), each pool under Allocated with its addresses, and a checksum over the state.

@@ -111,8 +111,16 @@ class Machine:
         assert self.process.stdout
         if self.process.stdout.readline() != "is up\n":
             raise AssertionError("the machine did not boot")
-        self.pid, = (init for child in children(str(self.process.pid)) for init in children(child)
-                     if os.readlink(f"/proc/{init}/exe").endswith("/systemd"))
+        self.pid = self.find_init()
+
+    def find_init(self) -> str:
+        """Return the id of its first process; "" as long as it has none."""
+        with contextlib.suppress(OSError):
+            for child in children(str(self.process.pid)) if self.process else ():
+                for init in children(child):
+                    if os.readlink(f"/proc/{init}/exe").endswith("/systemd"):
+                        return init
+        return ""
 
     def end(self) -> None:
         if self.process is not None:

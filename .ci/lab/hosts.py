@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import unittest
 from typing import Any, Iterable
 
@@ -56,11 +57,11 @@ ADDRESSES = "docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}
 
 
 class Host(Machine):
-    """A machine of the segment."""
+    """A machine whose cable is plugged into a switch."""
 
-    def __init__(self, name: str, *lower: str) -> None:
+    def __init__(self, name: str, switch: Machine | None, *lower: str) -> None:
         super().__init__(*lower)
-        self.name = name
+        self.name, self.switch = name, switch
         os.makedirs(os.path.join(self.disk, "upper", "etc"))
         with open(os.path.join(self.disk, "upper", "etc", "hostname"), "w", encoding="ascii") as file:
             print(name, file=file)
@@ -72,11 +73,19 @@ class Host(Machine):
             text = f"exec ip netns exec outside bash -e << 'outside'\n{text}outside\n"
         return self(f"cd /root/gipam\n{text.replace(ME, f'me=192.0.2.{HOSTS.get(self.name)}')}")
 
-    def connect(self, router: Machine) -> None:
-        """Plug its cable in."""
-        subprocess.check_call(["nsenter", "-t", self.pid, "-n", "ip", "link", "set", "cable",
-                               "netns", router.pid, "name", self.name])
-        router(f"ip link set {self.name} master eth0 up")
+    def boot(self, *files: str, end: str = "cut") -> None:
+        """Boot, and plug the cable in meanwhile: etcd starts with others."""
+        plug = threading.Thread(target=self.plug_in)
+        plug.start()
+        super().boot(*files, end=end)
+        plug.join()
+
+    def plug_in(self) -> None:
+        if self.switch:
+            pid = until(self.find_init, "systemd")
+            plug = f"ip link set cable netns {self.switch.pid} name {self.name}"
+            until(lambda: subprocess.call(["nsenter", "-t", pid, "-n", "sh", "-c", plug + " 2> /dev/null"]) == 0, "eth0")
+            self.switch(f"ip link set {self.name} master eth0 up")
 
     def addresses_of(self, container: str) -> list[str]:
         return self(ADDRESSES + container).split()
@@ -102,15 +111,17 @@ class HostsTest(unittest.TestCase):
         installed(SET_UP)
         installed.end()
         lower = os.path.join(installed.disk, "upper")
-        cls.router, *hosts = (Host(name, lower, tree) for name in ("router", *HOSTS))
-        cls.hosts = {host.name: host for host in hosts}
-        for machine in (cls.router, *hosts):
-            cls.addClassCleanup(machine.remove)
-            machine.boot()
+        cls.router = cls.boot("router", None, lower, tree)
         cls.router(CONNECT_ROUTER)
-        for host in hosts:
-            host.connect(cls.router)
+        cls.hosts = {name: cls.boot(name, cls.router, lower, tree) for name in HOSTS}
         cls.follow_all()
+
+    @classmethod
+    def boot(cls, name: str, switch: Machine | None, *lower: str) -> Host:
+        host = Host(name, switch, *lower)
+        cls.addClassCleanup(host.remove)
+        host.boot()
+        return host
 
     @classmethod
     def follow_all(cls) -> None:
@@ -276,7 +287,6 @@ class HostsTest(unittest.TestCase):
         self.assert_refused(first, f"{CREATE} --subnet {before['web'][0]} taken", "Pool overlaps", "host3")
         first(CREATE + "other; docker network rm other")  # two members of etcd are enough
         third.boot()
-        third.connect(self.router)
         third.wait_for_containers()
         self.assertEqual(third.subnets(), before)
         self.assert_all_is_well()
