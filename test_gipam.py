@@ -3542,7 +3542,7 @@ class PeerTest(LoopCase):
     def assert_refused(self, data: bytes, status: int) -> None:
         """Check that the bytes are refused, what follows is not served, and nothing changes."""
         with self.subTest(data[:60]):
-            (answer,) = self.peer(data + NEW_POOL).answers()
+            (answer,) = self.peer(data + NEW_POOL, is_last=True).answers()
             self.assertEqual((answer.status, answer.headers["connection"]), (status, "close"))
             self.assertEqual(sorted(answer.body), ["Err", "Error"])
             self.assertEqual(self.service.state.seq, 0)
@@ -3581,7 +3581,7 @@ class PeerTest(LoopCase):
                                (head % limit + body.ljust(limit) + ACTIVATE, [200, 200]),
                                (head % 99 + body, [400])):
             with self.subTest(data[:60]):
-                self.assertEqual(self.peer(data).statuses(), statuses)
+                self.assertEqual(self.peer(data, is_last=True).statuses(), statuses)
 
     def test_client_that_waits_for_a_go_ahead(self) -> None:
         peer = self.peer(b"POST /IpamDriver.ReleasePool HTTP/1.1\r\nExpect: 100-continue\r\n"
@@ -4466,7 +4466,7 @@ class FuzzTest(LoopCase):
         seen: set[int] = set()
         for _ in range(4000):
             data, seq, pools = self.make_request(rng), state.seq, set(state.pools)
-            peer = self.peer(data)
+            peer = self.peer(data, is_last=True)
             statuses = peer.statuses()
             peer.close()
             self.assertTrue(statuses and STATUSES.issuperset(statuses), (data, statuses))
@@ -4595,7 +4595,7 @@ class TlsTest(LimitTest):
             for said in (b"POST /Plugin.Activate HTTP/1.1\r\n\r\n", b"\0" * 100,
                          b"\x16\x03\x01\x02\x00\x01\x00", b""):
                 with self.subTest(said), contextlib.suppress(ConnectionError):
-                    self.assertNotIn(b"HTTP", self.raw(said).file.read())
+                    self.assertNotIn(b"HTTP", self.raw(said, is_last=True).file.read())
             wait_for(lambda: "".join(logged.output).count("refused TLS peer 127.0.0.1: ") == 4,
                      "a line each")
         self.assertEqual(self.peer().ask(), ACTIVATED)
@@ -6287,7 +6287,7 @@ class LogTest(unittest.TestCase):
                      request("IpamDriver.RequestAddress", long),
                      *(request("IpamDriver.RequestPool", {"Pool": pool})
                        for pool in ("\x1b[31m", 7 * ["\n" * 9000]))):
-            for answer in Peer(self, daemon.socket).send(data).answers():
+            for answer in Peer(self, daemon.socket).send(data, is_last=True).answers():
                 text = answer.body["Err"]
                 self.assertTrue(text.isprintable() and len(text) < 2000, answer)
         for line in self.lines(daemon):
