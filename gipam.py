@@ -75,6 +75,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -540,6 +541,7 @@ class Subnet:
         self.pools: dict[Network | None, Pool] = {}  # by sub_pool
         self.parts: list[Network] | None = None  # of a shared subnet: those that this host has
         self.common: dict[int, str] = {}  # of a shared subnet: offset -> kind
+        self.shut: set[int] = set()  # may become so: etcd has been asked
         for offset in self.reserved:
             self.held.add(offset)
 
@@ -562,7 +564,7 @@ class Subnet:
         """Return the first free offset of the range that this host may hand out, None: none is."""
         for first, last in self.ranges(low, high):
             offset = self.held.next_absent(first)
-            while offset in self.common:
+            while offset in self.common or offset in self.shut:
                 offset = self.held.next_absent(offset + 1)
             if offset <= last:
                 return offset
@@ -1456,6 +1458,9 @@ def check_share(pool: Pool, offset: int, kind: str) -> None:
                         f"hosts that share {subnet.network}")
     if kind == ENDPOINT and not subnet.ranges(offset, offset):
         raise Unclaimed(Need("part", subnet.network, address))
+    if kind == ENDPOINT and offset in subnet.shut:
+        raise Forbidden(f"Address already in use: {address} is being made common to the hosts that "
+                        f"share {subnet.network}")
 
 
 def decide_release_address(pool: Pool, address: str) -> ReleaseAddress | None:
@@ -2144,6 +2149,15 @@ class Service:
             if need:
                 break
         return need
+
+    def shut(self, network: Network, address: str) -> bool:
+        """Give the address to no container while it becomes common; False: one has it already."""
+        subnet = self.state.families[network.version].subnets.get(network)
+        offset = parse_address(address, network.version) - int(network[0])
+        if not subnet or offset in subnet.held:
+            return False
+        subnet.shut.add(offset)
+        return True
 
     def begin_leave(self, network: Network) -> bool:
         """Return whether the claim of a subnet may be let go; from now on it is not relied upon."""
@@ -3166,6 +3180,13 @@ class Loop:
             self._late.append((handler, reply))
         return None
 
+    def _give_up(self, until_s: float, error: GipamError) -> None:
+        """Refuse what waits for etcd since then, though whoever asks may be stuck in DNS."""
+        for handler in self.handlers:
+            if handler.is_waiting and handler.since_s <= until_s:
+                handler.is_waiting = False
+                self._late.append((handler, refuse(error)))
+
     def _send(self, handler: Handler) -> None:
         """Let the handler send; go on with what else it has been asked."""
         handler.send()
@@ -3226,6 +3247,8 @@ class Loop:
                 for handler in list(self.handlers):
                     if handler.is_overdue(time.monotonic()):
                         self.close(handler)
+                self._give_up(time.monotonic() - ETCD_PATIENCE_S - TICK_S,
+                              Unavailable(self.service.etcd_failure or "etcd does not answer"))
                 on_tick()
 
     def _fold_if_due(self) -> None:
@@ -3264,10 +3287,7 @@ class Loop:
         remove_names()
         self._stop_accepting()
         self._turn_for(RETIRE_PATIENCE_S, DIAL_PATIENCE_S)
-        for handler in self.handlers:
-            if handler.is_waiting:
-                handler.is_waiting = False
-                self._late.append((handler, refuse(Stopping("gipam is stopping: try again"))))
+        self._give_up(math.inf, Stopping("gipam is stopping: try again"))
         self.turn(0.0)
         for handler in list(self.handlers):
             self.close(handler)
@@ -3921,8 +3941,11 @@ class Etcd:
         while True:
             left_s = min(max(end_s - time.monotonic(), 0.05), ETCD_ATTEMPT_S)
             try:
-                response = self._post(path, body, left_s)
-                return dict(json.loads(response.read()))
+                reply = json.loads(self._post(path, body, left_s).read())
+                for found in (reply, *(reply.values() if isinstance(reply, dict) else ())):
+                    if isinstance(found, dict) and "header" in found:  # of a stream, under "result"
+                        return found
+                raise ValueError("what answers there is no etcd")
             except (OSError, http.client.HTTPException, ValueError) as error:
                 self.close()
                 self._endpoints.rotate(-1)
@@ -3955,7 +3978,7 @@ class Etcd:
         if endpoint.user and is_new and path != AUTHENTICATE:
             credentials = {"name": endpoint.user, "password": endpoint.password}
             response = self._post(AUTHENTICATE, credentials, timeout_s)
-            self._token = json.loads(response.read())["token"]
+            self._token = json.loads(response.read()).get("token", "")
         headers = {"Authorization": self._token} if self._token else {}
         self._connection.request("POST", path, dumps(body), headers)
         response = self._connection.getresponse()
@@ -4232,6 +4255,8 @@ class Claimant:
                     raise self._no_part(need, owners)
             if not claim.text or not (part or owners):
                 return False
+            if not self._call(functools.partial(self._service.shut, need.subnet, need.place)):
+                return True
             value["common"] = {**common, need.place: need.kind}
             known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
             if not self._transact([claim, *known], [claim._replace(text=dumps(value))],
@@ -4346,7 +4371,7 @@ class Claimant:
         now_s, name = time.monotonic(), self._site.host
         if self._lease:
             reply = self._ask("/v3/lease/keepalive", {"ID": self._lease}, patience_s)
-            self._lease *= "TTL" in reply["result"]
+            self._lease *= "TTL" in reply
         if not self._lease:
             reply = self._ask("/v3/lease/grant", {"TTL": str(PRESENCE_S)}, patience_s)
             self._lease = reply["ID"]

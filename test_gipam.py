@@ -6415,7 +6415,8 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.before(path)
         reply = getattr(self, path.rpartition("/")[2])(body)
         self.after(path)
-        return 200, {"header": {"revision": str(self.revision)}, **reply}
+        reply["header"] = {"revision": str(self.revision)}
+        return 200, {"result": reply} if path == "/v3/lease/keepalive" else reply
 
     def events_from(self, revision: int) -> list[dict[str, Any]]:
         return [event for event in self.events if event["mod_revision"] >= revision]
@@ -6432,7 +6433,7 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return {}
 
     def keepalive(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"result": {"ID": body["ID"], **({"TTL": "30"} if body["ID"] in self.leases else {})}}
+        return {"ID": body["ID"], **({"TTL": "30"} if body["ID"] in self.leases else {})}
 
     def range(self, body: dict[str, Any]) -> dict[str, Any]:
         first, since = text_of(body["key"]), int(body.get("min_mod_revision", 0))
@@ -6719,6 +6720,29 @@ class EtcdAwayTest(HostsCase):
             self.etcd_url = f"http://127.0.0.1:{silent.getsockname()[1]},{self.etcd.url}"
             self.host("one").request_pool()
 
+    def test_request_does_not_wait_for_a_thread_that_is_stuck(self) -> None:
+        """Names of members are looked up by the system, with time limits of its own."""
+        host, stuck = self.host("one"), threading.Event()
+        self.addCleanup(stuck.set)
+
+        def look_up(*_: Any) -> Any:
+            stuck.wait(DEADLINE_S)
+            raise socket.gaierror("no name server answers")
+
+        self.limit(TICK_S=0.1)
+        self.etcd.go()
+        with mock.patch.object(socket, "getaddrinfo", look_up):
+            self.assert_refused("etcd does not answer", host.request_pool)
+            self.assertFalse(stuck.is_set())
+            stuck.set()
+
+    def test_what_is_no_etcd_is_named(self) -> None:
+        replies: tuple[Any, ...] = ({}, [], "1", {"result": 1})
+        for reply in replies:
+            with self.subTest(reply), mock.patch.object(FakeEtcd, "answer", lambda *_, said=reply: (200, said)):
+                self.assertIn("what answers there is no etcd",
+                              self.host(f"host{len(str(reply))}").state()["etcd"]["failure"])
+
     def test_request_whose_peer_has_gone_is_taken_back(self) -> None:
         host = self.host("one")
         peer = Peer(self, host.loop.servers[0].server_address)
@@ -6859,6 +6883,27 @@ class SharedTest(HostsCase):
                             "192.168.1.130", mac="02:42:00:00:00:01")
         two.request_address(self.pools[1], "192.168.1.150", mac="02:42:00:00:00:01")
         self.assert_refused("that host two has", one.request_address, self.pools[0], "192.168.1.151")
+
+    def test_container_does_not_get_what_is_just_becoming_common(self) -> None:
+        one, pool_id = self.hosts[0], self.pools[0]
+        self.take(0)
+        wait_for(lambda: one.state()["pools"][0]["parts"], "the first part")
+        asked = threading.Event()
+        got: list[str] = []
+
+        def take_meanwhile(path: str) -> None:
+            if path == "/v3/kv/txn" and not got:
+                got.extend(self.take(0, 5))
+                self.assert_refused("is being made common", one.request_address, pool_id,
+                                    "192.168.1.3", mac="02:42:00:00:00:01")
+                asked.set()
+
+        wait_for(lambda: not one.site.due, "nothing else to ask")
+        with contextlib.closing(Client(one.loop.servers[0].server_address)) as other:
+            self.etcd.before = take_meanwhile
+            self.assertEqual(other.request_address(pool_id, "192.168.1.3"), "192.168.1.3/24")
+        self.assertTrue(asked.is_set())
+        self.assertEqual(got, [f"192.168.1.{number}" for number in (2, 4, 5, 6, 7)])
 
     def test_empty_parts_are_given_back(self) -> None:
         taken = self.take(0, 100)
