@@ -1221,7 +1221,9 @@ class Naive:
                       for other, name in self.pool_names.items())
         self.pools[pool_id], self.pool_names[pool_id] = (subnet, part), gipam_name
         if gipam_name and not is_live:
-            kept = self.kept.pop(key, {}) if self.names.get(key) == subnet else {}
+            kept = self.kept.pop(key, {})  # another subnet's are of no use any more
+            if self.names.get(key) != subnet:
+                kept = {}
             self.owners.update({(subnet, owner): address for owner, address in kept.items()})
             last = max(kept.values(), key=ipaddress.ip_address, default=None)
             if last and last in map(str, part or subnet):
