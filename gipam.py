@@ -88,6 +88,7 @@ import socket
 import socketserver
 import ssl
 import stat
+import struct
 import sys
 import threading
 import time
@@ -1911,6 +1912,7 @@ class Histogram:
 
 
 Call = Callable[[Callable[[], Any]], Any]  # runs a function in a turn of the loop, and waits for it
+Dump = Callable[[int, int], Iterable[bytes]]  # messages of a table of the kernel: dump_table()
 Again = Callable[[Union[GipamError, None]], Union[Need, None]]  # looks again at what waits for etcd
 RESULTS = ("ok", "bug", "InvalidRequest", "Forbidden", "Unavailable", "StoreError", "StoreLost")
 IS_PLAIN = re.compile(r"[\w.:/#,@+=-]*").fullmatch  # needs no quotes in the log
@@ -1949,8 +1951,8 @@ class Service:
     """
 
     def __init__(self, store: Store, state: State, config: Json,
-                 read_state: Callable[[], State], proc: str = "/proc/self/net") -> None:
-        self.state, self._store, self._proc = state, store, proc
+                 read_state: Callable[[], State], dump: Dump) -> None:
+        self.state, self._store, self._dump = state, store, dump
         store.settle()
         self._config = config  # the keys of the lease file
         self._read_state = read_state
@@ -2059,7 +2061,7 @@ class Service:
             raise Unclaimed(Need("join", request.subnet))
         if request.subnet is None:  # read now, never cached: a VPN may have come up
             bases = self.state.families[request.version].bases
-            routes = read_obstacles(self._proc, request.version, bases)
+            routes = read_obstacles(self._dump, request.version, bases)
         change = decide_request_pool(self.state, request, routes, int(time.time()),
                                      secrets.token_hex(8))
         network = parse_prefix(change.subnet)
@@ -2297,7 +2299,7 @@ class Service:
     def status(self, has_leases: bool) -> Iterator[str]:
         """Yield what `status --json` shows, with the routes of the host inside the bases."""
         status, families = {**self.about, **describe_state(self.state)}, self.state.families
-        routes = {version: read_obstacles(self._proc, version, family.bases)
+        routes = {version: read_obstacles(self._dump, version, family.bases)
                   for version, family in families.items() if family.bases}
         for base in status["bases"]:
             version, (low, high) = base["family"], span(parse_prefix(base["prefix"]))
@@ -2439,37 +2441,71 @@ def recover(store: Store, document: Json | None, state: State) -> None:
         raise store.damage(place, f"contradicts {what}: {why}") from None
 
 
-def read_obstacles(proc: str, version: int, bases: list[Network]) -> list[Range]:
+# Source: linux/netlink.h, linux/rtnetlink.h
+NETLINK_HEAD, ATTRIBUTE = struct.Struct("=IHH8x"), struct.Struct("=HH")
+NLM_F_REQUEST, NLM_F_DUMP_INTR, NLM_F_DUMP = 1, 0x10, 0x300
+NLMSG_ERROR, NLMSG_DONE, RTM_GETADDR, RTM_GETROUTE, RTN_BROADCAST, RTA_DST = 2, 3, 22, 26, 3, 1
+
+
+def read_obstacles(dump: Dump, version: int, bases: list[Network]) -> list[Range]:
     """Return the routes and addresses of this host that lie in a base, as the kernel has them now.
 
-    A route that contains a whole base is the routed prefix itself, or the default route. Numbers
-    are compared, since there may be 20,000 routes.
+    A route that contains a whole base is the routed prefix itself, or the default route. Of 20,000
+    only those are taken apart that have the first bytes of a base in them.
     """
-    limits = [(*span(base), base.prefixlen) for base in bases]
-    return [(first, first | (1 << BITS[version] - length) - 1)
-            for first, length in read_host_prefixes(proc, version)
-            for low, high, shortest in limits if low <= first <= high and length > shortest]
+    limits, found = [(*span(base), base.prefixlen) for base in bases], set()
+    stems = (re.escape(base.network_address.packed[:base.prefixlen // 8]) for base in bases)
+    is_near = re.compile(b"|".join(stems)).search
+    for kind in (RTM_GETROUTE, RTM_GETADDR):
+        for message in filter(is_near, dump(kind, SOCKET_FAMILY[version])):
+            first, length = read_prefix(kind, message)
+            if any(low <= first <= high and length > shortest for low, high, shortest in limits):
+                found.add((first, first | (1 << BITS[version] - length) - 1))
+    return sorted(found)
 
 
-def read_host_prefixes(proc: str, version: int) -> Iterator[tuple[int, int]]:
-    """Yield (address, prefixlen) of each route of every table, and of each own address."""
-    if version == 6:
-        for row in read_rows(proc + "/ipv6_route"):
-            yield int(row[0], 16), int(row[1], 16)
-        for row in read_rows(proc + "/if_inet6"):
-            yield int(row[0], 16), 128
-        return
-    address, is_merged = 0, False
-    for row in read_rows(proc + "/fib_trie"):  # Source: net/ipv4/fib_trie.c
-        if row[0] == b"|--":
-            address = int.from_bytes(socket.inet_aton(row[1].decode()), "big")
-        elif row[0][:1] == b"/" and row[2] != b"BROADCAST":
-            yield address, int(row[0][1:])
-            is_merged = is_merged or row[2] == b"LOCAL"
-        elif row == [b"Main:"]:
-            is_merged = False
-        elif row == [b"Local:"] and is_merged:
-            return  # the last table, which is Main once more as long as there are no own rules
+def read_prefix(kind: int, message: bytes) -> tuple[int, int]:
+    """Return (address, prefixlen) of a route, or of an own address; (0, 0) for a broadcast route.
+
+    Source: rtnetlink(7), struct rtmsg and ifaddrmsg; IFA_ADDRESS is 1, as RTA_DST.
+    """
+    is_route = kind == RTM_GETROUTE
+    at = 12 if is_route else 8
+    while at < len(message) and not (is_route and message[7] == RTN_BROADCAST):
+        size, what = ATTRIBUTE.unpack_from(message, at)
+        address = message[at + ATTRIBUTE.size:at + size]
+        if what == RTA_DST:
+            return int.from_bytes(address, "big"), message[1] if is_route else 8 * len(address)
+        at += size + 3 & ~3
+    return 0, 0
+
+
+def dump_table(kind: int, family: int) -> list[bytes]:
+    """Return the messages of a table of the kernel, without their heads. Source: netlink(7).
+
+    It takes 12 ms for 20,000 routes; /proc/net/ipv6_route 280, for the kernel looks for its place
+    anew at each page. It is asked again while it says that the table has changed under the dump.
+    Raises: OSError.
+    """
+    messages: list[bytes] = []
+    for _attempt in range(5):
+        messages, all_flags, what = [], 0, 0
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as kernel:
+            kernel.send(NETLINK_HEAD.pack(20, kind, NLM_F_REQUEST | NLM_F_DUMP)
+                        + bytes((family, 0, 0, 0)))
+            while what != NLMSG_DONE:
+                data, at = kernel.recv(RECEIVE_BYTES), 0
+                while at < len(data):
+                    size, what, flags = NETLINK_HEAD.unpack_from(data, at)
+                    messages.append(data[at + NETLINK_HEAD.size:at + size])
+                    all_flags |= flags
+                    at += size + 3 & ~3
+                if what == NLMSG_ERROR:
+                    code = -int.from_bytes(messages[-1][:4], sys.byteorder, signed=True)
+                    raise OSError(code, os.strerror(code))
+        if not all_flags & NLM_F_DUMP_INTR:
+            break
+    return messages[:-1]
 
 
 def read_rows(path: str) -> Iterator[list[bytes]]:
@@ -5070,12 +5106,22 @@ def open_claimant(config: Config, service: Service, store: Store) -> Claimant | 
 
 
 def open_service(config: Config, store: Store, document: Json | None, state: State) -> Service:
-    """Return the service; at a first start, write the lease file before anything is served."""
+    """Return the service; at a first start, write the lease file before anything is served.
+
+    Raises: ConfigError, if the kernel may not be asked for its routes; OSError.
+    """
+    try:
+        dump_table(RTM_GETROUTE, socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(f"cannot ask the kernel for routes: {error.strerror}; under systemd, "
+                          "RestrictAddressFamilies has to have AF_NETLINK, as in gipam.service"
+                          ) from None
     keys = config_keys(config.settings)
     if document is None:
         chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
         store.write_snapshot(chunks, is_named=False)
-    return Service(store, state, keys, lambda: read_state(config, store, read_lease_file(store)))
+    return Service(store, state, keys, lambda: read_state(config, store, read_lease_file(store)),
+                   dump_table)
 
 
 def begin_import(config: Config, service: Service, document: Json | None) -> None:

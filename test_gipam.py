@@ -109,6 +109,26 @@ def random_prefix(rng: random.Random, world: gipam.Network, shortest: int = 0) -
                                 strict=False)
 
 
+class Kernel:
+    """Tells routes, each PREFIX or PREFIX=TYPE, and own addresses of a host, as netlink does."""
+
+    TYPES = {"": 1, "LOCAL": 2, "BROADCAST": 3, "BLACKHOLE": 6, "UNREACHABLE": 7}  # rtnetlink.h
+
+    def __init__(self, routes: str = "", addresses: str = "") -> None:
+        self.routes, self.addresses = routes, addresses
+
+    def __call__(self, kind: int, family: int) -> Iterator[bytes]:
+        is_route = kind == gipam.RTM_GETROUTE
+        for word in (self.routes if is_route else self.addresses).split():
+            text, _, name = word.partition("=")
+            network = gipam.parse_prefix(text, mask=True)
+            if gipam.SOCKET_FAMILY[network.version] == family:
+                head = bytes((family, network.prefixlen, 0, 0, 254, 3, 0, self.TYPES[name]))
+                table = struct.pack("=4xHHI", 8, 15, 254) if is_route else b""
+                address = ipaddress.ip_address(text.partition("/")[0]).packed
+                yield head + table + struct.pack("=HH", 4 + len(address), 1) + address
+
+
 def subnet_of(pool_id: str) -> gipam.Network:
     return gipam.parse_prefix(re.split("[,#]", pool_id)[0])
 
@@ -583,7 +603,7 @@ class Alone(Direct):
 
     def __init__(self, state: gipam.State | None = None) -> None:
         super().__init__(
-            gipam.Service(Nowhere("/nonexistent"), state or make_state(), {}, make_state))
+            gipam.Service(Nowhere("/nonexistent"), state or make_state(), {}, make_state, Kernel()))
         self.routes: list[gipam.Network] = []
 
     def post(self, path: str, body: bytes, verb: str = "POST") -> tuple[int, Any]:
@@ -1395,7 +1415,7 @@ def begin(path: str, calls: Any = os) -> gipam.Service:
     state = read_anew(store)
     if is_first:
         store.write_snapshot(snapshot_of(state), is_named=False)
-    return gipam.Service(store, state, CONFIG, functools.partial(read_anew, store), "/nonexistent")
+    return gipam.Service(store, state, CONFIG, functools.partial(read_anew, store), Kernel())
 
 
 def held(state: gipam.State) -> dict[str, list[str]]:
@@ -2626,7 +2646,7 @@ python3 -c 'for at in range(20000): print(f"route add blackhole 172.16.{at >> 8}
 ip -batch - && $1 && exec python3 -c '
 import gipam
 for version, base in (4, "10.2.0.0/16"), (6, "2001:db8:0:100::/56"):
-    for route in gipam.read_obstacles("/proc/self/net", version, [gipam.parse_prefix(base)]):
+    for route in gipam.read_obstacles(gipam.dump_table, version, [gipam.parse_prefix(base)]):
         print(*route, version)
 config = gipam.argparse.Namespace(v4=[gipam.parse_prefix("10.2.8.0/25")], v6=[], unix=True)
 gipam.warn_of_surprises(config, "/proc/self/net")'
@@ -2643,40 +2663,39 @@ def prefix_texts(routes: Iterable[tuple[int, int, int]]) -> list[str]:
 class HostRoutesTest(unittest.TestCase):
     """Where containers would take addresses that this host or its networks have."""
 
-    def test_routes_of_every_table_and_own_addresses(self) -> None:
-        def row(*words: str) -> str:
-            return " ".join(words) + "   b\u00fc \u3000ro0\n"
-
-        network, rest = "20010db800000100", "0" * 16
-        own = "127.0.0.0/8=LOCAL 10.2.9.1/32=LOCAL 10.2.9.255/32=BROADCAST"
-        six = {"ipv6_route": row("0" * 32, "00") + row(network + rest, "38")
-               + row("20010db800000103" + rest, "40"),
-               "if_inet6": row("20010db8000001050000000000000001", "01", "40")
-               + row("0" * 31 + "1", "01")}
-        for what, tables, expected in (
-                ("none", {}, ""),
-                ("default, the base itself, and what it lies in",
-                 {"Main": "0.0.0.0/0 10.0.0.0/8 10.2.0.0/16 10.2.0.0/16=BLACKHOLE"}, ""),
-                ("outside", {"Main": "10.1.255.0/24 10.3.0.0/24 192.0.2.7/32"}, ""),
-                ("a VPN", {"Id_220": "10.2.3.0/24", "Main": "0.0.0.0/0", "Local": own},
-                 "10.2.3.0/24 10.2.9.1/32"),
-                ("what is merged, once",
-                 {"Main": f"10.2.4.0/26 {own}", "Local": f"10.2.4.0/26 {own}"},
-                 "10.2.4.0/26 10.2.9.1/32"),
-                ("addresses of a VRF", {"Id_10": own, "Main": "10.2.4.0/26=UNREACHABLE",
-                                        "Local": "10.2.5.1/32=LOCAL"},
-                 "10.2.9.1/32 10.2.4.0/26 10.2.5.1/32"),
-                ("IPv6", six, "2001:db8:0:103::/64 2001:db8:0:105::1/128")):
-            version, base, files = 4, "10.2.0.0/16", {"fib_trie": fib_trie(**tables)}
-            if what == "IPv6":
-                version, base, files = 6, "2001:db8:0:100::/56", tables
-            directory = make_directory(self)
-            for name, text in files.items():
-                pathlib.Path(directory, name).write_text(text, encoding="utf-8")
+    def test_routes_and_own_addresses_in_a_base_are_obstacles(self) -> None:
+        for what, routes, addresses, expected in (
+                ("none", "", "", ""),
+                ("default, the base itself, and what it lies in", "0.0.0.0/0 10.0.0.0/8 "
+                 "10.2.0.0/16 10.2.0.0/16=BLACKHOLE ::/0 2001:db8:0:100::/56", "", ""),
+                ("outside", "10.1.255.0/24 10.3.0.0/24 192.0.2.7/32 192.10.2.0/24", "", ""),
+                ("a VPN, twice", "10.2.3.0/24 10.2.3.0/24", "", "10.2.3.0/24"),
+                ("whatever becomes of packets", "10.2.4.0/26=UNREACHABLE 10.2.9.0/32=BROADCAST "
+                 "10.2.9.1/32=LOCAL", "10.2.9.1/24 10.9.2.1/24", "10.2.4.0/26 10.2.9.1/32"),
+                ("IPv6", "2001:db8:0:103::/64", "2001:db8:0:105::1/64 ::1/128",
+                 "2001:db8:0:103::/64 2001:db8:0:105::1/128")):
             with self.subTest(what):
-                found = gipam.read_obstacles(directory, version, prefixes(base))
-                self.assertEqual(prefix_texts((*route, version) for route in found),
-                                 expected.split())
+                found = [(*route, version) for version, base in
+                         ((4, "10.2.0.0/16"), (6, "2001:db8:0:100::/56")) for route in
+                         gipam.read_obstacles(Kernel(routes, addresses), version, prefixes(base))]
+                self.assertEqual(prefix_texts(found), expected.split())
+
+    def test_dump_that_changed_meanwhile_is_made_again(self) -> None:
+        def answer(*dumps: list[tuple[int, int, bytes]]) -> list[bytes]:
+            datagrams = iter([b"".join(gipam.NETLINK_HEAD.pack(16 + len(text), kind, flags) + text
+                                       for kind, flags, text in dump) for dump in dumps])
+            with mock.patch.object(socket, "socket") as made:
+                made.return_value.__enter__.return_value.recv = lambda _: next(datagrams)
+                found = gipam.dump_table(gipam.RTM_GETROUTE, socket.AF_INET)
+            self.assertEqual(list(datagrams), [])
+            return found
+
+        done, torn = (gipam.NLMSG_DONE, 0, b"\0" * 4), gipam.NLM_F_DUMP_INTR
+        self.assertEqual(answer([(24, 0, b"one."), (24, 0, b"two.")], [(24, 0, b"end.")], [done]),
+                         [b"one.", b"two.", b"end."])
+        self.assertEqual(answer([(24, torn, b"one.")], [done], [(24, 0, b"two."), done]), [b"two."])
+        with self.assertRaisesRegex(OSError, "Operation not permitted"):
+            answer([(gipam.NLMSG_ERROR, 0, struct.pack("=i", -1))])
 
     def test_on_a_real_host(self) -> None:
         """With a VPN in a table of its own, and an interface whose name is not ASCII."""
@@ -2816,8 +2835,8 @@ else:
 class InMemory(Direct):
     """A service on a lease file, without a socket."""
 
-    def __init__(self, test: unittest.TestCase, proc: str = "/nonexistent", **options: str) -> None:
-        self.path, self.proc = os.path.join(make_directory(test), "leases.json"), proc
+    def __init__(self, test: unittest.TestCase, **options: str) -> None:
+        self.path, self.kernel = os.path.join(make_directory(test), "leases.json"), Kernel()
         with open(self.path, "w", encoding="ascii") as file:
             file.write("{}")  # of the Go program, which held nothing
         options = options or {"v4": CASES_V4, "v6": CASES_V6}
@@ -2827,7 +2846,7 @@ class InMemory(Direct):
     def open(self) -> None:
         store = gipam.Store(self.path)
         read = functools.partial(read_anew, store, self.settings)
-        self.service = gipam.Service(store, read(), {}, read, self.proc)
+        self.service = gipam.Service(store, read(), {}, read, self.kernel)
 
 
 class Reopened(InMemory):
@@ -3125,17 +3144,6 @@ class ConformanceCases(StageCases):
                           for pool in self.state()["pools"]], [(name, name) for name in names])
 
 
-def fib_trie(**tables: str) -> str:
-    """Return /proc/net/fib_trie of these routes, each "PREFIX" or "PREFIX=TYPE"."""
-    lines = []
-    for name, routes in tables.items():
-        lines += [name.replace("_", " ") + ":", "  +-- 0.0.0.0/0 3 0 5"]
-        for prefix, _, kind in (route.partition("=") for route in routes.split()):
-            address, _, length = prefix.partition("/")
-            lines += [f"     |-- {address}", f"        /{length} link {kind or 'UNICAST'}"]
-    return "".join(line + "\n" for line in lines)
-
-
 NO_JSON, NO_OBJECT = "the body is not JSON: ", "the body is not a JSON object"
 BAD_BODIES = {
     b"": "the request has no body: dockerd lost it in a retry; run the command again",
@@ -3316,12 +3324,9 @@ class RefusalTextTest(StageCases, unittest.TestCase):
 
     def test_routes_of_the_host_are_read_at_each_request(self) -> None:
         """BlockOrderTest has what is passed by, with TestDynamicPoolAllocation."""
-        proc = make_directory(self)
-        client = InMemory(self, proc, v4="192.168.0.0/21")
-        for routes, block in (("", 0), ("192.168.1.0/24 192.168.2.7/32", 3), ("192.168.5.0/24", 4),
-                              ("", 5)):
-            with open(os.path.join(proc, "fib_trie"), "w", encoding="ascii") as file:
-                file.write(fib_trie(Main=routes))
+        client = InMemory(self, v4="192.168.0.0/21")
+        for client.kernel.routes, block in (("", 0), ("192.168.1.0/24 192.168.2.7/32", 3),
+                                            ("192.168.5.0/24", 4), ("", 5)):
             self.assertEqual(client.request_pool()[1], f"192.168.{block}.0/24")
 
 
@@ -4908,7 +4913,7 @@ class OperatedCase(CommandCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.socket, self.proc = (os.path.join(self.directory, name) for name in ("gipam.sock", "net"))
+        self.socket, self.kernel = os.path.join(self.directory, "gipam.sock"), Kernel()
         none = self.directory + "/none.sock"
         self.nowhere = ("-socket", none, "-address", "127.0.0.1:1", "-file", self.file, *self.BASES)
         self.absent = (f"gipam: no gipam answers on {none} or 127.0.0.1:1: start it, or say where it is with -socket "
@@ -4919,7 +4924,7 @@ class OperatedCase(CommandCase):
         state = gipam.read_state(config, store, None)
         store.write_snapshot(gipam.encode_snapshot({}, gipam.copy_state(state), None), is_named=False)
         keys = {"V4Pool": "10.2.0.0/20", "V6Pool": "2001:db8:0:100::/60"}
-        self.service = gipam.Service(store, state, keys, functools.partial(read_anew, store, settings), self.proc)
+        self.service = gipam.Service(store, state, keys, functools.partial(read_anew, store, settings), self.kernel)
         self.service.about = gipam.describe_daemon(config, self.socket)
         self.loop = gipam.Loop(self.service)
         self.loop.open(gipam.UnixServer(self.socket, self.loop))
@@ -5479,8 +5484,9 @@ class ImportTest(OperatedCase):
         with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive):
             document = gipam.read_lease_file(store)
             state = gipam.read_state(config, store, document)
-            self.loop.service = self.service = gipam.open_service(config, store, document, state)
+            self.service = gipam.open_service(config, store, document, state)
             gipam.begin_import(config, self.service, document)
+        self.loop.service = self.service  # not before: two threads would use it
         self.service.about = gipam.describe_daemon(config, self.socket)
         self.addCleanup(self.service.import_is_due.clear)  # else its thread would ask on for ever
         threading.Thread(target=gipam.take_over_when_due, args=(self.service, "gipam", self.loop.call),
@@ -5527,9 +5533,10 @@ class ImportTest(OperatedCase):
 
         def adopt(service: gipam.Service, *arguments: Any) -> Any:
             if "old" in self.docker.networks:
-                self.loop.service = self.service = service
+                before, self.loop.service = self.loop.service, service
                 self.docker.stop("c0")
                 self.docker.remove_network("old")
+                self.loop.service = before  # no turn of it while this thread goes on
             return real(service, *arguments)
 
         def hang_up(path: str) -> None:
@@ -5854,7 +5861,7 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
 
     def fill(self) -> None:
         """Hold a bit of everything, in another order than it is shown in."""
-        self.write("net/fib_trie", fib_trie(Main="10.2.3.0/25"))
+        self.kernel.routes = "10.2.3.0/25"
         self.exclude("10.2.1.0/24")
         ask = self.docker.make_network
         with self.at(-3 * 3600):
