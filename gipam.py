@@ -3934,6 +3934,13 @@ def take_over_when_due(service: Service, driver: str, call: Call) -> None:
 
 # === Hosts ========================================================================================
 
+# What is in etcd, below /gipam/DRIVER/; each value but the head's is a JSON object:
+#   head                  a random token, new with each claim: who finds the one it knows knows all
+#   hosts/HOST            under a lease: who is there; the machine, and the token of its process
+#   claims/SUBNET         the hosts that have it; if they share it, the length of its parts, and the
+#                         addresses that are common to them
+#   parts/SUBNET/PART     the host that hands it out
+
 
 class Endpoint(NamedTuple):
     """Where a member of etcd answers, and as whom to ask it."""
