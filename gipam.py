@@ -3106,7 +3106,8 @@ class Loop:
 
     def turn(self, wait_s: float) -> None:
         """Wait until there is something to do, at most so long, and do it; see design.md 7."""
-        for key, events in self._selector.select(0 if self._asking else wait_s):  # 1, 2
+        is_busy = self._asking or self._late
+        for key, events in self._selector.select(0 if is_busy else wait_s):  # 1, 2
             key.data(events & key.events)
         tell = [self._run(*self._calls.popleft()) for _ in range(len(self._calls))]  # 3
         asking, self._asking = self._asking, {}
