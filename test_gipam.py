@@ -7290,6 +7290,15 @@ class ConfigurationTest(CommandLineCase):
             f"unknown key '{key}' in {self.file}: dropped\n"
             for key in ("Colour", "Leases", "Mood")))
 
+    def test_start_needs_to_know_the_routes(self) -> None:
+        """As under a unit of a time when they were files."""
+        config = gipam.build_config(gipam.read_settings({}, argparse.Namespace(file=self.file)))
+        store = gipam.Store(self.file)
+        self.patch(gipam, "dump_table", mock.Mock(side_effect=OSError(97, "no such family")))
+        with self.assertRaisesRegex(gipam.ConfigError, "no such family; .* has to have AF_NETLINK"):
+            gipam.open_service(config, store, None, gipam.read_state(config, store, None))
+        self.assertFalse(os.path.exists(self.file))
+
     def test_a_start_up_error_is_one_line_and_a_status_of_its_own(self) -> None:
         """No traceback; and systemd must see that starting again cannot help."""
         self.keep(b"{")
