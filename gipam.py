@@ -4117,6 +4117,7 @@ class Claimant:
         self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
         self._bell = threading.Event()
         self._call: Call = service.run
+        self._untold: Callable[[], None] = lambda: None
         self._stop: Callable[[], None] = lambda: None
         self.busy: BusyError | None = None  # another gipam has the name of this host
         site.wake = self._bell.set
@@ -4136,6 +4137,7 @@ class Claimant:
                     if not self._rival:
                         raise
                     time.sleep(PULSE_S / 5)
+            self._look(lambda: None)
         except (Unavailable, Refused) as error:
             self._note(str(error))
 
@@ -4180,6 +4182,11 @@ class Claimant:
 
     # The thread that asks
 
+    def _look(self, function: Callable[[], Any]) -> Any:
+        """Run the function in a turn, which first learns what the last transaction told."""
+        tell, self._untold = self._untold, lambda: None
+        return self._call(lambda: (tell(), function())[1])
+
     def _work(self) -> None:
         """Serve who asks, show presence when it is time, then see to what is due."""
         self._bell.wait(max(self._pulse_s - time.monotonic(), 0.0))
@@ -4190,25 +4197,25 @@ class Claimant:
             self._pulse_s = time.monotonic() + PULSE_S
             self._show_presence(ETCD_ATTEMPT_S)
         while not self._asks and time.monotonic() < self._pulse_s:
-            need = self._call(self._service.next_need)
+            need = self._look(self._service.next_need)
             if need is None:
                 break
             try:
                 self._fulfil(need, ETCD_ATTEMPT_S)
             finally:  # whatever became of it, it is looked at again
-                self._call(functools.partial(self._site.due.setdefault, need.subnet))
+                self._look(functools.partial(self._site.due.setdefault, need.subnet))
 
     def _serve(self, again: Again, need: Need | None, end_s: float) -> None:
         """Ask for what a request needs, until it has been answered."""
         try:
-            need = need or self._call(functools.partial(again, None))
+            need = need or self._look(functools.partial(again, None))
             while need:
                 self._fulfil(need, end_s - time.monotonic())
-                need = self._call(functools.partial(again, None))
+                need = self._look(functools.partial(again, None))
         except Stopping:
             raise
         except GipamError as error:  # of etcd, or of a turn that is not on disk
-            self._call(functools.partial(again, error))
+            self._look(functools.partial(again, error))
 
     def _fulfil(self, need: Need, patience_s: float) -> None:
         """Ask etcd for it; whether it could be had shows when it is looked at again.
@@ -4232,7 +4239,7 @@ class Claimant:
         What this host has claimed is written again: what it may have asked before, and thinks lost,
         cannot happen then.
         """
-        head, known = self._call(lambda: (self._site.head, self._site.entry("claims", need.subnet)))
+        head, known = self._look(lambda: (self._site.head, self._site.entry("claims", need.subnet)))
         if known.text:
             return self._site.host in known.hosts and self._transact([known], [known], patience_s)
         value = {"hosts": [self._site.host], "since": int(time.time())}
@@ -4243,7 +4250,7 @@ class Claimant:
 
     def _join(self, need: Need, patience_s: float) -> bool:
         """Become one of the hosts that share a subnet, or the first. Raises: Forbidden."""
-        known = self._call(lambda: self._site.entry("claims", need.subnet))
+        known = self._look(lambda: self._site.entry("claims", need.subnet))
         if not known.text:
             return self._claim(need, patience_s)
         value, host = known.value, self._site.host
@@ -4259,13 +4266,13 @@ class Claimant:
 
         Raises: Forbidden, Unavailable, if there is none.
         """
-        claim, part, owners = self._call(functools.partial(self._look_at_parts, need))
+        claim, part, owners = self._look(functools.partial(self._look_at_parts, need))
         if part is None:
             raise self._no_part(need, owners)
         known = owners.get(part) or Entry("parts", (need.subnet, part), "", 0)
         value = dumps({"hosts": [self._site.host], "since": int(time.time())})
         if self._transact([claim, known], [known._replace(text=value)], patience_s):
-            self._call(functools.partial(self._service.gain_part, need.subnet, part))
+            self._look(functools.partial(self._service.gain_part, need.subnet, part))
             return True
         return False
 
@@ -4290,7 +4297,7 @@ class Claimant:
 
     def _common(self, need: Need, patience_s: float) -> bool:
         """Make an address common to all hosts that share its subnet. Raises: Forbidden."""
-        claim, part, owners = self._call(functools.partial(self._look_at_parts, need))
+        claim, part, owners = self._look(functools.partial(self._look_at_parts, need))
         value = claim.value
         common = value.get("common", {})
         if need.place not in common:
@@ -4299,20 +4306,20 @@ class Claimant:
                     raise self._no_part(need, owners)
             if not claim.text or not (part or owners):
                 return False
-            if not self._call(functools.partial(self._service.shut, need.subnet, need.place)):
+            if not self._look(functools.partial(self._service.shut, need.subnet, need.place)):
                 return True
             value["common"] = {**common, need.place: need.kind}
             known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
             if not self._transact([claim, *known], [claim._replace(text=dumps(value))],
                                   patience_s):
                 return False
-        self._call(functools.partial(self._service.gain_part, need.subnet, None))
+        self._look(functools.partial(self._service.gain_part, need.subnet, None))
         return True
 
     def _drop(self, need: Need, patience_s: float) -> bool:
         """Let go a part of a shared subnet."""
         name = (need.subnet, ipaddress.ip_network(need.place))
-        known = self._call(lambda: self._site.entry("parts", name))
+        known = self._look(lambda: self._site.entry("parts", name))
         return self._transact([known], [known._replace(text="")], patience_s)
 
     def _leave(self, need: Need, patience_s: float) -> bool:
@@ -4321,15 +4328,15 @@ class Claimant:
         While etcd is away nothing is asked of it, so that a name can have its block again.
         """
         self._ask("/v3/kv/range", {"key": self._etcd.key("claims", need.subnet)}, patience_s)
-        return (not self._call(lambda: self._service.begin_leave(need.subnet))
+        return (not self._look(lambda: self._service.begin_leave(need.subnet))
                 or self._remove(need.subnet, self._site.host, [], patience_s))
 
     def _evict(self, need: Need, patience_s: float) -> bool:
         """Let go all that a host has which is not there. Raises: Forbidden, if it is."""
         host, site = need.place, self._site
-        for network in self._call(lambda: site.claims_of(host)):
+        for network in self._look(lambda: site.claims_of(host)):
             if not self._remove(network, host, [Entry("hosts", host, "", 0)], patience_s):
-                if not self._call(lambda: site.entry("hosts", host)).text:
+                if not self._look(lambda: site.entry("hosts", host)).text:
                     return False
                 raise Forbidden(f"host {host} is there, or was less than {PRESENCE_S} s ago: stop "
                                 "its gipam first, and wait as long")
@@ -4341,7 +4348,7 @@ class Claimant:
             return self._site.entry("claims", network), [
                 entry for entry in self._site.parts(network).values() if host in entry.hosts]
 
-        claim, parts = self._call(look)
+        claim, parts = self._look(look)
         rest = [other for other in claim.hosts if other != host]
         text = dumps({**claim.value, "hosts": rest}) if rest else ""
         gone = [claim._replace(text=text), *(part._replace(text="") for part in parts)]
@@ -4375,7 +4382,7 @@ class Claimant:
         there = {entry[:2] for entry in found}
         gone = [entry._replace(text="") for entry in known if entry[:2] not in there]
         news = [entry._replace(revision=revision) for entry in (changed if is_done else gone)]
-        self._call(lambda: self._site.settle([*found, *news], [*known, *changed]))
+        self._untold = lambda: self._site.settle([*found, *news], [*known, *changed])
         return is_done
 
     def _forget(self, patience_s: float) -> bool:
@@ -4422,7 +4429,7 @@ class Claimant:
         token = self._token or secrets.token_hex(8)
         value = {"machine": self._machine, "token": token, "at": int(time.time())}
         for _ in range(3):
-            known = self._call(lambda: self._site.entry("hosts", name))
+            known = self._look(lambda: self._site.entry("hosts", name))
             self._check_name(known)
             if self._transact([known], [known._replace(text=dumps(value))], patience_s,
                               self._lease):
