@@ -775,6 +775,7 @@ class Need(NamedTuple):
     subnet: Any  # None where it is about a host
     place: str = ""  # in the subnet: an address, a part, a range; or a host
     kind: str = ""  # of the address
+    known: Any = ()  # of a claim: the head, and who has the subnet, as it was decided
 
 
 class Entry(NamedTuple):
@@ -862,6 +863,10 @@ class Site:
         entry = self.tables["claims"].get(network)
         return (self.loaded.is_set() and entry is not None and self.host in entry.hosts
                 and network not in self.leaving)
+
+    def need(self, what: str, network: Network) -> Need:
+        """Return the need to claim a subnet, or to join those who share it."""
+        return Need(what, network, known=(self.head, self.entry("claims", network)))
 
     def parts(self, network: Network) -> dict[Network, Entry]:
         """Return the claimed parts of a shared subnet."""
@@ -2058,7 +2063,7 @@ class Service:
         routes: list[Range] = []
         if request.is_shared and self.site and request.subnet and not (
                 self.site.has(request.subnet) and self.site.part_prefixlen(request.subnet)):
-            raise Unclaimed(Need("join", request.subnet))
+            raise Unclaimed(self.site.need("join", request.subnet))
         if request.subnet is None:  # read now, never cached: a VPN may have come up
             bases = self.state.families[request.version].bases
             routes = read_obstacles(self._dump, request.version, bases)
@@ -2066,7 +2071,7 @@ class Service:
                                      secrets.token_hex(8))
         network = parse_prefix(change.subnet)
         if self.site and not self.site.has(network):
-            raise Unclaimed(Need("claim", network))
+            raise Unclaimed(self.site.need("claim", network))
         self._grant(change)
         return change
 
@@ -2183,7 +2188,7 @@ class Service:
             return None
         site.conflicts.pop(network, None)
         if not site.has(network) or (is_shared and not site.part_prefixlen(network)):
-            return Need("join" if is_shared else "claim", network)
+            return site.need("join" if is_shared else "claim", network)
         return self._compare_parts(site, subnet) if is_shared else None
 
     def _compare_parts(self, site: Site, subnet: Subnet) -> Need | None:
@@ -4117,7 +4122,7 @@ class Claimant:
         self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
         self._bell = threading.Event()
         self._call: Call = service.run
-        self._untold: Callable[[], None] = lambda: None
+        self._untold: Callable[[], None] = lambda: None  # has the site learn from a transaction
         self._stop: Callable[[], None] = lambda: None
         self.busy: BusyError | None = None  # another gipam has the name of this host
         site.wake = self._bell.set
@@ -4137,7 +4142,7 @@ class Claimant:
                     if not self._rival:
                         raise
                     time.sleep(PULSE_S / 5)
-            self._look(lambda: None)
+            self._look(lambda: None)  # so that the other thread finds something to go on from
         except (Unavailable, Refused) as error:
             self._note(str(error))
 
@@ -4239,7 +4244,7 @@ class Claimant:
         What this host has claimed is written again: what it may have asked before, and thinks lost,
         cannot happen then.
         """
-        head, known = self._look(lambda: (self._site.head, self._site.entry("claims", need.subnet)))
+        head, known = need.known
         if known.text:
             return self._site.host in known.hosts and self._transact([known], [known], patience_s)
         value = {"hosts": [self._site.host], "since": int(time.time())}
@@ -4250,7 +4255,7 @@ class Claimant:
 
     def _join(self, need: Need, patience_s: float) -> bool:
         """Become one of the hosts that share a subnet, or the first. Raises: Forbidden."""
-        known = self._look(lambda: self._site.entry("claims", need.subnet))
+        _, known = need.known
         if not known.text:
             return self._claim(need, patience_s)
         value, host = known.value, self._site.host
