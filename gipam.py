@@ -4875,6 +4875,7 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
         network = pool["network"] or pool["name"] or "-"
         rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]),
                      format_count(pool["usable"]), age(pool), network))
+        rows += [("  " + part, "part", "", "", "", "-") for part in pool["parts"]]
         rows += [("  " + lease["address"], lease["kind"], "", "", age(lease),
                   lease["container"] or lease["name"] or lease["mac"] or "-")
                  for lease in pool.get("addresses", ())]

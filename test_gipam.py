@@ -6935,6 +6935,23 @@ class SharedTest(HostsCase):
         one.service.fold(is_stopping=True)
         self.assertEqual(dump_state(recover(one.store.path)), dump_state(one.service.state))
 
+    def test_status_shows_hosts_claims_and_parts(self) -> None:
+        one, two = self.hosts
+        self.take(0)
+        mine, theirs = one.request_pool()[1], two.request_pool()[1]
+        wait_for(lambda: one.state()["pools"][0]["parts"] and not one.site.due, "the first part")
+        status = one.state()
+        gipam.add_names(status["pools"], [])
+        *bases, hosts, first, second, _, lan, part, _, pool = gipam.render_status(
+            {**status, "bases": status["bases"][1:]}, 80, int(time.time()))
+        self.assertEqual((mine, theirs), ("198.18.0.0/24", "198.18.1.0/24"))
+        self.assertEqual(bases[1].split(), ["198.18.0.0", "#o.." + 60 * "."])
+        self.assertEqual(bases[-1], "  o held by another host")
+        self.assertEqual([line.split() for line in (hosts, first, second)], [
+            ["HOST", "CLAIMS", "ETCD"], ["one", "2", "there"], ["two", "2", "there"]])
+        self.assertEqual([line.split()[0] for line in (lan, part, pool)],
+                         [self.LAN, "192.168.1.0/28", mine])
+
     def test_last_host_takes_the_claim_away(self) -> None:
         self.hosts[0].release_pool(self.pools[0])
         self.wait_for_claims({self.LAN: ["two"]})
