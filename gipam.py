@@ -4085,7 +4085,7 @@ class Etcd:
         """Yield what changes from a revision on, until that breaks or nothing comes any more.
 
         Each host writes its presence every few seconds: a watch that is quiet for longer is broken.
-        Raises: OSError, ValueError, http.client.HTTPException, Refused.
+        Raises: OSError, ValueError, http.client.HTTPException, Refused; Outdated: all is to be read.
         """
         every = self.range_of("")
         response = self._post("/v3/watch", {"create_request": {
@@ -4093,6 +4093,8 @@ class Etcd:
             WATCH_PATIENCE_S)
         for line in iter(response.readline, b""):
             result = json.loads(line).get("result") or {}
+            if "compact_revision" in result:
+                raise Outdated(f"etcd has compacted what has changed since revision {since}")
             if result.get("canceled") or not result:
                 return
             events = result.get("events", ())
@@ -4462,6 +4464,8 @@ class Claimant:
                 self._call(functools.partial(site.learn_all, entries))
                 if not site.loaded.is_set():
                     break
+        except Outdated:  # though what is known as written last may be there: the other thread's
+            site.loaded.clear()
         except (OSError, http.client.HTTPException, ValueError):
             pass  # a watch ends when its member does; another is asked
         finally:

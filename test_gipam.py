@@ -6357,6 +6357,10 @@ class EtcdHandler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         at, absences = int(request["start_revision"]), self.server.absences
+        if at < self.server.compacted:
+            self.wfile.write(json.dumps({"result": {
+                "canceled": True, "compact_revision": str(self.server.compacted)}}).encode() + b"\n")
+            return
         while True:
             with self.server.lock:
                 events = self.server.events_from(at)
@@ -6387,6 +6391,7 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.values: dict[str, tuple[str, int, str]] = {}  # key -> (value, mod_revision, lease)
         self.events: list[dict[str, Any]] = []
         self.revision = 1
+        self.compacted = 0  # revisions before this one are not known any more
         self.leases: set[str] = set()
         self.tokens: set[str] = set()
         self.password = ""  # if it wants one
@@ -6422,6 +6427,8 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if self.password and token not in self.tokens:
             return 401, {"code": 16, "message": "etcdserver: invalid auth token"}
         self.before(path)
+        if 0 < int(body.get("revision", 0)) < self.compacted:
+            return 400, {"code": 11, "message": "etcdserver: mvcc: required revision has been compacted"}
         reply = getattr(self, path.rpartition("/")[2])(body)
         self.after(path)
         reply["header"] = {"revision": str(self.revision)}
@@ -6723,6 +6730,27 @@ class EtcdAwayTest(HostsCase):
         self.etcd.go(is_away=False)
         wait_for(lambda: not host.state()["etcd"]["failure"], "etcd answers")
         host.request_pool()
+
+    def test_what_was_compacted_meanwhile_is_read_anew(self) -> None:
+        """Though the thread that asks was back before the one that watches, and knows what is newest."""
+        host = self.host("one")
+        self.etcd.set("claims/10.8.0.0/16", {"hosts": ["two"]})
+        wait_for(lambda: host.site.claims_of("two"), "it follows")
+
+        def keep_back(path: str) -> None:
+            if path == "/v3/kv/range":
+                raise ConnectionError
+
+        self.etcd.before = keep_back
+        self.etcd.go()
+        self.etcd.set("claims/10.9.0.0/16", {"hosts": ["two"]})
+        self.etcd.set("claims/10.9.0.0/16", "")
+        self.etcd.compacted = self.etcd.revision
+        self.etcd.go(is_away=False)
+        wait_for(lambda: host.loop.call(host.site.newest).revision > self.etcd.compacted, "it is there")
+        time.sleep(2 * gipam.ETCD_PATIENCE_S)  # what the one that watches asks now, it began to ask then
+        self.etcd.before = lambda _: None
+        wait_for(lambda: host.site.watched > self.etcd.compacted, "it knows all")
 
     def test_member_that_does_not_answer_is_passed_over(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
