@@ -4014,7 +4014,7 @@ class Etcd:
     def _post(self, path: str, body: Json, timeout_s: float) -> http.client.HTTPResponse:
         """Return a reply that is no error. Raises: Refused; OSError, where another may answer."""
         endpoint, is_new = self._endpoints[0], not self._token
-        if not self._connection:
+        if not (self._connection and self._connection.sock):  # it ends with a reply that says so
             tls = self._tls if endpoint.scheme == "https" else None
             self._connection = Connection((endpoint.host, endpoint.port), timeout_s, tls)
             self._connection.connect()

@@ -6348,6 +6348,8 @@ class EtcdHandler(http.server.BaseHTTPRequestHandler):
         data = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        if self.server.is_curt:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
 
@@ -6396,6 +6398,7 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.tokens: set[str] = set()
         self.password = ""  # if it wants one
         self.is_away, self.absences = False, 0
+        self.is_curt = False  # each reply ends its connection
         self.asked: list[str] = []
         self.before: Callable[[str], Any] = lambda path: None  # it decides
         self.after: Callable[[str], Any] = lambda path: None  # it has
@@ -6751,6 +6754,12 @@ class EtcdAwayTest(HostsCase):
         time.sleep(2 * gipam.ETCD_PATIENCE_S)  # what the one that watches asks now, it began to ask then
         self.etcd.before = lambda _: None
         wait_for(lambda: host.site.watched > self.etcd.compacted, "it knows all")
+
+    def test_reply_may_be_the_last_of_its_connection(self) -> None:
+        """As a member's are that is being stopped, or each thousandth of a proxy."""
+        host = self.host("one")
+        self.etcd.is_curt = True
+        self.assertEqual([host.request_pool()[1] for _ in range(2)], ["198.18.0.0/24", "198.18.1.0/24"])
 
     def test_member_that_does_not_answer_is_passed_over(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
