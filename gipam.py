@@ -4029,15 +4029,15 @@ class Etcd:
         if response.status == http.HTTPStatus.OK:
             return response
         text, code = response.read().decode("utf-8", "replace"), 0
-        with contextlib.suppress(ValueError, LookupError):  # of a refused certificate it is no JSON
-            text, code = (json.loads(text)[key] for key in ("message", "code"))
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # of a refused certificate,
+            text, code = (json.loads(text)[key] for key in ("message", "code"))  # or of no etcd
         if code in (4, 14):  # DEADLINE_EXCEEDED, UNAVAILABLE: it has no leader, or is starting
             raise ConnectionError(text)
         if self._token and not is_new:  # it may have expired
             self._token = ""
             return self._post(path, body, timeout_s)
         kind = Outdated if code == 11 else Refused  # OUT_OF_RANGE
-        raise kind(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
+        raise kind(f"etcd at {endpoint} refuses {path}: {printable(str(text).strip())}")
 
     def key(self, table: str, name: Any) -> str:
         """Return the key of an entry, as the gateway has it."""

@@ -6783,11 +6783,14 @@ class EtcdAwayTest(HostsCase):
             stuck.set()
 
     def test_what_is_no_etcd_is_named(self) -> None:
-        replies: tuple[Any, ...] = ({}, [], "1", {"result": 1})
-        for reply in replies:
-            with self.subTest(reply), mock.patch.object(FakeEtcd, "answer", lambda *_, said=reply: (200, said)):
-                self.assertIn("what answers there is no etcd",
-                              self.host(f"host{len(str(reply))}").state()["etcd"]["failure"])
+        replies: tuple[Any, ...] = (
+            *((200, reply, "what answers there is no etcd") for reply in ({}, [], "1", {"result": 1})),
+            *((404, reply, " refuses /v3/") for reply in (
+                {}, [1], "not found", {"code": 5, "message": None})))
+        for number, (status, reply, why) in enumerate(replies):
+            with self.subTest(reply), mock.patch.object(
+                    FakeEtcd, "answer", lambda *_, said=(status, reply): said):
+                self.assertIn(why, self.host(f"host{number}").state()["etcd"]["failure"])
 
     def test_request_whose_peer_has_gone_is_taken_back(self) -> None:
         host = self.host("one")
