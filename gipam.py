@@ -2055,17 +2055,18 @@ class Service:
 
     def request_pool(self, request: PoolRequest) -> RequestPool:
         """Grant a subnet. Raises: as decide_request_pool(); StoreError."""
+        site, subnet, family = self.site, request.subnet, self.state.families[request.version]
         routes: list[Range] = []
-        if request.is_shared and self.site and request.subnet and not (
-                self.site.has(request.subnet) and self.site.part_prefixlen(request.subnet)):
-            raise Unclaimed(Need("join", request.subnet))
-        if request.subnet is None:  # read now, never cached: a VPN may have come up
-            bases = self.state.families[request.version].bases
-            routes = read_obstacles(self._dump, request.version, bases)
+        if subnet is None:  # read now, never cached: a VPN may have come up
+            routes = read_obstacles(self._dump, request.version, family.bases)
+        elif site and request.is_shared and subnet in family.elsewhere:
+            raise Unclaimed(Need("join", subnet))
         change = decide_request_pool(self.state, request, routes, int(time.time()),
                                      secrets.token_hex(8))
         network = parse_prefix(change.subnet)
-        if self.site and not self.site.has(network):
+        if site and request.is_shared and not (site.has(network) and site.part_prefixlen(network)):
+            raise Unclaimed(Need("join", network))
+        if site and not site.has(network):
             raise Unclaimed(Need("claim", network))
         self._grant(change)
         return change

@@ -6988,6 +6988,13 @@ class SharedTest(HostsCase):
         three.request_pool("10.9.0.0/24")
         self.assert_refused("claimed by host three, not to be shared", self.hosts[0].request_pool,
                             "10.9.0.0/24", gipam_shared="true")
+        self.assert_refused("with 10.9.0.0/24, held by pool", three.request_pool, "10.9.0.0/24",
+                            gipam_shared="true")
+        self.assertNotIn("part", self.etcd.values["/gipam/gipam/claims/10.9.0.0/24"][0])
+        self.assert_refused("with 10.9.0.0/24, claimed by host three", self.hosts[0].request_pool,
+                            "10.9.0.0/16", gipam_shared="true")
+        self.assertNotIn("10.9.0.0/16", {text_of(event["key"])[20:] for event in self.etcd.events},
+                         "not even for a moment: host three would shut its own")
         self.assert_refused("takes a --subnet", three.request_pool, gipam_shared="true")
         self.assert_refused("needs -etcd", InMemory(self).request_pool, self.LAN, gipam_shared="true")
 
