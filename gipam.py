@@ -931,6 +931,12 @@ class Site:
             self.learn(entry)
         self.leaving.difference_update(entry.name for entry in about if entry.table == "claims")
 
+    def look_at_claim(self, network: Network) -> tuple[Entry, Entry, bool]:
+        """Return (head, claim of the subnet, whether it overlaps nothing else that is known)."""
+        family = self.state.families[network.version]
+        find = family.find_elsewhere if network in family.subnets else family.held.find_overlap
+        return self.head, self.entry("claims", network), find(network) is None
+
     def claims_of(self, host: str) -> list[Network]:
         """Return the subnets that a host has claimed, or has parts of."""
         parts = [entry._replace(name=name[0]) for name, entry in self.tables["parts"].items()]
@@ -4235,9 +4241,11 @@ class Claimant:
         What this host has claimed is written again: what it may have asked before, and thinks lost,
         cannot happen then.
         """
-        head, known = self._call(lambda: (self._site.head, self._site.entry("claims", need.subnet)))
+        head, known, is_free = self._call(functools.partial(self._site.look_at_claim, need.subnet))
         if known.text:
             return self._site.host in known.hosts and self._transact([known], [known], patience_s)
+        if not is_free:  # any more: the head that is known now is a later one than it was then
+            return False
         value = {"hosts": [self._site.host], "since": int(time.time())}
         if need.what == "join":
             value.update(part=shared_prefixlen(need.subnet), common={})

@@ -6610,6 +6610,20 @@ class ClaimTest(HostsCase):
         self.assertEqual(host.request_pool()[1], "198.18.2.0/24")
         self.assertEqual(self.etcd.claims()["198.18.2.0/24"], ["one"])
 
+    def test_claim_of_a_part_that_is_heard_of_after_the_decision_counts(self) -> None:
+        host = self.host("one")
+        claim, free = host.claimant._claim, []
+
+        def race(*arguments: Any) -> bool:
+            self.etcd.set("claims/10.9.1.0/24", {"hosts": ["two"]})
+            wait_for(lambda: host.site.claims_of("two"), "it is heard of")
+            free.append(claim(*arguments))
+            return free[-1]
+
+        with mock.patch.object(host.claimant, "_claim", race):
+            self.assert_refused("claimed by host two", host.request_pool, "10.9.0.0/16")
+        self.assertEqual(free, [False])
+
     def test_claim_whose_reply_is_lost_is_used(self) -> None:
         host, losses = self.host("one"), iter([1])
 
@@ -6783,13 +6797,12 @@ class EtcdAwayTest(HostsCase):
             stuck.set()
 
     def test_what_is_no_etcd_is_named(self) -> None:
-        replies: tuple[Any, ...] = (
-            *((200, reply, "what answers there is no etcd") for reply in ({}, [], "1", {"result": 1})),
-            *((404, reply, " refuses /v3/") for reply in (
-                {}, [1], "not found", {"code": 5, "message": None})))
-        for number, (status, reply, why) in enumerate(replies):
-            with self.subTest(reply), mock.patch.object(
-                    FakeEtcd, "answer", lambda *_, said=(status, reply): said):
+        others: tuple[Any, ...] = ({}, [], "1", {"result": 1})
+        errors: tuple[Any, ...] = ({}, [1], "not found", {"code": 5, "message": None})
+        replies = (*((200, reply, "what answers there is no etcd") for reply in others),
+                   *((404, reply, " refuses /v3/") for reply in errors))
+        for number, (*said, why) in enumerate(replies):
+            with self.subTest(said), mock.patch.object(FakeEtcd, "answer", lambda *_, said=said: said):
                 self.assertIn(why, self.host(f"host{number}").state()["etcd"]["failure"])
 
     def test_request_whose_peer_has_gone_is_taken_back(self) -> None:
