@@ -3123,6 +3123,8 @@ class Loop:
                     for reply in [self._ask(handler)] if reply]
         self.service.commit()  # 5
         for handler, reply in replies:  # 6
+            if handler.is_closed:  # since it was given up
+                continue
             handler.answer(settle(self.service, reply))
             self._send(handler)
         for tell_thread in tell:
@@ -3206,12 +3208,13 @@ class Loop:
             return reply
         handler.is_waiting = True
         self._watch(handler, 0)
-        self.ask_etcd(reply.need, functools.partial(self._again, handler, body))
+        self.ask_etcd(reply.need, functools.partial(self._again, handler, handler.since_s, body))
         return None
 
-    def _again(self, handler: Handler, body: bytes, failure: GipamError | None) -> Need | None:
+    def _again(self, handler: Handler, since_s: float, body: bytes,
+               failure: GipamError | None) -> Need | None:
         """Try to answer a request that waits for etcd; return what it needs, None: no more."""
-        if not handler.is_waiting:
+        if not handler.is_waiting or handler.since_s != since_s:  # it was given up: that is another
             return None
         reply = dispatch(self.service, handler.command, handler.path, body, handler.server.paths,
                          failure)

@@ -6796,6 +6796,36 @@ class EtcdAwayTest(HostsCase):
             self.assertFalse(stuck.is_set())
             stuck.set()
 
+    def test_request_that_was_given_up_is_not_taken_for_the_next_one(self) -> None:
+        self.limit(TICK_S=0.1)
+        host, stuck = self.host("one"), threading.Event()
+        fulfil = host.claimant._fulfil
+
+        def be_stuck(need: gipam.Need, _: float) -> None:
+            stuck.wait(DEADLINE_S)
+            fulfil(need, DEADLINE_S)
+
+        with mock.patch.object(host.claimant, "_fulfil", be_stuck):
+            self.assert_refused("etcd does not answer", host.request_pool, "10.8.0.0/24")
+            threading.Timer(0.2, stuck.set).start()
+            self.assertEqual(host.request_pool("10.9.0.0/24")[1], "10.9.0.0/24")
+
+    def test_connection_may_end_when_its_request_was_given_up(self) -> None:
+        host = self.host("one")
+        self.etcd.go()
+        peer = Peer(self, host.loop.servers[0].server_address).send(NEW_POOL)
+
+        def give_up() -> bool:
+            waiting = [handler for handler in host.loop.handlers if handler.is_waiting]
+            for handler in waiting:
+                host.loop._give_up(float("inf"), gipam.Unavailable("too late"))
+                host.loop.close(handler)
+            return bool(waiting)
+
+        wait_for(lambda: host.loop.call(give_up), "it waits")
+        self.assertEqual(peer.answers(), [])
+        host.state()
+
     def test_what_is_no_etcd_is_named(self) -> None:
         others: tuple[Any, ...] = ({}, [], "1", {"result": 1})
         errors: tuple[Any, ...] = ({}, [1], "not found", {"code": 5, "message": None})
