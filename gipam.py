@@ -2267,6 +2267,9 @@ class Service:
         """Release what a reply granted that never arrived, if that is still the very same."""
         if isinstance(change, (RequestPool, RequestAddress)):  # a release is never undone
             address = change.address if isinstance(change, RequestAddress) else ""
+            pool = self.state.pools.get(change.pool_id)
+            if pool and not address and pool.seq == seq - 1:
+                seq = pool.seq  # then it was noted what parts it has
             with contextlib.suppress(Forbidden, StoreError):
                 self.release_if(change.pool_id, address, seq)
                 log.warning("took back what a lost reply had granted: %s", change)

@@ -6837,15 +6837,22 @@ class EtcdAwayTest(HostsCase):
 
     def test_request_whose_peer_has_gone_is_taken_back(self) -> None:
         host = self.host("one")
-        peer = Peer(self, host.loop.servers[0].server_address)
+        shared = request("IpamDriver.RequestPool", {
+            "AddressSpace": "gipam", "Pool": "10.9.0.0/24", "Options": {"gipam.shared": "true"}})
         held = threading.Event()
         self.etcd.before = lambda path: held.wait(DEADLINE_S) if path == "/v3/kv/txn" else None
-        peer.send(NEW_POOL)
-        wait_for(lambda: any(it.is_waiting for it in [*host.loop.handlers]), "it waits for etcd")
-        peer.close(is_reset=True)
-        held.set()
-        wait_for(lambda: host.service.state.seq == 2, "granted, and taken back")
-        self.wait_for_claims({})
+
+        def lose(asked: bytes, seq: int) -> None:
+            held.clear()
+            peer = Peer(self, host.loop.servers[0].server_address).send(asked)
+            wait_for(lambda: any(it.is_waiting for it in [*host.loop.handlers]), "it waits for etcd")
+            peer.close(is_reset=True)
+            held.set()
+            wait_for(lambda: host.service.state.seq == seq, "granted, and taken back")
+            self.wait_for_claims({})
+
+        lose(NEW_POOL, 2)
+        lose(shared, 5)
 
     def test_request_that_waits_at_a_stop_is_refused(self) -> None:
         self.limit(DIAL_PATIENCE_S=0.1)
