@@ -829,7 +829,8 @@ class Site:
         self.due: dict[Network, None] = {}  # subnets of which etcd may not say what is held here
         self.leaving: set[Network] = set()  # claims that etcd may have been asked to let go
         self.wake: Callable[[], None] = lambda: None  # whoever asks etcd about them
-        self.conflicts: dict[Network, str] = {}  # held here, and claimed by these others
+        # Subnets held here -> what of each others have claimed, it or parts of it -> who
+        self.conflicts: dict[Network, dict[Network, str]] = {}
         self.state = state
 
     @property
@@ -953,8 +954,8 @@ class Site:
         if new.text and self.host not in new.hosts:
             for subnet in family.subnets if family.held.find_overlap(network) else ():
                 if network.overlaps(subnet):
-                    self.conflicts.setdefault(subnet, "another host")  # _compare() tells which
-                    self.mark(subnet)
+                    self.conflicts.setdefault(subnet, {}).setdefault(subnet, "another host")
+                    self.mark(subnet)  # _compare() tells which
             family.held.cover(network)
             family.elsewhere[network] = describe_hosts(new)
 
@@ -984,8 +985,7 @@ class Site:
 
     def find_conflict(self, subnet: Subnet) -> str:
         """Return who has claimed what is held here of a subnet, "" for nobody."""
-        return next((holder for network, holder in self.conflicts.items()
-                     if network.overlaps(subnet.network)), "")
+        return next(iter(self.conflicts.get(subnet.network, {}).values()), "")
 
     def describe(self) -> Json:
         """Return what `status --json` shows of the hosts."""
@@ -2110,10 +2110,10 @@ class Service:
             log.warning("adopting pool_id=%r: Docker holds it, the lease file does not", pool_id)
             pool = self.state.pools[pool_id]
         subnet = pool.subnet.network
-        if self.site and subnet in self.site.conflicts:
-            raise Forbidden(f"{subnet} is held here, but claimed by {self.site.conflicts[subnet]} "
-                            "too: no address of it is given out until one of the two networks is "
-                            "removed")
+        holder = self.site.conflicts.get(subnet, {}).get(subnet) if self.site else None
+        if holder:
+            raise Forbidden(f"{subnet} is held here, but claimed by {holder} too: no address of it "
+                            "is given out until one of the two networks is removed")
         change = decide_request_address(pool, request, now_s)
         self.apply(change)
         return change, subnet.prefixlen
@@ -2151,8 +2151,9 @@ class Service:
             if not subnet and self.import_is_due.is_set():
                 continue
             del site.due[network]
+            before = site.conflicts.pop(network, {})
             if subnet:
-                need = self._compare(site, subnet)
+                need = self._compare(site, subnet, before)
             elif site.host in site.entry("claims", network).hosts:
                 need = Need("leave", network)
             if need:
@@ -2175,25 +2176,25 @@ class Service:
         self.site.leaving.add(network)
         return True
 
-    def _compare(self, site: Site, subnet: Subnet) -> Need | None:
-        """Return what etcd lacks of a subnet that is held here."""
-        network = subnet.network
+    def _compare(self, site: Site, subnet: Subnet, before: dict[Network, str]) -> Need | None:
+        """Return what etcd lacks of a subnet that is held here; note who else has it claimed."""
+        network, is_split = subnet.network, site.part_prefixlen(subnet.network) > 0
         overlap = self.state.families[network.version].find_elsewhere(network)
-        is_shared = subnet.parts is not None or site.part_prefixlen(network) > 0
-        if overlap and not (is_shared and overlap == network):
+        if overlap and not (is_split and overlap == network):
             holder = describe_hosts(site.tables["claims"][overlap])
-            if site.conflicts.get(network) != holder:
+            if before.get(network) != holder:
                 log.error("claimed_elsewhere: %s is held here, and %s claimed by %s: no address of "
                           "it is given out any more; remove one of the two networks", network,
                           overlap, holder)
-            site.conflicts[network] = holder
+            site.conflicts[network] = {network: holder}
             return None
-        site.conflicts.pop(network, None)
-        if not site.has(network) or (is_shared and not site.part_prefixlen(network)):
+        is_shared = subnet.parts is not None or is_split
+        if not site.has(network) or (is_shared and not is_split):
             return Need("join" if is_shared else "claim", network)
-        return self._compare_parts(site, subnet) if is_shared else None
+        return self._compare_parts(site, subnet, before) if is_shared else None
 
-    def _compare_parts(self, site: Site, subnet: Subnet) -> Need | None:
+    def _compare_parts(self, site: Site, subnet: Subnet,
+                       before: dict[Network, str]) -> Need | None:
         """Return what etcd lacks, or has too much, of the parts that this host has of a subnet.
 
         One more is asked for when three quarters of them are held; an empty one goes when the rest
@@ -2205,10 +2206,10 @@ class Service:
         bits = BITS[subnet.version] - site.part_prefixlen(network)
         used = {(subnet.first + offset) >> bits << bits for offset in offsets}  # first addresses
         for part, entry in claimed.items():
-            before, holder = site.conflicts.pop(part, ""), describe_hosts(entry)
             if site.host not in entry.hosts and int(part[0]) in used:
-                site.conflicts[part] = holder
-                if before != holder:
+                holder = describe_hosts(entry)
+                site.conflicts.setdefault(network, {})[part] = holder
+                if before.get(part) != holder:
                     log.error("claimed_elsewhere: part %s of %s has addresses here, but is claimed "
                               "by %s", part, network, holder)
         parts = [part for part in subnet.parts or () if part not in claimed

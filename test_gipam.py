@@ -6674,6 +6674,17 @@ class ClaimTest(HostsCase):
         wait_for(lambda: not one.site.due, "the claim to be left alone")
         self.assertEqual(self.etcd.claims(), {subnet: ["two"]})
 
+    def test_what_was_claimed_elsewhere_may_be_used_again_at_once(self) -> None:
+        host = self.host("one")
+        pool_id, subnet = host.request_pool("10.9.0.0/24")
+        self.etcd.set(f"claims/{subnet}", {"hosts": ["two"]})
+        wait_for(lambda: host.state()["pools"][0]["claimed_elsewhere"], "it is seen")
+        host.release_pool(pool_id)
+        self.etcd.set(f"claims/{subnet}", "")
+        wait_for(lambda: not (host.site.due or host.site.claims_of("two")), "it is free")
+        with mock.patch.object(host.service, "next_need", lambda: None):  # the thread has not come to it
+            host.request_address(host.request_pool(subnet)[0])
+
     def test_older_etcd_is_told_again_what_is_held(self) -> None:
         """Restored from a snapshot, it has revisions that were others' before."""
         one = self.host("one")
@@ -7031,6 +7042,18 @@ class SharedTest(HostsCase):
         self.hosts[1].release_pool(self.pools[1])
         self.wait_for_claims({})
         self.assertEqual(self.etcd.claims("parts/"), {})
+
+    def test_what_another_has_claimed_for_itself_meanwhile_is_named_and_shut(self) -> None:
+        """In an etcd that had lost all."""
+        one = self.hosts[0]
+        self.take(0)
+        with self.assertLogs("gipam", "ERROR"):
+            with self.etcd.lock:
+                for key in [key[13:] for key in self.etcd.values if "/claims/" in key or "/parts/" in key]:
+                    self.etcd.set(key, "")
+                self.etcd.set(f"claims/{self.LAN}", {"hosts": ["three"]})
+            wait_for(lambda: one.state()["pools"][0]["claimed_elsewhere"] == "host three", "it is seen")
+        self.assert_refused("claimed by host three too", one.request_address, self.pools[0])
 
     def test_it_is_refused_where_it_cannot_be(self) -> None:
         three = self.host("three")
