@@ -4129,6 +4129,7 @@ class Claimant:
         self._etcd, self._watcher, self._last_words = make_etcd(), make_etcd(), make_etcd()
         self._token = ""  # of this process, once it has shown its presence
         self._rival: Entry | None = None  # has the name of this host
+        self._newest = site.head  # of what was known when the watch ended
         self._lease, self._pulse_s, self._present_until_s = "", 0.0, 0.0
         self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
         self._bell = threading.Event()
@@ -4472,7 +4473,7 @@ class Claimant:
         """Learn what changes, until the watch breaks; at first all, if there is no way to go on."""
         site, etcd = self._site, self._watcher
         try:
-            if site.loaded.is_set() and self._is_history(self._call(site.newest)):
+            if site.loaded.is_set() and self._is_history(self._newest):
                 self._call(site.mark_all)
             else:
                 self._load(ETCD_PATIENCE_S)
@@ -4480,12 +4481,13 @@ class Claimant:
                 self._call(functools.partial(site.learn_all, entries))
                 if not site.loaded.is_set():
                     break
-        except Outdated:  # though what is known as written last may be there: the other thread's
+        except Outdated:
             site.loaded.clear()
         except (OSError, http.client.HTTPException, ValueError):
             pass  # a watch ends when its member does; another is asked
         finally:
             etcd.close()
+        self._newest = self._call(site.newest)  # now: the other thread may be the first to be back
         time.sleep(ETCD_PAUSE_S)
 
     def _is_history(self, newest: Entry) -> bool:
@@ -4508,6 +4510,7 @@ class Claimant:
             self._call(functools.partial(site.learn_all, entries[at:at + LOAD_ENTRIES], False))
         revision = int(reply["header"]["revision"])
         self._call(lambda: self._service.finish_load({entry[:2] for entry in entries}, revision))
+        self._newest = self._call(site.newest)
 
 
 def shared_prefixlen(subnet: Network) -> int:

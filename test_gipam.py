@@ -6686,8 +6686,17 @@ class ClaimTest(HostsCase):
             host.request_address(host.request_pool(subnet)[0])
 
     def test_older_etcd_is_told_again_what_is_held(self) -> None:
-        """Restored from a snapshot, it has revisions that were others' before."""
-        one = self.host("one")
+        """Restored from a snapshot, it has revisions that were others' before.
+
+        The thread that asks may be the first to be back, and show its presence: that was so before.
+        """
+        self.limit(PULSE_S=2.0, ETCD_PATIENCE_S=0.3)
+        one, asked = self.host("one"), threading.Event()
+
+        def keep_back(path: str) -> None:
+            if path == "/v3/kv/range" and not asked.is_set():
+                raise ConnectionError
+
         first = one.request_pool()[1]
         with self.etcd.lock:
             saved = dict(self.etcd.values), self.etcd.revision, len(self.etcd.events)
@@ -6698,7 +6707,14 @@ class ClaimTest(HostsCase):
             del self.etcd.events[saved[2]:]
             for number in range(20):
                 self.etcd.set(f"claims/10.{number}.0.0/24", {"hosts": ["two"]})
+            self.etcd.before = keep_back
             self.etcd.go(is_away=False)
+        time.sleep(0.1)  # the watch has ended
+        one.claimant._pulse_s = 0.0
+        one.site.wake()
+        wait_for(lambda: one.loop.call(one.site.newest).revision > 20, "it is there")
+        time.sleep(2 * gipam.ETCD_PATIENCE_S)  # what the one that watches asks now, it began to ask then
+        asked.set()
         wait_for(lambda: len(self.etcd.claims()) == 22, "both are claimed again")
         self.assertEqual([self.etcd.claims()[subnet] for subnet in (first, second)], [["one"]] * 2)
         self.assert_refused("claimed by host two", one.request_pool, "10.3.0.0/16")
