@@ -2146,10 +2146,13 @@ class Service:
         site, need = self.site, None
         if not site:
             return None
-        for network in list(itertools.islice(site.due, MAX_DUE)):
+        ready = (network for network in site.due if not self.import_is_due.is_set()
+                 or network in self.state.families[network.version].subnets)
+        due = list(itertools.islice(ready, MAX_DUE + 1))
+        if due[MAX_DUE:]:
+            site.wake()  # for the rest
+        for network in due[:MAX_DUE]:
             subnet = self.state.families[network.version].subnets.get(network)
-            if not subnet and self.import_is_due.is_set():
-                continue
             del site.due[network]
             before = site.conflicts.pop(network, {})
             if subnet:

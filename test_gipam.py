@@ -6650,6 +6650,22 @@ class ClaimTest(HostsCase):
         host.site.wake()
         self.wait_for_claims({"10.9.0.0/24": ["one"]})
 
+    def test_all_is_compared_at_once_however_much_it_is(self) -> None:
+        """What is not held, and waits for Docker's word, is in nobody's way."""
+        self.limit(MAX_DUE=2, PULSE_S=5.0)
+        directory = make_directory(self)
+        path = os.path.join(directory, "leases.json")
+        service = begin(path)
+        for number in range(9):
+            Direct(service).request_pool(f"10.{number}.0.0/24")
+        service.fold(is_stopping=True)
+        for number in [*range(8), *range(100, 105)]:
+            self.etcd.set(f"claims/10.{number}.0.0/24", {"hosts": ["one"]})
+        host, started_s = self.host("one", directory), time.monotonic()
+        wait_for(lambda: "10.8.0.0/24" in self.etcd.claims(), "the one that was missing")
+        self.assertLess(time.monotonic() - started_s, 4)
+        self.assertTrue(host.service.import_is_due.is_set())
+
     def test_nothing_is_let_go_before_docker_has_told_what_it_uses(self) -> None:
         host = self.host("one")
         host.loop.call(host.service.import_is_due.set)
