@@ -830,7 +830,8 @@ class Site:
         self.due: dict[Network, None] = {}  # subnets of which etcd may not say what is held here
         self.leaving: set[Network] = set()  # claims that etcd may have been asked to let go
         self.wake: Callable[[], None] = lambda: None  # whoever asks etcd about them
-        self.conflicts: dict[Network, str] = {}  # held here, and claimed by these others
+        # Subnets held here -> what of each others have claimed, it or parts of it -> who
+        self.conflicts: dict[Network, dict[Network, str]] = {}
         self.state = state
 
     @property
@@ -952,8 +953,8 @@ class Site:
         if new.text and self.host not in new.hosts:
             for subnet in family.subnets if family.held.find_overlap(network) else ():
                 if network.overlaps(subnet):
-                    self.conflicts.setdefault(subnet, "another host")  # _compare() tells which
-                    self.mark(subnet)
+                    self.conflicts.setdefault(subnet, {}).setdefault(subnet, "another host")
+                    self.mark(subnet)  # _compare() tells which
             family.held.cover(network)
             family.elsewhere[network] = describe_hosts(new)
 
@@ -983,8 +984,7 @@ class Site:
 
     def find_conflict(self, subnet: Subnet) -> str:
         """Return who has claimed what is held here of a subnet, "" for nobody."""
-        return next((holder for network, holder in self.conflicts.items()
-                     if network.overlaps(subnet.network)), "")
+        return next(iter(self.conflicts.get(subnet.network, {}).values()), "")
 
     def describe(self) -> Json:
         """Return what `status --json` shows of the hosts."""
@@ -2060,18 +2060,19 @@ class Service:
 
     def request_pool(self, request: PoolRequest) -> RequestPool:
         """Grant a subnet. Raises: as decide_request_pool(); StoreError."""
+        site, subnet, family = self.site, request.subnet, self.state.families[request.version]
         routes: list[Range] = []
-        if request.is_shared and self.site and request.subnet and not (
-                self.site.has(request.subnet) and self.site.part_prefixlen(request.subnet)):
-            raise Unclaimed(self.site.need("join", request.subnet))
-        if request.subnet is None:  # read now, never cached: a VPN may have come up
-            bases = self.state.families[request.version].bases
-            routes = read_obstacles(self._dump, request.version, bases)
+        if subnet is None:  # read now, never cached: a VPN may have come up
+            routes = read_obstacles(self._dump, request.version, family.bases)
+        elif site and request.is_shared and subnet in family.elsewhere:
+            raise Unclaimed(site.need("join", subnet))
         change = decide_request_pool(self.state, request, routes, int(time.time()),
                                      secrets.token_hex(8))
         network = parse_prefix(change.subnet)
-        if self.site and not self.site.has(network):
-            raise Unclaimed(self.site.need("claim", network))
+        if site and request.is_shared and not (site.has(network) and site.part_prefixlen(network)):
+            raise Unclaimed(site.need("join", network))
+        if site and not site.has(network):
+            raise Unclaimed(site.need("claim", network))
         self._grant(change)
         return change
 
@@ -2108,10 +2109,10 @@ class Service:
             log.warning("adopting pool_id=%r: Docker holds it, the lease file does not", pool_id)
             pool = self.state.pools[pool_id]
         subnet = pool.subnet.network
-        if self.site and subnet in self.site.conflicts:
-            raise Forbidden(f"{subnet} is held here, but claimed by {self.site.conflicts[subnet]} "
-                            "too: no address of it is given out until one of the two networks is "
-                            "removed")
+        holder = self.site.conflicts.get(subnet, {}).get(subnet) if self.site else None
+        if holder:
+            raise Forbidden(f"{subnet} is held here, but claimed by {holder} too: no address of it "
+                            "is given out until one of the two networks is removed")
         change = decide_request_address(pool, request, now_s)
         self.apply(change)
         return change, subnet.prefixlen
@@ -2144,13 +2145,17 @@ class Service:
         site, need = self.site, None
         if not site:
             return None
-        for network in list(itertools.islice(site.due, MAX_DUE)):
+        ready = (network for network in site.due if not self.import_is_due.is_set()
+                 or network in self.state.families[network.version].subnets)
+        due = list(itertools.islice(ready, MAX_DUE + 1))
+        if due[MAX_DUE:]:
+            site.wake()  # for the rest
+        for network in due[:MAX_DUE]:
             subnet = self.state.families[network.version].subnets.get(network)
-            if not subnet and self.import_is_due.is_set():
-                continue
             del site.due[network]
+            before = site.conflicts.pop(network, {})
             if subnet:
-                need = self._compare(site, subnet)
+                need = self._compare(site, subnet, before)
             elif site.host in site.entry("claims", network).hosts:
                 need = Need("leave", network)
             if need:
@@ -2173,25 +2178,25 @@ class Service:
         self.site.leaving.add(network)
         return True
 
-    def _compare(self, site: Site, subnet: Subnet) -> Need | None:
-        """Return what etcd lacks of a subnet that is held here."""
-        network = subnet.network
+    def _compare(self, site: Site, subnet: Subnet, before: dict[Network, str]) -> Need | None:
+        """Return what etcd lacks of a subnet that is held here; note who else has it claimed."""
+        network, is_split = subnet.network, site.part_prefixlen(subnet.network) > 0
         overlap = self.state.families[network.version].find_elsewhere(network)
-        is_shared = subnet.parts is not None or site.part_prefixlen(network) > 0
-        if overlap and not (is_shared and overlap == network):
+        if overlap and not (is_split and overlap == network):
             holder = describe_hosts(site.tables["claims"][overlap])
-            if site.conflicts.get(network) != holder:
+            if before.get(network) != holder:
                 log.error("claimed_elsewhere: %s is held here, and %s claimed by %s: no address of "
                           "it is given out any more; remove one of the two networks", network,
                           overlap, holder)
-            site.conflicts[network] = holder
+            site.conflicts[network] = {network: holder}
             return None
-        site.conflicts.pop(network, None)
-        if not site.has(network) or (is_shared and not site.part_prefixlen(network)):
+        is_shared = subnet.parts is not None or is_split
+        if not site.has(network) or (is_shared and not is_split):
             return site.need("join" if is_shared else "claim", network)
-        return self._compare_parts(site, subnet) if is_shared else None
+        return self._compare_parts(site, subnet, before) if is_shared else None
 
-    def _compare_parts(self, site: Site, subnet: Subnet) -> Need | None:
+    def _compare_parts(self, site: Site, subnet: Subnet,
+                       before: dict[Network, str]) -> Need | None:
         """Return what etcd lacks, or has too much, of the parts that this host has of a subnet.
 
         One more is asked for when three quarters of them are held; an empty one goes when the rest
@@ -2203,10 +2208,10 @@ class Service:
         bits = BITS[subnet.version] - site.part_prefixlen(network)
         used = {(subnet.first + offset) >> bits << bits for offset in offsets}  # first addresses
         for part, entry in claimed.items():
-            before, holder = site.conflicts.pop(part, ""), describe_hosts(entry)
             if site.host not in entry.hosts and int(part[0]) in used:
-                site.conflicts[part] = holder
-                if before != holder:
+                holder = describe_hosts(entry)
+                site.conflicts.setdefault(network, {})[part] = holder
+                if before.get(part) != holder:
                     log.error("claimed_elsewhere: part %s of %s has addresses here, but is claimed "
                               "by %s", part, network, holder)
         parts = [part for part in subnet.parts or () if part not in claimed
@@ -2265,6 +2270,9 @@ class Service:
         """Release what a reply granted that never arrived, if that is still the very same."""
         if isinstance(change, (RequestPool, RequestAddress)):  # a release is never undone
             address = change.address if isinstance(change, RequestAddress) else ""
+            pool = self.state.pools.get(change.pool_id)
+            if pool and not address and pool.seq == seq - 1:
+                seq = pool.seq  # then it was noted what parts it has
             with contextlib.suppress(Forbidden, StoreError):
                 self.release_if(change.pool_id, address, seq)
                 log.warning("took back what a lost reply had granted: %s", change)
@@ -3121,6 +3129,8 @@ class Loop:
                     for reply in [self._ask(handler)] if reply]
         self.service.commit()  # 5
         for handler, reply in replies:  # 6
+            if handler.is_closed:  # since it was given up
+                continue
             handler.answer(settle(self.service, reply))
             self._send(handler)
         for tell_thread in tell:
@@ -3204,12 +3214,13 @@ class Loop:
             return reply
         handler.is_waiting = True
         self._watch(handler, 0)
-        self.ask_etcd(reply.need, functools.partial(self._again, handler, body))
+        self.ask_etcd(reply.need, functools.partial(self._again, handler, handler.since_s, body))
         return None
 
-    def _again(self, handler: Handler, body: bytes, failure: GipamError | None) -> Need | None:
+    def _again(self, handler: Handler, since_s: float, body: bytes,
+               failure: GipamError | None) -> Need | None:
         """Try to answer a request that waits for etcd; return what it needs, None: no more."""
-        if not handler.is_waiting:
+        if not handler.is_waiting or handler.since_s != since_s:  # it was given up: that is another
             return None
         reply = dispatch(self.service, handler.command, handler.path, body, handler.server.paths,
                          failure)
@@ -4019,7 +4030,7 @@ class Etcd:
     def _post(self, path: str, body: Json, timeout_s: float) -> http.client.HTTPResponse:
         """Return a reply that is no error. Raises: Refused; OSError, where another may answer."""
         endpoint, is_new = self._endpoints[0], not self._token
-        if not self._connection:
+        if not (self._connection and self._connection.sock):  # it ends with a reply that says so
             tls = self._tls if endpoint.scheme == "https" else None
             self._connection = Connection((endpoint.host, endpoint.port), timeout_s, tls)
             self._connection.connect()
@@ -4034,15 +4045,15 @@ class Etcd:
         if response.status == http.HTTPStatus.OK:
             return response
         text, code = response.read().decode("utf-8", "replace"), 0
-        with contextlib.suppress(ValueError, LookupError):  # of a refused certificate it is no JSON
-            text, code = (json.loads(text)[key] for key in ("message", "code"))
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # of a refused certificate,
+            text, code = (json.loads(text)[key] for key in ("message", "code"))  # or of no etcd
         if code in (4, 14):  # DEADLINE_EXCEEDED, UNAVAILABLE: it has no leader, or is starting
             raise ConnectionError(text)
         if self._token and not is_new:  # it may have expired
             self._token = ""
             return self._post(path, body, timeout_s)
         kind = Outdated if code == 11 else Refused  # OUT_OF_RANGE
-        raise kind(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
+        raise kind(f"etcd at {endpoint} refuses {path}: {printable(str(text).strip())}")
 
     def key(self, table: str, name: Any) -> str:
         """Return the key of an entry, as the gateway has it."""
@@ -4090,7 +4101,7 @@ class Etcd:
         """Yield what changes from a revision on, until that breaks or nothing comes any more.
 
         Each host writes its presence every few seconds: a watch that is quiet for longer is broken.
-        Raises: OSError, ValueError, http.client.HTTPException, Refused.
+        Raises: OSError, ValueError, http.client.HTTPException, Refused; Outdated: all is to be read.
         """
         every = self.range_of("")
         response = self._post("/v3/watch", {"create_request": {
@@ -4098,6 +4109,8 @@ class Etcd:
             WATCH_PATIENCE_S)
         for line in iter(response.readline, b""):
             result = json.loads(line).get("result") or {}
+            if "compact_revision" in result:
+                raise Outdated(f"etcd has compacted what has changed since revision {since}")
             if result.get("canceled") or not result:
                 return
             events = result.get("events", ())
@@ -4118,6 +4131,7 @@ class Claimant:
         self._etcd, self._watcher, self._last_words = make_etcd(), make_etcd(), make_etcd()
         self._token = ""  # of this process, once it has shown its presence
         self._rival: Entry | None = None  # has the name of this host
+        self._newest = site.head  # of what was known when the watch ended
         self._lease, self._pulse_s, self._present_until_s = "", 0.0, 0.0
         self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
         self._bell = threading.Event()
@@ -4142,7 +4156,7 @@ class Claimant:
                     if not self._rival:
                         raise
                     time.sleep(PULSE_S / 5)
-            self._look(lambda: None)  # so that the other thread finds something to go on from
+            self._newest = self._look(self._site.newest)
         except (Unavailable, Refused) as error:
             self._note(str(error))
 
@@ -4466,7 +4480,7 @@ class Claimant:
         """Learn what changes, until the watch breaks; at first all, if there is no way to go on."""
         site, etcd = self._site, self._watcher
         try:
-            if site.loaded.is_set() and self._is_history(self._call(site.newest)):
+            if self._call(site.loaded.is_set) and self._is_history(self._newest):
                 self._call(site.mark_all)
             else:
                 self._load(ETCD_PATIENCE_S)
@@ -4474,10 +4488,13 @@ class Claimant:
                 self._call(functools.partial(site.learn_all, entries))
                 if not site.loaded.is_set():
                     break
+        except Outdated:
+            site.loaded.clear()
         except (OSError, http.client.HTTPException, ValueError):
             pass  # a watch ends when its member does; another is asked
         finally:
             etcd.close()
+        self._newest = self._call(site.newest)  # now: the other thread may be the first to be back
         time.sleep(ETCD_PAUSE_S)
 
     def _is_history(self, newest: Entry) -> bool:
@@ -4500,6 +4517,7 @@ class Claimant:
             self._call(functools.partial(site.learn_all, entries[at:at + LOAD_ENTRIES], False))
         revision = int(reply["header"]["revision"])
         self._call(lambda: self._service.finish_load({entry[:2] for entry in entries}, revision))
+        self._newest = self._call(site.newest)
 
 
 def shared_prefixlen(subnet: Network) -> int:

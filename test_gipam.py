@@ -6348,6 +6348,8 @@ class EtcdHandler(http.server.BaseHTTPRequestHandler):
         data = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        if self.server.is_curt:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
 
@@ -6357,6 +6359,10 @@ class EtcdHandler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         at, absences = int(request["start_revision"]), self.server.absences
+        if at < self.server.compacted:
+            self.wfile.write(json.dumps({"result": {
+                "canceled": True, "compact_revision": str(self.server.compacted)}}).encode() + b"\n")
+            return
         while True:
             with self.server.lock:
                 events = self.server.events_from(at)
@@ -6387,10 +6393,12 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.values: dict[str, tuple[str, int, str]] = {}  # key -> (value, mod_revision, lease)
         self.events: list[dict[str, Any]] = []
         self.revision = 1
+        self.compacted = 0  # revisions before this one are not known any more
         self.leases: set[str] = set()
         self.tokens: set[str] = set()
         self.password = ""  # if it wants one
         self.is_away, self.absences = False, 0
+        self.is_curt = False  # each reply ends its connection
         self.asked: list[str] = []
         self.before: Callable[[str], Any] = lambda path: None  # it decides
         self.after: Callable[[str], Any] = lambda path: None  # it has
@@ -6422,6 +6430,8 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if self.password and token not in self.tokens:
             return 401, {"code": 16, "message": "etcdserver: invalid auth token"}
         self.before(path)
+        if 0 < int(body.get("revision", 0)) < self.compacted:
+            return 400, {"code": 11, "message": "etcdserver: mvcc: required revision has been compacted"}
         reply = getattr(self, path.rpartition("/")[2])(body)
         self.after(path)
         reply["header"] = {"revision": str(self.revision)}
@@ -6600,6 +6610,20 @@ class ClaimTest(HostsCase):
         self.assertEqual(host.request_pool()[1], "198.18.2.0/24")
         self.assertEqual(self.etcd.claims()["198.18.2.0/24"], ["one"])
 
+    def test_claim_of_a_part_that_is_heard_of_after_the_decision_counts(self) -> None:
+        host = self.host("one")
+        claim, free = host.claimant._claim, []
+
+        def race(*arguments: Any) -> bool:
+            self.etcd.set("claims/10.9.1.0/24", {"hosts": ["two"]})
+            wait_for(lambda: host.site.claims_of("two"), "it is heard of")
+            free.append(claim(*arguments))
+            return free[-1]
+
+        with mock.patch.object(host.claimant, "_claim", race):
+            self.assert_refused("claimed by host two", host.request_pool, "10.9.0.0/16")
+        self.assertEqual(free, [False])
+
     def test_claim_whose_reply_is_lost_is_used(self) -> None:
         host, losses = self.host("one"), iter([1])
 
@@ -6626,6 +6650,22 @@ class ClaimTest(HostsCase):
         host.site.wake()
         self.wait_for_claims({"10.9.0.0/24": ["one"]})
 
+    def test_all_is_compared_at_once_however_much_it_is(self) -> None:
+        """What is not held, and waits for Docker's word, is in nobody's way."""
+        self.limit(MAX_DUE=2, PULSE_S=5.0)
+        directory = make_directory(self)
+        path = os.path.join(directory, "leases.json")
+        service = begin(path)
+        for number in range(9):
+            Direct(service).request_pool(f"10.{number}.0.0/24")
+        service.fold(is_stopping=True)
+        for number in [*range(8), *range(100, 105)]:
+            self.etcd.set(f"claims/10.{number}.0.0/24", {"hosts": ["one"]})
+        host, started_s = self.host("one", directory), time.monotonic()
+        wait_for(lambda: "10.8.0.0/24" in self.etcd.claims(), "the one that was missing")
+        self.assertLess(time.monotonic() - started_s, 4)
+        self.assertTrue(host.service.import_is_due.is_set())
+
     def test_nothing_is_let_go_before_docker_has_told_what_it_uses(self) -> None:
         host = self.host("one")
         host.loop.call(host.service.import_is_due.set)
@@ -6650,9 +6690,29 @@ class ClaimTest(HostsCase):
         wait_for(lambda: not one.site.due, "the claim to be left alone")
         self.assertEqual(self.etcd.claims(), {subnet: ["two"]})
 
+    def test_what_was_claimed_elsewhere_may_be_used_again_at_once(self) -> None:
+        host = self.host("one")
+        pool_id, subnet = host.request_pool("10.9.0.0/24")
+        self.etcd.set(f"claims/{subnet}", {"hosts": ["two"]})
+        wait_for(lambda: host.state()["pools"][0]["claimed_elsewhere"], "it is seen")
+        host.release_pool(pool_id)
+        self.etcd.set(f"claims/{subnet}", "")
+        wait_for(lambda: not (host.site.due or host.site.claims_of("two")), "it is free")
+        with mock.patch.object(host.service, "next_need", lambda: None):  # the thread has not come to it
+            host.request_address(host.request_pool(subnet)[0])
+
     def test_older_etcd_is_told_again_what_is_held(self) -> None:
-        """Restored from a snapshot, it has revisions that were others' before."""
-        one = self.host("one")
+        """Restored from a snapshot, it has revisions that were others' before.
+
+        The thread that asks may be the first to be back, and show its presence: that was so before.
+        """
+        self.limit(PULSE_S=2.0, ETCD_PATIENCE_S=0.3)
+        one, asked = self.host("one"), threading.Event()
+
+        def keep_back(path: str) -> None:
+            if path == "/v3/kv/range" and not asked.is_set():
+                raise ConnectionError
+
         first = one.request_pool()[1]
         with self.etcd.lock:
             saved = dict(self.etcd.values), self.etcd.revision, len(self.etcd.events)
@@ -6663,7 +6723,14 @@ class ClaimTest(HostsCase):
             del self.etcd.events[saved[2]:]
             for number in range(20):
                 self.etcd.set(f"claims/10.{number}.0.0/24", {"hosts": ["two"]})
+            self.etcd.before = keep_back
             self.etcd.go(is_away=False)
+        time.sleep(0.1)  # the watch has ended
+        one.claimant._pulse_s = 0.0
+        one.site.wake()
+        wait_for(lambda: one.loop.call(one.site.newest).revision > 20, "it is there")
+        time.sleep(2 * gipam.ETCD_PATIENCE_S)  # what the one that watches asks now, it began to ask then
+        asked.set()
         wait_for(lambda: len(self.etcd.claims()) == 22, "both are claimed again")
         self.assertEqual([self.etcd.claims()[subnet] for subnet in (first, second)], [["one"]] * 2)
         self.assert_refused("claimed by host two", one.request_pool, "10.3.0.0/16")
@@ -6724,6 +6791,33 @@ class EtcdAwayTest(HostsCase):
         wait_for(lambda: not host.state()["etcd"]["failure"], "etcd answers")
         host.request_pool()
 
+    def test_what_was_compacted_meanwhile_is_read_anew(self) -> None:
+        """Though the thread that asks was back before the one that watches, and knows what is newest."""
+        host = self.host("one")
+        self.etcd.set("claims/10.8.0.0/16", {"hosts": ["two"]})
+        wait_for(lambda: host.site.claims_of("two"), "it follows")
+
+        def keep_back(path: str) -> None:
+            if path == "/v3/kv/range":
+                raise ConnectionError
+
+        self.etcd.before = keep_back
+        self.etcd.go()
+        self.etcd.set("claims/10.9.0.0/16", {"hosts": ["two"]})
+        self.etcd.set("claims/10.9.0.0/16", "")
+        self.etcd.compacted = self.etcd.revision
+        self.etcd.go(is_away=False)
+        wait_for(lambda: host.loop.call(host.site.newest).revision > self.etcd.compacted, "it is there")
+        time.sleep(2 * gipam.ETCD_PATIENCE_S)  # what the one that watches asks now, it began to ask then
+        self.etcd.before = lambda _: None
+        wait_for(lambda: host.site.watched > self.etcd.compacted, "it knows all")
+
+    def test_reply_may_be_the_last_of_its_connection(self) -> None:
+        """As a member's are that is being stopped, or each thousandth of a proxy."""
+        host = self.host("one")
+        self.etcd.is_curt = True
+        self.assertEqual([host.request_pool()[1] for _ in range(2)], ["198.18.0.0/24", "198.18.1.0/24"])
+
     def test_member_that_does_not_answer_is_passed_over(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             self.etcd_url = f"http://127.0.0.1:{silent.getsockname()[1]},{self.etcd.url}"
@@ -6745,24 +6839,63 @@ class EtcdAwayTest(HostsCase):
             self.assertFalse(stuck.is_set())
             stuck.set()
 
+    def test_request_that_was_given_up_is_not_taken_for_the_next_one(self) -> None:
+        self.limit(TICK_S=0.1)
+        host, stuck = self.host("one"), threading.Event()
+        fulfil = host.claimant._fulfil
+
+        def be_stuck(need: gipam.Need, _: float) -> None:
+            stuck.wait(DEADLINE_S)
+            fulfil(need, DEADLINE_S)
+
+        with mock.patch.object(host.claimant, "_fulfil", be_stuck):
+            self.assert_refused("etcd does not answer", host.request_pool, "10.8.0.0/24")
+            threading.Timer(0.2, stuck.set).start()
+            self.assertEqual(host.request_pool("10.9.0.0/24")[1], "10.9.0.0/24")
+
+    def test_connection_may_end_when_its_request_was_given_up(self) -> None:
+        host = self.host("one")
+        self.etcd.go()
+        peer = Peer(self, host.loop.servers[0].server_address).send(NEW_POOL)
+
+        def give_up() -> bool:
+            waiting = [handler for handler in host.loop.handlers if handler.is_waiting]
+            for handler in waiting:
+                host.loop._give_up(float("inf"), gipam.Unavailable("too late"))
+                host.loop.close(handler)
+            return bool(waiting)
+
+        wait_for(lambda: host.loop.call(give_up), "it waits")
+        self.assertEqual(peer.answers(), [])
+        host.state()
+
     def test_what_is_no_etcd_is_named(self) -> None:
-        replies: tuple[Any, ...] = ({}, [], "1", {"result": 1})
-        for reply in replies:
-            with self.subTest(reply), mock.patch.object(FakeEtcd, "answer", lambda *_, said=reply: (200, said)):
-                self.assertIn("what answers there is no etcd",
-                              self.host(f"host{len(str(reply))}").state()["etcd"]["failure"])
+        others: tuple[Any, ...] = ({}, [], "1", {"result": 1})
+        errors: tuple[Any, ...] = ({}, [1], "not found", {"code": 5, "message": None})
+        replies = (*((200, reply, "what answers there is no etcd") for reply in others),
+                   *((404, reply, " refuses /v3/") for reply in errors))
+        for number, (*said, why) in enumerate(replies):
+            with self.subTest(said), mock.patch.object(FakeEtcd, "answer", lambda *_, said=said: said):
+                self.assertIn(why, self.host(f"host{number}").state()["etcd"]["failure"])
 
     def test_request_whose_peer_has_gone_is_taken_back(self) -> None:
         host = self.host("one")
-        peer = Peer(self, host.loop.servers[0].server_address)
+        shared = request("IpamDriver.RequestPool", {
+            "AddressSpace": "gipam", "Pool": "10.9.0.0/24", "Options": {"gipam.shared": "true"}})
         held = threading.Event()
         self.etcd.before = lambda path: held.wait(DEADLINE_S) if path == "/v3/kv/txn" else None
-        peer.send(NEW_POOL)
-        wait_for(lambda: any(it.is_waiting for it in [*host.loop.handlers]), "it waits for etcd")
-        peer.close(is_reset=True)
-        held.set()
-        wait_for(lambda: host.service.state.seq == 2, "granted, and taken back")
-        self.wait_for_claims({})
+
+        def lose(asked: bytes, seq: int) -> None:
+            held.clear()
+            peer = Peer(self, host.loop.servers[0].server_address).send(asked)
+            wait_for(lambda: any(it.is_waiting for it in [*host.loop.handlers]), "it waits for etcd")
+            peer.close(is_reset=True)
+            held.set()
+            wait_for(lambda: host.service.state.seq == seq, "granted, and taken back")
+            self.wait_for_claims({})
+
+        lose(NEW_POOL, 2)
+        lose(shared, 5)
 
     def test_request_that_waits_at_a_stop_is_refused(self) -> None:
         self.limit(DIAL_PATIENCE_S=0.1)
@@ -6959,12 +7092,31 @@ class SharedTest(HostsCase):
         self.wait_for_claims({})
         self.assertEqual(self.etcd.claims("parts/"), {})
 
+    def test_what_another_has_claimed_for_itself_meanwhile_is_named_and_shut(self) -> None:
+        """In an etcd that had lost all."""
+        one = self.hosts[0]
+        self.take(0)
+        with self.assertLogs("gipam", "ERROR"):
+            with self.etcd.lock:
+                for key in [key[13:] for key in self.etcd.values if "/claims/" in key or "/parts/" in key]:
+                    self.etcd.set(key, "")
+                self.etcd.set(f"claims/{self.LAN}", {"hosts": ["three"]})
+            wait_for(lambda: one.state()["pools"][0]["claimed_elsewhere"] == "host three", "it is seen")
+        self.assert_refused("claimed by host three too", one.request_address, self.pools[0])
+
     def test_it_is_refused_where_it_cannot_be(self) -> None:
         three = self.host("three")
         self.assert_refused("claimed by hosts one, two", three.request_pool, self.LAN)
         three.request_pool("10.9.0.0/24")
         self.assert_refused("claimed by host three, not to be shared", self.hosts[0].request_pool,
                             "10.9.0.0/24", gipam_shared="true")
+        self.assert_refused("with 10.9.0.0/24, held by pool", three.request_pool, "10.9.0.0/24",
+                            gipam_shared="true")
+        self.assertNotIn("part", self.etcd.values["/gipam/gipam/claims/10.9.0.0/24"][0])
+        self.assert_refused("with 10.9.0.0/24, claimed by host three", self.hosts[0].request_pool,
+                            "10.9.0.0/16", gipam_shared="true")
+        self.assertNotIn("10.9.0.0/16", {text_of(event["key"])[20:] for event in self.etcd.events},
+                         "not even for a moment: host three would shut its own")
         self.assert_refused("takes a --subnet", three.request_pool, gipam_shared="true")
         self.assert_refused("needs -etcd", InMemory(self).request_pool, self.LAN, gipam_shared="true")
 
