@@ -6308,14 +6308,7 @@ class EtcdHandler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         at, absences = int(request["start_revision"]), self.server.absences
-        while True:
-            with self.server.lock:
-                events = self.server.events_from(at)
-                while not events and self.server.absences == absences:
-                    self.server.changed.wait(DEADLINE_S)
-                    events = self.server.events_from(at)
-                if self.server.absences > absences:
-                    return
+        while events := self.server.await_events(at, absences):
             at = events[-1]["mod_revision"] + 1
             rows = [{"type": event["type"], "kv": {**event, "mod_revision": str(event["mod_revision"])}}
                     for event in events]
@@ -6343,8 +6336,8 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.password = ""  # if it wants one
         self.is_away, self.absences = False, 0
         self.asked: list[str] = []
-        self.before: Callable[[str], Any] = lambda path: None  # it decides
-        self.after: Callable[[str], Any] = lambda path: None  # it has
+        self.before: list[Callable[[], Any]] = []  # what comes before the next transactions
+        self.is_losing = False  # the reply to the next one
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         test.addCleanup(self.server_close)
@@ -6372,13 +6365,17 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
             return 200, {"token": f"token{len(self.asked)}"}
         if self.password and token not in self.tokens:
             return 401, {"code": 16, "message": "etcdserver: invalid auth token"}
-        self.before(path)
         reply = getattr(self, path.rpartition("/")[2])(body)
-        self.after(path)
         return 200, {"header": {"revision": str(self.revision)}, **reply}
 
-    def events_from(self, revision: int) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["mod_revision"] >= revision]
+    def await_events(self, revision: int, absences: int) -> list[dict[str, Any]]:
+        """Return what happens from a revision on; nothing, if the etcd goes away before."""
+        def events() -> list[dict[str, Any]]:
+            return [event for event in self.events if event["mod_revision"] >= revision]
+
+        with self.lock:
+            self.changed.wait_for(lambda: self.absences > absences or events())
+            return [] if self.absences > absences else events()
 
     def grant(self, _: dict[str, Any]) -> dict[str, Any]:
         self.leases.add(str(len(self.asked)))
@@ -6409,6 +6406,8 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
             if first <= key < end and revision >= since and value]}
 
     def txn(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self.before:
+            self.before.pop(0)()
         is_same = all(self.is_true(**compare) for compare in body["compare"])
         chosen = body["success" if is_same else "failure"]
         self.revision += is_same
@@ -6420,6 +6419,9 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
                     self.change(text_of(request["key"]), text_of(request.get("value", "")),
                                 request.get("lease", ""))
         self.changed.notify_all()
+        if self.is_losing:
+            self.is_losing = False
+            raise ConnectionError
         return {"succeeded": is_same, "responses": replies}
 
     def is_true(self, key: str, target: str, result: str, mod_revision: str = "", value: str = "") -> bool:
@@ -6483,6 +6485,11 @@ class Host(Unix):
         Client.__init__(self, path)
         test.addCleanup(self.close)
 
+    def stop(self) -> None:
+        self.loop.stop()
+        self.thread.join()
+        self.loop._end_calls()
+
 
 class HostsCase(LoopCase):
     """An etcd, and hosts that share it."""
@@ -6523,15 +6530,12 @@ class ClaimTest(HostsCase):
         self.assertEqual(self.etcd.claims(), {
             subnet: [host.name] for subnet, host in zip(subnets, hosts * 3)})
 
-    def test_subnet_of_another_host_is_refused_with_its_name(self) -> None:
+    def test_subnet_of_another_host_is_refused_with_its_name_until_it_is_released(self) -> None:
         one, two = self.host("one"), self.host("two")
-        one.request_pool("10.9.0.0/16")
+        pool_id, _ = one.request_pool("10.9.0.0/16")
         for subnet in ("10.9.0.0/16", "10.9.1.0/24", "10.8.0.0/15"):
             self.assert_refused("with 10.9.0.0/16, claimed by host one", two.request_pool, subnet)
-
-    def test_released_subnet_may_go_to_another_host(self) -> None:
-        one, two = self.host("one"), self.host("two")
-        one.release_pool(one.request_pool("10.9.0.0/16")[0])
+        one.release_pool(pool_id)
         self.wait_for_claims({})
         wait_for(lambda: not two.site.claims_of("one"), "two to hear of it")
         two.request_pool("10.9.0.0/24")
@@ -6540,25 +6544,16 @@ class ClaimTest(HostsCase):
     def test_who_loses_a_race_takes_the_next_block(self) -> None:
         """The claim of the other comes between the decision and the transaction."""
         host = self.host("one")
-        rivals = iter(["198.18.0.0/24", "198.18.1.0/24"])
-
-        def race(path: str) -> None:
-            for rival in itertools.islice(rivals, path == "/v3/kv/txn"):
-                self.etcd.set(f"claims/{rival}", {"hosts": ["two"]})
-
-        self.etcd.before = race
+        self.etcd.before += [functools.partial(self.etcd.set, f"claims/198.18.{third}.0/24",
+                                               {"hosts": ["two"]}) for third in (0, 1)]
         self.assertEqual(host.request_pool()[1], "198.18.2.0/24")
         self.assertEqual(self.etcd.claims()["198.18.2.0/24"], ["one"])
 
     def test_claim_whose_reply_is_lost_is_used(self) -> None:
-        host, losses = self.host("one"), iter([1])
-
-        def lose(path: str) -> None:
-            for _ in itertools.islice(losses, path == "/v3/kv/txn"):
-                raise ConnectionError
-
-        self.etcd.after = lose
+        host = self.host("one")
+        self.etcd.is_losing = True
         self.assertEqual(host.request_pool()[1], "198.18.0.0/24")
+        self.assertFalse(self.etcd.is_losing)
         self.assertEqual(self.etcd.claims(), {"198.18.0.0/24": ["one"]})
 
     def test_what_a_crash_left_is_put_right_at_the_start(self) -> None:
@@ -6645,24 +6640,27 @@ class EtcdAwayTest(HostsCase):
         super().setUp()
         self.limit(ETCD_PATIENCE_S=0.5, ETCD_ATTEMPT_S=0.2)
 
-    def test_only_new_pools_wait_for_it(self) -> None:
+    def ask(self, host: Host) -> tuple[Peer, threading.Event]:
+        """Return a peer whose request waits for etcd, and what it waits for."""
+        held = threading.Event()
+        self.addCleanup(held.set)
+        self.etcd.before.append(lambda: held.wait(DEADLINE_S))
+        peer = Peer(self, host.loop.servers[0].server_address).send(NEW_POOL)
+        wait_for(lambda: any(it.is_waiting for it in [*host.loop.handlers]), "it waits for etcd")
+        return peer, held
+
+    def test_only_new_pools_wait_for_it_and_what_is_released_is_let_go_later(self) -> None:
         host = self.host("one")
-        pool_id, subnet = host.request_pool(gipam_name="web")
+        (pool_id, subnet), (other, _) = host.request_pool(gipam_name="web"), host.request_pool()
         self.etcd.go()
         host.request_address(pool_id)
         self.assert_refused(f"etcd does not answer on {self.etcd.url}: ", host.request_pool)
-        host.release_pool(pool_id)
+        for released in (pool_id, other):
+            host.release_pool(released)
         self.assertEqual(host.request_pool(gipam_name="web")[1], subnet)
         self.etcd.go(is_away=False)
+        self.wait_for_claims({subnet: ["one"]})
         self.assertNotEqual(host.request_pool()[1], subnet)
-
-    def test_released_subnet_is_let_go_when_it_is_back(self) -> None:
-        host = self.host("one")
-        pool_id, _ = host.request_pool()
-        self.etcd.go()
-        host.release_pool(pool_id)
-        self.etcd.go(is_away=False)
-        self.wait_for_claims({})
 
     def test_start_does_not_wait_for_it(self) -> None:
         directory = make_directory(self)
@@ -6681,11 +6679,7 @@ class EtcdAwayTest(HostsCase):
 
     def test_request_whose_peer_has_gone_is_taken_back(self) -> None:
         host = self.host("one")
-        peer = Peer(self, host.loop.servers[0].server_address)
-        held = threading.Event()
-        self.etcd.before = lambda path: held.wait(DEADLINE_S) if path == "/v3/kv/txn" else None
-        peer.send(NEW_POOL)
-        wait_for(lambda: any(it.is_waiting for it in [*host.loop.handlers]), "it waits for etcd")
+        peer, held = self.ask(host)
         peer.close(is_reset=True)
         held.set()
         wait_for(lambda: host.service.state.seq == 2, "granted, and taken back")
@@ -6693,30 +6687,24 @@ class EtcdAwayTest(HostsCase):
 
     def test_request_that_waits_at_a_stop_is_refused(self) -> None:
         self.limit(DIAL_PATIENCE_S=0.1)
-        host, held = self.host("one"), threading.Event()
-        self.addCleanup(held.set)
-        self.etcd.before = lambda path: held.wait(DEADLINE_S) if path == "/v3/kv/txn" else None
-        peer = Peer(self, host.loop.servers[0].server_address).send(NEW_POOL)
-        wait_for(lambda: any(it.is_waiting for it in [*host.loop.handlers]), "it waits for etcd")
+        host = self.host("one")
+        peer, _ = self.ask(host)
         host.loop.stop()
         host.thread.join()
         host.loop.finish(lambda: None)
         self.assertEqual(peer.answer().status, 503)
 
-    def test_token_that_has_expired_is_renewed(self) -> None:
+    def test_token_that_has_expired_is_renewed_and_a_wrong_password_is_not_shown(self) -> None:
         self.etcd.password = "p@ss"
         self.etcd_url = self.etcd.url.replace("//", "//gipam:p%40ss@")
         host = self.host("one")
-        host.request_pool()
-        self.etcd.tokens.clear()
-        host.request_pool()
-
-    def test_wrong_password_is_said_and_not_shown(self) -> None:
-        self.etcd.password = "p@ss"
+        for _ in range(2):
+            host.request_pool()
+            self.etcd.tokens.clear()
         self.etcd_url = self.etcd.url.replace("//", "//gipam:secret@")
-        host = self.host("one")
-        self.assert_refused("authentication failed", host.request_pool)
-        self.assertNotIn("secret", json.dumps(host.state()))
+        other = self.host("two")
+        self.assert_refused("authentication failed", other.request_pool)
+        self.assertNotIn("secret", json.dumps(other.state()))
 
 
 class PresenceTest(HostsCase):
@@ -6731,10 +6719,8 @@ class PresenceTest(HostsCase):
         directory = make_directory(self)
         first = self.host("one", directory)
         self.assertEqual(first.request_pool()[1], "198.18.0.0/24")
-        first.loop.stop()
-        first.thread.join()
+        first.stop()
         first.service.fold(is_stopping=True)
-        first.loop._end_calls()
         fcntl.flock(first.store._lock_fd, fcntl.LOCK_UN)
         first.claimant.end()
         self.assertNotIn("/gipam/gipam/hosts/one", self.etcd.values)
@@ -6769,9 +6755,7 @@ class PresenceTest(HostsCase):
         two.request_pool("10.8.0.0/24", gipam_shared="true")
         self.assert_refused("host one is there", two.call, "Gipam.Evict", Host="one")
         self.assert_refused("'two' is this host", two.call, "Gipam.Evict", Host="two")
-        one.loop.stop()
-        one.thread.join()
-        one.loop._end_calls()
+        one.stop()
         self.etcd.expire("one")
         wait_for(lambda: two.call("Gipam.Evict", Host="one"), "it has gone")
         self.assertEqual(self.etcd.claims(), {"10.8.0.0/24": ["two"]})
