@@ -411,7 +411,7 @@ class Daemon:
             return log.read()
 
 class Case(unittest.TestCase):
-    """What a test replaces is put back in its end."""
+    """What a test replaces is put back when it ends."""
 
     maxDiff = None
 
@@ -2738,7 +2738,8 @@ class InMemory(Direct):
     """A service on a lease file, without a socket."""
 
     def __init__(self, test: unittest.TestCase, proc: str = "/nonexistent", **options: str) -> None:
-        self.path, self.proc = os.path.join(make_directory(test), "leases.json"), proc
+        self.path = options.pop("file", "") or os.path.join(make_directory(test), "leases.json")
+        self.proc = proc
         with open(self.path, "w", encoding="ascii") as file:
             file.write("{}")  # of the Go program, which held nothing
         options = options or {"v4": CASES_V4, "v6": CASES_V6}
@@ -3198,17 +3199,10 @@ class RefusalTextTest(StageCases, unittest.TestCase):
             self.check("RequestPool", 400, text, **arguments)
 
     def test_addresses(self) -> None:
-        """And with which statuses the Allocator's refusals arrive."""
-        pool_id = self.pool("10.9.0.0/24", "10.9.0.8/31")
-        for _ in range(2):
-            self.request_address(pool_id)
+        pool_id = self.pool("10.9.0.0/24")
         bare = "invalid address: {!r} is not a bare IP address".format
-        for address, status, text in (
-                ("10.8.0.1", 400, f"{OUT_OF_RANGE}10.8.0.1 is not in 10.9.0.0/24"),
-                ("10.9.0.8", 403, f"{IN_USE}10.9.0.8 is held in 10.9.0.0/24"),
-                ("", 503, f"{USED_UP}all 2 of 10.9.0.8/31 are held"),
-                ("10.9.0", 400, bare("10.9.0")), ("10.9.0.5/24", 400, bare("10.9.0.5/24"))):
-            self.check("RequestAddress", status, text, PoolID=pool_id, Address=address)
+        for address in ("10.9.0", "10.9.0.5/24"):
+            self.check("RequestAddress", 400, bare(address), PoolID=pool_id, Address=address)
         self.check("RequestAddress", 404, "cannot find address pool for 'x': no pool has this id",
                    PoolID="x")
         self.check("RequestAddress", 400, f"option {gipam.ENDPOINT_NAME} is longer than 255 "
@@ -4815,13 +4809,9 @@ class OperatedCase(CommandCase):
         self.absent = (f"gipam: no gipam answers on {none} or 127.0.0.1:1: start it, or say where it is with -socket "
                        "or -address")
         self.patch(gipam, CHECK_PAUSE_S=0)
-        config, settings = self.config()
-        store = gipam.Store(self.file)
-        state = gipam.read_state(config, store, None)
-        store.write_snapshot(gipam.encode_snapshot({}, gipam.copy_state(state), None), is_named=False)
-        keys = {"V4Pool": "10.2.0.0/20", "V6Pool": "2001:db8:0:100::/60"}
-        self.service = gipam.Service(store, state, keys, functools.partial(read_anew, store, settings), self.proc)
-        self.service.about = gipam.describe_daemon(config, self.socket)
+        caller = InMemory(self, self.proc, **self.options())
+        self.service = caller.service
+        self.service.about = gipam.describe_daemon(gipam.build_config(caller.settings), self.socket)
         self.loop = gipam.Loop(self.service)
         self.loop.open(gipam.UnixServer(self.socket, self.loop))
         self.thread = serve_in_thread(self, self.loop)
@@ -4830,11 +4820,9 @@ class OperatedCase(CommandCase):
         self.call, self.status_now, self.request_pool = client.call, client.state, client.request_pool
         self.docker = FakeDocker(self, os.path.join(self.directory, "docker.sock"), self.call)
 
-    def config(self, *options: str) -> tuple[Any, Any]:
-        arguments = gipam.build_parser().parse_args(gipam.normalise_arguments(
-            ["-unix", "-socket", self.socket, "-file", self.file, *self.BASES, *options]))
-        settings = gipam.read_settings({}, arguments)
-        return gipam.build_config(settings), settings
+    def options(self) -> dict[str, str]:
+        return {"unix": "true", "socket": self.socket, "file": self.file,
+                **{flag[1:]: bases for flag, bases in zip(self.BASES[::2], self.BASES[1::2])}}
 
     def exclude(self, prefix: str) -> None:
         self.service.state.families[4] = make_state("10.2.0.0/20", excluded=prefix).families[4]
@@ -5374,11 +5362,10 @@ class ImportTest(OperatedCase):
 
     def start(self, is_alive: bool = True) -> gipam.Service:
         """Start gipam, or start it again; what Docker has asks this gipam from now on."""
-        config, _ = self.config()
-        store = gipam.Store(self.file)
-        with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive):
-            document = gipam.read_lease_file(store)
-            state = gipam.read_state(config, store, document)
+        settings = gipam.read_settings({}, argparse.Namespace(**self.options()))
+        with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive), \
+                mock.patch.object(self.loop, "_fold_if_due"):  # this thread is the only one
+            config, store, document, state = gipam.load(settings)
             self.loop.service = self.service = gipam.open_service(config, store, document, state)
             gipam.begin_import(config, self.service, document)
         self.service.about = gipam.describe_daemon(config, self.socket)
@@ -5448,22 +5435,6 @@ class ImportTest(OperatedCase):
                 self.assertNotIn("10.8.0.0/24", self.held())
                 self.assert_all_taken_over()
                 self.docker.start("c0", "web", "lan")
-
-    def test_network_without_a_gateway_gets_none(self) -> None:
-        """A stopped container with that very --ip starts again, in a /30 that has room for two."""
-        for self.docker.version in (28, 29):
-            with self.subTest(docker=self.docker.version):
-                self.lose_file()
-                self.docker.make_network("bare", "10.8.0.0/30", has_gateway=False, Driver="macvlan",
-                                         Internal=self.docker.version == 28)
-                self.docker.start("one", "bare", address="10.8.0.1")
-                self.docker.start("two", "bare", address="10.8.0.2")
-                self.docker.stop("two")
-                self.start()
-                self.assertEqual(self.held()["10.8.0.0/30"], ["10.8.0.1"])
-                self.docker.start("two", "bare", address="10.8.0.2")
-                self.assertEqual(self.check(), [])
-                self.docker.remove_network("bare")
 
     def test_first_address_of_an_adopted_pool_waits_for_docker(self) -> None:
         """Before 29, an empty network made with a size hint is not shown with its subnet: its container adopts it."""
@@ -5578,8 +5549,7 @@ class ImportTest(OperatedCase):
         late = pool_id[:-1] + ("0" if pool_id[-1] != "0" else "1")  # of a network that had this range before
         self.call("IpamDriver.ReleasePool", PoolID=late)
         self.assertIn(pool_id, self.service.state.pools)
-        on_disk = read_anew(gipam.Store(self.file), self.config()[1])
-        self.assertEqual(set(on_disk.pools), set(self.service.state.pools))
+        self.assertEqual(set(recover(self.file).pools), set(self.service.state.pools))
 
     def test_pauses_begin_anew_once_an_import_is_over(self) -> None:
         service = mock.Mock()
@@ -6036,16 +6006,17 @@ class MetricsTest(OperatedCase):
         self.assertEqual((values, buckets[-1].labels), (sorted(values), {"le": "+Inf"}))
         self.assertEqual((count.name[-6:], count.value), ("_count", values[-1]))
 
-    def test_every_count_is_there_from_the_start(self) -> None:
-        """Else increase() does not see the first of its kind; but no write is no time in 1970."""
-        samples = self.samples()
-        for method in (*gipam.PATHS, "unknown"):
-            for result in ("ok", "Forbidden", "Unavailable", "bug"):
-                series = f'gipam_requests_total{{method="{method}",result="{result}"}}'
-                self.assertEqual(samples[series], 0)
-        self.assertNotIn("gipam_last_write_timestamp_seconds", samples)
-
     def test_values(self) -> None:
+        """Every count is there from the start, else increase() does not see the first of its kind.
+
+        But no write is no time in 1970.
+        """
+        samples = self.samples()
+        for method, result in itertools.product((*gipam.PATHS, "unknown"), (
+                "ok", "Forbidden", "Unavailable", "bug")):
+            self.assertEqual(
+                samples[f'gipam_requests_total{{method="{method}",result="{result}"}}'], 0)
+        self.assertNotIn("gipam_last_write_timestamp_seconds", samples)
         self.exclude("10.2.14.0/23")
         self.fill()
         samples, v4 = self.samples(), '{base="10.2.0.0/20",family="4"}'
