@@ -3431,9 +3431,6 @@ class LoopCase(Case):
 
         wait_for(turn, "a turn that does it")
 
-    def wait_for_ends(self, left: int = 0) -> None:
-        wait_for(lambda: len(self.loop.handlers) == left, "the end to be seen")
-
     def state_on_disk(self) -> Any:
         """Return what a restart would find, once no fold is under way."""
         wait_for(lambda: not self.service.is_fold_due(), "a fold")
@@ -3585,7 +3582,7 @@ class UndoneTest(LoopCase):
             if is_answered:
                 wait_for(peer.has_input, "an answer")
                 peer.close()
-            self.wait_for_ends(left=1)
+            wait_for(lambda: len(self.loop.handlers) == 1, "the end to be seen")
         state = self.docker.state()
         self.assertEqual((state["seq"], held(self.service.state)), (seq + 2, before))
         self.assertEqual(self.state_on_disk()["pools"], state["pools"])
@@ -3649,7 +3646,7 @@ class LimitTest(LoopCase):
                     self.assertEqual(peer.answer().status, 200)
                 wait_for(lambda: any(it.is_client for it in [*self.loop.handlers]), "an answer")
                 peer.close(is_reset)
-                self.wait_for_ends()
+                wait_for(lambda: not self.loop.handlers, "the end to be seen")
                 self.assertEqual(len(self.service.state.pools), number)
 
 
@@ -3836,14 +3833,17 @@ class StopTest(LoopCase):
         self.assertEqual([peer.answer().body for peer in peers], [ACTIVATED] * count)
         return peers
 
-    def finish(self) -> None:
+    def finish(self, remove_names: Callable[[], None]) -> threading.Thread:
         """Begin to end, while the peers go on."""
-        thread = threading.Thread(target=self.loop.finish, args=(lambda: None,))
+        thread = threading.Thread(target=self.loop.finish, args=(remove_names,))
         thread.start()
-        self.addCleanup(thread.join)
+        return thread
 
     def test_who_has_asked_or_dialled_is_answered_and_idle_connections_end(self) -> None:
-        """Go repeats only what it could not write, and dockerd's own retry has no body."""
+        """Go repeats only what it could not write, and dockerd's own retry has no body.
+
+        Also who dials while the names go: closing a listener resets what is queued in it.
+        """
         self.patch(gipam, RETIRE_PATIENCE_S=0.5)
         for kind in KINDS:
             with self.subTest(kind=kind.__name__):
@@ -3851,24 +3851,17 @@ class StopTest(LoopCase):
                 late, (idle, asking) = self.peer(), self.answered(2)
                 asking.send(new_pool(1))  # lies in the socket
                 queued = self.peers(250, ACTIVATE)  # in the backlog
-                self.finish()
+                thread = self.finish(lambda: queued.extend(self.peers(3, ACTIVATE)))  # noqa: B023
                 wait_for(idle.is_retired, "the connection to be shut")
                 late.send(new_pool(2))
                 if kind.is_unix:  # Go cannot write to idle, has the body at hand, and dials anew
                     queued.append(self.peer(ACTIVATE))
                 self.assertEqual((idle.statuses(), asking.statuses(), late.statuses()),
                                  ([], [200], [200]))
-                self.assertEqual([peer.statuses() for peer in queued], [[200]] * len(queued))
+                thread.join()
+                self.assertEqual([peer.statuses() for peer in queued],
+                                 [[200]] * (253 + kind.is_unix))
                 self.assertEqual(len(self.service.state.pools), 2)
-
-    def test_who_dials_while_the_names_go_is_answered(self) -> None:
-        """Closing a listener resets what is queued in it."""
-        for kind in KINDS:
-            peers: list[Peer] = []
-            with self.subTest(kind=kind.__name__):
-                self.listen(kind)
-                self.loop.finish(lambda: peers.extend(self.peers(3, ACTIVATE)))  # noqa: B023
-                self.assertEqual([peer.statuses() for peer in peers], [[200]] * 3)
 
     def test_handed_over_connections_are_not_looked_at_any_more(self) -> None:
         self.listen()
@@ -6421,9 +6414,6 @@ class HostsCase(LoopCase):
                 thread.join(DEADLINE_S)
                 assert not thread.is_alive()
 
-    def host(self, name: str, directory: str = "") -> Host:
-        return Host(self, name, directory)
-
     def wait_for_claims(self, claims: dict[str, list[str]], table: str = "claims/") -> None:
         wait_for(lambda: self.etcd.claims(table) == claims, f"{claims} in etcd")
 
@@ -6437,14 +6427,14 @@ class ClaimTest(HostsCase):
     """Blocks and explicit subnets of several hosts."""
 
     def test_hosts_get_different_blocks(self) -> None:
-        hosts = [self.host("one"), self.host("two")]
+        hosts = [Host(self, "one"), Host(self, "two")]
         subnets = [host.request_pool()[1] for host in hosts * 3]
         self.assertEqual(len({*subnets}), 6)
         self.assertEqual(self.etcd.claims(), {
             subnet: [host.name] for subnet, host in zip(subnets, hosts * 3)})
 
     def test_subnet_of_another_host_is_refused_with_its_name_until_it_is_released(self) -> None:
-        one, two = self.host("one"), self.host("two")
+        one, two = Host(self, "one"), Host(self, "two")
         pool_id, _ = one.request_pool("10.9.0.0/16")
         for subnet in ("10.9.0.0/16", "10.9.1.0/24", "10.8.0.0/15"):
             self.assert_refused("with 10.9.0.0/16, claimed by host one", two.request_pool, subnet)
@@ -6456,46 +6446,38 @@ class ClaimTest(HostsCase):
 
     def test_who_loses_a_race_takes_the_next_block(self) -> None:
         """The claim of the other comes between the decision and the transaction."""
-        host = self.host("one")
+        host = Host(self, "one")
         self.etcd.before += [functools.partial(self.etcd.set, f"claims/198.18.{third}.0/24",
                                                {"hosts": ["two"]}) for third in (0, 1)]
         self.assertEqual(host.request_pool()[1], "198.18.2.0/24")
         self.assertEqual(self.etcd.claims()["198.18.2.0/24"], ["one"])
 
     def test_claim_whose_reply_is_lost_is_used(self) -> None:
-        host = self.host("one")
+        host = Host(self, "one")
         self.etcd.is_losing = True
         self.assertEqual(host.request_pool()[1], "198.18.0.0/24")
         self.assertFalse(self.etcd.is_losing)
         self.assertEqual(self.etcd.claims(), {"198.18.0.0/24": ["one"]})
 
     def test_what_a_crash_left_is_put_right_at_the_start(self) -> None:
-        """A claim that nothing holds goes; a subnet that is held is claimed."""
+        """A subnet that is held is claimed; what nothing holds goes once Docker has been asked."""
         directory = make_directory(self)
         path = os.path.join(directory, "leases.json")
         service = begin(path)
         Direct(service).request_pool("10.9.0.0/24")
         service.fold(is_stopping=True)
         self.etcd.set("claims/10.8.0.0/24", {"hosts": ["one"]})
-        host = self.host("one", directory)
+        host = Host(self, "one", directory)
         self.wait_for_claims({"10.8.0.0/24": ["one"], "10.9.0.0/24": ["one"]})
         self.assertTrue(host.service.import_is_due.is_set(), "Docker may use what the file lacks")
+        wait_for(lambda: self.etcd.asked.count("/v3/lease/keepalive") > 3, "it had the time")
+        self.assertEqual(len(self.etcd.claims()), 2)
         host.loop.call(host.service.import_is_due.clear)
         host.site.wake()
         self.wait_for_claims({"10.9.0.0/24": ["one"]})
 
-    def test_nothing_is_let_go_before_docker_has_told_what_it_uses(self) -> None:
-        host = self.host("one")
-        host.loop.call(host.service.import_is_due.set)
-        pool_id, subnet = host.request_pool()
-        host.release_pool(pool_id)
-        wait_for(lambda: self.etcd.asked.count("/v3/lease/keepalive") > 3, "it had the time")
-        self.assertEqual(self.etcd.claims(), {subnet: ["one"]})
-        host.loop.call(host.service.import_is_due.clear)
-        self.wait_for_claims({})
-
     def test_what_another_has_claimed_meanwhile_is_named_and_shut(self) -> None:
-        one = self.host("one")
+        one = Host(self, "one")
         pool_id, subnet = one.request_pool()
         one.request_address(pool_id)
         with self.assertLogs("gipam", "ERROR") as logged:
@@ -6510,7 +6492,7 @@ class ClaimTest(HostsCase):
 
     def test_older_etcd_is_told_again_what_is_held(self) -> None:
         """Restored from a snapshot, it has revisions that were others' before."""
-        one = self.host("one")
+        one = Host(self, "one")
         first = one.request_pool()[1]
         with self.etcd.lock:
             saved = dict(self.etcd.values), self.etcd.revision, len(self.etcd.events)
@@ -6563,7 +6545,7 @@ class EtcdAwayTest(HostsCase):
         return peer, held
 
     def test_only_new_pools_wait_for_it_and_what_is_released_is_let_go_later(self) -> None:
-        host = self.host("one")
+        host = Host(self, "one")
         (pool_id, subnet), (other, _) = host.request_pool(gipam_name="web"), host.request_pool()
         self.etcd.go()
         host.request_address(pool_id)
@@ -6578,7 +6560,7 @@ class EtcdAwayTest(HostsCase):
     def test_start_does_not_wait_for_it(self) -> None:
         directory = make_directory(self)
         self.etcd.go()
-        host = self.host("one", directory)
+        host = Host(self, "one", directory)
         self.assert_refused("etcd does not answer", host.request_pool)
         self.assertIn("etcd does not answer", host.state()["etcd"]["failure"])
         self.etcd.go(is_away=False)
@@ -6588,10 +6570,10 @@ class EtcdAwayTest(HostsCase):
     def test_member_that_does_not_answer_is_passed_over(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             self.etcd_url = f"http://127.0.0.1:{silent.getsockname()[1]},{self.etcd.url}"
-            self.host("one").request_pool()
+            Host(self, "one").request_pool()
 
     def test_request_whose_peer_has_gone_is_taken_back(self) -> None:
-        host = self.host("one")
+        host = Host(self, "one")
         peer, held = self.ask(host)
         peer.close(is_reset=True)
         held.set()
@@ -6600,7 +6582,7 @@ class EtcdAwayTest(HostsCase):
 
     def test_request_that_waits_at_a_stop_is_refused(self) -> None:
         self.patch(gipam, DIAL_PATIENCE_S=0.1)
-        host = self.host("one")
+        host = Host(self, "one")
         peer, _ = self.ask(host)
         host.loop.stop()
         host.thread.join()
@@ -6610,12 +6592,12 @@ class EtcdAwayTest(HostsCase):
     def test_token_that_has_expired_is_renewed_and_a_wrong_password_is_not_shown(self) -> None:
         self.etcd.password = "p@ss"
         self.etcd_url = self.etcd.url.replace("//", "//gipam:p%40ss@")
-        host = self.host("one")
+        host = Host(self, "one")
         for _ in range(2):
             host.request_pool()
             self.etcd.tokens.clear()
         self.etcd_url = self.etcd.url.replace("//", "//gipam:secret@")
-        other = self.host("two")
+        other = Host(self, "two")
         self.assert_refused("authentication failed", other.request_pool)
         self.assertNotIn("secret", json.dumps(other.state()))
 
@@ -6624,31 +6606,31 @@ class PresenceTest(HostsCase):
     """Each host has a name of its own."""
 
     def test_second_host_of_a_name_does_not_start(self) -> None:
-        self.host("one")
+        Host(self, "one")
         with self.assertRaisesRegex(gipam.BusyError, "another gipam is there as host 'one'"):
-            self.host("one")
+            Host(self, "one")
 
     def test_host_starts_again_at_once(self) -> None:
         directory = make_directory(self)
-        first = self.host("one", directory)
+        first = Host(self, "one", directory)
         self.assertEqual(first.request_pool()[1], "198.18.0.0/24")
         first.stop()
         first.service.fold(is_stopping=True)
         fcntl.flock(first.store._lock_fd, fcntl.LOCK_UN)
         first.claimant.end()
         self.assertNotIn("/gipam/gipam/hosts/one", self.etcd.values)
-        self.assertEqual(self.host("one", directory).request_pool()[1], "198.18.1.0/24")
+        self.assertEqual(Host(self, "one", directory).request_pool()[1], "198.18.1.0/24")
 
     def test_host_waits_for_one_of_its_name_that_has_gone(self) -> None:
         """Such as itself, before its lease file was made anew: until that is forgotten."""
         self.etcd.set("hosts/one", {"machine": "another"})
         forget = threading.Timer(0.2, self.etcd.set, ("hosts/one", ""))
         forget.start()
-        self.host("one").request_pool()
+        Host(self, "one").request_pool()
         forget.join()
 
     def test_host_whose_name_is_taken_ends(self) -> None:
-        host = self.host("one")
+        host = Host(self, "one")
         while not host.claimant.busy:  # it is alive
             self.etcd.set("hosts/one", {"machine": "another"})
             time.sleep(0.05)
@@ -6656,13 +6638,13 @@ class PresenceTest(HostsCase):
         self.assertIsInstance(host.claimant.busy, gipam.BusyError)
 
     def test_lease_that_ran_out_is_taken_anew(self) -> None:
-        host = self.host("one")
+        host = Host(self, "one")
         self.etcd.expire("one")
         wait_for(lambda: "/gipam/gipam/hosts/one" in self.etcd.values, "it is there again")
         self.assertEqual(host.state()["hosts"], [{"host": "one", "is_present": True, "claims": 0}])
 
     def test_only_a_host_that_has_gone_is_evicted(self) -> None:
-        one, two = self.host("one"), self.host("two")
+        one, two = Host(self, "one"), Host(self, "two")
         one.request_pool("10.9.0.0/24")
         one.request_pool("10.8.0.0/24", gipam_shared="true")
         two.request_pool("10.8.0.0/24", gipam_shared="true")
@@ -6682,7 +6664,7 @@ class SharedTest(HostsCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.hosts = [self.host(name) for name in ("one", "two")]
+        self.hosts = [Host(self, name) for name in ("one", "two")]
         self.pools = [host.request_pool(self.LAN, gipam_shared="true")[0] for host in self.hosts]
 
     def take(self, number: int, count: int = 1) -> list[str]:
@@ -6700,21 +6682,19 @@ class SharedTest(HostsCase):
                     taken += self.take(number)
         self.assertEqual(sorted(taken), sorted(f"192.168.1.{number}" for number in range(2, 255)))
 
-    def test_fixed_address_takes_its_part(self) -> None:
+    def test_fixed_address_takes_its_part_and_an_auxiliary_one_belongs_to_all(self) -> None:
         one, two = self.hosts
-        one.request_address(self.pools[0], "192.168.1.200", mac="02:42:00:00:00:01")
+        web: Any = {"mac": "02:42:00:00:00:01"}
+        one.request_address(self.pools[0], "192.168.1.200", **web)
         self.assertEqual(self.etcd.claims("parts/")[f"{self.LAN}/192.168.1.192/28"], ["one"])
         self.assert_refused(IN_USE + "192.168.1.201 lies in a part of 192.168.1.0/24 that host one has",
-                            two.request_address, self.pools[1], "192.168.1.201", mac="02:42:00:00:00:02")
-
-    def test_auxiliary_address_belongs_to_all(self) -> None:
-        one, two = self.hosts
+                            two.request_address, self.pools[1], "192.168.1.201", **web)
         for host, pool in zip(self.hosts, self.pools):
             host.request_address(pool, "192.168.1.130")
         one.release_address(self.pools[0], "192.168.1.130")
         self.assert_refused("is auxiliary of all hosts", one.request_address, self.pools[0],
-                            "192.168.1.130", mac="02:42:00:00:00:01")
-        two.request_address(self.pools[1], "192.168.1.150", mac="02:42:00:00:00:01")
+                            "192.168.1.130", **web)
+        two.request_address(self.pools[1], "192.168.1.150", **web)
         self.assert_refused("that host two has", one.request_address, self.pools[0], "192.168.1.151")
 
     def test_empty_parts_are_given_back(self) -> None:
@@ -6746,7 +6726,7 @@ class SharedTest(HostsCase):
         self.assertEqual(self.etcd.claims("parts/"), {})
 
     def test_it_is_refused_where_it_cannot_be(self) -> None:
-        three = self.host("three")
+        three = Host(self, "three")
         self.assert_refused("claimed by hosts one, two", three.request_pool, self.LAN)
         three.request_pool("10.9.0.0/24")
         self.assert_refused("claimed by host three, not to be shared", self.hosts[0].request_pool,
