@@ -987,16 +987,6 @@ class AddressOrderTest(unittest.TestCase):
                     mock.patch("gipam.secrets.token_hex", return_value=f"{token:016x}"):
                 self.assertEqual(client.request_address(f"{text}#{TOKEN}"), address)
 
-    def test_an_import_is_refused_before_its_first_change(self) -> None:
-        client = Alone()
-        before = dump_state(client.service.state)
-        for address, text in (("10.8.0.2", "^10.8.0.2 is not in 10.9.0.0/24$"),
-                              ("fd00::2", "^invalid address: 'fd00::2' is not a bare IPv4")):
-            leases = [{"Address": one, "Kind": "endpoint"} for one in ("10.9.0.2", address)]
-            with self.subTest(address), self.assertRaisesRegex(Refused, text):
-                client.call("Gipam.Adopt", Subnet="10.9.0.0/24", Leases=leases, Seq=0)
-            self.assertEqual(dump_state(client.service.state), before)
-
 
 class NameMemoryTest(unittest.TestCase):
     """What stays with a gipam.name when its network goes."""
@@ -3090,7 +3080,8 @@ CALLS: dict[str, dict[str, Any]] = {  # that take arguments
 OPTIONS = (gipam.NAME_OPTION, gipam.SHARED_OPTION, *gipam.LENGTH_OPTIONS.values(),
            gipam.ENDPOINT_NAME, gipam.ENDPOINT_MAC)
 WRONG_VALUES: dict[str, list[Any]] = {  # within the right type
-    "PoolID": [""], "AddressSpace": ["x"], "Leases": [["10.9.0.9"], [{}], [{"Kind": 5}]],
+    "PoolID": [""], "Subnet": [""], "AddressSpace": ["x"],
+    "Leases": [["10.9.0.9"], [{}], [{"Kind": 5}]],
     "Options": [{"a": 1}, {"a": None}, {"gipam.name": ["x"]}],
 }
 
@@ -3649,28 +3640,28 @@ class LoopTest(LoopCase):
 
     def test_answer_is_sent_in_one_piece(self) -> None:
         """Protocol.md 1.6: two on TCP cost 40 ms. Seen from inside: streams join them."""
-        data = (ACTIVATE, NEW_POOL, request("IpamDriver.ReleasePool"), request("nope"),
-                request("status", verb="GET"), b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n")
-        statuses, real = [200, 200, 400, 404, 200, 400], socket.socket.send
-        sent: list[bytes] = []
+        statuses = {ACTIVATE: 200, NEW_POOL: 200, request("IpamDriver.ReleasePool"): 400,
+                    request("nope"): 404, request("status", verb="GET"): 200,
+                    b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n": 400}
+        sent, real = [], socket.socket.send
 
         def send(it: socket.socket, data: bytes) -> int:
-            sent.append(data)
+            sent.append(int(data.split()[1]))
             return real(it, data)
 
         for kind in KINDS:
             sent.clear()
             with self.subTest(kind=kind.__name__), mock.patch.object(socket.socket, "send", send):
                 self.listen(kind)
-                peer = self.peer(b"".join(data))
+                peer = self.peer(b"".join(statuses))
                 self.turn_until(lambda: self.loop.handlers)
                 if not kind.is_unix:
                     (handler,) = self.loop.handlers
                     self.assertTrue(handler.connection.getsockopt(socket.IPPROTO_TCP,
                                                                   socket.TCP_NODELAY))
                 self.turn_until(lambda: not self.loop.handlers)
-                self.assertEqual(peer.statuses(), statuses)
-                self.assertEqual([int(piece.split()[1]) for piece in sent], statuses)
+                self.assertEqual(peer.statuses(), [*statuses.values()])
+                self.assertEqual(sent, [*statuses.values()])
 
     def test_turn_answers_all_that_has_come_and_writes_one_line(self) -> None:
         self.listen()
@@ -4124,17 +4115,15 @@ class NameTest(unittest.TestCase):
 
     def test_plugin_file_is_replaced_whole(self) -> None:
         """Whoever reads it meanwhile has the old one or the new one."""
-        spec = self.path("gipam.spec")
+        spec = pathlib.Path(self.path("gipam.spec"))
         made: list[str] = []
-        with open(spec, "w+", encoding="ascii") as old:
-            old.write("tcp://192.0.2.1:1\n")
-            gipam.write_spec(spec, "tcp://127.0.0.1:2\n", made.append)
-            old.seek(0)
+        spec.write_text("tcp://192.0.2.1:1\n", encoding="ascii")
+        with spec.open(encoding="ascii") as old:
+            gipam.write_spec(str(spec), "tcp://127.0.0.1:2\n", made.append)
             self.assertEqual(old.read(), "tcp://192.0.2.1:1\n")
-        with open(spec, encoding="ascii") as new:
-            self.assertEqual(new.read(), "tcp://127.0.0.1:2\n")
-        self.assertEqual((os.listdir(self.directory), made), (["gipam.spec"], [spec]))
-        self.assert_modes((spec, 0o600))
+        self.assertEqual(spec.read_text(encoding="ascii"), "tcp://127.0.0.1:2\n")
+        self.assertEqual((os.listdir(self.directory), made), (["gipam.spec"], [str(spec)]))
+        self.assert_modes((str(spec), 0o600))
 
     def test_dead_socket_that_hides_the_plugin_file(self) -> None:
         """dockerd looks for NAME.sock first, and does not try whether it lives."""
@@ -5612,19 +5601,21 @@ class ByHandTest(OperatedCase):
         self.assertEqual(self.held(), {"10.2.0.0/24": ["10.2.0.9"]})
 
     def test_what_makes_no_sense_is_refused_and_changes_nothing(self) -> None:
-        for subnet in ("0.0.0.0/0", "0.0.0.0/26", "::/0"):
-            self.assert_refused("Gipam.Adopt", {**self.adopt, "Subnet": subnet, "Leases": []},
-                                "means any block of this length")
-        for wrong in ({"Subnet": ""}, {"Subnet": "10.9.0.0"}, {"Subnet": "10.2.0.0/16"}, {"SubPool": "10.8.0.0/25"},
-                      {"Leases": None}, {"Leases": ["10.9.0.2"]},
-                      {"Leases": [self.nine, {**self.nine, "Address": "10.8.0.2"}]},
-                      {"Leases": [self.nine, {**self.nine, "Address": "fd00::2"}]},
-                      {"Leases": [{**self.nine, "Kind": "banana"}]}, {"Seq": None}, {"Seq": "0"}):
-            self.assert_refused("Gipam.Adopt", {**self.adopt, **wrong})
+        """WRONG_VALUES has what is of another type."""
+        hint = "means any block of this length"
+        wrong: Any
+        for pattern, wrong in (
+                *((hint, {"Subnet": subnet, "Leases": []}) for subnet in (
+                    "0.0.0.0/0", "0.0.0.0/26", "::/0")),
+                ("CIDR form", {"Subnet": "10.9.0.0"}), ("Pool overlaps", {"Subnet": "10.2.0.0/16"}),
+                ("does not lie in", {"SubPool": "10.8.0.0/25"}),
+                *((text, {"Leases": [self.nine, {**self.nine, "Address": address}]})
+                  for address, text in (("10.8.0.2", "^10.8.0.2 is not in 10.9.0.0/24$"),
+                                        ("fd00::2", "^invalid address: 'fd00::2' is not")))):
+            self.assert_refused("Gipam.Adopt", {**self.adopt, **wrong}, pattern)
         release = {"PoolID": self.pool["id"], "Address": "", "Seq": self.pool["seq"]}
-        for wrong in ({"PoolID": ""}, {"PoolID": "none"}, {"Seq": "1"}, {"Seq": None}, {"Address": "fd00::2"}):
+        for wrong in ({"PoolID": "none"}, {"Address": "fd00::2"}):
             self.assert_refused("Gipam.Release", {**release, **wrong})
-        self.assert_refused("Gipam.Release", {})
 
     def test_command_asks_unless_told_not_to(self) -> None:
         self.docker.stop("one", is_told=False)
@@ -5771,35 +5762,30 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
                 r"\n10.2.0.0/24 .*  my net, größer\n.*\n  10.2.0.2 .* 02:42:00:00:00:02\n"
                 "  10.2.0.3 .* two\n"))
 
-    def test_bar_and_rows_of_the_map(self) -> None:
-        """Large numbers are powers of two; a row begins with the first address of its blocks."""
-        for text, prefixlen, used, width, bar, labels in (
-                ("10.0.0.0/8", 30, 0, 64, "[..........]  0 of 4194304 blocks of /30 held, 4194304 "
-                 "free", "10.0.0.0 10.64.0.0 10.128.0.0 10.192.0.0"),
-                ("10.2.0.0/25", 31, 64, 64, "[##########]  64 of 64 blocks of /31 held, 0 free",
-                 "10.2.0.0"),
-                ("2001:db8::/56", 64, 1, 64, "[#.........]  1 of 256 blocks of /64 held, 255 free",
-                 "2001:db8:: 2001:db8:0:40:: 2001:db8:0:80:: 2001:db8:0:c0::"),
-                ("fd00::/60", 124, 0, 32, "[..........]  0 of 2^64 blocks of /124 held, 2^64 free",
-                 "fd00:: fd00:0:0:4:: fd00:0:0:8:: fd00:0:0:c::")):
+    def test_bar_and_map_of_a_base(self) -> None:
+        """Large numbers are powers of two; a row begins with the first address of its blocks.
+
+        In the map of a large base a character stands for a group of blocks.
+        """
+        for text, prefixlen, used, subnets, bar, labels, drawing in (
+                ("10.0.0.0/8", 30, 0, "10.0.0.0/14 10.4.0.0/14 10.8.0.0/24 10.255.255.0/24 "
+                 "fd00::/8 192.168.0.0/16", "[..........]  0 of 4194304 blocks of /30 held, "
+                 "4194304 free", "10.0.0.0 10.64.0.0 10.128.0.0 10.192.0.0",
+                 f"########+{246 * '.'}+"),
+                ("10.2.0.0/25", 31, 64, "10.0.0.0/7", "[##########]  64 of 64 blocks of /31 held, "
+                 "0 free", "10.2.0.0", 64 * "#"),
+                ("2001:db8::/56", 64, 1, "", "[#.........]  1 of 256 blocks of /64 held, 255 free",
+                 "2001:db8:: 2001:db8:0:40:: 2001:db8:0:80:: 2001:db8:0:c0::", 256 * "."),
+                ("fd00::/60", 124, 0, "", "[..........]  0 of 2^64 blocks of /124 held, 2^64 free",
+                 "fd00:: fd00:0:0:4:: fd00:0:0:8:: fd00:0:0:c::", 128 * ".")):
             blocks = 1 << prefixlen - gipam.parse_prefix(text).prefixlen
             base = {"prefix": text, "blocks": blocks, "blocks_used": used, "blocks_excluded": 0,
                     "remembered": {}, "excluded": [], "block_prefixlen": prefixlen}
-            first, *rows = gipam.render_base(base, [], 85)
+            first, *rows = gipam.render_base(base, [{"subnet": it} for it in subnets.split()], 85)
             with self.subTest(text):
                 self.assertEqual(first, f"{text}  {bar}")
                 self.assertEqual([row.split()[0] for row in rows], labels.split())
-                self.assertEqual({row.split()[1] for row in rows}, {"." * width})
-
-    def test_map_of_a_large_base_has_a_character_for_a_group_of_blocks(self) -> None:
-        base = {"prefix": "10.0.0.0/8", "blocks": 65536, "excluded": [], "remembered": {}}
-        for subnets, drawing in (
-                ("", ""), ("10.0.0.0/24", "+"), ("10.8.0.0/13", ".#"),
-                ("10.255.255.0/24", "." * 31 + "+"), ("10.0.0.0/14 10.4.0.0/14", "#"),
-                ("10.0.0.0/7", "#" * 32), ("fd00::/8 192.168.0.0/16", "")):
-            with self.subTest(subnets):
-                drawn = gipam.draw_map(base, [{"subnet": text} for text in subnets.split()], 63)
-                self.assertEqual("".join(drawn), drawing.ljust(32, "."))
+                self.assertEqual("".join(row.split()[1] for row in rows), drawing)
 
     def test_blocks_that_routes_touch_are_not_free(self) -> None:
         family = make_state("10.2.0.0/20", excluded="10.2.1.0/24 10.2.8.0/22").families[4]
