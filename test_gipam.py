@@ -988,30 +988,6 @@ class AddressOrderTest(unittest.TestCase):
                 self.assertEqual(client.request_address(f"{text}#{TOKEN}"), address)
 
 
-class NameMemoryTest(unittest.TestCase):
-    """What stays with a gipam.name when its network goes."""
-
-    def test_each_owner_finds_its_address_again_whoever_starts_first(self) -> None:
-        for name, subnet, most, owners, given in (
-                ("web", "", 256, "new web2 web0 web1", "4 3 1 2"),
-                # others and other blocks get nothing of it, and only the latest owners are kept
-                ("lan", "10.2.0.0/24", 256, "web2", "1"), ("", "10.2.0.0/24", 256, "web2", "1"),
-                ("web", "10.2.0.0/23", 256, "web2", "1"),
-                ("web", "", 2, "web0 web1 web2", "4 2 3")):
-            client = Alone()
-            pool_id, _ = client.request_pool(gipam_name="web")
-            for at in range(3):
-                cidr = client.request_address(pool_id, name=f"web{at}")
-                client.release_address(pool_id, cidr.partition("/")[0])
-            with self.subTest(name, subnet=subnet, most=most), \
-                    mock.patch.object(gipam, "MAX_KEPT", most):
-                client.release_pool(pool_id)
-                pool_id, _ = client.request_pool(subnet, gipam_name=name)
-                self.assertEqual([client.request_address(pool_id, name=owner).partition("/")[0]
-                                  for owner in owners.split()],
-                                 [f"10.2.0.{at}" for at in given.split()])
-
-
 OVERLAP = ("Pool overlaps with other one on this address space: {} with {}, held by pool {!r} for "
            "{}; should no network use that any more, `gipam check --fix` releases it")
 BLOCKS = ("all predefined address pools have been fully subnetted: of {} blocks of {}, {} are "
@@ -2841,7 +2817,7 @@ USED_UP = "no available addresses on this pool: "
 OWNERS: dict[str, dict[str, Any]] = {
     "": {}, "gw": {"gateway": True}, "web1": {"name": "web1"}, "web2": {"name": "web2"},
     "mac": {"mac": "02:42:0a:02:00:02"}, "web1,mac": {"name": "web1", "mac": "02:42:00:00:00:01"},
-    "web2,mac": {"name": "web2", "mac": "02:42:00:00:00:01"}}
+    "web2,mac": {"name": "web2", "mac": "02:42:00:00:00:01"}, "new": {"name": "new"}}
 STEP = re.compile(r"(?:([a-z])=)?([-~]?)(?:([a-z0-9,]+)@)?([^=!?]+)([!?]?)=?(.*)").fullmatch
 STORIES = {  # of networks and their addresses: see ConformanceCases.tell()
     "TestGetSameAddress: an address is given once; gateways included, a repeated one too": (
@@ -2973,20 +2949,6 @@ class ConformanceCases(StageCases):
             for story in stories:
                 with self.subTest(name, story=story):
                     self.tell(story)
-
-    def test_network_made_again_under_its_name(self) -> None:
-        """Not moby's: it gets its block, and each container its address, over restarts as well."""
-        for name, mac in (("db", ""), ("", "02:42:00:00:00:09")):
-            given = []
-            for others in (2, 0):
-                pool_id, subnet = self.caller.request_pool(gipam_name=f"again {name}")
-                addresses = [self.request_address(pool_id) for _ in range(others)]
-                addresses.append(self.request_address(pool_id, "", mac, name))
-                given.append((subnet, addresses[-1]))
-                for address in addresses:
-                    self.release_address(pool_id, address.partition("/")[0])
-                self.release_pool(pool_id)
-            self.assertEqual(*given)
 
     def test_size_hints(self) -> None:
         """TestPredefinedPool, TestPredefinedPoolWithPreferredSubnetSize."""
@@ -3239,6 +3201,29 @@ class RefusalTextTest(StageCases, unittest.TestCase):
             with open(os.path.join(proc, "fib_trie"), "w", encoding="ascii") as file:
                 file.write(fib_trie(Main=routes))
             self.assertEqual(client.request_pool()[1], f"192.168.{block}.0/24")
+
+class NameMemoryTest(unittest.TestCase):
+    """What stays with a gipam.name when its network goes, over a restart as well."""
+
+    def test_each_owner_finds_its_address_again_whoever_starts_first(self) -> None:
+        for name, subnet, most, owners, given in (
+                ("web", "", 256, "new mac web1 web2", "4 3 1 2"),
+                # others and other blocks get nothing of it, and only the latest owners are kept
+                ("lan", "10.2.0.0/24", 256, "mac", "1"), ("", "10.2.0.0/24", 256, "mac", "1"),
+                ("web", "10.2.0.0/23", 256, "mac", "1"), ("web", "", 2, "web1 web2 mac", "4 2 3")):
+            client = InMemory(self, v4="10.2.0.0/16")
+            pool_id, _ = client.request_pool(gipam_name="web")
+            for owner in ("web1", "web2", "mac"):
+                cidr = client.request_address(pool_id, **OWNERS[owner])
+                client.release_address(pool_id, cidr.partition("/")[0])
+            with self.subTest(name, subnet=subnet, most=most), \
+                    mock.patch.object(gipam, "MAX_KEPT", most):
+                client.release_pool(pool_id)
+                client.open()
+                pool_id, _ = client.request_pool(subnet, gipam_name=name)
+                self.assertEqual([client.request_address(pool_id, **OWNERS[owner]).partition("/")[0]
+                                  for owner in owners.split()],
+                                 [f"10.2.0.{at}" for at in given.split()])
 
 
 # === Transport ====================================================================================
