@@ -2233,7 +2233,12 @@ class TurnTest(ServiceCase):
         def replace() -> None:
             os.rename(shutil.copy(journal, journal + "~"), journal)
 
+        def find_in_the_middle() -> None:  # where room is made
+            self.patch(self.service._store, reserve=mock.Mock(
+                side_effect=[None, gipam.StoreLost("cannot sync it")]))
+
         ways: dict[str, tuple[Callable[[], None], str]] = {
+            "found in the middle of a turn": (find_in_the_middle, "cannot sync it"),
             "not synced": (lambda: self.fail_next("fdatasync journal.1", errno.EIO),
                            "cannot sync .*: Input/output error"),
             "deleted": (lambda: os.unlink(journal), "journal.1 was deleted"),
@@ -2246,16 +2251,6 @@ class TurnTest(ServiceCase):
                     for reply in self.ask(*requests):
                         self.assertRegex(json.loads(reply.body)["Error"], pattern)
                 self.assert_lost()
-
-    def test_loss_in_the_middle_of_a_turn_takes_all_of_it(self) -> None:
-        """Found where room is made: what was decided before it is not written any more either."""
-        grant = ("RequestAddress", {"PoolID": self.pool_id})
-        made = len(self.calls.made)
-        with mock.patch.object(self.service._store, "reserve",
-                               side_effect=[None, gipam.StoreLost("cannot sync it")]):
-            replies = self.ask(grant, grant)
-        self.assertEqual([reply.status for reply in replies], [503, 503])
-        self.assertEqual(self.calls.made[made:], [])
 
     def test_room_is_made_ahead_of_need(self) -> None:
         """One request in a hundred asks the disk for more."""
@@ -2971,11 +2966,14 @@ class ConformanceCases(StageCases):
                 self.assert_refused("invalid address pool: ", self.caller.request_pool, hint)
 
     def test_replies_have_the_shape_that_dockerd_decodes(self) -> None:
-        """TestGetCapabilities, TestGetDefaultAddressSpaces, TestRemoteDriver, TestGet."""
+        """TestGetCapabilities, TestGetDefaultAddressSpaces, TestRemoteDriver, TestGet.
+
+        TestDockerNetworkIPAMOptions: null from config-from; those of others are left alone.
+        """
         pool = self.call("IpamDriver.RequestPool", AddressSpace="gipam", Pool="10.20.30.40/22",
-                         SubPool="10.20.30.0/24", Options={}, V6=False)
+                         SubPool="10.20.30.0/24", Options=None, V6=False)
         self.assertEqual(pool, {"PoolID": pool["PoolID"], "Pool": "10.20.28.0/22", "Data": {}})
-        here = {"PoolID": pool["PoolID"]}
+        here, others = {"PoolID": pool["PoolID"]}, {"x": "y\n", "gipam": "z" * 300}
         address = {**here, "Address": "10.20.29.5"}  # outside the range, as aux is
         for method, arguments, reply in (
                 ("Plugin.Activate", {}, {"Implements": ["IpamDriver"]}),
@@ -2983,9 +2981,9 @@ class ConformanceCases(StageCases):
                  {"RequiresMACAddress": True, "RequiresRequestReplay": False}),
                 ("IpamDriver.GetDefaultAddressSpaces", {},
                  {"LocalDefaultAddressSpace": "gipam", "GlobalDefaultAddressSpace": "gipam"}),
-                ("IpamDriver.RequestAddress", {"Options": None, **address},
+                ("IpamDriver.RequestAddress", {"Options": others, **address},
                  {"Address": "10.20.29.5/22", "Data": {}}),
-                ("IpamDriver.RequestAddress", {"Address": "", "Options": {}, **here},
+                ("IpamDriver.RequestAddress", {"Address": "", **here},
                  {"Address": "10.20.30.0/22", "Data": {}}),
                 ("IpamDriver.ReleaseAddress", address, {}), ("IpamDriver.ReleasePool", here, {})):
             with self.subTest(method):
@@ -3180,17 +3178,6 @@ class RefusalTextTest(StageCases, unittest.TestCase):
                     (line,) = (line for line in logged.output if f"refused {path}: " in line)
                     self.assertTrue(line.isprintable() and len(line) < 2000, line)
         self.assertEqual(self.state(), before)
-
-    def test_options_that_are_not_there(self) -> None:
-        """TestDockerNetworkIPAMOptions: null from config-from; those of others are left alone."""
-        others = {"com.example.x": "y\n", "gipam": "z" * 300}
-        cases: list[dict[str, Any]] = [{}, *({"Options": value} for value in (None, {}, others))]
-        for options in cases:
-            with self.subTest(options=options):
-                pool = self.call("IpamDriver.RequestPool", Pool="10.50.0.0/24", **options)["PoolID"]
-                self.assertEqual(self.call("IpamDriver.RequestAddress", PoolID=pool, **options),
-                                 {"Address": "10.50.0.1/24", "Data": {}})
-                self.release_pool(pool)
 
     def test_routes_of_the_host_are_read_at_each_request(self) -> None:
         """BlockOrderTest has what is passed by, with TestDynamicPoolAllocation."""
