@@ -4956,11 +4956,6 @@ class UsesTest(OperatedCase):
                     mock.patch.object(self.docker, "answer", lambda path, pages=pages: pages[path].encode()):
                 self.assert_fails(self.run_gipam("check", DOCKER_HOST=host), 2,
                                   "gipam: " + said.format(re.escape(host.replace("unix://", ""))))
-        for error, said in ((PermissionError(13, "Permission denied"), "Permission denied; run this as root"),
-                            (socket.timeout("timed out"), "timed out" + remedy)):
-            with self.subTest(said), mock.patch.object(gipam.Connection, "connect", side_effect=error), \
-                    self.assertRaisesRegex(gipam.Unreachable, f"^{silent.format(self.docker.path)}{said}$"):
-                self.read_docker()
 
 
 class CheckTest(OperatedCase):
@@ -5148,12 +5143,10 @@ class CheckTest(OperatedCase):
                 self.assertEqual([note.split(" -o ")[1] for note in notes], expected)
 
     def test_notes_do_not_change_the_status(self) -> None:
-        done = self.run_gipam("check")
-        self.assertEqual(done.status, 0)
-        self.assertRegex(done.out, "(?s)^note: .*network web masquerades 10.2.0.0/24, .*\n(note: .*\n)+"
-                                   "no difference\n$")
         notes = json.loads(self.run_gipam("check", "--json").out)["notes"]
-        self.assertEqual([f"note: {note}" for note in notes], done.out.splitlines()[:-1])
+        self.assertRegex("\n".join(notes), "network web masquerades 10.2.0.0/24, .*\n.+")
+        self.assertEqual(self.run_gipam("check"), (
+            0, "".join(f"note: {note}\n" for note in notes) + "no difference\n", ""))
 
     def test_fix_is_refused_when_that_docker_knows_none_of_the_pools(self) -> None:
         self.docker.networks.clear()
@@ -5347,10 +5340,8 @@ class ImportTest(OperatedCase):
         self.docker.show_network("template", {"Subnet": "10.60.0.0/24"}, ConfigOnly=True, Driver="null")
         self.docker.show_network("six", {"Subnet": "fd00:7::/64"}, EnableIPv6=False)
         self.docker.show_network("hint", {"Subnet": "0.0.0.0/28"})
-        before = set(self.held())
         self.start()
         self.assertFalse(self.service.import_is_due.is_set())
-        self.assertEqual(set(self.held()), before)
         self.assert_all_taken_over()
 
     def test_what_docker_releases_between_reading_and_adoption_is_let_go(self) -> None:
