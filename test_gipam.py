@@ -3602,6 +3602,7 @@ class LimitTest(LoopCase):
                 if is_read:
                     self.assertEqual(peer.answer().status, 200)
                 wait_for(lambda: any(it.is_client for it in [*self.loop.handlers]), "an answer")
+                self.loop.call(bool)  # the turn that sends it is over
                 peer.close(is_reset)
                 wait_for(lambda: not self.loop.handlers, "the end to be seen")
                 self.assertEqual(len(self.service.state.pools), number)
@@ -7194,6 +7195,7 @@ def work(classes: list[list[str]], todo: int, parent: int) -> None:
         unittest.defaultTestLoader.loadTestsFromNames(names, sys.modules[__name__]).run(reporter)
         for name in names if reporter.errors or reporter.skipped else ():  # in setUpClass()
             reporter.report(name)
+    connection.detach()  # it ends with the process, which first writes what coverage has seen
 
 
 def find_isolation() -> tuple[list[str], str]:
