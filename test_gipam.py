@@ -6328,11 +6328,12 @@ class Host(Unix):
         self.claimant, self.site = claimant, self.service.site
         self.loop = gipam.Loop(self.service)
         self.loop.ask_etcd = claimant.ask
-        path = os.path.join(make_directory(test), "sock")
-        self.loop.open(gipam.UnixServer(path, self.loop))
+        self.place = os.path.join(make_directory(test), "sock")
+        self.service.about = gipam.describe_daemon(config, self.place)
+        self.loop.open(gipam.UnixServer(self.place, self.loop))
         claimant.start(self.loop.call, self.loop.stop)
         self.thread = serve_in_thread(test, self.loop)
-        Client.__init__(self, path)
+        Client.__init__(self, self.place)
         test.addCleanup(self.close)
 
     def stop(self) -> None:
@@ -6341,10 +6342,11 @@ class Host(Unix):
         self.loop._end_calls()
 
 
-class HostsCase(LoopCase):
+class HostsCase(CommandCase):
     """An etcd, and hosts that share it."""
 
     def setUp(self) -> None:
+        super().setUp()
         self.addCleanup(self.end_threads)
         self.etcd = FakeEtcd(self)
         self.etcd_url = self.etcd.url
@@ -6371,6 +6373,7 @@ class ClaimTest(HostsCase):
     """Blocks and explicit subnets of several hosts."""
 
     def test_hosts_get_different_blocks(self) -> None:
+        self.etcd.set("notes/web", "somebody's")  # is left alone
         hosts = [Host(self, "one"), Host(self, "two")]
         subnets = [host.request_pool()[1] for host in hosts * 3]
         self.assertEqual(len({*subnets}), 6)
@@ -6484,7 +6487,7 @@ class EtcdAwayTest(HostsCase):
         held = threading.Event()
         self.addCleanup(held.set)
         self.etcd.before.append(lambda: held.wait(DEADLINE_S))
-        peer = Peer(self, host.loop.servers[0].server_address).send(NEW_POOL)
+        peer = Peer(self, host.place).send(NEW_POOL)
         wait_for(lambda: any(it.is_waiting for it in [*host.loop.handlers]), "it waits for etcd")
         return peer, held
 
@@ -6502,11 +6505,11 @@ class EtcdAwayTest(HostsCase):
         self.assertNotEqual(host.request_pool()[1], subnet)
 
     def test_start_does_not_wait_for_it(self) -> None:
-        directory = make_directory(self)
         self.etcd.go()
-        host = Host(self, "one", directory)
+        host = Host(self, "one")
         self.assert_refused("etcd does not answer", host.request_pool)
-        self.assertIn("etcd does not answer", host.state()["etcd"]["failure"])
+        done = self.run_main("status", "-socket", host.place, DOCKER_HOST="unix:///nonexistent")
+        self.assertIn("\netcd does not answer", done.out)
         self.etcd.go(is_away=False)
         wait_for(lambda: not host.state()["etcd"]["failure"], "etcd answers")
         host.request_pool()
@@ -6596,7 +6599,13 @@ class PresenceTest(HostsCase):
         self.assert_refused("'two' is this host", two.call, "Gipam.Evict", Host="two")
         one.stop()
         self.etcd.expire("one")
-        wait_for(lambda: two.call("Gipam.Evict", Host="one"), "it has gone")
+        wait_for(lambda: not two.state()["hosts"][0]["is_present"], "it to be seen")
+        metrics = gipam.dispatch(two.service, "GET", "/metrics", b"").body
+        self.assertIn(b'\ngipam_claims{host="one"} 2\n', metrics)
+        self.assertEqual([self.run_main("evict", "one", "-socket", two.place, *words,
+                                        stdin=Terminal("n\n")) for words in ((), ("--yes",))],
+                         [(1, "give up 2 claims of host one? [y/N] ", ""),
+                          (0, "gave up 2 claims of host one\n", "")])
         self.assertEqual(self.etcd.claims(), {"10.8.0.0/24": ["two"]})
         self.assertNotIn(["one"], self.etcd.claims("parts/").values())
 
