@@ -5105,6 +5105,9 @@ class CheckTest(OperatedCase):
     def test_what_stands_against_being_reached_is_noted(self) -> None:
         status = {"bases": [{"prefix": "10.2.0.0/16"}, {"prefix": "2001:db8:0:100::/56"}]}
         reject4 = "*\t0000020A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n"
+        away = {"bases": [], "etcd": {"failure": "etcd is away", "due": 2}}
+        self.assertEqual([*gipam.find_notes(away, [], "/nothing")],
+                         ["etcd is away: 2 subnets wait for it, and so do new networks"])
         route6 = "20010db8000001000000000000000000 38 " + 32 * "0" + " 00 {} 400 1 0 {} {}\n"
         reject6, link6 = route6.format(32 * "0", "00200200", "lo"), route6.format(32 * "0", "00000001", "eth0")
         via6 = route6.format("fe8" + 28 * "0" + "1", "00000003", "eth0")
@@ -6385,6 +6388,7 @@ class ClaimTest(HostsCase):
         pool_id, _ = one.request_pool("10.9.0.0/16")
         for subnet in ("10.9.0.0/16", "10.9.1.0/24", "10.8.0.0/15"):
             self.assert_refused("with 10.9.0.0/16, claimed by host one", two.request_pool, subnet)
+            two.loop.call(lambda: two.service._read_anew(gipam.StoreError("the disk is full")))
         one.release_pool(pool_id)
         self.wait_for_claims({})
         wait_for(lambda: not two.site.claims_of("one"), "two to hear of it")
@@ -6508,6 +6512,8 @@ class EtcdAwayTest(HostsCase):
         self.etcd.go()
         host = Host(self, "one")
         self.assert_refused("etcd does not answer", host.request_pool)
+        self.assert_refused("what other hosts hold is not known", host.request_address,
+                            f"10.9.0.0/24#{TOKEN}")
         done = self.run_main("status", "-socket", host.place, DOCKER_HOST="unix:///nonexistent")
         self.assertIn("\netcd does not answer", done.out)
         self.etcd.go(is_away=False)
