@@ -4759,7 +4759,7 @@ class OperatedCase(CommandCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.socket, self.kernel = os.path.join(self.directory, "gipam.sock"), Kernel()
+        self.socket = os.path.join(self.directory, "gipam.sock")
         none = self.directory + "/none.sock"
         self.nowhere = ("-socket", none, "-address", "127.0.0.1:1", "-file", self.file, *self.BASES)
         self.absent = (f"gipam: no gipam answers on {none} or 127.0.0.1:1: start it, or say where it is with -socket "
