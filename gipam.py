@@ -1311,7 +1311,7 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
         pool = state.pools[change.pool_id]
     for request in requests:
         with contextlib.suppress(Forbidden, Unavailable, Unclaimed):  # it is held already
-            yield decide_request_address(pool, request, now_s)
+            yield decide_request_address(pool, request, now_s, is_used=bool(request.address))
 
 
 def check_adoption(state: State, subnet: Network, sub_pool: Network | None, now_s: int) -> None:
@@ -1406,8 +1406,9 @@ def choose_offset(pool: Pool, owner: str) -> tuple[int | None, int]:
     return offset, pool.cursor if offset is None else offset + 1
 
 
-def decide_request_address(pool: Pool, request: AddressRequest, now_s: int) -> RequestAddress:
-    """Decide which address is given.
+def decide_request_address(pool: Pool, request: AddressRequest, now_s: int,
+                           is_used: bool = False) -> RequestAddress:
+    """Decide which address is given; one that is in use already is held, whoever has its part.
 
     Raises: InvalidRequest, Forbidden, Unavailable; Unclaimed, where hosts share the subnet.
     """
@@ -1424,7 +1425,7 @@ def decide_request_address(pool: Pool, request: AddressRequest, now_s: int) -> R
     if offset is None:
         raise Unavailable(f"no available addresses on this pool: all {pool.usable()} of "
                           f"{pool.sub_pool or subnet.network} are held")
-    if subnet.parts is not None:
+    if subnet.parts is not None and not is_used:
         check_share(pool, offset, request.kind)
     return RequestAddress(pool.pool_id, pool.format(offset), *request[1:], now_s, cursor)
 
@@ -2080,8 +2081,7 @@ class Service:
         """Apply the change; where hosts share the subnet, this one begins with what etcd says."""
         self.apply(change)
         subnet = self.state.pools[change.pool_id].subnet
-        if self.site and subnet.parts is None and self.site.has(subnet.network) \
-                and self.site.part_prefixlen(subnet.network):
+        if self.site and subnet.parts is None and self.site.part_prefixlen(subnet.network):
             parts = self.site.parts(subnet.network).items()
             self.share(subnet, [part for part, entry in parts if self.site.host in entry.hosts])
 
@@ -2120,10 +2120,12 @@ class Service:
     def finish_load(self, names: set[tuple[str, Any]], revision: int) -> None:
         """Compare all, now that etcd has told all that there is.
 
-        A claim of this host that nothing holds is what a crash left, or the lease file is older
-        than Docker's networks: that is asked before anything is let go.
+        A claim of this host that nothing holds, or a part, is what a crash left, or the lease file
+        is older than Docker's networks: that is asked before anything is let go.
         """
-        if self.site and self.site.finish_load(names, revision):
+        if self.site and (self.site.finish_load(names, revision) or any(
+                self.site.host in entry.hosts and part not in self.parts_of(network)
+                for (network, part), entry in self.site.tables["parts"].items())):
             self.import_is_due.set()
 
     def parts_of(self, network: Network) -> list[Network]:
@@ -2229,7 +2231,9 @@ class Service:
             return Need("part", network, pool.format(first - subnet.first))
         for part, entry in claimed.items():
             if site.host in entry.hosts and part not in parts:
-                return Need("drop", network, str(part))
+                if int(part[0]) in used or not self.import_is_due.is_set():
+                    return Need("part" if int(part[0]) in used else "drop", network, str(part))
+                site.due[network] = None  # Docker tells whether it uses it
         wanted = pool.sub_pool or network
         is_used = any(pool.leases for pool in subnet.pools.values())  # Docker has told a gateway
         if is_used and 4 * len(offsets) >= 3 * total and site.find_part(network, wanted):

@@ -6881,6 +6881,57 @@ class SharedTest(HostsCase):
         self.wait_for_claims({})
         self.assertEqual(self.etcd.claims("parts/"), {})
 
+    def test_parts_that_an_older_lease_file_lacks_are_kept_until_docker_has_told(self) -> None:
+        one, (pool_id, *_) = self.hosts[0], self.pools
+        self.take(0)
+        wait_for(lambda: one.state()["pools"][0]["parts"] and not one.site.due, "the first part")
+        one.service.fold(is_stopping=True)
+        with open(one.store.path, "rb") as file:
+            backup = file.read()
+        used = "192.168.1.40"
+        one.request_address(pool_id, used, mac="02:42:00:00:00:01")
+        one.request_address(pool_id, "192.168.1.72", mac="02:42:00:00:00:02")
+        parts = self.etcd.claims("parts/")
+        self.assertEqual(len(parts), 3)
+        one.loop.stop()
+        one.thread.join()
+        one.loop._end_calls()
+        fcntl.flock(one.store._lock_fd, fcntl.LOCK_UN)
+        one.store.remove_segments(sys.maxsize)
+        with open(one.store.path, "wb") as restored:
+            restored.write(backup)
+        one = self.host("one", one.directory)
+        self.etcd.asked.clear()
+        wait_for(lambda: self.etcd.asked.count("/v3/lease/keepalive") > 3, "it had the time")
+        self.assertEqual(self.etcd.claims("parts/"), parts)
+        event_count = len(self.etcd.events)
+        (pool,) = one.state()["pools"]
+        one.call("Gipam.Adopt", Subnet=self.LAN, SubPool="", Name="", Seq=pool["seq"], Leases=[
+            {"Address": used, "Kind": "endpoint", "MAC": "", "Name": "web"}])
+        one.loop.call(one.service.import_is_due.clear)
+        one.site.wake()
+        wait_for(lambda: len(self.etcd.claims("parts/")) == 2, "what Docker does not use is let go")
+        self.assertIn(f"{self.LAN}/192.168.1.32/28", self.etcd.claims("parts/"))
+        gone = [text_of(event["key"]) for event in self.etcd.events[event_count:] if event["type"] == "DELETE"]
+        self.assertEqual([key[-15:] for key in gone], ["192.168.1.64/28"])
+
+    def test_network_that_is_taken_over_has_its_parts(self) -> None:
+        """Before anything else of etcd is heard."""
+        one = self.hosts[0]
+        one.request_address(self.pools[0], "192.168.1.1", gateway=True)
+        self.take(0)
+        wait_for(lambda: one.state()["pools"][0]["parts"] and not one.site.due, "the first part")
+        one.loop.stop()
+        one.thread.join()
+        one.loop._end_calls()
+        self.etcd.expire("one")
+        one = self.host("one")
+        one_of = {"Address": "192.168.1.2", "Kind": "endpoint", "MAC": "", "Name": "web"}
+        with mock.patch.object(one.service, "next_need", lambda: None):
+            one.call("Gipam.Adopt", Subnet=self.LAN, SubPool="", Name="", Seq=0, Leases=[one_of])
+            self.assertEqual(one.state()["pools"][0]["parts"], ["192.168.1.0/28"])
+            self.assertEqual(one.request_address(f"{self.LAN}#0123456789abcdef"), "192.168.1.3/24")
+
     def test_what_another_has_claimed_for_itself_meanwhile_is_named_and_shut(self) -> None:
         """In an etcd that had lost all."""
         one = self.hosts[0]
