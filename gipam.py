@@ -2168,7 +2168,9 @@ class Service:
         """Give the address to no container while it becomes common; False: one has it already."""
         subnet = self.state.families[network.version].subnets.get(network)
         offset = parse_address(address, network.version) - int(network[0])
-        if not subnet or offset in subnet.held:
+        if not subnet or (offset in subnet.held and all(
+                pool.leases[offset].kind == ENDPOINT for pool in subnet.pools.values()
+                if offset in pool.leases)):
             return False
         subnet.shut.add(offset)
         return True
@@ -2202,31 +2204,31 @@ class Service:
         """Return what etcd lacks, or has too much, of the parts that this host has of a subnet.
 
         One more is asked for when three quarters of them are held; an empty one goes when the rest
-        is not half full. Addresses from before the subnet was shared have their parts claimed, too.
+        is not half full. Addresses from before the subnet was shared have their parts claimed, too,
+        and gateways are made common to all, as those that an etcd has lost.
         """
         network, claimed = subnet.network, site.parts(subnet.network)
-        offsets = [offset for pool in subnet.pools.values() for offset, lease in pool.leases.items()
-                   if lease.kind == ENDPOINT]
+        common = site.entry("claims", network).value.get("common", {})
+        leases = [(offset, lease.kind) for pool in subnet.pools.values()
+                  for offset, lease in pool.leases.items()
+                  if lease.kind == ENDPOINT or pool.format(offset) not in common]
         bits = BITS[subnet.version] - site.part_prefixlen(network)
-        used = {(subnet.first + offset) >> bits << bits for offset in offsets}  # first addresses
-        for part, entry in claimed.items():
-            if site.host not in entry.hosts and int(part[0]) in used:
-                holder = describe_hosts(entry)
-                site.conflicts.setdefault(network, {})[part] = holder
-                if before.get(part) != holder:
-                    log.error("claimed_elsewhere: part %s of %s has addresses here, but is claimed "
-                              "by %s", part, network, holder)
+        used = {(subnet.first + offset) >> bits << bits for offset, _ in leases}  # first addresses
+        foreign = self._note_foreign(site, network, used, before)
         parts = [part for part in subnet.parts or () if part not in claimed
                  or site.host in claimed[part].hosts]
         total = sum(part.num_addresses for part in parts)
         for part in parts if len(parts) > 1 else ():
-            if 2 * len(offsets) <= total - part.num_addresses and int(part[0]) not in used:
+            if 2 * len(leases) <= total - part.num_addresses and int(part[0]) not in used:
                 parts.remove(part)
                 break
         self.share(subnet, parts)
+        pool = next(iter(subnet.pools.values()))
+        for offset, kind in leases:
+            if kind != ENDPOINT and (subnet.first + offset) >> bits << bits not in foreign:
+                return Need("common", network, pool.format(offset), kind)
         for part in {*parts} - {*claimed}:
             return Need("part", network, str(part))
-        pool = next(iter(subnet.pools.values()))
         for first in used - {int(part[0]) for part in claimed}:
             return Need("part", network, pool.format(first - subnet.first))
         for part, entry in claimed.items():
@@ -2236,9 +2238,22 @@ class Service:
                 site.due[network] = None  # Docker tells whether it uses it
         wanted = pool.sub_pool or network
         is_used = any(pool.leases for pool in subnet.pools.values())  # Docker has told a gateway
-        if is_used and 4 * len(offsets) >= 3 * total and site.find_part(network, wanted):
+        if is_used and 4 * len(leases) >= 3 * total and site.find_part(network, wanted):
             return Need("part", network, str(wanted))
         return None
+
+    @staticmethod
+    def _note_foreign(site: Site, network: Network, used: set[int],
+                      before: dict[Network, str]) -> set[int]:
+        """Note the parts that are used here, and that others have; return where they begin."""
+        for part, entry in site.parts(network).items():
+            if site.host not in entry.hosts and int(part[0]) in used:
+                holder = describe_hosts(entry)
+                site.conflicts.setdefault(network, {})[part] = holder
+                if before.get(part) != holder:
+                    log.error("claimed_elsewhere: part %s of %s has addresses here, but is claimed "
+                              "by %s", part, network, holder)
+        return {int(part[0]) for part in site.conflicts.get(network, ())}
 
     def release(self, pool_id: str, address: str = "") -> Change | None:
         """Release a pool with its leases, or an address in it; None: it is gone already.
@@ -4105,7 +4120,7 @@ class Etcd:
         """Yield what changes from a revision on, until that breaks or nothing comes any more.
 
         Each host writes its presence every few seconds: a watch that is quiet for longer is broken.
-        Raises: OSError, ValueError, http.client.HTTPException, Refused; Outdated: all is to be read.
+        Raises: OSError, ValueError, http.client.HTTPException, Refused; Outdated: read all.
         """
         every = self.range_of("")
         response = self._post("/v3/watch", {"create_request": {

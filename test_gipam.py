@@ -6932,6 +6932,24 @@ class SharedTest(HostsCase):
             self.assertEqual(one.state()["pools"][0]["parts"], ["192.168.1.0/28"])
             self.assertEqual(one.request_address(f"{self.LAN}#0123456789abcdef"), "192.168.1.3/24")
 
+    def test_etcd_that_has_lost_all_is_told_what_is_common(self) -> None:
+        for host, pool in zip(self.hosts, self.pools):
+            host.request_address(pool, "192.168.1.1", gateway=True)
+            host.request_address(pool, "192.168.1.200")
+        self.take(0, 3)
+        self.take(1, 3)
+        with self.etcd.lock:
+            for key in [key[13:] for key in self.etcd.values if "/claims/" in key or "/parts/" in key]:
+                self.etcd.set(key, "")
+        wait_for(lambda: self.etcd.claims() == {self.LAN: ["one", "two"]}, "it is claimed again")
+        wait_for(lambda: json.loads(self.etcd.values[f"/gipam/gipam/claims/{self.LAN}"][0])["common"] == {
+            "192.168.1.1": "gateway", "192.168.1.200": "auxiliary"}, "and what is common")
+        three = self.host("three")
+        pool_id, _ = three.request_pool(self.LAN, gipam_shared="true")
+        self.assertEqual(three.request_address(pool_id, "192.168.1.1", gateway=True), "192.168.1.1/24")
+        wait_for(lambda: not any(host.site.due for host in self.hosts), "all is done")
+        self.assertEqual([host.state()["pools"][0]["claimed_elsewhere"] for host in self.hosts], ["", ""])
+
     def test_what_another_has_claimed_for_itself_meanwhile_is_named_and_shut(self) -> None:
         """In an etcd that had lost all."""
         one = self.hosts[0]
