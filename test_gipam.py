@@ -6238,6 +6238,8 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.looks(path)
         if 0 < int(body.get("revision", 0)) < self.compacted:
             return 400, {"code": 11, "message": "etcdserver: mvcc: required revision has been compacted"}
+        if path == "/v3/kv/txn" and max(map(len, body.values())) > 128:  # --max-txn-ops
+            return 400, {"code": 3, "message": "etcdserver: too many operations in txn request"}
         reply = getattr(self, path.rpartition("/")[2])(body)
         reply["header"] = {"revision": str(self.revision)}
         return 200, {"result": reply} if path == "/v3/lease/keepalive" else reply
@@ -6773,6 +6775,22 @@ class PresenceTest(HostsCase):
                           (0, "gave up 2 claims of host one\n", "")])
         self.assertEqual(self.etcd.claims(), {"10.8.0.0/24": ["two"]})
         self.assertNotIn(["one"], self.etcd.claims("parts/").values())
+
+
+    def test_host_with_many_parts_is_evicted(self) -> None:
+        """All at once is more than etcd takes."""
+        lan = "2001:db8:9::/112"
+        self.etcd.set(f"claims/{lan}", {"hosts": ["two"], "part": 124, "common": {}})
+        for number in range(130):
+            self.etcd.set(f"parts/{lan}/2001:db8:9::{number * 16:x}/124".replace("::0/", "::/"),
+                          {"hosts": ["two"]})
+        self.host("one").call("Gipam.Evict", Host="two")
+        self.assertEqual({**self.etcd.claims(), **self.etcd.claims("parts/")}, {})
+
+    def test_nothing_is_evicted_before_it_is_known_what_is_there(self) -> None:
+        self.limit(ETCD_PATIENCE_S=0.5)
+        self.etcd.go()
+        self.assert_refused("etcd does not answer", self.host("one").call, "Gipam.Evict", Host="two")
 
 
 class SharedTest(HostsCase):
