@@ -2204,9 +2204,9 @@ class Service:
                        before: dict[Network, str]) -> Need | None:
         """Return what etcd lacks, or has too much, of the parts that this host has of a subnet.
 
-        One more is asked for when three quarters of them are held; an empty one goes when the rest
-        is not half full. Addresses from before the subnet was shared have their parts claimed, too,
-        and gateways are made common to all, as those that an etcd has lost.
+        One more is asked for when three quarters of those in the range of a pool are held; an empty
+        one goes when the rest of them is not half full. Addresses from before the subnet was shared
+        have their parts claimed, too, and gateways are made common, as those that etcd has lost.
         """
         network, claimed = subnet.network, site.parts(subnet.network)
         common = site.entry("claims", network).value.get("common", {})
@@ -2214,14 +2214,17 @@ class Service:
                   for offset, lease in pool.leases.items()
                   if lease.kind == ENDPOINT or pool.format(offset) not in common]
         bits = BITS[subnet.version] - site.part_prefixlen(network)
-        used = {(subnet.first + offset) >> bits << bits for offset, _ in leases}  # first addresses
+        used = collections.Counter(  # first address of a part -> how many are held there
+            (subnet.first + offset) >> bits << bits for offset, _ in leases)
         foreign = self._note_foreign(site, network, used, before)
         parts = [part for part in subnet.parts or () if part not in claimed
                  or site.host in claimed[part].hosts]
-        total = sum(part.num_addresses for part in parts)
-        for part in parts if len(parts) > 1 else ():
-            if 2 * len(leases) <= total - part.num_addresses and int(part[0]) not in used:
-                parts.remove(part)
+        ranges = [pool.sub_pool or network for pool in subnet.pools.values()]
+        for part in (part for part in parts if not used[int(part[0])]):
+            rest = [other for other in parts if other != part]
+            fills = [fill(rest, used, wanted) for wanted in ranges if part.overlaps(wanted)]
+            if all(total and 2 * held <= total for held, total in fills):
+                parts = rest
                 break
         self.share(subnet, parts)
         pool = next(iter(subnet.pools.values()))
@@ -2230,21 +2233,22 @@ class Service:
                 return Need("common", network, pool.format(offset), kind)
         for part in {*parts} - {*claimed}:
             return Need("part", network, str(part))
-        for first in used - {int(part[0]) for part in claimed}:
+        for first in used.keys() - {int(part[0]) for part in claimed}:
             return Need("part", network, pool.format(first - subnet.first))
         for part, entry in claimed.items():
             if site.host in entry.hosts and part not in parts:
                 if int(part[0]) in used or not self.import_is_due.is_set():
                     return Need("part" if int(part[0]) in used else "drop", network, str(part))
                 site.due[network] = None  # Docker tells whether it uses it
-        wanted = pool.sub_pool or network
         is_used = any(pool.leases for pool in subnet.pools.values())  # Docker has told a gateway
-        if is_used and 4 * len(leases) >= 3 * total and site.find_part(network, wanted):
-            return Need("part", network, str(wanted))
+        for wanted in ranges if is_used else ():
+            held, total = fill(parts, used, wanted)
+            if 4 * held >= 3 * total and site.find_part(network, wanted):
+                return Need("part", network, str(wanted))
         return None
 
     @staticmethod
-    def _note_foreign(site: Site, network: Network, used: set[int],
+    def _note_foreign(site: Site, network: Network, used: collections.Counter[int],
                       before: dict[Network, str]) -> set[int]:
         """Note the parts that are used here, and that others have; return where they begin."""
         for part, entry in site.parts(network).items():
@@ -2437,6 +2441,12 @@ class Service:
         finally:
             gc.enable()
         return encode_snapshot(self._config, copied, segment, is_due)
+
+
+def fill(parts: list[Network], used: collections.Counter[int], wanted: Network) -> tuple[int, int]:
+    """Return how many addresses are held in the parts that touch a range, and how many they are."""
+    inside = [part for part in parts if part.overlaps(wanted)]
+    return sum(used[int(part[0])] for part in inside), sum(part.num_addresses for part in inside)
 
 
 def keep_edits(store: Store, keys: Json) -> Json:

@@ -6950,6 +6950,23 @@ class SharedTest(HostsCase):
             self.assertEqual(one.state()["pools"][0]["parts"], ["192.168.1.0/28"])
             self.assertEqual(one.request_address(f"{self.LAN}#0123456789abcdef"), "192.168.1.3/24")
 
+    def test_each_range_has_a_part_ahead_of_need(self) -> None:
+        """Of two networks on one host, so that neither has to wait for etcd."""
+        one, pools = self.hosts[0], []
+        one.release_pool(self.pools[0])
+        for sub_pool in ("192.168.1.0/25", "192.168.1.128/25"):
+            pools.append(one.request_pool(self.LAN, sub_pool, gipam_shared="true")[0])
+        one.request_address(pools[0], "192.168.1.1", gateway=True)
+        for _ in range(6):
+            one.request_address(pools[0])
+        wait_for(lambda: len(one.state()["pools"][0]["parts"]) == 2, "one for each")
+        for _ in range(2):
+            address = one.request_address(pools[1]).partition("/")[0]
+            one.release_address(pools[1], address)
+            wait_for(lambda: not one.site.due, "all is done")
+        self.etcd.go()
+        self.assertEqual([one.request_address(pool) for pool in pools], ["192.168.1.8/24", "192.168.1.130/24"])
+
     def test_etcd_that_has_lost_all_is_told_what_is_common(self) -> None:
         for host, pool in zip(self.hosts, self.pools):
             host.request_address(pool, "192.168.1.1", gateway=True)
