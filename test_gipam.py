@@ -6478,6 +6478,8 @@ class ClaimTest(HostsCase):
         host = Host(self, "one", directory)
         wait_for(lambda: "10.8.0.0/24" in self.etcd.claims(), "the one that was missing")
         self.assertTrue(host.service.import_is_due.is_set())
+        host.stop()
+        host.site.wake()
 
     def test_what_another_has_claimed_meanwhile_is_named_and_shut(self) -> None:
         one = Host(self, "one")
@@ -6784,13 +6786,13 @@ class PresenceTest(HostsCase):
         for number in range(130):
             self.etcd.set(f"parts/{lan}/2001:db8:9::{number * 16:x}/124".replace("::0/", "::/"),
                           {"hosts": ["two"]})
-        self.host("one").call("Gipam.Evict", Host="two")
+        Host(self, "one").call("Gipam.Evict", Host="two")
         self.assertEqual({**self.etcd.claims(), **self.etcd.claims("parts/")}, {})
 
     def test_nothing_is_evicted_before_it_is_known_what_is_there(self) -> None:
-        self.limit(ETCD_PATIENCE_S=0.5)
+        self.patch(gipam, ETCD_PATIENCE_S=0.5)
         self.etcd.go()
-        self.assert_refused("etcd does not answer", self.host("one").call, "Gipam.Evict", Host="two")
+        self.assert_refused("etcd does not answer", Host(self, "one").call, "Gipam.Evict", Host="two")
 
 
 class SharedTest(HostsCase):
@@ -6918,7 +6920,7 @@ class SharedTest(HostsCase):
         one.store.remove_segments(sys.maxsize)
         with open(one.store.path, "wb") as restored:
             restored.write(backup)
-        one = self.host("one", one.directory)
+        one = Host(self, "one", one.directory)
         self.etcd.asked.clear()
         wait_for(lambda: self.etcd.asked.count("/v3/lease/keepalive") > 3, "it had the time")
         self.assertEqual(self.etcd.claims("parts/"), parts)
@@ -6943,7 +6945,7 @@ class SharedTest(HostsCase):
         one.thread.join()
         one.loop._end_calls()
         self.etcd.expire("one")
-        one = self.host("one")
+        one = Host(self, "one")
         one_of = {"Address": "192.168.1.2", "Kind": "endpoint", "MAC": "", "Name": "web"}
         with mock.patch.object(one.service, "next_need", lambda: None):
             one.call("Gipam.Adopt", Subnet=self.LAN, SubPool="", Name="", Seq=0, Leases=[one_of])
@@ -6979,7 +6981,7 @@ class SharedTest(HostsCase):
         wait_for(lambda: self.etcd.claims() == {self.LAN: ["one", "two"]}, "it is claimed again")
         wait_for(lambda: json.loads(self.etcd.values[f"/gipam/gipam/claims/{self.LAN}"][0])["common"] == {
             "192.168.1.1": "gateway", "192.168.1.200": "auxiliary"}, "and what is common")
-        three = self.host("three")
+        three = Host(self, "three")
         pool_id, _ = three.request_pool(self.LAN, gipam_shared="true")
         self.assertEqual(three.request_address(pool_id, "192.168.1.1", gateway=True), "192.168.1.1/24")
         wait_for(lambda: not any(host.site.due for host in self.hosts), "all is done")
