@@ -1784,6 +1784,15 @@ class Store:
             self._older_bytes, self._end = self.journal_bytes, 0
             self._fd, (self.segment, self._room) = fd, made
 
+    def begin(self, needed: int) -> None:
+        """Have a segment to write to: the first is made in a turn, never by a thread beside it.
+
+        Raises: as make_segment() and keep_names().
+        """
+        if not self.segment:
+            self.keep_names()
+            self.switch(self.make_segment(needed))
+
     def reserve(self, size: int) -> None:
         """Make sure that a record of so many bytes can be part of the line that is due.
 
@@ -1791,9 +1800,7 @@ class Store:
         """
         needed = self._end + self._reserved + size + LINE_BYTES
         try:
-            if not self.segment:
-                self.keep_names()
-                self.switch(self.make_segment(needed))
+            self.begin(needed)
             if needed > self._room:
                 self._room = self._extend(self.segment, self._fd, self._room, needed)
         except OSError as error:
@@ -2415,6 +2422,8 @@ class Service:
             return False
         try:
             self._config = keep_edits(store, self._config)
+            if not is_stopping and not store.segment:
+                call(lambda: store.begin(ROOM_BYTES))
             made = None if is_stopping else store.make_segment(ROOM_BYTES)
             is_due = self.import_is_due.is_set()
             chunks = call(lambda: self._begin_fold(made, is_stopping, is_due))

@@ -1350,7 +1350,7 @@ class Disk:
         self.faults: dict[int, Any] = {}  # number of the call -> errno, SHORT or HALF
         self.next_fault: tuple[str, Any] = ("", None)  # note -> fault, of the next such call
         self.misuse: list[str] = []  # calls on a closed descriptor
-        self.watch: Callable[[], None] = lambda: None  # called before anything changes
+        self.watch: Callable[[], Any] = lambda: None  # called before anything changes
         self.files: dict[str, list[bytes]] = {}  # name -> versions of its content, [0] is on disk
         self.on_disk: dict[str, list[bytes]] = {}  # the directory as it is there
         self.pending: list[dict[str, list[bytes] | None]] = []  # what became of it since
@@ -2331,6 +2331,27 @@ class FoldTest(ServiceCase):
                 self.assertEqual(self.journals(), [str(number + 2)])
                 self.assert_agreed()
             self.assertEqual(held(self.service.state), tenant.held())
+
+    def test_request_beside_the_first_one_is_not_lost(self) -> None:
+        """There is no journal yet, and both begin one."""
+        path, disk = os.path.join(make_directory(self), "leases.json"), Disk()
+        service, asked = begin(path, disk), threading.Event()
+
+        def ask() -> None:
+            disk.watch = bool
+            asked.set()
+            Direct(service).request_pool()
+
+        def call(function: Callable[[], Any]) -> Any:
+            self.assertEqual(dump_state(recover(path)), dump_state(service.state))
+            before, disk.watch = disk.watch, bool
+            result = service.run(function)
+            disk.watch = before
+            return result
+
+        disk.watch = ask
+        self.assertTrue(service.fold(call))
+        self.assertTrue(asked.is_set())
 
     def test_write_that_fails_while_it_begins_costs_that_turn_only(self) -> None:
         """The segment that it has made is not taken for the one that goes on, nor begun twice."""
