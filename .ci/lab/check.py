@@ -17,9 +17,9 @@ import threading
 import time
 from typing import Any
 
-from machines import MASQUERADE_OFF, DockerCase, DockerError, endpoint_addresses, main, until
+from machines import MASQUERADE_OFF, SOCKET, DockerCase, endpoint_addresses, main, until
 
-from test_gipam import ENDPOINT, FakeDocker
+from test_gipam import ENDPOINT, Client, FakeDocker
 
 
 class CheckedCase(DockerCase):
@@ -48,8 +48,9 @@ class CheckTest(CheckedCase):
         self.docker.container("one", "web")
         self.docker("network", "connect", "lan", "one")
         self.docker("create", "--name", "created", "--network", "lan", "bb")
-        networks, containers = (json.loads(self.docker.get(path, "/run/docker.sock"))
-                                for path in ("/networks", "/containers/json?all=1"))
+        client = Client(self.docker.path("/run/docker.sock"))
+        self.addCleanup(client.close)
+        networks, containers = (client.post(path, b"", "GET")[1] for path in ("/networks", "/containers/json?all=1"))
         web, lan = (next(it for it in networks if it["Name"] == name) for name in ("web", "lan"))
         one, created = (next(it for it in containers if it["Names"] == ["/" + name]) for name in ("one", "created"))
         subnets = dict(zip((False, True), map(ipaddress.ip_network, self.docker.subnets("web"))))
@@ -174,7 +175,8 @@ class CheckTest(CheckedCase):
                                 "-o", "parent=" + parent)
             self.docker.container("in-" + name, name)
         self.docker.container("outside", "far", "--ip", "10.50.0.77")
-        client = self.docker.client(self)
+        client = Client(self.docker.path(SOCKET))
+        self.addCleanup(client.close)
         for pool in self.docker.pools():
             client.request_address(pool["id"], mac="02:42:00:00:00:09")
         self.assert_found_and_mended(self.leaked_address("10.50.0.3", "near"), self.leaked_address("10.50.0.130", "far"))
@@ -287,7 +289,7 @@ class BetweenServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     fatal = b"no method"
 
     def __init__(self, test: DockerCase) -> None:
-        self.docker, path = test.docker, test.docker.path("/run/docker/plugins/gipam.sock")
+        self.docker, path = test.docker, test.docker.path(SOCKET)
         self.gipam = path + ".real"
         os.rename(path, self.gipam)
         test.addCleanup(os.rename, self.gipam, path)
@@ -307,7 +309,7 @@ class CrashTest(CheckedCase):
         for command in (("run", "-d", "--network", "web", "--mac-address", "02:42:00:00:00:09", "bb"),
                         ("network", "create", "--ipam-driver", "gipam", "--subnet", "10.9.0.0/24", "lan")):
             between.fatal = b"RequestAddress"  # of the container, of the gateway
-            self.assertRaises(DockerError, self.docker, *command)
+            self.assert_refused("", *command)
             until(lambda: not (self.docker.dockerd and self.docker.dockerd.is_running()), "end of dockerd")
             self.docker.start_dockerd()
         self.docker("start", "one")

@@ -6,17 +6,13 @@ back to a host without a trace, the variants on the way. What the README shows a
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import unittest
-from typing import NamedTuple
 
 import dockerd
 from boot import FILES, Machine, make_tree
-from machines import main
-
-from test_gipam import HERE
+from machines import Block, main, read_blocks
 
 # The network namespace "outside" is router and client at once. The machine lacks the commands that
 # people have there, and the image nginx.
@@ -40,29 +36,6 @@ LIST_RULES = "for x in iptables ip6tables; do $x -S | grep GIPAM || true; done; 
              "ip -6 route show type blackhole"
 AGE = re.compile(r"(?<= )[0-9]+s(?= )")
 WEB1 = "docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}}{{end}}' web1"
-
-
-class Block(NamedTuple):
-    """A fenced block: the part and the chapter that it is in, what stands behind its first fence, the text."""
-
-    part: str
-    chapter: str
-    kind: str
-    text: str
-
-
-def read_blocks() -> list[Block]:
-    """Return the blocks of README.md, in order."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        text = file.read()
-    blocks, titles = [], [""] * 7
-    for match in re.finditer(r"^(#+) (.*)$|^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
-        if match[1] is not None:
-            level = len(match[1])
-            titles[level:] = [match[2]] * (7 - level)
-        else:
-            blocks.append(Block(titles[2], titles[-1], match[3], match[4]))
-    return blocks
 
 
 class ReadmeTest(unittest.TestCase):
@@ -108,7 +81,8 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(machine(LIST_FILES), before)
         said = self.follow("As a service")
         self.assertIn("may loop between this host and its router", said)
-        self.assertIn("no difference", said)
+        for text in ("10.2.0.0/16", "Active: active (running)", " gipam[", "serving on /run/gipam/gipam.sock", "no difference"):
+            self.assertIn(text, said)
         self.reach_it()
         self.use_it()
         self.vary_it()
@@ -178,15 +152,24 @@ class ReadmeTest(unittest.TestCase):
 
     def vary_it(self) -> None:
         """The weekly check works with every variant."""
-        machine = self.machine
+        machine, socket = self.machine, "/run/docker/plugins/gipam.sock"
+        check = "systemctl start gipam-check@gipam; docker restart web1"
         self.assertRegex(self.follow("Several drivers"), r"10\.3\.0\.0/24 .* office")
         for instance in ("lan", "gipam"):
             machine(f"systemctl enable --now gipam-check@{instance}.timer; systemctl start gipam-check@{instance}")
-        self.assertIn("failed", machine("systemctl stop gipam@lan; systemctl start gipam-check@lan", 1))
+        machine("docker run --rm --network office nginx sh -c :; systemctl restart gipam@lan; docker network rm office")
+        self.assertEqual(machine("stat -c %a /run/gipam /run/gipam-lan"), "700\n700")
+        self.assertIn("failed", machine("systemctl stop gipam@lan; test ! -e /run/gipam-lan; systemctl start gipam-check@lan", 1))
         machine("systemctl start gipam@lan")
-        for chapter in ("The lease file in /var/lib", "A socket unit"):
-            self.follow(chapter)
-            machine("systemctl start gipam-check@gipam; docker restart web1")
+        self.follow("The lease file in /var/lib")
+        machine(check)
+        self.assertEqual(machine("stat -c '%a %n' /var/lib/gipam /var/lib/gipam/leases.json"),
+                         "700 /var/lib/gipam\n600 /var/lib/gipam/leases.json")
+        self.follow("A socket unit")
+        machine(check)
+        for action in ("restart", "stop"):  # a request starts it again
+            machine(f"systemctl {action} gipam; test -S {socket}; {check}")
+        machine(f"systemctl stop gipam.socket gipam; test ! -e {socket}; systemctl start gipam.socket; {check}")
         self.assertEqual(machine("ls /opt/gipam"), "gipam.py\ngipam.py.old\nlan\nrules")
 
     def uninstall(self, before: str) -> None:
