@@ -17,7 +17,6 @@ import os
 import platform
 import random
 import select
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import unittest
 from typing import Any, Callable, Iterator, Sequence
 
 from etcd import CLIENT_PORT, Etcd, loopback
-from machines import Docker
+from machines import Docker, Namespaces
 
 import gipam
 from test_gipam import Daemon, Refused, dial, launcher, request
@@ -57,9 +56,6 @@ with socket.socket(socket.AF_UNIX) as wire:
     wire.sendall(b"GET /status?leases=1 HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n")
     print(sum(map(len, iter(lambda: wire.recv(1 << 20), b""))))
 """
-WITH_ROUTES = ("unshare", "--net", "sh", "-c", 'ip link set lo up && ip -batch "$0" && exec "$@"')
-
-
 ECHO = request("Plugin.Activate", {"PoolID": "10.2.0.0/16#0123456789abcdef", "Address": ""})
 
 
@@ -67,10 +63,11 @@ class Traffic:
     """Requests made beforehand, and to each reply the release of what it granted."""
 
     def __init__(self, kind: str, key: str, requests: list[dict[str, Any]], **release: str) -> None:
-        self.requests = itertools.cycle([request("IpamDriver.Request" + kind, fields) for fields in requests])
+        self.requests: Iterator[bytes] = itertools.cycle(
+            [request("IpamDriver.Request" + kind, fields) for fields in requests])
         self.key, self.end = f'"{key}":"'.encode(), b"/" if key == "Address" else b'"'
-        self.release = functools.lru_cache(None)(
-            lambda granted: request("IpamDriver.Release" + kind, {**release, key: granted.decode()}))
+        self.release = functools.lru_cache(None)(lambda granted: request(
+            "IpamDriver.Release" + kind, {**release, key: granted.decode()}))
 
     def answer(self, reply: bytes = b"") -> bytes:
         """Return what to send next."""
@@ -87,14 +84,8 @@ def addresses(pool_id: str, macs: int = 1000) -> Traffic:
 
 def networks(pool: str = "", v6: bool = False) -> Traffic:
     """Return the traffic of networks that come and go."""
-    return Traffic("Pool", "PoolID", [{"AddressSpace": "gipam", "Pool": pool, "SubPool": "", "Options": {}, "V6": v6}])
-
-
-def echoes() -> Traffic:
-    """Return traffic that changes nothing."""
-    traffic = Traffic("", "Address", [])
-    traffic.requests = itertools.cycle([ECHO])
-    return traffic
+    return Traffic("Pool", "PoolID", [
+        {"AddressSpace": "gipam", "Pool": pool, "SubPool": "", "Options": {}, "V6": v6}])
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -272,9 +263,11 @@ class Bench(unittest.TestCase):
             target, is_met = f"at least {at_least:g}", statistics.median(values) >= at_least
         print(f"{what:70} {figure:36} {target}{'' if is_met else '  MISSED'}".rstrip(), flush=True)
 
-    def columns(self, quick: int, full: int, repeats: int, *measures: Callable[[], float]) -> list[tuple[float, ...]]:
+    def columns(self, quick: int, full: int, repeats: int,
+                *measures: Callable[[], float]) -> list[tuple[float, ...]]:
         """Measure in alternation, so often a round; return of each measure the rounds' medians."""
-        rounds = [[[measure() for measure in measures] for _ in range(repeats)] for _ in self.rounds(quick, full)]
+        rounds = [[[measure() for measure in measures] for _ in range(repeats)]
+                  for _ in self.rounds(quick, full)]
         return list(zip(*([statistics.median(times) for times in zip(*its)] for its in rounds)))
 
     def start_etcd(self) -> Etcd:
@@ -289,7 +282,8 @@ class Bench(unittest.TestCase):
         daemon = BenchDaemon(self).start()
         wire, disk = Wire(daemon.socket), Disk(daemon.directory)
         traffic = addresses(wire.request_pool("10.2.0.0/16"))
-        syncs, echo, calls = self.columns(10, 40, 100, disk.sync, lambda: wire.call(ECHO)[0], lambda: wire.pair(traffic))
+        syncs, echo, calls = self.columns(
+            10, 40, 100, disk.sync, lambda: wire.call(ECHO)[0], lambda: wire.pair(traffic))
         self.row("a line appended and synced, nothing else", syncs, "ms")
         self.row("echo of the same server, nothing saved", echo, "ms")
         self.row("request or release, 1 connection", calls, "ms")
@@ -299,19 +293,24 @@ class Bench(unittest.TestCase):
         grouped = BenchDaemon(self).start()
         single = BenchDaemon(self, patch=ONE_SYNC_A_REQUEST).start()
         disk, for_s = Disk(grouped.directory), 0.5 if self.quick else 2.0
+        echoes = addresses("")
+        echoes.requests = itertools.repeat(ECHO)
         pools = {daemon: addresses(Wire(daemon.socket).request_pool("10.2.0.0/16")) for daemon in (grouped, single)}
         rows: dict[str, Callable[[], float]] = {
             "requests and releases, connections: 1": lambda: storm(grouped.socket, pools[grouped], 1, for_s),
             "requests and releases, connections: 8": lambda: storm(grouped.socket, pools[grouped], 8, for_s),
             "requests and releases, connections: 64": lambda: storm(grouped.socket, pools[grouped], 64, for_s),
             "  the same, 64 connections, with one sync a call": lambda: storm(single.socket, pools[single], 64, for_s),
-            "  echo of the same server, 64 connections": lambda: storm(grouped.socket, echoes(), 64, for_s),
+            "  echo of the same server, 64 connections": lambda: storm(
+                grouped.socket, echoes, 64, for_s),
             "  a line appended and synced, in a loop": lambda: 1 / statistics.median(disk.sync() for _ in range(300))}
         columns = self.columns(3, 5, 1, *rows.values())
         for what, rates in zip(rows, columns):
             self.row(what, rates, "/s")
-        self.row("64 connections, group commit / one sync a call", ratios(columns[2], columns[3]), at_least=5)
-        self.row("64 connections, group commit / a line synced in a loop", ratios(columns[2], columns[5]))
+        _, _, many, single_syncs, _, syncs = columns
+        self.row("64 connections, group commit / one sync a call", ratios(many, single_syncs),
+                 at_least=5)
+        self.row("64 connections, group commit / a line synced in a loop", ratios(many, syncs))
 
     # -- a state of any size
 
@@ -321,11 +320,12 @@ class Bench(unittest.TestCase):
         few_held = Fixture({"2001:db8:ffff::/64": 10}, 9, 10)
         many_held = Fixture({"2001:db8:ffff::/64": wide}, blocks, 90)
         few, many = BenchDaemon(self, few_held).start(), BenchDaemon(self, many_held)
-        count = f"{many_held.leases:,} leases"
+        count, few_bytes = f"{many_held.leases:,} leases", few.memory_bytes("VmRSS")
         self.row(f"start with {count}", [many.seconds_to_start() for _ in self.rounds(1, 3)], "s", at_most=6)
-        for key, when in (("VmRSS", "after the start"), ("VmHWM", "at its peak")):
-            self.row(f"memory a lease, {when}", [(many.memory_bytes(key) - few.memory_bytes(key))
-                     / many_held.leases], "B", at_most=400 if key == "VmRSS" else None)
+        for key, when, at_most in (("VmRSS", "after the start", 400),
+                                   ("VmHWM", "at its peak", None)):
+            figure = (many.memory_bytes(key) - few_bytes) / many_held.leases
+            self.row(f"memory a lease, {when}", [figure], "B", at_most)
         traffic = [addresses(pool_id, 4) for pool_id in random.sample(many_held.pool_ids[1:], 500)]
         self.while_folding(many, traffic, 1, f"longest call while {count} are folded")
         self.beside_a_page(many, traffic, f"longest call beside GET /status?leases=1 of {count}")
@@ -333,6 +333,10 @@ class Bench(unittest.TestCase):
         self.flat(f"{count} in {blocks + 1:,} pools / 100 in 10", few, few_traffic, many, traffic)
         self.flat(f"one /64 with {wide:,} / 100 in 10", few, few_traffic, many,
                   [addresses(many_held.pool_ids[0])])
+        many.kill()
+        held = Fixture({"2001:db8:ffff::/64": wide}, 0, 0, apart=1 << 40)
+        figure = (BenchDaemon(self, held).start().memory_bytes("VmRSS") - few_bytes) / held.leases
+        self.row(f"memory a lease, {held.leases:,} far apart in a /64", [figure], "B", at_most=1000)
 
     def beside_a_page(self, daemon: BenchDaemon, traffic: list[Traffic], what: str) -> None:
         """Call as long as somebody reads all leases."""
@@ -352,22 +356,17 @@ class Bench(unittest.TestCase):
         self.row("  the page took", pages_s, "s")
         self.row("  its length", lengths, "MB")
 
-    def far_apart(self) -> None:
-        few = BenchDaemon(self, Fixture({"2001:db8:ffff::/64": 10}, 0, 0)).start()
-        held = Fixture({"2001:db8:ffff::/64": 10_000 if self.quick else 100_000}, 0, 0, apart=1 << 40)
-        many = BenchDaemon(self, held).start()
-        self.row(f"memory a lease, {held.leases:,} far apart in a /64",
-                 [(many.memory_bytes("VmRSS") - few.memory_bytes("VmRSS")) / held.leases], "B", at_most=1000)
-
     def many_routes(self) -> None:
         """In a network namespace with so many routes of both families, none of them in a base."""
-        daemon, routes = BenchDaemon(self), os.path.join(tempfile.mkdtemp(prefix="gipam-"), "routes")
-        self.addCleanup(shutil.rmtree, os.path.dirname(routes))
+        daemon = BenchDaemon(self)
+        routes = os.path.join(daemon.directory, "routes")
         with open(routes, "w", encoding="ascii") as file:
             for number in range(20_000):
                 file.write(f"route add 11.{number >> 8}.{number & 255}.0/24 dev lo\n"
                            f"route add 2001:dbf:{number:x}::/48 dev lo\n")
-        daemon.command = (*WITH_ROUTES, routes, *daemon.command)
+        namespaces = Namespaces("--net", setup=f"ip link set lo up; ip -batch {routes}")
+        self.addCleanup(namespaces.close)
+        daemon.command = (*namespaces.inside, *daemon.command)
         wire = Wire(daemon.start().socket)
         for what, traffic in (("a dynamic pool", networks()), ("a dynamic IPv6 pool", networks(v6=True))):
             medians, = self.columns(3, 10, 5, functools.partial(wire.request, traffic))
@@ -376,7 +375,8 @@ class Bench(unittest.TestCase):
     def flat(self, what: str, few: BenchDaemon, few_traffic: list[Traffic], many: BenchDaemon,
              many_traffic: list[Traffic]) -> None:
         """Compare what a call costs the two daemons."""
-        sides = ((Wire(few.socket), itertools.cycle(few_traffic)), (Wire(many.socket), itertools.cycle(many_traffic)))
+        sides = [(Wire(daemon.socket), itertools.cycle(traffic))
+                 for daemon, traffic in ((few, few_traffic), (many, many_traffic))]
         before = few.cpu_s(), many.cpu_s()
         theirs, ours = self.columns(8, 30, 100, *(
             functools.partial(self.next_pair, *side) for side in sides))
@@ -401,7 +401,8 @@ class Bench(unittest.TestCase):
                 (f"a dynamic pool, {len(held.pool_ids) - 1:,} /24 of a /8 held", networks()),
                 ("a dynamic IPv6 pool beside them", networks(v6=True)),
                 ("a /40 over blocks of /64", networks("2001:db8:ff00::/40", v6=True))):
-            medians, = self.columns(5, 20, 50, functools.partial(Wire(daemon.socket).request, traffic))
+            measure = functools.partial(Wire(daemon.socket).request, traffic)
+            medians, = self.columns(5, 20, 50, measure)
             self.row(what, medians, "ms", at_most=1)
 
     def empty_start(self) -> None:
@@ -464,20 +465,22 @@ class Bench(unittest.TestCase):
             fall()
             ours, plain = self.columns(10, 40, 100, *(
                 functools.partial(wire.request, its) for wire, its in zip(wires, traffic)))
-            self.row(f"time of an address, etcd {what} / without -etcd", ratios(ours, plain), at_most=1.0)
+            self.row(f"time of an address, etcd {what} / without -etcd", ratios(ours, plain),
+                     at_most=1.0)
 
     def pools_through_etcd(self, etcd: Etcd, alone: BenchDaemon, host: BenchDaemon) -> None:
         """Of networks that stay: a claim that is let go would meet the next one."""
         gateway, pools = Gateway(etcd), networks().requests
         wires = [Wire(daemon.socket) for daemon in (alone, host)]
         plain, transaction, ours = self.columns(
-            5, 20, 30, lambda: wires[0].call(next(pools))[0], lambda: gateway.put("/bench/claim", "/bench/head"),
+            5, 20, 30, lambda: wires[0].call(next(pools))[0],
+            lambda: gateway.put("/bench/claim", "/bench/head"),
             lambda: wires[1].call(next(pools))[0])
         self.row("a dynamic pool without etcd", plain, "ms")
         self.row("an etcd transaction, nothing else", transaction, "ms")
         self.row("a dynamic pool through etcd", ours, "ms")
-        self.row("  / (1.5 x transaction + without)",
-                 ratios(ours, [1.5 * one + other for one, other in zip(transaction, plain)]), at_most=1)
+        floor = [1.5 * one + other for one, other in zip(transaction, plain)]
+        self.row("  / (1.5 x transaction + without)", ratios(ours, floor), at_most=1)
 
     def at_once(self, paths: list[str]) -> list[float]:
         """Return how many networks a second each gets that comes and goes."""
@@ -509,8 +512,8 @@ class Bench(unittest.TestCase):
             return
         self.addCleanup(docker.close)
         docker.start()
-        ours, theirs = self.columns(4, 25, 1, *(
-            functools.partial(self.life_of_a_network, docker, driver) for driver in ("gipam", "default")))
+        ours, theirs = self.columns(4, 25, 1, *(functools.partial(
+            self.life_of_a_network, docker, driver) for driver in ("gipam", "default")))
         self.row("docker network create, run, rm with gipam", ours, "s")
         self.row("docker network create, run, rm with the built-in IPAM", theirs, "s")
         self.row("  gipam / built-in", ratios(ours, theirs), at_most=1.03)
@@ -534,7 +537,7 @@ def main(arguments: list[str]) -> int:
           f"load {os.getloadavg()[0]:.1f}, files in {tempfile.gettempdir()}\n")
     try:
         for section in (runner.one_connection, runner.many_connections, runner.empty_start,
-                        runner.a_million_leases, runner.far_apart, runner.many_routes,
+                        runner.a_million_leases, runner.many_routes,
                         runner.full_and_crowded, runner.folding, runner.several_hosts, runner.claims_of_others,
                         runner.beside_docker):
             section()

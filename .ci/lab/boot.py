@@ -1,8 +1,8 @@
 """gipam as a service of machines that boot, by the README's commands: `python3 .ci/lab/boot.py`.
 
 A Debian machine with systemd and Docker is booted on an overlay over a tree that .ci/tree makes.
-gipam is installed in it once, by the README's commands; each test then has that disk to itself. The unit
-itself is verified by .ci/run; readme.py shows the other ways to run it.
+gipam is installed in it once, by the README's commands; each test then has that disk to itself.
+The unit itself is verified by .ci/run; readme.py shows the other ways to run it.
 GIPAM_LONG=1 disturbs it longer under load.
 """
 
@@ -18,7 +18,7 @@ import tempfile
 import unittest
 from typing import Callable, Iterator
 
-from machines import MAKE_IMAGE, main, require
+from machines import MAKE_IMAGE, children, main, require
 
 from test_gipam import DEADLINE_S, GIPAM, HERE, make_certificates, readme_commands
 
@@ -183,11 +183,6 @@ class Machine:
     def show(self, name: str, unit: str = "gipam") -> str:
         """Return a property of a unit."""
         return self(f"systemctl show -p {name} --value {unit}")
-
-
-def children(pid: str) -> list[str]:
-    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        return file.read().split()
 
 
 # Connections that are kept as Go keeps them: whoever sees the end of one says so. Each asks, in rounds, and waits
@@ -407,7 +402,7 @@ class BootTest(unittest.TestCase):
                 self.assert_all_is_well(machine, CHECK + " --fix")
 
     def test_lost_lease_file_is_taken_over_from_docker(self) -> None:
-        """When both start; also the gateway of a network without containers, which Docker up to 28 does not show."""
+        """At boot; also the gateway of an empty network, which Docker up to 28 does not show."""
         machine = self.machine()
         machine("docker stop lan1; systemctl stop docker.socket docker gipam; rm /opt/gipam/leases.json*")
         machine.end()

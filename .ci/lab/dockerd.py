@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Callable
 
-from machines import BASE_V4, BASE_V6, MASQUERADE_OFF, DockerCase, main, require, until, works
+from machines import BASE_V4, BASE_V6, CONNECT, NO_NAT, DockerCase, main, require, until, works
 
 
 class NetworkTest(DockerCase):
@@ -21,9 +21,7 @@ class NetworkTest(DockerCase):
             "--subnet", "10.9.0.0/16", "--ip-range", "10.9.4.0/30", "--gateway", "10.9.0.9",
             "--aux-address", "inside=10.9.4.1", "--aux-address", "outside=10.9.200.1",
             "--subnet", "fd00:9::/64", "--ip-range", "fd00:9::40/126", "--gateway", "fd00:9::9",
-            "--aux-address", "inside6=fd00:9::41")
-        for name in ("one", "two", "three"):
-            self.docker.container(name, "lan")
+            "--aux-address", "inside6=fd00:9::41", containers=("one", "two", "three"))
         self.assertEqual({cidr.split("/")[0] for cidr in self.docker.running_addresses()}, {
             "10.9.4.0", "10.9.4.2", "10.9.4.3", "fd00:9::40", "fd00:9::42", "fd00:9::43"})
         self.assert_agreement()
@@ -31,14 +29,16 @@ class NetworkTest(DockerCase):
         self.docker.container("static", "lan", "--ip", "10.9.77.77", "--ip6", "fd00:9::77")
         self.assertEqual(self.docker.address("static", "lan"), "10.9.77.77")
 
-    def test_network_made_again_has_its_subnets_by_name_and_its_containers_addresses_by_mac(self) -> None:
-        """Over rm and create, crashes, and whatever else was made meanwhile."""
+    def test_network_made_again_has_its_subnets_and_its_containers_addresses(self) -> None:
+        """By name and MAC address, over crashes, and whatever else was made meanwhile."""
         seen = set()
         for others in (["first"], []):
             self.docker.network("web", "--ipv6", "--ipam-opt", "gipam.name=web", containers=others)
             self.docker.container("db", "web", "--mac-address", "02:42:00:00:00:09")
-            seen.add((*self.docker.subnets("web"), self.docker.address("db", "web"), self.docker.address("db", "web", v6=True)))
-            self.assertRegex(self.docker.run(*self.docker.command("status", "web")), r"\n  10\S+ +endpoint +\w+ +db\n")
+            seen.add((*self.docker.subnets("web"), self.docker.address("db", "web"),
+                      self.docker.address("db", "web", v6=True)))
+            status = self.docker.run(*self.docker.command("status", "web"))
+            self.assertRegex(status, r"\n  10\S+ +endpoint +\w+ +db\n")
             self.docker("rm", "-f", "db", *others)
             self.docker("network", "rm", "web")
             self.docker.network("-".join(["other", *others]), "--ipv6")
@@ -279,32 +279,26 @@ class RestartTest(DockerCase):
 
 
 class RouterCase(DockerCase):
-    """The network namespace "upstream" is the router that the host is connected to."""
+    """The network namespace "outside" is the router that the host is connected to."""
 
-    ROUTER, ROUTER_V6, ON_LINK = "192.0.2.2", "2001:db8:ffff::2", "2001:db8:0:1::1"
-    HOST, HOST_V6 = "192.0.2.1", "2001:db8:ffff::1"
-    CONNECT = f"""
-        ip netns add upstream
-        ip link add eth0 type veth peer name eth0 netns upstream
-        ip addr add {HOST}/24 dev eth0; ip addr add {HOST_V6}/64 dev eth0 nodad
-        ip addr add 2001:db8:0:1::2/64 dev eth0 nodad; ip link set eth0 up
-        ip -n upstream addr add {ROUTER}/24 dev eth0; ip -n upstream addr add {ROUTER_V6}/64 dev eth0 nodad
-        ip -n upstream addr add {ON_LINK}/64 dev eth0 nodad
-        ip -n upstream link set eth0 up; ip -n upstream link set lo up
+    ROUTER, ROUTER_V6, HOST = "192.0.2.1", "2001:db8:ffff::1", "192.0.2.7"
+    ON_LINK = """ip addr add 2001:db8:0:1::2/64 dev eth0 nodad
+        ip -n outside addr add 2001:db8:0:1::1/64 dev eth0 nodad
         """
     ROUTES = f"""
-        ip -n upstream route add {BASE_V4} via {HOST}; ip -n upstream route add {BASE_V6} via {HOST_V6}
+        ip -n outside route add {BASE_V4} via {HOST}
+        ip -n outside route add {BASE_V6} via 2001:db8:ffff::7
         ip route add blackhole {BASE_V4}; ip -6 route add blackhole {BASE_V6}"""
 
     def setUp(self) -> None:
         super().setUp()
-        self.docker.run_lines(self.CONNECT + self.ROUTES)
-        undo = self.ROUTES.replace(" add ", " del ") + "; ip link del eth0; ip netns del upstream"
+        self.docker.run_lines(CONNECT + self.ON_LINK + self.ROUTES)
+        undo = self.ROUTES.replace(" add ", " del ") + "; ip link del eth0; ip netns del outside"
         self.addCleanup(self.docker.run_lines, undo)
-        self.docker.network("web", "--ipv6", *MASQUERADE_OFF, containers=("one",))
+        self.docker.network("web", "--ipv6", *NO_NAT, containers=("one",))
 
-    def run_upstream(self, *command: str) -> str:
-        return self.docker.run("ip", "netns", "exec", "upstream", *command)
+    def run_outside(self, *command: str) -> str:
+        return self.docker.run("ip", "netns", "exec", "outside", *command)
 
 
 class RoutedTest(RouterCase):
@@ -325,20 +319,21 @@ class RoutedTest(RouterCase):
 
     def setUp(self) -> None:
         super().setUp()
-        reporter = self.docker.spawn("ip", "netns", "exec", "upstream", sys.executable, "-c", self.REPORTER)
+        reporter = self.docker.spawn("ip", "netns", "exec", "outside", sys.executable, "-c",
+                                     self.REPORTER)
         self.addCleanup(reporter.stop, signal.SIGKILL)
         reporter.wait_until(lambda: "ready" in reporter.read_log())
         self.docker("exec", "-d", "one", "httpd", "-f", "-p", "80")
 
-    def source_seen_upstream(self, container: str, server: str) -> str:
+    def source_seen_outside(self, container: str, server: str) -> str:
         return self.docker("exec", container, "nc", server, "7000")
 
     def can_fetch(self, address: str) -> bool:
         script = f"import socket; socket.create_connection(({address!r}, 80), 1)"
-        return works(self.run_upstream, sys.executable, "-c", script)
+        return works(self.run_outside, sys.executable, "-c", script)
 
     def test_container_is_reached_from_outside_without_nat(self) -> None:
-        """In both directions, as itself. DOCKER-USER outlives dockerd, so the rule is taken away again."""
+        """In both directions, as itself. DOCKER-USER outlives dockerd: the rule is taken away."""
         rule = ("DOCKER-USER", "-i", "eth0", "-d", BASE_V4, "-j", "ACCEPT")
         self.assertFalse(self.can_fetch(self.docker.address("one", "web")))
         self.docker.run("iptables", "-I", *rule)
@@ -347,16 +342,16 @@ class RoutedTest(RouterCase):
             with self.subTest(server):
                 own = self.docker.address("one", "web", v6=v6)
                 self.assert_reaches("one", server)
-                self.run_upstream("ping", "-c", "1", own)
+                self.run_outside("ping", "-c", "1", own)
                 self.assertTrue(self.can_fetch(own))
-                self.assertEqual(self.source_seen_upstream("one", server), own)
+                self.assertEqual(self.source_seen_outside("one", server), own)
         self.assert_agreement()
 
     def test_docker_masquerades_by_default(self) -> None:
         """The control: what this class shows is not so by itself."""
         self.docker.network("hidden", containers=("two",))
         self.assertFalse(self.can_fetch(self.docker.address("two", "hidden")))
-        self.assertEqual(self.source_seen_upstream("two", self.ROUTER), self.HOST)
+        self.assertEqual(self.source_seen_outside("two", self.ROUTER), self.HOST)
 
 
 class OnLinkTest(RouterCase):
@@ -373,14 +368,14 @@ class OnLinkTest(RouterCase):
         self.own = self.docker.address("one", "web", v6=True)
 
     def is_reached(self) -> bool:
-        return works(self.run_upstream, "ping", "-c", "1", "-W", "1", self.own)
+        return works(self.run_outside, "ping", "-c", "1", "-W", "1", self.own)
 
     def assert_reached_as_long_as(self, end: Callable[[], object]) -> None:
         """The container is reached and reaches the router, and is no more after the end."""
         until(self.is_reached, "a reply of the container")
-        self.assert_reaches("one", self.ON_LINK)
+        self.assert_reaches("one", "2001:db8:0:1::1")
         end()
-        self.docker.run("ip", "-n", "upstream", "neigh", "flush", "dev", "eth0")
+        self.docker.run("ip", "-n", "outside", "neigh", "flush", "dev", "eth0")
         self.assertFalse(self.is_reached())
 
     def test_network_gets_a_part_of_the_64(self) -> None:

@@ -22,6 +22,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -41,13 +42,13 @@ def loopback(count: int) -> list[str]:
 
 
 def make_certificates(directory: str, addresses: Iterable[str]) -> None:
-    """Make a CA, and a certificate for server and client, by the README's commands: its gateway is a client, too.
+    """Make a CA, and a certificate for server and client, by the README's commands.
 
-    With users it refuses a client whose certificate has a common name.
+    The gateway in etcd is a client, too. With users it refuses one whose certificate has a CN.
     """
     block, = (block for block in read_blocks() if "CN=CA of etcd" in block.text)
-    script = block.text.replace("/etc/etcd", directory).replace("IP:127.0.0.1,IP:192.0.2.7,IP:192.0.2.8,IP:192.0.2.9",
-                                                                ",".join("IP:" + address for address in addresses))
+    names = ",".join("IP:" + address for address in addresses)
+    script = re.sub(r"IP:127\S+", names, block.text.replace("/etc/etcd", directory))
     run("bash", "-ec", script)
 
 
@@ -117,7 +118,8 @@ class Etcd:
                    "--auth-token-ttl", str(self.token_ttl_s), "--log-level", "warn"]
         if self.is_tls:
             options += ["--client-cert-auth", "--trusted-ca-file", f"{self.client_tls}/ca.pem",
-                        "--cert-file", f"{self.client_tls}/cert.pem", "--key-file", f"{self.client_tls}/key.pem"]
+                        "--cert-file", f"{self.client_tls}/cert.pem",
+                        "--key-file", f"{self.client_tls}/key.pem"]
         member.process = Process(member.log, *member.inside, "etcd", *options)
 
     def wait(self) -> None:
@@ -199,8 +201,8 @@ class Etcd:
         self.cluster_token = cluster_token or self.cluster_token
         for member in self.members:
             shutil.rmtree(member.data)
-            run("etcdutl", "snapshot", "restore", path, "--data-dir", member.data, "--name", member.name,
-                "--initial-advertise-peer-urls", member.peer_url, *self.cluster)
+            run("etcdutl", "snapshot", "restore", path, "--data-dir", member.data, "--name",
+                member.name, "--initial-advertise-peer-urls", member.peer_url, *self.cluster)
         self.start()
 
     def enable_auth(self, user: str, password: str) -> None:

@@ -68,10 +68,7 @@ class Host(Machine):
 
     def follow_block(self, block: Block) -> str:
         """Run the commands of a block as they are, with the address of this host in its place."""
-        text = block.text
-        if block.kind == "sh outside":
-            text = f"exec ip netns exec outside bash -e << 'outside'\n{text}outside\n"
-        return self(f"cd /root/gipam\n{text.replace(ME, f'me=192.0.2.{HOSTS.get(self.name)}')}")
+        return self(block.script().replace(ME, f"me=192.0.2.{HOSTS.get(self.name)}"))
 
     def boot(self, *files: str, end: str = "cut") -> None:
         """Boot, and plug the cable in meanwhile: etcd starts with others."""
@@ -259,6 +256,8 @@ class HostsTest(unittest.TestCase):
                     host("docker restart web1; docker run --rm --network lan nginx sh -c :")
                 self.assert_refused(first, CREATE + "later", "etcd does not answer", *(
                     f"https://192.0.2.{number}:2379" for number in HOSTS.values()))
+                fixed = "docker run --rm --network lan --ip 192.168.1.201 nginx"  # not in its part
+                self.assert_refused(first, fixed, "etcd does not answer")
                 first("docker rm -f web1; docker network rm web")
                 for block in self.networks:  # what a name had is still claimed
                     first.follow_block(block)

@@ -33,7 +33,8 @@ class SmallDiskTest(StoreCase):
     def setUp(self) -> None:
         super().setUp()
         os.mkdir(os.path.join(self.directory, "disk"))
-        namespaces = Namespaces("--mount", setup=f"mount -t tmpfs -o size=64k tmpfs {self.directory}/disk")
+        mount = f"mount -t tmpfs -o size=64k tmpfs {self.directory}/disk"
+        namespaces = Namespaces("--mount", setup=mount)
         self.addCleanup(namespaces.close)
         self.inside = namespaces.inside
         self.disk = f"/proc/{namespaces.pid}/root{self.directory}/disk"  # as seen from here

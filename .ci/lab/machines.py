@@ -1,4 +1,4 @@
-"""What the files of the lab share: a dockerd in namespaces of its own, and how they run.
+"""What the files of the lab share: the README's commands, namespaces, dockerd, how they run.
 
 The lab shows what needs more than the self-check: dockerd, machines that boot, long runs. Each file
 beside this one is unittest and runs by itself, as root: `python3 .ci/lab/dockerd.py`, with -v and -k.
@@ -28,7 +28,7 @@ from test_gipam import DEADLINE_S, GIPAM, HERE, conclude, dial  # noqa: E402
 
 BASE_V4 = "10.2.0.0/16"
 BASE_V6 = "2001:db8:0:100::/56"
-MASQUERADE_OFF = ("-o", "com.docker.network.bridge.enable_ip_masquerade=false")
+NO_NAT = ("-o", "com.docker.network.bridge.enable_ip_masquerade=false")
 SOCKET = "/run/docker/plugins/gipam.sock"
 DOCKER_DEADLINE_S = 90.0  # dockerd waits 15 s for each network whose plugin does not answer
 PACKAGES = {"bash": "bash", "busybox": "busybox-static", "containerd": "containerd", "debootstrap": "debootstrap",
@@ -62,14 +62,32 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_
 
 # === The README ===================================================================================
 
+# The network namespace "outside" is router and client at once.
+CONNECT = """
+ip netns add outside
+ip link add eth0 type veth peer name eth0 netns outside
+ip addr add 192.0.2.7/24 dev eth0; ip addr add 2001:db8:ffff::7/64 dev eth0 nodad
+ip link set eth0 up; ip -n outside addr add 192.0.2.1/24 dev eth0
+ip -n outside addr add 2001:db8:ffff::1/64 dev eth0 nodad
+ip -n outside link set eth0 up; ip -n outside link set lo up
+"""
+
 
 class Block(NamedTuple):
-    """A fenced block: the part and the chapter that it is in, what stands behind its first fence, the text."""
+    """A fenced block: its part and chapter, what stands behind its first fence, the text."""
 
     part: str
     chapter: str
     kind: str
     text: str
+
+    def script(self) -> str:
+        """Return its commands as they are run where the project was copied to, and outside."""
+        return "cd /root/gipam\n" + (outside(self.text) if self.kind == "sh outside" else self.text)
+
+
+def outside(script: str) -> str:
+    return f"ip netns exec outside bash -e << 'outside'\n{script}outside\n"
 
 
 def read_blocks() -> list[Block]:
@@ -90,7 +108,7 @@ def read_blocks() -> list[Block]:
 
 
 def main() -> int:
-    """Run the tests of the file that was started, and close with the line that CI reads; what is skipped fails."""
+    """Run the tests of the file that was started, then print what CI reads; a skip is a failure."""
     result = unittest.main(module="__main__", exit=False, catchbreak=True).result
     for test, reason in result.skipped:
         print(f"skipped: {test}: {reason}")
@@ -100,8 +118,8 @@ def main() -> int:
 
 # === Namespaces and processes =====================================================================
 
-# It says its pid in the /proc of the caller. As first process it reaps: a dead containerd that nobody waits for
-# would block the next dockerd.
+# It says its pid in the /proc of the caller. As first process it reaps: a dead containerd that
+# nobody waits for would block the next dockerd.
 HOLDER = "read pid rest < /proc/self/stat; %s\necho $pid; exec env --ignore-signal=CHLD cat"
 
 
@@ -111,8 +129,8 @@ class CommandError(Exception):
 
 def run(*command: str, env: dict[str, str] | None = None) -> str:
     """Return what a command prints. Raises: CommandError."""
-    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
-                          timeout=DOCKER_DEADLINE_S)
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True,
+                          encoding="utf-8", timeout=DOCKER_DEADLINE_S)
     if done.returncode != 0:
         raise CommandError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout
@@ -128,18 +146,19 @@ def works(call: Callable[..., object], *arguments: Any) -> bool:
 
 
 class Namespaces:
-    """Namespaces of these kinds, e.g. "--net"; with "--pid" all that lives in them ends with them."""
+    """Namespaces of these kinds, e.g. "--net"; with "--pid" what lives in them ends with them."""
 
     def __init__(self, *kinds: str, setup: str) -> None:
         require("ip", "mount", "nsenter", "unshare")
         fork = ["--fork", "--kill-child"] if "--pid" in kinds else []
-        self.holder = subprocess.Popen(["unshare", *kinds, *fork, "sh", "-ec", HOLDER % setup],
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+        self.holder = subprocess.Popen(
+            ["unshare", *kinds, *fork, "sh", "-ec", HOLDER % setup], encoding="utf-8",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.holder.stdout
         self.pid = self.holder.stdout.readline().strip()
         self.inside = ("nsenter", "-t", self.pid, *kinds, "--")
         if not self.pid:
-            raise AssertionError("gets no namespaces: run it on a host or in a privileged container")
+            raise AssertionError("gets no namespaces: run it in a privileged container")
 
     def close(self) -> None:
         self.holder.communicate()  # the holder reads the end of its input
@@ -160,7 +179,8 @@ class Process:
     def __init__(self, log: str, *command: str, env: dict[str, str] | None = None) -> None:
         self.log, self.command = log, command
         with open(log, "ab") as file:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env)
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file,
+                                            stderr=file, env=env)
 
     def is_running(self) -> bool:
         return self.process.poll() is None
@@ -171,12 +191,13 @@ class Process:
         return self.process.wait(DOCKER_DEADLINE_S)
 
     def send(self, number: int) -> None:
-        """Send the signal, unless it has ended; nsenter waits for what is in another pid namespace."""
+        """Send the signal, unless it has ended; nsenter --pid has it as its child."""
         if self.is_running() and "--pid" not in self.command:
             self.process.send_signal(number)
         elif self.is_running():
-            for pid in children(str(self.process.pid)):
-                os.kill(int(pid), number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended just now
+                for pid in children(str(self.process.pid)):
+                    os.kill(int(pid), number)
 
     def wait_until(self, condition: Callable[[], Any]) -> None:
         """Wait for the condition; fail at once if the process ends before."""
@@ -198,12 +219,12 @@ class Process:
 # all of it ends with the namespaces' first process, which ends with the test's.
 
 PRIVATE = """
-mkdir -p /etc/docker; mount -t proc proc /proc; mount -t tmpfs tmpfs /run; mount -t tmpfs tmpfs /etc/docker
-ip link set lo up
+mkdir -p /etc/docker; mount -t proc proc /proc; mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /etc/docker; ip link set lo up
 """
 
-# An image with a static busybox. SIGKILL stops its containers at once: as first process busybox would
-# ignore SIGTERM.
+# An image with a static busybox. SIGKILL stops its containers at once: as first process busybox
+# would ignore SIGTERM.
 MAKE_IMAGE = """
 cd $(mktemp -d); mkdir bin; cp $(command -v busybox) bin
 for name in cat httpd ip nc ping sh sleep true; do ln -s busybox bin/$name; done
@@ -223,7 +244,8 @@ class Docker:
         self.env = {name: value for name, value in os.environ.items()
                     if not name.startswith(("DOCKER_", "GIPAM_"))}
         self.namespaces = Namespaces("--mount", "--net", "--pid", setup=PRIVATE)
-        self.containerd = self.spawn("containerd", "--config", "/dev/null", "--root", self.directory + "/containerd")
+        self.containerd = self.spawn("containerd", "--config", "/dev/null", "--root",
+                                     self.directory + "/containerd")
         self.containerd.wait_until(lambda: os.path.exists(self.path("/run/containerd/containerd.sock")))
         self.dockerd: Process | None = None
         self.gipam: Process | None = None
@@ -247,7 +269,8 @@ class Docker:
 
     def spawn(self, *command: str) -> Process:
         """Start a process in the namespaces."""
-        return Process(os.path.join(self.directory, command[0] + ".log"), *self.namespaces.inside, *command, env=self.env)
+        log = os.path.join(self.directory, command[0] + ".log")
+        return Process(log, *self.namespaces.inside, *command, env=self.env)
 
     def run(self, *command: str) -> str:
         """Run a command in the namespaces and return what it prints. Raises: CommandError."""
@@ -260,14 +283,16 @@ class Docker:
         """Make two connected interfaces, parents for macvlan networks."""
         self.wires += 1
         near, far = f"wire{self.wires}a", f"wire{self.wires}b"
-        self.run_lines(f"ip link add {near} type veth peer name {far}; ip link set {near} up; ip link set {far} up")
+        self.run_lines(f"ip link add {near} type veth peer name {far}\n"
+                       f"ip link set {near} up; ip link set {far} up")
         return near, far
 
     # -- dockerd and gipam
 
     def start_dockerd(self, *options: str, wait: bool = True) -> None:
         self.dockerd = self.spawn(
-            "dockerd", "--data-root", self.directory + "/data", "--exec-opt", "native.cgroupdriver=cgroupfs",
+            "dockerd", "--data-root", self.directory + "/data",
+            "--exec-opt", "native.cgroupdriver=cgroupfs",
             "--cgroup-parent", "/" + os.path.basename(self.directory), *options)
         if wait:
             self.wait_for_dockerd()
@@ -276,7 +301,7 @@ class Docker:
         assert self.dockerd is not None
         self.dockerd.wait_until(lambda: works(self, "version"))
         if "bb" not in self("images", "--format", "{{.Repository}}").split():
-            self.run("sh", "-ec", MAKE_IMAGE)
+            self.run_lines(MAKE_IMAGE)
 
     def is_gipam_there(self) -> bool:
         if "-unix" not in self.gipam_options:
@@ -297,8 +322,8 @@ class Docker:
     def check(self, *arguments: str, grace_s: int = 0) -> list[str]:
         """Return what `check` finds, as "kind: text", sorted; its exit status must agree."""
         command = self.command("check", "--json", "--grace", str(grace_s), *arguments)
-        done = subprocess.run([*self.namespaces.inside, *command], env=self.env, stdout=subprocess.PIPE,
-                              encoding="utf-8", timeout=DOCKER_DEADLINE_S)
+        done = subprocess.run([*self.namespaces.inside, *command], stdout=subprocess.PIPE,
+                              env=self.env, encoding="utf-8", timeout=DOCKER_DEADLINE_S)
         findings = json.loads(done.stdout)["findings"]
         if done.returncode != int(not all(finding["is_fixed"] for finding in findings)):
             raise AssertionError(f"check ends with {done.returncode} and finds {findings}")
@@ -340,13 +365,12 @@ class Docker:
 
     # -- the docker command
 
-    def cli(self, *arguments: str) -> list[str]:
-        return ["docker", "-H", "unix://" + self.path("/run/docker.sock"), *arguments]
-
     def begin(self, *arguments: str) -> subprocess.Popen[str]:
         """Start a docker command without waiting for it."""
-        return subprocess.Popen(self.cli(*arguments), stdin=subprocess.DEVNULL, env=self.env,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+        return subprocess.Popen(
+            ["docker", "-H", "unix://" + self.path("/run/docker.sock"), *arguments],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=self.env, encoding="utf-8")
 
     def end(self, command: subprocess.Popen[str]) -> str:
         """Return what it printed. Raises: CommandError."""
@@ -414,13 +438,13 @@ class Docker:
         return held
 
     def kernel_addresses(self, containers: list[dict[str, Any]]) -> list[list[str]]:
-        """Return what the bridges of networks have, and then each of these containers, sorted, in CIDR form."""
+        """Return what the bridges of networks have, then each container, sorted, in CIDR form."""
         script = 'ip -j addr show type bridge; for pid; do nsenter -t "$pid" -n ip -j addr; done'
-        lines = self.run("sh", "-ec", script, "sh", *(str(container["State"]["Pid"]) for container in containers))
+        pids = (str(container["State"]["Pid"]) for container in containers)
         return [sorted(f"{info['local']}/{info['prefixlen']}" for interface in json.loads(line)
                        if not interface.get("ifname", "docker").startswith("docker")  # docker0
                        for info in interface["addr_info"] if info["scope"] == "global")
-                for line in lines.splitlines()]
+                for line in self.run("sh", "-ec", script, "sh", *pids).splitlines()]
 
     def running(self) -> list[dict[str, Any]]:
         return self.inspect("container", *self("ps", "-q").split())
@@ -428,6 +452,7 @@ class Docker:
     def disagreements(self) -> list[str]:
         """Return each difference between what the kernel has, docker shows and gipam holds."""
         running = self.running()
+        shown = list(map(endpoint_addresses, running))
         bridges, *containers = self.kernel_addresses(running)
         held = {f"{lease['address']}/{pool['subnet'].split('/')[1]}": lease["kind"]
                 for pool in self.pools() for lease in pool["addresses"]}
@@ -435,8 +460,8 @@ class Docker:
         endpoints = {cidr for cidr, kind in held.items() if kind == "endpoint"}
         return [*(f"only gipam has {cidr}" for cidr in sorted(endpoints - real)),
                 *(f"gipam lacks {cidr}" for cidr in sorted({*real, *bridges} - set(held))),
-                *(f"{container['Name']} has {have}, docker shows {endpoint_addresses(container)}"
-                  for container, have in zip(running, containers) if have != endpoint_addresses(container))]
+                *(f"docker shows {its} where the kernel has {have}"
+                  for its, have in zip(shown, containers) if its != have)]
 
 
 def endpoint_addresses(container: dict[str, Any]) -> list[str]:
@@ -479,8 +504,8 @@ class DockerCase(unittest.TestCase):
     def assert_agreement(self, addresses: int | None = None) -> None:
         """Docker, gipam and the kernel agree, as soon as the last releases are through.
 
-        The kernel knows what is used, and `check` compares networks. No container or bridge has an address of another;
-        running containers have so many.
+        The kernel knows what is used, and `check` compares networks. No container or bridge has an
+        address of another; running containers have so many.
         """
         with contextlib.suppress(AssertionError):
             until(lambda: not self.docker.disagreements(), "agreement", 10)
