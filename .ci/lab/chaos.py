@@ -391,7 +391,7 @@ class Chaos:
 
     def faults(self, host: Host) -> list[tuple[str, Callable[[], Any], Callable[[], Any]]]:
         """Return what may go wrong, the likelier twice: its name, what begins it, what ends it."""
-        etcd, process, (which, members) = self.etcd, host.daemon.process, self.members()
+        etcd, process = self.etcd, host.daemon.process
         assert process
         send = process.send_signal
         return [
@@ -400,18 +400,17 @@ class Chaos:
             ("host cut off", host.cut_off, host.join_again),
             ("etcd compacted behind a watch", host.cut_off,
              lambda: (works(etcd.compact), host.join_again())),  # it fails without a majority
-            *[(f"{which} of etcd killed", lambda: etcd.kill(*members),
-               lambda: etcd.start(*members, wait=False))] * 2,
-            *[(f"{which} of etcd paused", lambda: etcd.pause(*members),
-               lambda: etcd.resume(*members))] * 2]
+            *[("etcd killed", lambda: etcd.kill(*self.members()), lambda: etcd.start(wait=False))] * 2,
+            *[("etcd paused", lambda: etcd.pause(*self.members()), etcd.resume)] * 2]
 
-    def members(self) -> tuple[str, list[Member]]:
+    def members(self) -> list[Member]:
         """Return the leader, or any, or a majority of them."""
         which, members = self.rng.choice(("leader", "any", "majority")), self.etcd.members
+        self.site.ledger.counts[f"{which} of etcd"] += 1
         if which == "leader":
             with contextlib.suppress(CommandError):
-                return which, [self.etcd.leader()]
-        return which, self.rng.sample(members, len(members) // 2 + 1 if which == "majority" else 1)
+                return [self.etcd.leader()]
+        return self.rng.sample(members, len(members) // 2 + 1 if which == "majority" else 1)
 
 
 class ChaosTest(unittest.TestCase):

@@ -7,7 +7,7 @@
     etcd.endpoints                       # "http://10.9.0.1:2379,http://10.9.0.2:2379", for -etcd
     etcd.kill(etcd.leader())             # one Member or several; none means all; start() brings them back
     etcd.pause(*etcd.members[:2])        # SIGSTOP; resume() lets them go on
-    etcd.keys()                          # {"/gipam/gipam/head": ..., ...}, values parsed as JSON
+    etcd.keys("/gipam/")                 # {"/gipam/gipam/head": ..., ...}, values parsed as JSON
     etcd.ctl("get", "--prefix", "/gipam")
     etcd.compact(); etcd.save(path); etcd.restore(path)
 
@@ -102,12 +102,12 @@ class Etcd:
 
     # -- processes; no member named means all of them
 
-    def start(self, *members: Member, wait: bool = True) -> None:
-        """Start those that do not run, and wait until etcd is well, if a majority runs."""
-        for member in members or self.members:
+    def start(self, wait: bool = True) -> None:
+        """Start those that do not run, and wait until etcd is well."""
+        for member in self.members:
             if not member.is_running():
                 self._start(member)
-        if wait and 2 * sum(member.is_running() for member in self.members) > len(self.members):
+        if wait:
             self.wait()
 
     def _start(self, member: Member) -> None:
@@ -125,13 +125,11 @@ class Etcd:
     def wait(self) -> None:
         """Wait until etcd is well: it has a leader and takes writes."""
         try:
-            until(self.is_well, "etcd is well", START_DEADLINE_S)
+            until(lambda: works(self.ctl, "--command-timeout=2s", "put", "/is-well", ""),
+                  "etcd is well", START_DEADLINE_S)
         except AssertionError as error:
             logs = [member.process.read_log()[-3000:] for member in self.members if member.process]
             raise AssertionError("\n".join([str(error), *logs])) from None
-
-    def is_well(self) -> bool:
-        return works(self.ctl, "--command-timeout=2s", "put", "/is-well", "")
 
     def kill(self, *members: Member) -> None:
         """End them with SIGKILL, paused ones too."""
@@ -145,8 +143,8 @@ class Etcd:
         for member in members or self.members:
             member.send(signal.SIGSTOP)
 
-    def resume(self, *members: Member) -> None:
-        for member in members or self.members:
+    def resume(self) -> None:
+        for member in self.members:
             member.send(signal.SIGCONT)
 
     def leader(self) -> Member:
@@ -171,7 +169,7 @@ class Etcd:
             options += ["--user", ROOT]
         return run(*asked.inside, "etcdctl", *options, *arguments)
 
-    def keys(self, prefix: str = "/gipam/") -> dict[str, Any]:
+    def keys(self, prefix: str) -> dict[str, Any]:
         """Return every key under the prefix with its value, parsed where it is JSON."""
         found = {}
         for pair in json.loads(self.ctl("get", "--prefix", prefix, "-w", "json")).get("kvs", []):
@@ -193,7 +191,7 @@ class Etcd:
 
     def save(self, path: str) -> None:
         """Save a snapshot of it all."""
-        self.ctl("snapshot", "save", path, member=next(filter(Member.is_running, self.members)))
+        self.ctl("snapshot", "save", path, member=self.members[0])
 
     def restore(self, path: str, cluster_token: str = "") -> None:
         """Let a snapshot take the place of it all; another token makes another cluster id."""
