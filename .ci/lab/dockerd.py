@@ -449,6 +449,11 @@ class SwarmTest(DockerCase):
         self.wait_for_tasks()
         self.assert_agreement()
         self.docker("service", "rm", "service")
+        until(self.are_tasks_removed, "no task is left")
+
+    def are_tasks_removed(self) -> bool:
+        tasks = self.docker("ps", "-aq").split()
+        return not tasks or works(self.docker, "rm", "-f", *tasks)  # or swarm is about to do it
 
     def wait_for_tasks(self) -> None:
         until(lambda: len(self.docker("ps", "-q").split()) == 2, "two tasks")
