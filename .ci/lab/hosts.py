@@ -256,7 +256,7 @@ class HostsTest(unittest.TestCase):
                     host("docker restart web1; docker run --rm --network lan nginx sh -c :")
                 self.assert_refused(first, CREATE + "later", "etcd does not answer", *(
                     f"https://192.0.2.{number}:2379" for number in HOSTS.values()))
-                fixed = "docker run --rm --network lan --ip 192.168.1.201 nginx"  # not in its part
+                fixed = "docker run --rm --network lan --ip 192.168.1.150 nginx"  # in no part
                 self.assert_refused(first, fixed, "etcd does not answer")
                 first("docker rm -f web1; docker network rm web")
                 for block in self.networks:  # what a name had is still claimed
