@@ -295,20 +295,24 @@ class Bench(unittest.TestCase):
         disk, for_s = Disk(grouped.directory), 0.5 if self.quick else 2.0
         echoes = addresses("")
         echoes.requests = itertools.repeat(ECHO)
-        pools = {daemon: addresses(Wire(daemon.socket).request_pool("10.2.0.0/16")) for daemon in (grouped, single)}
+        pools = {daemon: addresses(Wire(daemon.socket).request_pool("10.2.0.0/16"))
+                 for daemon in (grouped, single)}
+
+        def rate(daemon: BenchDaemon, traffic: Traffic, connections: int) -> Callable[[], float]:
+            return functools.partial(storm, daemon.socket, traffic, connections, for_s)
+
         rows: dict[str, Callable[[], float]] = {
-            "requests and releases, connections: 1": lambda: storm(grouped.socket, pools[grouped], 1, for_s),
-            "requests and releases, connections: 8": lambda: storm(grouped.socket, pools[grouped], 8, for_s),
-            "requests and releases, connections: 64": lambda: storm(grouped.socket, pools[grouped], 64, for_s),
-            "  the same, 64 connections, with one sync a call": lambda: storm(single.socket, pools[single], 64, for_s),
-            "  echo of the same server, 64 connections": lambda: storm(
-                grouped.socket, echoes, 64, for_s),
-            "  a line appended and synced, in a loop": lambda: 1 / statistics.median(disk.sync() for _ in range(300))}
+            **{f"requests and releases, connections: {connections}":
+               rate(grouped, pools[grouped], connections) for connections in (1, 8, 64)},
+            "  the same, 64 connections, with one sync a call": rate(single, pools[single], 64),
+            "  echo of the same server, 64 connections": rate(grouped, echoes, 64),
+            "  a line appended and synced, in a loop":
+                lambda: 1 / statistics.median(disk.sync() for _ in range(300))}
         columns = self.columns(3, 5, 1, *rows.values())
         for what, rates in zip(rows, columns):
             self.row(what, rates, "/s")
-        _, _, many, single_syncs, _, syncs = columns
-        self.row("64 connections, group commit / one sync a call", ratios(many, single_syncs),
+        _, _, many, single_sync, _, syncs = columns
+        self.row("64 connections, group commit / one sync a call", ratios(many, single_sync),
                  at_least=5)
         self.row("64 connections, group commit / a line synced in a loop", ratios(many, syncs))
 
