@@ -379,18 +379,12 @@ class Bench(unittest.TestCase):
     def flat(self, what: str, few: BenchDaemon, few_traffic: list[Traffic], many: BenchDaemon,
              many_traffic: list[Traffic]) -> None:
         """Compare what a call costs the two daemons."""
-        sides = [(Wire(daemon.socket), itertools.cycle(traffic))
-                 for daemon, traffic in ((few, few_traffic), (many, many_traffic))]
-        before = few.cpu_s(), many.cpu_s()
-        theirs, ours = self.columns(8, 30, 100, *(
-            functools.partial(self.next_pair, *side) for side in sides))
+        wires, before = [Wire(daemon.socket) for daemon in (few, many)], (few.cpu_s(), many.cpu_s())
+        theirs, ours = self.columns(8, 30, 100, lambda: wires[0].pair(random.choice(few_traffic)),
+                                    lambda: wires[1].pair(random.choice(many_traffic)))
         self.row(f"time of a call, {what}", ratios(ours, theirs), at_most=1.2)
         self.row(f"  processor time of a call, {what}", [
             (many.cpu_s() - before[1]) / (few.cpu_s() - before[0])], at_most=1.2)
-
-    @staticmethod
-    def next_pair(wire: Wire, turns: Iterator[Traffic]) -> float:
-        return wire.pair(next(turns))
 
     def full_and_crowded(self) -> None:
         """Calls that must look for room in a state that has hardly any."""
