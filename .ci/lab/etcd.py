@@ -151,8 +151,9 @@ class Etcd:
         """Return the member that leads. Raises: CommandError: none does."""
         for member in filter(Member.is_running, self.members):
             with contextlib.suppress(CommandError):
-                status = json.loads(self.ctl("--command-timeout=2s", "endpoint", "status", "-w", "json", member=member))
-                if status[0]["Status"]["leader"] == status[0]["Status"]["header"]["member_id"]:
+                said = self.ctl("--command-timeout=2s", "endpoint", "status", "-w", "json", member=member)
+                status = json.loads(said)[0]["Status"]
+                if status.get("leader") == status["header"]["member_id"]:  # it has none in an election
                     return member
         raise CommandError("no member leads")
 
