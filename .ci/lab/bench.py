@@ -429,7 +429,7 @@ class Bench(unittest.TestCase):
             while not is_over.wait(0.001):
                 floor.append(disk.sync())
 
-        thread = threading.Thread(target=sync_alone)
+        thread = threading.Thread(target=sync_alone, daemon=True)
         thread.start()
         for _ in range(folds):
             inode = os.stat(daemon.file).st_ino
