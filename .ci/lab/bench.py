@@ -8,6 +8,7 @@ rounds' medians; in brackets stand the lowest and the highest round. The files l
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import http.client
 import ipaddress
 import itertools
@@ -16,8 +17,6 @@ import os
 import platform
 import random
 import select
-import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,10 +27,10 @@ import unittest
 from typing import Any, Callable, Iterator, Sequence
 
 from etcd import CLIENT_PORT, Etcd, loopback
-from machines import Docker
+from machines import Docker, Namespaces
 
 import gipam
-from test_gipam import DEADLINE_S, Daemon, Refused, launcher
+from test_gipam import Daemon, Refused, dial, launcher, request
 
 ONE_SYNC_A_REQUEST = """
 class Store(gipam.Store):
@@ -57,71 +56,47 @@ with socket.socket(socket.AF_UNIX) as wire:
     wire.sendall(b"GET /status?leases=1 HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n")
     print(sum(map(len, iter(lambda: wire.recv(1 << 20), b""))))
 """
-WITH_ROUTES = ("unshare", "--net", "sh", "-c", 'ip link set lo up && ip -batch "$0" && exec "$@"')
-
-
-def post(method: str, body: bytes = b"") -> bytes:
-    """Return a request as dockerd writes it."""
-    return (f"POST /{method} HTTP/1.1\r\nHost: plugin.moby.localhost\r\n"
-            f"User-Agent: Go-http-client/1.1\r\nContent-Length: {len(body)}\r\n"
-            f"Accept: {gipam.REPLY_TYPE}\r\n\r\n").encode() + body
-
-
-def encode(**fields: Any) -> bytes:
-    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
-
-
-ECHO = post("Plugin.Activate", encode(PoolID="10.2.0.0/16#0123456789abcdef", Address=""))
+ECHO = request("Plugin.Activate", {"PoolID": "10.2.0.0/16#0123456789abcdef", "Address": ""})
 
 
 class Traffic:
     """Requests made beforehand, and to each reply the release of what it granted."""
 
-    def __init__(self, method: str, bodies: list[bytes], key: bytes, release: bytes) -> None:
-        self.requests: Iterator[bytes] = itertools.cycle([post(f"IpamDriver.Request{method}", body)
-                                                          for body in bodies])
-        self.key = key
-        self.release = post(f"IpamDriver.Release{method}", release + b" " * 96)[:-96]
+    def __init__(self, kind: str, key: str, requests: list[dict[str, Any]], **release: str) -> None:
+        self.requests: Iterator[bytes] = itertools.cycle(
+            [request("IpamDriver.Request" + kind, fields) for fields in requests])
+        self.key, self.end = f'"{key}":"'.encode(), b"/" if key == "Address" else b'"'
+        self.release = functools.lru_cache(None)(lambda granted: request(
+            "IpamDriver.Release" + kind, {**release, key: granted.decode()}))
 
     def answer(self, reply: bytes = b"") -> bytes:
         """Return what to send next."""
-        start = reply.find(self.key) + len(self.key)
-        if start < len(self.key):
-            return next(self.requests)
-        granted = reply[start:reply.index(b'"', start)]
-        if self.key == b'"Address":"':
-            granted = granted.split(b"/")[0]
-        return self.release + (granted + b'"}').ljust(96)
+        _, key, granted = reply.partition(self.key)
+        return self.release(granted.partition(self.end)[0]) if key else next(self.requests)
 
 
 def addresses(pool_id: str, macs: int = 1000) -> Traffic:
     """Return the traffic of containers that come and go in a network."""
-    bodies = [encode(PoolID=pool_id, Address="", Options={
-        "com.docker.network.endpoint.macaddress": f"02:42:00:00:{mac >> 8:02x}:{mac & 255:02x}"})
-        for mac in range(macs)]
-    return Traffic("Address", bodies, b'"Address":"', encode(PoolID=pool_id, Address="")[:-3])
+    return Traffic("Address", "Address", [{"PoolID": pool_id, "Address": "", "Options": {
+        "com.docker.network.endpoint.macaddress": f"02:42:00:00:{mac >> 8:02x}:{mac & 255:02x}"}}
+        for mac in range(macs)], PoolID=pool_id)
 
 
 def networks(pool: str = "", v6: bool = False) -> Traffic:
     """Return the traffic of networks that come and go."""
-    body = encode(AddressSpace="gipam", Pool=pool, SubPool="", Options={}, V6=v6)
-    return Traffic("Pool", [body], b'"PoolID":"', b'{"PoolID":"')
+    return Traffic("Pool", "PoolID", [
+        {"AddressSpace": "gipam", "Pool": pool, "SubPool": "", "Options": {}, "V6": v6}])
 
 
-def echoes() -> Traffic:
-    """Return traffic that changes nothing."""
-    traffic = Traffic("", [], b'"Address":"', b"")
-    traffic.requests = itertools.repeat(ECHO)
-    return traffic
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(ours, theirs)]
 
 
 class Wire:
     """A connection that costs the client as little as can be."""
 
     def __init__(self, path: str) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(DEADLINE_S)
-        self.socket.connect(path)
+        self.socket = dial(path)
 
     def receive(self) -> bytes:
         reply = self.socket.recv(65536)  # gipam writes a reply at once
@@ -136,10 +111,16 @@ class Wire:
         reply = self.receive()
         return time.perf_counter() - started, reply
 
-    def pair(self, traffic: Traffic) -> list[float]:
+    def both(self, traffic: Traffic) -> tuple[float, float]:
         """Request and release; return how long each took."""
         first, reply = self.call(traffic.answer())
-        return [first, self.call(traffic.answer(reply))[0]]
+        return first, self.call(traffic.answer(reply))[0]
+
+    def pair(self, traffic: Traffic) -> float:
+        return sum(self.both(traffic)) / 2
+
+    def request(self, traffic: Traffic) -> float:
+        return self.both(traffic)[0]
 
     def request_pool(self, pool: str = "") -> str:
         reply = self.call(next(networks(pool).requests))[1]
@@ -282,44 +263,58 @@ class Bench(unittest.TestCase):
             target, is_met = f"at least {at_least:g}", statistics.median(values) >= at_least
         print(f"{what:70} {figure:36} {target}{'' if is_met else '  MISSED'}".rstrip(), flush=True)
 
+    def columns(self, quick: int, full: int, repeats: int,
+                *measures: Callable[[], float]) -> list[tuple[float, ...]]:
+        """Measure in alternation, so often a round; return of each measure the rounds' medians."""
+        rounds = [[[measure() for measure in measures] for _ in range(repeats)]
+                  for _ in self.rounds(quick, full)]
+        return list(zip(*([statistics.median(times) for times in zip(*its)] for its in rounds)))
+
+    def start_etcd(self) -> Etcd:
+        etcd = Etcd(*loopback(1))
+        self.addCleanup(etcd.close)
+        etcd.start()
+        return etcd
+
     # -- one connection, many connections
 
     def one_connection(self) -> None:
         daemon = BenchDaemon(self).start()
         wire, disk = Wire(daemon.socket), Disk(daemon.directory)
         traffic = addresses(wire.request_pool("10.2.0.0/16"))
-        medians: dict[str, list[float]] = {"sync": [], "echo": [], "call": []}
-        for _ in self.rounds(10, 40):
-            times: dict[str, list[float]] = {what: [] for what in medians}
-            for _ in range(100):
-                times["sync"].append(disk.sync())
-                times["echo"].append(wire.call(ECHO)[0])
-                times["call"] += wire.pair(traffic)
-            for what, values in times.items():
-                medians[what].append(statistics.median(values))
-        self.row("a line appended and synced, nothing else", medians["sync"], "ms")
-        self.row("echo of the same server, nothing saved", medians["echo"], "ms")
-        self.row("request or release, 1 connection", medians["call"], "ms")
-        self.row("  / (sync + echo)", [call / (sync + echo) for sync, echo, call in zip(*medians.values())],
-                 at_most=1.2)
+        syncs, echo, calls = self.columns(
+            10, 40, 100, disk.sync, lambda: wire.call(ECHO)[0], lambda: wire.pair(traffic))
+        self.row("a line appended and synced, nothing else", syncs, "ms")
+        self.row("echo of the same server, nothing saved", echo, "ms")
+        self.row("request or release, 1 connection", calls, "ms")
+        self.row("  / (sync + echo)", ratios(calls, list(map(sum, zip(syncs, echo)))), at_most=1.2)
 
     def many_connections(self) -> None:
         grouped = BenchDaemon(self).start()
         single = BenchDaemon(self, patch=ONE_SYNC_A_REQUEST).start()
         disk, for_s = Disk(grouped.directory), 0.5 if self.quick else 2.0
-        pools = {daemon: addresses(Wire(daemon.socket).request_pool("10.2.0.0/16")) for daemon in (grouped, single)}
+        echoes = addresses("")
+        echoes.requests = itertools.repeat(ECHO)
+        pools = {daemon: addresses(Wire(daemon.socket).request_pool("10.2.0.0/16"))
+                 for daemon in (grouped, single)}
+
+        def rate(daemon: BenchDaemon, traffic: Traffic, connections: int) -> Callable[[], float]:
+            return functools.partial(storm, daemon.socket, traffic, connections, for_s)
+
         rows: dict[str, Callable[[], float]] = {
-            "requests and releases, connections: 1": lambda: storm(grouped.socket, pools[grouped], 1, for_s),
-            "requests and releases, connections: 8": lambda: storm(grouped.socket, pools[grouped], 8, for_s),
-            "requests and releases, connections: 64": lambda: storm(grouped.socket, pools[grouped], 64, for_s),
-            "  the same, 64 connections, with one sync a call": lambda: storm(single.socket, pools[single], 64, for_s),
-            "  echo of the same server, 64 connections": lambda: storm(grouped.socket, echoes(), 64, for_s),
-            "  a line appended and synced, in a loop": lambda: 1 / statistics.median(disk.sync() for _ in range(300))}
-        rounds = [[measure() for measure in rows.values()] for _ in self.rounds(3, 5)]
-        for what, rates in zip(rows, zip(*rounds)):
+            **{f"requests and releases, connections: {connections}":
+               rate(grouped, pools[grouped], connections) for connections in (1, 8, 64)},
+            "  the same, 64 connections, with one sync a call": rate(single, pools[single], 64),
+            "  echo of the same server, 64 connections": rate(grouped, echoes, 64),
+            "  a line appended and synced, in a loop":
+                lambda: 1 / statistics.median(disk.sync() for _ in range(300))}
+        columns = self.columns(3, 5, 1, *rows.values())
+        for what, rates in zip(rows, columns):
             self.row(what, rates, "/s")
-        self.row("64 connections, group commit / one sync a call", [it[2] / it[3] for it in rounds], at_least=5)
-        self.row("64 connections, group commit / a line synced in a loop", [it[2] / it[5] for it in rounds])
+        _, _, many, single_sync, _, syncs = columns
+        self.row("64 connections, group commit / one sync a call", ratios(many, single_sync),
+                 at_least=5)
+        self.row("64 connections, group commit / a line synced in a loop", ratios(many, syncs))
 
     # -- a state of any size
 
@@ -329,11 +324,12 @@ class Bench(unittest.TestCase):
         few_held = Fixture({"2001:db8:ffff::/64": 10}, 9, 10)
         many_held = Fixture({"2001:db8:ffff::/64": wide}, blocks, 90)
         few, many = BenchDaemon(self, few_held).start(), BenchDaemon(self, many_held)
-        count = f"{many_held.leases:,} leases"
+        count, few_bytes = f"{many_held.leases:,} leases", few.memory_bytes("VmRSS")
         self.row(f"start with {count}", [many.seconds_to_start() for _ in self.rounds(1, 3)], "s", at_most=6)
-        for key, when in (("VmRSS", "after the start"), ("VmHWM", "at its peak")):
-            self.row(f"memory a lease, {when}", [(many.memory_bytes(key) - few.memory_bytes(key))
-                     / many_held.leases], "B", at_most=400 if key == "VmRSS" else None)
+        for key, when, at_most in (("VmRSS", "after the start", 400),
+                                   ("VmHWM", "at its peak", None)):
+            figure = (many.memory_bytes(key) - few_bytes) / many_held.leases
+            self.row(f"memory a lease, {when}", [figure], "B", at_most)
         traffic = [addresses(pool_id, 4) for pool_id in random.sample(many_held.pool_ids[1:], 500)]
         self.while_folding(many, traffic, 1, f"longest call while {count} are folded")
         self.beside_a_page(many, traffic, f"longest call beside GET /status?leases=1 of {count}")
@@ -341,16 +337,21 @@ class Bench(unittest.TestCase):
         self.flat(f"{count} in {blocks + 1:,} pools / 100 in 10", few, few_traffic, many, traffic)
         self.flat(f"one /64 with {wide:,} / 100 in 10", few, few_traffic, many,
                   [addresses(many_held.pool_ids[0])])
+        many.kill()
+        held = Fixture({"2001:db8:ffff::/64": wide}, 0, 0, apart=1 << 40)
+        figure = (BenchDaemon(self, held).start().memory_bytes("VmRSS") - few_bytes) / held.leases
+        self.row(f"memory a lease, {held.leases:,} far apart in a /64", [figure], "B", at_most=1000)
 
     def beside_a_page(self, daemon: BenchDaemon, traffic: list[Traffic], what: str) -> None:
         """Call as long as somebody reads all leases."""
         wire, disk = Wire(daemon.socket), Disk(daemon.directory)
         worst, lengths, pages_s, alone = [], [], [], [disk.sync() for _ in range(300)]
         for _ in self.rounds(1, 5):
-            started, times = time.perf_counter(), []
+            times: list[float] = []
+            started = time.perf_counter()
             reader = subprocess.Popen([sys.executable, "-c", READER, daemon.socket], stdout=subprocess.PIPE)
             while reader.poll() is None:
-                times += wire.pair(random.choice(traffic))
+                times += wire.both(random.choice(traffic))
             pages_s.append(time.perf_counter() - started)
             lengths.append(int(reader.communicate()[0]) / 1e6)
             worst.append(max(times))
@@ -359,39 +360,29 @@ class Bench(unittest.TestCase):
         self.row("  the page took", pages_s, "s")
         self.row("  its length", lengths, "MB")
 
-    def far_apart(self) -> None:
-        few = BenchDaemon(self, Fixture({"2001:db8:ffff::/64": 10}, 0, 0)).start()
-        held = Fixture({"2001:db8:ffff::/64": 10_000 if self.quick else 100_000}, 0, 0, apart=1 << 40)
-        many = BenchDaemon(self, held).start()
-        self.row(f"memory a lease, {held.leases:,} far apart in a /64",
-                 [(many.memory_bytes("VmRSS") - few.memory_bytes("VmRSS")) / held.leases], "B", at_most=1000)
-
     def many_routes(self) -> None:
         """In a network namespace with so many routes of both families, none of them in a base."""
-        daemon, routes = BenchDaemon(self), os.path.join(tempfile.mkdtemp(prefix="gipam-"), "routes")
-        self.addCleanup(shutil.rmtree, os.path.dirname(routes))
+        daemon = BenchDaemon(self)
+        routes = os.path.join(daemon.directory, "routes")
         with open(routes, "w", encoding="ascii") as file:
             for number in range(20_000):
                 file.write(f"route add 11.{number >> 8}.{number & 255}.0/24 dev lo\n"
                            f"route add 2001:dbf:{number:x}::/48 dev lo\n")
-        daemon.command = (*WITH_ROUTES, routes, *daemon.command)
+        namespaces = Namespaces("--net", setup=f"ip link set lo up; ip -batch {routes}")
+        self.addCleanup(namespaces.close)
+        daemon.command = (*namespaces.inside, *daemon.command)
         wire = Wire(daemon.start().socket)
         for what, traffic in (("a dynamic pool", networks()), ("a dynamic IPv6 pool", networks(v6=True))):
-            medians = [statistics.median(wire.pair(traffic)[0] for _ in range(5)) for _ in self.rounds(3, 10)]
+            medians, = self.columns(3, 10, 5, functools.partial(wire.request, traffic))
             self.row(f"{what} with 20,000 routes of each family", medians, "ms", at_most=30)
 
     def flat(self, what: str, few: BenchDaemon, few_traffic: list[Traffic], many: BenchDaemon,
              many_traffic: list[Traffic]) -> None:
         """Compare what a call costs the two daemons."""
-        sides = ((Wire(few.socket), few_traffic), (Wire(many.socket), many_traffic))
-        before, ratios = (few.cpu_s(), many.cpu_s()), []
-        for _ in self.rounds(8, 30):
-            rounds: tuple[list[float], list[float]] = ([], [])
-            for number in range(100):
-                for (wire, traffic), times in zip(sides, rounds):
-                    times += wire.pair(traffic[number % len(traffic)])
-            ratios.append(statistics.median(rounds[1]) / statistics.median(rounds[0]))
-        self.row(f"time of a call, {what}", ratios, at_most=1.2)
+        wires, before = [Wire(daemon.socket) for daemon in (few, many)], (few.cpu_s(), many.cpu_s())
+        theirs, ours = self.columns(8, 30, 100, lambda: wires[0].pair(random.choice(few_traffic)),
+                                    lambda: wires[1].pair(random.choice(many_traffic)))
+        self.row(f"time of a call, {what}", ratios(ours, theirs), at_most=1.2)
         self.row(f"  processor time of a call, {what}", [
             (many.cpu_s() - before[1]) / (few.cpu_s() - before[0])], at_most=1.2)
 
@@ -408,9 +399,8 @@ class Bench(unittest.TestCase):
                 (f"a dynamic pool, {len(held.pool_ids) - 1:,} /24 of a /8 held", networks()),
                 ("a dynamic IPv6 pool beside them", networks(v6=True)),
                 ("a /40 over blocks of /64", networks("2001:db8:ff00::/40", v6=True))):
-            wire, medians = Wire(daemon.socket), []
-            for _ in self.rounds(5, 20):
-                medians.append(statistics.median(wire.pair(traffic)[0] for _ in range(50)))
+            measure = functools.partial(Wire(daemon.socket).request, traffic)
+            medians, = self.columns(5, 20, 50, measure)
             self.row(what, medians, "ms", at_most=1)
 
     def empty_start(self) -> None:
@@ -439,13 +429,13 @@ class Bench(unittest.TestCase):
             while not is_over.wait(0.001):
                 floor.append(disk.sync())
 
-        thread = threading.Thread(target=sync_alone)
+        thread = threading.Thread(target=sync_alone, daemon=True)
         thread.start()
         for _ in range(folds):
             inode = os.stat(daemon.file).st_ino
             floor[:], first = [0.0], len(times)
             while os.stat(daemon.file).st_ino == inode:
-                times += wire.pair(random.choice(traffic))
+                times += wire.both(random.choice(traffic))
             worst.append(max(times[first:]))
             worst_floors.append(max(floor))
         is_over.set()
@@ -459,9 +449,7 @@ class Bench(unittest.TestCase):
 
     def several_hosts(self) -> None:
         """What etcd costs, on this machine: new pools wait for it, addresses never."""
-        etcd = Etcd(*loopback(1))
-        self.addCleanup(etcd.close)
-        etcd.start()
+        etcd = self.start_etcd()
         alone = BenchDaemon(self).start()
         hosts = [BenchDaemon(self, None, "", "-etcd", etcd.endpoints, "-host", f"host{number}").start()
                  for number in range(3)]
@@ -473,30 +461,24 @@ class Bench(unittest.TestCase):
         falls: dict[str, Callable[[], Any]] = {"there": etcd.wait, "hung": etcd.pause, "away": etcd.kill}
         for what, fall in falls.items():
             fall()
-            times = [[statistics.median(it) for it in zip(*(
-                [wire.pair(its)[0] for wire, its in zip(wires, traffic)] for _ in range(100)))]
-                for _ in self.rounds(10, 40)]
-            self.row(f"time of an address, etcd {what} / without -etcd", [ours / plain for ours, plain in times],
+            ours, plain = self.columns(10, 40, 100, *(
+                functools.partial(wire.request, its) for wire, its in zip(wires, traffic)))
+            self.row(f"time of an address, etcd {what} / without -etcd", ratios(ours, plain),
                      at_most=1.0)
 
     def pools_through_etcd(self, etcd: Etcd, alone: BenchDaemon, host: BenchDaemon) -> None:
-        gateway = Gateway(etcd)
-        names = ("a dynamic pool without etcd", "an etcd transaction, nothing else", "a dynamic pool through etcd")
-        wires, medians = (Wire(alone.socket), Wire(host.socket)), []
-        for _ in self.rounds(5, 20):
-            traffic, rows, replies = networks(), [], []
-            for _ in range(30):
-                calls = [wire.call(traffic.answer()) for wire in wires]
-                rows.append((calls[0][0], gateway.put("/bench/claim", "/bench/head"), calls[1][0]))
-                replies.append([reply for _, reply in calls])
-            for pair in replies:
-                for wire, reply in zip(wires, pair):
-                    wire.call(traffic.answer(reply))
-            medians.append([statistics.median(column) for column in zip(*rows)])
-        for name, column in zip(names, zip(*medians)):
-            self.row(name, column, "ms")
-        self.row("  / (1.5 x transaction + without)", [ours / (1.5 * transaction + plain)
-                                                       for plain, transaction, ours in medians], at_most=1)
+        """Of networks that stay: a claim that is let go would meet the next one."""
+        gateway, pools = Gateway(etcd), networks().requests
+        wires = [Wire(daemon.socket) for daemon in (alone, host)]
+        plain, transaction, ours = self.columns(
+            5, 20, 30, lambda: wires[0].call(next(pools))[0],
+            lambda: gateway.put("/bench/claim", "/bench/head"),
+            lambda: wires[1].call(next(pools))[0])
+        self.row("a dynamic pool without etcd", plain, "ms")
+        self.row("an etcd transaction, nothing else", transaction, "ms")
+        self.row("a dynamic pool through etcd", ours, "ms")
+        floor = [1.5 * one + other for one, other in zip(transaction, plain)]
+        self.row("  / (1.5 x transaction + without)", ratios(ours, floor), at_most=1)
 
     def at_once(self, paths: list[str]) -> list[float]:
         """Return how many networks a second each gets that comes and goes."""
@@ -505,9 +487,7 @@ class Bench(unittest.TestCase):
 
     def claims_of_others(self) -> None:
         """Start and memory beside 10,000 claims of another host."""
-        etcd, count = Etcd(*loopback(1)), 1_000 if self.quick else 10_000
-        self.addCleanup(etcd.close)
-        etcd.start()
+        etcd, count = self.start_etcd(), 1_000 if self.quick else 10_000
         options = ("-etcd", etcd.endpoints, "-host", "bench")
         daemon = BenchDaemon(self, None, "", *options)
         empty = [daemon.seconds_to_start() for _ in self.rounds(3, 7)], daemon.memory_bytes("VmRSS")
@@ -530,14 +510,11 @@ class Bench(unittest.TestCase):
             return
         self.addCleanup(docker.close)
         docker.start()
-        times: dict[str, list[float]] = {"gipam": [], "default": []}
-        for number in self.rounds(4, 25):
-            for driver in sorted(times, reverse=number % 2 == 0):
-                times[driver].append(self.life_of_a_network(docker, driver))
-        for driver, name in (("gipam", "gipam"), ("default", "the built-in IPAM")):
-            self.row(f"docker network create, run, rm with {name}", times[driver], "s")
-        self.row("  gipam / built-in", [ours / theirs for ours, theirs
-                                        in zip(times["gipam"], times["default"])], at_most=1.03)
+        ours, theirs = self.columns(4, 25, 1, *(functools.partial(
+            self.life_of_a_network, docker, driver) for driver in ("gipam", "default")))
+        self.row("docker network create, run, rm with gipam", ours, "s")
+        self.row("docker network create, run, rm with the built-in IPAM", theirs, "s")
+        self.row("  gipam / built-in", ratios(ours, theirs), at_most=1.03)
 
     @staticmethod
     def life_of_a_network(docker: Docker, driver: str) -> float:
@@ -558,7 +535,7 @@ def main(arguments: list[str]) -> int:
           f"load {os.getloadavg()[0]:.1f}, files in {tempfile.gettempdir()}\n")
     try:
         for section in (runner.one_connection, runner.many_connections, runner.empty_start,
-                        runner.a_million_leases, runner.far_apart, runner.many_routes,
+                        runner.a_million_leases, runner.many_routes,
                         runner.full_and_crowded, runner.folding, runner.several_hosts, runner.claims_of_others,
                         runner.beside_docker):
             section()

@@ -7,7 +7,7 @@
     etcd.endpoints                       # "http://10.9.0.1:2379,http://10.9.0.2:2379", for -etcd
     etcd.kill(etcd.leader())             # one Member or several; none means all; start() brings them back
     etcd.pause(*etcd.members[:2])        # SIGSTOP; resume() lets them go on
-    etcd.keys()                          # {"/gipam/gipam/head": ..., ...}, values parsed as JSON
+    etcd.keys("/gipam/")                 # {"/gipam/gipam/head": ..., ...}, values parsed as JSON
     etcd.ctl("get", "--prefix", "/gipam")
     etcd.compact(); etcd.save(path); etcd.restore(path)
 
@@ -22,33 +22,18 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
-import subprocess
 import tempfile
 from typing import Any, Iterable, Sequence
 
-from machines import require, until
+from machines import CommandError, Process, read_blocks, require, run, until, works
 
 CLIENT_PORT, PEER_PORT = 2379, 2380
 START_DEADLINE_S = 60.0
 ROOT = "root:rootpw"  # who administers an etcd with users
 NUMBERS = itertools.count(1)
-
-# The server's certificate is a client's too: the gateway in etcd speaks to etcd with it. A client's
-# with a common name is refused by the gateway as soon as etcd asks for certificates and users.
-MAKE_CERTIFICATES = """
-mkdir -p "$0"; cd "$0"
-curve="-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -noenc"
-new() { openssl req $curve -keyout "$1-key.pem" -subj "/O=$1" "${@:2}"; }
-new ca -x509 -days 2 -out ca.pem
-for name in server client; do
-  new $name -x509 -days 2 -CA ca.pem -CAkey ca-key.pem -out $name.pem -addext subjectAltName="$1" \\
-    -addext basicConstraints=CA:FALSE -addext extendedKeyUsage=serverAuth,clientAuth
-done
-mkdir -p client; cp ca.pem client; cp client.pem client/cert.pem; cp client-key.pem client/key.pem
-"""
-
 
 def loopback(count: int) -> list[str]:
     """Return loopback addresses that no other run and no other cluster of this one has."""
@@ -57,13 +42,14 @@ def loopback(count: int) -> list[str]:
 
 
 def make_certificates(directory: str, addresses: Iterable[str]) -> None:
-    """Make a CA, a server's certificate for the addresses, and client/ as -etcdtls wants it."""
+    """Make a CA, and a certificate for server and client, by the README's commands.
+
+    The gateway in etcd is a client, too. With users it refuses one whose certificate has a CN.
+    """
+    block, = (block for block in read_blocks() if "CN=CA of etcd" in block.text)
     names = ",".join("IP:" + address for address in addresses)
-    subprocess.run(["bash", "-ec", MAKE_CERTIFICATES, directory, names], check=True, capture_output=True)
-
-
-class EtcdError(Exception):
-    """etcdctl failed; str() is what it said."""
+    script = re.sub(r"IP:127\S+", names, block.text.replace("/etc/etcd", directory))
+    run("bash", "-ec", script)
 
 
 class Member:
@@ -73,18 +59,14 @@ class Member:
         self.name, self.address, self.inside = f"etcd-{address}", address, list(inside)
         self.data, self.log = f"{directory}/{self.name}", f"{directory}/{self.name}.log"
         self.peer_url = f"http://{address}:{PEER_PORT}"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
 
     def is_running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        return self.process is not None and self.process.is_running()
 
     def send(self, number: int) -> None:
-        if self.process is not None and self.is_running():
-            self.process.send_signal(number)
-
-    def read_log(self) -> str:
-        with open(self.log, encoding="utf-8", errors="replace") as log:
-            return log.read()
+        if self.process is not None:
+            self.process.send(number)
 
 
 class Etcd:
@@ -97,10 +79,9 @@ class Etcd:
         self.members = [Member(self.directory, *pair) for pair in zip(addresses, inside or [()] * len(addresses))]
         self.is_tls, self.token_ttl_s, self.has_users = tls, token_ttl_s, False
         self.cluster_token = "gipam-lab"
-        self.certificates = f"{self.directory}/tls"
-        self.client_tls = f"{self.certificates}/client"
+        self.client_tls = f"{self.directory}/tls"
         if tls:
-            make_certificates(self.certificates, [member.address for member in self.members])
+            make_certificates(self.client_tls, addresses)
 
     def close(self) -> None:
         self.kill()
@@ -121,12 +102,12 @@ class Etcd:
 
     # -- processes; no member named means all of them
 
-    def start(self, *members: Member, wait: bool = True) -> None:
-        """Start those that do not run, and wait until etcd is well, if a majority runs."""
-        for member in members or self.members:
+    def start(self, wait: bool = True) -> None:
+        """Start those that do not run, and wait until etcd is well."""
+        for member in self.members:
             if not member.is_running():
                 self._start(member)
-        if wait and 2 * sum(member.is_running() for member in self.members) > len(self.members):
+        if wait:
             self.wait()
 
     def _start(self, member: Member) -> None:
@@ -136,25 +117,19 @@ class Etcd:
                    "--initial-advertise-peer-urls", member.peer_url, *self.cluster,
                    "--auth-token-ttl", str(self.token_ttl_s), "--log-level", "warn"]
         if self.is_tls:
-            options += ["--client-cert-auth", "--trusted-ca-file", f"{self.certificates}/ca.pem", "--cert-file",
-                        f"{self.certificates}/server.pem", "--key-file", f"{self.certificates}/server-key.pem"]
-        with open(member.log, "ab") as log:
-            member.process = subprocess.Popen([*member.inside, "etcd", *options], stdin=subprocess.DEVNULL,
-                                              stdout=log, stderr=log)
+            options += ["--client-cert-auth", "--trusted-ca-file", f"{self.client_tls}/ca.pem",
+                        "--cert-file", f"{self.client_tls}/cert.pem",
+                        "--key-file", f"{self.client_tls}/key.pem"]
+        member.process = Process(member.log, *member.inside, "etcd", *options)
 
     def wait(self) -> None:
         """Wait until etcd is well: it has a leader and takes writes."""
         try:
-            until(self.is_well, "etcd is well", START_DEADLINE_S)
+            until(lambda: works(self.ctl, "--command-timeout=2s", "put", "/is-well", ""),
+                  "etcd is well", START_DEADLINE_S)
         except AssertionError as error:
-            raise AssertionError("\n".join([str(error), *(member.read_log()[-3000:] for member in self.members
-                                                          if os.path.exists(member.log))])) from None
-
-    def is_well(self) -> bool:
-        with contextlib.suppress(EtcdError):
-            self.ctl("--command-timeout=2s", "put", "/is-well", "")
-            return True
-        return False
+            logs = [member.process.read_log()[-3000:] for member in self.members if member.process]
+            raise AssertionError("\n".join([str(error), *logs])) from None
 
     def kill(self, *members: Member) -> None:
         """End them with SIGKILL, paused ones too."""
@@ -162,29 +137,30 @@ class Etcd:
             member.send(signal.SIGKILL)
         for member in members or self.members:
             if member.process is not None:
-                member.process.wait()
+                member.process.process.wait()
 
     def pause(self, *members: Member) -> None:
         for member in members or self.members:
             member.send(signal.SIGSTOP)
 
-    def resume(self, *members: Member) -> None:
-        for member in members or self.members:
+    def resume(self) -> None:
+        for member in self.members:
             member.send(signal.SIGCONT)
 
     def leader(self) -> Member:
-        """Return the member that leads. Raises: EtcdError: none does."""
+        """Return the member that leads. Raises: CommandError: none does."""
         for member in filter(Member.is_running, self.members):
-            with contextlib.suppress(EtcdError):
-                status = json.loads(self.ctl("--command-timeout=2s", "endpoint", "status", "-w", "json", member=member))
-                if status[0]["Status"]["leader"] == status[0]["Status"]["header"]["member_id"]:
+            with contextlib.suppress(CommandError):
+                said = self.ctl("--command-timeout=2s", "endpoint", "status", "-w", "json", member=member)
+                status = json.loads(said)[0]["Status"]
+                if status.get("leader") == status["header"]["member_id"]:  # it has none in an election
                     return member
-        raise EtcdError("no member leads")
+        raise CommandError("no member leads")
 
     # -- what etcdctl and etcdutl do
 
     def ctl(self, *arguments: str, member: Member | None = None) -> str:
-        """Return what etcdctl prints, asked of one member or of any. Raises: EtcdError."""
+        """Return what etcdctl prints, asked of one member or of any. Raises: CommandError."""
         asked = member or self.members[0]
         options = ["--endpoints", self.url(member) if member else self.endpoints]
         if self.is_tls:
@@ -192,13 +168,9 @@ class Etcd:
                         "--key", f"{self.client_tls}/key.pem"]
         if self.has_users:
             options += ["--user", ROOT]
-        done = subprocess.run([*asked.inside, "etcdctl", *options, *arguments], stdin=subprocess.DEVNULL,
-                              capture_output=True, encoding="utf-8")
-        if done.returncode != 0:
-            raise EtcdError(done.stderr.strip())
-        return done.stdout
+        return run(*asked.inside, "etcdctl", *options, *arguments)
 
-    def keys(self, prefix: str = "/gipam/") -> dict[str, Any]:
+    def keys(self, prefix: str) -> dict[str, Any]:
         """Return every key under the prefix with its value, parsed where it is JSON."""
         found = {}
         for pair in json.loads(self.ctl("get", "--prefix", prefix, "-w", "json")).get("kvs", []):
@@ -220,7 +192,7 @@ class Etcd:
 
     def save(self, path: str) -> None:
         """Save a snapshot of it all."""
-        self.ctl("snapshot", "save", path, member=next(filter(Member.is_running, self.members)))
+        self.ctl("snapshot", "save", path, member=self.members[0])
 
     def restore(self, path: str, cluster_token: str = "") -> None:
         """Let a snapshot take the place of it all; another token makes another cluster id."""
@@ -228,9 +200,8 @@ class Etcd:
         self.cluster_token = cluster_token or self.cluster_token
         for member in self.members:
             shutil.rmtree(member.data)
-            subprocess.run(["etcdutl", "snapshot", "restore", path, "--data-dir", member.data, "--name", member.name,
-                            "--initial-advertise-peer-urls", member.peer_url, *self.cluster],
-                           check=True, capture_output=True)
+            run("etcdutl", "snapshot", "restore", path, "--data-dir", member.data, "--name",
+                member.name, "--initial-advertise-peer-urls", member.peer_url, *self.cluster)
         self.start()
 
     def enable_auth(self, user: str, password: str) -> None:

@@ -15,7 +15,7 @@ import sys
 import time
 import unittest
 
-from machines import main, require
+from machines import Namespaces, main
 
 from test_gipam import HERE, Load, Refused, StoreCase, Tenant, dump_state, held, recover, seeds
 
@@ -32,16 +32,12 @@ class SmallDiskTest(StoreCase):
 
     def setUp(self) -> None:
         super().setUp()
-        require("mount", "nsenter", "unshare")
         os.mkdir(os.path.join(self.directory, "disk"))
-        mount = 'mount -t tmpfs -o size=64k tmpfs "$0" && echo && exec cat'
-        holder = subprocess.Popen(["unshare", "--mount", "sh", "-c", mount, self.directory + "/disk"],
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.addCleanup(holder.communicate)
-        assert holder.stdout
-        self.assertEqual(holder.stdout.readline(), b"\n", "gets no mount namespace: run it in a privileged container")
-        self.inside = ("nsenter", "-t", str(holder.pid), "-m", "--")
-        self.disk = f"/proc/{holder.pid}/root{self.directory}/disk"  # as seen from here
+        mount = f"mount -t tmpfs -o size=64k tmpfs {self.directory}/disk"
+        namespaces = Namespaces("--mount", setup=mount)
+        self.addCleanup(namespaces.close)
+        self.inside = namespaces.inside
+        self.disk = f"/proc/{namespaces.pid}/root{self.directory}/disk"  # as seen from here
         self.served = self.daemon("-v4", "10.2.0.0/16", "-file",
                                   f"{self.directory}/disk/leases.json", inside=self.inside)
 

@@ -1,4 +1,4 @@
-"""What the files of the lab share: a dockerd in namespaces of its own, and how they run.
+"""What the files of the lab share: the README's commands, namespaces, dockerd, how they run.
 
 The lab shows what needs more than the self-check: dockerd, machines that boot, long runs. Each file
 beside this one is unittest and runs by itself, as root: `python3 .ci/lab/dockerd.py`, with -v and -k.
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import ipaddress
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,15 +20,16 @@ import sys
 import tempfile
 import time
 import unittest
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-from test_gipam import DEADLINE_S, GIPAM, Client, UnixConnection, conclude  # noqa: E402
+from test_gipam import DEADLINE_S, GIPAM, HERE, conclude, dial  # noqa: E402
 
 BASE_V4 = "10.2.0.0/16"
 BASE_V6 = "2001:db8:0:100::/56"
-MASQUERADE_OFF = ("-o", "com.docker.network.bridge.enable_ip_masquerade=false")
+NO_NAT = ("-o", "com.docker.network.bridge.enable_ip_masquerade=false")
+SOCKET = "/run/docker/plugins/gipam.sock"
 DOCKER_DEADLINE_S = 90.0  # dockerd waits 15 s for each network whose plugin does not answer
 PACKAGES = {"bash": "bash", "busybox": "busybox-static", "containerd": "containerd", "debootstrap": "debootstrap",
             "docker": "docker-cli", "docker-compose": "docker-compose", "dockerd": "docker.io",
@@ -58,90 +60,144 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_
         time.sleep(0.05)
 
 
+# === The README ===================================================================================
+
+# The network namespace "outside" is router and client at once.
+CONNECT = """
+ip netns add outside
+ip link add eth0 type veth peer name eth0 netns outside
+ip addr add 192.0.2.7/24 dev eth0; ip addr add 2001:db8:ffff::7/64 dev eth0 nodad
+ip link set eth0 up; ip -n outside addr add 192.0.2.1/24 dev eth0
+ip -n outside addr add 2001:db8:ffff::1/64 dev eth0 nodad
+ip -n outside link set eth0 up; ip -n outside link set lo up
+"""
+
+
+class Block(NamedTuple):
+    """A fenced block: its part and chapter, what stands behind its first fence, the text."""
+
+    part: str
+    chapter: str
+    kind: str
+    text: str
+
+    def script(self) -> str:
+        """Return its commands as they are run where the project was copied to, and outside."""
+        return "cd /root/gipam\n" + (outside(self.text) if self.kind == "sh outside" else self.text)
+
+
+def outside(script: str) -> str:
+    return f"ip netns exec outside bash -e << 'outside'\n{script}outside\n"
+
+
+def read_blocks() -> list[Block]:
+    """Return the blocks of README.md, in order."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    blocks, titles = [], [""] * 7
+    for match in re.finditer(r"^(#+) (.*)$|^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
+        if match[1] is not None:
+            level = len(match[1])
+            titles[level:] = [match[2]] * (7 - level)
+        else:
+            blocks.append(Block(titles[2], titles[-1], match[3], match[4]))
+    return blocks
+
+
 # === Running ======================================================================================
 
 
-class Result(unittest.TextTestResult):
-    """Counts what passed; what is skipped fails."""
-
-    passed = 0
-
-    def addSuccess(self, test: unittest.TestCase) -> None:
-        super().addSuccess(test)
-        self.passed += 1
-
-    def addSkip(self, test: unittest.TestCase, reason: str) -> None:
-        self.failures.append((test, "skipped: " + reason))
-
-
 def main() -> int:
-    """Run the tests of the file that was started, and close with the line that CI reads."""
-    kind: Any = Result
-    runner = unittest.TextTestRunner(resultclass=kind, verbosity=1 + ("-v" in sys.argv))
-    result = unittest.main(module="__main__", exit=False, catchbreak=True, testRunner=runner).result
-    assert isinstance(result, Result)
-    return conclude(result.passed, len(result.failures) + len(result.errors), 0)
+    """Run the tests of the file that was started, then print what CI reads; a skip is a failure."""
+    result = unittest.main(module="__main__", exit=False, catchbreak=True).result
+    for test, reason in result.skipped:
+        print(f"skipped: {test}: {reason}")
+    failed = len(result.failures + result.errors) + len(result.skipped)
+    return conclude(max(0, result.testsRun - failed), failed, 0)
 
 
-# === dockerd ======================================================================================
-#
-# One dockerd and one gipam live in mount, network and process namespaces of their own, with a
-# private /run and /etc/docker: everything has its usual path there, several runs do not meet, and
-# all of it ends with the namespaces' first process, which ends with the test's.
+# === Namespaces and processes =====================================================================
 
-FIRST_PROCESS = """
-import os, signal, subprocess, sys
-print(os.readlink("/proc/self"), flush=True)  # in the /proc of the caller: our pid as they see it
-def reap(*_):
+# It says its pid in the /proc of the caller. As first process it reaps: a dead containerd that
+# nobody waits for would block the next dockerd.
+HOLDER = "read pid rest < /proc/self/stat; %s\necho $pid; exec env --ignore-signal=CHLD cat"
+
+
+class CommandError(Exception):
+    """A command failed; str() is what it was and said."""
+
+
+def run(*command: str, env: dict[str, str] | None = None) -> str:
+    """Return what a command prints. Raises: CommandError."""
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True,
+                          encoding="utf-8", timeout=DOCKER_DEADLINE_S)
+    if done.returncode != 0:
+        raise CommandError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def works(call: Callable[..., object], *arguments: Any) -> bool:
+    """Tell whether a command succeeds, such as works(docker, "version")."""
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass  # a dead containerd that nobody waits for would block the next dockerd
-    except ChildProcessError:
-        pass
-os.makedirs("/etc/docker", exist_ok=True)
-for command in ("mount -t proc proc /proc", "mount -t tmpfs tmpfs /run",
-                "mount -t tmpfs tmpfs /etc/docker", "ip link set lo up"):
-    subprocess.check_call(command.split())
-signal.signal(signal.SIGCHLD, reap)
-print("ready", flush=True)
-sys.stdin.read()
-"""
+        call(*arguments)
+    except CommandError:
+        return False
+    return True
 
 
-# An image with a static busybox. SIGKILL stops its containers at once: as first process busybox would
-# ignore SIGTERM.
-MAKE_IMAGE = """
-cd $(mktemp -d); mkdir bin; cp $(command -v busybox) bin
-for name in cat httpd ip nc ping sh sleep true; do ln -s busybox bin/$name; done
-tar c . | docker import -c 'CMD ["sleep", "1000000"]' -c 'STOPSIGNAL SIGKILL' - bb; rm -r "$PWD"
-"""
+class Namespaces:
+    """Namespaces of these kinds, e.g. "--net"; with "--pid" what lives in them ends with them."""
+
+    def __init__(self, *kinds: str, setup: str) -> None:
+        require("ip", "mount", "nsenter", "unshare")
+        fork = ["--fork", "--kill-child"] if "--pid" in kinds else []
+        self.holder = subprocess.Popen(
+            ["unshare", *kinds, *fork, "sh", "-ec", HOLDER % setup], encoding="utf-8",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.holder.stdout
+        self.pid = self.holder.stdout.readline().strip()
+        self.inside = ("nsenter", "-t", self.pid, *kinds, "--")
+        if not self.pid:
+            raise AssertionError("gets no namespaces: run it in a privileged container")
+
+    def close(self) -> None:
+        self.holder.communicate()  # the holder reads the end of its input
+
+    def run(self, *command: str, env: dict[str, str] | None = None) -> str:
+        """Run a command there and return what it prints. Raises: CommandError."""
+        return run(*self.inside, *command, env=env)
 
 
-class DockerError(Exception):
-    """A command failed, most often docker; str() is what it said."""
+def children(pid: str) -> list[str]:
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return file.read().split()
 
 
-class Inside:
-    """A process in the namespaces; nsenter waits for it and ends as it ends."""
+class Process:
+    """A process whose output goes to a log."""
 
-    def __init__(self, docker: Docker, name: str, *command: str) -> None:
-        self.docker = docker
-        self.log = os.path.join(docker.directory, name + ".log")
-        self.pid_file = os.path.join(docker.directory, name + ".pid")
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                docker.entering("sh", "-c", 'echo $$ > "$0"; exec "$@"', self.pid_file, *command),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=docker.env)
+    def __init__(self, log: str, *command: str, env: dict[str, str] | None = None) -> None:
+        self.log, self.command = log, command
+        with open(log, "ab") as file:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file,
+                                            stderr=file, env=env)
 
     def is_running(self) -> bool:
         return self.process.poll() is None
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send the signal, unless it has ended, and return the exit status."""
-        if self.is_running():
-            with contextlib.suppress(DockerError):  # it has ended just now
-                self.docker.run("sh", "-c", f"kill -{number:d} $(cat {self.pid_file})")
+        self.send(number)
         return self.process.wait(DOCKER_DEADLINE_S)
+
+    def send(self, number: int) -> None:
+        """Send the signal, unless it has ended; nsenter --pid has it as its child."""
+        if self.is_running() and "--pid" not in self.command:
+            self.process.send_signal(number)
+        elif self.is_running():
+            with contextlib.suppress(ProcessLookupError):  # it has ended just now
+                for pid in children(str(self.process.pid)):
+                    os.kill(int(pid), number)
 
     def wait_until(self, condition: Callable[[], Any]) -> None:
         """Wait for the condition; fail at once if the process ends before."""
@@ -156,39 +212,49 @@ class Inside:
             return log.read()
 
 
+# === dockerd ======================================================================================
+#
+# One dockerd and one gipam live in mount, network and process namespaces of their own, with a
+# private /run and /etc/docker: everything has its usual path there, several runs do not meet, and
+# all of it ends with the namespaces' first process, which ends with the test's.
+
+PRIVATE = """
+mkdir -p /etc/docker; mount -t proc proc /proc; mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /etc/docker; ip link set lo up
+"""
+
+# An image with a static busybox. SIGKILL stops its containers at once: as first process busybox
+# would ignore SIGTERM.
+MAKE_IMAGE = """
+cd $(mktemp -d); mkdir bin; cp $(command -v busybox) bin
+for name in cat httpd ip nc ping sh sleep true; do ln -s busybox bin/$name; done
+tar c . | docker import -c 'CMD ["sleep", "1000000"]' -c 'STOPSIGNAL SIGKILL' - bb; rm -r "$PWD"
+"""
+
+
 class Docker:
     """One dockerd and one gipam in namespaces of their own."""
 
     def __init__(self, *options: str) -> None:
         """Make the namespaces; options are gipam's, beside its lease file, and its bases unless they say others."""
-        require("busybox", "containerd", "docker", "dockerd", "ip", "iptables", "mount", "nsenter", "unshare")
+        require("busybox", "containerd", "docker", "dockerd", "iptables")
         self.directory = tempfile.mkdtemp(prefix="gipam-docker-")
         self.leases = os.path.join(self.directory, "leases.json")
         self.gipam_options = ("-v6", BASE_V6, "-v4", BASE_V4, "-file", self.leases, *options)
         self.env = {name: value for name, value in os.environ.items()
                     if not name.startswith(("DOCKER_", "GIPAM_"))}
-        self.first = subprocess.Popen(
-            ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child",
-             sys.executable, "-c", FIRST_PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self.first.stdin and self.first.stdout
-        self.pid, is_ready = (self.first.stdout.readline().decode().strip() for _ in range(2))
-        if not is_ready:
-            raise AssertionError("gets no namespaces: run it on a host or in a privileged container")
-        self.containerd = Inside(self, "containerd", "containerd", "--config", "/dev/null",
-                                 "--root", os.path.join(self.directory, "containerd"))
+        self.namespaces = Namespaces("--mount", "--net", "--pid", setup=PRIVATE)
+        self.containerd = self.spawn("containerd", "--config", "/dev/null", "--root",
+                                     self.directory + "/containerd")
         self.containerd.wait_until(lambda: os.path.exists(self.path("/run/containerd/containerd.sock")))
-        self.dockerd: Inside | None = None
-        self.gipam: Inside | None = None
+        self.dockerd: Process | None = None
+        self.gipam: Process | None = None
         self.wires = 0
 
     def close(self) -> None:
-        assert self.first.stdin and self.first.stdout
-        self.first.stdin.close()  # the first process ends, and the kernel kills all others
-        self.first.wait()
-        self.first.stdout.close()
-        for process in (self.containerd, self.dockerd, self.gipam):
-            if process is not None:
-                process.process.wait()
+        self.namespaces.close()
+        for process in filter(None, (self.containerd, self.dockerd, self.gipam)):
+            process.process.wait()
         name = os.path.basename(self.directory)
         for top in glob.glob(f"/sys/fs/cgroup/{name}") + glob.glob(f"/sys/fs/cgroup/*/{name}"):
             for path, _, _ in os.walk(top, topdown=False):
@@ -199,79 +265,69 @@ class Docker:
 
     def path(self, path: str) -> str:
         """Return how a path in the namespaces is called outside."""
-        return f"/proc/{self.pid}/root{path}"
+        return f"/proc/{self.namespaces.pid}/root{path}"
 
-    def entering(self, *command: str) -> list[str]:
-        return ["nsenter", "-t", self.pid, "-m", "-n", "-p", "--", *command]
+    def spawn(self, *command: str) -> Process:
+        """Start a process in the namespaces."""
+        log = os.path.join(self.directory, command[0] + ".log")
+        return Process(log, *self.namespaces.inside, *command, env=self.env)
 
     def run(self, *command: str) -> str:
-        """Run a command in the namespaces and return what it prints. Raises: DockerError."""
-        done = subprocess.run(self.entering(*command), env=self.env, encoding="utf-8",
-                              capture_output=True, timeout=DOCKER_DEADLINE_S)
-        if done.returncode != 0:
-            raise DockerError(f"{' '.join(command)}: {done.stderr.strip()}")
-        return done.stdout
+        """Run a command in the namespaces and return what it prints. Raises: CommandError."""
+        return self.namespaces.run(*command, env=self.env)
 
     def run_lines(self, lines: str) -> None:
-        for line in lines.strip().splitlines():
-            self.run(*line.split())
+        self.run("sh", "-ec", lines)
 
     def wire(self) -> tuple[str, str]:
         """Make two connected interfaces, parents for macvlan networks."""
         self.wires += 1
         near, far = f"wire{self.wires}a", f"wire{self.wires}b"
-        self.run_lines(f"ip link add {near} type veth peer name {far}\nip link set {near} up\nip link set {far} up")
+        self.run_lines(f"ip link add {near} type veth peer name {far}\n"
+                       f"ip link set {near} up; ip link set {far} up")
         return near, far
 
     # -- dockerd and gipam
 
     def start_dockerd(self, *options: str, wait: bool = True) -> None:
-        self.dockerd = Inside(
-            self, "dockerd", "dockerd", "--data-root", os.path.join(self.directory, "data"),
-            "--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent",
-            "/" + os.path.basename(self.directory), *options)
+        self.dockerd = self.spawn(
+            "dockerd", "--data-root", self.directory + "/data",
+            "--exec-opt", "native.cgroupdriver=cgroupfs",
+            "--cgroup-parent", "/" + os.path.basename(self.directory), *options)
         if wait:
             self.wait_for_dockerd()
 
     def wait_for_dockerd(self) -> None:
         assert self.dockerd is not None
-        self.dockerd.wait_until(lambda: self.is_answering("/run/docker.sock"))
+        self.dockerd.wait_until(lambda: works(self, "version"))
         if "bb" not in self("images", "--format", "{{.Repository}}").split():
-            self.run("sh", "-ec", MAKE_IMAGE)
+            self.run_lines(MAKE_IMAGE)
 
-    def is_answering(self, socket: str) -> bool:
-        try:
-            return bool(self.get("/_ping", socket))  # whatever it says
-        except OSError:
-            return False
+    def is_gipam_there(self) -> bool:
+        if "-unix" not in self.gipam_options:
+            return os.path.exists(self.path("/etc/docker/plugins/gipam.spec"))
+        with contextlib.suppress(OSError):
+            dial(self.path(SOCKET)).close()
+            return True
+        return False
 
     def start_gipam(self, *variables: str) -> None:
-        self.gipam = Inside(self, "gipam", "env", *variables, sys.executable, GIPAM, *self.gipam_options)
-        self.gipam.wait_until(lambda: self.is_answering("/run/docker/plugins/gipam.sock") if "-unix" in self.gipam_options
-                              else os.path.exists(self.path("/etc/docker/plugins/gipam.spec")))
+        self.gipam = self.spawn("env", *variables, *self.command())
+        self.gipam.wait_until(self.is_gipam_there)
 
     def command(self, *arguments: str) -> list[str]:
-        """Return the command that runs e.g. `gipam.py check` inside."""
-        return self.entering(sys.executable, GIPAM, *self.gipam_options, *arguments)
-
-    def run_gipam(self, *arguments: str) -> str:
-        """Return what a command of gipam's prints inside."""
-        return subprocess.check_output(self.command(*arguments), env=self.env, encoding="utf-8", timeout=DOCKER_DEADLINE_S)
+        """Return the command line of gipam, e.g. of `gipam.py check`."""
+        return [sys.executable, GIPAM, *self.gipam_options, *arguments]
 
     def check(self, *arguments: str, grace_s: int = 0) -> list[str]:
         """Return what `check` finds, as "kind: text", sorted; its exit status must agree."""
-        done = subprocess.run(self.command("check", "--json", "--grace", str(grace_s), *arguments), env=self.env,
-                              stdout=subprocess.PIPE, encoding="utf-8", timeout=DOCKER_DEADLINE_S)
+        command = self.command("check", "--json", "--grace", str(grace_s), *arguments)
+        done = subprocess.run([*self.namespaces.inside, *command], stdout=subprocess.PIPE,
+                              env=self.env, encoding="utf-8", timeout=DOCKER_DEADLINE_S)
         findings = json.loads(done.stdout)["findings"]
         if done.returncode != int(not all(finding["is_fixed"] for finding in findings)):
             raise AssertionError(f"check ends with {done.returncode} and finds {findings}")
         return sorted(f"{finding['kind']}: {finding['text']}" for finding in findings)
-
-    def client(self, test: unittest.TestCase) -> Client:
-        """Return one that asks gipam as dockerd does."""
-        client = Client(self.path("/run/docker/plugins/gipam.sock"))
-        test.addCleanup(client.close)
-        return client
 
     def stop(self, *names: str, number: int = signal.SIGTERM) -> None:
         """End "dockerd", "gipam" or both with the signal."""
@@ -309,27 +365,26 @@ class Docker:
 
     # -- the docker command
 
-    def cli(self, *arguments: str) -> list[str]:
-        return ["docker", "-H", "unix://" + self.path("/run/docker.sock"), *arguments]
-
     def begin(self, *arguments: str) -> subprocess.Popen[str]:
         """Start a docker command without waiting for it."""
-        return subprocess.Popen(self.cli(*arguments), stdin=subprocess.DEVNULL, env=self.env,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+        return subprocess.Popen(
+            ["docker", "-H", "unix://" + self.path("/run/docker.sock"), *arguments],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=self.env, encoding="utf-8")
 
     def end(self, command: subprocess.Popen[str]) -> str:
-        """Return what it printed. Raises: DockerError."""
+        """Return what it printed. Raises: CommandError."""
         out, err = command.communicate(timeout=DOCKER_DEADLINE_S)
         if command.returncode != 0:
-            raise DockerError(err.strip())
+            raise CommandError(err.strip())
         return out.strip()
 
     def __call__(self, *arguments: str) -> str:
-        """Run e.g. docker("network", "create", ...). Raises: DockerError."""
+        """Run e.g. docker("network", "create", ...). Raises: CommandError."""
         return self.end(self.begin(*arguments))
 
     def at_once(self, *commands: Sequence[str]) -> None:
-        """Run docker commands side by side. Raises: DockerError."""
+        """Run docker commands side by side. Raises: CommandError."""
         for command in [self.begin(*words) for words in commands]:
             self.end(command)
 
@@ -354,8 +409,7 @@ class Docker:
 
     def running_addresses(self) -> list[str]:
         """Return every address of every running container, doubles included, in CIDR form."""
-        running = self.inspect("container", *self("ps", "-q").split())
-        return [cidr for container in running for cidr in endpoint_addresses(container)]
+        return [cidr for container in self.running() for cidr in endpoint_addresses(container)]
 
     def subnets(self, *networks: str) -> list[str]:
         return [config["Subnet"] for network in self.inspect("network", *networks)
@@ -370,92 +424,44 @@ class Docker:
         for network in sorted(self.inspect("network", *networks), key=lambda it: it["ConfigOnly"]):
             self("network", "rm", network["Id"])
 
-    # -- what each side believes: subnet -> addresses held in it
-
-    def get(self, path: str, socket: str) -> bytes:
-        """Return a page of dockerd's or gipam's."""
-        connection = UnixConnection(self.path(socket), timeout_s=5)
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().read()
-        finally:
-            connection.close()
+    # -- what each side believes
 
     def pools(self) -> list[dict[str, Any]]:
         """Return what gipam holds, by its command: a TCP socket cannot be reached from outside."""
-        return list(json.loads(self.run_gipam("status", "--json", "--leases"))["pools"])
+        return list(json.loads(self.run(*self.command("status", "--json", "--leases")))["pools"])
 
     def held_by_gipam(self) -> dict[str, set[str]]:
+        """Return subnet -> addresses held in it."""
         held: dict[str, set[str]] = {}
         for pool in self.pools():
             held.setdefault(pool["subnet"], set()).update(lease["address"] for lease in pool["addresses"])
         return held
 
-    def held_by_docker(self) -> tuple[dict[str, set[str]], dict[str, int]]:
-        """Return Docker's view, and by subnet how many gateways it holds but does not show."""
-        held: dict[str, set[str]] = {}
-        hidden: dict[str, int] = {}
-        for network in self.inspect("network", *self("network", "ls", "-q").split()):
-            if network["IPAM"]["Driver"] != "gipam" or network["ConfigOnly"]:
-                continue
-            shown = self.interface_addresses(network)
-            for config in network["IPAM"]["Config"] or []:
-                subnet = ipaddress.ip_network(config["Subnet"])
-                if subnet.network_address.is_unspecified or (subnet.version == 6 and not network["EnableIPv6"]):
-                    continue  # what was asked for; what is not used
-                shown += config_addresses(config)
-                held.setdefault(str(subnet), set())
-                if network["Driver"] != "bridge" and not config.get("Gateway"):
-                    hidden[str(subnet)] = hidden.get(str(subnet), 0) + 1
-            for endpoint in network["Containers"].values():
-                shown += [endpoint["IPv4Address"], endpoint["IPv6Address"]]
-            for cidr in filter(None, shown):
-                interface = ipaddress.ip_interface(cidr)
-                held.setdefault(str(interface.network), set()).add(str(interface.ip))
-        return held, hidden
+    def kernel_addresses(self, containers: list[dict[str, Any]]) -> list[list[str]]:
+        """Return what the bridges of networks have, then each container, sorted, in CIDR form."""
+        script = 'ip -j addr show type bridge; for pid; do nsenter -t "$pid" -n ip -j addr; done'
+        pids = (str(container["State"]["Pid"]) for container in containers)
+        return [sorted(f"{info['local']}/{info['prefixlen']}" for interface in json.loads(line)
+                       if not interface.get("ifname", "docker").startswith("docker")  # docker0
+                       for info in interface["addr_info"] if info["scope"] == "global")
+                for line in self.run("sh", "-ec", script, "sh", *pids).splitlines()]
 
-    def interface_addresses(self, network: dict[str, Any]) -> list[str]:
-        """Return the gateways of a bridge network, which the kernel knows best."""
-        if network["Driver"] != "bridge":
-            return []
-        name = network["Options"].get("com.docker.network.bridge.name", "br-" + network["Id"][:12])
-        return addresses_of(self.run("ip", "-j", "addr", "show", name))[0]
+    def running(self) -> list[dict[str, Any]]:
+        return self.inspect("container", *self("ps", "-q").split())
 
     def disagreements(self) -> list[str]:
-        """Return each difference between what Docker, gipam and the containers' kernels believe."""
-        held, (used, hidden) = self.held_by_gipam(), self.held_by_docker()
-        found = [f"only gipam has {subnet}" for subnet in sorted(set(held) - set(used))]
-        found += [f"only docker has {subnet}" for subnet in sorted(set(used) - set(held))]
-        for subnet in sorted(set(held) & set(used)):
-            missing, extra = sorted(used[subnet] - held[subnet]), sorted(held[subnet] - used[subnet])
-            if missing:
-                found.append(f"{subnet}: gipam lacks {missing}")
-            if len(extra) != hidden.get(subnet, 0):
-                found.append(f"{subnet}: only gipam has {extra}")
-        running = self.inspect("container", *self("ps", "-q").split())
-        pids = [str(container["State"]["Pid"]) for container in running]
-        script = 'for pid; do nsenter -t "$pid" -n ip -j addr show; done'
-        kernel = addresses_of(self.run("sh", "-c", script, "sh", *pids))
-        return found + [f"{container['Name']} has {have}, docker says {expected}"
-                        for container, have in zip(running, kernel)
-                        for expected in [endpoint_addresses(container)] if have != expected]
-
-
-def config_addresses(config: dict[str, Any]) -> list[str]:
-    """Return the gateway and the auxiliary addresses that a network shows, in CIDR form."""
-    prefixlen = config["Subnet"].split("/")[1]
-    bare = [config.get("Gateway") or "", *(config.get("AuxiliaryAddresses") or {}).values()]
-    return [f"{address.split('/')[0]}/{prefixlen}" for address in bare if address]
-
-
-def addresses_of(text: str) -> list[list[str]]:
-    """Return the global addresses in each line of `ip -j addr`, sorted."""
-    found = []
-    for line in text.splitlines():
-        infos = [info for interface in json.loads(line) for info in interface.get("addr_info", [])]
-        found.append(sorted(f"{info['local']}/{info['prefixlen']}"
-                            for info in infos if info["scope"] == "global"))
-    return found
+        """Return each difference between what the kernel has, docker shows and gipam holds."""
+        running = self.running()
+        shown = list(map(endpoint_addresses, running))
+        bridges, *containers = self.kernel_addresses(running)
+        held = {f"{lease['address']}/{pool['subnet'].split('/')[1]}": lease["kind"]
+                for pool in self.pools() for lease in pool["addresses"]}
+        real = set(itertools.chain(*containers))
+        endpoints = {cidr for cidr, kind in held.items() if kind == "endpoint"}
+        return [*(f"only gipam has {cidr}" for cidr in sorted(endpoints - real)),
+                *(f"gipam lacks {cidr}" for cidr in sorted({*real, *bridges} - set(held))),
+                *(f"docker shows {its} where the kernel has {have}"
+                  for its, have in zip(shown, containers) if its != have)]
 
 
 def endpoint_addresses(container: dict[str, Any]) -> list[str]:
@@ -498,7 +504,8 @@ class DockerCase(unittest.TestCase):
     def assert_agreement(self, addresses: int | None = None) -> None:
         """Docker, gipam and the kernel agree, as soon as the last releases are through.
 
-        No container or bridge has an address of another; running containers have so many.
+        The kernel knows what is used, and `check` compares networks. No container or bridge has an
+        address of another; running containers have so many.
         """
         with contextlib.suppress(AssertionError):
             until(lambda: not self.docker.disagreements(), "agreement", 10)
@@ -507,12 +514,10 @@ class DockerCase(unittest.TestCase):
         self.assert_no_address_is_twice(addresses)
 
     def assert_no_address_is_twice(self, addresses: int | None = None) -> None:
-        found = self.docker.running_addresses()
+        bridges, *containers = self.docker.kernel_addresses(self.docker.running())
+        found = list(itertools.chain(*containers))
         self.assertEqual(len(found), len(found) if addresses is None else addresses, found)
-        bridges = self.docker("network", "ls", "-q", "-f", "driver=bridge", "-f", "type=custom").split()
-        for network in self.docker.inspect("network", *bridges):
-            found += self.docker.interface_addresses(network)
-        found = [cidr.split("/")[0] for cidr in found]
+        found = [cidr.split("/")[0] for cidr in found + bridges]
         self.assertEqual(sorted(found), sorted(set(found)))
 
     def assert_found_and_mended(self, *findings: str) -> None:
@@ -522,15 +527,10 @@ class DockerCase(unittest.TestCase):
         self.assert_agreement()
 
     def assert_refused(self, words: str, *arguments: str) -> None:
-        with self.assertRaises(DockerError) as caught:
+        with self.assertRaises(CommandError) as caught:
             self.docker(*arguments)
         self.assertIn(words, str(caught.exception))
 
     def assert_reaches(self, container: str, address: str) -> None:
-        def has_answered() -> bool:
-            try:
-                self.docker("exec", container, "ping", "-c", "1", "-W", "1", address)
-            except DockerError:
-                return False
-            return True
-        until(has_answered, f"{container} reaches {address}")
+        ping = ("exec", container, "ping", "-c", "1", "-W", "1", address)
+        until(lambda: works(self.docker, *ping), f"{container} reaches {address}")

@@ -6,20 +6,15 @@ back to a host without a trace, the variants on the way. What the README shows a
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import unittest
-from typing import NamedTuple
 
 import dockerd
 from boot import FILES, Machine, make_tree
-from machines import main
+from machines import CONNECT, Block, main, outside, read_blocks
 
-from test_gipam import HERE
-
-# The network namespace "outside" is router and client at once. The machine lacks the commands that
-# people have there, and the image nginx.
+# The machine lacks the commands that people have, and the image nginx.
 EQUIP = r"""
 printf '#!/bin/sh\nexec busybox ping -W 2 "$@"\n' > /usr/local/bin/ping
 printf '#!/bin/sh\nexec busybox wget -T 2 -q -O - "$1"\n' > /usr/local/bin/curl
@@ -28,41 +23,11 @@ cd $(mktemp -d); mkdir bin www; cp $(command -v busybox) bin; echo 'hello from n
 for name in httpd nc ping sh wget; do ln -s busybox bin/$name; done
 tar c . | docker import -c 'CMD ["httpd", "-f", "-h", "/www"]' -c 'STOPSIGNAL SIGKILL' - nginx; rm -r "$PWD"
 """
-CONNECT = """
-ip netns add outside
-ip link add eth0 type veth peer name eth0 netns outside
-ip addr add 192.0.2.7/24 dev eth0; ip addr add 2001:db8:ffff::7/64 dev eth0 nodad; ip link set eth0 up
-ip -n outside addr add 192.0.2.1/24 dev eth0; ip -n outside addr add 2001:db8:ffff::1/64 dev eth0 nodad
-ip -n outside link set eth0 up; ip -n outside link set lo up
-"""
 LIST_FILES = "find /etc /opt /usr /var/lib /root -xdev ! -path '/var/lib/*/*' ! -name '.*' | sort"
 LIST_RULES = "for x in iptables ip6tables; do $x -S | grep GIPAM || true; done; ip route show type blackhole; " \
              "ip -6 route show type blackhole"
 AGE = re.compile(r"(?<= )[0-9]+s(?= )")
 WEB1 = "docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}}{{end}}' web1"
-
-
-class Block(NamedTuple):
-    """A fenced block: the part and the chapter that it is in, what stands behind its first fence, the text."""
-
-    part: str
-    chapter: str
-    kind: str
-    text: str
-
-
-def read_blocks() -> list[Block]:
-    """Return the blocks of README.md, in order."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        text = file.read()
-    blocks, titles = [], [""] * 7
-    for match in re.finditer(r"^(#+) (.*)$|^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
-        if match[1] is not None:
-            level = len(match[1])
-            titles[level:] = [match[2]] * (7 - level)
-        else:
-            blocks.append(Block(titles[2], titles[-1], match[3], match[4]))
-    return blocks
 
 
 class ReadmeTest(unittest.TestCase):
@@ -87,17 +52,8 @@ class ReadmeTest(unittest.TestCase):
     def follow(self, chapter: str) -> str:
         """Run the commands of this chapter, here and outside."""
         self.followed.add(chapter)
-        said = []
-        for block in self.blocks:
-            if block.chapter == chapter:
-                if block.kind == "sh":
-                    said.append(self.machine(f"cd /root/gipam\n{block.text}"))
-                elif block.kind == "sh outside":
-                    said.append(self.run_outside(block.text))
-        return "\n".join(said)
-
-    def run_outside(self, script: str) -> str:
-        return self.machine(f"exec ip netns exec outside bash -e << 'outside'\n{script}outside\n")
+        return "\n".join(self.machine(block.script()) for block in self.blocks
+                         if block.chapter == chapter and block.kind in ("sh", "sh outside"))
 
     def test_guide_in_order(self) -> None:
         machine = self.machine
@@ -108,7 +64,9 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(machine(LIST_FILES), before)
         said = self.follow("As a service")
         self.assertIn("may loop between this host and its router", said)
-        self.assertIn("no difference", said)
+        for text in ("10.2.0.0/16", "Active: active (running)", " gipam[",
+                     "serving on /run/gipam/gipam.sock", "no difference"):
+            self.assertIn(text, said)
         self.reach_it()
         self.use_it()
         self.vary_it()
@@ -142,7 +100,7 @@ class ReadmeTest(unittest.TestCase):
         machine(CONNECT)
         machine.wait_for_containers()
         routes_and_look = "".join(block.text for block in self.blocks if block.kind == "sh outside")
-        self.assertEqual(self.run_outside(routes_and_look).count("hello from nginx"), 2)
+        self.assertEqual(machine(outside(routes_and_look)).count("hello from nginx"), 2)
         self.assertEqual(machine(WEB1), address)
         self.assert_reached()
 
@@ -156,7 +114,7 @@ class ReadmeTest(unittest.TestCase):
             with self.subTest(address):
                 machine.wait_until(f"docker exec web1 wget -q -O - {url} > /dev/null")
                 with self.assertRaisesRegex(AssertionError, "timed out"):
-                    self.run_outside(f"curl {url}\n")
+                    machine(outside(f"curl {url}\n"))
                 machine.wait_until(f'[ "$(docker exec web1 nc {server} 7000)" = {address} ]')
 
     def use_it(self) -> None:
@@ -173,20 +131,32 @@ class ReadmeTest(unittest.TestCase):
         self.follow("Check once a week")
         self.assertIn("no difference", machine.log("gipam-check@gipam"))
         self.follow("Watch it")
-        self.assertIn("gipam_base_blocks", self.run_outside("curl http://192.0.2.7:9091/metrics\n"))
+        self.assertIn("gipam_base_blocks", machine(outside("curl http://192.0.2.7:9091/metrics\n")))
         self.assertEqual(machine(WEB1), address)
 
     def vary_it(self) -> None:
         """The weekly check works with every variant."""
-        machine = self.machine
+        machine, socket = self.machine, "/run/docker/plugins/gipam.sock"
+        check = "docker restart web1; gipam check --grace 0 | grep -q 'no difference'"
         self.assertRegex(self.follow("Several drivers"), r"10\.3\.0\.0/24 .* office")
         for instance in ("lan", "gipam"):
             machine(f"systemctl enable --now gipam-check@{instance}.timer; systemctl start gipam-check@{instance}")
-        self.assertIn("failed", machine("systemctl stop gipam@lan; systemctl start gipam-check@lan", 1))
+        machine("docker run --rm --network office nginx sh -c :; systemctl restart gipam@lan\n"
+                "docker network rm office")
+        self.assertEqual(machine("stat -c %a /run/gipam /run/gipam-lan"), "700\n700")
+        machine("systemctl stop gipam@lan; test ! -e /run/gipam-lan")
+        self.assertIn("failed", machine("systemctl start gipam-check@lan", 1))
         machine("systemctl start gipam@lan")
-        for chapter in ("The lease file in /var/lib", "A socket unit"):
-            self.follow(chapter)
-            machine("systemctl start gipam-check@gipam; docker restart web1")
+        self.follow("The lease file in /var/lib")
+        machine("systemctl start gipam-check@gipam; " + check)
+        self.assertEqual(machine("stat -c '%a %n' /var/lib/gipam /var/lib/gipam/leases.json"),
+                         "700 /var/lib/gipam\n600 /var/lib/gipam/leases.json")
+        self.follow("A socket unit")
+        machine("systemctl start gipam-check@gipam; " + check)
+        for action in ("restart", "stop"):  # a request starts it again
+            machine(f"systemctl {action} gipam; test -S {socket}; {check}")
+        machine(f"systemctl stop gipam.socket gipam; test ! -e {socket}")
+        machine(f"systemctl start gipam.socket; {check}")
         self.assertEqual(machine("ls /opt/gipam"), "gipam.py\ngipam.py.old\nlan\nrules")
 
     def uninstall(self, before: str) -> None:
