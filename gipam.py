@@ -4175,7 +4175,7 @@ class Claimant:
         self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
         self._bell = threading.Event()
         self._call: Call = service.run
-        self._untold: Callable[[], None] = lambda: None  # has the site learn from a transaction
+        self._untold: list[Callable[[], None]] = []  # what transactions have told
         self._stop: Callable[[], None] = lambda: None
         self.busy: BusyError | None = None  # another gipam has the name of this host
         site.wake = self._bell.set
@@ -4241,9 +4241,13 @@ class Claimant:
     # The thread that asks
 
     def _look(self, function: Callable[[], Any]) -> Any:
-        """Run the function in a turn, which first learns what the last transaction told."""
-        tell, self._untold = self._untold, lambda: None
-        return self._call(lambda: (tell(), function())[1])
+        """Run the function in a turn, in which the site first learns what transactions told."""
+        def run() -> Any:
+            while self._untold:
+                self._untold.pop(0)()
+            return function()
+
+        return self._call(run)
 
     def _work(self) -> None:
         """Serve who asks, show presence when it is time, then see to what is due."""
@@ -4446,7 +4450,7 @@ class Claimant:
         there = {entry[:2] for entry in found}
         gone = [entry._replace(text="") for entry in known if entry[:2] not in there]
         news = [entry._replace(revision=revision) for entry in (changed if is_done else gone)]
-        self._untold = lambda: self._site.settle([*found, *news], [*known, *changed])
+        self._untold.append(lambda: self._site.settle([*found, *news], [*known, *changed]))
         return is_done
 
     def _forget(self, patience_s: float) -> bool:
