@@ -6895,7 +6895,7 @@ class SharedTest(HostsCase):
         self.assertEqual(len(taken), 5)
         pool = state.pools[self.pools[0]]
         self.assertEqual(list(map(str, pool.subnet.parts or ())), ["192.168.1.0/28"])
-        one.service.fold(is_stopping=True)
+        one.loop.call(lambda: one.service.fold(is_stopping=True))
         self.assertEqual(dump_state(recover(one.store.path)), dump_state(one.service.state))
 
     def test_status_shows_hosts_claims_and_parts(self) -> None:
@@ -6926,7 +6926,7 @@ class SharedTest(HostsCase):
         one, (pool_id, *_) = self.hosts[0], self.pools
         self.take(0)
         wait_for(lambda: one.state()["pools"][0]["parts"] and not one.site.due, "the first part")
-        one.service.fold(is_stopping=True)
+        one.loop.call(lambda: one.service.fold(is_stopping=True))
         with open(one.store.path, "rb") as file:
             backup = file.read()
         used = "192.168.1.40"
