@@ -5490,7 +5490,7 @@ class ImportTest(OperatedCase):
         for is_clean in (False, True):
             service = self.start()
             if is_clean:
-                service.fold(is_stopping=True)
+                self.loop.call(lambda: self.service.fold(is_stopping=True))
             service.import_is_due.clear()
             self.assertIs(self.lease_file()["Import"], True)
         self.docker.path = path
