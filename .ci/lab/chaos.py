@@ -549,6 +549,61 @@ class NameTest(SiteCase):
         site.assert_agreement()
 
 
+class SharedTest(SiteCase):
+    """One /24 on three hosts."""
+
+    LAN, NAMES = "192.168.1.0/24", ("hostA", "hostB", "hostC")
+
+    def setUp(self) -> None:
+        self.site = Site(self)
+        self.hosts = [self.site.host(name) for name in self.NAMES]
+        self.pool_ids = [host.client.request_pool(self.LAN, gipam_shared="true")[0] for host in self.hosts]
+
+    def ask(self, number: int, address: str = "", **more: Any) -> str:
+        """Request an address for a container of a host, and return it."""
+        return self.hosts[number].client.request_address(
+            self.pool_ids[number], address, MAC, **more).partition("/")[0]
+
+    def fill(self, *numbers: int) -> list[set[str]]:
+        """Let these hosts take addresses in turn until none gets one; return what each took."""
+        taken: list[set[str]] = [set(), set(), set()]
+        asking = set(numbers)
+        while asking:
+            for number in sorted(asking):
+                try:
+                    address = self.ask(number)
+                except Refused as refusal:
+                    self.assertRegex(str(refusal), "^no available addresses on this pool: .*hostA, hostB, hostC")
+                    asking.remove(number)
+                else:
+                    self.assertFalse([it for it in taken if address in it], f"{address} is given twice")
+                    taken[number].add(address)
+        return taken
+
+    def parts_of(self, name: str) -> set[str]:
+        """Return the addresses in the parts of a host."""
+        return {str(address) for part, host in self.site.parts()[self.LAN].items() if host == name
+                for address in ipaddress.ip_network(part)}
+
+    def test_all_of_it_is_used_and_what_is_given_back_is_taken_by_others(self) -> None:
+        for number in range(3):
+            self.assertEqual(self.ask(number, "192.168.1.1", gateway=True), "192.168.1.1")
+        self.assertEqual(self.ask(0, "192.168.1.200"), "192.168.1.200")
+        for number, fixed in itertools.product((1, 2), ("192.168.1.200", "192.168.1.201")):
+            self.assert_refused("hostA has", self.ask, number, fixed)
+        taken = self.fill(0, 1, 2)
+        taken[0].add("192.168.1.200")
+        self.assertEqual(set.union(*taken), {f"192.168.1.{number}" for number in range(2, 255)})
+        for number, name in enumerate(self.NAMES):
+            self.assertLessEqual(taken[number], self.parts_of(name))
+        for address in taken[0]:
+            self.hosts[0].client.release_address(self.pool_ids[0], address)
+        until(lambda: len(self.parts_of("hostA")) <= 16, "parts are given back", QUIET_S)
+        again = self.fill(1, 2)
+        self.assertEqual(set.union(*again), taken[0] - self.parts_of("hostA"))
+        self.site.assert_agreement()
+
+
 class RestoreTest(SiteCase):
     """An etcd that is older than it was; save() is before, restore() is after."""
 
