@@ -4040,11 +4040,7 @@ class Etcd:
         while True:
             left_s = min(max(end_s - time.monotonic(), 0.05), ETCD_ATTEMPT_S)
             try:
-                reply = json.loads(self._post(path, body, left_s).read())
-                for found in (reply, *(reply.values() if isinstance(reply, dict) else ())):
-                    if isinstance(found, dict) and "header" in found:  # of a stream, under "result"
-                        return found
-                raise ValueError("what answers there is no etcd")
+                return self._decode(self._post(path, body, left_s))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 self.close()
                 self._endpoints.rotate(-1)
@@ -4076,8 +4072,7 @@ class Etcd:
         self._connection.sock.settimeout(timeout_s)
         if endpoint.user and is_new and path != AUTHENTICATE:
             credentials = {"name": endpoint.user, "password": endpoint.password}
-            response = self._post(AUTHENTICATE, credentials, timeout_s)
-            self._token = json.loads(response.read()).get("token", "")
+            self._token = self._decode(self._post(AUTHENTICATE, credentials, timeout_s))["token"]
         headers = {"Authorization": self._token} if self._token else {}
         self._connection.request("POST", path, dumps(body), headers)
         response = self._connection.getresponse()
@@ -4093,6 +4088,15 @@ class Etcd:
             return self._post(path, body, timeout_s)
         kind = Outdated if code == 11 else Refused  # OUT_OF_RANGE
         raise kind(f"etcd at {endpoint} refuses {path}: {printable(str(text).strip())}")
+
+    @staticmethod
+    def _decode(response: http.client.HTTPResponse) -> Json:
+        """Return a reply, out of its stream if it has one. Raises: ValueError: it is not etcd's."""
+        reply = json.loads(response.read())
+        found = reply.get("result", reply) if isinstance(reply, dict) else reply
+        if isinstance(found, dict) and "header" in found:
+            return found
+        raise ValueError("what answers there is no etcd")
 
     def key(self, table: str, name: Any) -> str:
         """Return the key of an entry, as the gateway has it."""
@@ -4360,17 +4364,15 @@ class Claimant:
     def _common(self, need: Need, patience_s: float) -> bool:
         """Make an address common to all hosts that share its subnet. Raises: Forbidden."""
         claim, part, owners = self._look(functools.partial(self._look_at_parts, need))
-        value = claim.value
-        common = value.get("common", {})
-        if need.place not in common:
-            for owner in owners.values():
-                if self._site.host not in owner.hosts:
-                    raise self._no_part(need, owners)
+        value = {"common": {}, **claim.value}
+        if need.place not in value["common"]:
+            if any(self._site.host not in owner.hosts for owner in owners.values()):
+                raise self._no_part(need, owners)
             if not claim.text or not (part or owners):
                 return False
             if not self._look(functools.partial(self._service.shut, need.subnet, need.place)):
                 return True
-            value["common"] = {**common, need.place: need.kind}
+            value["common"][need.place] = need.kind
             known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
             if not self._transact([claim, *known], [claim._replace(text=dumps(value))],
                                   patience_s):
@@ -4416,11 +4418,9 @@ class Claimant:
         claim, parts = self._look(look)
         rest = [other for other in claim.hosts if other != host]
         text = dumps({**claim.value, "hosts": rest}) if rest else ""
-        gone = [part._replace(text="") for part in parts[:MAX_GONE_PARTS]]
-        if len(gone) == len(parts):
-            gone.append(claim._replace(text=text))
-        known = [claim, *parts[:MAX_GONE_PARTS], *others]
-        return self._transact(known, gone, patience_s) and len(gone) > len(parts)
+        first, is_all = parts[:MAX_GONE_PARTS], len(parts) <= MAX_GONE_PARTS
+        gone = [part._replace(text="") for part in first] + [claim._replace(text=text)] * is_all
+        return self._transact([claim, *first, *others], gone, patience_s) and is_all
 
     def _transact(self, known: list[Entry], changed: list[Entry], patience_s: float,
                   lease: str = "0") -> bool:

@@ -6254,7 +6254,7 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
             if body["password"] != self.password:
                 return 400, {"code": 3, "message": "etcdserver: authentication failed"}
             self.tokens.add(f"token{len(self.asked)}")
-            return 200, {"token": f"token{len(self.asked)}"}
+            return 200, {"header": {}, "token": f"token{len(self.asked)}"}
         if self.password and token not in self.tokens:
             return 401, {"code": 16, "message": "etcdserver: invalid auth token"}
         self.looks(path)
@@ -6544,6 +6544,7 @@ class ClaimTest(HostsCase):
         with self.etcd.lock:
             saved = dict(self.etcd.values), self.etcd.revision, len(self.etcd.events)
         second = one.request_pool()[1]
+        known = one.loop.call(one.site.newest).revision
         with self.etcd.lock:
             self.etcd.go()
             self.etcd.values, self.etcd.revision = saved[:2]
@@ -6552,7 +6553,7 @@ class ClaimTest(HostsCase):
                 self.etcd.set(f"claims/10.{number}.0.0/24", {"hosts": ["two"]})
             self.etcd.looks = keep_back
             self.etcd.go(is_away=False)
-        time.sleep(0.1)  # the watch has ended
+        wait_for(lambda: one.claimant._newest.revision >= known, "the watch has ended")
         one.claimant._pulse_s = 0.0
         one.site.wake()
         wait_for(lambda: one.loop.call(one.site.newest).revision > 20, "it is there")
