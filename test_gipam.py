@@ -6707,9 +6707,11 @@ class EtcdAwayTest(HostsCase):
         errors: tuple[Any, ...] = ({}, [1], "not found", {"code": 5, "message": None})
         replies = (*((200, reply, "what answers there is no etcd") for reply in others),
                    *((404, reply, " refuses /v3/") for reply in errors))
-        for number, (*said, why) in enumerate(replies):
-            with self.subTest(said), mock.patch.object(FakeEtcd, "answer", lambda *_, said=said: said):
-                self.assertIn(why, Host(self, f"host{number}").state()["etcd"]["failure"])
+        urls = (self.etcd.url, self.etcd.url.replace("//", "//gipam:secret@"))
+        for number, (self.etcd_url, (*said, why)) in enumerate(itertools.product(urls, replies)):
+            with self.subTest(said, url=self.etcd_url), mock.patch.object(FakeEtcd, "answer", lambda *_, said=said: said):
+                host = Host(self, f"host{number}")
+                wait_for(lambda: why in host.state()["etcd"]["failure"], why)  # noqa: B023
 
     def test_request_whose_peer_has_gone_is_taken_back(self) -> None:
         host = Host(self, "one")
