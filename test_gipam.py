@@ -445,7 +445,7 @@ class Case(unittest.TestCase):
 
 # === The text of gipam.py =========================================================================
 
-MAX_LINES = 5371  # style.md asks for 3,600: the note on step 7 says where they are
+MAX_LINES = 5200  # the budget of step 8
 MAX_FUNCTION_LINES, MAX_COLUMNS = 50, 100
 
 
@@ -1825,7 +1825,7 @@ class SnapshotFileTest(StoreCase):
         service = self.begin()
         another = gipam.Store(self.path)
         another.read_snapshot()
-        for store in (service._store, another):
+        for store in (service.store, another):
             self.assertEqual(store.identify(), store.identity)
         with mock.patch.object(gipam.log, "warning") as warning:
             self.assertTrue(service.fold())
@@ -1866,7 +1866,7 @@ class LockTest(StoreCase):
         """Also one that a fold has made, still blank: recovery goes on in the one before it."""
         service = begin(self.path)  # Disk reads what it writes, which ends POSIX locks
         Direct(service).request_pool()
-        store, program = service._store, f"import test_gipam; test_gipam.begin({self.path!r})"
+        store, program = service.store, f"import test_gipam; test_gipam.begin({self.path!r})"
         for is_folding in (False, True):
             if is_folding:
                 store.switch(store.make_segment(gipam.ROOM_BYTES))
@@ -1878,13 +1878,13 @@ class LockTest(StoreCase):
     def test_lock_that_another_has_is_waited_for_while_the_journal_keeps_it_out(self) -> None:
         """Else a second one, which is about to be refused, would end the first."""
         service = self.begin()
-        service._store.lock()
+        service.store.lock()
         Direct(service).request_pool()
         os.unlink(self.path + ".lock")
         with open(self.path + ".lock", "w", encoding="ascii") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
-            service._store.keep_names()
-        service._store.keep_names()
+            service.store.keep_names()
+        service.store.keep_names()
         self.assertEqual(self.read_files()["leases.json.lock"], b"%d\n" % os.getpid())
 
     def test_journal_that_is_moved_is_missed_within_a_second(self) -> None:
@@ -2022,8 +2022,8 @@ class CallsTest(StoreCase):
         """Check that answers, memory and disk agree; a lost disk may be ahead by what failed."""
         disk = recover(self.path)
         if service.loss:  # nobody knows of the last turn, but that it was not acknowledged
-            self.assertIn(disk.seq, (service._store.seq, service._store.seq + 1))
-            if disk.seq > service._store.seq:
+            self.assertIn(disk.seq, (service.store.seq, service.store.seq + 1))
+            if disk.seq > service.store.seq:
                 return
         else:
             self.assertEqual(dump_state(disk), dump_state(service.state))
@@ -2208,7 +2208,7 @@ class TurnTest(ServiceCase):
 
     def test_full_disk_refuses_before_anything_is_changed(self) -> None:
         """The room ends in the middle of a turn: what came before is granted."""
-        store = self.service._store
+        store = self.service.store
         store._room = store._end + 500
         os.truncate(self.journal, store._room)
         made = len(self.calls.made)
@@ -2256,7 +2256,7 @@ class TurnTest(ServiceCase):
             os.rename(shutil.copy(journal, journal + "~"), journal)
 
         def find_in_the_middle() -> None:  # where room is made
-            self.patch(self.service._store, reserve=mock.Mock(
+            self.patch(self.service.store, reserve=mock.Mock(
                 side_effect=[None, gipam.StoreLost("cannot sync it")]))
 
         ways: dict[str, tuple[Callable[[], None], str]] = {
@@ -2276,7 +2276,7 @@ class TurnTest(ServiceCase):
 
     def test_room_is_made_ahead_of_need(self) -> None:
         """One request in a hundred asks the disk for more."""
-        store, made = self.service._store, len(self.calls.made)
+        store, made = self.service.store, len(self.calls.made)
         started = store._room
         for _ in range(200):
             self.client.request_pool(gipam_name="web")
@@ -2288,7 +2288,7 @@ class TurnTest(ServiceCase):
         self.assert_agreed()
 
     def test_almost_full_disk_gives_what_it_has(self) -> None:
-        store, call = self.service._store, self.calls._call
+        store, call = self.service.store, self.calls._call
         store._room = store._end
 
         def scarce(name: str, *arguments: Any) -> Any:
@@ -2373,7 +2373,7 @@ class FoldTest(ServiceCase):
                 self.client.ask("IpamDriver.RequestAddress", PoolID=self.pool_id)
 
         self.assertTrue(self.fold_beside([grow]))
-        self.assertGreater(self.service._store._end, gipam.ROOM_BYTES)
+        self.assertGreater(self.service.store._end, gipam.ROOM_BYTES)
         self.client.request_address(self.pool_id)
         self.assert_agreed()
 
@@ -3555,14 +3555,14 @@ class UndoneTest(LoopCase):
     def check_undone(self, peer: Peer, data: bytes, is_answered: bool = True) -> None:
         """Let the peer ask and leave; check that this makes one change, and its undoing."""
         seq, before = self.docker.state()["seq"], held(self.service.state)
-        append = self.service._store.append
+        append = self.service.store.append
 
         def leave_first(records: list[str]) -> None:
             if not is_answered:
                 peer.close()
             append(records)
 
-        with mock.patch.object(self.service._store, "append", leave_first):
+        with mock.patch.object(self.service.store, "append", leave_first):
             peer.send(data)
             if is_answered:
                 wait_for(peer.has_input, "an answer")
@@ -3670,7 +3670,7 @@ class LoopTest(LoopCase):
         self.turn_until(lambda: len(self.loop.handlers) == 9)
         for number, peer in enumerate(peers):
             peer.send(new_pool(number))
-        store = self.service._store
+        store = self.service.store
         with mock.patch.object(store, "append", wraps=store.append) as append:
             self.loop.turn(1.0)
         self.assertEqual([len(call[0][0]) for call in append.call_args_list], [9])
@@ -3803,7 +3803,7 @@ class LoopTest(LoopCase):
         self.assertTrue(self.service.is_durable(1))
         self.assertRaises(ZeroDivisionError, self.loop.call, lambda: 1 // 0)
         full = mock.Mock(side_effect=gipam.StoreError("full"))
-        with mock.patch.object(self.service._store, "append", full), \
+        with mock.patch.object(self.service.store, "append", full), \
                 mock.patch.object(self.service, "_read_anew"):
             self.assertRaises(gipam.StoreError, self.loop.call, lambda: self.service.apply(
                 change._replace(pool_id="q", subnet="10.67.0.0/24")))
@@ -4842,7 +4842,7 @@ class OperatedCase(CommandCase):
 
     def settle(self) -> None:
         """Wait until the first change is folded: then the files stay as they are."""
-        wait_for(lambda: self.service._store.is_named, "the first fold")
+        wait_for(lambda: self.service.store.is_named, "the first fold")
         if self.loop._folder:
             self.loop._folder.join()
 
@@ -5197,7 +5197,8 @@ class CheckTest(OperatedCase):
         for words in ("check", "check --fix", "check --json", "release 10.2.0.0/24 --yes --force"):
             with self.subTest(words):
                 self.assertEqual(self.run_gipam(*words.split(), options=self.nowhere), (2, "", self.absent + "\n"))
-        with mock.patch.object(self.service, "status", side_effect=gipam.StoreLost("cannot sync")):
+        with mock.patch.dict(gipam.PAGES, {"/status": (
+                "application/json", mock.Mock(side_effect=gipam.StoreLost("cannot sync")))}):
             self.assert_fails(self.run_gipam("check"), 2, "gipam: .+")
 
     def test_what_docker_releases_while_it_is_adopted_is_let_go(self) -> None:
@@ -6029,7 +6030,7 @@ class MetricsTest(OperatedCase):
         for call, number, status in (("pwrite", errno.ENOSPC, 200), ("fdatasync", errno.EIO, 503)):
             failing = mock.Mock(wraps=os)
             getattr(failing, call).side_effect = OSError(number, os.strerror(number))
-            with mock.patch.object(self.service._store, "calls", failing), \
+            with mock.patch.object(self.service.store, "calls", failing), \
                     self.assertRaises(Refused):
                 self.docker.make_network("web")
             if status == 503:
