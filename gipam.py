@@ -2879,7 +2879,6 @@ HEAD_END = re.compile(rb"\n\r?\n").search
 LOCAL_HOST = re.compile(r"(|(plugin\.moby\.)?localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?",
                         re.IGNORECASE).fullmatch
 LISTENER, CONNECTION = "gipam", "connection"  # names of what the service manager keeps
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -2938,10 +2937,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return bool(self.inbox or self.outbox) or self.length >= 0 or self.is_waiting
 
     def is_overdue(self, now_s: float) -> bool:
-        """Return whether it is stuck, on TCP, in a request, a reply or a handshake."""
-        is_stuck = self.is_busy() or (self.server.tls is not None and not self.is_client)
+        """Return whether it is stuck, on TCP, in a request or a reply."""
         is_late = self.since_s + REQUEST_PATIENCE_S < now_s
-        return is_stuck and is_late and not self.server.is_unix
+        return self.is_busy() and is_late and not self.server.is_unix
 
     def receive(self) -> None:
         """Put what has come into the inbox."""
@@ -2952,14 +2950,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 data = self.connection.recv(RECEIVE_BYTES)
                 self.inbox += data
                 self.has_ended = not data
-                if not data and self.server.tls and not self.command:  # 3.8 tells it no other way
-                    raise ConnectionError("it left before it asked anything")
-                if len(data) < RECEIVE_BYTES and (not self.server.tls or not data):
-                    break  # of TLS, OpenSSL may have more, of which no selector knows
-        except WOULD_BLOCK:
+                if len(data) < RECEIVE_BYTES:
+                    break
+        except BlockingIOError:
             pass
-        except OSError as error:
-            self.lose(error, is_unread=self.server.is_unix)
+        except OSError:
+            self.lose(is_unread=self.server.is_unix)
 
     def next_request(self) -> bytes | None:
         """Return the body of a request that is there as a whole, None: there is none.
@@ -3055,19 +3051,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             sent = self.connection.send(self.outbox)
             self.outbox = self.outbox[sent:] or next(self.page, b"")
             self.since_s = time.monotonic()
-        except WOULD_BLOCK:
+        except BlockingIOError:
             pass
-        except OSError as error:
-            self.lose(error, is_unread=True)
+        except OSError:
+            self.lose(is_unread=True)
 
-    def lose(self, error: OSError, is_unread: bool) -> None:
+    def lose(self, is_unread: bool) -> None:
         """End a connection that broke; take back what its last reply granted, if nobody read it.
 
         Only on a UNIX socket does a reset tell that. On TCP a firewall makes one too, and a reply
         that was read must not be taken back: a leak is mended by check, a double address is not.
         """
-        if self.server.tls and not self.command:
-            log.warning("refused TLS peer %s: %s", self.address_string(), error)
         if self.reply and is_unread:
             self.server.loop.service.take_back(self.reply.change, self.reply.seq)
         self.outbox, self.page, self.is_last = b"", iter(()), True
@@ -3083,8 +3077,8 @@ class Server(socketserver.TCPServer):
     is_kept = False  # whether the service manager keeps the socket, for the next process
 
     def __init__(self, address: Any, loop: Loop, listener: socket.socket | None = None,
-                 tls: ssl.SSLContext | None = None, paths: frozenset[str] = frozenset()) -> None:
-        self.loop, self.tls, self.paths = loop, tls, paths  # no paths: all
+                 paths: frozenset[str] = frozenset()) -> None:
+        self.loop, self.paths = loop, paths  # no paths: all
         if isinstance(address, tuple):
             self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler, bind_and_activate=listener is None)
@@ -3093,7 +3087,7 @@ class Server(socketserver.TCPServer):
             self.socket, self.server_address = listener, listener.getsockname()
         self.socket.setblocking(False)
         # for users of this host, but whose browser anybody may steer
-        self.is_private = not self.is_unix and not tls and (
+        self.is_private = not self.is_unix and (
             ipaddress.ip_address(str(self.server_address[0])).is_loopback)
 
     def server_bind(self) -> None:
@@ -3107,14 +3101,11 @@ class Server(socketserver.TCPServer):
             os.chmod(self.socket.getsockname(), 0o600)
 
     def get_request(self) -> Any:
-        """Accept; a TLS handshake is made by the first recv()."""
+        """Accept, a connection that never waits."""
         request, client_address = super().get_request()
         request.setblocking(False)
         if not self.is_unix:  # Nagle's algorithm could hold a reply for 40 ms
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.tls:
-            request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False,
-                                           suppress_ragged_eofs=False)
         return request, client_address
 
 
@@ -3427,8 +3418,7 @@ class Loop:
 
     def _hand_on(self) -> None:
         """Give idle connections to the service manager, for the next process (sd_notify(3))."""
-        idle = [handler for handler in self.handlers if not handler.is_busy()
-                and not handler.server.tls]
+        idle = [handler for handler in self.handlers if not handler.is_busy()]
         for at in range(0, len(idle), MAX_RIGHTS):
             notify(f"FDSTORE=1\nFDNAME={CONNECTION}",
                    [handler.connection.fileno() for handler in idle[at:at + MAX_RIGHTS]])
@@ -3444,8 +3434,7 @@ class Loop:
             self._folder.join()
 
 
-def listen(kind: type[Server], address: Any, loop: Loop,
-           tls: ssl.SSLContext | None = None) -> Server:
+def listen(kind: type[Server], address: Any, loop: Loop) -> Server:
     """Listen; the service manager keeps the socket, so that a restart never refuses Docker.
 
     The connections that the process before has handed on are served again.
@@ -3453,13 +3442,13 @@ def listen(kind: type[Server], address: Any, loop: Loop,
     listener, connections = take_sockets(address)
     if listener is None and isinstance(address, str):
         clear_path(address)
-    server = kind(address, loop, listener, tls)
+    server = kind(address, loop, listener)
     server.is_kept = listener is not None or "FDSTORE" in os.environ
     if "FDSTORE" in os.environ:
         notify(f"FDSTORE=1\nFDNAME={LISTENER}", [server.socket.fileno()])
     loop.open(server)
     for connection in connections:
-        if connection.getsockname() == server.server_address and not tls:
+        if connection.getsockname() == server.server_address:
             connection.setblocking(False)
             server.finish_request(connection, server.server_address)  # its peer is of this host
         else:
@@ -3530,20 +3519,13 @@ def open_unix(config: Config, loop: Loop, remove: Callable[[str], None]) -> None
 
 def open_tcp(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
     """Listen on the address, and write the plugin file. Raises: GipamError, OSError."""
-    server = listen(Server, config.address, loop, load_tls(config.tls, is_server=True))
-    address, stem = format_endpoint(server.server_address), os.path.splitext(config.spec)[0]
-    path, text = config.spec, f"tcp://{address}\n"
-    if config.tls:
-        files = {key: os.path.join(config.tls, name) for key, name in
-                 (("CAFile", "ca.pem"), ("CertFile", "cert.pem"), ("KeyFile", "key.pem"))}
-        path = stem + ".json"
-        text = json.dumps({"Addr": f"https://{address}", "TLSConfig": files}) + "\n"
-    found_first = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(stem) + ".sock")
-    for shadow, clear in ((found_first, clear_path), (config.spec, os.unlink)):
-        if shadow != path and os.path.lexists(shadow):
-            clear(shadow)
-            log.warning("removed %s, which hid %s; restart dockerd if it has used it", shadow, path)
-    write_spec(path, text, remove)
+    server = listen(Server, config.address, loop)
+    shadow = os.path.join(PLUGIN_SOCKET_DIR, config.driver + ".sock")
+    if os.path.lexists(shadow):
+        clear_path(shadow)
+        log.warning("removed %s, which hid %s; restart dockerd if it has used it", shadow,
+                    config.spec)
+    write_spec(config.spec, f"tcp://{format_endpoint(server.server_address)}\n", remove)
 
 
 def write_spec(path: str, text: str, remove: Callable[[str], None]) -> None:
@@ -3556,25 +3538,23 @@ def write_spec(path: str, text: str, remove: Callable[[str], None]) -> None:
     remove(path)
 
 
-def load_tls(directory: str, is_server: bool, option: str = "tls") -> ssl.SSLContext | None:
-    """Return what both sides need: TLS 1.2, a certificate, and the other's. Raises: ConfigError.
+def load_tls(directory: str) -> ssl.SSLContext:
+    """Return what a client of etcd needs: TLS 1.2, its CA, its own certificate where there is one.
 
-    To etcd, one's own is only shown where there is one.
+    Raises: ConfigError.
     """
     if not directory:
-        return None
-    stem = "server-" if is_server else ""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT)
+        return ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.verify_mode = ssl.CERT_REQUIRED
-    own = [os.path.join(directory, stem + name) for name in ("cert.pem", "key.pem")]
+    own = [os.path.join(directory, name) for name in ("cert.pem", "key.pem")]
     try:
         context.load_verify_locations(os.path.join(directory, "ca.pem"))
-        if option == "tls" or any(map(os.path.exists, own)):
+        if any(map(os.path.exists, own)):
             context.load_cert_chain(*own)
     except OSError as error:
-        raise ConfigError(f"-{option} {directory!r}: cannot use ca.pem, {stem}cert.pem and "
-                          f"{stem}key.pem in it: {error}") from None
+        raise ConfigError(f"-etcdtls {directory!r}: cannot use ca.pem, cert.pem and key.pem in it: "
+                          f"{error}") from None
     return context
 
 
@@ -4693,7 +4673,7 @@ def parse_host(text: str) -> str:
 OPTIONS = (
     Option("unix", parse_bool, "false", "BOOL", "serve on a UNIX socket instead of TCP"),
     Option("address", parse_listen, ":9090", "HOST:PORT",
-           "TCP address, without HOST on loopback; elsewhere with -tls"),
+           "TCP address, on loopback only; HOST may be left out"),
     Option("file", parse_path, "leases.json", "FILE", "lease file"),
     Option("v6", parse_prefixes, "", "PREFIXES", "IPv6 bases, separated by commas, used in order"),
     Option("v4", parse_prefixes, "", "PREFIXES", "IPv4 bases, likewise"),
@@ -4706,8 +4686,6 @@ OPTIONS = (
            "plugin file of TCP mode; likewise"),
     Option("metrics", lambda text: None if text in ("", "off") else parse_listen(text), "off",
            "HOST:PORT", "address for GET /metrics, /healthz and /status"),
-    Option("tls", parse_directory, "off", "DIR", "certificates for TCP: ca.pem, server-cert.pem, "
-           "server-key.pem; for dockerd cert.pem, key.pem"),
     Option("etcd", parse_endpoints, "off", "URLS", "endpoints of the etcd through which several "
            "hosts share the bases, separated by commas"),
     Option("etcdtls", parse_directory, "off", "DIR", "certificates for etcd: ca.pem, and where it "
@@ -4783,9 +4761,9 @@ def build_config(settings: Settings) -> Config:
     plugin = os.path.basename(config.socket if config.unix else config.spec)
     config.driver = os.path.splitext(plugin)[0]  # what Docker calls it
     config.families = ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab))
-    if not (config.unix or config.tls or ipaddress.ip_address(config.address[0]).is_loopback):
+    if not (config.unix or ipaddress.ip_address(config.address[0]).is_loopback):
         raise settings["address"].error("not a loopback address: whoever reaches the port could "
-                                        "take every address; use -tls")
+                                        "take every address; use :PORT, or -unix")
     for version, bases, prefixlen in reversed(config.families):
         given, block = settings[f"v{version}"], settings[f"v{version}ab"]
         for at, base in enumerate(bases):
@@ -4843,12 +4821,11 @@ def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Js
 
 def ask_daemon(settings: Settings, verb: str, path: str, body: Any = None) -> Any:
     """Return what the daemon answers, on its socket or its address. Raises: as call()."""
-    places = ((settings["socket"].value, ""), (settings["address"].value, settings["tls"].value))
-    for place, tls in places:
+    places = settings["socket"].value, settings["address"].value
+    for place in places:
         with contextlib.suppress(Absent):
-            peer = Connection(place, DAEMON_PATIENCE_S, load_tls(tls, is_server=False))
-            return call(peer, verb, path, body)
-    where = " or ".join(format_endpoint(place) for place, _ in places)
+            return call(Connection(place, DAEMON_PATIENCE_S), verb, path, body)
+    where = " or ".join(map(format_endpoint, places))
     raise Absent(f"no gipam answers on {where}: start it, or say where it is with -socket or "
                  "-address")
 
@@ -5187,7 +5164,7 @@ def open_claimant(config: Config, service: Service, store: Store) -> Claimant | 
     """Learn from etcd what other hosts hold, if there is any. Raises: BusyError, ConfigError."""
     if not config.etcd:
         return None
-    tls = load_tls(config.etcdtls, False, "etcdtls") or ssl.create_default_context()
+    tls = load_tls(config.etcdtls)
     lock = os.stat(store.path + ".lock")
     place = f"{[*read_rows('/etc/machine-id')]} {store.path} {lock.st_dev} {lock.st_ino}"
     service.site = Site(config.host, service.state)
@@ -5235,9 +5212,9 @@ def begin_import(config: Config, service: Service, document: Json | None) -> Non
 
 def warn_of_surprises(config: Config, proc: str) -> None:
     """Log what will surprise: open TCP, no base, or an on-link route (protocol.md 3.3)."""
-    if not config.unix and not config.tls:
-        log.warning("TCP without -tls: every user of this host can take and release addresses; "
-                    "-unix lets only root")
+    if not config.unix:
+        log.warning("on TCP every user of this host can take and release addresses; -unix lets "
+                    "only root")
     if not config.v4 and not config.v6:
         log.warning("no base is configured (-v4, -v6): only networks with a --subnet can be made")
     for base in config.v4:

@@ -38,7 +38,6 @@ import shutil
 import signal
 import socket
 import socketserver
-import ssl
 import stat
 import statistics
 import struct
@@ -50,7 +49,6 @@ import time
 import tracemalloc
 import types
 import unittest
-import warnings
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from unittest import mock
 
@@ -127,6 +125,14 @@ class Kernel:
                 table = struct.pack("=4xHHI", 8, 15, 254) if is_route else b""
                 address = ipaddress.ip_address(text.partition("/")[0]).packed
                 yield head + table + struct.pack("=HH", 4 + len(address), 1) + address
+
+
+def readme_commands(title: str) -> list[str]:
+    """Return the sh blocks that stand in README.md under this heading, up to the next one."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
+        sections = re.split(r"^##+ ", readme.read(), flags=re.MULTILINE)
+    section, = (text for text in sections if text.startswith(title + "\n"))
+    return re.findall(r"^```sh\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
 
 
 def subnet_of(pool_id: str) -> gipam.Network:
@@ -2767,20 +2773,15 @@ class TcpDaemon(Daemon):
     """A real gipam.py process on a loopback port that the kernel chose."""
 
     has_spec = True
-    suffix = ".spec"
 
     def __init__(self, test: unittest.TestCase, *options: str, **details: Any) -> None:
         super().__init__(test, "-unix=false", "-address", "127.0.0.1:0", *options, **details)
 
     @property
-    def plugin_file(self) -> str:
-        return self.spec.replace(".spec", self.suffix)
-
-    @property
     def address(self) -> Any:
         """Return where it listens, as its plugin file says."""
-        with open(self.plugin_file, encoding="ascii") as file:
-            found = re.findall(r'://\[?([^"\]]+)\]?:([0-9]+)["\n]', file.read())
+        with open(self.spec, encoding="ascii") as file:
+            found = re.findall(r"://\[?([^\]]+)\]?:([0-9]+)\n", file.read())
         return (found[0][0], int(found[0][1])) if found else ("not yet", 0)
 
 
@@ -3289,12 +3290,9 @@ ENDED = Answer(0, {}, None)  # the connection, instead of an answer
 class Peer:
     """A bare connection, for what no HTTP library would send."""
 
-    def __init__(self, test: unittest.TestCase, address: Any,
-                 tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, test: unittest.TestCase, address: Any) -> None:
         self.socket = dial(address)
         test.addCleanup(self.close)
-        if tls:
-            self.socket = tls.wrap_socket(self.socket, server_hostname=address[0])
         self.file = self.socket.makefile("rb")
 
     def send(self, data: bytes, is_last: bool = False) -> Peer:
@@ -3306,7 +3304,7 @@ class Peer:
 
     def answer(self) -> Answer:
         """Return the next answer, ENDED when the connection has."""
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
+        with contextlib.suppress(ConnectionError):
             line = self.file.readline()
             if line:
                 headers = dict(header.decode().strip().lower().split(": ", 1)
@@ -3340,7 +3338,7 @@ class Peer:
         return bool(select.select([self.socket], [], [], 0)[0])
 
     def close(self, is_reset: bool = False) -> None:
-        """End it, of TLS without a close_notify."""
+        """End it."""
         if is_reset:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if hasattr(self, "file"):
@@ -3372,8 +3370,6 @@ class LoopCase(Case):
     """A loop with a server of this process, and peers of it."""
 
     kind: type[gipam.Server] = gipam.UnixServer
-    tls: ssl.SSLContext | None = None
-    peer_tls: ssl.SSLContext | None = None
 
     def listen(self, kind: type[gipam.Server] | None = None, pools: int = 0) -> None:
         """Make a server whose loop the test turns, with pools of which a page is long to send."""
@@ -3382,7 +3378,7 @@ class LoopCase(Case):
         self.caller = InMemory(self)
         self.service = self.caller.service
         self.loop = gipam.Loop(self.service)
-        self.server = kind(address, self.loop, tls=self.tls)
+        self.server = kind(address, self.loop)
         self.loop.open(self.server)
         self.addCleanup(self.server.server_close)
         if pools:
@@ -3399,7 +3395,7 @@ class LoopCase(Case):
 
     def peer(self, data: bytes = b"", is_last: bool = False) -> Peer:
         """Return a peer that has said this."""
-        return Peer(self, self.server.server_address, self.peer_tls).send(data, is_last)
+        return Peer(self, self.server.server_address).send(data, is_last)
 
     def peers(self, count: int, data: bytes = b"") -> list[Peer]:
         return [self.peer(data) for _ in range(count)]
@@ -3592,7 +3588,7 @@ class UndoneTest(LoopCase):
 
 
 class LimitTest(LoopCase):
-    """On TCP, as with TLS, a client that is stuck, or hostile, cannot starve Docker."""
+    """On TCP a client that is stuck, or hostile, cannot starve Docker."""
 
     kind = gipam.Server
 
@@ -3621,7 +3617,7 @@ class LimitTest(LoopCase):
             self.assertEqual(peers[at].ask(), ACTIVATED)
 
     def test_end_takes_nothing_back(self) -> None:
-        """A firewall resets, too, and `ss -K`; a dockerd that is killed sends no close_notify."""
+        """A firewall resets, too, and `ss -K`."""
         self.serve()
         ways = itertools.product((True, False), (True, False))
         for number, (is_read, is_reset) in enumerate(ways, 1):
@@ -4361,162 +4357,6 @@ class FuzzTest(LoopCase):
             seen.update(statuses)
         self.assertLessEqual({200, 400, 403, 404, 405}, seen)
         self.assertEqual(self.state_on_disk(), client.state())
-
-
-# === TLS ==========================================================================================
-
-
-def readme_commands(title: str) -> list[str]:
-    """Return the sh blocks that stand in README.md under this heading, up to the next one."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
-        sections = re.split(r"^##+ ", readme.read(), flags=re.MULTILINE)
-    section, = (text for text in sections if text.startswith(title + "\n"))
-    return re.findall(r"^```sh\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
-
-
-# A certificate of the README's CA that has expired.
-SIGN_LATE = """
-openssl req -newkey rsa:2048 -nodes -subj /CN=late -keyout late-key.pem -out late.csr
-echo '[ca]
-default_ca = ca
-database = index
-new_certs_dir = .
-serial = serial
-default_md = sha256
-policy = policy
-[policy]
-commonName = supplied' > ca.cnf; touch index
-openssl ca -batch -notext -create_serial -config ca.cnf -cert ca.pem -keyfile ca-key.pem \\
-  -startdate 200101000000Z -enddate 200102000000Z -in late.csr -out late-cert.pem
-"""
-
-
-def make_certificates(directory: str, address: str = "192.0.2.7", more: str = "") -> None:
-    """Make the certificates of the README by its commands, for this address, and more."""
-    if shutil.which("openssl") is None:
-        raise unittest.SkipTest("openssl is missing: apt-get install openssl")
-    script = readme_commands("On TCP, with TLS")[0].replace("192.0.2.7", address) + more
-    subprocess.run(["bash", "-ec", script], cwd=directory, check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-class TlsDaemon(TcpDaemon):
-    """A real gipam.py process on a loopback port, with TLS."""
-
-    suffix = ".json"
-
-
-class TlsTest(LimitTest):
-    """With TLS, a certificate is asked of both; the limits of TCP hold here, too."""
-
-    good: str  # directories
-    foreign: str
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        keeper = unittest.TestCase()
-        cls.addClassCleanup(keeper.doCleanups)
-        cls.good, cls.foreign = make_directory(keeper), make_directory(keeper)
-        for directory in (cls.good, cls.foreign):
-            make_certificates(directory, "127.0.0.1", SIGN_LATE)
-        cls.tls, cls.peer_tls = gipam.load_tls(cls.good, is_server=True), cls.context()
-
-    @classmethod
-    def context(cls, directory: str = "", stem: str | None = "") -> ssl.SSLContext:
-        """Return what a client needs that trusts the good CA, with a certificate or none."""
-        context = ssl.create_default_context(cafile=os.path.join(cls.good, "ca.pem"))
-        if stem is not None:
-            context.load_cert_chain(*(os.path.join(directory or cls.good, f"{stem}{name}.pem")
-                                      for name in ("cert", "key")))
-        return context
-
-    def raw(self, data: bytes = b"", is_last: bool = False) -> Peer:
-        """Return a peer that speaks no TLS of itself."""
-        return Peer(self, self.server.server_address).send(data, is_last)
-
-    def test_plugin_file_says_all_that_dockerd_needs(self) -> None:
-        daemon = TlsDaemon(self, "-tls", self.good)
-        with open(daemon.spec, "w", encoding="ascii") as old:
-            old.write("tcp://127.0.0.1:9090\n")  # would hide the other
-        daemon.start()
-        with open(daemon.plugin_file, encoding="ascii") as file:
-            files = json.load(file)["TLSConfig"]
-        context = ssl.create_default_context(cafile=files["CAFile"])
-        context.load_cert_chain(files["CertFile"], files["KeyFile"])
-        self.assertEqual(Peer(self, daemon.address, context).ask(), ACTIVATED)
-        self.assertFalse(os.path.exists(daemon.spec))
-        self.assertEqual(os.stat(daemon.plugin_file).st_mode & 0o777, 0o600)
-        self.assertEqual(daemon.stop(), 0)
-        self.assertFalse(os.path.exists(daemon.plugin_file))
-
-    def test_peers_that_cannot_prove_who_they_are_are_refused(self) -> None:
-        old = self.context()
-        old.set_ciphers("ALL:@SECLEVEL=0")
-        with warnings.catch_warnings():  # that this is old is the point
-            warnings.simplefilter("ignore", DeprecationWarning)
-            old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
-        self.serve()
-        for what, context, reason in (
-                ("no certificate", self.context(stem=None), "peer did not return a certificate"),
-                ("one of another CA", self.context(self.foreign), "certificate verify failed: "
-                 "self.signed certificate in|unable to get local issuer certificate"),
-                ("an expired one", self.context(stem="late-"), "certificate has expired"),
-                ("that of the server", self.context(stem="server-"),
-                 "(unsuitable|unsupported) certificate purpose"),
-                ("TLS 1.1", old, "unsupported protocol")):
-            with self.subTest(what), self.assertLogs("gipam") as said:
-                with contextlib.suppress(ssl.SSLError, ConnectionError):
-                    self.assertIsNone(Peer(self, self.server.server_address, context).ask())
-                wait_for(lambda: "refused TLS peer 127.0.0.1: " in "".join(said.output), "a line")
-                self.assertRegex("".join(said.output).replace("_", " "), f"(?i)({reason})")
-        self.assertEqual(self.peer().ask(), ACTIVATED)
-
-    def test_peers_that_do_not_speak_tls_are_refused(self) -> None:
-        self.serve()
-        with self.assertLogs("gipam") as logged:
-            for said in (b"POST /Plugin.Activate HTTP/1.1\r\n\r\n", b"\0" * 100,
-                         b"\x16\x03\x01\x02\x00\x01\x00", b""):
-                with self.subTest(said), contextlib.suppress(ConnectionError):
-                    self.assertNotIn(b"HTTP", self.raw(said, is_last=True).file.read())
-            wait_for(lambda: "".join(logged.output).count("refused TLS peer 127.0.0.1: ") == 4,
-                     "a line each")
-        self.assertEqual(self.peer().ask(), ACTIVATED)
-
-    def test_handshake_that_takes_too_long_is_given_up(self) -> None:
-        self.patch(gipam, REQUEST_PATIENCE_S=0.01, TICK_S=0.02)
-        self.serve()
-        for data in (b"", b"\x16\x03\x01\x02"):
-            self.assertEqual(self.raw(data).answer(), ENDED)
-
-    def test_commands_reach_the_daemon(self) -> None:
-        daemon = TlsDaemon(self, "-tls", self.good).start()
-        for options, status, text in ((("-tls", self.good), 0, '"pools": []'),
-                                      ((), 2, "the daemon does not answer on 127.0.0.1:"),
-                                      (("-tls", self.foreign), 2, "certificate verify failed")):
-            with self.subTest(options):
-                done = subprocess.run(
-                    [*daemon.command, "status", "--json", "-address", "%s:%d" % daemon.address,
-                     "-unix=false", "-socket", "/nowhere/sock", "-file", daemon.file, *options],
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-                    env=daemon.env)
-                self.assertEqual(done.returncode, status, done.stdout)
-                self.assertIn(text, done.stdout)
-                self.assertNotIn("Traceback", done.stdout)
-
-    def test_directory_that_is_refused(self) -> None:
-        needed = ("ca", "server-cert", "server-key")
-        for found in (("", "server-cert", "server-key"), ("ca", "", "server-key"),
-                      ("ca", "server-cert", ""), ("server-key", "server-cert", "server-key"),
-                      ("ca", "server-cert", "key")):
-            with self.subTest(found):
-                directory = make_directory(self)
-                for name, file in zip(needed, found):
-                    if file:
-                        os.symlink(f"{self.good}/{file}.pem", f"{directory}/{name}.pem")
-                with self.assertRaisesRegex(
-                        gipam.ConfigError, f"^-tls '{directory}': cannot use ca.pem, "
-                        "server-cert.pem and server-key.pem in it: .*$"):
-                    gipam.load_tls(directory, is_server=True)
 
 
 # === Docker =======================================================================================
@@ -6110,7 +5950,7 @@ class LogTest(unittest.TestCase):
         for line in lines:
             self.assertRegex(line, r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) \S")
         self.assertRegex("\n".join(lines), (
-            "TCP without -tls: every user of this host can take and release.*\n"
+            "on TCP every user of this host can take and release.*\n"
             r".*no base is configured \(-v4, -v6\): only networks with a --subnet can be made\n"
             r".*serving on 127\.0\.0\.1:\d+, and metrics on 127\.0\.0\.1:\d+ with 0 pools"))
 
@@ -7273,9 +7113,9 @@ class ConfigurationTest(CommandLineCase):
                 ("address", ["9090", "127.0.0.1", ":65536", ":-1", ":x", "::1:x", "", "off"], LISTEN),
                 ("metrics", ["9091"], LISTEN),
                 ("address", ["0.0.0.0:9090", "[::]:9090", "10.2.0.1:9090"], "not a loopback "
-                 "address: whoever reaches the port could take every address; use -tls"),
+                 "address: whoever reaches the port could take every address; use :PORT, or -unix"),
                 ("address", ["web:9090"], "'web' does not appear to be an IPv4 or IPv6 address"),
-                ("tls", ["/nonexistent"], "there is no such directory"),
+                ("etcdtls", ["/nonexistent"], "there is no such directory"),
                 ("file", ["", "/tmp/"], PATH), ("socket", [""], PATH), ("spec", ["/tmp/"], PATH),
                 ("v4", ["10.2.0.0", "10.2.0.0/255.255.0.0"], "{0!r} " + FORM),
                 ("v4", ["10.2.0.0/16,"], f"'' {FORM}"),

@@ -20,7 +20,7 @@ from typing import Callable, Iterator
 
 from machines import MAKE_IMAGE, children, main, require
 
-from test_gipam import DEADLINE_S, GIPAM, HERE, make_certificates, readme_commands
+from test_gipam import DEADLINE_S, GIPAM, HERE, readme_commands
 
 SERVICE_CHAPTER = "As a service"
 CONTAINERS = 5  # that the machine always has: web1, web2, db1, db2 on dual-stack networks, lan1
@@ -410,25 +410,6 @@ class BootTest(unittest.TestCase):
         machine.wait_for_containers()
         machine.wait_until("! grep -q Import /opt/gipam/leases.json")
         self.assert_all_is_well(machine, "docker restart web1 lan1")
-
-    # -- another way to run it
-
-    def test_dockerd_uses_tls(self) -> None:
-        directory = tempfile.mkdtemp(prefix="gipam-")
-        self.addCleanup(shutil.rmtree, directory)
-        make_certificates(directory)
-        machine = self.machine(*(f"{directory}/{name}:/root/{name}" for name in os.listdir(directory)))
-        machine("ip addr add 192.0.2.7/32 dev lo")
-        said = machine.follow("On TCP, with TLS", 1)
-        self.assertNotIn("failed", said)
-        self.assertEqual(machine.show("NRestarts"), "0")
-        self.assertIn("serving on 192.0.2.7:9090", machine.log("gipam"))
-        machine("test ! -h /run/docker/plugins/gipam.sock; grep -q https://192.0.2.7:9090 /etc/docker/plugins/gipam.json")
-        machine.wait_for_containers()
-        machine("docker restart web1 lan1; docker network create --ipam-driver gipam over; docker network rm over")
-        self.assertEqual(machine.complaints(), [])
-        self.assertEqual(machine(f"(set -a; . /opt/gipam/.env; {CHECK})"), "no difference")
-        machine.follow("Check once a week")
 
 
 if __name__ == "__main__":
