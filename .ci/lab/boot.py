@@ -11,16 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 import unittest
 from typing import Callable, Iterator
 
-from machines import MAKE_IMAGE, children, main, require
-
-from test_gipam import DEADLINE_S, GIPAM, HERE, readme_commands
+from machines import FILES, MAKE_IMAGE, Machine, main, make_tree
 
 SERVICE_CHAPTER = "As a service"
 CONTAINERS = 5  # that the machine always has: web1, web2, db1, db2 on dual-stack networks, lan1
@@ -55,135 +50,6 @@ for container in $(docker ps -q); do
 done
 wait
 """
-
-# What a person copies to the machine.
-FILES = [f"{path}:/root/gipam/{os.path.basename(path)}" for path in (
-    GIPAM, os.path.join(HERE, "gipam.env"), os.path.join(HERE, "gipam.service"))]
-
-UNSHARE = ("unshare", "--mount", "--propagation", "private", "bash", "-ec")
-# Run in a mount namespace of its own, with the lower directories, the disk's and boot-systemd's arguments.
-BOOT = """
-mount -t cgroup2 cgroup2 "$1/cgroup"; mkdir "$1/cgroup/${1##*/}"; echo $$ > "$1/cgroup/${1##*/}/cgroup.procs"
-mount -t overlay overlay -o "lowerdir=$0,upperdir=$1/upper,workdir=$1/work" "$1/root"
-exec "$2" "$1/root" "${@:3}" -- bash -c "echo is up; read"
-"""
-CLEAN_UP = """
-mount -t cgroup2 cgroup2 "$0/cgroup"; cd "$0/cgroup/${0##*/}"; echo 1 > cgroup.kill
-until find . -depth -mindepth 1 -type d -exec rmdir {} +; do  # what was killed has to be reaped first
-    [ $SECONDS -lt 30 ]; sleep 0.1
-done 2> /dev/null
-cd ..; until rmdir "${0##*/}"; do [ $SECONDS -lt 30 ]; sleep 0.1; done 2> /dev/null
-"""
-
-
-def make_tree() -> str:
-    """Return the tree that the disks of machines lie on; it is made once."""
-    require("bash", "busybox", "debootstrap", "ip", "mount", "nsenter", "openssl", "unshare")
-    made = subprocess.run([os.path.join(HERE, ".ci", "tree")], stdout=subprocess.PIPE, encoding="utf-8", check=True)
-    return made.stdout.strip()
-
-
-def find_boot() -> str:
-    """Return the script that boots a tree, which is beside this checkout."""
-    for path in (os.path.join(HERE, "..", "shared", "boot-systemd"), "/work/shared/boot-systemd"):
-        if os.access(path, os.X_OK):
-            return os.path.realpath(path)
-    raise AssertionError(f"booting a machine needs {path}")
-
-
-class Machine:
-    """A machine whose disk is an overlay: 3 ms to make, and what it lies on stays as it is.
-
-    It has a control group of its own, for several may be up, with containers of the same id.
-    """
-
-    def __init__(self, *lower: str) -> None:
-        self.lower, self.boot_script = ":".join(lower), find_boot()
-        self.disk = tempfile.mkdtemp(prefix="gipam-boot-", dir="/var/tmp")
-        for name in ("upper", "work", "root", "cgroup"):
-            os.mkdir(os.path.join(self.disk, name))
-        self.process: subprocess.Popen[str] | None = None
-
-    def boot(self, *files: str, end: str = "cut") -> None:
-        """Boot, with files (SOURCE:PATH) put there first. It will end by poweroff, or as if by a power cut."""
-        self.process = subprocess.Popen(
-            [*UNSHARE, BOOT, self.lower, self.disk, self.boot_script, *files],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env={**os.environ, "BOOT_END": end})
-        assert self.process.stdout
-        if self.process.stdout.readline() != "is up\n":
-            raise AssertionError("the machine did not boot")
-        self.pid = self.find_init()
-
-    def find_init(self) -> str:
-        """Return the id of its first process; "" as long as it has none."""
-        with contextlib.suppress(OSError):
-            for child in children(str(self.process.pid)) if self.process else ():
-                for init in children(child):
-                    if os.readlink(f"/proc/{init}/exe").endswith("/systemd"):
-                        return init
-        return ""
-
-    def end(self) -> None:
-        if self.process is not None:
-            self.process.communicate()  # its command reads the end of its input
-            self.process = None
-            subprocess.run([*UNSHARE, CLEAN_UP, self.disk], check=True)
-
-    def remove(self) -> None:
-        self.end()
-        shutil.rmtree(self.disk)
-
-    def begin(self, script: str) -> subprocess.Popen[str]:
-        """Start a bash script inside; it ends with the first command that fails."""
-        return subprocess.Popen(
-            ["nsenter", "-t", self.pid, "-a", "-r", "-w", "env", "-i", "HOME=/root",
-             "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "bash", "-e", "-o", "pipefail", "-c", script],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
-
-    def __call__(self, script: str, *expected: int) -> str:
-        """Run a bash script inside and return what it says; fail if its status is not as expected (0)."""
-        process = self.begin(script)
-        out = process.communicate(timeout=120)[0]
-        if process.returncode not in (expected or (0,)):
-            raise AssertionError(f"exit status {process.returncode} of:\n{script}\n{out}")
-        return out.strip()
-
-    def follow(self, title: str, *which: int, directory: str = "/root") -> str:
-        """Run the README's commands under this heading word for word: all, or those blocks."""
-        blocks = readme_commands(title)
-        return "\n".join(self(f"cd {directory}\n{blocks[at]}") for at in which or range(len(blocks)))
-
-    def wait_until(self, condition: str) -> None:
-        """Wait until a command succeeds; the poll is inside, where it costs least."""
-        said = "docker ps -a; journalctl --no-pager -o cat -u docker -u gipam -p warning | cut -c 1-500 | tail -n 40"
-        self(f"until {condition}; do [ $SECONDS -lt {DEADLINE_S * 3:.0f} ] || {{ {said}; exit 1; }}; sleep 0.1; done")
-
-    def wait_for_containers(self) -> None:
-        """Wait until all that there are are running."""
-        self.wait_until("[ $(docker ps -q | wc -l) = $(docker ps -aq | wc -l) ]")
-
-    def addresses(self) -> list[str]:
-        """Return all addresses of containers, as Docker shows them."""
-        return self("docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}} {{end}}' "
-                    "$(docker ps -aq)").split()
-
-    def subnets(self) -> dict[str, list[str]]:
-        """Return the subnets of each network of gipam's."""
-        said = self("docker network inspect -f '{{.IPAM.Driver}} {{.Name}} {{range .IPAM.Config}}{{.Subnet}} {{end}}' "
-                    "$(docker network ls -q)")
-        return {name: subnets for driver, name, *subnets in map(str.split, said.splitlines()) if driver == "gipam"}
-
-    def log(self, unit: str) -> str:
-        return self(f"journalctl --no-pager -o cat -b -u {unit}")
-
-    def complaints(self) -> list[str]:
-        """Return what dockerd has said about a plugin that it could not reach, and tried again."""
-        return re.findall("Unable to (?:connect to|locate) plugin.*", self.log("docker"))
-
-    def show(self, name: str, unit: str = "gipam") -> str:
-        """Return a property of a unit."""
-        return self(f"systemctl show -p {name} --value {unit}")
-
 
 # Connections that are kept as Go keeps them: whoever sees the end of one says so. Each asks, in rounds, and waits
 # for the answers of all; CLIENT_COUNT is more than one message to systemd can hold.

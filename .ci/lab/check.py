@@ -63,7 +63,7 @@ class CheckTest(CheckedCase):
                 return {"PoolID": str(subnet.version), "Pool": str(subnet)}
             return {"Address": f"{subnet[1]}/{subnet.prefixlen}"}
 
-        fake = FakeDocker(self, os.path.join(self.docker.directory, "fake.sock"), grant, version)
+        fake = FakeDocker(self, os.path.join(self.docker.disk, "fake.sock"), grant, version)
         fake.make_network("web", "4", "6")
         fake.start("one", "web")
         built, fake_one = fake.networks["web"], fake.containers["one"]

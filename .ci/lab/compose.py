@@ -19,7 +19,7 @@ class ComposeTest(DockerCase):
     def setUp(self) -> None:
         super().setUp()
         require("docker-compose")
-        self.file = os.path.join(self.docker.directory, "compose.yaml")
+        self.file = os.path.join(self.docker.disk, "compose.yaml")
 
     def begin(self, service: str, network: str) -> None:
         """Let compose make a service; other networks and containers have been there before, and go."""

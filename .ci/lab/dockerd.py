@@ -319,7 +319,7 @@ class RoutedTest(RouterCase):
 
     def setUp(self) -> None:
         super().setUp()
-        reporter = self.docker.spawn("ip", "netns", "exec", "outside", sys.executable, "-c",
+        reporter = self.docker.spawn("ip", "netns", "exec", "outside", "python3", "-c",
                                      self.REPORTER)
         self.addCleanup(reporter.stop, signal.SIGKILL)
         reporter.wait_until(lambda: "ready" in reporter.read_log())
@@ -330,7 +330,7 @@ class RoutedTest(RouterCase):
 
     def can_fetch(self, address: str) -> bool:
         script = f"import socket; socket.create_connection(({address!r}, 80), 1)"
-        return works(self.run_outside, sys.executable, "-c", script)
+        return works(self.run_outside, "python3", "-c", script)
 
     def test_container_is_reached_from_outside_without_nat(self) -> None:
         """In both directions, as itself. DOCKER-USER outlives dockerd: the rule is taken away."""
@@ -386,7 +386,7 @@ class OnLinkTest(RouterCase):
 
     def test_ndppd_answers_for_all_containers(self) -> None:
         self.assertFalse(self.is_reached())
-        path = os.path.join(self.docker.directory, "ndppd.conf")
+        path = os.path.join(self.docker.disk, "ndppd.conf")
         with open(path, "w", encoding="ascii") as file:
             file.write(self.NDPPD)
         ndppd = self.docker.spawn("ndppd", "-c", path)

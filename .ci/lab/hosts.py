@@ -16,8 +16,7 @@ import threading
 import unittest
 from typing import Any, Iterable
 
-from boot import FILES, Machine, make_tree
-from machines import Block, main, read_blocks, until
+from machines import FILES, Block, Machine, main, make_tree, read_blocks, until
 from readme import EQUIP
 
 HOSTS = {"host1": 7, "host2": 8, "host3": 9}  # name: last part of its addresses

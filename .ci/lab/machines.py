@@ -1,7 +1,8 @@
-"""What the files of the lab share: the README's commands, namespaces, dockerd, how they run.
+"""What the files of the lab share: the README's commands, namespaces, dockerd, machines that boot, how they run.
 
 The lab shows what needs more than the self-check: dockerd, machines that boot, long runs. Each file
 beside this one is unittest and runs by itself, as root: `python3 .ci/lab/dockerd.py`, with -v and -k.
+GIPAM_SUITE=trixie has dockerd 26.1.5 and Python 3.13, GIPAM_SUITE=forky, the default, 28.5.2 and 3.14.
 What is missing is a failure here, and named with its remedy. Ctrl-C waits for the test that runs.
 """
 
@@ -13,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,8 +26,9 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-from test_gipam import DEADLINE_S, GIPAM, HERE, conclude, dial  # noqa: E402
+from test_gipam import DEADLINE_S, GIPAM, HERE, conclude, dial, readme_commands  # noqa: E402
 
+SUITE = os.environ.get("GIPAM_SUITE") or "forky"  # whose dockerd and Python are shown
 BASE_V4 = "10.2.0.0/16"
 BASE_V6 = "2001:db8:0:100::/56"
 NO_NAT = ("-o", "com.docker.network.bridge.enable_ip_masquerade=false")
@@ -161,7 +164,7 @@ class Namespaces:
             raise AssertionError("gets no namespaces: run it in a privileged container")
 
     def close(self) -> None:
-        self.holder.communicate()  # the holder reads the end of its input
+        self.holder.communicate(timeout=DOCKER_DEADLINE_S)  # the holder reads the end of its input
 
     def run(self, *command: str, env: dict[str, str] | None = None) -> str:
         """Run a command there and return what it prints. Raises: CommandError."""
@@ -212,16 +215,70 @@ class Process:
             return log.read()
 
 
-# === dockerd ======================================================================================
-#
-# One dockerd and one gipam live in mount, network and process namespaces of their own, with a
-# private /run and /etc/docker: everything has its usual path there, several runs do not meet, and
-# all of it ends with the namespaces' first process, which ends with the test's.
+class Disk:
+    """A disk that is written over others, which stay as they are: 3 ms to make."""
 
-PRIVATE = """
-mkdir -p /etc/docker; mount -t proc proc /proc; mount -t tmpfs tmpfs /run
-mount -t tmpfs tmpfs /etc/docker; ip link set lo up
+    def __init__(self, *lower: str) -> None:
+        self.disk = tempfile.mkdtemp(prefix="gipam-disk-", dir="/var/tmp")
+        for name in ("upper", "work", "root"):
+            os.mkdir(os.path.join(self.disk, name))
+        self.mount = f"mount -t overlay overlay -o lowerdir={':'.join(lower)},upperdir={self.disk}/upper," \
+                     f"workdir={self.disk}/work {self.disk}/root\n"
+
+
+def make_tree(suite: str = SUITE) -> str:
+    """Return the Debian tree that disks lie on; it is made once."""
+    require("bash", "busybox", "debootstrap", "ip", "mount", "nsenter", "openssl", "unshare")
+    made = subprocess.run([os.path.join(HERE, ".ci", "tree"), suite], stdout=subprocess.PIPE, encoding="utf-8", check=True)
+    return made.stdout.strip()
+
+
+# A tree becomes the root. The checkout and the disk are there under the names that they have outside.
+ENTER = """
+cd {disk}/root; for name in dev sys; do mount --rbind /$name $name; done
+for name in {here} {disk}; do mkdir -p .$name; mount --bind $name .$name; done
+mount -t proc proc proc; mount -t tmpfs tmpfs run; mkdir .old; pivot_root . .old; umount -l .old; cd /
+ip link set lo up; mkdir -p /etc/docker
 """
+
+
+class Sandbox(Disk):
+    """Mount, network and process namespaces in a tree: everything has its usual path there, several do not meet.
+
+    All of it ends with the namespaces' first process, which ends with the test's.
+    """
+
+    def __init__(self, suite: str = SUITE) -> None:
+        super().__init__(make_tree(suite))
+        self.env = {"PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+        self.namespaces = Namespaces("--mount", "--net", "--pid", setup=self.mount + ENTER.format(here=HERE, disk=self.disk))
+        self.processes: list[Process] = []
+
+    def close(self) -> None:
+        self.namespaces.close()
+        for process in self.processes:
+            process.process.wait()
+        shutil.rmtree(self.disk)
+
+    def path(self, path: str) -> str:
+        """Return how a path in the sandbox is called outside."""
+        return f"/proc/{self.namespaces.pid}/root{path}"
+
+    def spawn(self, *command: str) -> Process:
+        """Start a process in the sandbox."""
+        process = Process(os.path.join(self.disk, command[0] + ".log"), *self.namespaces.inside, *command, env=self.env)
+        self.processes.append(process)
+        return process
+
+    def run(self, *command: str) -> str:
+        """Run a command in the sandbox and return what it prints. Raises: CommandError."""
+        return self.namespaces.run(*command, env=self.env)
+
+    def run_lines(self, lines: str) -> None:
+        self.run("sh", "-ec", lines)
+
+
+# === dockerd ======================================================================================
 
 # An image with a static busybox. SIGKILL stops its containers at once: as first process busybox
 # would ignore SIGTERM.
@@ -232,52 +289,28 @@ tar c . | docker import -c 'CMD ["sleep", "1000000"]' -c 'STOPSIGNAL SIGKILL' - 
 """
 
 
-class Docker:
-    """One dockerd and one gipam in namespaces of their own."""
+class Docker(Sandbox):
+    """One dockerd and one gipam in a sandbox."""
 
     def __init__(self, *options: str) -> None:
-        """Make the namespaces; options are gipam's, beside its lease file, and its bases unless they say others."""
-        require("busybox", "containerd", "docker", "dockerd", "iptables")
-        self.directory = tempfile.mkdtemp(prefix="gipam-docker-")
-        self.leases = os.path.join(self.directory, "leases.json")
+        """Make the sandbox; options are gipam's, beside its lease file, and its bases unless they say others."""
+        super().__init__()
+        self.leases = os.path.join(self.disk, "leases.json")
         self.gipam_options = ("-v6", BASE_V6, "-v4", BASE_V4, "-file", self.leases, *options)
-        self.env = {name: value for name, value in os.environ.items()
-                    if not name.startswith(("DOCKER_", "GIPAM_"))}
-        self.namespaces = Namespaces("--mount", "--net", "--pid", setup=PRIVATE)
-        self.containerd = self.spawn("containerd", "--config", "/dev/null", "--root",
-                                     self.directory + "/containerd")
-        self.containerd.wait_until(lambda: os.path.exists(self.path("/run/containerd/containerd.sock")))
+        containerd = self.spawn("containerd", "--config", "/dev/null", "--root", self.disk + "/containerd")
+        containerd.wait_until(lambda: os.path.exists(self.path("/run/containerd/containerd.sock")))
         self.dockerd: Process | None = None
         self.gipam: Process | None = None
         self.wires = 0
 
     def close(self) -> None:
-        self.namespaces.close()
-        for process in filter(None, (self.containerd, self.dockerd, self.gipam)):
-            process.process.wait()
-        name = os.path.basename(self.directory)
+        name = os.path.basename(self.disk)
+        super().close()
         for top in glob.glob(f"/sys/fs/cgroup/{name}") + glob.glob(f"/sys/fs/cgroup/*/{name}"):
             for path, _, _ in os.walk(top, topdown=False):
                 os.rmdir(path)
-        shutil.rmtree(self.directory, ignore_errors=True)
 
-    # -- the namespaces
-
-    def path(self, path: str) -> str:
-        """Return how a path in the namespaces is called outside."""
-        return f"/proc/{self.namespaces.pid}/root{path}"
-
-    def spawn(self, *command: str) -> Process:
-        """Start a process in the namespaces."""
-        log = os.path.join(self.directory, command[0] + ".log")
-        return Process(log, *self.namespaces.inside, *command, env=self.env)
-
-    def run(self, *command: str) -> str:
-        """Run a command in the namespaces and return what it prints. Raises: CommandError."""
-        return self.namespaces.run(*command, env=self.env)
-
-    def run_lines(self, lines: str) -> None:
-        self.run("sh", "-ec", lines)
+    # -- the sandbox
 
     def wire(self) -> tuple[str, str]:
         """Make two connected interfaces, parents for macvlan networks."""
@@ -291,9 +324,9 @@ class Docker:
 
     def start_dockerd(self, *options: str, wait: bool = True) -> None:
         self.dockerd = self.spawn(
-            "dockerd", "--data-root", self.directory + "/data",
+            "dockerd", "--data-root", self.disk + "/data",
             "--exec-opt", "native.cgroupdriver=cgroupfs",
-            "--cgroup-parent", "/" + os.path.basename(self.directory), *options)
+            "--cgroup-parent", "/" + os.path.basename(self.disk), *options)
         if wait:
             self.wait_for_dockerd()
 
@@ -317,7 +350,7 @@ class Docker:
 
     def command(self, *arguments: str) -> list[str]:
         """Return the command line of gipam, e.g. of `gipam.py check`."""
-        return [sys.executable, GIPAM, *self.gipam_options, *arguments]
+        return ["python3", GIPAM, *self.gipam_options, *arguments]
 
     def check(self, *arguments: str, grace_s: int = 0) -> list[str]:
         """Return what `check` finds, as "kind: text", sorted; its exit status must agree."""
@@ -368,7 +401,7 @@ class Docker:
     def begin(self, *arguments: str) -> subprocess.Popen[str]:
         """Start a docker command without waiting for it."""
         return subprocess.Popen(
-            ["docker", "-H", "unix://" + self.path("/run/docker.sock"), *arguments],
+            [*self.namespaces.inside, "docker", *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=self.env, encoding="utf-8")
 
@@ -534,3 +567,159 @@ class DockerCase(unittest.TestCase):
     def assert_reaches(self, container: str, address: str) -> None:
         ping = ("exec", container, "ping", "-c", "1", "-W", "1", address)
         until(lambda: works(self.docker, *ping), f"{container} reaches {address}")
+
+
+# === Machines that boot ===========================================================================
+
+# What a person copies to the machine.
+FILES = [f"{path}:/root/gipam/{os.path.basename(path)}" for path in (
+    GIPAM, os.path.join(HERE, "gipam.env"), os.path.join(HERE, "gipam.service"))]
+
+
+def find_boot() -> str:
+    """Return the script that boots a tree, which is beside this checkout."""
+    for path in (os.path.join(HERE, "..", "shared", "boot-systemd"), "/work/shared/boot-systemd"):
+        if os.access(path, os.X_OK):
+            return os.path.realpath(path)
+    raise AssertionError(f"booting a machine needs {path}")
+
+
+ROUTER = """
+ip link add lan type bridge mcast_snooping 0; ip link set lan up
+ip addr add 192.0.2.1/24 dev lan; ip addr add 2001:db8:ffff::1/64 dev lan nodad
+ip addr add 198.51.100.2/32 dev lo; ip addr add 2001:db8:eeee::2/128 dev lo
+echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
+"""
+
+
+class Router(Sandbox):
+    """What machines are plugged into: their segment is its bridge "lan", and its lo is what lies beyond.
+
+    It runs what a tree has: curl, ping, radvd, bird. `ping -I 2001:db8:eeee::2 ADDRESS` comes from beyond.
+    """
+
+    def __init__(self, setup: str = ROUTER) -> None:
+        super().__init__("forky")
+        self.cables = 0
+        self.run_lines(setup)
+
+    def plug_in(self, pid: str, name: str = "eth0") -> None:
+        """Give the machine of this process a device whose other end is in the bridge."""
+        self.cables += 1
+        inside = ("nsenter", "-t", pid, "--net", "--")
+        run(*inside, "ip", "link", "add", name, "type", "veth", "peer", "name", f"cable{self.cables}", "netns",
+            self.namespaces.pid)
+        self.run("ip", "link", "set", f"cable{self.cables}", "master", "lan", "up")
+
+    def advertise(self, *prefixes: str) -> Process:
+        """Let radvd say each second that this is the router, and that these prefixes are on the wire."""
+        with open(self.path("/etc/radvd.conf"), "w", encoding="ascii") as file:
+            file.write("interface lan { AdvSendAdvert on; MinRtrAdvInterval 3; MaxRtrAdvInterval 4;"
+                       + "".join(f"prefix {prefix} {{ }};" for prefix in prefixes) + "};\n")
+        return self.spawn("radvd", "-n", "-C", "/etc/radvd.conf")
+
+
+def cable(lines: str) -> str:
+    """Return a script that installs a unit: at each boot, as soon as eth0 is there, it runs these lines."""
+    return f"""
+printf %s {shlex.quote(lines)} > /usr/local/sbin/cable
+printf '%s\\n' [Unit] DefaultDependencies=no Before=network-pre.target Wants=network-pre.target After=local-fs.target \\
+  [Service] Type=oneshot RemainAfterExit=yes TimeoutStartSec=60 \\
+  "ExecStart=bash -ec 'until ip link set eth0 up; do sleep 0.05; done 2> /dev/null; . /usr/local/sbin/cable'" \\
+  [Install] WantedBy=multi-user.target > /etc/systemd/system/cable.service
+systemctl enable cable
+"""
+
+
+class Machine(Disk):
+    """A Debian machine with Docker, of the tree (`Machine(make_tree("forky"))`) or on another's disk.
+
+    With a router, it is plugged into that at each boot, as eth0, and cable() says what it does then.
+    """
+
+    def __init__(self, *lower: str, router: Router | None = None) -> None:
+        super().__init__(*lower)
+        self.router = router
+        self.process: subprocess.Popen[str] | None = None
+
+    def boot(self, *files: str, end: str = "cut") -> None:
+        """Boot, with files (SOURCE:PATH) put there first. It will end by poweroff, or as if by a power cut."""
+        self.process = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "bash", "-ec", self.mount + 'exec "$0" "$@"',
+             find_boot(), f"{self.disk}/root", *files, "--", "bash", "-c", "echo is up; read"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env={**os.environ, "BOOT_END": end})
+        assert self.process.stdout
+        if self.router is not None:
+            self.router.plug_in(until(self.find_init, "systemd"))
+        if self.process.stdout.readline() != "is up\n":
+            raise AssertionError("the machine did not boot")
+        self.pid = self.find_init()
+
+    def find_init(self) -> str:
+        """Return the id of its first process; "" as long as it has none."""
+        with contextlib.suppress(OSError):
+            for child in children(str(self.process.pid)) if self.process else ():
+                for init in children(child):
+                    if os.readlink(f"/proc/{init}/exe").endswith("/systemd"):
+                        return init
+        return ""
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.communicate(timeout=DOCKER_DEADLINE_S * 2)  # its command reads the end of its input
+            self.process = None
+
+    def remove(self) -> None:
+        self.end()
+        shutil.rmtree(self.disk)
+
+    def begin(self, script: str) -> subprocess.Popen[str]:
+        """Start a bash script inside; it ends with the first command that fails."""
+        return subprocess.Popen(
+            ["nsenter", "-t", self.pid, "-a", "-r", "-w", "env", "-i", "HOME=/root",
+             "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "bash", "-e", "-o", "pipefail", "-c", script],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+
+    def __call__(self, script: str, *expected: int) -> str:
+        """Run a bash script inside and return what it says; fail if its status is not as expected (0)."""
+        process = self.begin(script)
+        out = process.communicate(timeout=120)[0]
+        if process.returncode not in (expected or (0,)):
+            raise AssertionError(f"exit status {process.returncode} of:\n{script}\n{out}")
+        return out.strip()
+
+    def follow(self, title: str, *which: int, directory: str = "/root") -> str:
+        """Run the README's commands under this heading word for word: all, or those blocks."""
+        blocks = readme_commands(title)
+        return "\n".join(self(f"cd {directory}\n{blocks[at]}") for at in which or range(len(blocks)))
+
+    def wait_until(self, condition: str) -> None:
+        """Wait until a command succeeds; the poll is inside, where it costs least."""
+        said = "docker ps -a; journalctl --no-pager -o cat -u docker -u gipam -p warning | cut -c 1-500 | tail -n 40"
+        self(f"until {condition}; do [ $SECONDS -lt {DEADLINE_S * 3:.0f} ] || {{ {said}; exit 1; }}; sleep 0.1; done")
+
+    def wait_for_containers(self) -> None:
+        """Wait until all that there are are running."""
+        self.wait_until("[ $(docker ps -q | wc -l) = $(docker ps -aq | wc -l) ]")
+
+    def addresses(self) -> list[str]:
+        """Return all addresses of containers, as Docker shows them."""
+        return self("docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}} {{end}}' "
+                    "$(docker ps -aq)").split()
+
+    def subnets(self) -> dict[str, list[str]]:
+        """Return the subnets of each network of gipam's."""
+        said = self("docker network inspect -f '{{.IPAM.Driver}} {{.Name}} {{range .IPAM.Config}}{{.Subnet}} {{end}}' "
+                    "$(docker network ls -q)")
+        return {name: subnets for driver, name, *subnets in map(str.split, said.splitlines()) if driver == "gipam"}
+
+    def log(self, unit: str) -> str:
+        return self(f"journalctl --no-pager -o cat -b -u {unit}")
+
+    def complaints(self) -> list[str]:
+        """Return what dockerd has said about a plugin that it could not reach, and tried again."""
+        return re.findall("Unable to (?:connect to|locate) plugin.*", self.log("docker"))
+
+    def show(self, name: str, unit: str = "gipam") -> str:
+        """Return a property of a unit."""
+        return self(f"systemctl show -p {name} --value {unit}")

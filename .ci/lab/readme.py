@@ -11,8 +11,7 @@ import sys
 import unittest
 
 import dockerd
-from boot import FILES, Machine, make_tree
-from machines import CONNECT, Block, main, outside, read_blocks
+from machines import CONNECT, FILES, Block, Machine, main, make_tree, outside, read_blocks
 
 # The machine lacks the commands that people have, and the image nginx.
 EQUIP = r"""
