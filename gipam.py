@@ -123,7 +123,8 @@ MAX_REMEMBERED = 1024  # owners a subnet, names a family; past it the older half
 MAX_KEPT = 256  # owners that are remembered of a subnet that is gone
 MIN_FOLD_BYTES = 1 << 20  # a journal is folded once it is longer than this and than the snapshot
 FOLD_PATIENCE_S = 10.0  # after a fold that failed
-ENCODE_LEASES = 250  # of a snapshot at a time; measured: 0.4 ms
+ENCODE_LEASES = 250  # of a snapshot, or for an import, at a time; measured: 0.4 ms
+MAX_ADOPTED = 250  # leases in one call of /Gipam.Adopt
 WRITE_BYTES = 16384  # of a snapshot, and of a page, at a time
 ROOM_BYTES = 1 << 17  # zeros ahead of the end of the journal: an append then changes no metadata
 LINE_BYTES = 64  # of a line of the journal, beside its records
@@ -144,7 +145,7 @@ DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has begun a request to send
 CHECK_PAUSE_S = 1.0  # between the two looks of a check
 IMPORT_PAUSE_S, MAX_IMPORT_PAUSE_S = 1.0, 60.0
 DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
-NAMES_PATIENCE_S = 2.0  # of status, for Docker
+DOCKER_PATIENCE_S, NAMES_PATIENCE_S = 10.0, 2.0  # of check, and of status, for Docker
 IMPORT_PATIENCE_S = 2.0  # at a start with Docker alive
 ETCD_PATIENCE_S = 3.0  # of a request of Docker's that needs etcd
 ETCD_ATTEMPT_S = 1.0  # for one member of etcd; and for what nobody waits for
@@ -1251,7 +1252,8 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
                   requests: list[AddressRequest], seq: int, now_s: int) -> Iterator[Change]:
     """Take over what Docker uses and the state does not hold; apply each change before the next.
 
-    The pool must still be the one granted as change seq; 0: there must be none.
+    The pool must still be the one granted as change seq; 0: there must be none. A new one goes on
+    after its endpoints: in what comes next to be taken over, if it is the largest address first.
     Raises: Forbidden, InvalidRequest, as check_adoption(), all before the first change.
     """
     known = state.families[subnet.version].subnets.get(subnet)
@@ -1261,12 +1263,15 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
     if pool is None:
         check_adoption(state, subnet, sub_pool, now_s)
     change = grant(subnet, sub_pool, UNBOUND, now_s)._replace(name=name)
-    view = pool or Pool(change, Subnet(subnet), 0)
-    for address in filter(None, (request.address for request in requests)):
-        if not 0 <= parse_offset(view, address) <= view.subnet.last_offset:
-            raise InvalidRequest(f"{address} is not in {subnet}")
+    view = Pool(change, Subnet(subnet), 0)
+    for request in (request for request in requests if request.address):
+        offset = parse_offset(view, request.address)
+        if not 0 <= offset <= view.subnet.last_offset:
+            raise InvalidRequest(f"{request.address} is not in {subnet}")
+        if request.kind == ENDPOINT and offset <= view.high:
+            view.cursor = max(view.cursor, offset + 1)
     if pool is None:
-        yield change
+        yield change._replace(cursor=view.cursor)
         pool = state.pools[change.pool_id]
     for request in requests:
         with contextlib.suppress(Forbidden, Unavailable, Unclaimed):  # it is held already
@@ -2376,16 +2381,17 @@ class Service:
                               + self.etcd_failure)
         first = self.state.seq + 1
         for change in changes:
+            seq = self.state.seq
             if isinstance(change, RequestPool):
                 self._grant(change)
             else:
                 self.apply(change)
-            self.adopted.update(range(first, self.state.seq + 1))
+            self.adopted.update(range(seq + 1, self.state.seq + 1))
         return range(first, self.state.seq + 1)
 
-    def finish_import(self, seen: set[int]) -> None:
+    def finish_import(self, seen: Iterable[int]) -> None:
         """Note what Docker has vouched for; once that is all, it need not be asked again."""
-        self.adopted -= seen
+        self.adopted.difference_update(seen)
         if not self.adopted:
             self.import_is_due.clear()
 
@@ -2701,6 +2707,9 @@ def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
     if not subnet or not isinstance(leases, list) \
             or not all(isinstance(lease, dict) for lease in leases):
         raise InvalidRequest("Subnet or the list Leases is missing")
+    if len(leases) > MAX_ADOPTED:
+        raise InvalidRequest(f"Leases has {len(leases)} entries, more than {MAX_ADOPTED}: adopt "
+                             "the others in further calls, with the Seq of the pool")
     keys = ("Address", "Kind", "MAC", "Name")
     requests = [AddressRequest(*(Fields(lease).text(key) for key in keys)) for lease in leases]
     for request in requests:
@@ -3592,6 +3601,8 @@ def call(connection: Connection, verb: str, path: str, body: Any = None) -> Any:
         reply = json.loads(response.read())
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, (ValueError, RecursionError)):  # the text is another in each Python
+            why = "its answer is not JSON"
         remedy = "run this as root" if isinstance(error, PermissionError) else connection.remedy
         is_absent = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
         kind = Absent if is_absent else Unreachable
@@ -3728,7 +3739,7 @@ def find_routed_option(network: Json, version: int, api: tuple[int, ...]) -> str
     return "" if options.get(mode) == "routed" else mode + "=routed"
 
 
-def read_uses(path: str, driver: str, timeout_s: float = 60.0) -> tuple[list[Use], list[Use]]:
+def read_uses(path: str, driver: str, timeout_s: float) -> tuple[list[Use], list[Use]]:
     """Return (what Docker uses of this driver, all other subnets). Raises: Unreachable."""
     end = time.monotonic() + timeout_s
 
@@ -3773,9 +3784,13 @@ def release_request(pool: Json, lease: Json | None = None) -> tuple[str, Json]:
 
 
 def adopt_request(pool: Use, uses: Iterable[Use], seq: int) -> tuple[str, Json]:
-    """Return what adopts addresses in the pool that was granted as change seq; 0: and the pool."""
+    """Return what adopts addresses in the pool that was granted as change seq; 0: and the pool.
+
+    The largest comes first, and a gateway that Docker does not show last: see decide_import().
+    """
     leases = [{"Address": use.address, "Kind": use.kind, "MAC": use.mac, "Name": use.container}
-              for use in uses]
+              for use in sorted(uses, reverse=True, key=lambda use: int(
+                  ipaddress.ip_address(use.address or 0)))]
     return "/Gipam.Adopt", {"Subnet": pool.subnet, "SubPool": pool.sub_pool,
                             "Name": pool.pool_name, "Leases": leases, "Seq": seq}
 
@@ -3900,14 +3915,17 @@ def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json
 
     What Docker let go before gipam held it is released: it was adopted, and nobody uses it.
     """
-    for finding in findings:
-        if finding.path:
-            try:
-                reply = post(finding.path, finding.body)
+    for finding in (finding for finding in findings if finding.path):
+        body, leases = finding.body, finding.body.get("Leases")
+        try:
+            for start in range(0, len(leases or ()) or 1, MAX_ADOPTED):
+                portion = {"Leases": leases[start:start + MAX_ADOPTED]} if leases else {}
+                reply = post(finding.path, {**body, **portion})
                 last, count = reply.get("Seq", 0), reply.get("Adopted", 0)
-                adopted = adopted.union(range(last - count + 1, last + 1))
-            except (Refused, Forbidden, InvalidRequest) as error:
-                log.warning("not mended: %s: %s", finding.text, error)
+                adopted.update(range(last - count + 1, last + 1))
+                body = {**body, "Seq": body["Seq"] or last - count + 1}  # the pool's: it was first
+        except (Refused, Forbidden, InvalidRequest) as error:
+            log.warning("not mended: %s: %s", finding.text, error)
     if not adopted:
         return adopted, []
     uses, _ = read_docker()
@@ -3922,6 +3940,7 @@ def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json
 def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> None:
     """Adopt all that Docker uses of this driver. Raises: Unreachable; what is adopted stays so.
 
+    What gipam holds is read, and taken over, in portions: a turn each.
     It is over once Docker has been asked again, and shows each pool that was adopted: before 29, an
     empty network made with a size hint is not shown with its subnet (protocol.md 10.4).
     """
@@ -3931,7 +3950,9 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
         return read_uses(path, driver, max(end - time.monotonic(), 0.001))
 
     def look() -> Json:
-        return dict(json.loads("".join(call(lambda: list(show_status(service, "leases=1"))))))
+        portions = call(lambda: join_portions(show_status(service, "leases=1")))
+        text = b"".join(iter(lambda: call(lambda: next(portions, b"")), b""))
+        return dict(json.loads(text, object_hook=lambda value: value))  # which lets others run
 
     def post(path: str, body: Json) -> Any:
         return call(lambda: METHODS[path](service, Fields(body))[0])
@@ -3942,7 +3963,9 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
     adopted -= {held["seq"] for pool in look()["pools"]
                 if (pool["subnet"], pool["sub_pool"]) not in places
                 for held in (pool, *pool["addresses"])}
-    call(lambda: service.finish_import(adopted))
+    seen = list(adopted)
+    for start in range(0, len(seen) or 1, ENCODE_LEASES):
+        call(functools.partial(service.finish_import, seen[start:start + ENCODE_LEASES]))
 
 
 def is_docker_alive() -> bool:
@@ -4987,7 +5010,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
     read_gipam = functools.partial(ask_daemon, settings, "GET", "/status?leases=1")
     status = read_gipam()
     driver = status["driver"]
-    read_docker = functools.partial(read_uses, path, driver)
+    read_docker = functools.partial(read_uses, path, driver, DOCKER_PATIENCE_S)
     look = functools.partial(find_differences, read_gipam, read_docker, arguments.grace)
     found = left = look()
     if arguments.fix and found:
@@ -5029,7 +5052,7 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     pool, lease = find_lease(status["pools"], arguments.pool, arguments.lease)
     request, address = release_request(pool, lease), lease["address"] if lease else ""
     if not arguments.force:
-        uses, _ = read_uses(docker_socket(), status["driver"])
+        uses, _ = read_uses(docker_socket(), status["driver"], DOCKER_PATIENCE_S)
         leaks = [(finding.path, finding.body) for finding in find_leaks(status, uses)]
         if request not in leaks and release_request(pool) not in leaks:
             user = next((str(use) for use in uses
