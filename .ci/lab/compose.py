@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from machines import DockerCase, main, require
+from machines import DockerCase, main
 
 FIXED_MAC = '{mac_address: "02:42:00:00:00:09"}'
 FIXED_ADDRESSES = '{ipv4_address: 10.2.9.10, ipv6_address: "2001:db8:0:109::10"}'
@@ -18,7 +18,6 @@ class ComposeTest(DockerCase):
 
     def setUp(self) -> None:
         super().setUp()
-        require("docker-compose")
         self.file = os.path.join(self.docker.disk, "compose.yaml")
 
     def begin(self, service: str, network: str) -> None:

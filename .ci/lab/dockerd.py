@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Callable
 
-from machines import BASE_V4, BASE_V6, CONNECT, NO_NAT, DockerCase, main, require, until, works
+from machines import BASE_V4, BASE_V6, CONNECT, NO_NAT, DockerCase, main, until, works
 
 
 class NetworkTest(DockerCase):
@@ -359,12 +359,10 @@ class OnLinkTest(RouterCase):
 
     PART = "2001:db8:0:1:c00::/72"
     ROUTES = f"ip -6 route add blackhole {PART}"
-    NDPPD = f"proxy eth0 {{ rule {PART} {{ static }} }}\n"
     options = ("-unix", "-v6", PART, "-v6ab", "80")
 
     def setUp(self) -> None:
         super().setUp()
-        require("ndppd", "sysctl")
         self.own = self.docker.address("one", "web", v6=True)
 
     def is_reached(self) -> bool:
@@ -383,15 +381,6 @@ class OnLinkTest(RouterCase):
         self.assertEqual(subnet.prefixlen, 80)
         self.assertIn(subnet.network_address, ipaddress.ip_network(self.PART))
         self.assert_agreement()
-
-    def test_ndppd_answers_for_all_containers(self) -> None:
-        self.assertFalse(self.is_reached())
-        path = os.path.join(self.docker.disk, "ndppd.conf")
-        with open(path, "w", encoding="ascii") as file:
-            file.write(self.NDPPD)
-        ndppd = self.docker.spawn("ndppd", "-c", path)
-        self.addCleanup(ndppd.stop)
-        self.assert_reached_as_long_as(ndppd.stop)
 
     def test_kernel_answers_for_one_container(self) -> None:
         self.assertFalse(self.is_reached())

@@ -34,11 +34,10 @@ BASE_V6 = "2001:db8:0:100::/56"
 NO_NAT = ("-o", "com.docker.network.bridge.enable_ip_masquerade=false")
 SOCKET = "/run/docker/plugins/gipam.sock"
 DOCKER_DEADLINE_S = 90.0  # dockerd waits 15 s for each network whose plugin does not answer
-PACKAGES = {"bash": "bash", "busybox": "busybox-static", "containerd": "containerd", "debootstrap": "debootstrap",
-            "docker": "docker-cli", "docker-compose": "docker-compose", "dockerd": "docker.io",
-            "etcd": "etcd-server", "etcdctl": "etcd-client", "etcdutl": "etcd-server",
-            "ip": "iproute2", "iptables": "iptables", "mount": "mount", "ndppd": "ndppd", "nsenter": "util-linux",
-            "openssl": "openssl", "ss": "iproute2", "sysctl": "procps", "unshare": "util-linux"}
+PACKAGES = {"bash": "bash", "debootstrap": "debootstrap",
+            "etcd": "etcd-server", "etcdctl": "etcd-client", "etcdutl": "etcd-server", "ip": "iproute2",
+            "mount": "mount", "nsenter": "util-linux", "openssl": "openssl", "ss": "iproute2",
+            "unshare": "util-linux"}
 
 
 def require(*commands: str) -> None:
@@ -228,7 +227,7 @@ class Disk:
 
 def make_tree(suite: str = SUITE) -> str:
     """Return the Debian tree that disks lie on; it is made once."""
-    require("bash", "busybox", "debootstrap", "ip", "mount", "nsenter", "openssl", "unshare")
+    require("bash", "debootstrap", "ip", "mount", "nsenter", "unshare")
     made = subprocess.run([os.path.join(HERE, ".ci", "tree"), suite], stdout=subprocess.PIPE, encoding="utf-8", check=True)
     return made.stdout.strip()
 
@@ -236,7 +235,7 @@ def make_tree(suite: str = SUITE) -> str:
 # A tree becomes the root. The checkout and the disk are there under the names that they have outside.
 ENTER = """
 cd {disk}/root; for name in dev sys; do mount --rbind /$name $name; done
-for name in {here} {disk}; do mkdir -p .$name; mount --bind $name .$name; done
+mkdir -p .{here} .{disk}; mount -o bind,ro {here} .{here}; mount --bind {disk} .{disk}
 mount -t proc proc proc; mount -t tmpfs tmpfs run; mkdir .old; pivot_root . .old; umount -l .old; cd /
 ip link set lo up; mkdir -p /etc/docker
 """
@@ -723,3 +722,12 @@ class Machine(Disk):
     def show(self, name: str, unit: str = "gipam") -> str:
         """Return a property of a unit."""
         return self(f"systemctl show -p {name} --value {unit}")
+
+
+if __name__ == "__main__":  # machines.py COMMAND …: runs it in a tree, where this checkout is
+    sandbox = Sandbox()
+    try:
+        sys.exit(subprocess.call([*sandbox.namespaces.inside, "env", "-C", HERE, *sys.argv[1:]],
+                                 env={**os.environ, **sandbox.env}))
+    finally:
+        sandbox.close()
