@@ -7395,7 +7395,7 @@ mount -t tmpfs -o mode=755 tmpfs /run
 [ ! -d /etc/docker ] || mount -t tmpfs -o mode=755 tmpfs /etc/docker
 exec "$@"
 """
-MIN_MEMORY_BYTES, MAX_REPORT_CHARS = 256 << 20, 30_000
+MIN_MEMORY_BYTES, MAX_REPORT_CHARS, TEST_DEADLINE_S = 256 << 20, 30_000, 600
 OUTCOMES = {".": "ok", "F": "FAILED", "s": "skipped"}
 
 
@@ -7414,12 +7414,19 @@ class Reporter(unittest.TestResult):
     def __init__(self, parent: socket.socket) -> None:
         super().__init__()
         self.parent, self.started = parent, time.monotonic()
+        signal.signal(signal.SIGALRM, self.end)
+        signal.alarm(TEST_DEADLINE_S)
+
+    def end(self, *_: Any) -> None:
+        """Fail the test that runs: whatever it waits for or repeats, the next one has its turn."""
+        raise AssertionError(f"the test has not ended within {TEST_DEADLINE_S} s")
 
     def stopTest(self, test: unittest.TestCase) -> None:
         super().stopTest(test)
         self.report(test.id().replace("__main__.", ""))
         self.errors, self.failures, self.skipped = [], [], []
         self.started = time.monotonic()
+        signal.alarm(TEST_DEADLINE_S)
 
     def report(self, test: str) -> None:
         failed = [f"{part}\n{text}" for part, text in self.errors + self.failures]

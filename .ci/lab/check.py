@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from machines import NO_NAT, SOCKET, DockerCase, endpoint_addresses, main, until
+from machines import DOCKER, ROUTED, SOCKET, DockerCase, endpoint_addresses, main, until
 
 from test_gipam import ENDPOINT, Client, FakeDocker
 
@@ -42,7 +42,6 @@ class CheckedCase(DockerCase):
 class CheckTest(CheckedCase):
     def test_fake_docker_has_the_shapes_of_this_one(self) -> None:
         """What the self-check builds upon."""
-        version = int(self.docker("version", "-f", "{{.Server.Version}}").split(".")[0])
         self.docker.network("web", "--ipv6")
         self.docker.network("lan", "--subnet", "10.9.0.0/24", "--ip-range", "10.9.0.64/26", "--aux-address", "a=10.9.0.7")
         self.docker.container("one", "web")
@@ -63,7 +62,7 @@ class CheckTest(CheckedCase):
                 return {"PoolID": str(subnet.version), "Pool": str(subnet)}
             return {"Address": f"{subnet[1]}/{subnet.prefixlen}"}
 
-        fake = FakeDocker(self, os.path.join(self.docker.disk, "fake.sock"), grant, version)
+        fake = FakeDocker(self, os.path.join(self.docker.disk, "fake.sock"), grant, DOCKER)
         fake.make_network("web", "4", "6")
         fake.start("one", "web")
         built, fake_one = fake.networks["web"], fake.containers["one"]
@@ -86,7 +85,7 @@ class CheckTest(CheckedCase):
         macvlan = [("-d", "macvlan", "-o", "parent=" + wire) for wire in wires]
         lan = ("--subnet", "10.50.0.0/24")
         return {
-            "plain": (), "dual": ("--ipv6",), "internal": ("--ipv6", "--internal"), "routed": ("--ipv6", *NO_NAT),
+            "plain": (), "dual": ("--ipv6",), "internal": ("--ipv6", "--internal"), "routed": ("--ipv6", *ROUTED),
             "small": ("--ipv6", "--ipam-opt", "gipam.v4ab=27", "--ipam-opt", "gipam.v6ab=80"),
             "hint": ("--subnet", "0.0.0.0/28"), "hint6": ("--ipv6", "--subnet", "::/72"), "any": ("--subnet", "0.0.0.0/0"),
             "named": ("--ipv6", "--ipam-opt", "gipam.name=named"), "six": ("--subnet", "fd00:7::/64"),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Callable
 
-from machines import BASE_V4, BASE_V6, CONNECT, NO_NAT, DockerCase, main, until, works
+from machines import BASE_V4, BASE_V6, CONNECT, DOCKER, ROUTED, DockerCase, main, until, works
 
 
 class NetworkTest(DockerCase):
@@ -166,6 +166,8 @@ class RefusalTest(DockerCase):
             with self.subTest(options):
                 self.assert_refused(words, "network", "create", "--ipam-driver", "gipam",
                                     *options.format(**names).split(), "other")
+                if "{wire}" in options and DOCKER == 28:  # protocol.md 4.2: it keeps the first, which is either
+                    self.assertRegex("".join(self.docker.check("--fix")), r"\A(leaked_pool: subnet 10\.8\.\S+ .*)?\Z")
                 self.assertEqual(self.docker.held_by_gipam(), before)
         self.docker("restart", "one")
         self.docker.container("two", "lan")
@@ -295,17 +297,17 @@ class RouterCase(DockerCase):
         self.docker.run_lines(CONNECT + self.ON_LINK + self.ROUTES)
         undo = self.ROUTES.replace(" add ", " del ") + "; ip link del eth0; ip netns del outside"
         self.addCleanup(self.docker.run_lines, undo)
-        self.docker.network("web", "--ipv6", *NO_NAT, containers=("one",))
+        self.docker.network("web", "--ipv6", *ROUTED)
+        self.docker.container("one", "web", *(("-p", "80") if DOCKER >= 27 else ()))
 
     def run_outside(self, *command: str) -> str:
         return self.docker.run("ip", "netns", "exec", "outside", *command)
 
 
 class RoutedTest(RouterCase):
-    """Containers are reached without NAT: the commands of the README for Docker up to 26.
+    """Containers are reached without NAT: protocol.md 11.1.
 
-    Those for 27 and later (gateway_mode_ipv4=routed) cannot run here: Debian's dockerd is 26.1.5.
-    IPv6 is open here, without ip6tables; readme.py has it filtered.
+    Up to Docker 26, IPv6 is open here, without ip6tables; readme.py has it filtered.
     """
 
     REPORTER = """if True:  # tells whoever dials the address that it sees
@@ -323,27 +325,30 @@ class RoutedTest(RouterCase):
                                      self.REPORTER)
         self.addCleanup(reporter.stop, signal.SIGKILL)
         reporter.wait_until(lambda: "ready" in reporter.read_log())
-        self.docker("exec", "-d", "one", "httpd", "-f", "-p", "80")
+        for port in ("80", "81"):
+            self.docker("exec", "-d", "one", "httpd", "-f", "-p", port)
 
     def source_seen_outside(self, container: str, server: str) -> str:
         return self.docker("exec", container, "nc", server, "7000")
 
-    def can_fetch(self, address: str) -> bool:
-        script = f"import socket; socket.create_connection(({address!r}, 80), 1)"
+    def can_fetch(self, address: str, port: int = 80) -> bool:
+        script = f"import socket; socket.create_connection(({address!r}, {port}), 1)"
         return works(self.run_outside, "python3", "-c", script)
 
     def test_container_is_reached_from_outside_without_nat(self) -> None:
-        """In both directions, as itself. DOCKER-USER outlives dockerd: the rule is taken away."""
-        rule = ("DOCKER-USER", "-i", "eth0", "-d", BASE_V4, "-j", "ACCEPT")
-        self.assertFalse(self.can_fetch(self.docker.address("one", "web")))
-        self.docker.run("iptables", "-I", *rule)
-        self.addCleanup(self.docker.run, "iptables", "-D", *rule)
+        """As itself in both directions: from Docker 27 on by its published port; before, a rule lets all in."""
+        if DOCKER < 27:
+            rule = ("DOCKER-USER", "-i", "eth0", "-d", BASE_V4, "-j", "ACCEPT")
+            self.assertFalse(self.can_fetch(self.docker.address("one", "web")))
+            self.docker.run("iptables", "-I", *rule)
+            self.addCleanup(self.docker.run, "iptables", "-D", *rule)  # it outlives dockerd
         for server, v6 in ((self.ROUTER, False), (self.ROUTER_V6, True)):
             with self.subTest(server):
                 own = self.docker.address("one", "web", v6=v6)
                 self.assert_reaches("one", server)
                 self.run_outside("ping", "-c", "1", own)
                 self.assertTrue(self.can_fetch(own))
+                self.assertEqual(self.can_fetch(own, 81), DOCKER < 27)
                 self.assertEqual(self.source_seen_outside("one", server), own)
         self.assert_agreement()
 

@@ -31,7 +31,10 @@ from test_gipam import DEADLINE_S, GIPAM, HERE, conclude, dial, readme_commands 
 SUITE = os.environ.get("GIPAM_SUITE") or "forky"  # whose dockerd and Python are shown
 BASE_V4 = "10.2.0.0/16"
 BASE_V6 = "2001:db8:0:100::/56"
-NO_NAT = ("-o", "com.docker.network.bridge.enable_ip_masquerade=false")
+DOCKER = {"trixie": 26, "forky": 28}[SUITE]  # the version of its dockerd
+BRIDGE = "com.docker.network.bridge."
+ROUTED = ("-o", BRIDGE + "gateway_mode_ipv4=routed", "-o", BRIDGE + "gateway_mode_ipv6=routed") if DOCKER >= 27 \
+    else ("-o", BRIDGE + "enable_ip_masquerade=false")
 SOCKET = "/run/docker/plugins/gipam.sock"
 DOCKER_DEADLINE_S = 90.0  # dockerd waits 15 s for each network whose plugin does not answer
 PACKAGES = {"bash": "bash", "debootstrap": "debootstrap",
