@@ -103,6 +103,7 @@ from typing import (
     Iterator,
     Mapping,
     NamedTuple,
+    NoReturn,
     Sequence,
     Tuple,
     Union,
@@ -207,6 +208,10 @@ class StoreLost(StoreError, exit_status=74):  # EX_IOERR
 
 class ConfigError(GipamError, exit_status=78):  # EX_CONFIG: starting again does not help
     """An option, a variable or a key of the lease file is invalid, or a file cannot be used."""
+
+
+class UsageError(GipamError, exit_status=2):
+    """The command line is none of gipam's."""
 
 
 class DamageError(ConfigError):
@@ -4769,7 +4774,7 @@ def config_keys(settings: Settings) -> Json:
 
 
 def describe_daemon(config: Config, place: Any) -> Json:
-    """Return what /status tells of a daemon that listens there, "" without one; no passwords."""
+    """Return what /status tells of the daemon that listens there, without passwords."""
     shown = {}
     for name, option in config.settings.items():
         text = option.value if option.parse in (parse_path, parse_host) else option.text
@@ -4829,13 +4834,12 @@ def read_state(config: Config, store: Store, document: Json | None) -> State:
     return state
 
 
-def load(settings: Settings, is_daemon: bool = False) -> tuple[Config, Store, Json | None, State]:
-    """Add the third stage; return it and what is on disk. A daemon locks it. Raises: GipamError."""
+def load(settings: Settings) -> tuple[Config, Store, Json | None, State]:
+    """Lock the lease file; add it as third stage; return what is on disk. Raises: GipamError."""
     store = Store(settings["file"].value)
     if not os.path.isdir(os.path.dirname(store.path)):
         raise settings["file"]._replace(text=store.path).error("its directory is not there")
-    if is_daemon:
-        store.lock()
+    store.lock()
     document = read_lease_file(store)
     overrule_settings(settings, document or {}, store.path)
     config = build_config(settings)
@@ -4853,26 +4857,10 @@ def ask_daemon(settings: Settings, verb: str, path: str, body: Any = None) -> An
                  "-address")
 
 
-def read_status(settings: Settings, has_leases: bool) -> Json:
-    """Return the status that the daemon gives, or where none runs, what the lease file holds."""
-    try:
-        return dict(ask_daemon(settings, "GET", f"/status?leases={int(has_leases)}"))
-    except Absent as error:
-        why = str(error)
-    try:
-        config, _, document, state = load(settings)
-    except DamageError:  # perhaps a daemon was just ending, and folded the journal into the file
-        config, _, document, state = load(settings)
-    if document is None:
-        raise Absent(f"{why}; nor is there a lease file {config.file}")
-    print(f"gipam: {why}; this is what {config.file} holds", file=sys.stderr)
-    text = "".join(encode_status(describe_state(state), state.pools.values(), has_leases))
-    return {**describe_daemon(config, ""), **json.loads(text)}
-
-
 def cmd_status(arguments: argparse.Namespace) -> int:
     """Show bases, pools and, with --leases, each lease; or just what is asked for."""
-    status = read_status(arguments.settings, arguments.leases or bool(arguments.what))
+    has_leases = int(arguments.leases or bool(arguments.what))
+    status = ask_daemon(arguments.settings, "GET", f"/status?leases={has_leases}")
     uses: list[Use] = []
     with contextlib.suppress(GipamError):  # names are welcome, and no reason to wait or to fail
         uses = read_uses(docker_socket(), status["driver"], NAMES_PATIENCE_S)[0]
@@ -5103,13 +5091,8 @@ def cmd_evict(arguments: argparse.Namespace) -> int:
 
 
 def cmd_config(arguments: argparse.Namespace) -> int:
-    """Print each effective value with its origin: as the daemon says, where one answers."""
-    try:
-        status = ask_daemon(arguments.settings, "GET", "/status")
-    except Absent as error:
-        status = describe_daemon(load(arguments.settings)[0], "")
-        print(f"gipam: {error}; this environment and lease file would give", file=sys.stderr)
-    for name, setting in status["config"].items():
+    """Print each effective value of the daemon with its origin."""
+    for name, setting in ask_daemon(arguments.settings, "GET", "/status")["config"].items():
         print(f"{name:8} {setting['value'] or 'none':34} {setting['origin']}")
     return 0
 
@@ -5120,7 +5103,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     faulthandler.enable()  # the watchdog's SIGABRT then says where it hung
     notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
     gc.disable()  # it would take a third of the time to load a million leases
-    config, store, document, state = load(arguments.settings, is_daemon=True)
+    config, store, document, state = load(arguments.settings)
     if config.unix and "LISTEN_FDS" not in os.environ:
         clear_path(config.socket)  # a second daemon writes and imports nothing
     with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
@@ -5249,29 +5232,33 @@ def warn_of_surprises(config: Config, proc: str) -> None:
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:
-    """Turn Go's one dash into two; give a boolean flag its value, the next word if that is one."""
-    booleans = ["--" + option.name for option in OPTIONS if option.parse is parse_bool]
+    """Turn Go's one dash into two, and join each option and its value, which is the next word.
+
+    A boolean option takes the next word only if that is one, and needs none.
+    """
+    options = {"--" + option.name: option.parse is parse_bool for option in OPTIONS}
     words: list[str] = []
     for argument in reversed(arguments):
-        word = re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument)
-        if word in booleans:
-            word += "=" + (words.pop() if words and words[-1] in BOOLEANS else "true")
+        word, following = re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument), words[-1] if words else "-"
+        if word in options:
+            is_value = following in BOOLEANS if options[word] else not following.startswith("-")
+            word += "=" + words.pop() if is_value else "=true" * options[word]
         words.append(word)
     return words[::-1]
 
 
-COMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], dict[str, str]], ...] = (
-    (cmd_serve, {}),
-    (cmd_status, {"--json": "as JSON, the stable form", "--leases": "with each lease",
-                  "what": "only this; by Docker's name or gipam.name"}),
-    (cmd_check, {"--json": "as JSON", "--fix": "mend what differs",
-                 "--force": "with --fix, also when Docker knows none of the pools",
-                 "--grace": "overlook what is younger (default: 60)"}),
-    (cmd_release, {"pool": "id or subnet", "lease": "in it", "--yes": "do not ask",
-                   "--force": "even if Docker uses it"}),
-    (cmd_evict, {"host_name": "as `gipam status` shows it", "--yes": "do not ask"}),
-    (cmd_config, {}),
-)
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], dict[str, str]]] = {
+    "serve": (cmd_serve, {}),
+    "status": (cmd_status, {"--json": "as JSON, the stable form", "--leases": "with each lease",
+                            "what": "only this; by Docker's name or gipam.name"}),
+    "check": (cmd_check, {"--json": "as JSON", "--fix": "mend what differs",
+                          "--force": "with --fix, also when Docker knows none of the pools",
+                          "--grace": "overlook what is younger (default: 60)"}),
+    "release": (cmd_release, {"pool": "id or subnet", "lease": "in it", "--yes": "do not ask",
+                              "--force": "even if Docker uses it"}),
+    "evict": (cmd_evict, {"host_name": "as `gipam status` shows it", "--yes": "do not ask"}),
+    "config": (cmd_config, {}),
+}
 VALUES: dict[str, Json] = {  # the arguments of commands that are no switches
     "--grace": {"type": int, "default": 60, "metavar": "SECONDS"}, "pool": {"metavar": "POOL"},
     "host_name": {"metavar": "HOST"},
@@ -5280,29 +5267,59 @@ VALUES: dict[str, Json] = {  # the arguments of commands that are no switches
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser: options may stand before the command or after it."""
-    shown, hidden = (argparse.ArgumentParser(
-        add_help=False, argument_default=argparse.SUPPRESS) for _ in range(2))
+class Parser(argparse.ArgumentParser):
+    """argparse's, but what is wrong is said in one line."""
+
+    color: bool  # of Python 3.14
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the UsageError."""
+        hint = "" if message.endswith("?") else f"; see `{self.prog} --help`"
+        raise UsageError(message + hint)
+
+
+def build_parser(name: str) -> Parser:
+    """Return the parser of a command, which takes all options; serve's help shows them."""
+    is_serve, (function, flags) = name == "serve", COMMANDS[name]
+    rows = "\n".join(f"  {each:8} {(about.__doc__ or '').splitlines()[0]}"
+                     for each, (about, _) in COMMANDS.items())
+    parser = Parser(
+        prog="gipam" if is_serve else f"gipam {name}", add_help=False, allow_abbrev=False,
+        usage="gipam [COMMAND] [OPTIONS]" if is_serve else None,
+        description=(__doc__ or "").split("\n")[0] if is_serve else
+        (function.__doc__ or "").replace("\n    ", "\n").strip(),
+        epilog=f"commands:\n{rows}" if is_serve else "It takes all the options of `gipam --help`.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.color = False
+    group = parser.add_argument_group("options")  # argparse's own is called otherwise before 3.10
+    group.add_argument("-h", "--help", action="help", help="show this and end")
+    group.add_argument("--version", action="version", version=__version__, help="likewise")
     for option in OPTIONS:
         text = f"{option.help} ({option.variable}; default: {option.default or 'none'})"
-        shown.add_argument("--" + option.name, metavar=option.metavar, help=text)
-        hidden.add_argument("--" + option.name, help=argparse.SUPPRESS)
-    parser = argparse.ArgumentParser(prog="gipam", parents=[shown], description="Docker IPAM "
-                                     "driver that hands out routed prefixes")
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.set_defaults(func=cmd_serve)
-    commands = parser.add_subparsers(metavar="COMMAND", help="default: serve")
-    for function, flags in COMMANDS:
-        purpose = function.__doc__ or ""
-        command = commands.add_parser(
-            function.__name__[4:], parents=[shown if function is cmd_serve else hidden],
-            help=purpose.split("\n")[0], description=purpose,
-            epilog="It takes all the options of `gipam --help`.")
-        command.set_defaults(func=function)
-        for flag, text in flags.items():
-            command.add_argument(flag, help=text, **VALUES.get(flag, {"action": "store_true"}))
+        group.add_argument("--" + option.name, metavar=option.metavar,
+                           help=text if is_serve else argparse.SUPPRESS)
+    for flag, text in flags.items():
+        group.add_argument(flag, help=text, **VALUES.get(flag, {"action": "store_true"}))
     return parser
+
+
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    """Return the arguments, and as func what runs the command. Raises: UsageError."""
+    name = next((word for word in words if not word.startswith("-")), "")
+    if name in COMMANDS:
+        words.remove(name)
+    else:
+        name = "serve"
+    parser, (function, flags) = build_parser(name), COMMANDS[name]
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        known = [*COMMANDS, *("--" + option.name for option in OPTIONS), *flags]
+        near = difflib.get_close_matches(word, known, 1)
+        hint = f": do you mean {near[0]}?" if near else ""
+        parser.error(f"{word!r} is not an option or command{hint}")
+    arguments.func = function
+    return arguments
 
 
 class LogHandler(logging.Handler):
@@ -5344,19 +5361,12 @@ class LogHandler(logging.Handler):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, or that of the error."""
-    parser, words = build_parser(), normalise_arguments(sys.argv[1:] if argv is None else argv)
-    known = ["--help", "--version", *("--" + option.name for option in OPTIONS),
-             *(flag for _, flags in COMMANDS for flag in flags)]
-    for flag in (word.partition("=")[0] for word in words):
-        if flag.startswith("--") and flag not in known:
-            near = difflib.get_close_matches(flag, known, 1)
-            hint = f"do you mean {near[0]}?" if near else "see `gipam --help`"
-            parser.error(f"unknown option {flag}: {hint}")
-    arguments = parser.parse_args(words)
-    arguments.settings = read_settings(os.environ, arguments)  # the first two stages
-    arguments.log_handler = LogHandler()
-    logging.basicConfig(level=logging.INFO, handlers=[arguments.log_handler])
+    handler = LogHandler()
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
+        arguments = parse_arguments(normalise_arguments(sys.argv[1:] if argv is None else argv))
+        arguments.settings = read_settings(os.environ, arguments)  # the first two stages
+        arguments.log_handler = handler
         status = int(arguments.func(arguments))
         sys.stdout.flush()
         return status
