@@ -4447,9 +4447,9 @@ class FakeDocker:
                    **{"/networks/" + network["Id"]: network for network in networks}}
         return json.dumps(answers[path]).encode()
 
-    def newer(self, **keys: Any) -> dict[str, Any]:
-        """Return what only Docker 29 (API 1.52) has; source: moby's api/types."""
-        return keys if self.version >= 29 else {}
+    def since(self, version: int, **keys: Any) -> dict[str, Any]:
+        """Return what Docker has from this version on: 28 as seen on 28.5.2, 29 by moby's api/types."""
+        return keys if self.version >= version else {}
 
     # -- networks
 
@@ -4457,7 +4457,7 @@ class FakeDocker:
         """Let a network appear in Docker's list, without a word to gipam."""
         has_v6 = any(":" in config["Subnet"] for config in configs)
         ipam = {"Driver": driver, "Options": {}, "Config": list(configs)}
-        self.networks[name] = {**NETWORK, **self.newer(EnableIPv4=True), "Name": name, "EnableIPv6": has_v6,
+        self.networks[name] = {**NETWORK, **self.since(28, EnableIPv4=True), "Name": name, "EnableIPv6": has_v6,
                                "Id": identity(name, self.starts), "IPAM": ipam, **keys}
 
     def show_hint(self, name: str, *hints: str) -> None:
@@ -4502,10 +4502,10 @@ class FakeDocker:
         """docker start: gipam grants the addresses, and only then Docker shows them."""
         self.starts += 1
         endpoints, mac = {}, f"02:42:00:00:00:{self.starts:02x}"
-        options = {ENDPOINT_OPTION + "macaddress": mac, **self.newer(**{ENDPOINT_OPTION + "name": name})}
+        options = {ENDPOINT_OPTION + "macaddress": mac, **self.since(29, **{ENDPOINT_OPTION + "name": name})}
         for network in networks:
             endpoint = endpoints[network] = {
-                **ENDPOINT, **self.newer(GwPriority=0), "NetworkID": self.networks[network]["Id"],
+                **ENDPOINT, **self.since(28, GwPriority=0), "NetworkID": self.networks[network]["Id"],
                 "MacAddress": mac, "EndpointID": identity(network, name, self.starts)}
             for version, (address_key, length_key) in ADDRESS_KEYS.items():
                 if (network, version) in self.pool_ids:
@@ -4518,7 +4518,7 @@ class FakeDocker:
         yield
 
     def container(self, name: str, endpoints: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        return {**CONTAINER, **self.newer(ImageManifestDescriptor=None), "Id": identity(name), "Names": ["/" + name],
+        return {**CONTAINER, **self.since(29, ImageManifestDescriptor=None), "Id": identity(name), "Names": ["/" + name],
                 "HostConfig": {"NetworkMode": next(iter(endpoints), "host")},
                 "NetworkSettings": {"Networks": endpoints}}
 
