@@ -5,10 +5,12 @@ What crashes leave behind is made, found, mended, and not found again.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import itertools
 import json
 import os
+import select
 import signal
 import socket
 import socketserver
@@ -234,14 +236,20 @@ class Between(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         with socket.socket(socket.AF_UNIX) as gipam:
             gipam.connect(self.server.gipam)
-            for request in iter(lambda: self.request.recv(65536), b""):  # either side writes a message at once
-                gipam.sendall(request)
-                reply = gipam.recv(65536)
-                if self.server.fatal in request:
-                    self.server.fatal = b"no more"
-                    self.server.docker.stop("dockerd", number=signal.SIGKILL)
-                    return
-                self.request.sendall(reply)
+            asked, other = b"", {self.request: gipam, gipam: self.request}
+            while True:
+                for side in select.select(list(other), [], [])[0]:
+                    data = side.recv(65536)
+                    asked = asked + data if side is self.request else asked
+                    if side is gipam and self.server.fatal in asked:
+                        self.server.fatal = b"no more"
+                        self.server.docker.stop("dockerd", number=signal.SIGKILL)
+                        return
+                    if not data:
+                        return
+                    with contextlib.suppress(BrokenPipeError):  # who asked has gone
+                        other[side].sendall(data)
+                    asked = asked if side is self.request else b""
 
 
 class BetweenServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
