@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
-import os
 import signal
 import subprocess
 import sys
 from typing import Callable
 
-from machines import BASE_V4, BASE_V6, CONNECT, DOCKER, ROUTED, DockerCase, main, until, works
+from machines import BASE_V4, BASE_V6, DOCKER, ROUTED, DockerCase, Router, main, until, works
 
 
 class NetworkTest(DockerCase):
@@ -264,52 +262,17 @@ class RestartTest(DockerCase):
                 self.docker.end(command)
         self.assert_agreement(4 + 3 * 8 * 2)
 
-    def test_kill_while_containers_start_only_leaks(self) -> None:
-        """Docker has nothing that gipam does not hold, and check mends the rest."""
-        for names in (["gipam"], ["gipam", "dockerd"]) * 2:
-            with self.subTest(names):
-                commands = self.begin_starts()
-                self.docker.stop(*names, number=signal.SIGKILL)
-                self.docker.start()
-                for command in commands:
-                    works(self.docker.end, command)  # or not
-                self.wait_for_restart_policy()
-                self.assert_no_address_is_twice()
-                kinds = {finding.split(":")[0] for finding in self.docker.check("--fix")}
-                self.assertLessEqual(kinds, {"leaked_address"})
-                self.assert_agreement()
 
-
-class RouterCase(DockerCase):
-    """The network namespace "outside" is the router that the host is connected to."""
-
-    ROUTER, ROUTER_V6, HOST = "192.0.2.1", "2001:db8:ffff::1", "192.0.2.7"
-    ON_LINK = """ip addr add 2001:db8:0:1::2/64 dev eth0 nodad
-        ip -n outside addr add 2001:db8:0:1::1/64 dev eth0 nodad
-        """
-    ROUTES = f"""
-        ip -n outside route add {BASE_V4} via {HOST}
-        ip -n outside route add {BASE_V6} via 2001:db8:ffff::7
-        ip route add blackhole {BASE_V4}; ip -6 route add blackhole {BASE_V6}"""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.docker.run_lines(CONNECT + self.ON_LINK + self.ROUTES)
-        undo = self.ROUTES.replace(" add ", " del ") + "; ip link del eth0; ip netns del outside"
-        self.addCleanup(self.docker.run_lines, undo)
-        self.docker.network("web", "--ipv6", *ROUTED)
-        self.docker.container("one", "web", *(("-p", "80") if DOCKER >= 27 else ()))
-
-    def run_outside(self, *command: str) -> str:
-        return self.docker.run("ip", "netns", "exec", "outside", *command)
-
-
-class RoutedTest(RouterCase):
+class RoutedTest(DockerCase):
     """Containers are reached without NAT: protocol.md 11.1.
 
     Up to Docker 26, IPv6 is open here, without ip6tables; readme.py has it filtered.
     """
 
+    ROUTER, ROUTER_V6, HOST = "192.0.2.1", "2001:db8:ffff::1", "192.0.2.7"
+    CONNECT = f"""ip link set eth0 up; ip addr add {HOST}/24 dev eth0; ip addr add 2001:db8:ffff::7/64 dev eth0 nodad
+        ip route replace blackhole {BASE_V4}; ip -6 route replace blackhole {BASE_V6}"""
+    ROUTES = f"ip route add {BASE_V4} via {HOST}; ip route add {BASE_V6} via 2001:db8:ffff::7"
     REPORTER = """if True:  # tells whoever dials the address that it sees
         import socket, sys
         with socket.create_server(("::", 7000), family=socket.AF_INET6, dualstack_ipv6=True) as server:
@@ -321,10 +284,15 @@ class RoutedTest(RouterCase):
 
     def setUp(self) -> None:
         super().setUp()
-        reporter = self.docker.spawn("ip", "netns", "exec", "outside", "python3", "-c",
-                                     self.REPORTER)
-        self.addCleanup(reporter.stop, signal.SIGKILL)
+        self.router = Router()
+        self.addCleanup(self.router.close)
+        self.router.plug_in(self.docker.namespaces.pid)
+        self.docker.run_lines(self.CONNECT)
+        self.router.run_lines(self.ROUTES)
+        reporter = self.router.spawn("python3", "-c", self.REPORTER)
         reporter.wait_until(lambda: "ready" in reporter.read_log())
+        self.docker.network("web", "--ipv6", *ROUTED)
+        self.docker.container("one", "web", *(("-p", "80") if DOCKER >= 27 else ()))
         for port in ("80", "81"):
             self.docker("exec", "-d", "one", "httpd", "-f", "-p", port)
 
@@ -333,7 +301,7 @@ class RoutedTest(RouterCase):
 
     def can_fetch(self, address: str, port: int = 80) -> bool:
         script = f"import socket; socket.create_connection(({address!r}, {port}), 1)"
-        return works(self.run_outside, "python3", "-c", script)
+        return works(self.router.run, "python3", "-c", script)
 
     def test_container_is_reached_from_outside_without_nat(self) -> None:
         """As itself in both directions: from Docker 27 on by its published port; before, a rule lets all in."""
@@ -346,7 +314,7 @@ class RoutedTest(RouterCase):
             with self.subTest(server):
                 own = self.docker.address("one", "web", v6=v6)
                 self.assert_reaches("one", server)
-                self.run_outside("ping", "-c", "1", own)
+                self.router.run("ping", "-c", "1", own)
                 self.assertTrue(self.can_fetch(own))
                 self.assertEqual(self.can_fetch(own, 81), DOCKER < 27)
                 self.assertEqual(self.source_seen_outside("one", server), own)
@@ -357,58 +325,6 @@ class RoutedTest(RouterCase):
         self.docker.network("hidden", containers=("two",))
         self.assertFalse(self.can_fetch(self.docker.address("two", "hidden")))
         self.assertEqual(self.source_seen_outside("two", self.ROUTER), self.HOST)
-
-
-class OnLinkTest(RouterCase):
-    """A host that has but one /64, on-link: somebody must answer the router for its containers."""
-
-    PART = "2001:db8:0:1:c00::/72"
-    ROUTES = f"ip -6 route add blackhole {PART}"
-    options = ("-unix", "-v6", PART, "-v6ab", "80")
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.own = self.docker.address("one", "web", v6=True)
-
-    def is_reached(self) -> bool:
-        return works(self.run_outside, "ping", "-c", "1", "-W", "1", self.own)
-
-    def assert_reached_as_long_as(self, end: Callable[[], object]) -> None:
-        """The container is reached and reaches the router, and is no more after the end."""
-        until(self.is_reached, "a reply of the container")
-        self.assert_reaches("one", "2001:db8:0:1::1")
-        end()
-        self.docker.run("ip", "-n", "outside", "neigh", "flush", "dev", "eth0")
-        self.assertFalse(self.is_reached())
-
-    def test_network_gets_a_part_of_the_64(self) -> None:
-        subnet = ipaddress.ip_network(self.docker.subnets("web")[1])
-        self.assertEqual(subnet.prefixlen, 80)
-        self.assertIn(subnet.network_address, ipaddress.ip_network(self.PART))
-        self.assert_agreement()
-
-    def test_kernel_answers_for_one_container(self) -> None:
-        self.assertFalse(self.is_reached())
-        proxy = ("proxy", self.own, "dev", "eth0")
-        self.docker.run("sysctl", "-w", "net.ipv6.conf.eth0.proxy_ndp=1")
-        self.docker.run("ip", "-6", "neigh", "add", *proxy)
-        self.assert_reached_as_long_as(lambda: self.docker.run("ip", "-6", "neigh", "del", *proxy))
-
-
-class TcpTest(DockerCase):
-    """gipam on TCP, found through its plugin file."""
-
-    options = ("-address", "127.0.0.1:9090")
-
-    def test_network_over_tcp(self) -> None:
-        self.docker.network("web", "--ipv6", containers=("one", "two"))
-        self.assert_agreement(4)
-        self.assert_reaches("one", self.docker.address("two", "web"))
-        self.docker.stop("gipam")
-        self.assertFalse(os.path.exists(self.docker.path("/etc/docker/plugins/gipam.spec")))
-        self.docker.start_gipam()
-        self.docker("restart", "one")
-        self.assert_agreement(4)
 
 
 class SwarmTest(DockerCase):

@@ -295,10 +295,9 @@ class Docker(Sandbox):
     """One dockerd and one gipam in a sandbox."""
 
     def __init__(self, *options: str) -> None:
-        """Make the sandbox; options are gipam's, beside its lease file, and its bases unless they say others."""
+        """Make the sandbox; options are further ones of gipam's, e.g. other bases."""
         super().__init__()
-        self.leases = os.path.join(self.disk, "leases.json")
-        self.gipam_options = ("-v6", BASE_V6, "-v4", BASE_V4, "-file", self.leases, *options)
+        self.options, self.leases = options, os.path.join(self.disk, "leases.json")
         containerd = self.spawn("containerd", "--config", "/dev/null", "--root", self.disk + "/containerd")
         containerd.wait_until(lambda: os.path.exists(self.path("/run/containerd/containerd.sock")))
         self.dockerd: Process | None = None
@@ -339,8 +338,6 @@ class Docker(Sandbox):
             self.run_lines(MAKE_IMAGE)
 
     def is_gipam_there(self) -> bool:
-        if "-unix" not in self.gipam_options:
-            return os.path.exists(self.path("/etc/docker/plugins/gipam.spec"))
         with contextlib.suppress(OSError):
             dial(self.path(SOCKET)).close()
             return True
@@ -352,7 +349,7 @@ class Docker(Sandbox):
 
     def command(self, *arguments: str) -> list[str]:
         """Return the command line of gipam, e.g. of `gipam.py check`."""
-        return ["python3", GIPAM, *self.gipam_options, *arguments]
+        return ["python3", GIPAM, "-v6", BASE_V6, "-v4", BASE_V4, "-file", self.leases, "-unix", *self.options, *arguments]
 
     def check(self, *arguments: str, grace_s: int = 0) -> list[str]:
         """Return what `check` finds, as "kind: text", sorted; its exit status must agree."""
@@ -512,7 +509,7 @@ class DockerCase(unittest.TestCase):
     """The tests of a class share one dockerd and one gipam; each leaves nothing behind."""
 
     maxDiff = None
-    options: tuple[str, ...] = ("-unix",)
+    options: tuple[str, ...] = ()
     docker: Docker
 
     @classmethod
