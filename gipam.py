@@ -81,7 +81,6 @@ import os
 import random
 import re
 import secrets
-import select
 import selectors
 import shutil
 import signal
@@ -134,11 +133,10 @@ LOCK_PATIENCE_S = 2.0  # a predecessor may still be folding
 MAX_HEAD_BYTES = 1 << 18  # of a request
 RECEIVE_BYTES = 65536
 REQUEST_PATIENCE_S = 10.0  # on TCP, for a request that has begun, and for a peer to take a reply
-MAX_TCP_PAGES = 16  # in the middle of being read
-MAX_TCP_CLIENTS = 256  # and as many strangers, who have not been served; past it the idlest goes
-MAX_METRICS_CLIENTS = 16  # likewise on the address of -metrics
-MAX_RIGHTS = 253  # descriptors in one message (the kernel's SCM_MAX_FD)
-MAX_LOG_RECORDS, MAX_LOG_CHARS = 10_000, 4_000
+MAX_TCP_PEERS = 256  # of an address; past it the one goes that has been idle longest
+MAX_DIALS = 64  # accepted in a turn; measured: 0.1 ms each
+MAX_FAILED_TURNS = 10  # in a row
+MAX_LOG_BYTES, MAX_LOG_CHARS = 1 << 22, 4_000  # that nobody has read yet; of a line
 TICK_S = 1.0
 START_PATIENCE_S = 300  # asked of the service manager, for a large state
 RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection shut to dial again
@@ -317,8 +315,16 @@ def printable(text: str, limit: int = MAX_TEXT_CHARS) -> str:
     return (text if text.isprintable() else repr(text)[1:-1])[:limit]
 
 
-# Returns JSON in the one form that is checksummed; json.dumps() would make an encoder each time.
-dumps = json.JSONEncoder(separators=(",", ":")).encode
+# Made once: json.loads() looks for an encoding, JSONEncoder.encode() makes an encoder each time.
+raw_decode = json.JSONDecoder().raw_decode
+encoder: Any = json.encoder
+encode_json = encoder.c_make_encoder(None, json.JSONEncoder().default,
+                                     encoder.encode_basestring_ascii, None, ":", ",", 0, 0, 1)
+
+
+def dumps(value: Any) -> str:
+    """Return JSON in the one form that is checksummed."""
+    return "".join(encode_json(value, 0))
 
 
 class RequestPool(NamedTuple):
@@ -587,6 +593,7 @@ class Pool:
         self.pool_id, self.subnet, self.seq = change.pool_id, subnet, seq
         self.sub_pool = parse_prefix(change.sub_pool) if change.sub_pool else None
         self.name, self.granted_s, self.cursor = change.name, change.granted_s, change.cursor
+        self.label = change.subnet + (f" ({self.name})" if self.name else "")
         self.leases: dict[int, Lease] = {}  # by offset in the subnet
         dynamic = self.sub_pool or subnet.network
         self.low, self.high = int(dynamic[0]) - subnet.first, int(dynamic[-1]) - subnet.first
@@ -1988,7 +1995,6 @@ class Histogram:
 Call = Callable[[Callable[[], Any]], Any]  # runs a function in a turn of the loop, and waits for it
 Again = Callable[[Union[GipamError, None]], Union[Need, None]]  # looks again at what waits for etcd
 RESULTS = ("ok", "bug", "InvalidRequest", "Forbidden", "Unavailable", "StoreError", "StoreLost")
-IS_PLAIN = re.compile(r"[\w.:/#,@+=-]*").fullmatch  # needs no quotes in the log
 
 
 class Done(NamedTuple):
@@ -1997,23 +2003,25 @@ class Done(NamedTuple):
     change: Change
     record: str
     seq: int
+    pool: Pool
     asked_s: float
 
-    def __str__(self) -> str:
-        pairs = [f"{key}={text if IS_PLAIN(text) else ascii(text)}" for key, text in
-                 zip(self.change._fields, map(str, self.change)) if text]
-        return f"{CHANGE_NAMES[type(self.change)]} {' '.join(pairs)} seq={self.seq}"
-
-
-class Lines(NamedTuple):
-    """The log lines of a turn, which are made when they are written: after the replies."""
-
-    done: list[Done]
-    now_s: float
-
-    def __str__(self) -> str:
-        return "\n".join(f"{entry} ms={(self.now_s - entry.asked_s) * 1e3:.2f}"
-                         for entry in self.done)
+    def describe(self, now_s: float) -> str:
+        """Return the line of the log: who got what where, then the numbers."""
+        change, where = self.change, self.pool.label
+        if isinstance(change, RequestAddress):
+            who = change.name or change.mac or change.kind
+            mac = f" ({change.mac})" if change.name and change.mac else ""
+            text = f"{who}{mac} got {change.address} in {where}"
+        elif isinstance(change, ReleaseAddress):
+            text = f"{change.address} in {where} is free again"
+        elif isinstance(change, RequestPool):
+            text = f"a network got {change.sub_pool and change.sub_pool + ' of '}{where}"
+        elif isinstance(change, ReleasePool):
+            text = f"{where} is free again"
+        else:
+            text = f"{where}: {' '.join(map(str, change[1:]))}"
+        return f"{text} seq={self.seq} ms={(now_s - self.asked_s) * 1e3:.2f}"
 
 
 class Service:
@@ -2030,6 +2038,7 @@ class Service:
         self._config = config  # the keys of the lease file
         self._read_state = read_state
         self._done: list[Done] = []  # in this turn
+        self._written: list[Done] = []  # what is to be logged
         self._is_changing = False  # the state: what an exception leaves then is not to be used
         self.failure = StoreError("nothing has failed")  # the last one
         self.about: Json = {}  # what /status tells of the daemon
@@ -2062,10 +2071,11 @@ class Service:
         self._is_changing = True
         pool = self.state.pools.get(change.pool_id)
         self.state.apply(change)
-        self._done.append(Done(change, record, self.state.seq, asked_s))
+        pool = pool or self.state.pools[change.pool_id]
+        self._done.append(Done(change, record, self.state.seq, pool, asked_s))
         self._is_changing = False
         if self.site:
-            subnet = (pool or self.state.pools[change.pool_id]).subnet
+            subnet = pool.subnet
             if isinstance(change, (RequestPool, ReleasePool)) or subnet.parts is not None:
                 self.site.mark(subnet.network)
 
@@ -2083,10 +2093,18 @@ class Service:
         except StoreError as error:
             self._read_anew(error)
             return
-        now_s = time.perf_counter()
-        self.sync_s.observe(now_s - started_s)
+        except Exception as error:  # noqa: BLE001 - nobody knows what is on disk
+            self._read_anew(StoreError(f"cannot write the journal: {error!r}"))
+            return
+        self.sync_s.observe(time.perf_counter() - started_s)
         self.last_write_s = time.time()
-        log.info("%s", Lines(done, now_s))
+        self._written += done
+
+    def tell(self) -> None:
+        """Log the changes that have been written: once the replies have left."""
+        if self._written:
+            now_s, written, self._written = time.perf_counter(), self._written, []
+            log.info("\n".join([done.describe(now_s) for done in written]))
 
     def mend(self) -> None:
         """After an unforeseen error: if it hit in the middle of a change, read the state anew."""
@@ -2123,6 +2141,7 @@ class Service:
         finally:
             seq = self.state.seq
             self.commit()
+            self.tell()
             if not self.is_durable(seq):
                 raise self.failure
 
@@ -2173,7 +2192,7 @@ class Service:
             self._adopt(decide_adoption(self.state, pool_id, request.address, now_s,
                                         secrets.token_hex(8)))
             self.import_is_due.set()
-            log.warning("adopting pool_id=%r: Docker holds it, the lease file does not", pool_id)
+            log.warning("took over %s, which Docker holds and the lease file does not", pool_id)
             pool = self.state.pools[pool_id]
         subnet = pool.subnet.network
         holder = self.site.conflicts.get(subnet, {}).get(subnet) if self.site else None
@@ -2365,7 +2384,8 @@ class Service:
                 seq = pool.seq  # then it was noted what parts it has
             with contextlib.suppress(Forbidden, StoreError):
                 self.release_if(change.pool_id, address, seq)
-                log.warning("took back what a lost reply had granted: %s", change)
+                log.warning("took back %s in %s: nobody has read the reply", address or "all",
+                            change.pool_id)
 
     def adopt(self, subnet: Network, sub_pool: Network | None, name: str,
               requests: list[AddressRequest], seq: int) -> range:
@@ -2497,16 +2517,19 @@ ENDPOINT_NAME = "com.docker.network.endpoint.name"
 ENDPOINT_MAC = "com.docker.network.endpoint.macaddress"
 
 
-class Reply(NamedTuple):
+class Reply:
     """What goes back, and what must be undone should it never arrive."""
 
-    status: int
-    body: bytes
-    seq: int = 0  # of the newest change that the decision could see
-    change: Change | None = None  # that it made
-    need: Need | None = None  # no reply yet: etcd must be asked first
-    content_type: str = REPLY_TYPE
-    page: Iterator[bytes] = iter(())  # what follows the body, in portions
+    __slots__ = ("body", "change", "content_type", "need", "page", "seq", "status")
+
+    def __init__(self, status: int, body: bytes, change: Change | None = None,
+                 need: Need | None = None) -> None:
+        self.status, self.body = status, body
+        self.seq = 0  # of the newest change that the decision could see
+        self.change = change  # that it made
+        self.need = need  # no reply yet: etcd must be asked first
+        self.content_type = REPLY_TYPE
+        self.page: Iterator[bytes] | None = None  # what follows the body, in portions
 
 
 class Fields(Dict[str, Any]):
@@ -2524,6 +2547,10 @@ class Fields(Dict[str, Any]):
             raise InvalidRequest(f"{what} has characters that cannot be printed: {value!r}")
         return value
 
+    def option(self, key: str) -> str:
+        """Return an option of this map of them, "" where it is not given."""
+        return self.text(key, what=f"option {key}") if key in self else ""
+
     def pool_id(self) -> str:
         """Return the PoolID, which must be there."""
         return self.text("PoolID", is_needed=True)
@@ -2531,12 +2558,11 @@ class Fields(Dict[str, Any]):
     def address(self, is_needed: bool = False) -> str:
         """Return a bare address of either family, "" where there is none."""
         text = self.text("Address", is_needed)
-        if not text:
-            return text
-        for version in BITS:
-            with contextlib.suppress(ValueError):
-                return format_address(parse_address(text, version), version)
-        raise InvalidRequest(f"invalid address: {text!r} is not a bare IP address")
+        version = 6 if ":" in text else 4
+        try:
+            return text and format_address(parse_address(text, version), version)
+        except ValueError:
+            raise InvalidRequest(f"invalid address: {text!r} is not a bare IP address") from None
 
     def seq(self) -> int:
         """Return the number of a change."""
@@ -2552,16 +2578,14 @@ class Fields(Dict[str, Any]):
         except ValueError as error:
             raise InvalidRequest(f"invalid address {key.lower()}: {error}") from None
 
-    def options(self) -> dict[str, str]:
+    def options(self) -> Fields:
         """Return the map of options, {} where there is none; those of others are left alone."""
-        options = {} if self.get("Options") is None else self["Options"]
-        if not isinstance(options, dict) \
-                or not all(isinstance(text, str) for text in options.values()):
+        options = self.get("Options")
+        if options is None:
+            options = {}
+        if not isinstance(options, dict):
             raise InvalidRequest(f"Options is not a map of strings: {printable(repr(options))}")
-        for key in options:
-            if key.startswith("gipam.") or key in (ENDPOINT_NAME, ENDPOINT_MAC):
-                Fields(options).text(key, what=f"option {printable(key)}")
-        return options
+        return Fields(options)
 
 
 def dispatch(service: Service, verb: str, target: str, body: bytes,
@@ -2571,7 +2595,7 @@ def dispatch(service: Service, verb: str, target: str, body: bytes,
     What it changed is not on disk before commit(); if it is refused, nothing has changed (but that
     a pool may have been adopted on the way). The failure is that of etcd, asked for its need.
     """
-    started_s, result, got = time.perf_counter(), "ok", body[:MAX_TEXT_CHARS]
+    started_s, result = time.perf_counter(), "ok"
     path, _, query = target.partition("?")
     try:
         if paths and path not in paths:
@@ -2582,41 +2606,43 @@ def dispatch(service: Service, verb: str, target: str, body: bytes,
     except Unclaimed as due:
         return Reply(0, b"", need=due.need)
     except GipamError as error:
-        log.warning("refused %s: %s; got %r", printable(path), error, got)
+        log.warning("refused %s: %s", WANTED.get(path, "a request"), error)
         reply, result = refuse(error), type(error).__name__
     except Exception:  # a bug: Docker gets an answer, the operator the traceback
-        log.exception("failed %s; got %r", printable(path), got)
+        log.exception("failed at %s, which is a bug of gipam; got %r", printable(path),
+                      body[:MAX_TEXT_CHARS])
         service.mend()
         reply, result = refuse(GipamError("internal error of gipam: see its log")), "bug"
-    method = path if path in PATHS else "unknown"
-    service.requests[method, result] += 1
+    service.requests[path if path in PATHS else "unknown", result] += 1
     service.request_s.observe(time.perf_counter() - started_s)
-    return reply if path in CONSTANT_ANSWERS else reply._replace(seq=service.state.seq)
+    if path not in CONSTANT_ANSWERS:
+        reply.seq = service.state.seq
+    return reply
 
 
 def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> Reply:
     """Find the function for a path, and call it. Raises: GipamError."""
+    if verb == "POST" and path in METHODS:
+        try:
+            result, change = METHODS[path](service, decode_fields(body))
+        except Unclaimed as due:
+            if not service.site:
+                raise Unavailable(f"{due.need.subnet} is shared with other hosts: start gipam with "
+                                  "-etcd") from None
+            raise
+        return Reply(200, dumps(result).encode(), change)
     if path not in PATHS:
         raise InvalidRequest(f"unknown method {printable(path)!r}: this is an IPAM driver", 404)
     needed = "GET" if path in PAGES else "POST"
     if verb != needed:
         raise InvalidRequest(f"{path} takes {needed}, not {printable(verb)}", 405)
-    if path in PAGES:
-        content_type, page = PAGES[path]
-        portions = join_portions(page(service, query))
-        return Reply(200, next(portions, b""), content_type=content_type, page=portions)
     if path in CONSTANT_ANSWERS:
         return Reply(200, CONSTANT_ANSWERS[path])
-    try:
-        result, change = METHODS[path](service, decode_fields(body))
-    except Unclaimed as due:
-        if not service.site:
-            raise Unavailable(f"{due.need.subnet} is shared with other hosts: start gipam with "
-                              "-etcd") from None
-        raise
-    if change is None and not result:
-        log.warning("nothing to do for %s: not held; got %r", path, body[:MAX_TEXT_CHARS])
-    return Reply(200, dumps(result).encode(), change=change)
+    content_type, page = PAGES[path]
+    portions = join_portions(page(service, query))
+    reply = Reply(200, next(portions, b""))
+    reply.content_type, reply.page = content_type, portions
+    return reply
 
 
 def refuse(error: GipamError) -> Reply:
@@ -2635,9 +2661,12 @@ def decode_fields(body: bytes) -> Fields:
         raise InvalidRequest("the request has no body: dockerd lost it in a retry; "
                              "run the command again")
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from None
+        text = body.decode().strip()
+        fields, end = raw_decode(text)
+        if end < len(text):
+            raise ValueError
+    except (ValueError, RecursionError):  # whose text is another in each Python
+        raise InvalidRequest("the body is not JSON") from None
     if not isinstance(fields, dict):
         raise InvalidRequest("the body is not a JSON object")
     return Fields(fields)
@@ -2658,26 +2687,27 @@ def read_pool_request(fields: Fields) -> PoolRequest:
     if sub_pool and not subnet:
         raise InvalidRequest(
             f"invalid address subpool: {sub_pool} comes without the subnet it is in")
-    text = options.get(SHARED_OPTION, "false")
+    text = options.option(SHARED_OPTION) or "false"
     if text not in ("true", "false") or (text == "true" and not subnet):
         raise InvalidRequest(f"option {SHARED_OPTION} is true or false, and takes a --subnet: "
                              f"{text!r}")
-    return PoolRequest(version, subnet, sub_pool, prefixlen, options.get(NAME_OPTION, ""),
+    return PoolRequest(version, subnet, sub_pool, prefixlen, options.option(NAME_OPTION),
                        text == "true")
 
 
-def read_prefixlen(options: dict[str, str], version: int) -> int | None:
+def read_prefixlen(options: Fields, version: int) -> int | None:
     """Return the length of block asked for. Raises: InvalidRequest, also for unknown options."""
     known = (NAME_OPTION, *LENGTH_OPTIONS.values(), SHARED_OPTION)
-    for key, text in options.items():
+    for key in options:
         if key.startswith("gipam.") and key not in known:
             raise InvalidRequest(f"unknown option {printable(repr(key))}: "
                                  f"gipam has {', '.join(known)}")
         if "gipam." + key in known:
             log.warning("option %r does nothing: is 'gipam.%s' meant?", key, key)
-        if key in LENGTH_OPTIONS.values() and not re.fullmatch("[0-9]{1,3}", text):
-            raise InvalidRequest(f"option {key} is not a prefix length: {text!r}")
-    text = options.get(LENGTH_OPTIONS[version], "")
+    for key in LENGTH_OPTIONS.values():
+        if key in options and not re.fullmatch("[0-9]{1,3}", options.option(key)):
+            raise InvalidRequest(f"option {key} is not a prefix length: {options[key]!r}")
+    text = options.option(LENGTH_OPTIONS[version])
     return int(text) if text else None
 
 
@@ -2697,12 +2727,22 @@ def request_pool(service: Service, fields: Fields) -> tuple[Any, Change]:
 def request_address(service: Service, fields: Fields) -> tuple[Any, Change]:
     """Grant an address to a gateway, to a container, or aside for the user (auxiliary)."""
     pool_id, address, options = fields.pool_id(), fields.address(), fields.options()
-    mac, name = options.get(ENDPOINT_MAC, ""), options.get(ENDPOINT_NAME, "")
+    mac, name = options.option(ENDPOINT_MAC), options.option(ENDPOINT_NAME)
     kind = ENDPOINT if mac or name or not address else AUXILIARY
     if options.get("RequestAddressType") == "com.docker.network.gateway":
         kind = GATEWAY
     change, prefixlen = service.request_address(pool_id, AddressRequest(address, kind, mac, name))
     return {"Address": f"{change.address}/{prefixlen}", "Data": {}}, change
+
+
+def release(service: Service, fields: Fields, has_address: bool = False) -> tuple[Any, Any]:
+    """Release a pool or an address; what is gone already is released."""
+    pool_id, address = fields.pool_id(), fields.address(is_needed=True) if has_address else ""
+    change = service.release(pool_id, address)
+    if change is None:
+        log.warning("nothing to release: %s is not held", f"{address} in {pool_id}"
+                    if address else pool_id)
+    return {}, change
 
 
 def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
@@ -2721,8 +2761,7 @@ def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
         if request.kind not in kinds:
             raise InvalidRequest(f"Kind is none of {', '.join(kinds)}: {request.kind!r}")
     done = service.adopt(subnet, sub_pool, fields.text("Name"), requests, fields.seq())
-    log.info("adopt subnet=%s sub_pool=%s leases=%s adopted=%d", subnet, sub_pool or "",
-             printable(",".join(request.address for request in requests)), len(done))
+    log.info("took over %s as Docker has it: %d changes", sub_pool or subnet, len(done))
     return {"Adopted": len(done), "Seq": done.stop - 1}, None
 
 
@@ -2864,10 +2903,9 @@ CONSTANT_ANSWERS = {path: dumps(value).encode() for path, value in {
 }.items()}
 METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Change | None]]] = {
     "/IpamDriver.RequestPool": request_pool,
-    "/IpamDriver.ReleasePool": lambda service, fields: ({}, service.release(fields.pool_id())),
+    "/IpamDriver.ReleasePool": release,
     "/IpamDriver.RequestAddress": request_address,
-    "/IpamDriver.ReleaseAddress": lambda service, fields: (
-        {}, service.release(fields.pool_id(), fields.address(is_needed=True))),
+    "/IpamDriver.ReleaseAddress": functools.partial(release, has_address=True),
     "/Gipam.Release": lambda service, fields: (  # of what `check --fix` or `release` saw
         {}, service.release_if(fields.pool_id(), fields.address(), fields.seq())),
     "/Gipam.Adopt": adopt_by_hand,
@@ -2878,6 +2916,9 @@ PAGES: dict[str, tuple[str, Callable[[Service, str], Iterable[str]]]] = {  # -> 
     "/metrics": ("text/plain; version=0.0.4; charset=utf-8", show_metrics),
     "/healthz": ("text/plain; charset=utf-8", show_health),
 }
+WANTED = {"/IpamDriver.RequestPool": "a subnet", "/IpamDriver.RequestAddress": "an address",
+          "/IpamDriver.ReleasePool": "to release a subnet", "/Gipam.Release": "to release",
+          "/IpamDriver.ReleaseAddress": "to release an address", "/Gipam.Adopt": "to take over"}
 PATHS: set[str] = {*CONSTANT_ANSWERS, *METHODS, *PAGES}
 PUBLIC_PAGES = frozenset(("/metrics", "/healthz"))  # for whoever may reach the -metrics address
 
@@ -2886,23 +2927,23 @@ PUBLIC_PAGES = frozenset(("/metrics", "/healthz"))  # for whoever may reach the 
 
 # What dockerd writes, to the letter (protocol.md 1.6): read in 2 us; http.server's parser takes 20.
 PLAIN_REQUEST = re.compile(
-    rb"POST (/[A-Za-z.]+) HTTP/1\.1\r\nHost: [!-~]+\r\nUser-Agent: [!-~]+\r\n"
+    rb"POST (/[A-Za-z.]+) HTTP/1\.1\r\nHost: ([!-~]+)\r\nUser-Agent: [!-~]+\r\n"
     rb"Content-Length: ([0-9]{1,4})\r\nAccept: [!-~]+\r\n(?:Accept-Encoding: gzip\r\n)?\r\n").match
 CLOSE = "Connection: close\r\n"
 HEAD_END = re.compile(rb"\n\r?\n").search
 LOCAL_HOST = re.compile(r"(|(plugin\.moby\.)?localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?",
                         re.IGNORECASE).fullmatch
-LISTENER, CONNECTION = "gipam", "connection"  # names of what the service manager keeps
+LISTENER = "gipam"  # name of what the service manager keeps
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-def notify(state: str, fds: list[int] | None = None) -> None:
-    """Tell the service manager, if there is one. Source: sd_notify(3)."""
+def notify(state: str, *fds: int, patience_s: float = 0.0) -> None:
+    """Tell the service manager, if there is one, and if it can take it. Source: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, \
                 contextlib.suppress(OSError):  # a manager that is gone is no reason not to serve
-            manager.settimeout(1.0)
+            manager.settimeout(patience_s)
             manager.connect(re.sub("^@", "\0", address))
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             manager.sendmsg([state.encode()], rights)
@@ -2923,14 +2964,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Begin with nothing read, nothing to send."""
         self.connection: socket.socket = self.request
         self.inbox, self.outbox = bytearray(), b""
-        self.page: Iterator[bytes] = iter(())  # what follows in the outbox
+        self.page: Iterator[bytes] | None = None  # what follows in the outbox
         self.command = ""  # of the last request
         self.looked = 0  # bytes of the inbox in which no head ends
         self.length = -1  # of the body, once the head is read
         self.has_ended = False  # the peer: it sends no more
         self.is_closed = self.is_last = False
         self.is_waiting = False  # for etcd
-        self.is_client = False  # not a stranger: it has been served
         self.reply: Reply | None = None  # the last one, until the peer has shown that it read it
         self.since_s = time.monotonic()  # when it was last idle, or has sent something
         self.events = 0  # what the selector waits for
@@ -2957,7 +2997,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive(self) -> None:
         """Put what has come into the inbox."""
-        if not self.is_busy():
+        if not self.inbox and self.length < 0:
             self.since_s = time.monotonic()
         try:
             while len(self.inbox) < MAX_HEAD_BYTES + MAX_BODY_BYTES:
@@ -2979,9 +3019,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         if self.length < 0:
             plain = PLAIN_REQUEST(self.inbox) if not self.looked else None
-            if plain:
+            if plain and not (self.server.is_private and not LOCAL_HOST(plain[2].decode())):
                 self.close_connection, self.command, self.path = False, "POST", plain[1].decode()
-                self.length = int(plain[2])
+                self.length = int(plain[3])
                 del self.inbox[:plain.end()]
             elif not self._read_head():
                 return None
@@ -3013,6 +3053,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(431)
         if not self.parse_request():  # it has no word for a line of blanks
             self.send_error(400)
+        if self.request_version == "HTTP/0.9":  # it has no headers, and no status for an answer
+            self.send_error(505)
         self.length = self._check_head()
         return True
 
@@ -3020,7 +3062,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return the length of the body. Raises: InvalidRequest; Forbidden for web pages."""
         host = self.headers.get("Host", "")
         if self.server.is_private and ("Origin" in self.headers or "Sec-Fetch-Site" in self.headers
-                                       or (self.command == "GET" and not LOCAL_HOST(host))):
+                                       or not LOCAL_HOST(host)):
             raise Forbidden("requests from web pages are not served, nor for another host than "
                             f"this one: {printable(host)!r}")  # they reach loopback
         lengths = self.headers.get_all("Content-Length", [])
@@ -3050,20 +3092,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, reply: Reply) -> None:
         """Put the reply into the outbox: head and body in one piece."""
-        self.page, portion = reply.page, next(reply.page, b"")
+        self.page, portion = reply.page, next(reply.page, b"") if reply.page else b""
         self.is_last = self.close_connection or bool(portion) or self.server.loop.is_ending
         length = "" if portion else f"Content-Length: {len(reply.body)}\r\n"
         head = (f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
                 f"Content-Type: {reply.content_type}\r\n{length}"
                 f"{CLOSE if self.is_last else ''}\r\n")
-        self.reply, self.is_client = reply, self.is_client or reply.status == 200
+        self.reply = reply
         self.outbox += head.encode() + (b"" if self.command == "HEAD" else reply.body + portion)
 
     def send(self) -> None:
         """Send what the socket takes now, of a page one portion."""
         try:
             sent = self.connection.send(self.outbox)
-            self.outbox = self.outbox[sent:] or next(self.page, b"")
+            self.outbox = self.outbox[sent:] or (next(self.page, b"") if self.page else b"")
             self.since_s = time.monotonic()
         except BlockingIOError:
             pass
@@ -3078,7 +3120,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         if self.reply and is_unread:
             self.server.loop.service.take_back(self.reply.change, self.reply.seq)
-        self.outbox, self.page, self.is_last = b"", iter(()), True
+        self.outbox, self.page, self.is_last = b"", None, True
         self.inbox.clear()
 
 
@@ -3089,6 +3131,7 @@ class Server(socketserver.TCPServer):
     request_queue_size = BACKLOG
     is_unix = False
     is_kept = False  # whether the service manager keeps the socket, for the next process
+    names: tuple[str, ...] = ()  # the paths by which Docker finds it
 
     def __init__(self, address: Any, loop: Loop, listener: socket.socket | None = None,
                  paths: frozenset[str] = frozenset()) -> None:
@@ -3138,7 +3181,7 @@ class Loop:
 
     def __init__(self, service: Service,
                  flush_log: Callable[[], None] = lambda: None) -> None:
-        self.service, self.flush_log = service, flush_log
+        self.service, self.flush_log, self._failed_turns = service, flush_log, 0
         self.servers: list[Server] = []
         self.handlers: dict[Handler, None] = {}
         self.ask_etcd: Callable[[Need, Again], None] | None = None
@@ -3146,6 +3189,7 @@ class Loop:
         self.is_ending = False  # each reply is the last of its connection
         self.is_stopping = self.is_over = False
         self._asking: dict[Handler, None] = {}  # may have a request in the inbox
+        self._dialled: list[Server] = []  # in this turn
         self._selector = selectors.DefaultSelector()
         self._calls: collections.deque[Any] = collections.deque()  # (future, function) of threads
         self._bell, self._rope = socket.socketpair()
@@ -3183,10 +3227,27 @@ class Loop:
     # A turn
 
     def turn(self, wait_s: float) -> None:
-        """Wait until there is something to do, at most so long, and do it; see design.md 7."""
+        """Wait until there is something to do, at most so long, and do it; see design.md 7.
+
+        What nobody foresaw ends the connection or the call in which it was raised, at most this
+        turn, but never the loop: only ten turns in a row that fail do.
+        """
+        try:
+            self._turn(wait_s)
+            self._failed_turns = 0
+        except Exception:
+            log.exception("a turn failed: this is a bug of gipam")
+            self.service.mend()
+            self._failed_turns += 1
+            if self._failed_turns == MAX_FAILED_TURNS:
+                self.service.failure = StoreLost("ten turns in a row failed: see the log")
+
+    def _turn(self, wait_s: float) -> None:
         is_busy = self._asking or self._late
         for key, events in self._selector.select(0 if is_busy else wait_s):  # 1, 2
             key.data(events & key.events)
+        while self._dialled:  # last: who asks in this turn is not pushed out in it
+            self._accept(self._dialled.pop())
         tell = [self._run(*self._calls.popleft()) for _ in range(len(self._calls))]  # 3
         asking, self._asking = self._asking, {}
         replies, self._late = self._late, []
@@ -3194,12 +3255,15 @@ class Loop:
                     for reply in [self._ask(handler)] if reply]
         self.service.commit()  # 5
         for handler, reply in replies:  # 6
-            if handler.is_closed:  # since it was given up
-                continue
-            handler.answer(settle(self.service, reply))
-            self._send(handler)
+            try:
+                if not handler.is_closed:  # since it was given up
+                    handler.answer(settle(self.service, reply))
+                    self._send(handler)
+            except Exception as error:  # noqa: BLE001 - of a page
+                self._fail(handler, error)
         for tell_thread in tell:
             tell_thread()
+        self.service.tell()
         self.flush_log()
 
     def _run(self, future: concurrent.futures.Future[Any],
@@ -3213,43 +3277,56 @@ class Loop:
         return lambda: (future.set_result(result) if self.service.is_durable(seq)
                         else future.set_exception(self.service.failure))
 
-    def _accept(self, server: Server, _: int) -> None:
-        """Take in who has dialled."""
+    def _fail(self, handler: Handler, error: Exception) -> None:
+        """End a connection at which something was raised that nobody foresaw."""
+        log.error("the connection of %s ends: this is a bug of gipam", handler.address_string(),
+                  exc_info=error)
+        self.service.mend()
+        self.close(handler)
+
+    def _accept(self, server: Server) -> bool:
+        """Take in who has dialled, a limited number; return whether that was not all."""
         try:
-            for _attempt in range(BACKLOG):
+            for _ in range(MAX_DIALS):
                 server.finish_request(*server.get_request())
+            return True
         except BlockingIOError:
             pass
         except OSError as error:
             if error.errno in NO_DESCRIPTOR:
                 log.error("cannot accept connections: %s; waiting for some to end",
                           error.strerror)
-                self._selector.unregister(server.socket)  # until the next tick
+                self._ignore(server)  # until the next tick
+        return False
+
+    def _ignore(self, server: Server) -> None:
+        if server.socket.fileno() in self._selector.get_map():
+            self._selector.unregister(server.socket)
 
     def add(self, handler: Handler) -> None:
-        """Ask the handler from now on; on TCP, let the longest idle ones go that are too many.
+        """Ask the handler from now on; on TCP, past the bound the one goes that is idle longest.
 
-        Strangers push out strangers, and never a client that works; who asks in this turn is last.
+        Who is in the middle of something stays: then it is the new one that goes.
         """
         self.handlers[handler] = None
         self._watch(handler, selectors.EVENT_READ)
-        limit = MAX_METRICS_CLIENTS if handler.server.paths else MAX_TCP_CLIENTS
-        for is_client in () if handler.server.is_unix else (False, True):
-            alike = [other for other in self.handlers if other.server is handler.server
-                     and other.is_client is is_client]
-            alike.sort(key=lambda other: other.is_waiting or other in self._asking)
-            for other in alike[:-limit]:
-                self.close(other)
+        if not handler.server.is_unix:
+            alike = [other for other in self.handlers if other.server is handler.server]
+            if len(alike) > MAX_TCP_PEERS:
+                self.close(min((other for other in alike
+                                if not other.is_busy() and other not in self._asking),
+                               key=lambda other: other.since_s))
 
     def _move(self, handler: Handler, events: int) -> None:
-        """Let the handler send or receive, unless an earlier one of this turn has ended it."""
-        if handler.is_closed:
-            return
-        if events & selectors.EVENT_WRITE:
-            self._send(handler)
-        else:
-            handler.receive()
-            self._asking[handler] = None
+        """Let the handler send or receive."""
+        try:
+            if events & selectors.EVENT_WRITE:
+                self._send(handler)
+            else:
+                handler.receive()
+                self._asking[handler] = None
+        except Exception as error:  # noqa: BLE001 - of a page
+            self._fail(handler, error)
 
     def _ask(self, handler: Handler) -> Reply | None:
         """Answer the next request of a handler, if it has one."""
@@ -3258,19 +3335,13 @@ class Loop:
         try:
             body = None if handler.is_last else handler.next_request()
             if body is not None:
-                self._check_pages(handler)
                 return self._dispatch(handler, body)
+            self._settle(handler)
         except GipamError as error:
             return handler.refuse(error)
-        self._settle(handler)
+        except Exception as error:  # noqa: BLE001 - of http.server's parser
+            self._fail(handler, error)
         return None
-
-    def _check_pages(self, handler: Handler) -> None:
-        """Bound what peers on TCP can make gipam keep for them. Raises: Unavailable."""
-        if handler.command == "GET" and not handler.server.is_unix and sum(
-                bool(other.outbox) and other.command == "GET" for other in self.handlers
-                if not other.server.is_unix) >= MAX_TCP_PAGES:
-            raise Unavailable("too many pages are being read at once: try again")
 
     def _dispatch(self, handler: Handler, body: bytes) -> Reply | None:
         """Answer a request, or put it aside until etcd has been asked."""
@@ -3308,12 +3379,10 @@ class Loop:
     def _send(self, handler: Handler) -> None:
         """Let the handler send; go on with what else it has been asked."""
         handler.send()
-        if not handler.outbox:
-            self.handlers[handler] = self.handlers.pop(handler)  # the longest idle one is first
-            if handler.inbox or handler.has_ended:
-                self._asking[handler] = None
-                return
-        self._settle(handler)
+        if not handler.outbox and (handler.inbox or handler.has_ended):
+            self._asking[handler] = None
+        else:
+            self._settle(handler)
 
     def _settle(self, handler: Handler) -> None:
         """End the handler if it has nothing more to do, else wait for what it needs."""
@@ -3350,9 +3419,9 @@ class Loop:
             self.servers.append(server)
         if server.socket.fileno() not in self._selector.get_map():
             self._selector.register(server.socket, selectors.EVENT_READ,
-                                    functools.partial(self._accept, server))
+                                    lambda _: self._dialled.append(server))
 
-    def run(self, on_tick: Callable[[], None]) -> None:
+    def run(self, *on_tick: Callable[[], None]) -> None:
         """Serve until stop(), or until nothing can be written any more; tick each second."""
         tick_s = time.monotonic()
         while not (self.is_stopping or self.service.loss):
@@ -3360,14 +3429,23 @@ class Loop:
             self._fold_if_due()
             if time.monotonic() >= tick_s:
                 tick_s = time.monotonic() + TICK_S
-                for server in self.servers:
-                    self.open(server)
-                for handler in list(self.handlers):
-                    if handler.is_overdue(time.monotonic()):
-                        self.close(handler)
-                self._give_up(time.monotonic() - ETCD_PATIENCE_S - TICK_S,
-                              Unavailable(self.service.etcd_failure or "etcd does not answer"))
-                on_tick()
+                for function in (self._tick, *on_tick):
+                    try:
+                        function()
+                    except GipamError:
+                        raise
+                    except Exception:
+                        log.exception("a tick failed: this is a bug of gipam")
+                        self.service.mend()
+
+    def _tick(self) -> None:
+        for server in self.servers:
+            self.open(server)
+        for handler in list(self.handlers):
+            if handler.is_overdue(time.monotonic()):
+                self.close(handler)
+        self._give_up(time.monotonic() - ETCD_PATIENCE_S - TICK_S,
+                      Unavailable(self.service.etcd_failure or "etcd does not answer"))
 
     def _fold_if_due(self) -> None:
         if self.service.is_fold_due() and time.monotonic() >= self._fold_after_s \
@@ -3383,27 +3461,24 @@ class Loop:
     def finish(self, remove_names: Callable[[], None]) -> None:
         """Answer what has been asked, and let go of all connections so that Docker loses nothing.
 
-        Where the service manager keeps descriptors, the next process goes on with them. Else
-        connections on the UNIX socket are shut for reading: whoever cannot write to one dials
-        anew, with the body at hand, as long as somebody listens. (A Go client that sees the end of
-        a connection in the moment in which it takes it up does not: golang/go#22158.)
+        Those on the UNIX socket are shut for reading: whoever cannot write to one dials anew, with
+        the body at hand, and somebody has to listen then: this process, or the service manager for
+        the next one. (A Go client that sees the end of a connection in the moment in which it takes
+        it up loses the body: golang/go#22158.) Who has only dialled is about to ask.
         """
-        if "FDSTORE" in os.environ:
-            self._stop_accepting()
-            self._turn_for(0.0, DIAL_PATIENCE_S)
-            self._hand_on()
-        else:
-            self.is_ending = True
-            for handler in self.handlers:
-                if handler.server.is_unix and handler.command:
-                    with contextlib.suppress(OSError):  # the peer is gone already
-                        handler.connection.shutdown(socket.SHUT_RD)
-            self._turn_for(RETIRE_PATIENCE_S, RETIRE_PATIENCE_S)
-            for handler in list(self.handlers):
-                if handler.command and not handler.is_busy():  # else it may just have dialled
-                    self.close(handler)
+        self.is_ending = True
+        self.turn(0.0)  # half a request that lies in a socket is one that has begun
+        for handler in self.handlers:
+            if handler.server.is_unix and handler.command and not handler.is_busy():
+                with contextlib.suppress(OSError):  # the peer is gone already
+                    handler.connection.shutdown(socket.SHUT_RD)
+        self._turn_for(RETIRE_PATIENCE_S, RETIRE_PATIENCE_S)
+        for handler in list(self.handlers):
+            if handler.command and not handler.is_busy():
+                self.close(handler)
         remove_names()
-        self._stop_accepting()
+        while self.servers:
+            self.shut(self.servers[0])
         self._turn_for(RETIRE_PATIENCE_S, DIAL_PATIENCE_S)
         self._give_up(math.inf, Stopping("gipam is stopping: try again"))
         self.turn(0.0)
@@ -3420,24 +3495,13 @@ class Loop:
                 break
             self.turn(0.01)
 
-    def _stop_accepting(self) -> None:
-        """Close all listeners; who waits in the backlog of one that nobody keeps would be reset."""
-        while self.servers:
-            server = self.servers.pop()
-            if not server.is_kept:
-                self._accept(server, 0)
-            if server.socket.fileno() in self._selector.get_map():
-                self._selector.unregister(server.socket)
-            server.server_close()
-
-    def _hand_on(self) -> None:
-        """Give idle connections to the service manager, for the next process (sd_notify(3))."""
-        idle = [handler for handler in self.handlers if not handler.is_busy()]
-        for at in range(0, len(idle), MAX_RIGHTS):
-            notify(f"FDSTORE=1\nFDNAME={CONNECTION}",
-                   [handler.connection.fileno() for handler in idle[at:at + MAX_RIGHTS]])
-        for handler in idle:
-            self.close(handler)
+    def shut(self, server: Server) -> None:
+        """Close a listener; who waits in the backlog of one that nobody keeps would be reset."""
+        while not server.is_kept and self._accept(server):
+            pass
+        self.servers.remove(server)
+        self._ignore(server)
+        server.server_close()
 
     def _end_calls(self) -> None:
         """Refuse what threads still ask for, and wait for the one that folds."""
@@ -3449,54 +3513,42 @@ class Loop:
 
 
 def listen(kind: type[Server], address: Any, loop: Loop) -> Server:
-    """Listen; the service manager keeps the socket, so that a restart never refuses Docker.
-
-    The connections that the process before has handed on are served again.
-    """
-    listener, connections = take_sockets(address)
-    if listener is None and isinstance(address, str):
+    """Listen; the service manager keeps the socket, so that a restart never refuses Docker."""
+    found = take_sockets(address)
+    if not found and isinstance(address, str):
         clear_path(address)
-    server = kind(address, loop, listener)
-    server.is_kept = listener is not None or "FDSTORE" in os.environ
-    if "FDSTORE" in os.environ:
-        notify(f"FDSTORE=1\nFDNAME={LISTENER}", [server.socket.fileno()])
+    server = kind(address, loop, next(iter(found.values()), None))
+    server.is_kept = bool(found) or "FDSTORE" in os.environ
+    if "FDSTORE" in os.environ and LISTENER not in found:  # there is room for one
+        notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}", patience_s=TICK_S)
+        notify(f"FDSTORE=1\nFDNAME={LISTENER}", server.socket.fileno(), patience_s=TICK_S)
     loop.open(server)
-    for connection in connections:
-        if connection.getsockname() == server.server_address:
-            connection.setblocking(False)
-            server.finish_request(connection, server.server_address)  # its peer is of this host
-        else:
-            connection.close()
-    if connections:
-        notify(f"FDSTOREREMOVE=1\nFDNAME={CONNECTION}")
     return server
 
 
-def take_sockets(address: Any) -> tuple[socket.socket | None, list[socket.socket]]:
-    """Return (listener for the address, connections) of those handed over (sd_listen_fds(3)).
+def take_sockets(address: Any) -> dict[str, socket.socket]:
+    """Return the listeners for the address of those handed over, by name (sd_listen_fds(3)).
 
-    A listener may come twice, from a socket unit and from the store: the copy is closed, never
-    shut down, which would end both. One for another address, kept from before a change of options,
-    is given back, and its name goes: it must not look alive.
+    One may come twice, from a socket unit and from the store: the copy is closed, never shut down,
+    which would end both. One for another address, kept from before a change of options, is given
+    back, and its name goes: it must not look alive.
     """
-    listeners, connections = [], []
+    found = {}
     is_for_us = os.environ.get("LISTEN_PID") == str(os.getpid())
     is_named = not isinstance(address, str) or os.path.exists(address)
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    for at in range(int(os.environ.get("LISTEN_FDS", "0")) if is_for_us else 0):
-        handed = socket.socket(fileno=3 + at)
+    for at in range(int(os.environ.pop("LISTEN_FDS", "0")) if is_for_us else 0):
+        handed, name = socket.socket(fileno=3 + at), "".join(names[at:at + 1])
         bound = handed.getsockname()
-        if not handed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            connections.append(handed)
-        elif is_named and address in (bound, bound[:2]):
-            listeners.append(handed)
-        else:
-            handed.close()
-            if names[at:at + 1] == [LISTENER]:
-                notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}")
-                if isinstance(bound, str) and os.path.lexists(bound):
-                    os.unlink(bound)
-    return next(iter(listeners), None), connections
+        if is_named and address in (bound, bound[:2]):
+            found[name] = handed
+            continue
+        handed.close()
+        if name == LISTENER:
+            notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}", patience_s=TICK_S)
+            if isinstance(bound, str) and os.path.lexists(bound):
+                os.unlink(bound)
+    return found
 
 
 def clear_path(path: str) -> None:
@@ -3507,28 +3559,52 @@ def clear_path(path: str) -> None:
             raise ConfigError(f"{path} is in the way and is not a socket: "
                               "remove it, or use another name")
         with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(path) == 0:
-                raise BusyError(f"another daemon answers on {path}: stop it, or use another name")
+            probe.setblocking(False)  # the other may be stopped, its backlog full: EAGAIN
+            if probe.connect_ex(path) in (0, errno.EAGAIN):
+                raise BusyError(f"another daemon listens on {path}: stop it, or use another name")
         os.unlink(path)
 
 
 def open_unix(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
     """Listen on the socket, and show Docker where it is. Raises: GipamError, OSError."""
     server = listen(UnixServer, config.socket, loop)
+    link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
     if not server.is_kept:
         remove(config.socket)
-    link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
     try:
-        if os.path.realpath(link) != os.path.realpath(config.socket):
-            clear_path(link)
-            os.symlink(config.socket, link)
+        make_link(link, config.socket)
+        server.names = (config.socket, link)
         if not server.is_kept:
             remove(link)
     except PermissionError:
         if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
             raise
+        server.names = (config.socket,)
     if config.is_spec_given:
         write_spec(config.spec, f"unix://{config.socket}\n", remove)
+
+
+def make_link(link: str, path: str) -> None:
+    """Show Docker where the socket is, if it is not where Docker looks. Raises: as clear_path()."""
+    if os.path.realpath(link) != os.path.realpath(path):
+        clear_path(link)
+        os.symlink(path, link)
+
+
+def renew_names(loop: Loop) -> None:
+    """Make the socket or its link again that somebody has deleted: Docker would find no driver."""
+    for server in [one for one in loop.servers if not all(map(os.path.lexists, one.names))]:
+        path, *links = server.names
+        try:
+            if not os.path.lexists(path):
+                listen(UnixServer, path, loop).names = server.names
+                server.is_kept = False  # any more
+                loop.shut(server)
+            for link in links:
+                make_link(link, path)
+            log.warning("made %s again, which somebody has deleted", " and ".join(server.names))
+        except (GipamError, OSError) as error:
+            log.error("cannot make %s again: %s", path, error)
 
 
 def open_tcp(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
@@ -4713,7 +4789,7 @@ OPTIONS = (
     Option("spec", parse_path, "/etc/docker/plugins/gipam.spec", "PATH",
            "plugin file of TCP mode; likewise"),
     Option("metrics", lambda text: None if text in ("", "off") else parse_listen(text), "off",
-           "HOST:PORT", "address for GET /metrics, /healthz and /status"),
+           "HOST:PORT", "address for GET /metrics and /healthz"),
     Option("etcd", parse_endpoints, "off", "URLS", "endpoints of the etcd through which several "
            "hosts share the bases, separated by commas"),
     Option("etcdtls", parse_directory, "off", "DIR", "certificates for etcd: ca.pem, and where it "
@@ -5132,7 +5208,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
                  len(service.state.pools))
         notify("READY=1")
         handler.is_held = True
-        loop.run(functools.partial(beat, service, store))
+        loop.run(functools.partial(renew_names, loop), functools.partial(beat, service, store))
         notify("STOPPING=1")
         loop.finish(made.close)
     if claimant:
@@ -5154,16 +5230,14 @@ def open_servers(config: Config, loop: Loop, made: contextlib.ExitStack) -> None
 
     (open_unix if config.unix else open_tcp)(config, loop, remove)
     if config.metrics:
-        is_loopback = ipaddress.ip_address(config.metrics[0]).is_loopback
-        paths = PUBLIC_PAGES | ({"/status"} if is_loopback else set())
-        loop.open(Server(config.metrics, loop, paths=paths))
+        loop.open(Server(config.metrics, loop, paths=PUBLIC_PAGES))
 
 
 def beat(service: Service, store: Store) -> None:
     """Show the service manager that no turn hangs, and what is held. Raises: StoreLost."""
     store.keep_names()
     pools, leases = len(service.state.pools), service.state.lease_count
-    notify(f"WATCHDOG=1\nSTATUS={pools} pools, {leases} leases")
+    notify(f"READY=1\nWATCHDOG=1\nSTATUS={pools} pools, {leases} leases")
 
 
 def open_claimant(config: Config, service: Service, store: Store) -> Claimant | None:
@@ -5322,33 +5396,60 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
+def open_stderr() -> Callable[[bytes], int]:
+    """Return what writes to stderr without waiting, while others that share it may wait.
+
+    select() calls a terminal writable that blocks on a longer line.
+    """
+    kind = stat.S_IFMT(os.fstat(2).st_mode)
+    if kind == stat.S_IFSOCK:
+        wire = socket.socket(fileno=os.dup(2))
+        return lambda data: wire.send(data, socket.MSG_DONTWAIT)
+    fd = 2
+    if kind in (stat.S_IFIFO, stat.S_IFCHR):
+        try:
+            fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError:  # it is another user's
+            os.set_blocking(2, False)
+    return functools.partial(os.write, fd)
+
+
 class LogHandler(logging.Handler):
     """Writes to stderr what it takes, and never waits for it: gipam must go on without a reader.
 
-    While it is_held, nothing is written, nor even made into text, before flush(): the replies of a
-    turn come first.
+    Text is kept, nothing else: a record has its exception, and that the body of a request. While
+    it is_held, nothing is written before flush(): the replies of a turn come first.
     """
 
     is_held = False
+    _write: Callable[[bytes], int] | None = None
 
     def __init__(self) -> None:
         super().__init__()
-        self._records: collections.deque[Any] = collections.deque(maxlen=MAX_LOG_RECORDS)
-        self._text, self._writing, self._formatter = b"", threading.Lock(), logging.Formatter()
+        self._lines: collections.deque[bytes] = collections.deque()
+        self._text, self._size, self._formatter = b"", 0, logging.Formatter()
+        self._writing = threading.Lock()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the record; if there are too many, the oldest goes."""
-        self._records.append(record)
+        """Keep the text of a record; if that is too much, the oldest goes."""
+        line = self.format(record).encode(errors="backslashreplace") + b"\n"
+        with self._writing:
+            self._lines.append(line)
+            self._size += len(line)
+            while self._size > MAX_LOG_BYTES:
+                self._size -= len(self._lines.popleft())
         if not self.is_held:
             self.flush()
 
     def flush(self) -> None:
         """Write as much as can be written now."""
-        with self._writing, contextlib.suppress(OSError):  # nobody will ever read it
-            while (self._text or self._records) and select.select([], [2], [], 0)[1]:
+        with self._writing, contextlib.suppress(OSError):  # nobody may ever read it
+            while self._text or self._lines:
                 if not self._text:
-                    self._text = self.format(self._records.popleft()).encode() + b"\n"
-                self._text = self._text[os.write(2, self._text[:select.PIPE_BUF]):]
+                    self._text = self._lines.popleft()
+                    self._size -= len(self._text)
+                self._write = self._write or open_stderr()
+                self._text = self._text[self._write(self._text):]
 
     def format(self, record: logging.LogRecord) -> str:
         """Return its lines, each with a priority under systemd (sd-daemon(3)), else with a time."""
