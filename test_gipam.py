@@ -128,14 +128,6 @@ class Kernel:
                 yield head + table + struct.pack("=HH", 4 + len(address), 1) + address
 
 
-def readme_commands(title: str) -> list[str]:
-    """Return the sh blocks that stand in README.md under this heading, up to the next one."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
-        sections = re.split(r"^##+ ", readme.read(), flags=re.MULTILINE)
-    section, = (text for text in sections if text.startswith(title + "\n"))
-    return re.findall(r"^```sh\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
-
-
 def subnet_of(pool_id: str) -> gipam.Network:
     return gipam.parse_prefix(re.split("[,#]", pool_id)[0])
 

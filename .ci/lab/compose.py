@@ -53,6 +53,8 @@ class ComposeTest(DockerCase):
         self.docker("rm", "-f", "first")
         before = self.assert_kept()
         self.docker("network", "rm", "web")
+        self.docker.kill_and_start()
+        self.docker.network("meanwhile", "--ipv6")
         self.docker.network(*make)
         self.compose("up", "-d")
         self.assertEqual(self.subnets_and_addresses(), before)

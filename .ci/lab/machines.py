@@ -26,7 +26,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-from test_gipam import DEADLINE_S, GIPAM, HERE, conclude, dial, readme_commands  # noqa: E402
+from test_gipam import DEADLINE_S, GIPAM, HERE, conclude, dial  # noqa: E402
 
 SUITE = os.environ.get("GIPAM_SUITE") or "forky"  # whose dockerd and Python are shown
 BASE_V4 = "10.2.0.0/16"
@@ -37,10 +37,8 @@ ROUTED = ("-o", BRIDGE + "gateway_mode_ipv4=routed", "-o", BRIDGE + "gateway_mod
     else ("-o", BRIDGE + "enable_ip_masquerade=false")
 SOCKET = "/run/docker/plugins/gipam.sock"
 DOCKER_DEADLINE_S = 90.0  # dockerd waits 15 s for each network whose plugin does not answer
-PACKAGES = {"bash": "bash", "debootstrap": "debootstrap",
-            "etcd": "etcd-server", "etcdctl": "etcd-client", "etcdutl": "etcd-server", "ip": "iproute2",
-            "mount": "mount", "nsenter": "util-linux", "openssl": "openssl", "ss": "iproute2",
-            "unshare": "util-linux"}
+PACKAGES = {"etcd": "etcd-server", "etcdctl": "etcd-client", "etcdutl": "etcd-server", "ip": "iproute2",
+            "nsenter": "util-linux", "ss": "iproute2", "unshare": "util-linux"}  # of the same name are others
 
 
 def require(*commands: str) -> None:
@@ -49,7 +47,7 @@ def require(*commands: str) -> None:
         raise AssertionError("the lab needs root: run it with sudo")
     missing = sorted(command for command in commands if shutil.which(command) is None)
     if missing:
-        packages = " ".join(sorted({PACKAGES[command] for command in missing}))
+        packages = " ".join(sorted({PACKAGES.get(command, command) for command in missing}))
         raise AssertionError(f"{', '.join(missing)}: not found: apt-get install {packages}")
 
 
@@ -286,7 +284,7 @@ class Sandbox(Disk):
 # would ignore SIGTERM.
 MAKE_IMAGE = """
 cd $(mktemp -d); mkdir bin; cp $(command -v busybox) bin
-for name in cat httpd ip nc ping sh sleep true; do ln -s busybox bin/$name; done
+for name in cat httpd ip nc ping sh sleep true wget; do ln -s busybox bin/$name; done
 tar c . | docker import -c 'CMD ["sleep", "1000000"]' -c 'STOPSIGNAL SIGKILL' - bb; rm -r "$PWD"
 """
 
@@ -583,18 +581,21 @@ def find_boot() -> str:
     raise AssertionError(f"booting a machine needs {path}")
 
 
-ROUTER = """
+ROUTER = r"""
 ip link add lan type bridge mcast_snooping 0; ip link set lan up
 ip addr add 192.0.2.1/24 dev lan; ip addr add 2001:db8:ffff::1/64 dev lan nodad
 ip addr add 198.51.100.2/32 dev lo; ip addr add 2001:db8:eeee::2/128 dev lo
 echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
+mkdir -p www/cgi-bin; printf '#!/bin/sh\necho; echo $REMOTE_ADDR | sed "s/::ffff://; s/[][]//g"\n' > www/cgi-bin/who; chmod +x www/cgi-bin/who
+busybox httpd -h /www
 """
 
 
 class Router(Sandbox):
     """What machines are plugged into: their segment is its bridge "lan", and its lo is what lies beyond.
 
-    It runs what a tree has: curl, ping, radvd, bird. `ping -I 2001:db8:eeee::2 ADDRESS` comes from beyond.
+    It runs what a tree has: curl, ping, radvd, bird. `ping -I 2001:db8:eeee::2 ADDRESS` comes from beyond. Under
+    each address of its, http://198.51.100.2/cgi-bin/who answers with the address that it is asked from.
     """
 
     def __init__(self, setup: str = ROUTER) -> None:
@@ -689,7 +690,7 @@ class Machine(Disk):
 
     def follow(self, title: str, *which: int, directory: str = "/root") -> str:
         """Run the README's commands under this heading word for word: all, or those blocks."""
-        blocks = readme_commands(title)
+        blocks = [block.text for block in read_blocks() if (block.chapter, block.kind) == (title, "sh")]
         return "\n".join(self(f"cd {directory}\n{blocks[at]}") for at in which or range(len(blocks)))
 
     def wait_until(self, condition: str) -> None:

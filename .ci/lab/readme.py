@@ -10,7 +10,6 @@ import re
 import sys
 import unittest
 
-import dockerd
 from machines import CONNECT, FILES, Block, Machine, main, make_tree, outside, read_blocks
 
 # The machine lacks the commands that people have, and the image nginx.
@@ -26,6 +25,14 @@ LIST_FILES = "find /etc /opt /usr /var/lib /root -xdev ! -path '/var/lib/*/*' ! 
 LIST_RULES = "for x in iptables ip6tables; do $x -S | grep GIPAM || true; done; ip route show type blackhole; " \
              "ip -6 route show type blackhole"
 AGE = re.compile(r"(?<= )[0-9]+s(?= )")
+REPORTER = """if True:  # tells whoever dials the address that it sees
+    import socket, sys
+    with socket.create_server(("::", 7000), family=socket.AF_INET6, dualstack_ipv6=True) as server:
+        print("ready", flush=True)
+        while True:
+            connection, peer = server.accept()
+            with connection:
+                connection.sendall((peer[0].replace("::ffff:", "") + "\\n").encode())"""
 WEB1 = "docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}}{{end}}' web1"
 
 
@@ -107,7 +114,7 @@ class ReadmeTest(unittest.TestCase):
         """On the ports of the rules only; and it is seen outside under its own addresses."""
         machine = self.machine
         machine("docker exec -d web1 httpd -f -h /www -p 81")
-        machine(f"ip netns exec outside python3 -c '{dockerd.RoutedTest.REPORTER}' > /dev/null 2>&1 &")
+        machine(f"ip netns exec outside python3 -c '{REPORTER}' > /dev/null 2>&1 &")
         for server, address, url in (("192.0.2.1", "10.2.0.2", "http://10.2.0.2:81/"),
                                      ("2001:db8:ffff::1", "2001:db8:0:100::2", "http://[2001:db8:0:100::2]:81/")):
             with self.subTest(address):
