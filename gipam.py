@@ -2535,21 +2535,17 @@ class Reply:
 class Fields(Dict[str, Any]):
     """The arguments of a call. A method that reads one raises InvalidRequest."""
 
-    def text(self, key: str, is_needed: bool = False, what: str = "") -> str:
+    def text(self, key: str, is_needed: bool = False) -> str:
         """Return a string that may be kept and printed, "" where there is none."""
-        value, what = self.get(key, ""), what or key
+        value = self.get(key, "")
         if not isinstance(value, str) or (is_needed and not value):
             more = " with something in it" if is_needed else ""
-            raise InvalidRequest(f"{what} is not a string{more}: {printable(repr(value))}")
+            raise InvalidRequest(f"{key} is not a string{more}: {printable(repr(value))}")
         if len(value) > MAX_TEXT_CHARS:
-            raise InvalidRequest(f"{what} is longer than {MAX_TEXT_CHARS} characters")
+            raise InvalidRequest(f"{key} is longer than {MAX_TEXT_CHARS} characters")
         if not value.isprintable():
-            raise InvalidRequest(f"{what} has characters that cannot be printed: {value!r}")
+            raise InvalidRequest(f"{key} has characters that cannot be printed: {value!r}")
         return value
-
-    def option(self, key: str) -> str:
-        """Return an option of this map of them, "" where it is not given."""
-        return self.text(key, what=f"option {key}") if key in self else ""
 
     def pool_id(self) -> str:
         """Return the PoolID, which must be there."""
@@ -2687,11 +2683,11 @@ def read_pool_request(fields: Fields) -> PoolRequest:
     if sub_pool and not subnet:
         raise InvalidRequest(
             f"invalid address subpool: {sub_pool} comes without the subnet it is in")
-    text = options.option(SHARED_OPTION) or "false"
+    text = options.text(SHARED_OPTION) or "false"
     if text not in ("true", "false") or (text == "true" and not subnet):
         raise InvalidRequest(f"option {SHARED_OPTION} is true or false, and takes a --subnet: "
                              f"{text!r}")
-    return PoolRequest(version, subnet, sub_pool, prefixlen, options.option(NAME_OPTION),
+    return PoolRequest(version, subnet, sub_pool, prefixlen, options.text(NAME_OPTION),
                        text == "true")
 
 
@@ -2705,9 +2701,9 @@ def read_prefixlen(options: Fields, version: int) -> int | None:
         if "gipam." + key in known:
             log.warning("option %r does nothing: is 'gipam.%s' meant?", key, key)
     for key in LENGTH_OPTIONS.values():
-        if key in options and not re.fullmatch("[0-9]{1,3}", options.option(key)):
+        if key in options and not re.fullmatch("[0-9]{1,3}", options.text(key)):
             raise InvalidRequest(f"option {key} is not a prefix length: {options[key]!r}")
-    text = options.option(LENGTH_OPTIONS[version])
+    text = options.text(LENGTH_OPTIONS[version])
     return int(text) if text else None
 
 
@@ -2727,7 +2723,7 @@ def request_pool(service: Service, fields: Fields) -> tuple[Any, Change]:
 def request_address(service: Service, fields: Fields) -> tuple[Any, Change]:
     """Grant an address to a gateway, to a container, or aside for the user (auxiliary)."""
     pool_id, address, options = fields.pool_id(), fields.address(), fields.options()
-    mac, name = options.option(ENDPOINT_MAC), options.option(ENDPOINT_NAME)
+    mac, name = options.text(ENDPOINT_MAC), options.text(ENDPOINT_NAME)
     kind = ENDPOINT if mac or name or not address else AUXILIARY
     if options.get("RequestAddressType") == "com.docker.network.gateway":
         kind = GATEWAY
@@ -3131,7 +3127,6 @@ class Server(socketserver.TCPServer):
     request_queue_size = BACKLOG
     is_unix = False
     is_kept = False  # whether the service manager keeps the socket, for the next process
-    names: tuple[str, ...] = ()  # the paths by which Docker finds it
 
     def __init__(self, address: Any, loop: Loop, listener: socket.socket | None = None,
                  paths: frozenset[str] = frozenset()) -> None:
@@ -3183,12 +3178,16 @@ class Loop:
                  flush_log: Callable[[], None] = lambda: None) -> None:
         self.service, self.flush_log, self._failed_turns = service, flush_log, 0
         self.servers: list[Server] = []
+        self.names: list[str] = []  # the paths by which Docker finds the socket
+        self.ticks: list[Callable[[], None]] = [self._tick]  # what is done each second
         self.handlers: dict[Handler, None] = {}
         self.ask_etcd: Callable[[Need, Again], None] | None = None
-        self._late: list[tuple[Handler, Reply]] = []  # replies that have waited for etcd
+        self._replies: collections.deque[tuple[Handler, Reply]] = collections.deque()
+        self._told: list[Callable[[], None]] = []  # what tells threads the end of their calls
+        self._current: Handler | None = None  # at which the turn is
         self.is_ending = False  # each reply is the last of its connection
         self.is_stopping = self.is_over = False
-        self._asking: dict[Handler, None] = {}  # may have a request in the inbox
+        self._asking: collections.OrderedDict[Handler, None] = collections.OrderedDict()
         self._dialled: list[Server] = []  # in this turn
         self._selector = selectors.DefaultSelector()
         self._calls: collections.deque[Any] = collections.deque()  # (future, function) of threads
@@ -3229,40 +3228,45 @@ class Loop:
     def turn(self, wait_s: float) -> None:
         """Wait until there is something to do, at most so long, and do it; see design.md 7.
 
-        What nobody foresaw ends the connection or the call in which it was raised, at most this
-        turn, but never the loop: only ten turns in a row that fail do.
+        What nobody foresaw ends the connection at which the turn was; the next turn goes on from
+        there. Ten that fail in a row for another reason end the loop.
         """
         try:
+            self._current = None
             self._turn(wait_s)
             self._failed_turns = 0
         except Exception:
-            log.exception("a turn failed: this is a bug of gipam")
+            log.exception("this is a bug of gipam")
             self.service.mend()
+            if self._current:
+                self.close(self._current)
+                return
             self._failed_turns += 1
             if self._failed_turns == MAX_FAILED_TURNS:
                 self.service.failure = StoreLost("ten turns in a row failed: see the log")
 
     def _turn(self, wait_s: float) -> None:
-        is_busy = self._asking or self._late
+        is_busy = self._asking or self._replies
         for key, events in self._selector.select(0 if is_busy else wait_s):  # 1, 2
             key.data(events & key.events)
+        self._current = None
         while self._dialled:  # last: who asks in this turn is not pushed out in it
             self._accept(self._dialled.pop())
-        tell = [self._run(*self._calls.popleft()) for _ in range(len(self._calls))]  # 3
-        asking, self._asking = self._asking, {}
-        replies, self._late = self._late, []
-        replies += [(handler, reply) for handler in asking  # 4
-                    for reply in [self._ask(handler)] if reply]
+        for _ in range(len(self._calls)):  # 3
+            self._told.append(self._run(*self._calls.popleft()))
+        while self._asking:  # 4
+            self._current, _ = self._asking.popitem(last=False)
+            self._ask(self._current)
+        self._current = None
         self.service.commit()  # 5
-        for handler, reply in replies:  # 6
-            try:
-                if not handler.is_closed:  # since it was given up
-                    handler.answer(settle(self.service, reply))
-                    self._send(handler)
-            except Exception as error:  # noqa: BLE001 - of a page
-                self._fail(handler, error)
-        for tell_thread in tell:
-            tell_thread()
+        while self._replies:  # 6
+            self._current, reply = self._replies.popleft()
+            if not self._current.is_closed:  # since it was given up
+                self._current.answer(settle(self.service, reply))
+                self._send(self._current)
+        self._current = None
+        while self._told:
+            self._told.pop()()
         self.service.tell()
         self.flush_log()
 
@@ -3277,13 +3281,6 @@ class Loop:
         return lambda: (future.set_result(result) if self.service.is_durable(seq)
                         else future.set_exception(self.service.failure))
 
-    def _fail(self, handler: Handler, error: Exception) -> None:
-        """End a connection at which something was raised that nobody foresaw."""
-        log.error("the connection of %s ends: this is a bug of gipam", handler.address_string(),
-                  exc_info=error)
-        self.service.mend()
-        self.close(handler)
-
     def _accept(self, server: Server) -> bool:
         """Take in who has dialled, a limited number; return whether that was not all."""
         try:
@@ -3296,12 +3293,9 @@ class Loop:
             if error.errno in NO_DESCRIPTOR:
                 log.error("cannot accept connections: %s; waiting for some to end",
                           error.strerror)
-                self._ignore(server)  # until the next tick
+                with contextlib.suppress(KeyError):
+                    self._selector.unregister(server.socket)  # until the next tick
         return False
-
-    def _ignore(self, server: Server) -> None:
-        if server.socket.fileno() in self._selector.get_map():
-            self._selector.unregister(server.socket)
 
     def add(self, handler: Handler) -> None:
         """Ask the handler from now on; on TCP, past the bound the one goes that is idle longest.
@@ -3319,39 +3313,32 @@ class Loop:
 
     def _move(self, handler: Handler, events: int) -> None:
         """Let the handler send or receive."""
-        try:
-            if events & selectors.EVENT_WRITE:
-                self._send(handler)
-            else:
-                handler.receive()
-                self._asking[handler] = None
-        except Exception as error:  # noqa: BLE001 - of a page
-            self._fail(handler, error)
+        self._current = handler
+        if events & selectors.EVENT_WRITE:
+            self._send(handler)
+        else:
+            handler.receive()
+            self._asking[handler] = None
 
-    def _ask(self, handler: Handler) -> Reply | None:
-        """Answer the next request of a handler, if it has one."""
+    def _ask(self, handler: Handler) -> None:
+        """Answer the next request of a handler, if it has one, or put it aside for etcd."""
         if handler.is_closed or handler.is_waiting or handler.outbox:
-            return None
+            return
         try:
             body = None if handler.is_last else handler.next_request()
-            if body is not None:
-                return self._dispatch(handler, body)
-            self._settle(handler)
         except GipamError as error:
-            return handler.refuse(error)
-        except Exception as error:  # noqa: BLE001 - of http.server's parser
-            self._fail(handler, error)
-        return None
-
-    def _dispatch(self, handler: Handler, body: bytes) -> Reply | None:
-        """Answer a request, or put it aside until etcd has been asked."""
+            self._replies.append((handler, handler.refuse(error)))
+            return
+        if body is None:
+            self._settle(handler)
+            return
         reply = dispatch(self.service, handler.command, handler.path, body, handler.server.paths)
         if not reply.need or not self.ask_etcd:
-            return reply
+            self._replies.append((handler, reply))
+            return
         handler.is_waiting = True
         self._watch(handler, 0)
         self.ask_etcd(reply.need, functools.partial(self._again, handler, handler.since_s, body))
-        return None
 
     def _again(self, handler: Handler, since_s: float, body: bytes,
                failure: GipamError | None) -> Need | None:
@@ -3366,7 +3353,7 @@ class Loop:
         if handler.is_closed:
             self.service.take_back(reply.change, reply.seq)
         else:
-            self._late.append((handler, reply))
+            self._replies.append((handler, reply))
         return None
 
     def _give_up(self, until_s: float, error: GipamError) -> None:
@@ -3374,7 +3361,7 @@ class Loop:
         for handler in self.handlers:
             if handler.is_waiting and handler.since_s <= until_s:
                 handler.is_waiting = False
-                self._late.append((handler, refuse(error)))
+                self._replies.append((handler, refuse(error)))
 
     def _send(self, handler: Handler) -> None:
         """Let the handler send; go on with what else it has been asked."""
@@ -3421,15 +3408,15 @@ class Loop:
             self._selector.register(server.socket, selectors.EVENT_READ,
                                     lambda _: self._dialled.append(server))
 
-    def run(self, *on_tick: Callable[[], None]) -> None:
-        """Serve until stop(), or until nothing can be written any more; tick each second."""
+    def run(self) -> None:
+        """Serve until stop(), or until nothing can be written any more. Raises: as the ticks."""
         tick_s = time.monotonic()
         while not (self.is_stopping or self.service.loss):
             self.turn(max(tick_s - time.monotonic(), 0.0))
             self._fold_if_due()
             if time.monotonic() >= tick_s:
                 tick_s = time.monotonic() + TICK_S
-                for function in (self._tick, *on_tick):
+                for function in self.ticks:
                     try:
                         function()
                     except GipamError:
@@ -3500,7 +3487,8 @@ class Loop:
         while not server.is_kept and self._accept(server):
             pass
         self.servers.remove(server)
-        self._ignore(server)
+        with contextlib.suppress(KeyError):  # it waits for descriptors
+            self._selector.unregister(server.socket)
         server.server_close()
 
     def _end_calls(self) -> None:
@@ -3566,45 +3554,36 @@ def clear_path(path: str) -> None:
 
 
 def open_unix(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
-    """Listen on the socket, and show Docker where it is. Raises: GipamError, OSError."""
-    server = listen(UnixServer, config.socket, loop)
+    """Listen on the socket, and show Docker where it is; at each tick, what somebody has deleted.
+
+    Raises: GipamError, OSError.
+    """
+    gone = [path for path in loop.names if not os.path.lexists(path)]
+    if loop.names and not gone:
+        return
+    for path in gone:
+        log.warning("somebody has deleted %s: it is made again", path)
+    known, loop.names = [server for server in loop.servers if server.is_unix], [config.socket]
+    if not known or config.socket in gone:
+        if not listen(UnixServer, config.socket, loop).is_kept:
+            remove(config.socket)
+        for server in known:
+            server.is_kept = False  # any more
+            loop.shut(server)
     link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
-    if not server.is_kept:
-        remove(config.socket)
     try:
-        make_link(link, config.socket)
-        server.names = (config.socket, link)
-        if not server.is_kept:
+        if os.path.realpath(link) != os.path.realpath(config.socket):
+            clear_path(link)
+            os.symlink(config.socket, link)
+        if not loop.servers[-1].is_kept:
             remove(link)
+        loop.names.append(link)
     except PermissionError:
         if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
             raise
-        server.names = (config.socket,)
     if config.is_spec_given:
         write_spec(config.spec, f"unix://{config.socket}\n", remove)
-
-
-def make_link(link: str, path: str) -> None:
-    """Show Docker where the socket is, if it is not where Docker looks. Raises: as clear_path()."""
-    if os.path.realpath(link) != os.path.realpath(path):
-        clear_path(link)
-        os.symlink(path, link)
-
-
-def renew_names(loop: Loop) -> None:
-    """Make the socket or its link again that somebody has deleted: Docker would find no driver."""
-    for server in [one for one in loop.servers if not all(map(os.path.lexists, one.names))]:
-        path, *links = server.names
-        try:
-            if not os.path.lexists(path):
-                listen(UnixServer, path, loop).names = server.names
-                server.is_kept = False  # any more
-                loop.shut(server)
-            for link in links:
-                make_link(link, path)
-            log.warning("made %s again, which somebody has deleted", " and ".join(server.names))
-        except (GipamError, OSError) as error:
-            log.error("cannot make %s again: %s", path, error)
+        loop.names.append(config.spec)
 
 
 def open_tcp(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
@@ -5208,7 +5187,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
                  len(service.state.pools))
         notify("READY=1")
         handler.is_held = True
-        loop.run(functools.partial(renew_names, loop), functools.partial(beat, service, store))
+        loop.ticks.append(functools.partial(beat, service, store))
+        loop.run()
         notify("STOPPING=1")
         loop.finish(made.close)
     if claimant:
@@ -5228,6 +5208,8 @@ def open_servers(config: Config, loop: Loop, made: contextlib.ExitStack) -> None
     def remove(path: str) -> None:
         made.callback(lambda: os.unlink(path) if os.path.lexists(path) else None)
 
+    if config.unix:
+        loop.ticks.append(functools.partial(open_unix, config, loop, remove))
     (open_unix if config.unix else open_tcp)(config, loop, remove)
     if config.metrics:
         loop.open(Server(config.metrics, loop, paths=PUBLIC_PAGES))

@@ -3163,8 +3163,8 @@ class RefusalTextTest(StageCases, unittest.TestCase):
                 (f"unknown option 'gipam.': {known}", {"gipam.": "", "x": "y"}),
                 ("option gipam.v4ab is not a prefix length: '/26'", {"gipam.v4ab": "/26"}),
                 ("option gipam.v6ab is not a prefix length: ''", {"gipam.v6ab": ""}),
-                ("option gipam.name is longer than 255 characters", {"gipam.name": "x" * 256}),
-                ("option gipam.name has characters that cannot be printed: 'a\\nb'",
+                ("gipam.name is longer than 255 characters", {"gipam.name": "x" * 256}),
+                ("gipam.name has characters that cannot be printed: 'a\\nb'",
                  {"gipam.name": "a\nb"}))))
         for text, arguments in rows:
             self.check("RequestPool", 400, text, **arguments)
@@ -3176,7 +3176,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
             self.check("RequestAddress", 400, bare(address), PoolID=pool_id, Address=address)
         self.check("RequestAddress", 404, "cannot find address pool for 'x': no pool has this id",
                    PoolID="x")
-        self.check("RequestAddress", 400, f"option {gipam.ENDPOINT_NAME} is longer than 255 "
+        self.check("RequestAddress", 400, f"{gipam.ENDPOINT_NAME} is longer than 255 "
                    "characters", PoolID=pool_id, Options={gipam.ENDPOINT_NAME: "x" * 256})
         self.check("ReleaseAddress", 400, "Address is not a string with something in it: ''",
                    PoolID=pool_id, Address="")
@@ -3343,7 +3343,7 @@ class Peer:
 
 def serve_in_thread(test: unittest.TestCase, loop: gipam.Loop) -> threading.Thread:
     """Let the loop make its turns in a thread, until the test ends."""
-    thread = threading.Thread(target=loop.run, args=(lambda: None,), daemon=True)
+    thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
 
     def end() -> None:
@@ -3715,16 +3715,16 @@ class LoopTest(LoopCase):
             bug()
 
         self.patch(gipam, TICK_S=0.02)
-        self.patch(gipam.Loop, _tick=bug)
         self.patch(gipam.Handler, handle_expect_100=bug)
         self.serve()
+        self.loop.ticks.append(bug)
         with mock.patch.dict(gipam.PAGES, {"/status": ("text/plain", page)}), \
                 self.assertLogs("gipam") as said:
             for data in (PAGE, request("x", None, "Expect: 100-continue")):
                 self.assertTrue(self.peer(data).file.read().endswith(b"x" if data is PAGE else b""))
             self.assertRaises(ZeroDivisionError, self.loop.call, bug)
             wait_for(lambda: "a tick failed" in "".join(said.output), "a tick")
-        self.assertEqual("".join(said.output).count("the connection of unix ends"), 2)
+        self.assertGreaterEqual("".join(said.output).count("this is a bug of gipam"), 3)
         self.assertIn("Traceback", said.output[0])
         self.assertEqual(self.peer().ask(), ACTIVATED)
 
@@ -4081,9 +4081,9 @@ class NameTest(unittest.TestCase):
         for delete, name in ((os.unlink, daemon.socket), (os.unlink, link),
                              (shutil.rmtree, self.plugins)):
             delete(name)
-            wait_for(lambda: os.path.exists(link), "the names")
+            wait_for(lambda: os.path.exists(link) and os.path.exists(name), "it")  # noqa: B023
             self.assertEqual((Peer(self, link).ask(), peer.ask()), (ACTIVATED, ACTIVATED))
-        self.assertEqual(daemon.read_log().count("again, which somebody has deleted"), 3)
+        self.assertEqual(daemon.read_log().count("somebody has deleted"), 3)
         self.assert_leaves(daemon, self.plugins)
         self.assertFalse(os.path.exists(daemon.socket))
 
