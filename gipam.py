@@ -159,7 +159,8 @@ AUTHENTICATE = "/v3/auth/authenticate"
 BITS = {4: 32, 6: 128}
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
 SOCKET_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
-GATEWAY, AUXILIARY, ENDPOINT = "gateway", "auxiliary", "endpoint"  # kinds of lease
+KINDS = GATEWAY, AUXILIARY, ENDPOINT = "gateway", "auxiliary", "endpoint"  # of lease
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)  # worth another start
 
 log = logging.getLogger("gipam")
 
@@ -386,6 +387,17 @@ CHANGES: dict[str, Any] = {
     "release_address": ReleaseAddress,
 }
 CHANGE_NAMES = {kind: name for name, kind in CHANGES.items()}
+CHANGE_TYPES: dict[str, tuple[type, ...]] = {  # of their fields
+    "request_pool": (str, str, str, str, int, int, int), "release_pool": (str,),
+    "bind_pool": (str, str), "share_pool": (str, list, dict),
+    "request_address": (str, str, str, str, str, int, int), "release_address": (str, str),
+}
+
+
+def check_numbers(what: str, *numbers: int) -> None:
+    """Check what is counted from zero. Raises: ValueError."""
+    if not 0 <= min(numbers) <= max(numbers) <= 1 << BITS[6]:
+        raise ValueError(f"{what} has a number out of bounds: {numbers}")
 
 
 class Lease(NamedTuple):
@@ -705,7 +717,7 @@ class State:
     def apply(self, change: Change) -> None:
         """Apply the change as the next one, for good. Raises: ValueError, and all is as before."""
         pool = self.pools.get(change.pool_id)
-        if isinstance(change, RequestPool) == bool(pool):
+        if isinstance(change, RequestPool) == bool(pool) or not change.pool_id:
             raise ValueError(f"pool {change.pool_id!r} is {'held twice' if pool else 'not held'}")
         getattr(self, "_" + CHANGE_NAMES[type(change)])(change, pool)
         self.seq += 1
@@ -718,8 +730,10 @@ class State:
         rival = family.find_rival(network, pool.sub_pool)
         if rival:
             raise ValueError(f"pool {network} overlaps {rival}")
-        if not 0 <= pool.low <= pool.high <= subnet.last_offset:
+        if (pool.sub_pool or network).version != network.version \
+                or not 0 <= pool.low <= pool.high <= subnet.last_offset:
             raise ValueError(f"sub_pool {pool.sub_pool} is outside {network}")
+        check_numbers(f"pool {network}", change.granted_s, change.cursor, change.next_block + 1)
         kept = family.recall(pool.name)
         block = family.subnets.get(kept.network) if kept else None
         users = block.pools.values() if block else ()
@@ -752,19 +766,27 @@ class State:
             family.names.remember(pool.name, kept._replace(owners=dict(latest)), self.seq + 1)
 
     def _bind_pool(self, change: BindPool, pool: Pool) -> None:
-        if change.new_id in self.pools:
+        if not change.new_id or change.new_id in self.pools:
             raise ValueError(f"pool {change.new_id!r} is held twice")
         self.pools[change.new_id] = self.pools.pop(change.pool_id)
         pool.pool_id = change.new_id
 
     def _share_pool(self, change: SharePool, pool: Pool) -> None:
-        pool.subnet.parts = [parse_prefix(text) for text in change.parts]
-        pool.subnet.common = {pool.offset(address): kind for address, kind in change.common.items()}
+        subnet, parts = pool.subnet, [parse_prefix(text) for text in change.parts]
+        common = {pool.offset(address): kind for address, kind in change.common.items()}
+        if any(part.prefixlen < subnet.network.prefixlen or not part.overlaps(subnet.network)
+               for part in parts) or not {*common.values()} <= {*KINDS} or any(
+                   not 0 <= offset <= subnet.last_offset for offset in common):
+            raise ValueError(f"what {subnet.network} shares lies outside it: {change[1:]!r:.80}")
+        subnet.parts, subnet.common = parts, common
 
     def _request_address(self, change: RequestAddress, pool: Pool) -> None:
         subnet, offset = pool.subnet, pool.offset(change.address)
         if not 0 <= offset <= subnet.last_offset or offset in subnet.held:
             raise ValueError(f"address {change.address} is held or outside {subnet.network}")
+        if change.kind not in KINDS:
+            raise ValueError(f"{change.kind!r:.40} is no kind of lease")
+        check_numbers(f"address {change.address}", change.granted_s, change.cursor)
         pool.leases[offset] = Lease(*change[2:6], self.seq + 1)
         subnet.held.add(offset)
         pool.cursor = change.cursor
@@ -1110,6 +1132,8 @@ def read_keys(document: Json, keys: Mapping[str, type], what: str) -> Json:
         values[key] = kind() if document.get(key) is None else document[key]
         if type(values[key]) is not kind:
             raise ValueError(f"{key} of {what} is {values[key]!r:.80}, no {kind.__name__}")
+        if kind is int:
+            check_numbers(f"{key} of {what}", values[key])
     return values
 
 
@@ -1120,6 +1144,13 @@ def typed_rows(what: str, rows: Iterable[Any], *kinds: type) -> Iterator[Any]:
             names = ", ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{what} has {row!r:.80}, no list of {names}")
         yield row
+
+
+def decode_change(record: Any) -> Change:
+    """Return the change that a record of the journal is. Raises: ValueError, as typed_rows()."""
+    name, *values = record
+    (fields,) = typed_rows(f"{name!r:.40}", [values], *CHANGE_TYPES[name])
+    return CHANGES[name](*fields)  # type: ignore[no-any-return]
 
 
 def decode_snapshot(document: Json, state: State) -> None:
@@ -1137,11 +1168,14 @@ def decode_snapshot(document: Json, state: State) -> None:
         family.cursors[family.prefixlen] = values[f"V{version}Idx"]
     for key, number in typed_rows("Cursors", values["Cursors"].items(), str, int):
         version, _, prefixlen = key.partition("/")
+        check_numbers("Cursors", number, BITS[int(version)] - int(prefixlen), int(prefixlen))
         state.families[int(version)].cursors[int(prefixlen)] = number
     names = (row + [{}] * (len(row) == 3) for row in values["Names"])  # once without owners
     for name, text, seq, owners in typed_rows("Names", names, str, str, int, dict):
         had = typed_rows(name, ((owner, *last) for owner, last in owners.items()), str, int, int)
         kept = Kept(parse_prefix(text), {owner: (offset, of) for owner, offset, of in had})
+        for offset, of in kept.owners.values():
+            check_numbers(name, offset, kept.network.num_addresses - 1 - offset, of, seq)
         state.families[kept.network.version].names.remember(name, kept, seq)
     state.seq = values["Seq"]
 
@@ -1164,6 +1198,8 @@ def decode_pool(entry: Json, state: State) -> None:
     state.apply(RequestPool(pool_id, values["Pool"], values["SubPool"], "", values["Granted"],
                             values["Idx"], -1))
     pool = state.pools[pool_id]
+    if values["V"] not in (0, pool.subnet.version):
+        raise ValueError(f"{what} is of another family than V says")
     pool.name, pool.seq = values["Name"], values["Seq"]
     unknown = [(ENDPOINT, "", "", 0, 0)] * len(addresses)  # as the Go program has them
     leases = values["Leases"] if "Leases" in entry else unknown
@@ -1176,6 +1212,8 @@ def decode_pool(entry: Json, state: State) -> None:
             raise ValueError(f"address {address} is outside {subnet.network}")
         if offset in pool.leases or (offset in subnet.held and offset not in reserved):
             raise ValueError(f"address {address} of {subnet.network} is held twice")
+        if lease[0] not in KINDS:
+            raise ValueError(f"address {address} of {subnet.network} has no kind of lease")
         subnet.held.add(offset)
         pool.leases[offset] = lease if isinstance(lease, Lease) else Lease(*lease)
     state.lease_count += len(pool.leases)
@@ -1183,6 +1221,7 @@ def decode_pool(entry: Json, state: State) -> None:
         state.apply(SharePool(pool_id, parts, common))
     remembered = ((owner, *entry) for owner, entry in values["Remembered"].items())
     for owner, address, seq in typed_rows(what, remembered, str, str, int):
+        check_numbers(what, pool.offset(address), subnet.last_offset - pool.offset(address), seq)
         subnet.memory[owner] = (pool.offset(address), seq)
 
 
@@ -1485,7 +1524,11 @@ def decode_lines(data: bytes) -> Iterator[Line]:
         end = offset + 18 + int(head[1], 16) if head else len(data)
         payload = data[offset + 18:end]
         if head and data[end:end + 1] == b"\n" and zlib.crc32(payload) == int(head[2], 16):
-            seq, records, *_ = json.loads(payload)  # gipam 1.0 also named the next segment
+            try:
+                found = json.loads(payload)[:2]  # gipam 1.0 also named the next segment
+                ((seq, records),) = typed_rows("it", [found], int, list)
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
+                raise ValueError(f"line {number} at byte {offset} is no turn: {error}") from None
             yield Line(number, offset, end + 1, seq, records)
         elif is_torn(data, offset, end if head else None):
             return
@@ -1499,8 +1542,9 @@ def is_torn(data: bytes, offset: int, end: int | None) -> bool:
     """Return whether a crash can have left this, from the offset on, of the last line.
 
     It was never acknowledged. A kill cuts it short. In a power cut each of its sectors has reached
-    the disk or is still the NULs of the room it was written into (JSON has none): the first too,
-    of which the line may have a single byte. The end is where its head says, None: it has none.
+    the disk or is still the NULs of the room it was written into (JSON has none), from its start
+    or from where a short write had ended: the first too, of which the line may have a single byte.
+    The end is where its head says, None: it has none.
     """
     starts = range(offset - offset % SECTOR_BYTES, len(data), SECTOR_BYTES)
     sectors = [data[max(start, offset):start + SECTOR_BYTES] for start in starts]
@@ -1509,7 +1553,7 @@ def is_torn(data: bytes, offset: int, end: int | None) -> bool:
     else:
         fits = len(data) <= (offset + 17 if end is None else end) and data[-1:] != b"\n"
     return (fits and data.find(b"\n", offset, -1) < 0
-            and all(b"\0" not in sector or not sector.strip(b"\0") for sector in sectors))
+            and all(b"\0" not in sector.rstrip(b"\0") for sector in sectors))
 
 
 def join_portions(texts: Iterable[str]) -> Iterator[bytes]:
@@ -1526,6 +1570,9 @@ def join_portions(texts: Iterable[str]) -> Iterator[bytes]:
 class Store:
     """The lease file, its journal segments and its lock. It knows records, not what they mean.
 
+    Names on disk change only in a turn of the loop, a step each: prepare(), switch(),
+    open_snapshot(), place_snapshot(), remove(). A thread only fills the temporary file. Nothing is
+    read or cut before hold() has locked all segments: whoever writes has one of them.
     What touches the disk goes through `calls`, so that a test can watch it and let it fail.
     """
 
@@ -1534,10 +1581,14 @@ class Store:
         self._directory = os.path.dirname(path) or "."
         self.seq = 0  # of the last change on disk
         self.segment = 0  # number of the one that is written, 0: none yet
-        self.is_named = False  # by the snapshot, so that its loss would be noticed
+        self.named: int | None = None  # by the snapshot, so that its loss would be noticed
         self.identity: tuple[int, ...] = ()  # of the snapshot as gipam has read or written it
         self.snapshot_bytes = 0
-        self._fd = self._lock_fd = -1
+        self.loss: StoreLost | None = None  # after it nothing is written any more
+        self.trouble = ""  # why the last write failed
+        self._lock_fd = -1
+        self._fds: dict[int, int] = {}  # of segments, locked; also of the next, once prepared
+        self._made: dict[str, None] = {}  # files that were not there when gipam started
         self._end = 0  # bytes of the segment that are on disk
         self._last_line = b""  # as recovery has read it
         self._room = 0  # bytes of it that can be written without asking the disk for more
@@ -1549,64 +1600,114 @@ class Store:
         """Return how long the journal is, without its room."""
         return self._older_bytes + self._end
 
+    @property
+    def is_used(self) -> bool:
+        """Return whether a fold has to begin a segment: not if the one before it has failed."""
+        return self._end > 0 and self.segment == self.named
+
+    def lose(self, text: str) -> StoreLost:
+        """Return the error after which nothing is written any more."""
+        self.loss = StoreLost(text)
+        return self.loss
+
     def lock(self, patience_s: float = LOCK_PATIENCE_S) -> None:
         """Keep others off the lease file while the process lives. Raises: BusyError, OSError."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd, deadline = os.open(self.path + ".lock", flags, 0o600), time.monotonic() + patience_s
-        while True:
+        path, deadline = self.path + ".lock", time.monotonic() + patience_s
+        while self._lock_fd < 0:
+            fd, is_new = self._create(path)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                if self._is_at(fd, path):  # else a start that failed has removed it
+                    self._lock_fd, self._made = fd, {path: None} if is_new else {}
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
-                    os.close(fd)
                     raise BusyError(f"lease file {self.path} is held by process {holder}: stop it, "
                                     "or give this one another -file") from None
                 time.sleep(0.02)
+            finally:
+                if fd != self._lock_fd:
+                    os.close(fd)
         with contextlib.suppress(OSError):  # a full disk must not forbid starting
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-        self._lock_fd = fd
+            os.ftruncate(self._lock_fd, 0)
+            os.pwrite(self._lock_fd, b"%d\n" % os.getpid(), 0)
+        self.hold()
 
-    def keep_names(self) -> None:
-        """Make the lock again if somebody has deleted it.
+    def hold(self) -> None:
+        """Lock all segments, so that nobody else writes. Raises: BusyError, GipamError."""
+        self.close()
+        while {*self._fds} != {*self.segments()}:  # until none has come or gone meanwhile
+            self.close()
+            for number in self.segments():
+                try:
+                    self._fds[number] = self._take(self._open(self.segment_path(number)))
+                except FileNotFoundError:
+                    break
+                except OSError as error:
+                    raise self._unusable(self.segment_path(number), error) from None
 
-        Raises: BusyError if another has it and may write; StoreLost if the journal was moved.
-        """
-        if self._fd >= 0 and not self._is_at(self._fd, self.segment_path(self.segment), self.calls):
-            raise StoreLost(f"{self.segment_path(self.segment)} was moved or deleted under gipam")
-        try:
-            if self._lock_fd >= 0 and not self._is_at(self._lock_fd, self.path + ".lock", os):
-                self.lock(patience_s=0.0)
-                log.warning("the lock %s.lock was deleted: made again", self.path)
-        except FileNotFoundError:
-            pass  # nobody can start in a directory that is gone
-        except BusyError:
-            if self._fd < 0:  # else the other one finds the journal locked, and ends
-                raise
+    def close(self) -> None:
+        """Let go of the segments."""
+        while self._fds:
+            self._close(self._fds.popitem()[1])
 
-    @staticmethod
-    def _is_at(fd: int, path: str, calls: Any) -> bool:
+    def check_name(self) -> None:
+        """Note the loss if somebody has moved or deleted the journal."""
+        path = self.segment_path(self.segment)
+        if self.segment in self._fds and not self._is_at(self._fds[self.segment], path):
+            self.lose(f"{path} was moved or deleted under gipam")
+
+    def _is_at(self, fd: int, path: str) -> bool:
         """Return whether the path still names the open file."""
         with contextlib.suppress(OSError):
-            return bool(os.path.samestat(calls.fstat(fd), calls.stat(path)))
+            return bool(os.path.samestat(self.calls.fstat(fd), self.calls.stat(path)))
         return False
 
-    def read_snapshot(self, object_hook: Any = None) -> Json | None:
-        """Return the JSON object of the lease file, None if there is none. Raises: ConfigError."""
+    def _open(self, path: str, flags: int = os.O_RDWR) -> int:
+        """Open a file of gipam's, which is neither a FIFO nor a link. Raises: OSError."""
+        fd = self.calls.open(
+            path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        if stat.S_ISREG(self.calls.fstat(fd).st_mode):
+            return int(fd)
+        self._close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+
+    def _create(self, path: str) -> tuple[int, bool]:
+        """Open a file that may be there; return whether it was not. Raises: OSError."""
         try:
-            with open(self.path, "rb",
-                      opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
-                self.identity = self.identity or self.identify()
-                if os.fstat(file.fileno()).st_mode & 0o077:
-                    log.warning("%s is open to other users: chmod 600 it", self.path)
-                text = file.read()
+            return self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), True
+        except FileExistsError:
+            return self._open(path), False
+
+    def _take(self, fd: int) -> int:
+        """Lock an open segment: that holds, whatever became of the lock file."""
+        try:
+            self.calls.lockf(fd, os.F_TLOCK, 0)
+        except BlockingIOError:
+            self._close(fd)
+            raise BusyError(f"the journal of {self.path} is written by another gipam: stop it, "
+                            "or give this one another -file") from None
+        return fd
+
+    def _unusable(self, path: str, error: OSError) -> GipamError:
+        """Return the error for a file that cannot be read; what passes is worth another start."""
+        kind = StoreLost if error.errno in PASSING else ConfigError
+        return kind(f"cannot read {path}: {error.strerror}")
+
+    def read_snapshot(self, object_hook: Any = None) -> Json | None:
+        """Return the JSON object of the lease file, None if there is none. Raises: GipamError."""
+        try:
+            fd = self._open(self.path, os.O_RDONLY)
+            self.identity = self.identity or self.identify()
+            if os.fstat(fd).st_mode & 0o077:
+                log.warning("%s is open to other users: chmod 600 it", self.path)
+            text = self._read(fd)
+            self._close(fd)
             document = json.loads(text, object_hook=object_hook)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ConfigError(f"cannot read lease file {self.path}: {error.strerror}") from None
+            raise self._unusable(f"lease file {self.path}", error) from None
         except (ValueError, RecursionError) as error:
             raise self.damage(self.path, f"is not JSON: {error}") from None
         if not isinstance(document, dict):
@@ -1621,18 +1722,13 @@ class Store:
             return found.st_ino, found.st_size, found.st_mtime_ns
         return ()
 
-    def keep_aside(self) -> str:
-        """Give the lease file a second name, which stays when it is replaced. Raises: OSError."""
-        paths = (f"{self.path}.edited-{number}" for number in itertools.count(1))
-        path = next(path for path in paths if not os.path.lexists(path))
-        os.link(self.path, path, follow_symlinks=False)
-        return path
-
     def discard(self) -> None:
-        """Remove what a start has written that has not come to serve. Raises: OSError."""
-        if os.path.lexists(self.path):
-            os.unlink(self.path)
-        self.remove_segments(sys.maxsize)
+        """Remove what a start has made that has not come to serve. Raises: OSError."""
+        self.close()
+        self.drop_snapshot()
+        for path in reversed([*self._made]):  # the lock last
+            if os.path.lexists(path):
+                os.unlink(path)
 
     def damage(self, place: str, what: str, remedy: str = "") -> DamageError:
         """Return the error that names the place, what is wrong there, and what to do."""
@@ -1641,10 +1737,15 @@ class Store:
         return DamageError(f"{place} {what}; gipam does not start on a guess: {remedy}")
 
     def segments(self) -> list[int]:
-        """Return the numbers of the segments that are there, oldest first."""
+        """Return the numbers of the segments that are there, oldest first. Raises: DamageError."""
         prefix = os.path.basename(self.path) + ".journal."
-        return sorted(int(name[len(prefix):]) for name in self.calls.listdir(self._directory)
-                      if name.startswith(prefix) and name[len(prefix):].isdecimal())
+        texts = [name[len(prefix):] for name in self.calls.listdir(self._directory)
+                 if name.startswith(prefix) and name[len(prefix):].isdecimal()]
+        for text in texts:
+            if not re.fullmatch("[1-9][0-9]*", text):
+                raise self.damage(f"{self.path}.journal.{text}", "is no name of gipam's",
+                                  "move it away, or give it the name it had")
+        return sorted(map(int, texts))
 
     def segment_path(self, number: int) -> str:
         """Return where a segment lies."""
@@ -1655,15 +1756,14 @@ class Store:
 
         Raises: DamageError for a damaged line, for a segment that is missing or there twice.
         """
-        self.seq, self._older_bytes, self._end = seq, 0, 0
-        named, numbers = document.get("Journal") if document else None, self.segments()
-        self.is_named = named is not None
-        if named is not None and named not in numbers:
+        self.seq, self._older_bytes, self._end, self.segment = seq, 0, 0, 0
+        self.named, numbers = document.get("Journal") if document else None, sorted(self._fds)
+        if self.named is not None and self.named not in numbers:
             raise self.damage(
-                self.segment_path(named), "is missing", "put it back; or give up what it held: "
-                f'delete the line "Journal" from {self.path}, start gipam, and run '
+                self.segment_path(self.named), "is missing", "put it back; or give up what it held:"
+                f' delete the line "Journal" from {self.path}, start gipam, and run '
                 "`gipam check --fix`")
-        while numbers[1:] and numbers[-1] != named and not self._read(numbers[-1]).strip(b"\0"):
+        while numbers[1:] and numbers[-1] != self.named and self._is_blank(numbers[-1]):
             numbers.pop()  # it was made for a fold that never came to be
         for self.segment in numbers:
             path = self.segment_path(self.segment)
@@ -1680,18 +1780,23 @@ class Store:
                         self.seq = at
                         yield f"{path} line {line.number} at byte {line.offset}", record
 
-    def _read(self, number: int) -> bytes:
-        with open(self.segment_path(number), "rb") as file:
+    @staticmethod
+    def _read(fd: int) -> bytes:
+        with open(fd, "rb", closefd=False) as file:  # to close any one of a segment unlocks it
+            file.seek(0)
             return file.read()
 
+    def _is_blank(self, number: int) -> bool:
+        return not self._read(self._fds[number]).strip(b"\0")
+
     def _read_segment(self, path: str) -> Iterator[Line]:
-        data = self._read(self.segment)
+        data = self._read(self._fds[self.segment])
         self._older_bytes, self._end, self._last_line = self.journal_bytes, 0, b""
         try:
             for line in decode_lines(data):
                 self._end, self._last_line = line.end, data[line.offset:line.end]
                 yield line
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.damage(
                 path, f"is damaged: {error}", "put back a backup; or give up that line and all "
                 f"after it: truncate -s {self._end} {path}, move later segments away, start gipam, "
@@ -1700,73 +1805,59 @@ class Store:
             log.warning("dropped the end of %s from byte %d on: a crash cut it off before it was "
                         "acknowledged", path, self._end)
 
-    def close(self) -> None:
-        """Let go of the segment."""
-        self._close(self._fd)
-        self._fd = -1
-
     def settle(self) -> None:
         """Go on where recovery has ended, and sync what it has read: a kill may have come before.
 
         What is torn goes, and the room with it. The last line is written anew: where its sync had
-        failed, the kernel shows it, but takes it for written.
-        Raises: OSError; BusyError if another daemon writes there.
+        failed, the kernel shows it, but takes it for written. Raises: OSError, StoreLost.
         """
         if self.segment:
-            self._fd, self._room = self._take_segment(self.segment), self._end
-            self.calls.ftruncate(self._fd, self._end)
+            fd, self._room = self._fds[self.segment], self._end
+            self.calls.ftruncate(fd, self._end)
             with contextlib.suppress(OSError):  # a full disk must not forbid starting
-                self._write(self._fd, self._last_line, self._end - len(self._last_line))
-            self.calls.fdatasync(self._fd)
-        for number in self.segments():
-            if number > self.segment:  # blank for us, but who has just made it may be there
-                self._close(self._take_segment(number))
+                self._write(fd, self._last_line, self._end - len(self._last_line))
+            self._sync(self.segment)
+        for number in self._fds.keys() - {self.segment}:
+            self._close(self._fds.pop(number))
         self._sync_directory()
 
-    def _take_segment(self, number: int) -> int:
-        """Open a segment and lock it: that holds, whatever became of the lock file."""
-        fd = self.calls.open(self.segment_path(number), os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self.calls.lockf(fd, os.F_TLOCK, 0)
-        except BlockingIOError:
-            self._close(fd)
-            raise BusyError(f"the journal of {self.path} is written by another gipam: stop it, "
-                            "or give this one another -file") from None
-        return int(fd)
+    def prepare(self, needed: int) -> None:
+        """Make the next segment, or take the blank one that a fold has left: for switch().
 
-    def make_segment(self, needed: int) -> tuple[int, int] | None:
-        """Return (number, bytes of room) of a new segment, to be given to switch().
-
-        A fold needs all of ROOM_BYTES. None: the present one is new.
-        Durable: its room, and its name. Raises: OSError, StoreLost.
+        Durable: its room, so much at least. Raises: OSError, and none is there that was not;
+        BusyError if another gipam has it; StoreLost.
         """
-        if self.segment and not self._end:
-            return None
+        number, path = self.segment + 1, self.segment_path(self.segment + 1)
+        if number in self._fds:
+            return
         disk = self.calls.statvfs(self._directory)
         if needed >= ROOM_BYTES and disk.f_bavail * disk.f_frsize < 2 * ROOM_BYTES:
             raise OSError(errno.ENOSPC, "the last of the disk is left to the requests")
-        number = self.segment + 1  # what may be there is blank, as replay() has seen
-        with self._opened(self.segment_path(number), CREATE) as fd:
-            room = self._extend(number, fd, 0, needed)
-            self._sync_directory()
-        return number, room
+        fd, is_new = self._create(path)
+        self._fds[number] = self._take(fd)
+        if is_new:
+            self._made[path] = None
+            try:
+                self._extend(number, 0, needed)
+            except OSError:
+                self._close(self._fds.pop(number))
+                self.remove(number)
+                raise
+        elif self._is_blank(number):
+            self._sync(number)
+        else:
+            raise self.lose(f"{path} was put there by somebody else")
 
-    def switch(self, made: tuple[int, int] | None) -> None:
-        """Go on in the segment that was made, if one was. Raises: OSError; nothing has changed."""
-        if made:
-            fd = self._take_segment(made[0])
-            self._close(self._fd)  # not before: one of the two is always locked
-            self._older_bytes, self._end = self.journal_bytes, 0
-            self._fd, (self.segment, self._room) = fd, made
+    def switch(self) -> None:
+        """Go on in the segment that is prepared, if one is. Durable: its name.
 
-    def begin(self, needed: int) -> None:
-        """Have a segment to write to: the first is made in a turn, never by a thread beside it.
-
-        Raises: as make_segment() and keep_names().
+        Raises: OSError; nothing has changed.
         """
-        if not self.segment:
-            self.keep_names()
-            self.switch(self.make_segment(needed))
+        if self.segment + 1 in self._fds:
+            self._sync_directory()
+            self._close(self._fds.pop(self.segment, -1))  # one of the two is always locked
+            self._older_bytes, self._end, self.segment = self.journal_bytes, 0, self.segment + 1
+            self._room = self.calls.fstat(self._fds[self.segment]).st_size
 
     def reserve(self, size: int) -> None:
         """Make sure that a record of so many bytes can be part of the line that is due.
@@ -1775,28 +1866,32 @@ class Store:
         """
         needed = self._end + self._reserved + size + LINE_BYTES
         try:
-            self.begin(needed)
+            if not self.segment:
+                self.prepare(needed)
+                self.switch()
             if needed > self._room:
-                self._room = self._extend(self.segment, self._fd, self._room, needed)
+                self._room = self._extend(self.segment, self._room, needed)
         except OSError as error:
-            raise StoreError(f"cannot write {self.segment_path(self.segment or 1)}: "
-                             f"{error.strerror}; nothing has changed") from None
+            raise self._fail(error) from None
+        except BusyError as error:
+            raise self.lose(str(error)) from None
         self._reserved += size + 1
 
-    def _extend(self, number: int, fd: int, start: int, needed: int) -> int:
+    def _extend(self, number: int, start: int, needed: int) -> int:
         """Write zeros from the end of the room on; return where they end: far, or at the needed.
 
         Durable: on return. Raises: OSError, and the room is as before; StoreLost.
         """
         for end in (max(start + ROOM_BYTES, needed), needed):
             try:
-                self._write(fd, bytes(end - start), start)
+                self._write(self._fds[number], bytes(end - start), start)
                 break
             except OSError:
-                self.calls.ftruncate(fd, start)
+                self.calls.ftruncate(self._fds[number], start)
                 if end == needed:
                     raise
-        self._sync(number, fd)
+        self._sync(number)
+        self.trouble = ""
         return end
 
     def append(self, records: list[str]) -> None:
@@ -1807,23 +1902,26 @@ class Store:
         seq, self._reserved = self.seq + len(records), 0
         data = encode_line(seq, records)
         try:
-            self._write(self._fd, data, self._end)
+            self._write(self._fds[self.segment], data, self._end)
         except OSError as error:  # a file system that had only promised the room, or a bad disk
-            raise StoreError(f"cannot write {self.segment_path(self.segment)}: {error.strerror}; "
-                             "nothing has changed") from None
-        self._sync(self.segment, self._fd)
+            raise self._fail(error) from None
+        self._sync(self.segment)
         self._end, self.seq = self._end + len(data), seq
         self._room = max(self._room, self._end)  # a turn that began before switch() may be longer
 
-    def _sync(self, number: int, fd: int) -> None:
+    def _fail(self, error: OSError) -> StoreError:
+        self.trouble = f"cannot write {self.segment_path(self.segment or 1)}: {error.strerror}"
+        return StoreError(self.trouble + "; nothing has changed")
+
+    def _sync(self, number: int) -> None:
         """Sync a segment. Raises: StoreLost: after that, nobody knows what the disk holds."""
         try:
-            self.calls.fdatasync(fd)
-            is_there = self.calls.fstat(fd).st_nlink > 0  # cheaper than keep_names(), which stats
+            self.calls.fdatasync(self._fds[number])
+            is_there = self.calls.fstat(self._fds[number]).st_nlink > 0  # cheaper than check_name()
         except OSError as error:
-            raise StoreLost(f"cannot sync {self.segment_path(number)}: {error.strerror}") from None
+            raise self.lose(f"cannot sync {self.segment_path(number)}: {error.strerror}") from None
         if not is_there:
-            raise StoreLost(f"{self.segment_path(number)} was deleted under gipam")
+            raise self.lose(f"{self.segment_path(number)} was deleted under gipam")
 
     def _close(self, fd: int) -> None:
         with contextlib.suppress(OSError):  # it is synced, or given up
@@ -1835,45 +1933,60 @@ class Store:
             written = self.calls.pwrite(fd, data, offset)
             data, offset = data[written:], offset + written
 
-    @contextlib.contextmanager
-    def _opened(self, path: str, flags: int) -> Iterator[int]:
-        """Open a file for a while; a new one that cannot be filled goes again."""
-        fd = self.calls.open(path, flags | os.O_CLOEXEC, 0o600)
+    def _sync_directory(self) -> None:
+        fd = self.calls.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            yield fd
-        except BaseException as error:
-            if flags & os.O_CREAT:
-                self.calls.unlink(path)
-            if isinstance(error, OSError):
-                error.filename = path
-            raise
+            self.calls.fsync(fd)
         finally:
             self._close(fd)
 
-    def _sync_directory(self) -> None:
-        with self._opened(self._directory, os.O_RDONLY) as fd:
-            self.calls.fsync(fd)
+    def open_snapshot(self) -> int:
+        """Open the file that is to replace the lease file, for fill_snapshot(). Raises: OSError."""
+        return self._open(self.path + ".tmp", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
 
-    def write_snapshot(self, chunks: Iterable[str], is_named: bool) -> None:
-        """Replace the lease file. Durable: on return. Raises: OSError; the old one is whole."""
-        path, size = self.path + ".tmp", 0
-        with self._opened(path, CREATE) as fd:
+    def fill_snapshot(self, fd: int, chunks: Iterable[str]) -> int:
+        """Write that file, in a thread of its own, and close it; return its size. Raises: OSError.
+
+        Durable: its bytes, not its name.
+        """
+        size = 0
+        try:
             for data in join_portions(chunks):
                 self._write(fd, data, size)
                 size += len(data)
             self.calls.fsync(fd)
-        identity = self.identify(path)  # now: afterwards somebody may edit it
-        self.calls.replace(path, self.path)
-        self.identity = identity
-        self._sync_directory()
-        self.snapshot_bytes, self.is_named = size, is_named
+        finally:
+            self._close(fd)
+        return size
 
-    def remove_segments(self, below: int) -> None:
-        """Remove segments that the snapshot has made superfluous. Raises: OSError."""
-        for number in self.segments():
-            if number < below:
-                self.calls.unlink(self.segment_path(number))
-        self._older_bytes = 0
+    def place_snapshot(self, size: int, named: int | None) -> None:
+        """Let that file be the lease file; one that was edited gets a second name, and stays.
+
+        Durable: on return. Raises: OSError; the old one is whole.
+        """
+        identity, found = self.identify(self.path + ".tmp"), self.identify()
+        if found not in ((), self.identity):
+            paths = (f"{self.path}.edited-{number}" for number in itertools.count(1))
+            path = next(path for path in paths if not os.path.lexists(path))
+            os.link(self.path, path, follow_symlinks=False)
+            self.identity = found
+            log.warning("%s was edited while gipam runs: what was there is kept as %s, and has no "
+                        "effect; edit it while gipam is down", self.path, path)
+        self.calls.replace(self.path + ".tmp", self.path)
+        self.identity = identity
+        self._made.update({self.path: None} if not found else {})
+        self._sync_directory()
+        self.snapshot_bytes, self.named, self._older_bytes = size, named, 0
+
+    def drop_snapshot(self) -> None:
+        """Remove what a fold has begun that does not go on."""
+        with contextlib.suppress(OSError):  # the next one overwrites it
+            self.calls.unlink(self.path + ".tmp")
+
+    def remove(self, number: int) -> None:
+        """Remove a segment that the snapshot has made superfluous. Raises: OSError."""
+        self.calls.unlink(self.segment_path(number))
+        self._made.pop(self.segment_path(number), None)
 
 
 # === Kernel =======================================================================================
@@ -1938,9 +2051,10 @@ def dump_table(kind: int, family: int) -> list[bytes]:
                     messages.append(data[at + NETLINK_HEAD.size:at + size])
                     all_flags |= flags
                     at += size + 3 & ~3
-                if what == NLMSG_ERROR:
+                if what in (NLMSG_ERROR, NLMSG_DONE):
                     code = -int.from_bytes(messages[-1][:4], sys.byteorder, signed=True)
-                    raise OSError(code, os.strerror(code))
+                    if code:
+                        raise OSError(code, os.strerror(code))
         if not all_flags & NLM_F_DUMP_INTR:
             break
     return messages[:-1]
@@ -2040,7 +2154,7 @@ class Service:
         self._done: list[Done] = []  # in this turn
         self._written: list[Done] = []  # what is to be logged
         self._is_changing = False  # the state: what an exception leaves then is not to be used
-        self.failure = StoreError("nothing has failed")  # the last one
+        self._failure = StoreError("nothing has failed")  # the last one
         self.about: Json = {}  # what /status tells of the daemon
         self.site: Site | None = None  # where several hosts share etcd
         self.etcd_s, self.etcd_failure = Histogram(), "it has not been asked yet"  # "": it answers
@@ -2053,7 +2167,17 @@ class Service:
     @property
     def loss(self) -> StoreLost | None:
         """Return the failure after which nothing is written any more."""
-        return self.failure if isinstance(self.failure, StoreLost) else None
+        return self.store.loss
+
+    @property
+    def failure(self) -> StoreError:
+        """Return why what is not durable is not."""
+        return self.store.loss or self._failure
+
+    @property
+    def trouble(self) -> str:
+        """Return why nothing can be written, "" if the last write has succeeded."""
+        return str(self.store.loss or self.store.trouble)
 
     def apply(self, change: Change) -> None:
         """Apply the change, which is on disk after commit(). Raises: StoreError; all is as before.
@@ -2063,11 +2187,7 @@ class Service:
         if self.loss:
             raise self.loss
         asked_s, record = time.perf_counter(), dumps([CHANGE_NAMES[type(change)], *change])
-        try:
-            self.store.reserve(len(record))
-        except StoreLost as error:
-            self.failure = error
-            raise
+        self.store.reserve(len(record))
         self._is_changing = True
         pool = self.state.pools.get(change.pool_id)
         self.state.apply(change)
@@ -2111,24 +2231,24 @@ class Service:
         if self._is_changing:
             seq = self._done[-1].seq if self._done else 0
             self.commit()  # the changes before it are whole
-            self._read_anew(StoreError("a change failed half-way: the state is read anew")
-                            if self.is_durable(seq) else StoreLost(str(self.failure)))
+            if not self.is_durable(seq):
+                self.store.lose(str(self.failure))
+            self._read_anew(StoreError("a change failed half-way: the state is read anew"))
 
     def _read_anew(self, error: StoreError) -> None:
+        """Take the state from disk; a fold that is under way has ended: _step() refuses it."""
         log.error("%s", error)
-        self.failure, self._is_changing = error, False
-        if self.loss:
-            return
+        self._failure, self._is_changing = error, False
         try:
-            self.store.close()
-            self.state = self._read_state()
-            self.store.settle()
-            if self.site:
-                self.site.attach(self.state)
-        except StoreLost as loss:
-            self.failure = loss
+            if not self.loss:
+                self.store.drop_snapshot()
+                self.store.hold()
+                self.state = self._read_state()
+                self.store.settle()
+                if self.site:
+                    self.site.attach(self.state)
         except Exception as failure:  # noqa: BLE001 - whatever it is, start again
-            self.failure = StoreLost(f"cannot read the state anew: {failure!r}")
+            self.store.lose(f"cannot read the state anew: {failure!r}")
 
     def is_durable(self, seq: int) -> bool:
         """Return whether the change of this number, and all before it, are on disk."""
@@ -2150,7 +2270,7 @@ class Service:
         site, subnet, family = self.site, request.subnet, self.state.families[request.version]
         routes: list[Range] = []
         if subnet is None:  # read now, never cached: a VPN may have come up
-            routes = read_obstacles(self.dump, request.version, family.bases)
+            routes = self.read_obstacles(family)
         elif site and request.is_shared and subnet in family.elsewhere:
             raise Unclaimed(site.need("join", subnet))
         change = decide_request_pool(self.state, request, routes, int(time.time()),
@@ -2162,6 +2282,14 @@ class Service:
             raise Unclaimed(site.need("claim", network))
         self._grant(change)
         return change
+
+    def read_obstacles(self, family: Family) -> list[Range]:
+        """Return what of this host no block may touch. Raises: Unavailable, if it cannot tell."""
+        try:
+            return read_obstacles(self.dump, family.version, family.bases)
+        except OSError as error:
+            raise Unavailable("cannot ask the kernel for the routes of this host: "
+                              f"{error.strerror}; try again") from None
 
     def _grant(self, change: RequestPool) -> None:
         """Apply the change; where hosts share the subnet, this one begins with what etcd says."""
@@ -2423,76 +2551,62 @@ class Service:
     def is_fold_due(self) -> bool:
         """Return whether the journal has outgrown the lease file, or that lacks what it needs."""
         store, limit_bytes = self.store, max(MIN_FOLD_BYTES, self.store.snapshot_bytes)
-        is_unnamed = store.segment > 0 and not store.is_named
+        is_unnamed = store.segment > 0 and store.named is None
         return not self.loss and (is_unnamed or store.journal_bytes > limit_bytes
                                   or self.is_import_noted != self.import_is_due.is_set())
 
     def fold(self, call: Call | None = None, is_stopping: bool = False) -> bool:
         """Write the state to the lease file, drop the journal that it replaces; False: it failed.
 
-        In a thread of its own: what touches the state goes through call(), in small portions.
+        In a thread of its own: what touches the state, or a name on disk, goes through call(), in
+        small steps; the thread itself only fills the temporary file.
         At a clean stop the lease file is left alone, whole in itself, for people to copy.
         """
-        store, call = self.store, call or self.run
-        if self.loss:
-            return False
+        store, is_due = self.store, self.import_is_due.is_set()
+        step = functools.partial(self._step, call or self.run, self.state)
         try:
-            self._config = keep_edits(store, self._config)
-            if not is_stopping and not store.segment:
-                call(lambda: store.begin(ROOM_BYTES))
-            made = None if is_stopping else store.make_segment(ROOM_BYTES)
-            is_due = self.import_is_due.is_set()
-            chunks = call(lambda: self._begin_fold(made, is_stopping, is_due))
-            store.write_snapshot(iter(lambda: call(lambda: next(chunks, "")), ""),
-                                 is_named=store.segment > 0 and not is_stopping)
+            if not is_stopping:
+                step(lambda: store.prepare(ROOM_BYTES) if store.is_used else None)
+                step(store.switch)
+            named = None if is_stopping else store.segment or None
+            chunks = step(lambda: self._begin_fold(named, is_due))
+            size = store.fill_snapshot(step(store.open_snapshot),
+                                       iter(lambda: step(lambda: next(chunks, "")), ""))
+            step(lambda: store.place_snapshot(size, named))
             self.is_import_noted = is_due
-            store.remove_segments(sys.maxsize if is_stopping else store.segment)
+            for number in step(store.segments):
+                if is_stopping or number < store.segment:
+                    step(functools.partial(store.remove, number))
             return True
-        except StoreLost as error:
-            loss = error
-            with contextlib.suppress(StoreError):  # it is
-                call(lambda: self._read_anew(loss))
-        except (OSError, StoreError, BusyError) as error:
+        except (OSError, GipamError) as error:
             log.warning("could not fold the journal into %s: %s", store.path, error)
+            with contextlib.suppress(GipamError):  # then it is gone already
+                step(store.drop_snapshot)
         return False
 
-    def _begin_fold(self, made: Any, is_stopping: bool, is_due: bool) -> Iterator[str]:
-        """Between two turns, go on in the new segment and copy the state; return what to write."""
-        self.store.switch(made)
-        segment = None if is_stopping else self.store.segment
+    def _step(self, call: Call, state: State, function: Callable[[], Any]) -> Any:
+        """Do a step of a fold in a turn. Raises: StoreError, once the state has been read anew."""
+        def step() -> Any:
+            if self.loss or state is not self.state:
+                raise self.loss or StoreError("the state has been read anew meanwhile")
+            return function()
+
+        return call(step)
+
+    def _begin_fold(self, named: int | None, is_due: bool) -> Iterator[str]:
+        """Copy the state, between two turns; return what to write."""
         gc.disable()  # it would look at all that is copied: 4 ms for 100,000 leases instead of 2
         try:
             copied = copy_state(self.state)
         finally:
             gc.enable()
-        return encode_snapshot(self._config, copied, segment, is_due)
+        return encode_snapshot(self._config, copied, named, is_due)
 
 
 def fill(parts: list[Network], used: collections.Counter[int], wanted: Network) -> tuple[int, int]:
     """Return how many addresses are held in the parts that touch a range, and how many they are."""
     inside = [part for part in parts if part.overlaps(wanted)]
     return sum(used[int(part[0])] for part in inside), sum(part.num_addresses for part in inside)
-
-
-def keep_edits(store: Store, keys: Json) -> Json:
-    """Return the keys to write, with what a person has edited in the lease file. Raises: OSError.
-
-    The note of what gipam wrote there stays: so the next start sees that it was edited.
-    """
-    found = store.identify()
-    if found in ((), store.identity):
-        return keys
-    try:
-        there = normalise_keys(store.read_snapshot() or {}, FILE_NAMES)
-        edits = {key: there.get(key) for key in FILE_KEYS.values()
-                 if (there.get(key) or None) != (keys.get(key) or None)}
-        log.warning("%s was edited while gipam runs: %s will take effect at the next start; what "
-                    "else was edited there is lost", store.path, edits or "no setting")
-    except ConfigError as error:
-        edits = {}
-        log.warning("%s; what is there now is kept as %s", error, store.keep_aside())
-    store.identity = found
-    return {**keys, **edits}
 
 
 def recover(store: Store, document: Json | None, state: State) -> None:
@@ -2503,8 +2617,8 @@ def recover(store: Store, document: Json | None, state: State) -> None:
             decode_snapshot(document, state)
         for line, record in store.replay(document, state.seq):
             place, what = line, "what stands before it"
-            state.apply(CHANGES[record[0]](*record[1:]))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+            state.apply(decode_change(record))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         why = str(error) if type(error) is ValueError else repr(error)
         raise store.damage(place, f"contradicts {what}: {why}") from None
 
@@ -2818,7 +2932,8 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
 def show_status(service: Service, query: str) -> Iterator[str]:
     """Yield what `status --json` shows, with the routes of the host inside the bases."""
     status, families = {**service.about, **describe_state(service.state)}, service.state.families
-    routes = {version: read_obstacles(service.dump, version, family.bases)
+    status["trouble"] = service.trouble
+    routes = {version: service.read_obstacles(family)
               for version, family in families.items() if family.bases}
     for base in status["bases"]:
         version, (low, high) = base["family"], span(parse_prefix(base["prefix"]))
@@ -2884,9 +2999,9 @@ def site_samples(service: Service) -> Iterator[tuple[str, str, str, Iterable[tup
 
 
 def show_health(service: Service, _: str) -> list[str]:
-    """Say whether gipam answers and can still write. Raises: StoreLost."""
-    if service.loss:
-        raise service.loss
+    """Say whether gipam answers and can write. Raises: StoreError."""
+    if service.trouble:
+        raise StoreError(service.trouble)
     return ["ok\n"]
 
 
@@ -3243,7 +3358,7 @@ class Loop:
                 return
             self._failed_turns += 1
             if self._failed_turns == MAX_FAILED_TURNS:
-                self.service.failure = StoreLost("ten turns in a row failed: see the log")
+                self.service.store.lose("ten turns in a row failed: see the log")
 
     def _turn(self, wait_s: float) -> None:
         is_busy = self._asking or self._replies
@@ -3438,8 +3553,12 @@ class Loop:
         if self.service.is_fold_due() and time.monotonic() >= self._fold_after_s \
                 and not (self._folder and self._folder.is_alive()):
             self._fold_after_s = time.monotonic() + FOLD_PATIENCE_S
-            self._folder = threading.Thread(target=self._fold, name="fold", daemon=True)
-            self._folder.start()
+            folder = threading.Thread(target=self._fold, name="fold", daemon=True)
+            try:
+                folder.start()
+                self._folder = folder
+            except RuntimeError as error:
+                log.warning("cannot fold the journal yet: %s", error)
 
     def _fold(self) -> None:
         if self.service.fold(self.call):
@@ -3949,6 +4068,8 @@ def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
     etcd = status.get("etcd", {})
     if etcd.get("failure"):
         yield f"{etcd['failure']}: {etcd['due']} subnets wait for it, and so do new networks"
+    if status.get("trouble"):
+        yield f"gipam {status['trouble']}: nothing new is granted"
     for version, switch in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):
         is_off = list(read_rows(f"{proc}/sys/{switch.replace('.', '/')}")) == [[b"0"]]
         if is_off and any(base.version == version for base in bases):
@@ -4869,11 +4990,11 @@ def read_lease_file(store: Store) -> Json | None:
     if document is None:
         return None
     document = normalise_keys(document, FILE_NAMES)
-    try:
-        pools = [normalise_keys(entry, POOL_KEYS) for entry in document.get("Allocated") or ()]
-    except (TypeError, AttributeError):
-        raise store.damage(store.path, "has something else than pools in Allocated") from None
-    document["Allocated"] = pools
+    entries = document.get("Allocated")
+    entries = [] if entries is None else entries
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise store.damage(store.path, "has something else than pools in Allocated")
+    document["Allocated"] = pools = [normalise_keys(entry, POOL_KEYS) for entry in entries]
     unknown = (document.keys() - FILE_NAMES).union(*(pool.keys() - POOL_KEYS for pool in pools))
     for key in sorted(unknown):
         log.warning("unknown key %r in %s: dropped", key, store.path)
@@ -4889,11 +5010,16 @@ def read_state(config: Config, store: Store, document: Json | None) -> State:
     return state
 
 
-def load(settings: Settings) -> tuple[Config, Store, Json | None, State]:
-    """Lock the lease file; add it as third stage; return what is on disk. Raises: GipamError."""
+def load(settings: Settings,
+         unserved: contextlib.ExitStack) -> tuple[Config, Store, Json | None, State]:
+    """Lock the lease file; add it as third stage; return what is on disk. Raises: GipamError.
+
+    What gipam makes goes again, unless it comes to serve.
+    """
     store = Store(settings["file"].value)
     if not os.path.isdir(os.path.dirname(store.path)):
         raise settings["file"]._replace(text=store.path).error("its directory is not there")
+    unserved.callback(store.discard)
     store.lock()
     document = read_lease_file(store)
     overrule_settings(settings, document or {}, store.path)
@@ -5158,12 +5284,10 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     faulthandler.enable()  # the watchdog's SIGABRT then says where it hung
     notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
     gc.disable()  # it would take a third of the time to load a million leases
-    config, store, document, state = load(arguments.settings)
-    if config.unix and "LISTEN_FDS" not in os.environ:
-        clear_path(config.socket)  # a second daemon writes and imports nothing
     with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
-        if document is None:
-            unserved.callback(store.discard)
+        config, store, document, state = load(arguments.settings, unserved)
+        if config.unix and "LISTEN_FDS" not in os.environ:
+            clear_path(config.socket)  # a second daemon writes and imports nothing
         service = open_service(config, store, document, state)
         claimant = open_claimant(config, service, store)
         begin_import(config, service, document)
@@ -5216,10 +5340,11 @@ def open_servers(config: Config, loop: Loop, made: contextlib.ExitStack) -> None
 
 
 def beat(service: Service, store: Store) -> None:
-    """Show the service manager that no turn hangs, and what is held. Raises: StoreLost."""
-    store.keep_names()
+    """Show the service manager that no turn hangs, what is held, and what is wrong."""
+    store.check_name()
     pools, leases = len(service.state.pools), service.state.lease_count
-    notify(f"READY=1\nWATCHDOG=1\nSTATUS={pools} pools, {leases} leases")
+    notify(f"READY=1\nWATCHDOG=1\nSTATUS={pools} pools, {leases} leases"
+           + "; " * bool(service.trouble) + service.trouble)
 
 
 def open_claimant(config: Config, service: Service, store: Store) -> Claimant | None:
@@ -5251,7 +5376,7 @@ def open_service(config: Config, store: Store, document: Json | None, state: Sta
     keys = config_keys(config.settings)
     if document is None:
         chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
-        store.write_snapshot(chunks, is_named=False)
+        store.place_snapshot(store.fill_snapshot(store.open_snapshot(), chunks), None)
     return Service(store, state, keys, lambda: read_state(config, store, read_lease_file(store)),
                    dump_table)
 

@@ -31,6 +31,7 @@ import logging
 import os
 import pathlib
 import platform
+import queue
 import random
 import re
 import select
@@ -50,6 +51,7 @@ import tracemalloc
 import types
 import unittest
 import weakref
+import zlib
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from unittest import mock
 
@@ -600,7 +602,7 @@ class Alone(Direct):
     """A driver without a disk, on a host with these routes: all that matters is what it decides."""
 
     def __init__(self, state: gipam.State | None = None) -> None:
-        store = mock.Mock(seq=sys.maxsize)  # says of everything that it is on disk
+        store = mock.Mock(seq=sys.maxsize, loss=None, trouble="")  # says of everything that it is on disk
         super().__init__(gipam.Service(store, state or make_state(), {}, make_state, Kernel()))
         self.routes: list[gipam.Network] = []
 
@@ -1308,16 +1310,28 @@ def read_anew(store: gipam.Store, settings: gipam.Settings | None = None) -> gip
 
 def recover(path: str) -> gipam.State:
     """Return what a restart would find; nothing is changed. Raises: gipam.ConfigError."""
-    return read_anew(gipam.Store(path))
+    store = gipam.Store(path)
+    try:
+        store.hold()
+        return read_anew(store)
+    finally:
+        store.close()
 
 
 def begin(path: str, calls: Any = os) -> gipam.Service:
     """Start a service on the lease file as `serve` does."""
     store, is_first = gipam.Store(path, calls), not os.path.exists(path)
+    store.hold()
     state = read_anew(store)
     if is_first:
-        store.write_snapshot(snapshot_of(state), is_named=False)
+        place(store, state)
     return gipam.Service(store, state, CONFIG, functools.partial(read_anew, store), Kernel())
+
+
+def place(store: gipam.Store, state: gipam.State, named: int | None = None) -> None:
+    """Write the lease file."""
+    size = store.fill_snapshot(store.open_snapshot(), snapshot_of(state, named))
+    store.place_snapshot(size, named)
 
 
 def held(state: gipam.State) -> dict[str, list[str]]:
@@ -1472,7 +1486,8 @@ class StoreCase(Case):
                       command=(*inside, *launcher(self.directory, lines)))
 
     def read_files(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in pathlib.Path(self.directory).iterdir()}
+        return {path.name: path.read_bytes() for path in pathlib.Path(self.directory).iterdir()
+                if path.is_file()}
 
     def write_files(self, files: dict[str, bytes]) -> None:
         """Let the directory hold these files and no others."""
@@ -1501,9 +1516,10 @@ class StoreCase(Case):
         self.write_files({})
         store = gipam.Store(self.path, self.calls)
         for turns in segments:
-            store.switch(store.make_segment(1 << 12))
-            if not store.is_named:
-                store.write_snapshot(snapshot_of(make_state(), store.segment), is_named=True)
+            store.prepare(1 << 12)
+            store.switch()
+            if not store.named:
+                place(store, make_state(), store.segment)
             for turn in turns:
                 self.append(store, *turn)
         store.close()
@@ -1520,6 +1536,7 @@ class StoreCase(Case):
     def append_one(self) -> None:
         """Go on where recovery ends, with one change more; check that recovery then has it."""
         store = gipam.Store(self.path, self.calls)
+        store.hold()
         state = read_anew(store)
         store.settle()
         self.append(store, CHANGE)
@@ -1628,7 +1645,7 @@ class JournalTest(StoreCase):
                 self.write_file(name, data)
                 line = next(line for line in lines if at < line.end)
                 is_torn = value == 0 and (  # as if that sector had never reached the disk
-                    at == lines[-1].end - 1 or (at == line.offset and (at + 1) % SECTOR_BYTES == 0))
+                    at == lines[-1].end - 1 or (at + 1) % SECTOR_BYTES == 0)
                 with self.subTest(name=name, at=at, value=value):
                     if is_torn and line.seq == 10:
                         self.assert_recovered(self.pictures[line.seq - len(line.records)])
@@ -1641,7 +1658,7 @@ class JournalTest(StoreCase):
             self.write_file(name, files[name])
 
     def test_line_of_which_any_sectors_reached_the_disk_was_never_acknowledged(self) -> None:
-        """Also the first one, of which it may have a single byte."""
+        """Also the first one, of which it may have a single byte; or as a short write left it."""
         line, empty = self.line(11, "release_pool", "x" * 900), len(self.line(10, ""))
         for start in (1, 9, 17, 18, 100, 511, 512):  # bytes of it in its first sector
             whole = self.line(10, "x" * ((-start - empty) % SECTOR_BYTES))
@@ -1653,9 +1670,18 @@ class JournalTest(StoreCase):
                 with self.subTest(start=start, there=there):
                     *_, last = gipam.decode_lines(whole + tail + bytes(99))
                     self.assertEqual(last.seq, 11 if all(there) else 10)
+            cut = len(whole) + start + 40
+            nuls = bytes(-cut % SECTOR_BYTES)
+            with self.subTest(start=start, cut=cut):
+                data = (whole + line)[:cut] + nuls + (whole + line)[cut + len(nuls):]
+                *_, last = gipam.decode_lines(data + bytes(99))
+                self.assertEqual(last.seq, 10)
 
     def test_damage_is_refused_with_its_place_and_given_up_as_the_message_says(self) -> None:
         line, place = self.line(11, "release_pool", UNKNOWN_ID), r"journal\.1.* line 6 at byte \d+ "
+        held_pool = next(iter(recover(self.path).pools.values()))
+        pool = gipam.dumps(held_pool.pool_id)
+        usable = held_pool.format(held_pool.subnet.held.next_absent(0))
         wrong = place + "has not the length and checksum that it says"
         for what, tail, pattern in (
             ("an end of line", b"\n", wrong), ("garbage", b"x" * 40, wrong),
@@ -1673,6 +1699,21 @@ class JournalTest(StoreCase):
             ("not held", self.line(11, "release_pool", "x"), place + "contradicts .* is not held"),
             ("unknown", self.line(11, "resign"), place + "contradicts"),
             ("too little", self.line(11, "release_pool"), place + "contradicts"),
+            *((text, gipam.encode_line(11, [text]), place + "contradicts") for text in (
+                "5", "[]", "{}", '"release_pool"', '[["release_pool"]]', '["release_pool",["x"]]',
+                *(f'["request_pool","x","10.77.0.0/24",{text}]' for text in (
+                    '"::a4d:0/120","",0,0,-1', '"","",-1,0,-1', '"","",0,-1,-1', '"","",0,0,-2',
+                    '"","",0,0,true', '"",7,0,0,-1', 'null,"",0,0,-1')),
+                '["request_pool","","10.77.0.0/24","","",0,0,-1]',
+                *(f'["request_address",{pool},"{usable}",{text}]' for text in (
+                    '"guest","","",0,0', '"endpoint",7,"",0,0', '"endpoint","",[],0,0',
+                    '"endpoint","","","0",0', '"endpoint","","",0,-1', '"endpoint","","",0,0.5')),
+                f'["bind_pool",{pool},""]', f'["bind_pool",{pool},7]',
+                f'["share_pool",{pool},["192.0.2.0/28"],{{}}]',
+                f'["share_pool",{pool},[],{{"192.0.2.1":"gateway"}}]')),
+            *((str(payload[:9]), b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload),
+               place + "is no turn") for payload in (
+                   b"[" * 100_000, b"5", b"[]", b'["11",[]]', b"[11,{}]", b"[true,[]]", b"{}")),
         ):
             with self.subTest(what):
                 self.put(self.data + tail)
@@ -1759,6 +1800,12 @@ class FilesTest(StoreCase):
                 state = recover(self.path)
                 self.assertEqual(dump_state(state), self.pictures[state.seq if pattern else -1])
 
+    def test_name_that_gipam_gives_to_none_is_refused(self) -> None:
+        for name in ("0", "01", "\u0663"):
+            self.write_files({"leases.json": self.snapshot(0, None), f"leases.json.journal.{name}": b""})
+            with self.subTest(name):
+                self.assert_refused(f"journal.{name} is no name of gipam's")
+
     def test_without_bases_the_message_helps_as_well(self) -> None:
         state = state_after(CHANGE, bases="")
         snapshot = "".join(gipam.encode_snapshot({}, gipam.copy_state(state), 1))
@@ -1792,33 +1839,22 @@ class SnapshotFileTest(StoreCase):
             with self.subTest(cut=cut):
                 self.assert_refused("is not JSON")
 
-    def test_edited_while_gipam_runs(self) -> None:
-        """Its settings are carried over; what does not parse is kept beside it."""
+    def test_edited_while_gipam_runs_it_is_kept_beside(self) -> None:
+        """Also when the state has been read anew since."""
         service = self.begin()
-        for text, found, kept in (
-                (b'{"v4pool": "10.8.0.0/16", "Exclude": "10.8.0.0/24", "Seq": 99}', "10.8.0.0/16",
-                 0),
-                (b'{"V4Pool": "10.9', "10.8.0.0/16", 1), (b"[]", "10.8.0.0/16", 2),
-                (b"{}", None, 2)):
-            self.write_file("leases.json", text)
-            self.assertTrue(service.fold())
-            with self.subTest(text):
+        for number, text in enumerate((b'{"V4Pool": "10.8.0.0/16"}', b'{"V4Pool": "10.9', b"[]"), 1):
+            self.write_file("leases.json~", text)
+            os.replace(self.path + "~", self.path)
+            if number == 1:
+                service._read_anew(gipam.StoreError("the disk is full"))
+            with self.subTest(text), self.assertLogs(gipam.log, "WARNING") as logged:
+                self.assertTrue(service.fold())
+                self.assertIn(f"is kept as {self.path}.edited-{number}", logged.output[-1])
                 files = self.read_files()
-                document = json.loads(files["leases.json"])
-                self.assertEqual((document.get("V4Pool"), document["Seq"]), (found, 0))
-                self.assertEqual(document.get("Exclude"), found and "10.8.0.0/24")
-                self.assertEqual(len(glob.glob(self.path + ".edited-*")), kept)
-                if kept and text != b"{}":
-                    self.assertEqual(files[f"leases.json.edited-{kept}"], text)
-
-    def test_edit_is_not_forgotten_when_the_state_is_read_anew(self) -> None:
-        service = self.begin()
-        Direct(service).request_pool()
-        text = self.read_files()["leases.json"].replace(b"10.2.0.0/16", b"10.8.0.0/16")
-        self.write_file("leases.json", text)
-        service._read_anew(gipam.StoreError("the disk is full"))
-        self.assertTrue(service.fold())
-        self.assertEqual(json.loads(self.read_files()["leases.json"])["V4Pool"], "10.8.0.0/16")
+                self.assertEqual(files[f"leases.json.edited-{number}"], text)
+                self.assertEqual(json.loads(files["leases.json"])["V4Pool"], "10.2.0.0/16")
+            self.assertTrue(service.fold())
+            self.assertEqual(len(glob.glob(self.path + ".edited-*")), number)
 
     def test_what_gipam_wrote_itself_is_no_edit(self) -> None:
         service = self.begin()
@@ -1849,67 +1885,74 @@ class LockTest(StoreCase):
         self.assertEqual(second.stop(0), 75)
         return second.read_log()
 
-    def test_second_one_is_told_who_holds_it_and_a_deleted_lock_is_made_again(self) -> None:
+    def test_second_one_is_told_who_holds_it_and_changes_nothing(self) -> None:
+        """Also when somebody has deleted the lock: the journal is locked as well."""
         first = self.daemon().start()
         assert first.process
-        pid, lock = first.process.pid, pathlib.Path(self.path + ".lock")
-        text = f"gipam: lease file {self.path} is held by process {pid}: stop it"
-        self.assertIn(text, self.refusal())
-        os.unlink(lock)
-        wait_for(lambda: lock.exists() and lock.read_bytes() == b"%d\n" % pid, "the lock")
-        self.assertEqual(self.refusal().count(text), 2)
         first.client().request_pool("10.10.0.0/24")
+        wait_for(lambda: b'"Journal"' in self.read_files()["leases.json"], "the first fold")
+        for text in (f"gipam: lease file {self.path} is held by process {first.process.pid}: stop",
+                     f"gipam: the journal of {self.path} is written by another gipam: stop it"):
+            before = {name: data for name, data in self.read_files().items() if name != "log"}
+            self.assertIn(text, self.refusal())
+            after = {name: data for name, data in self.read_files().items() if name != "log"}
+            self.assertEqual(after, before)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path + ".lock")
+        first.client().request_pool("10.11.0.0/24")
         self.assertEqual(first.stop(), 0)
 
-    def test_segment_that_is_written_keeps_others_out_whatever_became_of_the_lock(self) -> None:
-        """Also one that a fold has made, still blank: recovery goes on in the one before it."""
-        service = begin(self.path)  # Disk reads what it writes, which ends POSIX locks
-        Direct(service).request_pool()
-        store, program = service.store, f"import test_gipam; test_gipam.begin({self.path!r})"
-        for is_folding in (False, True):
-            if is_folding:
-                store.switch(store.make_segment(gipam.ROOM_BYTES))
-            second = subprocess.run([sys.executable, "-c", program], cwd=HERE, check=False,
-                                    capture_output=True, encoding="utf-8")
-            with self.subTest(is_folding=is_folding):
-                self.assertIn("BusyError: the journal of", second.stderr)
+    def test_second_one_reads_and_cuts_nothing_whatever_the_first_does_meanwhile(self) -> None:
+        """The first begins a segment just when the second opens the one before it."""
+        program = (f"import os, sys, test_gipam as t; s = t.begin({self.path!r}); c = t.Direct(s)\n"
+                   "c.request_pool(); s.fold(); c.request_pool(); print(flush=True); input()\n"
+                   "os.replace = None\ntry: s.fold()\nexcept TypeError: pass\n"
+                   "c.request_pool(); print(flush=True); sys.stdin.read()")
+        first = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, encoding="utf-8",
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(first.communicate)
+        assert first.stdin and first.stdout
+        stdin, stdout = first.stdin, first.stdout
+        before: dict[str, bytes] = {}
+        stdout.readline()
 
-    def test_lock_that_another_has_is_waited_for_while_the_journal_keeps_it_out(self) -> None:
-        """Else a second one, which is about to be refused, would end the first."""
-        service = self.begin()
-        service.store.lock()
-        Direct(service).request_pool()
+        def go_on() -> None:
+            if not before and "journal" in self.calls.made[-1]:
+                stdin.write("\n")
+                stdin.flush()
+                stdout.readline()
+                before.update(self.read_files())
+
+        second, self.calls.watch = gipam.Store(self.path, self.calls), go_on
+        with self.assertRaises(gipam.BusyError):
+            second.lock()
+            read_anew(second)
+            second.settle()
+        self.assertEqual({**self.read_files(), "leases.json.lock": b""},
+                         {**before, "leases.json.lock": b""})
+
+    def test_journal_that_another_has_begun_ends_the_first(self) -> None:
+        """Where there was none, only the lock kept others out."""
+        first = self.daemon().start()
         os.unlink(self.path + ".lock")
-        with open(self.path + ".lock", "w", encoding="ascii") as other:
-            fcntl.flock(other, fcntl.LOCK_EX)
-            service.store.keep_names()
-        service.store.keep_names()
-        self.assertEqual(self.read_files()["leases.json.lock"], b"%d\n" % os.getpid())
+        with open(self.path + ".journal.1", "wb") as other:
+            fcntl.lockf(other, fcntl.LOCK_EX)
+            with self.assertRaisesRegex(Refused, "is written by another gipam"):
+                first.client().request_pool("10.9.0.0/24")
+            self.assertEqual(first.stop(0), 74)
 
     def test_journal_that_is_moved_is_missed_within_a_second(self) -> None:
         """Its changes are not lost meanwhile: without it gipam does not start."""
         daemon = self.daemon().start()
-        journal, client = self.path + ".journal.2", daemon.client()
+        journal, client = self.path + ".journal.1", daemon.client()
         client.request_pool("10.9.0.0/24")
-        wait_for(lambda: glob.glob(self.path + ".journal.*") == [journal], "the first fold")
+        wait_for(lambda: b'"Journal"' in self.read_files()["leases.json"], "the first fold")
         client.request_pool("10.10.0.0/24")
         os.rename(journal, self.path + "~")
         self.assertEqual(daemon.stop(0), 74)
-        self.assert_refused(r"journal\.2 is missing")
+        self.assert_refused(r"journal\.1 is missing")
         os.rename(self.path + "~", journal)
         self.assertEqual(len(recover(self.path).pools), 2)
-
-    def test_daemon_whose_lock_another_has_taken_ends_before_anything_is_lost(self) -> None:
-        first = self.daemon().start()
-        os.unlink(self.path + ".lock")
-        with open(self.path + ".lock", "w", encoding="ascii") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with self.assertRaises((Refused, OSError)):
-                while True:
-                    client = first.client()
-                    client.release_pool(client.request_pool("10.9.0.0/24")[0])
-            self.assertEqual(first.stop(0), 75)
-        self.assertIn(f"gipam: lease file {self.path} is held by", first.read_log())
 
     def test_second_one_waits_for_the_first_to_end(self) -> None:
         with open(self.path + ".lock", "w", encoding="ascii") as first:
@@ -1937,8 +1980,10 @@ class CallsTest(StoreCase):
         for what, action, number, wanted in (
             ("first request", client.request_pool, 1, [*begun, *request]),
             ("request", client.request_pool, 1, [*request]),
+            ("first fold", service.fold, 1, [*written]),
+            ("request after it", client.request_pool, 1, [*request]),
             ("fold", service.fold, 2, [*begun, *written, "unlink journal.1"]),
-            ("request after it", client.request_pool, 2, [*request]),
+            ("request after that", client.request_pool, 2, [*request]),
             ("stop", lambda: service.fold(is_stopping=True), 2, [*written, "unlink journal.{0}"]),
         ):
             with self.subTest(what):
@@ -1991,7 +2036,7 @@ class CallsTest(StoreCase):
         calls.faults = dict(faults)
         service = None
         while service is None:  # the first start may fail, before anything is answered
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, gipam.ConfigError, gipam.StoreLost):
                 service = begin(self.path, calls)
         tenant = Tenant(Direct(service), random.Random(self.seed))
         tenant.pools.update(held(service.state))
@@ -2255,11 +2300,12 @@ class TurnTest(ServiceCase):
             os.rename(shutil.copy(journal, journal + "~"), journal)
 
         def find_in_the_middle() -> None:  # where room is made
-            self.patch(self.service.store, reserve=mock.Mock(
-                side_effect=[None, gipam.StoreLost("cannot sync it")]))
+            self.service.store._room = self.service.store._end + 300
+            self.fail_next("fdatasync journal.1", errno.EIO)
 
         ways: dict[str, tuple[Callable[[], None], str]] = {
-            "found in the middle of a turn": (find_in_the_middle, "cannot sync it"),
+            "found in the middle of a turn": (find_in_the_middle,
+                                              "cannot sync .*: Input/output error"),
             "not synced": (lambda: self.fail_next("fdatasync journal.1", errno.EIO),
                            "cannot sync .*: Input/output error"),
             "deleted": (lambda: os.unlink(journal), "journal.1 was deleted"),
@@ -2301,6 +2347,48 @@ class TurnTest(ServiceCase):
         self.assert_agreed()
 
 
+class Beside:
+    """A fold in a thread, which stops where it waits for a turn, and before it changes the disk."""
+
+    def __init__(self, case: ServiceCase) -> None:
+        self.service = case.service
+        self.stops: queue.Queue[Any] = queue.Queue()
+        self.thread = threading.Thread(target=self.live, daemon=True)
+        case.calls.watch = self.watch
+        self.thread.start()
+        self.stop = self.stops.get(timeout=DEADLINE_S)
+
+    def live(self) -> None:
+        self.wait()
+        self.service.fold(self.wait)
+        self.stops.put(None)
+
+    def wait(self, function: Callable[[], Any] | None = None) -> Any:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.stops.put((future, function))
+        return future.result(DEADLINE_S)
+
+    def watch(self) -> None:
+        if threading.current_thread() is self.thread:
+            self.wait()
+
+    def go_on(self) -> bool:
+        """Let it do one thing, in a turn if it needs one; False: it has ended."""
+        if self.stop:
+            future, function = self.stop
+            try:
+                future.set_result(self.service.run(function) if function else None)
+            except (OSError, gipam.GipamError) as error:
+                future.set_exception(error)
+            self.stop = self.stops.get(timeout=DEADLINE_S)
+        return bool(self.stop)
+
+    def run_free(self) -> None:
+        """Let it do all that needs no turn."""
+        while self.stop and not self.stop[1]:
+            self.go_on()
+
+
 class FoldTest(ServiceCase):
     """Folding the journal into the lease file, while requests go on."""
 
@@ -2327,44 +2415,41 @@ class FoldTest(ServiceCase):
             for number in range(300 if IS_LONG else 60):
                 self.assertTrue(self.fold_beside(itertools.repeat(tenant.step)))
                 tenant.step()
-                self.assertEqual(self.journals(), [str(number + 2)])
+                self.assertEqual(self.journals(), [str(number + 1)])
                 self.assert_agreed()
             self.assertEqual(held(self.service.state), tenant.held())
 
-    def test_request_beside_the_first_one_is_not_lost(self) -> None:
-        """There is no journal yet, and both begin one."""
-        path, disk = os.path.join(make_directory(self), "leases.json"), Disk()
-        service, asked = begin(path, disk), threading.Event()
-
-        def ask() -> None:
-            disk.watch = bool
-            asked.set()
-            Direct(service).request_pool()
-
-        def call(function: Callable[[], Any]) -> Any:
-            self.assertEqual(dump_state(recover(path)), dump_state(service.state))
-            before, disk.watch = disk.watch, bool
-            result = service.run(function)
-            disk.watch = before
-            return result
-
-        disk.watch = ask
-        self.assertTrue(service.fold(call))
-        self.assertTrue(asked.is_set())
-
-    def test_write_that_fails_while_it_begins_costs_that_turn_only(self) -> None:
-        """The segment that it has made is not taken for the one that goes on, nor begun twice."""
-        def fail() -> None:
-            self.fail_next("pwrite journal.1", errno.EIO)
-            with self.assertRaisesRegex(Refused, "Input/output error"):
-                self.client.request_address(self.pool_id)
-            self.client.request_address(self.pool_id)
-
-        def check() -> None:
-            self.client.request_address(self.pool_id)
-            self.assert_agreed()
-
-        self.assertTrue(self.fold_beside([fail, check, check, check]))
+    def test_state_read_anew_at_any_moment_ends_it_and_loses_nothing(self) -> None:
+        """A write fails; while the state is read, all goes on that needs no turn."""
+        recover, decode = gipam.recover, gipam.decode_lines
+        hooks: dict[str, Callable[[Callable[[], Any]], Any]] = {
+            "recover": lambda free: lambda *rest: (free(), recover(*rest)),
+            "decode_lines": lambda free: lambda data: (
+                line for part in (decode, lambda _: free() or ()) for line in part(data))}
+        for hook in ("recover", "decode_lines"):
+            for moment in itertools.count():
+                with self.subTest(hook=hook, moment=moment):
+                    self.renew()
+                    for fault in ("", "replace tmp"):  # which leaves two segments
+                        self.service.fold()
+                        self.client.request_address(self.pool_id)
+                        self.fail_next(fault, errno.EBUSY)
+                    self.service.fold()
+                    self.client.request_address(self.pool_id)
+                    answered, fold = held(self.service.state), Beside(self)
+                    if not all(fold.go_on() for _ in range(moment)):
+                        break
+                    self.fail_next(f"pwrite journal.{self.service.store.segment}", errno.EIO)
+                    with mock.patch.object(gipam, hook, hooks[hook](fold.run_free)), \
+                            self.assertRaisesRegex(Refused, "Input/output error"):
+                        self.client.request_address(self.pool_id)
+                    while fold.go_on():
+                        pass
+                    self.assertEqual(held(self.service.state), answered)
+                    self.assert_agreed()
+                    self.assertEqual(glob.glob(self.path + ".tmp"), [])
+                    self.assertTrue(self.service.fold())
+            self.assertGreater(moment, 5)
 
     def test_turn_that_is_longer_than_the_room_of_the_new_segment_is_whole(self) -> None:
         def grow() -> None:
@@ -2377,8 +2462,9 @@ class FoldTest(ServiceCase):
         self.assert_agreed()
 
     def test_it_is_due_when_the_journal_is_longer_than_the_snapshot(self) -> None:
-        self.assertTrue(self.service.is_fold_due())  # the first: the lease file knows no journal
-        self.service.fold()
+        for is_due in (True, False):  # the first: the lease file knows no journal
+            self.assertEqual(self.service.is_fold_due(), is_due)
+            self.service.fold()
         with mock.patch.object(gipam, "MIN_FOLD_BYTES", 1000):
             written = 0
             while not self.service.is_fold_due():
@@ -2391,16 +2477,30 @@ class FoldTest(ServiceCase):
 
     def test_at_a_clean_stop_the_lease_file_stands_alone(self) -> None:
         """Before that, a journal that holds nothing yet is kept by the next fold."""
-        for _ in range(2):
+        for number in ("1", "2", "2"):
             self.assertTrue(self.service.fold())
-            self.assertEqual(self.journals(), ["2"])
+            self.assertEqual(self.journals(), [number])
         self.assertTrue(self.service.fold(is_stopping=True))
         self.assertEqual(os.listdir(self.directory), ["leases.json"])
         self.assertNotIn(b'"Journal"', self.read_files()["leases.json"])
         self.assert_agreed()
 
+    def test_rename_that_never_works_leaves_nothing_at_each_try(self) -> None:
+        """A lease file that is bind-mounted alone is busy."""
+        self.service.fold()
+        for _ in range(3):
+            self.fail_next("replace tmp", errno.EBUSY)
+            self.assertFalse(self.service.fold())
+            self.client.request_address(self.pool_id)
+            self.assertEqual(sorted(os.listdir(self.directory)), ["leases.json"] + [
+                f"leases.json.journal.{number}" for number in (1, 2)])
+        self.assertTrue(self.service.fold())
+        self.assertEqual(self.journals(), ["2"])
+        self.assert_agreed()
+
     def test_last_of_a_disk_is_left_to_the_requests(self) -> None:
         """A fold does not take it, be it for a moment."""
+        self.service.fold()
         full = os.statvfs_result((4096, 4096, 1 << 20, 7, 7, 0, 0, 0, 0, 255))
         with mock.patch.object(os, "statvfs", return_value=full):
             self.assertFalse(self.service.fold())
@@ -2409,6 +2509,7 @@ class FoldTest(ServiceCase):
         self.assert_agreed()
 
     def test_segment_that_cannot_be_synced_ends_it(self) -> None:
+        self.service.fold()
         self.fail_next("fdatasync journal.2", errno.EIO)
         self.assertFalse(self.service.fold())
         self.assert_agreed()
@@ -2592,8 +2693,9 @@ class HostRoutesTest(unittest.TestCase):
         self.assertEqual(answer([(24, 0, b"one."), (24, 0, b"two.")], [(24, 0, b"end.")], [done]),
                          [b"one.", b"two.", b"end."])
         self.assertEqual(answer([(24, torn, b"one.")], [done], [(24, 0, b"two."), done]), [b"two."])
-        with self.assertRaisesRegex(OSError, "Operation not permitted"):
-            answer([(gipam.NLMSG_ERROR, 0, struct.pack("=i", -1))])
+        for kind in (gipam.NLMSG_ERROR, gipam.NLMSG_DONE):
+            with self.assertRaisesRegex(OSError, "Operation not permitted"):
+                answer([(24, 0, b"one."), (kind, 0, struct.pack("=i", -1))])
 
     def test_on_a_real_host(self) -> None:
         """With a VPN in a table of its own, and an interface whose name is not ASCII."""
@@ -3205,6 +3307,14 @@ class RefusalTextTest(StageCases, unittest.TestCase):
                     self.assertTrue(line.isprintable() and len(line) < 2000, line)
         self.assertEqual(self.state(), before)
 
+    def test_routes_that_cannot_be_read_are_an_error_of_the_request(self) -> None:
+        client = Alone()
+        client.service.dump = mock.Mock(side_effect=OSError(errno.EMFILE, "Too many open files"))
+        with self.assertRaisesRegex(Refused, "^cannot ask the kernel for the routes of this host: "
+                                    "Too many open files; try again") as raised:
+            Direct(client.service).request_pool()
+        self.assertEqual(raised.exception.status, 503)
+
     def test_routes_of_the_host_are_read_at_each_request(self) -> None:
         """BlockOrderTest has what is passed by, with TestDynamicPoolAllocation."""
         client = InMemory(self, v4="192.168.0.0/21")
@@ -3770,6 +3880,18 @@ class LoopTest(LoopCase):
         self.assertEqual([peer.answer().body for peer in peers[20:]], [ACTIVATED] * 20)
         self.assertLess(daemon.read_log().count("cannot accept"), 10)  # once a tick
         self.assertEqual(daemon.stop(), 0)
+
+    def test_thread_that_cannot_be_started_is_started_later(self) -> None:
+        self.patch(gipam, FOLD_PATIENCE_S=0.0)
+        self.listen()
+        Direct(self.service).request_pool("10.66.0.0/24")
+        with mock.patch("threading.Thread.start", side_effect=[RuntimeError("can't start")]), \
+                self.assertLogs(gipam.log, "WARNING") as logged:
+            self.loop._fold_if_due()
+        self.assertIn("cannot fold the journal yet: can't start", logged.output[0])
+        self.loop._fold_if_due()
+        self.turn_until(lambda: self.loop._folder and not self.loop._folder.is_alive())
+        self.assertEqual(self.service.store.named, 1)
 
     def test_thread_comes_back_only_between_decisions(self) -> None:
         """What it changes is on disk when call() returns, and what it raises comes to it."""
@@ -4713,7 +4835,7 @@ class OperatedCase(CommandCase):
 
     def settle(self) -> None:
         """Wait until the first change is folded: then the files stay as they are."""
-        wait_for(lambda: self.service.store.is_named, "the first fold")
+        wait_for(lambda: self.service.store.named, "the first fold")
         if self.loop._folder:
             self.loop._folder.join()
 
@@ -5208,8 +5330,8 @@ class ImportTest(OperatedCase):
         """Start gipam, or start it again; what Docker has asks this gipam from now on."""
         settings = gipam.read_settings({}, argparse.Namespace(**self.options()))
         with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive), \
-                mock.patch.object(gipam.Store, "lock"):  # which its predecessor has
-            config, store, document, state = gipam.load(settings)
+                mock.patch.object(gipam.Store, "lock", gipam.Store.hold):  # its predecessor has it
+            config, store, document, state = gipam.load(settings, contextlib.ExitStack())
             self.service = gipam.open_service(config, store, document, state)
             gipam.begin_import(config, self.service, document)
         self.loop.service = self.service  # not before: two threads would use it
@@ -5901,19 +6023,31 @@ class MetricsTest(OperatedCase):
         self.assertEqual(after, before)
         self.assertNotRegex(" ".join(after), r"name|path\d|10\.2\.0\.\d+\"|02:42")
 
-    def test_healthy_until_the_store_is_lost(self) -> None:
-        self.assertEqual(self.get("/healthz"), (200, "text/plain; charset=utf-8", "ok\n"))
+    def test_failed_write_is_shown_until_one_succeeds(self) -> None:
+        """By /healthz, check and the service manager; what cannot be synced is the end."""
         self.docker.make_network("first")
-        for call, number, status in (("pwrite", errno.ENOSPC, 200), ("fdatasync", errno.EIO, 503)):
-            failing = mock.Mock(wraps=os)
+        self.settle()
+        for call, number, wanted in (("pwrite", errno.ENOSPC, "No space left"),
+                                     ("fdatasync", errno.EIO, "cannot sync .*journal")):
+            self.assertEqual(self.get("/healthz"), (200, "text/plain; charset=utf-8", "ok\n"))
+            failing, store = mock.Mock(wraps=os), self.service.store
             getattr(failing, call).side_effect = OSError(number, os.strerror(number))
-            with mock.patch.object(self.service.store, "calls", failing), \
-                    self.assertRaises(Refused):
-                self.docker.make_network("web")
-            if status == 503:
+            with mock.patch.object(store, "calls", failing):
+                store._room = 0  # the disk has no more for it
+                self.assertRaises(Refused, self.docker.make_network, "web")
+            if number == errno.EIO:
                 self.thread.join(DEADLINE_S)  # it is started again, from what is on disk
-            self.assertEqual(self.get("/healthz")[0], status)
-        self.assertRegex(str(self.service.loss), "cannot sync .*journal")
+            status, _, text = self.get("/healthz")
+            self.assertEqual(status, 503)
+            self.assertRegex(text, wanted)
+            with mock.patch.object(gipam, "notify") as notify:
+                gipam.beat(self.service, store)
+            self.assertRegex(notify.call_args[0][0], "STATUS=1 pools, 1 leases; .*" + wanted)
+            if number == errno.ENOSPC:
+                done = self.run_gipam("check")
+                self.assertRegex(done.out, "note: gipam cannot write .*journal.*: No space left")
+                self.docker.make_network("web")
+                self.docker.remove_network("web")
 
     def test_metrics_address_serves_pages_and_changes_nothing(self) -> None:
         self.docker.make_network("web")
@@ -6262,7 +6396,7 @@ class Host(Unix):
         settings = gipam.read_settings({}, argparse.Namespace(
             file=os.path.join(self.directory, "leases.json"), v4=CASES_V4, v6=CASES_V6, v4ab="24",
             etcd=test.etcd_url, host=name))
-        config, self.store, document, state = gipam.load(settings)
+        config, self.store, document, state = gipam.load(settings, contextlib.ExitStack())
         test.addCleanup(os.close, self.store._lock_fd)
         self.service = gipam.open_service(config, self.store, document, state)
         claimant = gipam.open_claimant(config, self.service, self.store)
@@ -6835,7 +6969,8 @@ class SharedTest(HostsCase):
         one.thread.join()
         one.loop._end_calls()
         fcntl.flock(one.store._lock_fd, fcntl.LOCK_UN)
-        one.store.remove_segments(sys.maxsize)
+        for number in one.store.segments():
+            one.store.remove(number)
         with open(one.store.path, "w", encoding="utf-8") as restored:
             restored.write(backup)
         one = Host(self, "one", one.directory)
@@ -6949,9 +7084,9 @@ class CommandLineCase(CommandCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.patch(gipam.Store, lock=lambda store: None)
+        self.patch(gipam.Store, lock=gipam.Store.hold)
         self.patch(gipam, ask_daemon=lambda settings, *_: gipam.describe_daemon(
-            gipam.load(settings)[0], ""))
+            gipam.load(settings, contextlib.ExitStack())[0], ""))
 
     def keep(self, contents: Any) -> None:
         """Make the lease file, of bytes as they are or of what JSON makes of anything else."""
@@ -7134,7 +7269,7 @@ class ConfigurationTest(CommandLineCase):
         return pathlib.Path(self.file).read_text(encoding="utf-8")
 
     def test_settings_over_several_starts(self) -> None:
-        """An option that changes, an edited file, one that is edited while gipam runs."""
+        """An option that changes, a file that is edited while gipam is down, or runs."""
         daemon = Daemon(self, directory=self.directory, env=NO_DOCKER)
         given = [*daemon.options]
 
@@ -7144,7 +7279,7 @@ class ConfigurationTest(CommandLineCase):
 
         for edits, option, granted in (
                 ((), 0, "198.18.0.0/24"), ((), 16, "198.18.17.0/24"),
-                ((16, 32), 16, "198.18.34.0/24"), ((), 16, "198.18.51.0/24")):
+                ((16, 32), 16, "198.18.34.0/24"), ((), 16, "198.18.35.0/24")):
             if edits:
                 edit(*edits)
             daemon.options = [*given, "-v4", f"198.18.{option}.0/20"]
@@ -7153,8 +7288,8 @@ class ConfigurationTest(CommandLineCase):
                 wait_for(lambda: '["198.18.32.0/20"' in self.read_file(), "the first fold")
                 edit(32, 48)
             self.assertEqual(daemon.stop(), 0)
-        self.assertIn(f"{self.file} was edited while gipam runs: {{'V4Pool': '198.18.48.0/20'}} "
-                      "will take effect at the next start", daemon.read_log())
+        self.assertIn(f"{self.file} was edited while gipam runs: what was there is kept as "
+                      f"{self.file}.edited-1", daemon.read_log())
         self.assertLessEqual({"198.18.0.0/24", "198.18.17.0/24", "198.18.34.0/24"},
                              {pool["Pool"] for pool in self.lease_file()["Allocated"]})
 
@@ -7162,7 +7297,7 @@ class ConfigurationTest(CommandLineCase):
         daemon = Daemon(self, "-v4", "10.2.0.0/16", "-metrics", "192.0.2.1:9091",
                         env=NO_DOCKER).start(wait=False)
         self.assertEqual(daemon.stop(0), 1, daemon.read_log())
-        self.assertEqual(glob.glob(daemon.file + "*"), [daemon.file + ".lock"])
+        self.assertEqual(glob.glob(daemon.file + "*"), [])
 
     def test_an_invalid_value_is_refused_by_option_origin_value_and_rule(self) -> None:
         for name, values, rule, *others in (
@@ -7220,15 +7355,34 @@ class ConfigurationTest(CommandLineCase):
         for text, what in ((b"", "is not JSON"), (b"{", "is not JSON"), (b"\xff", "is not JSON"),
                            (b"[" * 100_000, "is not JSON"), (b"[]", "is not a JSON object"),
                            (b'{"Allocated":[1]}', "has something else than pools in Allocated"),
-                           (b'{"Allocated":7}', "has something else than pools in Allocated")):
+                           (b'{"Allocated":7}', "has something else than pools in Allocated"),
+                           (b'{"Allocated":{}}', "has something else than pools in Allocated")):
             self.keep(text)
             with self.subTest(text[:9]):
                 self.assert_fails(self.run_config(), 78, f"gipam: {self.file} {what}.*; gipam "
                                   "does not start on a guess: put back a backup.+")
         os.unlink(self.file)
-        os.mkdir(self.file)
-        self.assertEqual(self.run_config(),
-                         (78, "", f"gipam: cannot read lease file {self.file}: Is a directory\n"))
+        for make in (os.mkdir, os.mkfifo, functools.partial(os.symlink, "/dev/null")):
+            for path, what in ((self.file, "lease file "), (self.file + ".journal.1", "")):
+                make(path)
+                with self.subTest(path=path, make=make):
+                    self.assert_fails(self.run_config(), 78, f"gipam: cannot read {what}{path}: "
+                                      "(not a regular file|Is a directory|Too many levels.*)")
+                (os.rmdir if os.path.isdir(path) else os.unlink)(path)
+
+    def test_a_brief_failure_of_the_host_is_worth_another_start(self) -> None:
+        self.keep({})
+        self.write("leases.json.journal.1", "")
+        for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR):
+            for path in (self.file, self.file + ".journal.1"):
+                def fail(target: str, *rest: Any, path: str = path, number: int = number,
+                         real: Any = os.open) -> int:
+                    if target == path:
+                        raise OSError(number, os.strerror(number))
+                    return int(real(target, *rest))
+
+                with self.subTest(path, number=number), mock.patch.object(os, "open", fail):
+                    self.assert_fails(self.run_config(), 74, f"gipam: cannot read .*{path}: .+")
 
     def test_a_lease_file_with_wrong_types_is_refused_with_the_place(self) -> None:
         """Without a checksum, as people and the Go program write it."""
@@ -7244,15 +7398,21 @@ class ConfigurationTest(CommandLineCase):
             "Leases": [5, "abcde", [5], ["abcde"], [[]], [{}], [None],
                        *([[*lease[:at], value, *lease[at + 1:]]] for at in range(5)
                          for value in wrong_values[at < 3])],
-            "Remembered": [[], *({"web": value} for value in (
-                5, "ab", [9, 1], ["10.2.0.9"], ["10.2.0.9", "x"]))]}
+            "V": [6, 5], "Remembered": [[], *({"web": value} for value in (
+                5, "ab", [9, 1], ["10.2.0.9"], ["10.2.0.9", "x"], ["10.2.1.9", 1]))]}
+        wrong["Idx"] += [-1, 1 << 200]
+        wrong["SubPool"] += ["::a02:0/120", "10.2.1.0/25"]
+        wrong["Leases"] += [[["guest", *lease[1:]]]]
+        wrong["Shared"] = [[["10.2.1.0/28"], {}], [["10.2.0.0/16"], {}], [["::/28"], {}], [[5], {}],
+                           [[], {"10.2.1.1": "gateway"}], [[], {"10.2.0.1": "guest"}], [[]]]
         of_state: dict[str, list[Any]] = {
             "Seq": [1e400, "1"], "V4Idx": [[1]], "V6Idx": [1.5], "Free": [{}],
-            "Cursors": [[1], {"4/26": "x"}, {"4": 1}, {"5/24": 1}],
+            "Cursors": [[1], {"4/26": "x"}, {"4": 1}, {"5/24": 1}, {"4/33": 1}, {"4/26": -1}],
             "Names": [{"web": 1}, ["web"], *([row] for row in (
                 ["web", "10.2.0.0/24", "1"], ["web", 7, 1], [None, "10.2.0.0/24", 1],
                 ["web", "10.2.0.0/24", 1, []], ["web", "10.2.0.0/24", 1, {"db": 5}],
-                ["web", "10.2.0.0/24", 1, {"db": ["5", 1]}]))]}
+                ["web", "10.2.0.0/24", 1, {"db": ["5", 1]}],
+                ["web", "10.2.0.0/24", 1, {"db": [256, 1]}]))]}
         nothing = {**pool, "Allocated": None, "Leases": None, "Free": None}
         for allocated in ([pool], None, [nothing]):  # which are right
             self.keep({"Allocated": allocated, "Free": None})
