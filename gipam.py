@@ -387,11 +387,8 @@ CHANGES: dict[str, Any] = {
     "release_address": ReleaseAddress,
 }
 CHANGE_NAMES = {kind: name for name, kind in CHANGES.items()}
-CHANGE_TYPES: dict[str, tuple[type, ...]] = {  # of their fields
-    "request_pool": (str, str, str, str, int, int, int), "release_pool": (str,),
-    "bind_pool": (str, str), "share_pool": (str, list, dict),
-    "request_address": (str, str, str, str, str, int, int), "release_address": (str, str),
-}
+FIELD_TYPES = {  # of those that are no text
+    "granted_s": int, "cursor": int, "next_block": int, "parts": list, "common": dict}
 
 
 def check_numbers(what: str, *numbers: int) -> None:
@@ -1149,8 +1146,9 @@ def typed_rows(what: str, rows: Iterable[Any], *kinds: type) -> Iterator[Any]:
 def decode_change(record: Any) -> Change:
     """Return the change that a record of the journal is. Raises: ValueError, as typed_rows()."""
     name, *values = record
-    (fields,) = typed_rows(f"{name!r:.40}", [values], *CHANGE_TYPES[name])
-    return CHANGES[name](*fields)  # type: ignore[no-any-return]
+    kind: Any = CHANGES[name]
+    kinds = [FIELD_TYPES.get(field, str) for field in kind._fields]
+    return next(kind(*row) for row in typed_rows(name, [values], *kinds))  # type: ignore[no-any-return]
 
 
 def decode_snapshot(document: Json, state: State) -> None:
@@ -1600,14 +1598,9 @@ class Store:
         """Return how long the journal is, without its room."""
         return self._older_bytes + self._end
 
-    @property
-    def is_used(self) -> bool:
-        """Return whether a fold has to begin a segment: not if the one before it has failed."""
-        return self._end > 0 and self.segment == self.named
-
     def lose(self, text: str) -> StoreLost:
         """Return the error after which nothing is written any more."""
-        self.loss = StoreLost(text)
+        self.loss, self.trouble = StoreLost(text), text
         return self.loss
 
     def lock(self, patience_s: float = LOCK_PATIENCE_S) -> None:
@@ -1665,8 +1658,8 @@ class Store:
 
     def _open(self, path: str, flags: int = os.O_RDWR) -> int:
         """Open a file of gipam's, which is neither a FIFO nor a link. Raises: OSError."""
-        fd = self.calls.open(
-            path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = self.calls.open(path, flags, 0o600)
         if stat.S_ISREG(self.calls.fstat(fd).st_mode):
             return int(fd)
         self._close(fd)
@@ -1763,7 +1756,8 @@ class Store:
                 self.segment_path(self.named), "is missing", "put it back; or give up what it held:"
                 f' delete the line "Journal" from {self.path}, start gipam, and run '
                 "`gipam check --fix`")
-        while numbers[1:] and numbers[-1] != self.named and self._is_blank(numbers[-1]):
+        while numbers[1:] and numbers[-1] != self.named \
+                and not self._read(self._fds[numbers[-1]]).strip(b"\0"):
             numbers.pop()  # it was made for a fold that never came to be
         for self.segment in numbers:
             path = self.segment_path(self.segment)
@@ -1785,9 +1779,6 @@ class Store:
         with open(fd, "rb", closefd=False) as file:  # to close any one of a segment unlocks it
             file.seek(0)
             return file.read()
-
-    def _is_blank(self, number: int) -> bool:
-        return not self._read(self._fds[number]).strip(b"\0")
 
     def _read_segment(self, path: str) -> Iterator[Line]:
         data = self._read(self._fds[self.segment])
@@ -1824,11 +1815,13 @@ class Store:
     def prepare(self, needed: int) -> None:
         """Make the next segment, or take the blank one that a fold has left: for switch().
 
+        None, if the lease file does not name the present one: then the fold before has failed.
         Durable: its room, so much at least. Raises: OSError, and none is there that was not;
         BusyError if another gipam has it; StoreLost.
         """
         number, path = self.segment + 1, self.segment_path(self.segment + 1)
-        if number in self._fds:
+        is_used = self._end > 0 and self.segment == self.named
+        if number in self._fds or (self.segment and not is_used):
             return
         disk = self.calls.statvfs(self._directory)
         if needed >= ROOM_BYTES and disk.f_bavail * disk.f_frsize < 2 * ROOM_BYTES:
@@ -1843,10 +1836,10 @@ class Store:
                 self._close(self._fds.pop(number))
                 self.remove(number)
                 raise
-        elif self._is_blank(number):
-            self._sync(number)
-        else:
+        elif self._read(fd).strip(b"\0"):
             raise self.lose(f"{path} was put there by somebody else")
+        else:
+            self._sync(number)
 
     def switch(self) -> None:
         """Go on in the segment that is prepared, if one is. Durable: its name.
@@ -1966,8 +1959,8 @@ class Store:
         """
         identity, found = self.identify(self.path + ".tmp"), self.identify()
         if found not in ((), self.identity):
-            paths = (f"{self.path}.edited-{number}" for number in itertools.count(1))
-            path = next(path for path in paths if not os.path.lexists(path))
+            path = next(filter(lambda path: not os.path.lexists(path), (
+                f"{self.path}.edited-{number}" for number in itertools.count(1))))
             os.link(self.path, path, follow_symlinks=False)
             self.identity = found
             log.warning("%s was edited while gipam runs: what was there is kept as %s, and has no "
@@ -2173,11 +2166,6 @@ class Service:
     def failure(self) -> StoreError:
         """Return why what is not durable is not."""
         return self.store.loss or self._failure
-
-    @property
-    def trouble(self) -> str:
-        """Return why nothing can be written, "" if the last write has succeeded."""
-        return str(self.store.loss or self.store.trouble)
 
     def apply(self, change: Change) -> None:
         """Apply the change, which is on disk after commit(). Raises: StoreError; all is as before.
@@ -2566,7 +2554,7 @@ class Service:
         step = functools.partial(self._step, call or self.run, self.state)
         try:
             if not is_stopping:
-                step(lambda: store.prepare(ROOM_BYTES) if store.is_used else None)
+                step(lambda: store.prepare(ROOM_BYTES))
                 step(store.switch)
             named = None if is_stopping else store.segment or None
             chunks = step(lambda: self._begin_fold(named, is_due))
@@ -2932,7 +2920,7 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
 def show_status(service: Service, query: str) -> Iterator[str]:
     """Yield what `status --json` shows, with the routes of the host inside the bases."""
     status, families = {**service.about, **describe_state(service.state)}, service.state.families
-    status["trouble"] = service.trouble
+    status["trouble"] = service.store.trouble
     routes = {version: service.read_obstacles(family)
               for version, family in families.items() if family.bases}
     for base in status["bases"]:
@@ -3000,8 +2988,8 @@ def site_samples(service: Service) -> Iterator[tuple[str, str, str, Iterable[tup
 
 def show_health(service: Service, _: str) -> list[str]:
     """Say whether gipam answers and can write. Raises: StoreError."""
-    if service.trouble:
-        raise StoreError(service.trouble)
+    if service.store.trouble:
+        raise StoreError(service.store.trouble)
     return ["ok\n"]
 
 
@@ -5344,7 +5332,7 @@ def beat(service: Service, store: Store) -> None:
     store.check_name()
     pools, leases = len(service.state.pools), service.state.lease_count
     notify(f"READY=1\nWATCHDOG=1\nSTATUS={pools} pools, {leases} leases"
-           + "; " * bool(service.trouble) + service.trouble)
+           + "; " * bool(store.trouble) + store.trouble)
 
 
 def open_claimant(config: Config, service: Service, store: Store) -> Claimant | None:
