@@ -136,7 +136,7 @@ REQUEST_PATIENCE_S = 10.0  # on TCP, for a request that has begun, and for a pee
 MAX_TCP_PEERS = 256  # of an address; past it the one goes that has been idle longest
 MAX_DIALS = 64  # accepted in a turn; measured: 0.1 ms each
 MAX_FAILED_TURNS = 10  # in a row
-MAX_LOG_BYTES, MAX_LOG_CHARS = 1 << 22, 4_000  # that nobody has read yet; of a line
+MAX_LOG_RECORDS, MAX_LOG_CHARS = 1_000, 4_000  # that nobody has read yet; of a line
 TICK_S = 1.0
 START_PATIENCE_S = 300  # asked of the service manager, for a large state
 RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection shut to dial again
@@ -3089,11 +3089,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return whether it is in the middle of a request or of a reply."""
         return bool(self.inbox or self.outbox) or self.length >= 0 or self.is_waiting
 
-    def is_overdue(self, now_s: float) -> bool:
-        """Return whether it is stuck, on TCP, in a request or a reply."""
-        is_late = self.since_s + REQUEST_PATIENCE_S < now_s
-        return self.is_busy() and is_late and not self.server.is_unix
-
     def receive(self) -> None:
         """Put what has come into the inbox."""
         if not self.inbox and self.length < 0:
@@ -3283,6 +3278,8 @@ class Loop:
         self.servers: list[Server] = []
         self.names: list[str] = []  # the paths by which Docker finds the socket
         self.ticks: list[Callable[[], None]] = [self._tick]  # what is done each second
+        self._due: list[Callable[[], None]] = []  # of that
+        self._tick_s = 0.0
         self.handlers: dict[Handler, None] = {}
         self.ask_etcd: Callable[[Need, Again], None] | None = None
         self._replies: collections.deque[tuple[Handler, Reply]] = collections.deque()
@@ -3331,13 +3328,15 @@ class Loop:
     def turn(self, wait_s: float) -> None:
         """Wait until there is something to do, at most so long, and do it; see design.md 7.
 
-        What nobody foresaw ends the connection at which the turn was; the next turn goes on from
-        there. Ten that fail in a row for another reason end the loop.
+        What nobody foresaw ends the connection, the call or the tick at which the turn was; the
+        next turn goes on from there. Ten that fail in a row for another reason end the loop.
         """
         try:
             self._current = None
             self._turn(wait_s)
             self._failed_turns = 0
+        except GipamError:  # a tick's
+            raise
         except Exception:
             log.exception("this is a bug of gipam")
             self.service.mend()
@@ -3372,6 +3371,10 @@ class Loop:
             self._told.pop()()
         self.service.tell()
         self.flush_log()
+        if time.monotonic() >= self._tick_s and not self.is_ending:
+            self._tick_s, self._due = time.monotonic() + TICK_S, self.ticks[::-1]
+        while self._due:
+            self._due.pop()()
 
     def _run(self, future: concurrent.futures.Future[Any],
              function: Callable[[], Any]) -> Callable[[], None]:
@@ -3513,28 +3516,18 @@ class Loop:
 
     def run(self) -> None:
         """Serve until stop(), or until nothing can be written any more. Raises: as the ticks."""
-        tick_s = time.monotonic()
         while not (self.is_stopping or self.service.loss):
-            self.turn(max(tick_s - time.monotonic(), 0.0))
+            self.turn(max(self._tick_s - time.monotonic(), 0.0))
             self._fold_if_due()
-            if time.monotonic() >= tick_s:
-                tick_s = time.monotonic() + TICK_S
-                for function in self.ticks:
-                    try:
-                        function()
-                    except GipamError:
-                        raise
-                    except Exception:
-                        log.exception("a tick failed: this is a bug of gipam")
-                        self.service.mend()
 
     def _tick(self) -> None:
+        now_s = time.monotonic()
         for server in self.servers:
             self.open(server)
-        for handler in list(self.handlers):
-            if handler.is_overdue(time.monotonic()):
+        for handler in [it for it in self.handlers if it.is_busy() and not it.server.is_unix]:
+            if handler.since_s + REQUEST_PATIENCE_S < now_s:
                 self.close(handler)
-        self._give_up(time.monotonic() - ETCD_PATIENCE_S - TICK_S,
+        self._give_up(now_s - ETCD_PATIENCE_S - TICK_S,
                       Unavailable(self.service.etcd_failure or "etcd does not answer"))
 
     def _fold_if_due(self) -> None:
@@ -5521,18 +5514,12 @@ class LogHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: collections.deque[bytes] = collections.deque()
-        self._text, self._size, self._formatter = b"", 0, logging.Formatter()
-        self._writing = threading.Lock()
+        self._lines: collections.deque[bytes] = collections.deque(maxlen=MAX_LOG_RECORDS)
+        self._text, self._writing, self._formatter = b"", threading.Lock(), logging.Formatter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the text of a record; if that is too much, the oldest goes."""
-        line = self.format(record).encode(errors="backslashreplace") + b"\n"
-        with self._writing:
-            self._lines.append(line)
-            self._size += len(line)
-            while self._size > MAX_LOG_BYTES:
-                self._size -= len(self._lines.popleft())
+        """Keep the text of a record; if there are too many, the oldest goes."""
+        self._lines.append(self.format(record).encode() + b"\n")
         if not self.is_held:
             self.flush()
 
@@ -5540,9 +5527,7 @@ class LogHandler(logging.Handler):
         """Write as much as can be written now."""
         with self._writing, contextlib.suppress(OSError):  # nobody may ever read it
             while self._text or self._lines:
-                if not self._text:
-                    self._text = self._lines.popleft()
-                    self._size -= len(self._text)
+                self._text = self._text or self._lines.popleft()
                 self._write = self._write or open_stderr()
                 self._text = self._text[self._write(self._text):]
 
