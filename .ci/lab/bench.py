@@ -229,6 +229,11 @@ class BenchDaemon(Daemon):
         """Return a figure of /proc/PID/status."""
         return int(self.process_file("status").split(key + ":")[1].split()[0]) << 10
 
+    def loop_s(self) -> float:
+        """Return how much processor time the loop's thread has used."""
+        assert self.process is not None
+        return int(self.process_file(f"task/{self.process.pid}/schedstat").split()[0]) / 1e9
+
     def cpu_s(self) -> float:
         """Return how much processor time it has used."""
         words = self.process_file("stat").rpartition(")")[2].split()
@@ -309,6 +314,28 @@ class Bench(unittest.TestCase):
         self.row("64 connections, group commit / one sync a call", ratios(many, single_sync),
                  at_least=5)
         self.row("64 connections, group commit / a line synced in a loop", ratios(many, syncs))
+
+    def processor_time(self) -> None:
+        """Of the loop's thread, a call, beside the gipam.py that GIPAM_BEFORE names."""
+        before = os.environ.get("GIPAM_BEFORE", "")
+        if not before:
+            return
+        daemons = BenchDaemon(self), BenchDaemon(self)
+        here, there = (os.path.dirname(os.path.abspath(path)) for path in (gipam.__file__, before))
+        daemons[1].command = tuple(word.replace(here, there) for word in daemons[1].command)
+        pools = {daemon: addresses(Wire(daemon.start().socket).request_pool("10.2.0.0/16"))
+                 for daemon in daemons}
+
+        def cost(daemon: BenchDaemon, connections: int) -> float:
+            spent, started = daemon.loop_s(), time.perf_counter()
+            rate = storm(daemon.socket, pools[daemon], connections, 0.2)
+            return (daemon.loop_s() - spent) / rate / (time.perf_counter() - started)
+
+        for connections, at_most in ((64, 0.8), (1, 0.9)):
+            now, then = self.columns(5, 40, 1, *(functools.partial(cost, daemon, connections)
+                                                 for daemon in daemons))
+            self.row(f"processor time a call, connections: {connections}", now, "ms")
+            self.row("  / that of GIPAM_BEFORE", ratios(now, then), at_most=at_most)
 
     # -- a state of any size
 
@@ -524,7 +551,7 @@ def main(arguments: list[str]) -> int:
           f"{platform.system()} {platform.release()}, {os.cpu_count()} processors, "
           f"load {os.getloadavg()[0]:.1f}, files in {tempfile.gettempdir()}\n")
     try:
-        for section in (runner.one_connection, runner.many_connections, runner.empty_start,
+        for section in (runner.one_connection, runner.many_connections, runner.processor_time, runner.empty_start,
                         runner.a_million_leases, runner.many_routes,
                         runner.full_and_crowded, runner.folding, runner.several_hosts, runner.claims_of_others,
                         runner.beside_docker):
