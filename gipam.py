@@ -41,10 +41,10 @@ number of the last change, and the changes. Zeros after the last line are room f
     00000076 93771baa [4,[["request_address","10.2.0.0/24#1f0c27ab5e94d386","10.2.0.2","endpoint",
     "02:42:0a:02:00:02","web1",1795510069,3]]]
 
-(in the file it is one line). Recovery reads the snapshot, then the segments in order, and skips
-what the snapshot already holds. A last line that is short, or of which whole sectors are zeros, was
-never acknowledged and is dropped; whatever else does not add up stops gipam, with a message that
-says what to do.
+(in the file it is one line). Recovery locks the segments, reads the snapshot, then them in order,
+and skips what the snapshot already holds. A last line that is short, or of which sectors are zeros
+to their end, was never acknowledged and is dropped; whatever else does not add up stops gipam, with
+a message that says what to do. Names on disk change only in a turn.
 
 What survives. A reply that Docker has read is on disk: it survives SIGKILL and, where the disk
 keeps what fdatasync promised, a power cut. A full disk costs an error, never a lease. What does
@@ -1718,7 +1718,6 @@ class Store:
     def discard(self) -> None:
         """Remove what a start has made that has not come to serve. Raises: OSError."""
         self.close()
-        self.drop_snapshot()
         for path in reversed([*self._made]):  # the lock last
             if os.path.lexists(path):
                 os.unlink(path)
@@ -1935,6 +1934,7 @@ class Store:
 
     def open_snapshot(self) -> int:
         """Open the file that is to replace the lease file, for fill_snapshot(). Raises: OSError."""
+        self._made[self.path + ".tmp"] = None
         return self._open(self.path + ".tmp", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
 
     def fill_snapshot(self, fd: int, chunks: Iterable[str]) -> int:

@@ -1879,6 +1879,7 @@ class LockTest(StoreCase):
         assert first.process
         first.client().request_pool("10.10.0.0/24")
         wait_for(lambda: b'"Journal"' in self.read_files()["leases.json"], "the first fold")
+        self.write_file("leases.json.tmp", b"as if a fold were under way")
         for text in (f"gipam: lease file {self.path} is held by process {first.process.pid}: stop",
                      f"gipam: the journal of {self.path} is written by another gipam: stop it"):
             before = {name: data for name, data in self.read_files().items() if name != "log"}
