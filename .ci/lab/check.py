@@ -23,10 +23,52 @@ from machines import DOCKER, ROUTED, SOCKET, DockerCase, endpoint_addresses, mai
 
 from test_gipam import ENDPOINT, Client, FakeDocker
 
+BLIND = "DOCKER_HOST=tcp://192.0.2.1:1"  # gipam cannot ask Docker
+CHURN_S = 60.0
+WAYS = (("restart", "-t", "0"), ("stop", "-t", "0"), ("kill",))
 
-class CheckedCase(DockerCase):
-    """The words in which `check` speaks."""
 
+class Between(socketserver.BaseRequestHandler):
+    """Stands between dockerd and gipam, and kills dockerd instead of handing a reply on."""
+
+    server: BetweenServer
+
+    def handle(self) -> None:
+        with socket.socket(socket.AF_UNIX) as gipam:
+            gipam.connect(self.server.gipam)
+            asked, other = b"", {self.request: gipam, gipam: self.request}
+            while True:
+                for side in select.select(list(other), [], [])[0]:
+                    data = side.recv(65536)
+                    asked = asked + data if side is self.request else asked
+                    if side is gipam and self.server.fatal in asked:
+                        self.server.fatal = b"no more"
+                        self.server.docker.stop("dockerd", number=signal.SIGKILL)
+                        return
+                    if not data:
+                        return
+                    with contextlib.suppress(BrokenPipeError):  # who asked has gone
+                        other[side].sendall(data)
+                    asked = asked if side is self.request else b""
+
+
+class BetweenServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+    fatal = b"no method"
+
+    def __init__(self, test: DockerCase) -> None:
+        self.docker, path = test.docker, test.docker.path(SOCKET)
+        self.gipam = path + ".real"
+        os.rename(path, self.gipam)
+        test.addCleanup(os.rename, self.gipam, path)
+        super().__init__(path, Between)
+        test.addCleanup(self.docker.stop, "dockerd")
+        test.addCleanup(self.server_close)
+        test.addCleanup(self.shutdown)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+
+class CheckTest(DockerCase):
     def leaked(self, container: str, network: str, v6: bool = False) -> str:
         """Return what `check` will say of a container's address, should it leak."""
         return self.leaked_address(self.docker.address(container, network, v6), network,
@@ -40,8 +82,6 @@ class CheckedCase(DockerCase):
     def leaked_pool(subnet: str) -> str:
         return f"leaked_pool: subnet {subnet} is held with 1 addresses, but no network has it"
 
-
-class CheckTest(CheckedCase):
     def test_fake_docker_has_the_shapes_of_this_one(self) -> None:
         """What the self-check builds upon."""
         self.docker.network("web", "--ipv6")
@@ -168,8 +208,76 @@ class CheckTest(CheckedCase):
         self.docker.network("newer")
         self.assert_found_and_mended()
 
+    def test_stopped_container_with_a_fixed_address_starts_again(self) -> None:
+        """In a /30, which has no other than that and the gateway's, which Docker up to 28 does not show."""
+        self.addCleanup(self.docker.stop, "gipam")
+        self.docker.network("tiny", "--subnet", "10.8.0.0/30")
+        self.docker.container("fixed", "tiny", "--ip", "10.8.0.2")
+        for variables in ((), (BLIND,)):
+            with self.subTest(variables):
+                self.docker("stop", "fixed")
+                self.docker.replace_lease_file("", *variables, number=signal.SIGKILL)
+                self.docker("start", "fixed")
+                self.assertEqual(self.docker.held_by_gipam()["10.8.0.0/30"], {"10.8.0.1", "10.8.0.2"})
 
-BLIND = "DOCKER_HOST=tcp://192.0.2.1:1"  # gipam cannot ask Docker
+    def test_gateway_of_an_empty_network_with_a_size_hint_is_no_containers(self) -> None:
+        """Nothing shows its subnet until it has a container."""
+        self.docker.network("hint", "--subnet", "0.0.0.0/29")
+        self.docker.replace_lease_file(number=signal.SIGKILL)
+        for number in range(5):
+            self.docker.container(f"hint{number}", "hint")
+        self.assert_refused("no available addresses", "run", "-d", "--network", "hint", "bb")
+        self.assert_agreement()
+
+    def test_dockerd_killed_between_a_reply_and_storing_it(self) -> None:
+        self.docker.stop("dockerd")
+        between = BetweenServer(self)
+        self.docker.start_dockerd()
+        self.docker.network("web", "--ipv6", containers=("one",))
+        following = str(ipaddress.ip_address(self.docker.address("one", "web")) + 1)
+        for command in (("run", "-d", "--network", "web", "--mac-address", "02:42:00:00:00:09", "bb"),
+                        ("network", "create", "--ipam-driver", "gipam", "--subnet", "10.9.0.0/24", "lan")):
+            between.fatal = b"RequestAddress"  # of the container, of the gateway
+            self.assert_refused("", *command)
+            until(lambda: not (self.docker.dockerd and self.docker.dockerd.is_running()), "end of dockerd")
+            self.docker.start_dockerd()
+        self.docker("start", "one")
+        self.assert_found_and_mended(self.leaked_address(following, "web"), self.leaked_pool("10.9.0.0/24"))
+        self.docker.network("lan", "--subnet", "10.9.0.0/24")
+        self.assert_found_and_mended()
+
+    def come_and_go(self, name: str, end: float) -> None:
+        for way in itertools.cycle(WAYS):
+            if time.monotonic() > end:
+                return
+            self.docker(*way, name)
+            self.docker("start", name)
+
+    def age_leases(self, age_s: int) -> None:
+        document = json.loads(self.docker.read_lease_file())
+        del document["Checksum"]  # a file that somebody has edited
+        for pool in document["Allocated"]:
+            for lease in pool["Leases"]:
+                lease[3] -= age_s
+        self.docker.replace_lease_file(json.dumps(document))
+
+    def test_nothing_false_is_reported(self) -> None:
+        """The grace time excuses what has just started, and nothing of what is an hour old by the lease file."""
+        self.docker.network("web", "--ipv6")
+        self.docker.network("lan", "--subnet", "10.9.0.0/24")
+        self.docker.at_once(*(("run", "-d", "--name", f"c{number}", "--network", ("web", "lan")[number % 2], "bb")
+                              for number in range(20)))
+        self.age_leases(3600)
+        end = time.monotonic() + CHURN_S
+        threads = [threading.Thread(target=self.come_and_go, args=(f"c{number}", end)) for number in range(20)]
+        for thread in threads:
+            thread.start()
+        found = []
+        while any(thread.is_alive() for thread in threads):
+            found.append(self.docker.check(grace_s=60))
+        self.assertEqual([findings for findings in found if findings], [])
+        self.assertGreater(len(found), 1)
+        self.assert_found_and_mended()
 
 
 class LostFileTest(DockerCase):
@@ -201,129 +309,6 @@ class LostFileTest(DockerCase):
         self.assertIn(ipaddress.ip_address(self.docker.address("web0", "web")), ipaddress.ip_network("10.9.64.0/18"))
         self.assert_reaches("web0", self.docker.address("web3", "web"))
         self.assert_reaches("old0", self.docker.address("old3", "old", v6=True))
-
-
-class LostGatewayTest(DockerCase):
-    """Gateways that Docker up to 28 does not show: protocol.md 10.3 and 10.4."""
-
-    def test_stopped_container_with_a_fixed_address_starts_again(self) -> None:
-        """In a /30, which has no other address than that and the gateway's."""
-        self.addCleanup(self.docker.stop, "gipam")
-        self.docker.network("tiny", "--subnet", "10.8.0.0/30")
-        self.docker.container("fixed", "tiny", "--ip", "10.8.0.2")
-        for variables in ((), (BLIND,)):
-            with self.subTest(variables):
-                self.docker("stop", "fixed")
-                self.docker.replace_lease_file("", *variables, number=signal.SIGKILL)
-                self.docker("start", "fixed")
-                self.assertEqual(self.docker.held_by_gipam()["10.8.0.0/30"], {"10.8.0.1", "10.8.0.2"})
-
-    def test_gateway_of_an_empty_network_with_a_size_hint_is_no_containers(self) -> None:
-        """Nothing shows its subnet until it has a container."""
-        self.docker.network("hint", "--subnet", "0.0.0.0/29")
-        self.docker.replace_lease_file(number=signal.SIGKILL)
-        for number in range(5):
-            self.docker.container(f"hint{number}", "hint")
-        self.assert_refused("no available addresses", "run", "-d", "--network", "hint", "bb")
-        self.assert_agreement()
-
-
-class Between(socketserver.BaseRequestHandler):
-    """Stands between dockerd and gipam, and kills dockerd instead of handing a reply on."""
-
-    server: BetweenServer
-
-    def handle(self) -> None:
-        with socket.socket(socket.AF_UNIX) as gipam:
-            gipam.connect(self.server.gipam)
-            asked, other = b"", {self.request: gipam, gipam: self.request}
-            while True:
-                for side in select.select(list(other), [], [])[0]:
-                    data = side.recv(65536)
-                    asked = asked + data if side is self.request else asked
-                    if side is gipam and self.server.fatal in asked:
-                        self.server.fatal = b"no more"
-                        self.server.docker.stop("dockerd", number=signal.SIGKILL)
-                        return
-                    if not data:
-                        return
-                    with contextlib.suppress(BrokenPipeError):  # who asked has gone
-                        other[side].sendall(data)
-                    asked = asked if side is self.request else b""
-
-
-class BetweenServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    daemon_threads = True
-    fatal = b"no method"
-
-    def __init__(self, test: DockerCase) -> None:
-        self.docker, path = test.docker, test.docker.path(SOCKET)
-        self.gipam = path + ".real"
-        os.rename(path, self.gipam)
-        test.addCleanup(os.rename, self.gipam, path)
-        super().__init__(path, Between)
-        test.addCleanup(self.docker.stop, "dockerd")
-        test.addCleanup(self.server_close)
-        test.addCleanup(self.shutdown)
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-
-class CrashTest(CheckedCase):
-    def test_dockerd_killed_between_a_reply_and_storing_it(self) -> None:
-        self.docker.stop("dockerd")
-        between = BetweenServer(self)
-        self.docker.start_dockerd()
-        self.docker.network("web", "--ipv6", containers=("one",))
-        for command in (("run", "-d", "--network", "web", "--mac-address", "02:42:00:00:00:09", "bb"),
-                        ("network", "create", "--ipam-driver", "gipam", "--subnet", "10.9.0.0/24", "lan")):
-            between.fatal = b"RequestAddress"  # of the container, of the gateway
-            self.assert_refused("", *command)
-            until(lambda: not (self.docker.dockerd and self.docker.dockerd.is_running()), "end of dockerd")
-            self.docker.start_dockerd()
-        self.docker("start", "one")
-        self.assert_found_and_mended(self.leaked_address("10.2.0.3", "web"), self.leaked_pool("10.9.0.0/24"))
-        self.docker.network("lan", "--subnet", "10.9.0.0/24")
-        self.assert_found_and_mended()
-
-
-class ChurnTest(DockerCase):
-    """Containers come and go while `check` compares."""
-
-    CHURN_S = 60.0
-    WAYS = (("restart", "-t", "0"), ("stop", "-t", "0"), ("kill",))
-
-    def come_and_go(self, name: str, end: float) -> None:
-        for way in itertools.cycle(self.WAYS):
-            if time.monotonic() > end:
-                return
-            self.docker(*way, name)
-            self.docker("start", name)
-
-    def age_leases(self, age_s: int) -> None:
-        document = json.loads(self.docker.read_lease_file())
-        del document["Checksum"]  # a file that somebody has edited
-        for pool in document["Allocated"]:
-            for lease in pool["Leases"]:
-                lease[3] -= age_s
-        self.docker.replace_lease_file(json.dumps(document))
-
-    def test_nothing_false_is_reported(self) -> None:
-        """The grace time excuses what has just started, and nothing of what is an hour old by the lease file."""
-        self.docker.network("web", "--ipv6")
-        self.docker.network("lan", "--subnet", "10.9.0.0/24")
-        self.docker.at_once(*(("run", "-d", "--name", f"c{number}", "--network", ("web", "lan")[number % 2], "bb")
-                              for number in range(20)))
-        self.age_leases(3600)
-        end = time.monotonic() + self.CHURN_S
-        threads = [threading.Thread(target=self.come_and_go, args=(f"c{number}", end)) for number in range(20)]
-        for thread in threads:
-            thread.start()
-        found = []
-        while any(thread.is_alive() for thread in threads):
-            found.append(self.docker.check(grace_s=60))
-        self.assertEqual([findings for findings in found if findings], [])
-        self.assertGreater(len(found), 1)
-        self.assert_found_and_mended()
 
 
 if __name__ == "__main__":
