@@ -2826,6 +2826,7 @@ class InMemory(Direct):
 
     def open(self) -> None:
         store = gipam.Store(self.path)
+        store.hold()
         read = functools.partial(read_anew, store, self.settings)
         self.service = gipam.Service(store, read(), {}, read, self.kernel)
 
