@@ -255,10 +255,13 @@ Json = Dict[str, Any]  # an object
 def parse_prefix(text: str, mask: bool = False) -> Network:
     """Return the prefix of CIDR text; mask clears host bits. Raises: ValueError with the rule."""
     address, _, length = text.partition("/")  # ip_network takes netmasks and bare addresses too
-    if "%" in address or not (length.isascii() and length.isdigit()):
+    try:
+        if "%" in address or not (length.isascii() and length.isdigit()):
+            raise ValueError
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
         raise ValueError(f"{text!r} is not a prefix in CIDR form, such as 10.2.0.0/16 or "
-                         "2001:db8::/56")
-    network = ipaddress.ip_network(text, strict=False)
+                         "2001:db8::/56") from None
     if not mask and network[0] != ipaddress.ip_address(address):
         raise ValueError(f"{text!r} has host bits set: the prefix is {network}")
     return network
@@ -3245,7 +3248,8 @@ class Server(socketserver.TCPServer):
         try:
             super().server_bind()
         except OSError as error:
-            error.filename = format_endpoint(self.server_address)
+            option = "socket" if self.is_unix else "metrics" if self.paths else "address"
+            error.filename = f"-{option} {format_endpoint(self.server_address)}"
             raise
         if self.is_unix:
             os.chmod(self.socket.getsockname(), 0o600)

@@ -642,15 +642,14 @@ class ParsingTest(unittest.TestCase):
 
     def test_what_is_no_prefix_is_refused_with_the_rule(self) -> None:
         form = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
-        kind = "does not appear to be an IPv4 or IPv6 network"
         for text, rule in (
-                ("10.2.0.0", form), ("", form), ("/24", kind), ("10.2.0.0/", form), ("web", form),
+                ("10.2.0.0", form), ("", form), ("/24", form), ("10.2.0.0/", form), ("web", form),
                 ("10.2.0.0/255.255.0.0", form), ("10.2.0.0/0.0.255.255", form),
                 ("10.2.0.0/+16", form), ("10.2.0.0/-1", form), ("10.2.0.0/ 16", form),
                 ("10.2.0.0/16/8", form), ("10.2.0.0/\u0661\u0666", form),
-                ("10.2.0.0/1\u00b2", form), ("fe80::%eth0/64", form), ("10.2.0.0/33", kind),
-                ("2001:db8::/129", kind), ("10.2/16", kind), (" 10.2.0.0/16", kind),
-                ("10.02.0.0/16", kind),
+                ("10.2.0.0/1\u00b2", form), ("fe80::%eth0/64", form), ("10.2.0.0/33", form),
+                ("2001:db8::/129", form), ("10.2/16", form), (" 10.2.0.0/16", form),
+                ("10.02.0.0/16", form),
                 ("10.2.0.1/16", "has host bits set: the prefix is 10.2.0.0/16"),
                 ("2001:db8::1/64", "has host bits set: the prefix is 2001:db8::/64")):
             with self.subTest(text), self.assertRaises(ValueError) as caught:
@@ -4253,7 +4252,7 @@ class NameTest(unittest.TestCase):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             daemon = self.daemon("-address", f"127.0.0.1:{port}", kind=TcpDaemon)
-            self.assert_fails(daemon, 1, f"gipam: 127.0.0.1:{port}: Address already in use")
+            self.assert_fails(daemon, 1, f"gipam: -address 127.0.0.1:{port}: Address already in use")
             self.assertFalse(os.path.exists(daemon.spec))
 
 
