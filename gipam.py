@@ -3084,10 +3084,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         """Nothing: it has only begun."""
 
-    def address_string(self) -> str:
-        """Name the peer; on a UNIX socket it has no address, and the stock method fails."""
-        return "unix" if self.server.is_unix else self.client_address[0]
-
     def is_busy(self) -> bool:
         """Return whether it is in the middle of a request or of a reply."""
         return bool(self.inbox or self.outbox) or self.length >= 0 or self.is_waiting
@@ -3183,7 +3179,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, error: GipamError) -> Reply:
         """Return the reply to what is not a request; it is the last one."""
-        log.warning("refused %s: %s", self.address_string(), error)
+        log.warning("refused what is not a request: %s", error)
         self.close_connection, self.inbox, self.length = True, bytearray(), -1
         return refuse(error)
 
@@ -3282,12 +3278,11 @@ class Loop:
         self.servers: list[Server] = []
         self.names: list[str] = []  # the paths by which Docker finds the socket
         self.ticks: list[Callable[[], None]] = [self._tick]  # what is done each second
-        self._due: list[Callable[[], None]] = []  # of that
         self._tick_s = 0.0
         self.handlers: dict[Handler, None] = {}
         self.ask_etcd: Callable[[Need, Again], None] | None = None
         self._replies: collections.deque[tuple[Handler, Reply]] = collections.deque()
-        self._told: list[Callable[[], None]] = []  # what tells threads the end of their calls
+        self._later: list[Callable[[], None]] = []  # what is done when the replies have left
         self._current: Handler | None = None  # at which the turn is
         self.is_ending = False  # each reply is the last of its connection
         self.is_stopping = self.is_over = False
@@ -3352,14 +3347,14 @@ class Loop:
                 self.service.store.lose("ten turns in a row failed: see the log")
 
     def _turn(self, wait_s: float) -> None:
-        is_busy = self._asking or self._replies
-        for key, events in self._selector.select(0 if is_busy else wait_s):  # 1, 2
+        for key, events in self._selector.select(  # 1, 2
+                0 if self._asking or self._replies else wait_s):
             key.data(events & key.events)
         self._current = None
         while self._dialled:  # last: who asks in this turn is not pushed out in it
             self._accept(self._dialled.pop())
         for _ in range(len(self._calls)):  # 3
-            self._told.append(self._run(*self._calls.popleft()))
+            self._later.append(self._run(*self._calls.popleft()))
         while self._asking:  # 4
             self._current, _ = self._asking.popitem(last=False)
             self._ask(self._current)
@@ -3371,14 +3366,13 @@ class Loop:
                 self._current.answer(settle(self.service, reply))
                 self._send(self._current)
         self._current = None
-        while self._told:
-            self._told.pop()()
+        if time.monotonic() >= self._tick_s and not self.is_ending:
+            self._tick_s = time.monotonic() + TICK_S
+            self._later = self.ticks[::-1] + self._later
+        while self._later:
+            self._later.pop()()
         self.service.tell()
         self.flush_log()
-        if time.monotonic() >= self._tick_s and not self.is_ending:
-            self._tick_s, self._due = time.monotonic() + TICK_S, self.ticks[::-1]
-        while self._due:
-            self._due.pop()()
 
     def _run(self, future: concurrent.futures.Future[Any],
              function: Callable[[], Any]) -> Callable[[], None]:
