@@ -67,7 +67,7 @@ class Load:
     def end(self) -> list[str]:
         """End it and return what the commands said that failed."""
         self.machine("touch /run/load.end")
-        return self.process.communicate(timeout=120)[0].splitlines()
+        return self.process.communicate(timeout=300)[0].splitlines()
 
 
 class BootTest(unittest.TestCase):

@@ -683,7 +683,7 @@ class Machine(Disk):
     def __call__(self, script: str, *expected: int) -> str:
         """Run a bash script inside and return what it says; fail if its status is not as expected (0)."""
         process = self.begin(script)
-        out = process.communicate(timeout=120)[0]
+        out = process.communicate(timeout=DEADLINE_S * 10)[0]
         if process.returncode not in (expected or (0,)):
             raise AssertionError(f"exit status {process.returncode} of:\n{script}\n{out}")
         return out.strip()
@@ -696,7 +696,7 @@ class Machine(Disk):
     def wait_until(self, condition: str) -> None:
         """Wait until a command succeeds; the poll is inside, where it costs least."""
         said = "docker ps -a; journalctl --no-pager -o cat -u docker -u gipam -p warning | cut -c 1-500 | tail -n 40"
-        self(f"until {condition}; do [ $SECONDS -lt {DEADLINE_S * 3:.0f} ] || {{ {said}; exit 1; }}; sleep 0.1; done")
+        self(f"until {condition}; do [ $SECONDS -lt {DEADLINE_S * 8:.0f} ] || {{ {said}; exit 1; }}; sleep 0.1; done")
 
     def wait_for_containers(self) -> None:
         """Wait until all that there are are running."""
