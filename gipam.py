@@ -3334,9 +3334,9 @@ class Loop:
             self._current = None
             self._turn(wait_s)
             self._failed_turns = 0
-        except GipamError:  # a tick's
-            raise
-        except Exception:
+        except Exception as error:
+            if isinstance(error, GipamError) and not self._current:  # a tick's
+                raise
             log.exception("this is a bug of gipam")
             self.service.mend()
             if self._current:

@@ -6028,6 +6028,14 @@ class MetricsTest(OperatedCase):
                 self.docker.make_network("web")
                 self.docker.remove_network("web")
 
+    def test_names_and_macs_are_not_told_on_the_metrics_address(self) -> None:
+        daemon = Daemon(self, "-metrics", "127.0.0.1:0", env=NO_DOCKER).start()
+        wait_for(lambda: "metrics on" in daemon.read_log(), "its address")
+        port, = re.findall(r"metrics on 127\.0\.0\.1:(\d+)", daemon.read_log())
+        for path, status in (("status", 404), ("metrics", 200)):
+            peer = Peer(self, ("127.0.0.1", int(port))).send(request(path, verb="GET"))
+            self.assertEqual(peer.answer(raw=True).status, status)
+
     def test_metrics_address_serves_pages_and_changes_nothing(self) -> None:
         self.docker.make_network("web")
         port, before = self.serve_tcp(gipam.PUBLIC_PAGES), self.held()
