@@ -2652,10 +2652,6 @@ class Fields(Dict[str, Any]):
             raise InvalidRequest(f"{key} has characters that cannot be printed: {value!r}")
         return value
 
-    def pool_id(self) -> str:
-        """Return the PoolID, which must be there."""
-        return self.text("PoolID", is_needed=True)
-
     def address(self, is_needed: bool = False) -> str:
         """Return a bare address of either family, "" where there is none."""
         text = self.text("Address", is_needed)
@@ -2827,7 +2823,7 @@ def request_pool(service: Service, fields: Fields) -> tuple[Any, Change]:
 
 def request_address(service: Service, fields: Fields) -> tuple[Any, Change]:
     """Grant an address to a gateway, to a container, or aside for the user (auxiliary)."""
-    pool_id, address, options = fields.pool_id(), fields.address(), fields.options()
+    pool_id, address, options = fields.text("PoolID", True), fields.address(), fields.options()
     mac, name = options.text(ENDPOINT_MAC), options.text(ENDPOINT_NAME)
     kind = ENDPOINT if mac or name or not address else AUXILIARY
     if options.get("RequestAddressType") == "com.docker.network.gateway":
@@ -2838,7 +2834,7 @@ def request_address(service: Service, fields: Fields) -> tuple[Any, Change]:
 
 def release(service: Service, fields: Fields, has_address: bool = False) -> tuple[Any, Any]:
     """Release a pool or an address; what is gone already is released."""
-    pool_id, address = fields.pool_id(), fields.address(is_needed=True) if has_address else ""
+    pool_id, address = fields.text("PoolID", True), fields.address(True) if has_address else ""
     change = service.release(pool_id, address)
     if change is None:
         log.warning("nothing to release: %s is not held", f"{address} in {pool_id}"
@@ -3009,7 +3005,7 @@ METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Change | None]]] = {
     "/IpamDriver.RequestAddress": request_address,
     "/IpamDriver.ReleaseAddress": functools.partial(release, has_address=True),
     "/Gipam.Release": lambda service, fields: (  # of what `check --fix` or `release` saw
-        {}, service.release_if(fields.pool_id(), fields.address(), fields.seq())),
+        {}, service.release_if(fields.text("PoolID", True), fields.address(), fields.seq())),
     "/Gipam.Adopt": adopt_by_hand,
     "/Gipam.Evict": evict_by_hand,
 }
