@@ -105,7 +105,9 @@ from typing import (
     NoReturn,
     Sequence,
     Tuple,
+    TypeVar,
     Union,
+    cast,
 )
 
 __version__ = "1.0.0"
@@ -147,14 +149,19 @@ DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
 DOCKER_PATIENCE_S, NAMES_PATIENCE_S = 10.0, 2.0  # of check, and of status, for Docker
 IMPORT_PATIENCE_S = 2.0  # at a start with Docker alive
 ETCD_PATIENCE_S = 3.0  # of a request of Docker's that needs etcd
-ETCD_ATTEMPT_S = 1.0  # for one member of etcd; and for what nobody waits for
-ETCD_PAUSE_S, ETCD_GOODBYE_S = 0.05, 0.2
-PRESENCE_S = 30  # a host that has not been there for so long may be evicted
-PULSE_S = 5.0  # from one sign of presence to the next
-WATCH_PATIENCE_S = 12.0  # without any sign of presence, not even of this host
-MAX_DUE = 100  # subnets that are compared with etcd in one turn
-LOAD_ENTRIES = 20  # of etcd that are taken over in one turn; measured: 70 us each
-MAX_GONE_PARTS = 60  # in one transaction: etcd's --max-txn-ops is 128, each is compared twice
+ETCD_ATTEMPT_S = 1.0  # for one member of etcd
+ETCD_PAUSE_S = 0.05
+PULSE_S = 10.0  # from one sign of presence to the next
+ABSENT_READINGS = 4  # in a row that show no sign of a host
+RIVAL_S = 20.0  # for another host of this name to show that it is there
+GRANT_S = 10.0  # from a transaction to what is granted on it: who is stopped may be evicted
+CALM_S = 5.0  # without new claims after etcd has lost some, for all to claim again what they hold
+MAX_WRITES = 40  # claims in one transaction: etcd's --max-txn-ops is 128
+MAX_CHANGES_CHARS = 2000  # of the changes that are kept in etcd
+PAGE_KEYS = 250  # of etcd that are read at a time; measured: json.loads() takes 0.24 ms
+LEARN_CLAIMS = 25  # in one turn; measured: 60 us each
+MAX_ETCD_BYTES = 1 << 24  # of one reply
+SWITCH_S = 0.0005  # between threads: what etcd says is read beside the loop
 AUTHENTICATE = "/v3/auth/authenticate"
 BITS = {4: 32, 6: 128}
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -227,10 +234,6 @@ class Absent(Unreachable):
 
 class Refused(GipamError, exit_status=2):
     """Docker, or the daemon, answered with an error."""
-
-
-class Outdated(Refused):
-    """etcd has not, or not any more, the revision that it was asked for."""
 
 
 class BusyError(GipamError, exit_status=75):  # EX_TEMPFAIL
@@ -341,6 +344,7 @@ class RequestPool(NamedTuple):
     granted_s: int  # UNIX time
     cursor: int  # offset in the subnet of the address to try next
     next_block: int  # number of the block of this length to try next, -1: as it was
+    is_shared: bool = False  # with other hosts
 
 
 class ReleasePool(NamedTuple):
@@ -376,11 +380,11 @@ class BindPool(NamedTuple):
 
 
 class SharePool(NamedTuple):
-    """Change: what this host has of a subnet that several hosts share."""
+    """Change of older journals: the subnet of a pool is shared with other hosts."""
 
-    pool_id: str  # of any pool in the subnet
-    parts: list[str]  # CIDR
-    common: dict[str, str]  # bare address -> kind: of all these hosts, and given to none of them
+    pool_id: str
+    parts: list[str]  # once this host's
+    common: dict[str, str]
 
 
 Change = Union[RequestPool, ReleasePool, BindPool, SharePool, RequestAddress, ReleaseAddress]
@@ -391,7 +395,8 @@ CHANGES: dict[str, Any] = {
 }
 CHANGE_NAMES = {kind: name for name, kind in CHANGES.items()}
 FIELD_TYPES = {  # of those that are no text
-    "granted_s": int, "cursor": int, "next_block": int, "parts": list, "common": dict}
+    "granted_s": int, "cursor": int, "next_block": int, "is_shared": bool, "parts": list,
+    "common": dict}
 
 
 def check_numbers(what: str, *numbers: int) -> None:
@@ -438,10 +443,13 @@ class AddressSet:
         if bitmap:
             self._bitmaps[index] = bitmap
 
-    def next_absent(self, number: int) -> int:
-        """Return the least number, from this one on, that is not in the set."""
+    def next_absent(self, number: int, *others: AddressSet) -> int:
+        """Return the least number, from this one on, that is not in the set, nor in others."""
         while True:
-            rest = self._bitmaps.get(number >> self.SHIFT, 0) >> (number & self.MASK)
+            rest = self._bitmaps.get(number >> self.SHIFT, 0)
+            for other in others:
+                rest |= other._bitmaps.get(number >> self.SHIFT, 0)  # noqa: SLF001 - of our own
+            rest >>= number & self.MASK
             number += (~rest & rest + 1).bit_length() - 1  # past the ones at its low end
             if not rest & 1 or number & self.MASK:
                 return number
@@ -566,9 +574,7 @@ class Subnet:
         self.held = AddressSet()  # offsets from first; the reserved ones are always held
         self.memory = Memory()  # owner -> offset
         self.pools: dict[Network | None, Pool] = {}  # by sub_pool
-        self.parts: list[Network] | None = None  # of a shared subnet: those that this host has
-        self.common: dict[int, str] = {}  # of a shared subnet: offset -> kind
-        self.shut: set[int] = set()  # may become so: etcd has been asked
+        self.is_shared = False  # with other hosts
         for offset in self.reserved:
             self.held.add(offset)
 
@@ -579,23 +585,16 @@ class Subnet:
             return {0}  # the subnet-router anycast address
         return {0, self.last_offset} if self.last_offset >= 3 else set()
 
-    def ranges(self, low: int, high: int) -> list[Range]:
-        """Return what this host may hand out of a range of offsets: all, or what it has of it."""
-        if self.parts is None:
-            return [(low, high)]
-        spans = ((int(part[0]) - self.first, int(part[-1]) - self.first) for part in self.parts)
-        return [(max(low, first), min(high, last)) for first, last in spans
-                if first <= high and low <= last]
+    def find_free(self, low: int, high: int, *others: AddressSet) -> int | None:
+        """Return the first offset of a range that is free, and in no other set, None: none is."""
+        offset = self.held.next_absent(low, *others)
+        return offset if offset <= high else None
 
-    def find_free(self, low: int, high: int) -> int | None:
-        """Return the first free offset of the range that this host may hand out, None: none is."""
-        for first, last in self.ranges(low, high):
-            offset = self.held.next_absent(first)
-            while offset in self.common or offset in self.shut:
-                offset = self.held.next_absent(offset + 1)
-            if offset <= last:
-                return offset
-        return None
+    def find_kind(self, address: str) -> str:
+        """Return as what an address is held, "" if it is not."""
+        offset = parse_address(address, self.version) - self.first
+        return next((pool.leases[offset].kind for pool in self.pools.values()
+                     if offset in pool.leases), "")
 
 
 class Pool:
@@ -642,7 +641,7 @@ class Family:
         self.subnets: dict[Network, Subnet] = {}
         self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
         self.names = Memory()  # gipam.name -> Kept
-        self.elsewhere: dict[Network, str] = {}  # held too: what others have claimed -> by whom
+        self.elsewhere: dict[Network, Any] = {}  # held too: what others have claimed -> by whom
 
     def find_block(self, bases: list[Network], prefixlen: int,
                    obstacles: Obstacles) -> tuple[Network, int] | None:
@@ -744,6 +743,7 @@ class State:
                 pool.cursor = max(pool.cursor, *ends, 0)  # who is new comes after them
             family.names.remember(pool.name, Kept(network, {}), pool.seq)
         if not subnet.pools:
+            subnet.is_shared = change.is_shared
             family.subnets[network] = subnet
             family.held.cover(network)
         subnet.pools[pool.sub_pool] = self.pools[pool.pool_id] = pool
@@ -771,14 +771,8 @@ class State:
         self.pools[change.new_id] = self.pools.pop(change.pool_id)
         pool.pool_id = change.new_id
 
-    def _share_pool(self, change: SharePool, pool: Pool) -> None:
-        subnet, parts = pool.subnet, [parse_prefix(text) for text in change.parts]
-        common = {pool.offset(address): kind for address, kind in change.common.items()}
-        if any(part.prefixlen < subnet.network.prefixlen or not part.overlaps(subnet.network)
-               for part in parts) or not {*common.values()} <= {*KINDS} or any(
-                   not 0 <= offset <= subnet.last_offset for offset in common):
-            raise ValueError(f"what {subnet.network} shares lies outside it: {change[1:]!r:.80}")
-        subnet.parts, subnet.common = parts, common
+    def _share_pool(self, _: SharePool, pool: Pool) -> None:
+        pool.subnet.is_shared = True
 
     def _request_address(self, change: RequestAddress, pool: Pool) -> None:
         subnet, offset = pool.subnet, pool.offset(change.address)
@@ -805,237 +799,348 @@ class State:
         self.lease_count -= 1
 
 
-class Need(NamedTuple):
-    """What etcd has to be asked for: a method of Claimant, and what it is about."""
+class Claim(NamedTuple):
+    """What etcd has under the name of a subnet, or of an address in a shared one."""
 
-    what: str
-    subnet: Any  # None where it is about a host
-    place: str = ""  # in the subnet: an address, a part, a range; or a host
-    kind: str = ""  # of the address
-    known: Any = ()  # of a claim: the head, and who has the subnet, as it was decided
+    hosts: tuple[str, ...]  # sorted
+    kind: str = ""  # of an address
+    is_shared: bool = False  # of a subnet
+    since_s: int = 0
 
+    def __str__(self) -> str:
+        return f"host{'s' * (len(self.hosts) > 1)} {', '.join(self.hosts)}"
 
-class Entry(NamedTuple):
-    """A key of etcd below the driver's prefix, as of a revision."""
-
-    table: str  # head, hosts, claims or parts
-    name: Any  # "", a host, a subnet, (a subnet, a part of it)
-    text: str  # its value, "": it is deleted
-    revision: int
-
-    @property
     def value(self) -> Json:
-        """Return the value; what gipam has not written is one, too."""
-        with contextlib.suppress(ValueError):
-            found = json.loads(self.text or "{}")
-            return dict(found) if isinstance(found, dict) else {}
-        return {}
-
-    @property
-    def hosts(self) -> list[str]:
-        """Return who has it: one, or all that share a subnet."""
-        hosts = self.value.get("hosts") or ["?"] * bool(self.text)
-        return [printable(str(host)) for host in hosts]
+        """Return it as etcd has it."""
+        value = {"hosts": self.hosts, "since": self.since_s, "kind": self.kind,
+                 "shared": self.is_shared}
+        return {key: part for key, part in value.items() if part}
 
 
-def parse_key(key: str) -> tuple[str, Any]:
-    """Return the table and the name of a key below the driver's prefix. Raises: ValueError."""
-    table, _, name = key.partition("/")
-    if table in ("head", "hosts"):
-        return table, name
-    prefixes = re.fullmatch("([^/]+/[0-9]+)(?:/([^/]+/[0-9]+))?", name)
-    if table not in ("claims", "parts") or not prefixes or (table == "parts") != bool(prefixes[2]):
-        raise ValueError(f"{key!r} is no key of gipam's")
-    subnet = parse_prefix(prefixes[1])
-    return table, (subnet, parse_prefix(prefixes[2])) if prefixes[2] else subnet
+class Need(NamedTuple):
+    """What etcd has to be asked for, and what that rests on."""
+
+    writes: dict[str, Claim | None]  # name -> None: it goes; {}: only look whether all is known
+    head: str | None  # as of which it was decided, None: nothing is known yet
+    evicted: str = ""  # the host whose claims these are,
+    shown: str | None = None  # and the key that shows that it has gone
+
+
+class Told(NamedTuple):
+    """What a transaction has told, to be learned in the turn that decides on it."""
+
+    head: str | None
+    news: dict[str, Claim | None] | None = None
+    hosts: dict[str, str] | None = None  # the keys of all, if they were read
+    won: frozenset[str] = frozenset()  # what is this host's, by this very transaction
+    sent_s: float = 0.0  # on the clock that runs while the machine sleeps, too
+    is_settled: bool = True  # nothing asked for earlier can happen any more
+
+
+def parse_object(text: str | None) -> Json:
+    """Return what etcd has, {} if that is no JSON object."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text or "null")
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def parse_claim(value: Any) -> Claim | None:
+    """Return the claim that a value makes: what gipam has not written is somebody's, too."""
+    if value is None:
+        return None
+    value = value if isinstance(value, dict) else {}
+    hosts, kind, since_s = (value.get(key) for key in ("hosts", "kind", "since"))
+    names = {printable(host) if isinstance(host, str) and host else "?"
+             for host in (hosts if isinstance(hosts, list) and hosts else "?")}
+    return Claim(tuple(sorted(names)), kind if kind in (GATEWAY, AUXILIARY, ENDPOINT) else "",
+                 value.get("shared") is True or "part" in value,  # as older versions have it
+                 since_s if type(since_s) is int else 0)
+
+
+def parse_name(name: str) -> tuple[Network, str]:
+    """Return the subnet of a claim, and the address or "". Raises: ValueError, if no host has it.
+
+    Only what gipam writes is meant: 10.2.0.0/024 is another name, and nobody's.
+    """
+    prefix, _, address = name.partition("/")
+    length, _, address = address.partition("/")
+    network = parse_prefix(f"{prefix}/{length}")
+    if address:
+        number = parse_address(address, network.version)
+        address = format_address(number, network.version)
+        if not span(network)[0] <= number <= span(network)[1]:
+            raise ValueError(f"{name!r} is an address outside its subnet")
+    if name != f"{network}/{address}".rstrip("/"):
+        raise ValueError(f"{name!r} is not how gipam writes it")
+    return network, address
+
+
+def is_name(name: str) -> bool:
+    """Return whether a claim can have this name."""
+    with contextlib.suppress(ValueError):
+        return bool(parse_name(name))
+    return False
 
 
 class Site:
-    """What the hosts of a site have claimed, as etcd tells it. Nothing of it is journalled.
+    """What the hosts of a site have claimed, as of a head. Nothing of it is journalled.
 
-    Each entry counts as of its revision: what comes later, from a transaction of this host or from
-    the watch, may be older. All up to the revision `watched` has been seen.
+    A claim that names any other host covers what is free here, unless this host holds that very
+    subnet, shared. A claim that names this host alone, and that nothing here holds, is free for
+    this host, but only by a transaction that writes it again.
     """
 
-    def __init__(self, host: str, state: State) -> None:
-        self.host = host
-        self.tables: dict[str, dict[Any, Entry]] = {
-            "head": {}, "hosts": {}, "claims": {}, "parts": {}}
-        self.watched = 0
-        self._gone: list[Entry] = []  # deleted, and the watch has not said so yet
-        self.loaded = threading.Event()  # all claims are known
-        self.due: dict[Network, None] = {}  # subnets of which etcd may not say what is held here
-        self.leaving: set[Network] = set()  # claims that etcd may have been asked to let go
-        self.wake: Callable[[], None] = lambda: None  # whoever asks etcd about them
-        # Subnets held here -> what of each others have claimed, it or parts of it -> who
-        self.conflicts: dict[Network, dict[Network, str]] = {}
-        self.state = state
-
-    @property
-    def head(self) -> Entry:
-        """Return the head as of which all claims are known."""
-        return self.entry("head", "")
+    def __init__(self, host: str, machine: str, state: State) -> None:
+        self.host, self.machine = host, machine
+        self.claims: dict[str, Claim] = {}  # SUBNET, or SUBNET/ADDRESS ->
+        self.inside: dict[Network, dict[str, None]] = {}  # subnet -> names of its addresses
+        self.taken: dict[Network, AddressSet] = {}  # subnet -> offsets that others have
+        self.head: str | None = None  # as of which all is known, None: it is not
+        self.hosts: dict[str, tuple[str, int]] = {}  # -> its key, and in how many readings in a row
+        self.due: dict[str, None] = {}  # names of which etcd may not say what is held here
+        self.leaving: set[str] = set()  # names that etcd may have been asked to let go
+        self.conflicts: dict[str, str] = {}  # names of what is held here -> who else has claimed it
+        self.won: frozenset[str] = frozenset()  # in this turn: see Told
+        self.is_fresh = False  # in this turn: etcd has just been asked
+        self.wake: Callable[[], None] = lambda: None  # whoever compares what is due
+        self.attach(state)
 
     def attach(self, state: State) -> None:
-        """Go on with a state that has been read anew: cover there what others have."""
+        """Go on with a state that has been read anew: cover what others have, compare all."""
         self.state = state
-        for network, entry in self.tables["claims"].items():
-            self._cover(network, Entry("claims", network, "", 0), entry)
-        self.mark_all()
+        for name in self.claims:
+            network, address = parse_name(name)
+            if not address:
+                self.cover(network)
+        self.mark(*self.claims)
+        for family in state.families.values():
+            for network, subnet in family.subnets.items():
+                self.mark(str(network))
+                for pool in subnet.pools.values() if subnet.is_shared else ():
+                    self.mark(*(f"{network}/{pool.format(offset)}" for offset in pool.leases))
 
-    def mark(self, network: Network) -> None:
-        """Have etcd asked about the subnet soon."""
-        self.due[network] = None
+    def mark(self, *names: str) -> None:
+        """Have what is held and what etcd has under these names compared."""
+        self.due.update(dict.fromkeys(names))
         self.wake()
 
-    def mark_all(self) -> None:
-        """Have all that is held or claimed here compared."""
-        mine = [network for network, entry in self.tables["claims"].items()
-                if self.host in entry.hosts]
-        held = (network for family in self.state.families.values() for network in family.subnets)
-        self.due.update(dict.fromkeys((*held, *mine)))
-        self.wake()
+    def note(self, change: Change, subnet: Subnet) -> None:
+        """Have compared what a change has touched."""
+        network = subnet.network
+        if isinstance(change, (RequestPool, ReleasePool)):
+            self.cover(network)
+            self.mark(str(network), *self.inside.get(network, ()))
+        elif subnet.is_shared and isinstance(change, (RequestAddress, ReleaseAddress)):
+            self.mark(f"{network}/{change.address}")
 
-    def has(self, network: Network) -> bool:
-        """Return whether the subnet is claimed for this host, alone or with others."""
-        entry = self.tables["claims"].get(network)
-        return (self.loaded.is_set() and entry is not None and self.host in entry.hosts
-                and network not in self.leaving)
+    def held(self, network: Network) -> Subnet | None:
+        """Return the subnet, if it is held here."""
+        return self.state.families[network.version].subnets.get(network)
 
-    def need(self, what: str, network: Network) -> Need:
-        """Return the need to claim a subnet, or to join those who share it."""
-        return Need(what, network, known=(self.head, self.entry("claims", network)))
+    def others(self, claim: Claim | None) -> tuple[str, ...]:
+        """Return who else has a claim."""
+        return tuple(host for host in claim.hosts if host != self.host) if claim else ()
 
-    def parts(self, network: Network) -> dict[Network, Entry]:
-        """Return the claimed parts of a shared subnet."""
-        return {name[1]: entry for name, entry in self.tables["parts"].items()
-                if name[0] == network and entry.text}
+    def cover(self, network: Network, is_joining: bool = False) -> None:
+        """Cover what is free here with the claim of a subnet, or not any more: see the class."""
+        family, claim, subnet = (self.state.families[network.version],
+                                 self.claims.get(str(network)), self.held(network))
+        is_ours = claim and claim.is_shared and (is_joining or (subnet and subnet.is_shared))
+        is_foreign = bool(self.others(claim)) and not is_ours
+        if is_foreign != (network in family.elsewhere):
+            self.mark(*self.conflicts)
+            if is_foreign and family.held.find_overlap(network):
+                self.mark(*map(str, filter(network.overlaps, family.subnets)))
+            family.held.cover(network, 1 if is_foreign else -1)
+            family.elsewhere.pop(network, None)
+        if claim and is_foreign:
+            family.elsewhere[network] = claim
 
-    def part_prefixlen(self, network: Network) -> int:
-        """Return the length of the parts of a subnet, 0 if it is not a shared one."""
-        entry = self.tables["claims"].get(network)
-        length = entry.value.get("part") if entry else 0
-        if isinstance(length, int) and network.prefixlen <= length <= BITS[network.version]:
-            return length
-        return 0
+    def describe_claim(self, claim: Claim | None) -> str:
+        """Return who has a claim of what is held here."""
+        old = next(filter(self.is_own_name, self.others(claim)), None)
+        return str(claim) + (f": this machine was host {old} before; `gipam evict {old}` makes "
+                             f"what it had host {self.host}'s" if old else "")
 
-    def find_part(self, network: Network, wanted: Network) -> Network | None:
-        """Return the first part of a shared subnet that touches the range and nobody has."""
-        length, claimed = self.part_prefixlen(network), self.parts(network)
-        parts = wanted.subnets(new_prefix=length) if wanted.prefixlen < length \
-            else [wanted.supernet(new_prefix=length)]
-        return next((part for part in parts if part not in claimed), None) if length else None
+    def is_own_name(self, host: str) -> bool:
+        """Return whether a host is this machine under the name that it had before."""
+        return parse_object(self.hosts.get(host, ("", 0))[0]).get("machine") == self.machine
 
-    def entry(self, table: str, name: Any) -> Entry:
-        """Return what is known of a key, be it that it is not there."""
-        return self.tables[table].get(name) or Entry(table, name, "", 0)
+    def learn(self, told: Told) -> None:
+        """Take over what a transaction has told."""
+        self.learn_hosts(told.hosts)
+        self.learn_claims(told.news or {})
+        self.head = told.head
+        if told.is_settled:
+            self.leaving.clear()
 
-    def learn(self, entry: Entry) -> None:
-        """Take over what an entry says, unless something later is known.
+    def learn_hosts(self, shown: dict[str, str] | None, is_reading: bool = False) -> None:
+        """Take over the keys of all hosts; in a reading, count in how many they were the same."""
+        if shown is not None:
+            before = {host: self.hosts.get(host, ("", 0)) for host in shown}
+            self.hosts = {host: (text, before[host][1] + is_reading if before[host][0] == text
+                                 else 1) for host, text in shown.items()}
 
-        What is deleted is kept until the watch has come as far: an older event must not bring it
-        back.
+    def learn_claims(self, news: Mapping[str, Claim | None]) -> None:
+        """Take over claims; what is none under a name that gipam writes is left alone."""
+        for name, claim in news.items():
+            known = self.claims.pop(name, None)
+            if claim and (known or is_name(name)):
+                self.claims[name] = claim
+            if claim != known and (known or name in self.claims):
+                self._follow(name, known, claim)
+
+    def _follow(self, name: str, known: Claim | None, claim: Claim | None) -> None:
+        """Cover, and have compared, what another claim has an effect on."""
+        network, address = parse_name(name)
+        subnet, is_held, hosts = self.held(network), True, {
+            host for it in (known, claim) if it for host in it.hosts}
+        if address:
+            names, taken = self.inside.setdefault(network, {}), self.taken.setdefault(
+                network, AddressSet())
+            offset = parse_address(address, network.version) - int(network[0])
+            is_held = bool(subnet and offset in subnet.held)
+            names.pop(name, None)
+            names.update({name: None} if claim else {})
+            (taken.add if self.others(claim) else taken.discard)(offset)
+            if not names:
+                del self.inside[network], self.taken[network]
+        else:
+            self.cover(network)
+        if self.host in hosts or (subnet and is_held):
+            self.mark(name, str(network))
+
+    def has(self, name: str, kind: str) -> bool:
+        """Return whether this host has an address surely, as a lease of this kind."""
+        claim = self.claims.get(name)
+        if not claim or self.host not in claim.hosts or name in self.leaving:
+            return False
+        return (claim == claim._replace(hosts=(self.host,), kind=kind) if kind == ENDPOINT
+                else claim.kind in (GATEWAY, AUXILIARY))
+
+    def check_pool(self, network: Network, is_shared: bool) -> None:
+        """Check that a transaction of the moment has claimed a subnet. Raises: Unclaimed."""
+        name = str(network)
+        if name not in self.won:
+            raise Unclaimed(Need({name: self.joined(name, "", is_shared)}, self.head))
+
+    def joined(self, name: str, kind: str, is_shared: bool) -> Claim:
+        """Return a claim as it is with this host."""
+        claim = self.claims.get(name)
+        others, since_s = self.others(claim), claim.since_s if claim else int(time.time())
+        return Claim(tuple(sorted((*others, self.host))), claim.kind if claim and others else kind,
+                     is_shared, since_s)
+
+    def check_address(self, network: Network, address: str, kind: str, is_away: bool) -> None:
+        """Check that this host may give an address of a shared subnet.
+
+        It has the address by a transaction of the moment; or still has it, while etcd is away.
+        Gateways and auxiliary addresses are claimed by all hosts that have them, others by one.
+        Raises: Unclaimed, Forbidden.
         """
-        known = self.entry(entry.table, entry.name)
-        if entry.revision <= max(known.revision, self.watched):
+        name, subnet = f"{network}/{address}", str(network)
+        claim, wanted = self.claims.get(name), self.wanted(subnet)
+        if name in self.won or (
+                is_away and self.has(name, kind) and wanted == self.claims.get(subnet)):
             return
-        self.tables[entry.table][entry.name] = entry
-        if not entry.text:
-            self._gone.append(entry)
-        if entry.table == "claims" and known.text != entry.text:
-            self._cover(entry.name, known, entry)
-            if self.host in (*entry.hosts, *known.hosts):
-                self.mark(entry.name)
-        if entry.table == "parts":
-            self.mark(entry.name[0])
+        others = self.others(claim)
+        if claim and others and ENDPOINT in (kind, claim.kind or ENDPOINT):
+            if not self.is_fresh:
+                raise Unclaimed(Need({}, self.head))
+            raise Forbidden(f"Address already in use: {address} of {network} is claimed by "
+                            f"{self.describe_claim(claim)}")
+        join = {} if wanted == self.claims.get(subnet) else {subnet: wanted}
+        raise Unclaimed(Need({**join, name: self.joined(name, kind, False)}, self.head))
 
-    def newest(self) -> Entry:
-        """Return what was written last of all that is known."""
-        known = (entry for table in self.tables.values() for entry in table.values() if entry.text)
-        return max(known, key=lambda entry: entry.revision, default=self.head)
+    def look_at(self, pool: Pool, is_away: bool) -> tuple[int, AddressSet]:
+        """Return where to look for an address of a shared subnet, and what others have of it.
 
-    def learn_all(self, entries: list[Entry], is_all: bool = True) -> None:
-        """Take over entries; those of a watch are all that there are up to the last one."""
-        for entry in entries:
-            self.learn(entry)
-        if entries and is_all:
-            self._advance(max(entry.revision for entry in entries))
-
-    def _advance(self, revision: int) -> None:
-        self.watched = revision
-        for entry in self._gone:
-            if self.tables[entry.table].get(entry.name) == entry and entry.revision <= revision:
-                del self.tables[entry.table][entry.name]
-        self._gone = [entry for entry in self._gone if entry.revision > revision]
-
-    def settle(self, news: list[Entry], about: list[Entry]) -> None:
-        """Take over what a transaction did or found; no earlier one about these can happen now."""
-        for entry in news:
-            self.learn(entry)
-        self.leaving.difference_update(entry.name for entry in about if entry.table == "claims")
-
-    def claims_of(self, host: str) -> list[Network]:
-        """Return the subnets that a host has claimed, or has parts of."""
-        parts = [entry._replace(name=name[0]) for name, entry in self.tables["parts"].items()]
-        return list(dict.fromkeys(entry.name for entry in (*self.tables["claims"].values(), *parts)
-                                  if host in entry.hosts))
-
-    def _cover(self, network: Network, old: Entry, new: Entry) -> None:
-        family = self.state.families[network.version]
-        if old.text and self.host not in old.hosts:
-            family.held.cover(network, -1)
-            del family.elsewhere[network]
-            for subnet in self.conflicts:
-                self.mark(subnet)
-        if new.text and self.host not in new.hosts:
-            for subnet in family.subnets if family.held.find_overlap(network) else ():
-                if network.overlaps(subnet):
-                    self.conflicts.setdefault(subnet, {}).setdefault(subnet, "another host")
-                    self.mark(subnet)  # _compare() tells which
-            family.held.cover(network)
-            family.elsewhere[network] = describe_hosts(new)
-
-    def begin_load(self) -> None:
-        """Be told everything anew, by an etcd whose history is another than the one known."""
-        self.loaded.clear()
-        self.watched = 0
-        for table in self.tables.values():
-            table.update({name: entry._replace(revision=0) for name, entry in table.items()})
-
-    def finish_load(self, names: set[tuple[str, Any]], revision: int) -> bool:
-        """All keys that there are at the revision have been told: others are gone.
-
-        Return whether this host has claims that nothing here holds.
+        That is what has just been claimed for it; what this host still has, while etcd is away;
+        else a random place, so that hosts seldom meet.
         """
-        for table, entries in self.tables.items():
-            gone = [name for name, entry in entries.items()
-                    if (table, name) not in names and entry.revision <= revision]
-            for name in gone:
-                self.learn(Entry(table, name, "", revision))
-        self._advance(revision)
-        self.loaded.set()
-        self.leaving.update(network for network in self.tables["claims"] if self.has(network)
-                            and network not in self.state.families[network.version].subnets)
-        self.mark_all()
-        return bool(self.leaving)
+        network, place = pool.subnet.network, random.randint(pool.low, pool.high)  # noqa: S311
+        names = self.inside.get(network, ()) if is_away else self.won
+        for name in names:
+            subnet, _, address = name.rpartition("/")
+            if subnet == str(network) and (name in self.won or self.has(name, ENDPOINT)):
+                offset = pool.offset(address)
+                if pool.low <= offset <= pool.high and offset not in pool.subnet.held:
+                    place = offset
+                    break
+        return place, self.taken.get(network) or AddressSet()
 
-    def find_conflict(self, subnet: Subnet) -> str:
+    def find_gateway(self, subnet: Subnet) -> str:
+        """Return a gateway that the other hosts of a shared subnet have, "" if there is none."""
+        addresses = (name.rpartition("/")[2] for name in self.inside.get(subnet.network, ())
+                     if self.claims[name].kind == GATEWAY)
+        return min((it for it in addresses if not subnet.find_kind(it)), default="")
+
+    def wanted(self, name: str) -> Claim | None:
+        """Return what etcd should have under a name; note who else has claimed that."""
+        (network, address), claim = parse_name(name), self.claims.get(name)
+        family, subnet, rival = self.state.families[network.version], self.held(network), None
+        kind = subnet.find_kind(address) if subnet and subnet.is_shared and address else ""
+        if subnet and not address:
+            rival = family.elsewhere.get(family.find_elsewhere(network) or network)
+        elif kind and claim and self.others(claim) and ENDPOINT in (kind, claim.kind or ENDPOINT):
+            rival = claim
+        self._note_rival(name, rival)
+        if rival or (kind and str(network) in self.conflicts):
+            return claim
+        if kind or (subnet and not address):
+            return self.joined(name, kind, bool(subnet and subnet.is_shared and not address))
+        if not claim or self.host not in claim.hosts or (not address and any(
+                self.host in self.claims[other].hosts for other in self.inside.get(network, ()))):
+            return claim  # a host that leaves gives up its addresses first
+        return claim._replace(hosts=self.others(claim)) if self.others(claim) else None
+
+    def _note_rival(self, name: str, claim: Claim | None) -> None:
+        before, self.conflicts[name] = self.conflicts.get(name), self.describe_claim(claim)
+        if not claim:
+            del self.conflicts[name]
+        elif self.conflicts[name] != before:
+            log.error("claimed_elsewhere: %s is held here, and claimed by %s: no new address of it "
+                      "is given out; remove one of the two networks", name, self.conflicts[name])
+
+    def evict(self, host: str) -> None:
+        """Give up what an absent host has claimed, for the machine's old name: make it this host's.
+
+        Raises: InvalidRequest, Forbidden; Unclaimed, until it is done.
+        """
+        if f"hosts/{host}" in self.won:
+            return
+        if not self.is_fresh:
+            raise Unclaimed(Need({}, self.head))
+        shown, count = self.hosts.get(host, (None, ABSENT_READINGS))
+        names = sorted((name for name, claim in self.claims.items() if host in claim.hosts),
+                       key=lambda name: (-name.count("/"), name))  # addresses go first
+        if not names and shown is None:
+            known = sorted({*self.hosts, *(it for claim in self.claims.values()
+                                           for it in claim.hosts)} - {self.host})
+            raise InvalidRequest(f"there is no host {host!r} in etcd, but {', '.join(known)}")
+        if count < ABSENT_READINGS and not self.is_own_name(host):
+            raise Forbidden(f"host {host} is there, or was less than {ABSENT_READINGS} looks of "
+                            f"{PULSE_S:.0f} s ago: stop its gipam first, and wait as long")
+        heir = {self.host} if self.is_own_name(host) else set()
+        writes = {name: self.claims[name]._replace(hosts=tuple(sorted(
+            heir.union(self.claims[name].hosts) - {host}))) for name in names[:MAX_WRITES]}
+        raise Unclaimed(Need({name: claim if claim.hosts else None
+                              for name, claim in writes.items()}, self.head, host, shown))
+
+    def find_conflict(self, network: Network) -> str:
         """Return who has claimed what is held here of a subnet, "" for nobody."""
-        return next(iter(self.conflicts.get(subnet.network, {}).values()), "")
+        return next((rival for name, rival in self.conflicts.items()
+                     if f"{name}/".startswith(f"{network}/")), "")
 
-    def describe(self) -> Json:
-        """Return what `status --json` shows of the hosts."""
-        claims = collections.Counter(
-            host for entry in self.tables["claims"].values() for host in entry.hosts)
-        present = {name for name, entry in self.tables["hosts"].items() if entry.text}
+    def describe(self, is_away: bool) -> Json:
+        """Return what `status --json` shows of the hosts; while etcd is away nobody is heard of."""
+        claims = collections.Counter(host for name, claim in self.claims.items()
+                                     if name.count("/") == 1 for host in claim.hosts)
+        present = {host for host, (_, count) in self.hosts.items() if count < ABSENT_READINGS}
         return {"host": self.host, "hosts": [
-            {"host": host, "is_present": host in present, "claims": claims[host]}
-            for host in sorted({*claims, *present})]}
-
-
-def describe_hosts(entry: Entry) -> str:
-    """Return who has a claim, as messages say it."""
-    return f"host{'s' * (len(entry.hosts) > 1)} {', '.join(entry.hosts)}"
+            {"host": host, "is_present": None if is_away else host in {*present, self.host},
+             "claims": claims[host]} for host in sorted({*claims, *self.hosts})]}
 
 
 UNBOUND = "unbound"  # in place of the token, until Docker sends the id of a pool taken over
@@ -1073,18 +1178,8 @@ def copy_state(state: State) -> tuple[Json, list[Any]]:
         is_first = next(iter(pool.subnet.pools.values())) is pool  # it stands for its subnet
         memory = pool.subnet.memory.copy() if is_first else {}
         free = {offset for offset, _ in memory.values() if offset not in pool.subnet.held}
-        pools.append((pool, pool.pool_id, pool.cursor, dict(pool.leases), memory, free,
-                      describe_share(pool)))
+        pools.append((pool, pool.pool_id, pool.cursor, dict(pool.leases), memory, free))
     return head, pools
-
-
-def describe_share(pool: Pool) -> list[Any]:
-    """Return what a SharePool change says of the pool, [] if it has its subnet alone."""
-    subnet = pool.subnet
-    if subnet.parts is None:
-        return []
-    common = {pool.format(offset): kind for offset, kind in subnet.common.items()}
-    return [list(map(str, subnet.parts)), common]
 
 
 def encode_snapshot(config: Json, copy: Any, segment: int | None,
@@ -1103,11 +1198,11 @@ def encode_state(head: Json, pools: list[Any]) -> Iterator[str]:
     """Yield the state as the JSON text that is checksummed, cut between elements."""
     yield dumps(head)[1:-1] + ',"Allocated":['
     comma = ""
-    for pool, pool_id, cursor, leases, memory, free, share in pools:
+    for pool, pool_id, cursor, leases, memory, free in pools:
         owners = {owner: [pool.format(offset), seq] for owner, (offset, seq) in memory.items()}
         values = (pool_id, pool.subnet.version, str(pool.subnet.network), str(pool.sub_pool or ""),
                   pool.name, pool.granted_s, pool.seq, cursor, owners,
-                  [pool.format(offset) for offset in sorted(free)], share)
+                  [pool.format(offset) for offset in sorted(free)], [True] * pool.subnet.is_shared)
         yield comma + dumps(dict(zip(POOL_KEYS, values)))[:-1] + ',"Allocated":['
         yield from encode_list(map(pool.format, leases))
         yield '],"Leases":['
@@ -1150,7 +1245,8 @@ def decode_change(record: Any) -> Change:
     """Return the change that a record of the journal is. Raises: ValueError, as typed_rows()."""
     name, *values = record
     kind: Any = CHANGES[name]
-    kinds = [FIELD_TYPES.get(field, str) for field in kind._fields]
+    needed = len(kind._fields) - len(kind._field_defaults)  # older versions had not the others
+    kinds = [FIELD_TYPES.get(field, str) for field in kind._fields[:max(needed, len(values))]]
     return next(kind(*row) for row in typed_rows(name, [values], *kinds))  # type: ignore[no-any-return]
 
 
@@ -1197,7 +1293,7 @@ def decode_pool(entry: Json, state: State) -> None:
     values = read_keys(entry, POOL_KEYS, what)
     pool_id, addresses = values["ID"], values["Allocated"]
     state.apply(RequestPool(pool_id, values["Pool"], values["SubPool"], "", values["Granted"],
-                            values["Idx"], -1))
+                            values["Idx"], -1, bool(values["Shared"])))  # once with its parts
     pool = state.pools[pool_id]
     if values["V"] not in (0, pool.subnet.version):
         raise ValueError(f"{what} is of another family than V says")
@@ -1218,8 +1314,6 @@ def decode_pool(entry: Json, state: State) -> None:
         subnet.held.add(offset)
         pool.leases[offset] = lease if isinstance(lease, Lease) else Lease(*lease)
     state.lease_count += len(pool.leases)
-    for parts, common in typed_rows(what, [values["Shared"]] * bool(values["Shared"]), list, dict):
-        state.apply(SharePool(pool_id, parts, common))
     remembered = ((owner, *entry) for owner, entry in values["Remembered"].items())
     for owner, address, seq in typed_rows(what, remembered, str, str, int):
         check_numbers(what, pool.offset(address), subnet.last_offset - pool.offset(address), seq)
@@ -1263,7 +1357,8 @@ def decide_request_pool(state: State, request: PoolRequest, routes: list[Range],
         subnet, next_block = choose_block(state.families[request.version], request, routes)
     else:
         check_subnet(state, subnet, sub_pool, now_s)
-    return grant(subnet, sub_pool, token, now_s)._replace(name=request.name, next_block=next_block)
+    return grant(subnet, sub_pool, token, now_s)._replace(
+        name=request.name, next_block=next_block, is_shared=request.is_shared)
 
 
 def grant(subnet: Network, sub_pool: Network | None, token: str, now_s: int) -> RequestPool:
@@ -1326,8 +1421,8 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
         yield change._replace(cursor=view.cursor)
         pool = state.pools[change.pool_id]
     for request in requests:
-        with contextlib.suppress(Forbidden, Unavailable, Unclaimed):  # it is held already
-            yield decide_request_address(pool, request, now_s, is_used=bool(request.address))
+        with contextlib.suppress(Forbidden, Unavailable):  # it is held already
+            yield decide_request_address(pool, request, now_s)
 
 
 def check_adoption(state: State, subnet: Network, sub_pool: Network | None, now_s: int) -> None:
@@ -1411,38 +1506,40 @@ def parse_offset(pool: Pool, address: str) -> int:
                              "has them") from None
 
 
-def choose_offset(pool: Pool, owner: str) -> tuple[int | None, int]:
-    """Return (offset, cursor): the owner's last, else the next free one; None: all are held."""
+def choose_offset(pool: Pool, owner: str, place: int | None = None,
+                  *others: AddressSet) -> tuple[int | None, int]:
+    """Return (offset, cursor): the owner's last, else the next free one; None: all are held.
+
+    It is next to the cursor, or to a place in a subnet that hosts share; what others have is not.
+    """
     subnet, last = pool.subnet, pool.subnet.memory.get(owner, (-1, 0))[0]
-    if pool.low <= last <= pool.high and subnet.find_free(last, last) == last:
+    place = max(pool.cursor, pool.low) if place is None else place
+    if pool.low <= last <= pool.high and subnet.find_free(last, last, *others) == last:
         return last, pool.cursor
-    offset = subnet.find_free(max(pool.cursor, pool.low), pool.high)
+    offset = subnet.find_free(place, pool.high, *others)
     if offset is None:
-        offset = subnet.find_free(pool.low, pool.high)
+        offset = subnet.find_free(pool.low, pool.high, *others)
     return offset, pool.cursor if offset is None else offset + 1
 
 
 def decide_request_address(pool: Pool, request: AddressRequest, now_s: int,
-                           is_used: bool = False) -> RequestAddress:
-    """Decide which address is given; one that is in use already is held, whoever has its part.
+                           place: int | None = None, *others: AddressSet) -> RequestAddress:
+    """Decide which address is given, as choose_offset() has it.
 
-    Raises: InvalidRequest, Forbidden, Unavailable; Unclaimed, where hosts share the subnet.
+    Raises: InvalidRequest, Forbidden, Unavailable.
     """
     subnet, cursor = pool.subnet, pool.cursor
     offset: int | None
     if request.address:  # of the subnet, in the sub_pool or not
         offset = check_address(pool, request)
     elif request.kind == GATEWAY:
-        offset = choose_gateway(pool)
+        offset = subnet.find_free(pool.low, pool.high, *others)
     else:
-        offset, cursor = choose_offset(pool, request.name or request.mac)
-    if offset is None and subnet.parts is not None:
-        raise Unclaimed(Need("part", subnet.network, str(pool.sub_pool or subnet.network)))
+        offset, cursor = choose_offset(pool, request.name or request.mac, place, *others)
     if offset is None:
         raise Unavailable(f"no available addresses on this pool: all {pool.usable()} of "
-                          f"{pool.sub_pool or subnet.network} are held")
-    if subnet.parts is not None and not is_used:
-        check_share(pool, offset, request.kind)
+                          f"{pool.sub_pool or subnet.network} are held"
+                          + (", here or by other hosts" if others else ""))
     return RequestAddress(pool.pool_id, pool.format(offset), *request[1:], now_s, cursor)
 
 
@@ -1457,33 +1554,6 @@ def check_address(pool: Pool, request: AddressRequest) -> int:
         how = "reserved" if offset in subnet.reserved else "held"
         raise Forbidden(f"Address already in use: {address} is {how} in {subnet.network}")
     return offset
-
-
-def choose_gateway(pool: Pool) -> int | None:
-    """Return the first free offset; of a shared subnet, the gateway that its hosts have."""
-    subnet = pool.subnet
-    known = (offset for offset, kind in sorted(subnet.common.items())
-             if kind == GATEWAY and offset not in subnet.held)
-    first = subnet.held.next_absent(pool.low)
-    return next(known, first if first <= pool.high else None)
-
-
-def check_share(pool: Pool, offset: int, kind: str) -> None:
-    """Check that this host may give the address of a shared subnet. Raises: Unclaimed, Forbidden.
-
-    Gateways and auxiliary addresses are common to its hosts, all others are one host's.
-    """
-    subnet, address = pool.subnet, pool.format(offset)
-    if kind != ENDPOINT and offset not in subnet.common:
-        raise Unclaimed(Need("common", subnet.network, address, kind))
-    if kind == ENDPOINT and offset in subnet.common:
-        raise Forbidden(f"Address already in use: {address} is {subnet.common[offset]} of all "
-                        f"hosts that share {subnet.network}")
-    if kind == ENDPOINT and not subnet.ranges(offset, offset):
-        raise Unclaimed(Need("part", subnet.network, address))
-    if kind == ENDPOINT and offset in subnet.shut:
-        raise Forbidden(f"Address already in use: {address} is being made common to the hosts that "
-                        f"share {subnet.network}")
 
 
 def decide_release_address(pool: Pool, address: str) -> ReleaseAddress | None:
@@ -2186,9 +2256,7 @@ class Service:
         self._done.append(Done(change, record, self.state.seq, pool, asked_s))
         self._is_changing = False
         if self.site:
-            subnet = pool.subnet
-            if isinstance(change, (RequestPool, ReleasePool)) or subnet.parts is not None:
-                self.site.mark(subnet.network)
+            self.site.note(change, pool.subnet)
 
     def commit(self) -> None:
         """Write what has been applied since the last time, as one line. Durable: on return.
@@ -2257,21 +2325,18 @@ class Service:
                 raise self.failure
 
     def request_pool(self, request: PoolRequest) -> RequestPool:
-        """Grant a subnet. Raises: as decide_request_pool(); StoreError."""
-        site, subnet, family = self.site, request.subnet, self.state.families[request.version]
+        """Grant a subnet. Raises: as decide_request_pool(); Unclaimed; StoreError."""
+        subnet, family = request.subnet, self.state.families[request.version]
         routes: list[Range] = []
         if subnet is None:  # read now, never cached: a VPN may have come up
             routes = self.read_obstacles(family)
-        elif site and request.is_shared and subnet in family.elsewhere:
-            raise Unclaimed(site.need("join", subnet))
-        change = decide_request_pool(self.state, request, routes, int(time.time()),
-                                     secrets.token_hex(8))
-        network = parse_prefix(change.subnet)
-        if site and request.is_shared and not (site.has(network) and site.part_prefixlen(network)):
-            raise Unclaimed(site.need("join", network))
-        if site and not site.has(network):
-            raise Unclaimed(site.need("claim", network))
-        self._grant(change)
+        elif request.is_shared and subnet in family.subnets \
+                and not family.subnets[subnet].is_shared:
+            raise Forbidden(f"{subnet} is held here, and not shared: remove its networks first")
+        with self._joining(request.version, subnet, request.sub_pool, request.is_shared):
+            change = decide_request_pool(self.state, request, routes, int(time.time()),
+                                         secrets.token_hex(8))
+            self._grant(change)
         return change
 
     def read_obstacles(self, family: Family) -> list[Range]:
@@ -2282,187 +2347,94 @@ class Service:
             raise Unavailable("cannot ask the kernel for the routes of this host: "
                               f"{error.strerror}; try again") from None
 
-    def _grant(self, change: RequestPool) -> None:
-        """Apply the change; where hosts share the subnet, this one begins with what etcd says."""
-        self.apply(change)
-        subnet = self.state.pools[change.pool_id].subnet
-        if self.site and subnet.parts is None and self.site.part_prefixlen(subnet.network):
-            parts = self.site.parts(subnet.network).items()
-            self.share(subnet, [part for part, entry in parts if self.site.host in entry.hosts])
+    @contextlib.contextmanager
+    def _joining(self, version: int, subnet: Network | None, sub_pool: Network | None,
+                 is_shared: bool) -> Iterator[None]:
+        """Let this host become one of those that share a subnet.
 
-    def share(self, subnet: Subnet, parts: list[Network]) -> None:
-        """Note which parts of a shared subnet this host has, and what is common to its hosts."""
+        Raises: Unclaimed, where a refusal rests on what others have claimed: etcd is asked again.
+        """
+        site, family = self.site, self.state.families[version]
+        try:
+            if site and subnet and is_shared:
+                site.cover(subnet, is_joining=True)
+            yield
+        except (InvalidRequest, Forbidden, Unavailable):
+            rival = subnet and family.find_rival(subnet, sub_pool)
+            if site and not site.is_fresh and (
+                    rival in family.elsewhere if rival else not subnet and family.elsewhere):
+                raise Unclaimed(Need({}, site.head)) from None
+            raise
+        finally:
+            if site and subnet and is_shared:
+                site.cover(subnet)
+
+    def _grant(self, change: RequestPool) -> None:
+        """Apply a grant that follows a transaction made for it. Raises: Unclaimed; StoreError."""
         if self.site:
-            entry = self.site.tables["claims"].get(subnet.network)
-            common = entry.value.get("common") if entry else None
-            pool = next(iter(subnet.pools.values()))
-            change = SharePool(pool.pool_id, sorted(map(str, parts)), common or {})
-            if describe_share(pool) != list(change[1:]):
-                self.apply(change)
+            network = parse_prefix(change.subnet)
+            subnet = self.site.held(network)
+            self.site.check_pool(network, subnet.is_shared if subnet else change.is_shared)
+        self.apply(change)
 
     def request_address(self, pool_id: str, request: AddressRequest) -> tuple[RequestAddress, int]:
         """Grant an address; return the prefixlen of its subnet too.
 
         A pool that Docker holds and the state does not know is adopted first, and stays so.
-        Raises: as decide_request_address() and decide_adoption(); StoreError.
+        Raises: as decide_request_address() and decide_adoption(); Unclaimed; StoreError.
         """
         now_s, pool = int(time.time()), self._find_pool(pool_id)
         if not pool:
-            self._adopt(decide_adoption(self.state, pool_id, request.address, now_s,
-                                        secrets.token_hex(8)))
+            subnet, sub_pool = parse_pool_id(pool_id) or (None, None)
+            self._adopt(subnet, sub_pool, decide_adoption(
+                self.state, pool_id, request.address, now_s, secrets.token_hex(8)))
             self.import_is_due.set()
             log.warning("took over %s, which Docker holds and the lease file does not", pool_id)
             pool = self.state.pools[pool_id]
-        subnet = pool.subnet.network
-        holder = self.site.conflicts.get(subnet, {}).get(subnet) if self.site else None
-        if holder:
-            raise Forbidden(f"{subnet} is held here, but claimed by {holder} too: no address of it "
+        network = pool.subnet.network
+        conflicts = self.site.conflicts if self.site else {}
+        rival = conflicts and conflicts.get(str(network))
+        if rival:
+            raise Forbidden(f"{network} is held here, but claimed by {rival} too: no address of it "
                             "is given out until one of the two networks is removed")
-        change = decide_request_address(pool, request, now_s)
+        decide = self._decide_shared if pool.subnet.is_shared else decide_request_address
+        change = decide(pool, request, now_s)
         self.apply(change)
-        return change, subnet.prefixlen
+        return change, network.prefixlen
 
-    def finish_load(self, names: set[tuple[str, Any]], revision: int) -> None:
-        """Compare all, now that etcd has told all that there is.
-
-        A claim of this host that nothing holds, or a part, is what a crash left, or the lease file
-        is older than Docker's networks: that is asked before anything is let go.
-        """
-        if self.site and (self.site.finish_load(names, revision) or any(
-                self.site.host in entry.hosts and part not in self.parts_of(network)
-                for (network, part), entry in self.site.tables["parts"].items())):
-            self.import_is_due.set()
-
-    def parts_of(self, network: Network) -> list[Network]:
-        """Return the parts that this host hands addresses out of, [] of a subnet not held."""
-        subnet = self.state.families[network.version].subnets.get(network)
-        return list(subnet.parts or ()) if subnet else []
-
-    def gain_part(self, network: Network, part: Network | None) -> None:
-        """Note what etcd has given: a part of a shared subnet, or an address common to all."""
-        subnet = self.state.families[network.version].subnets.get(network)
-        if subnet:
-            self.share(subnet, list(filter(None, {*self.parts_of(network), part})))
-
-    def next_need(self) -> Need | None:
-        """Return what etcd has to be asked for, so that it says what is held here; None: nothing.
-
-        A claim that nothing here holds is kept while Docker has not told what it uses.
-        """
-        site, need = self.site, None
+    def _decide_shared(self, pool: Pool, request: AddressRequest, now_s: int) -> RequestAddress:
+        """Decide which address of a subnet that hosts share is given. Raises: Unclaimed too."""
+        site, network, is_away = self.site, pool.subnet.network, bool(self.etcd_failure)
         if not site:
-            return None
-        ready = (network for network in site.due if not self.import_is_due.is_set()
-                 or network in self.state.families[network.version].subnets)
-        due = list(itertools.islice(ready, MAX_DUE + 1))
-        if due[MAX_DUE:]:
-            site.wake()  # for the rest
-        for network in due[:MAX_DUE]:
-            subnet = self.state.families[network.version].subnets.get(network)
-            del site.due[network]
-            before = site.conflicts.pop(network, {})
-            if subnet:
-                need = self._compare(site, subnet, before)
-            elif site.host in site.entry("claims", network).hosts:
-                need = Need("leave", network)
-            if need:
-                break
-        return need
+            raise Unavailable(f"{network} is shared with other hosts: start gipam with -etcd")
+        if request.kind == GATEWAY and not request.address:
+            request = request._replace(address=site.find_gateway(pool.subnet))
+        try:
+            change = decide_request_address(pool, request, now_s, *site.look_at(pool, is_away))
+        except Unavailable:
+            if site.is_fresh:
+                raise
+            raise Unclaimed(Need({}, site.head)) from None
+        site.check_address(network, change.address, change.kind, is_away)
+        return change
 
-    def shut(self, network: Network, address: str) -> bool:
-        """Give the address to no container while it becomes common; False: one has it already."""
-        subnet = self.state.families[network.version].subnets.get(network)
-        offset = parse_address(address, network.version) - int(network[0])
-        if not subnet or (offset in subnet.held and all(
-                pool.leases[offset].kind == ENDPOINT for pool in subnet.pools.values()
-                if offset in pool.leases)):
-            return False
-        subnet.shut.add(offset)
-        return True
+    def compare(self, names: Iterable[str], is_trial: bool = False) -> Need:
+        """Return what etcd lacks under these names of what is held here, or has too much.
 
-    def begin_leave(self, network: Network) -> bool:
-        """Return whether the claim of a subnet may be let go; from now on it is not relied upon."""
-        if not self.site or network in self.state.families[network.version].subnets:
-            return False
-        self.site.leaving.add(network)
-        return True
-
-    def _compare(self, site: Site, subnet: Subnet, before: dict[Network, str]) -> Need | None:
-        """Return what etcd lacks of a subnet that is held here; note who else has it claimed."""
-        network, is_split = subnet.network, site.part_prefixlen(subnet.network) > 0
-        overlap = self.state.families[network.version].find_elsewhere(network)
-        if overlap and not (is_split and overlap == network):
-            holder = describe_hosts(site.tables["claims"][overlap])
-            if before.get(network) != holder:
-                log.error("claimed_elsewhere: %s is held here, and %s claimed by %s: no address of "
-                          "it is given out any more; remove one of the two networks", network,
-                          overlap, holder)
-            site.conflicts[network] = {network: holder}
-            return None
-        is_shared = subnet.parts is not None or is_split
-        if not site.has(network) or (is_shared and not is_split):
-            return site.need("join" if is_shared else "claim", network)
-        return self._compare_parts(site, subnet, before) if is_shared else None
-
-    def _compare_parts(self, site: Site, subnet: Subnet,
-                       before: dict[Network, str]) -> Need | None:
-        """Return what etcd lacks, or has too much, of the parts that this host has of a subnet.
-
-        One more is asked for when three quarters of those in the range of a pool are held; an empty
-        one goes when the rest of them is not half full. Addresses from before the subnet was shared
-        have their parts claimed, too, and gateways are made common, as those that etcd has lost.
+        A claim that nothing here holds is kept while Docker has not told what it uses. One that is
+        to be let go is not relied upon any more, but in a trial.
         """
-        network, claimed = subnet.network, site.parts(subnet.network)
-        common = site.entry("claims", network).value.get("common", {})
-        leases = [(offset, lease.kind) for pool in subnet.pools.values()
-                  for offset, lease in pool.leases.items()
-                  if lease.kind == ENDPOINT or pool.format(offset) not in common]
-        bits = BITS[subnet.version] - site.part_prefixlen(network)
-        used = collections.Counter(  # first address of a part -> how many are held there
-            (subnet.first + offset) >> bits << bits for offset, _ in leases)
-        foreign = self._note_foreign(site, network, used, before)
-        parts = [part for part in subnet.parts or () if part not in claimed
-                 or site.host in claimed[part].hosts]
-        ranges = [pool.sub_pool or network for pool in subnet.pools.values()]
-        for part in (part for part in parts if not used[int(part[0])]):
-            rest = [other for other in parts if other != part]
-            fills = [fill(rest, used, wanted) for wanted in ranges if part.overlaps(wanted)]
-            if all(total and 2 * held <= total for held, total in fills):
-                parts = rest
-                break
-        self.share(subnet, parts)
-        pool = next(iter(subnet.pools.values()))
-        for offset, kind in leases:
-            if kind != ENDPOINT and (subnet.first + offset) >> bits << bits not in foreign:
-                return Need("common", network, pool.format(offset), kind)
-        for part in {*parts} - {*claimed}:
-            return Need("part", network, str(part))
-        for first in used.keys() - {int(part[0]) for part in claimed}:
-            return Need("part", network, pool.format(first - subnet.first))
-        for part, entry in claimed.items():
-            if site.host in entry.hosts and part not in parts:
-                if int(part[0]) in used or not self.import_is_due.is_set():
-                    return Need("part" if int(part[0]) in used else "drop", network, str(part))
-                site.due[network] = None  # Docker tells whether it uses it
-        is_used = any(pool.leases for pool in subnet.pools.values())  # Docker has told a gateway
-        for wanted in ranges if is_used else ():
-            held, total = fill(parts, used, wanted)
-            if 4 * held >= 3 * total and site.find_part(network, wanted):
-                return Need("part", network, str(wanted))
-        return None
-
-    @staticmethod
-    def _note_foreign(site: Site, network: Network, used: collections.Counter[int],
-                      before: dict[Network, str]) -> set[int]:
-        """Note the parts that are used here, and that others have; return where they begin."""
-        for part, entry in site.parts(network).items():
-            if site.host not in entry.hosts and int(part[0]) in used:
-                holder = describe_hosts(entry)
-                site.conflicts.setdefault(network, {})[part] = holder
-                if before.get(part) != holder:
-                    log.error("claimed_elsewhere: part %s of %s has addresses here, but is claimed "
-                              "by %s", part, network, holder)
-        return {int(part[0]) for part in site.conflicts.get(network, ())}
+        assert self.site
+        site, writes = self.site, {}
+        for name in names:
+            claim, wanted = site.claims.get(name), site.wanted(name)
+            is_leaving = claim and site.host not in (wanted or Claim(())).hosts
+            if wanted == claim:
+                site.due.pop(name, None)
+            elif not (is_leaving and self.import_is_due.is_set()):
+                writes[name] = wanted
+                site.leaving.update([name] if is_leaving and not is_trial else ())
+        return Need(writes, site.head)
 
     def release(self, pool_id: str, address: str = "") -> Change | None:
         """Release a pool with its leases, or an address in it; None: it is gone already.
@@ -2498,9 +2470,6 @@ class Service:
         """Release what a reply granted that never arrived, if that is still the very same."""
         if isinstance(change, (RequestPool, RequestAddress)):  # a release is never undone
             address = change.address if isinstance(change, RequestAddress) else ""
-            pool = self.state.pools.get(change.pool_id)
-            if pool and not address and pool.seq == seq - 1:
-                seq = pool.seq  # then it was noted what parts it has
             with contextlib.suppress(Forbidden, StoreError):
                 self.release_if(change.pool_id, address, seq)
                 log.warning("took back %s in %s: nobody has read the reply", address or "all",
@@ -2512,25 +2481,23 @@ class Service:
 
         Raises: as decide_import(), and nothing is taken over; StoreError.
         """
-        return self._adopt(decide_import(self.state, subnet, sub_pool, name, requests, seq,
-                                         int(time.time())))
+        return self._adopt(subnet, sub_pool, decide_import(
+            self.state, subnet, sub_pool, name, requests, seq, int(time.time())))
 
-    def _adopt(self, changes: Iterator[Change]) -> range:
-        """Apply the changes, each before the next; return their numbers.
-
-        Raises: Unavailable, where it is not known what other hosts hold.
-        """
-        if self.site and not self.site.loaded.is_set():
-            raise Unavailable("what other hosts hold is not known: etcd does not answer: "
-                              + self.etcd_failure)
-        first = self.state.seq + 1
-        for change in changes:
-            seq = self.state.seq
-            if isinstance(change, RequestPool):
-                self._grant(change)
-            else:
-                self.apply(change)
-            self.adopted.update(range(seq + 1, self.state.seq + 1))
+    def _adopt(self, subnet: Network | None, sub_pool: Network | None,
+               changes: Iterator[Change]) -> range:
+        """Apply the changes, each before the next; return their numbers. Raises: Unclaimed."""
+        first, site, version = self.state.seq + 1, self.site, subnet.version if subnet else 4
+        claim = site.claims.get(str(subnet)) if site else None
+        is_shared = bool(site and claim and claim.is_shared and site.host in claim.hosts)
+        with self._joining(version, subnet, sub_pool, is_shared):
+            for change in changes:
+                seq = self.state.seq
+                if isinstance(change, RequestPool):
+                    self._grant(change._replace(is_shared=is_shared))
+                else:
+                    self.apply(change)
+                self.adopted.update(range(seq + 1, self.state.seq + 1))
         return range(first, self.state.seq + 1)
 
     def finish_import(self, seen: Iterable[int]) -> None:
@@ -2538,6 +2505,8 @@ class Service:
         self.adopted.difference_update(seen)
         if not self.adopted:
             self.import_is_due.clear()
+            if self.site:
+                self.site.wake()  # what nothing here holds may be let go now
 
     def is_fold_due(self) -> bool:
         """Return whether the journal has outgrown the lease file, or that lacks what it needs."""
@@ -2592,12 +2561,6 @@ class Service:
         finally:
             gc.enable()
         return encode_snapshot(self._config, copied, named, is_due)
-
-
-def fill(parts: list[Network], used: collections.Counter[int], wanted: Network) -> tuple[int, int]:
-    """Return how many addresses are held in the parts that touch a range, and how many they are."""
-    inside = [part for part in parts if part.overlaps(wanted)]
-    return sum(used[int(part[0])] for part in inside), sum(part.num_addresses for part in inside)
 
 
 def recover(store: Store, document: Json | None, state: State) -> None:
@@ -2720,13 +2683,7 @@ def dispatch(service: Service, verb: str, target: str, body: bytes,
 def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> Reply:
     """Find the function for a path, and call it. Raises: GipamError."""
     if verb == "POST" and path in METHODS:
-        try:
-            result, change = METHODS[path](service, decode_fields(body))
-        except Unclaimed as due:
-            if not service.site:
-                raise Unavailable(f"{due.need.subnet} is shared with other hosts: start gipam with "
-                                  "-etcd") from None
-            raise
+        result, change = METHODS[path](service, decode_fields(body))
         return Reply(200, dumps(result).encode(), change)
     if path not in PATHS:
         raise InvalidRequest(f"unknown method {printable(path)!r}: this is an IPAM driver", 404)
@@ -2867,9 +2824,7 @@ def evict_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
     host, site = fields.text("Host", is_needed=True), service.site
     if not site or host == site.host:
         raise InvalidRequest(f"{host!r} is this host" if site else "this gipam has no -etcd")
-    if not site.loaded.is_set() or any(host in entry.hosts for table in ("claims", "parts")
-           for entry in site.tables[table].values()):
-        raise Unclaimed(Need("evict", None, host))
+    site.evict(host)
     return {"Host": host}, None
 
 
@@ -2893,9 +2848,10 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
                   site: Site | None = None) -> Iterator[str]:
     """Yield the JSON of `status --json` in portions, of pools as they are when it is their turn."""
     yield dumps(head)[:-1] + ',"claims":['
-    claims = [entry for entry in site.tables["claims"].values() if entry.text] if site else []
-    yield from encode_list({"subnet": str(entry.name), "hosts": entry.hosts,
-                            "since_s": entry.value.get("since", 0)} for entry in claims)
+    claims = list(site.claims.items()) if site else []
+    yield from encode_list({
+        "subnet": name, "hosts": claim.hosts, "is_shared": claim.is_shared,
+        "since_s": claim.since_s} for name, claim in claims if name.count("/") == 1)
     yield '],"pools":['
     comma = ""
     for pool in pools:
@@ -2903,8 +2859,8 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
             "id": pool.pool_id, "subnet": str(pool.subnet.network),
             "sub_pool": str(pool.sub_pool or ""), "name": pool.name, "leases": len(pool.leases),
             "usable": pool.usable(), "granted_s": pool.granted_s, "seq": pool.seq,
-            "parts": [str(part) for part in pool.subnet.parts or ()],
-            "claimed_elsewhere": site.find_conflict(pool.subnet) if site else ""})
+            "is_shared": pool.subnet.is_shared,
+            "claimed_elsewhere": site.find_conflict(pool.subnet.network) if site else ""})
         if has_leases:
             leases = ({"address": pool.format(at), **pool.leases[at]._asdict()}
                       for at in list(pool.leases) if at in pool.leases)
@@ -2930,7 +2886,7 @@ def show_status(service: Service, query: str) -> Iterator[str]:
                           for first, last in inside]
         base["blocks_routed"] = families[version].count_touched(inside)
     if service.site:
-        status.update(service.site.describe(), etcd={
+        status.update(service.site.describe(bool(service.etcd_failure)), etcd={
             "failure": service.etcd_failure, "due": len(service.site.due)})
     return encode_status(status, list(service.state.pools.values()),
                          "leases=1" in query.split("&"), service.site)
@@ -2976,7 +2932,7 @@ def show_metrics(service: Service, _: str) -> Iterator[str]:
 def site_samples(service: Service) -> Iterator[tuple[str, str, str, Iterable[tuple[str, Any]]]]:
     """Yield name, kind, help and series of what concerns etcd."""
     if service.site:
-        hosts = service.site.describe()["hosts"]
+        hosts = service.site.describe(False)["hosts"]
         yield ("etcd_up", "gauge", "1 if etcd has answered the last time",
                [("", int(not service.etcd_failure))])
         yield ("etcd_request_duration_seconds", "histogram", "Time of one request to etcd",
@@ -4154,12 +4110,23 @@ def take_over_when_due(service: Service, driver: str, call: Call) -> None:
 
 # === Hosts ========================================================================================
 
-# What is in etcd, below /gipam/DRIVER/; each value but the head's is a JSON object:
-#   head                  a random token, new with each claim: who finds the one it knows knows all
-#   hosts/HOST            under a lease: who is there; the machine, and the token of its process
-#   claims/SUBNET         the hosts that have it; if they share it, the length of its parts, and the
-#                         addresses that are common to them
-#   parts/SUBNET/PART     the host that hands it out
+# Why no address is ever on two hosts. Two rules:
+#   1. Nothing is granted on what was known, only on a transaction of the moment. Each grant of a
+#      subnet, and of a new address in a shared one, follows a transaction made for it, which etcd
+#      carries out only if nobody has claimed anything since the head that the decision rests on;
+#      and what is applied more than GRANT_S after it was sent is decided anew.
+#   2. What counts as this host's is what it holds, in its own journal. A claim that names any other
+#      host covers what is free here (class Site). One that names this host alone, and that nothing
+#      here holds, is free for it only by a transaction that writes it again.
+# Each transaction writes hosts/HOST too, and compares it with what was written last: one that
+# succeeds voids all that this host has asked for before, and that may still be on its way.
+#
+# What is in etcd, below /gipam/DRIVER/; each value but the head's is JSON:
+#   head                   a random token, new with each change of claims
+#   changes                the last of them: [[the head before, {name: value}], ...]
+#   hosts/HOST             who is there: the machine, the token of its process, a count
+#   claims/SUBNET          the hosts that have it, since when, whether it is shared
+#   claims/SUBNET/ADDRESS  of a shared one: the host that has it; of a gateway the hosts; its kind
 
 
 class Endpoint(NamedTuple):
@@ -4177,12 +4144,40 @@ class Endpoint(NamedTuple):
 
 def encode_bytes(text: str) -> str:
     """Return text as the gateway has it: base64."""
-    return base64.b64encode(text.encode()).decode()
+    return base64.b64encode(text.encode("utf-8", "surrogateescape")).decode()
 
 
 def decode_bytes(text: str) -> str:
     """Return the text of a key or a value."""
-    return base64.b64decode(text).decode("utf-8", "replace")
+    return base64.b64decode(text).decode("utf-8", "surrogateescape")
+
+
+Found = TypeVar("Found")
+
+
+class Bounded(io.RawIOBase):
+    """What a member of etcd sends: up to a moment, and up to a length."""
+
+    def __init__(self, sock: socket.socket, end_s: float) -> None:
+        self._sock, self._end_s, self._left_bytes = sock, end_s, MAX_ETCD_BYTES
+
+    def makefile(self, *_: Any) -> io.BufferedReader:
+        """Return what http.client reads from, in place of a socket."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        """Return that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what has come. Raises: OSError, when it is too late or too much."""
+        left_s = self._end_s - time.monotonic()
+        if left_s <= 0 or self._left_bytes <= 0:
+            raise OSError("its reply does not end")
+        self._sock.settimeout(left_s)
+        count = self._sock.recv_into(buffer)
+        self._left_bytes -= count
+        return count
 
 
 class Etcd:
@@ -4198,27 +4193,25 @@ class Etcd:
         self._connection: Connection | None = None
         self._token = ""
 
-    def ask(self, path: str, body: Json, patience_s: float) -> Json:
-        """Return the reply, whoever gives it within that time. Raises: Unavailable, Refused."""
-        end_s = time.monotonic() + patience_s
+    def ask(self, path: str, body: Json, end_s: float, read: Callable[[Json], Found]) -> Found:
+        """Return what is read of the reply of whoever gives one until then.
+
+        What answers other than etcd does is passed over, like what does not answer.
+        Raises: Unavailable; Refused, by etcd itself.
+        """
         while True:
-            left_s = min(max(end_s - time.monotonic(), 0.05), ETCD_ATTEMPT_S)
+            until_s = min(end_s, time.monotonic() + ETCD_ATTEMPT_S)
             try:
-                return self._decode(self._post(path, body, left_s))
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                self.close()
-                self._endpoints.rotate(-1)
+                return read(self._post(path, body, until_s))
+            except (OSError, http.client.HTTPException, RecursionError) as error:
                 why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            except (ValueError, LookupError, TypeError, AttributeError):
+                why = "what answers there is no etcd"
+            self.close()
+            self._endpoints.rotate(-1)
             if time.monotonic() + ETCD_PAUSE_S >= end_s:
                 raise Unavailable(f"etcd does not answer on {self._places}: {why}")
             time.sleep(ETCD_PAUSE_S)
-
-    def hang_up(self) -> None:
-        """End a watch, from another thread."""
-        connection = self._connection
-        if connection and connection.sock:
-            with contextlib.suppress(OSError):  # it has just ended
-                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Hang up."""
@@ -4226,125 +4219,119 @@ class Etcd:
             self._connection.close()
         self._connection, self._token = None, ""
 
-    def _post(self, path: str, body: Json, timeout_s: float) -> http.client.HTTPResponse:
-        """Return a reply that is no error. Raises: Refused; OSError, where another may answer."""
+    def _post(self, path: str, body: Json, end_s: float) -> Json:
+        """Return a reply of etcd's. Raises: Refused; others, where another member may answer."""
         endpoint, is_new = self._endpoints[0], not self._token
+        left_s = max(end_s - time.monotonic(), ETCD_PAUSE_S)
         if not (self._connection and self._connection.sock):  # it ends with a reply that says so
             tls = self._tls if endpoint.scheme == "https" else None
-            self._connection = Connection((endpoint.host, endpoint.port), timeout_s, tls)
+            self._connection = Connection((endpoint.host, endpoint.port), left_s, tls)
             self._connection.connect()
-        self._connection.sock.settimeout(timeout_s)
+        connection: Any = self._connection
+        connection.response_class = lambda sock, **more: http.client.HTTPResponse(
+            cast(Any, Bounded(sock, end_s)), **more)
+        connection.sock.settimeout(left_s)
         if endpoint.user and is_new and path != AUTHENTICATE:
             credentials = {"name": endpoint.user, "password": endpoint.password}
-            self._token = self._decode(self._post(AUTHENTICATE, credentials, timeout_s))["token"]
+            self._token = str(self._post(AUTHENTICATE, credentials, end_s)["token"])
         headers = {"Authorization": self._token} if self._token else {}
-        self._connection.request("POST", path, dumps(body), headers)
-        response = self._connection.getresponse()
+        connection.request("POST", path, dumps(body), headers)
+        response = connection.getresponse()
+        reply = json.loads(response.read(MAX_ETCD_BYTES))
         if response.status == http.HTTPStatus.OK:
-            return response
-        text, code = response.read().decode("utf-8", "replace"), 0
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # of a refused certificate,
-            text, code = (json.loads(text)[key] for key in ("message", "code"))  # or of no etcd
+            return dict(reply, header=dict(reply["header"]))  # as all of etcd's have one
+        text, code = reply["message"], reply["code"]
+        if type(code) is not int or not isinstance(text, str):
+            raise ValueError("this is no error of etcd's")
         if code in (4, 14):  # DEADLINE_EXCEEDED, UNAVAILABLE: it has no leader, or is starting
             raise ConnectionError(text)
         if self._token and not is_new:  # it may have expired
             self._token = ""
-            return self._post(path, body, timeout_s)
-        kind = Outdated if code == 11 else Refused  # OUT_OF_RANGE
-        raise kind(f"etcd at {endpoint} refuses {path}: {printable(str(text).strip())}")
+            return self._post(path, body, end_s)
+        raise Refused(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
 
-    @staticmethod
-    def _decode(response: http.client.HTTPResponse) -> Json:
-        """Return a reply, out of its stream if it has one. Raises: ValueError: it is not etcd's."""
-        reply = json.loads(response.read())
-        found = reply.get("result", reply) if isinstance(reply, dict) else reply
-        if isinstance(found, dict) and "header" in found:
-            return found
-        raise ValueError("what answers there is no etcd")
+    def transact(self, same: dict[str, str | None], writes: dict[str, str | None],
+                 reads: tuple[str, ...], reads_else: tuple[str, ...],
+                 end_s: float) -> tuple[bool, dict[str, str]]:
+        """Write all (None: delete), if these keys are the same (None: absent).
 
-    def key(self, table: str, name: Any) -> str:
-        """Return the key of an entry, as the gateway has it."""
-        names = name if isinstance(name, tuple) else (name,) if name else ()
-        return encode_bytes("/".join((self._prefix + table, *map(str, names))))
-
-    def put(self, entry: Entry, lease: str = "0") -> Json:
-        """Return the operation that writes an entry, or deletes it if it has no text."""
-        key = self.key(entry.table, entry.name)
-        if not entry.text:
-            return {"request_delete_range": {"key": key}}
-        return {"request_put": {"key": key, "value": encode_bytes(entry.text), "lease": lease}}
-
-    def same(self, entry: Entry) -> Iterator[Json]:
-        """Yield what must be true if the entry is to be as it is known.
-
-        Its value too: after an etcd was restored, a revision may have been another one's.
+        Return whether they were, and what was to be read in this case: keys, or tables (NAME/).
+        Raises: Unavailable, Refused.
         """
-        compare = {"key": self.key(entry.table, entry.name), "result": "EQUAL"}
-        revision = entry.revision if entry.text else 0
-        yield {**compare, "target": "MOD", "mod_revision": str(revision)}
-        if entry.text:
-            yield {**compare, "target": "VALUE", "value": encode_bytes(entry.text)}
+        def read(reply: Json) -> tuple[bool, dict[str, str]]:
+            found = [value for response in reply.get("responses", ())
+                     for value in response.get("response_range", {}).get("kvs", ())]
+            return reply.get("succeeded") is True, dict(map(self._item, found))
 
-    def range_of(self, table: str, since: int = 0) -> Json:
-        """Return the request for all that has changed in a table since a revision."""
-        start = self._prefix + table
-        end = start[:-1] + chr(ord(start[-1]) + 1)
-        return {"key": encode_bytes(start), "range_end": encode_bytes(end),
-                "min_mod_revision": str(since)}
+        compare = [{"key": self._key(name), "result": "EQUAL", **(
+            {"target": "VERSION", "version": "0"} if text is None else
+            {"target": "VALUE", "value": encode_bytes(text)})} for name, text in same.items()]
+        puts = [{"request_delete_range": {"key": self._key(name)}} if text is None else
+                {"request_put": {"key": self._key(name), "value": encode_bytes(text)}}
+                for name, text in writes.items()]
+        found, other = ([{"request_range": {"key": self._key(name), **(
+            {"range_end": self._key(name[:-1] + "0")} if name[-1] == "/" else {})}}
+            for name in names] for names in (reads, reads_else))  # "0" comes after "/"
+        return self.ask("/v3/kv/txn", {"compare": compare, "success": puts + found,
+                                       "failure": other}, end_s, read)
 
-    def entries(self, values: Iterable[Json], is_deleted: bool = False) -> Iterator[Entry]:
-        """Yield what keys and values of a reply say."""
-        for value in values:
-            key = decode_bytes(value["key"])
-            try:
-                table, name = parse_key(key[len(self._prefix):])
-            except ValueError as error:
-                log.warning("ignored in etcd: %s", error)
-                continue
-            text = "" if is_deleted else decode_bytes(value.get("value", "")) or "{}"
-            yield Entry(table, name, text, int(value["mod_revision"]))
+    def page(self, start: str, revision: str,
+             end_s: float) -> tuple[dict[str, str], str | None, str]:
+        """Return (some of all keys, from where to go on or None, the revision that all are of)."""
+        def read(reply: Json) -> tuple[dict[str, str], str | None, str]:
+            found = dict(map(self._item, reply.get("kvs", ())))
+            last = [*found][-1] + "\0" if reply.get("more") is True else None
+            return found, last, revision or str(int(reply["header"]["revision"]))
 
-    def watch(self, since: int) -> Iterator[list[Entry]]:
-        """Yield what changes from a revision on, until that breaks or nothing comes any more.
+        return self.ask("/v3/kv/range", {
+            "key": self._key(start), "range_end": encode_bytes(self._prefix[:-1] + "0"),
+            "limit": str(PAGE_KEYS), "revision": revision or "0"}, end_s, read)
 
-        Each host writes its presence every few seconds: a watch that is quiet for longer is broken.
-        Raises: OSError, ValueError, http.client.HTTPException, Refused; Outdated: read all.
-        """
-        every = self.range_of("")
-        response = self._post("/v3/watch", {"create_request": {
-            "key": every["key"], "range_end": every["range_end"], "start_revision": str(since)}},
-            WATCH_PATIENCE_S)
-        for line in iter(response.readline, b""):
-            result = json.loads(line).get("result") or {}
-            if "compact_revision" in result:
-                raise Outdated(f"etcd has compacted what has changed since revision {since}")
-            if result.get("canceled") or not result:
-                return
-            events = result.get("events", ())
-            yield [entry for event in events
-                   for entry in self.entries([event["kv"]], event.get("type") == "DELETE")]
+    def _key(self, name: str) -> str:
+        return encode_bytes(self._prefix + name)
+
+    def _item(self, pair: Json) -> tuple[str, str]:
+        """Return the name and the value of a key."""
+        return decode_bytes(pair["key"])[len(self._prefix):], decode_bytes(pair.get("value", ""))
+
+
+def read_changes(text: str | None) -> list[tuple[str, Json]]:
+    """Return the changes that etcd has kept, each with the head before it; [] if they are none."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        return [(str(before), dict(changed)) for before, changed in json.loads(text or "[]")]
+    return []
+
+
+def read_hosts(found: dict[str, str]) -> dict[str, str]:
+    """Return the keys of all hosts among those of etcd."""
+    return {name[6:]: text for name, text in found.items() if name.startswith("hosts/")}
+
+
+def boot_s() -> float:
+    """Return a time that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Claimant:
-    """Keeps etcd and what is held here in step, in two threads that come back by call().
+    """Keeps etcd and what is held here in step: a thread that comes back by call().
 
-    One serves requests that need etcd, claims and lets go what is due, and shows that this host is
-    there; the other follows what changes.
+    It serves requests that need etcd, shows each PULSE_S that this host is there, and compares.
     """
 
-    def __init__(self, service: Service, site: Site, make_etcd: Callable[[], Etcd],
-                 machine: str) -> None:
-        self._service, self._site, self._machine = service, site, machine
-        self._etcd, self._watcher, self._last_words = make_etcd(), make_etcd(), make_etcd()
-        self._token = ""  # of this process, once it has shown its presence
-        self._rival: Entry | None = None  # has the name of this host
-        self._newest = site.head  # of what was known when the watch ended
-        self._lease, self._pulse_s, self._present_until_s = "", 0.0, 0.0
+    def __init__(self, service: Service, site: Site, etcd: Etcd) -> None:
+        self._service, self._site, self._etcd = service, site, etcd
+        self._token = secrets.token_hex(8)  # of this process
+        self._count = self._seen = 0  # of its transactions: asked for, and seen in etcd
+        self._shown: str | None = None  # what etcd has of this host, as far as is known
+        self._changes: list[tuple[str, Json]] = []  # as of the head
+        self._rival: tuple[str | None, float] = (None, 0.0)  # has this host's name, since then
+        self._is_there = self._has_warned = False
+        self._lost_s, self._before = -math.inf, {site.host}  # etcd has lost claims; who was there
+        self._pulse_s = 0.0
         self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
         self._bell = threading.Event()
         self._call: Call = service.run
-        self._untold: list[Callable[[], None]] = []  # what transactions have told
-        self._stop: Callable[[], None] = lambda: None
+        self._stop: Callable[[], None] | None = None  # None: nothing is served yet
         self.busy: BusyError | None = None  # another gipam has the name of this host
         site.wake = self._bell.set
 
@@ -4352,70 +4339,66 @@ class Claimant:
         """Before anything is served, learn what others hold and show presence. Raises: BusyError.
 
         An etcd that does not answer is no reason to wait; another gipam of this name is, until it
-        shows itself again or is forgotten.
+        shows itself again or has not for RIVAL_S.
         """
-        try:
-            self._load(ETCD_ATTEMPT_S)
-            while not self._token:
-                try:
-                    self._show_presence(ETCD_ATTEMPT_S)
-                except Unavailable:
-                    if not self._rival:
-                        raise
-                    time.sleep(PULSE_S / 5)
-            self._newest = self._look(self._site.newest)
-        except (Unavailable, Refused) as error:
-            self._note(str(error))
+        while not self._is_there:
+            try:
+                self._pulse(is_reading=True)
+            except (Unavailable, Refused) as error:
+                if not self._rival[0]:
+                    self._note(str(error))
+                    return
+                time.sleep(RIVAL_S / 20)
 
     def start(self, call: Call, stop: Callable[[], None]) -> None:
-        """Go on in threads; stop() is called if another gipam takes the name of this host."""
+        """Go on in a thread; stop() is called if another gipam takes the name of this host."""
+        sys.setswitchinterval(SWITCH_S)
         self._call, self._stop = call, stop
-        for step in (self._work, self._follow):
-            threading.Thread(target=self._repeat, args=(step,), name="etcd", daemon=True).start()
+        threading.Thread(target=self._repeat, name="etcd", daemon=True).start()
 
-    def end(self) -> None:
-        """Say that this host is not there any more, if etcd listens."""
-        if self._lease and not self._service.etcd_failure:
-            with contextlib.suppress(GipamError):
-                self._last_words.ask("/v3/lease/revoke", {"ID": self._lease}, ETCD_GOODBYE_S)
-
-    def ask(self, need: Need, again: Again) -> None:
-        """Have a request looked at until it needs etcd no more, at most as long as Docker waits.
-
-        What it needs now is not what it will, if others are before it.
-        """
-        first = None if self._asks else need
-        self._asks.append((again, first, time.monotonic() + ETCD_PATIENCE_S))
+    def ask(self, need: Need | None, again: Again) -> None:
+        """Have a request looked at until it needs etcd no more, at most as long as Docker waits."""
+        self._asks.append((again, need, time.monotonic() + ETCD_PATIENCE_S))
         self._bell.set()
+        if not self._stop:
+            self._serve(*self._asks.popleft())
 
-    def _repeat(self, step: Callable[[], None]) -> None:
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run the function in a turn, once etcd has been asked for what it needs."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def again(failure: GipamError | None) -> Need | None:
+            try:
+                if failure:
+                    raise failure
+                future.set_result(function())
+            except Unclaimed as due:
+                return due.need
+            except Exception as error:  # noqa: BLE001 - it goes to the thread
+                future.set_exception(error)
+            return None
+
+        self.ask(None, again)
+        return future.result()
+
+    def _repeat(self) -> None:
         while True:
             try:
-                step()
+                self._work()
             except Stopping:
                 return
             except BusyError as error:
                 self.busy = error
-                self._stop()
+                if self._stop:
+                    self._stop()
                 return
             except GipamError as error:
                 if str(error) != self._service.etcd_failure:  # which has been logged
                     log.warning("%s", error)
-                time.sleep(ETCD_PAUSE_S)
+                self._pulse_s = min(self._pulse_s, time.monotonic() + ETCD_ATTEMPT_S)
             except Exception:  # a bug: the operator gets the traceback
                 log.exception("failed to ask etcd")
-                time.sleep(PULSE_S)
-
-    # The thread that asks
-
-    def _look(self, function: Callable[[], Any]) -> Any:
-        """Run the function in a turn, in which the site first learns what transactions told."""
-        def run() -> Any:
-            while self._untold:
-                self._untold.pop(0)()
-            return function()
-
-        return self._call(run)
+                time.sleep(ETCD_ATTEMPT_S)
 
     def _work(self) -> None:
         """Serve who asks, show presence when it is time, then see to what is due."""
@@ -4424,218 +4407,108 @@ class Claimant:
         while self._asks:
             self._serve(*self._asks.popleft())
         if time.monotonic() >= self._pulse_s:
-            self._pulse_s = time.monotonic() + PULSE_S
-            self._show_presence(ETCD_ATTEMPT_S)
-        while not self._asks and time.monotonic() < self._pulse_s:
-            need = self._look(self._service.next_need)
-            if need is None:
-                break
-            try:
-                self._fulfil(need, ETCD_ATTEMPT_S)
-            finally:  # whatever became of it, it is looked at again
-                self._look(functools.partial(self._site.due.setdefault, need.subnet))
+            is_calm = self._calm_s() <= 0
+            self._pulse_s = time.monotonic() + (PULSE_S if is_calm else ETCD_ATTEMPT_S)
+            self._pulse(is_reading=is_calm)
+        names = list(self._site.due)
+        while names and not self._asks:  # they go first
+            self._compare(names[:MAX_WRITES])
+            del names[:MAX_WRITES]
+
+    def _compare(self, names: list[str]) -> None:
+        """Have etcd say what is held here; it is let go of only right after etcd has answered."""
+        end_s, compare = time.monotonic() + ETCD_PATIENCE_S, self._service.compare
+        if self._call(functools.partial(compare, names, is_trial=True)).writes:
+            self._bell.set()  # it is looked at again
+            self._learn(self._transact(Need({}, self._site.head), end_s))
+            told = self._transact(self._call(functools.partial(compare, names)), end_s)
+            self._learn(told)
+            if not told.won:  # another host was faster
+                time.sleep(random.uniform(0, ETCD_PAUSE_S))  # noqa: S311
+
+    def _learn(self, told: Told) -> None:
+        self._call(functools.partial(self._site.learn, told))
 
     def _serve(self, again: Again, need: Need | None, end_s: float) -> None:
         """Ask for what a request needs, until it has been answered."""
         try:
-            need = need or self._look(functools.partial(again, None))
+            if need is None or need.head != self._site.head:  # others were before it
+                need = self._call(functools.partial(again, None))
             while need:
-                self._fulfil(need, end_s - time.monotonic())
-                need = self._look(functools.partial(again, None))
-        except Stopping:
+                told = self._transact(need, end_s, is_new=not need.evicted)
+                need = self._call(functools.partial(self._look, told, again))
+        except (Stopping, BusyError):
             raise
         except GipamError as error:  # of etcd, or of a turn that is not on disk
-            self._look(functools.partial(again, error))
+            if self._call(functools.partial(again, None)):  # not even while etcd is away
+                self._call(functools.partial(again, error))
 
-    def _fulfil(self, need: Need, patience_s: float) -> None:
-        """Ask etcd for it; whether it could be had shows when it is looked at again.
+    def _look(self, told: Told, again: Again) -> Need | None:
+        """In one turn, learn what a transaction told, and decide on it; too late, nothing is known.
 
-        Raises: Unavailable, Refused, Forbidden; StoreError.
+        Who was stopped in between may have been evicted.
         """
-        if patience_s <= 0:
+        site, is_late = self._site, boot_s() - told.sent_s > GRANT_S
+        site.learn(Told(None) if told.won and is_late else told)
+        site.won, site.is_fresh = frozenset() if is_late else told.won, True
+        try:
+            return again(None)
+        finally:
+            site.won, site.is_fresh = frozenset(), False
+
+    def _transact(self, need: Need, end_s: float, is_new: bool = False) -> Told:
+        """Write what is needed, if all is as known; return what is to be learned in a turn.
+
+        Raises: Unavailable, Refused, BusyError.
+        """
+        if time.monotonic() >= end_s:
             raise Unavailable(self._service.etcd_failure
                               or "other hosts were faster each time: try again")
-        end_s = time.monotonic() + patience_s
-        if end_s > self._present_until_s:
-            self._show_presence(patience_s)
-        if not self._site.loaded.wait(max(end_s - time.monotonic(), 0.0)):
-            raise Unavailable("what other hosts hold has not been read from etcd yet: try again")
-        if not getattr(self, "_" + need.what)(need, max(end_s - time.monotonic(), ETCD_PAUSE_S)):
-            time.sleep(random.uniform(0, ETCD_PAUSE_S))  # noqa: S311 - another host was faster
+        if self._site.head is None:
+            self._read()
+            return Told(self._site.head)
+        if is_new and need.writes and self._calm_s() > 0:
+            raise Unavailable("etcd has lost claims, and all hosts claim again what they hold: "
+                              f"nothing new for {self._calm_s():.0f} s: try again")
+        won, head, changes = {*need.writes}, need.head, self._changes
+        same, news = {"head": head or None}, {name: claim and claim.value()
+                                              for name, claim in need.writes.items()}
+        writes: dict[str, str | None] = {
+            f"claims/{name}": dumps(value) if value else None for name, value in news.items()}
+        if need.evicted:
+            same[f"hosts/{need.evicted}"] = need.shown
+            last = [f"hosts/{need.evicted}"] * (len(news) < MAX_WRITES)
+            writes.update(dict.fromkeys(last))
+            won.update(last)
+        if news:
+            head, changes = secrets.token_hex(8), [*changes, (need.head or "", news)]
+            while len(changes) > 1 and len(dumps(changes)) > MAX_CHANGES_CHARS:
+                del changes[0]
+            writes.update(head=head, changes=dumps(changes))
+        is_done, found, sent_s = self._exchange(same, writes, (), end_s)
+        if not is_done:
+            return self._catch_up(found)
+        self._changes = changes
+        return Told(head, need.writes, None, frozenset(won), sent_s)
 
-    def _claim(self, need: Need, patience_s: float) -> bool:
-        """Claim a subnet that nobody has; False: somebody was faster.
-
-        What this host has claimed is written again: what it may have asked before, and thinks lost,
-        cannot happen then.
-        """
-        head, known = need.known
-        if known.text:
-            return self._site.host in known.hosts and self._transact([known], [known], patience_s)
-        value = {"hosts": [self._site.host], "since": int(time.time())}
-        if need.what == "join":
-            value.update(part=shared_prefixlen(need.subnet), common={})
-        return self._transact([head, known], [head._replace(text=secrets.token_hex(8)),
-                                              known._replace(text=dumps(value))], patience_s)
-
-    def _join(self, need: Need, patience_s: float) -> bool:
-        """Become one of the hosts that share a subnet, or the first. Raises: Forbidden."""
-        _, known = need.known
-        if not known.text:
-            return self._claim(need, patience_s)
-        value, host = known.value, self._site.host
-        if "part" not in value and known.hosts != [host]:
-            raise Forbidden(f"Pool overlaps with other one on this address space: {need.subnet} is "
-                            f"claimed by {describe_hosts(known)}, not to be shared")
-        value = {"part": shared_prefixlen(need.subnet), "common": {}, **value,
-                 "hosts": sorted({*known.hosts, host})}
-        return self._transact([known], [known._replace(text=dumps(value))], patience_s)
-
-    def _part(self, need: Need, patience_s: float) -> bool:
-        """Claim the first free part of a shared subnet in a range, or that of an address.
-
-        Raises: Forbidden, Unavailable, if there is none.
-        """
-        claim, part, owners = self._look(functools.partial(self._look_at_parts, need))
-        if part is None:
-            raise self._no_part(need, owners)
-        known = owners.get(part) or Entry("parts", (need.subnet, part), "", 0)
-        value = dumps({"hosts": [self._site.host], "since": int(time.time())})
-        if self._transact([claim, known], [known._replace(text=value)], patience_s):
-            self._look(functools.partial(self._service.gain_part, need.subnet, part))
-            return True
-        return False
-
-    def _look_at_parts(self, need: Need) -> tuple[Entry, Network | None, dict[Network, Entry]]:
-        """Return (the claim of the subnet, a part to be had, who has those in question)."""
-        site, wanted = self._site, ipaddress.ip_network(need.place)
-        owners = {part: entry for part, entry in site.parts(need.subnet).items()
-                  if part.overlaps(wanted)}
-        own = (part for part, entry in owners.items() if site.host in entry.hosts
-               and part not in self._service.parts_of(need.subnet))
-        part = next(own, None) or site.find_part(need.subnet, wanted)
-        return site.entry("claims", need.subnet), part, owners
-
-    @staticmethod
-    def _no_part(need: Need, owners: dict[Network, Entry]) -> GipamError:
-        names = ", ".join(sorted({host for entry in owners.values() for host in entry.hosts}))
-        if "/" in need.place:
-            return Unavailable(f"no available addresses on this pool: the parts of {need.place} "
-                               f"are claimed by {names or 'nobody, nor is the subnet'}")
-        return Forbidden(f"Address already in use: {need.place} lies in a part of {need.subnet} "
-                         f"that host {names} has")
-
-    def _common(self, need: Need, patience_s: float) -> bool:
-        """Make an address common to all hosts that share its subnet. Raises: Forbidden."""
-        claim, part, owners = self._look(functools.partial(self._look_at_parts, need))
-        value = {"common": {}, **claim.value}
-        if need.place not in value["common"]:
-            if any(self._site.host not in owner.hosts for owner in owners.values()):
-                raise self._no_part(need, owners)
-            if not claim.text or not (part or owners):
-                return False
-            if not self._look(functools.partial(self._service.shut, need.subnet, need.place)):
-                return True
-            value["common"][need.place] = need.kind
-            known = [*owners.values()] or [Entry("parts", (need.subnet, part), "", 0)]
-            if not self._transact([claim, *known], [claim._replace(text=dumps(value))],
-                                  patience_s):
-                return False
-        self._look(functools.partial(self._service.gain_part, need.subnet, None))
-        return True
-
-    def _drop(self, need: Need, patience_s: float) -> bool:
-        """Let go a part of a shared subnet."""
-        name = (need.subnet, ipaddress.ip_network(need.place))
-        known = self._look(lambda: self._site.entry("parts", name))
-        return self._transact([known], [known._replace(text="")], patience_s)
-
-    def _leave(self, need: Need, patience_s: float) -> bool:
-        """Let go the claim of a subnet that is not held here any more.
-
-        While etcd is away nothing is asked of it, so that a name can have its block again.
-        """
-        self._ask("/v3/kv/range", {"key": self._etcd.key("claims", need.subnet)}, patience_s)
-        return (not self._look(lambda: self._service.begin_leave(need.subnet))
-                or self._remove(need.subnet, self._site.host, [], patience_s))
-
-    def _evict(self, need: Need, patience_s: float) -> bool:
-        """Let go all that a host has which is not there. Raises: Forbidden, if it is."""
-        host, site = need.place, self._site
-        for network in self._look(lambda: site.claims_of(host)):
-            if not self._remove(network, host, [Entry("hosts", host, "", 0)], patience_s):
-                if not self._look(lambda: site.entry("hosts", host)).text:
-                    return False
-                raise Forbidden(f"host {host} is there, or was less than {PRESENCE_S} s ago: stop "
-                                "its gipam first, and wait as long")
-        return True
-
-    def _remove(self, network: Network, host: str, others: list[Entry], patience_s: float) -> bool:
-        """Take a host out of a claim, and its parts with it; the last one's claim goes.
-
-        False: it is not as it was, or that was too much for one transaction.
-        """
-        def look() -> tuple[Entry, list[Entry]]:
-            return self._site.entry("claims", network), [
-                entry for entry in self._site.parts(network).values() if host in entry.hosts]
-
-        claim, parts = self._look(look)
-        rest = [other for other in claim.hosts if other != host]
-        text = dumps({**claim.value, "hosts": rest}) if rest else ""
-        first, is_all = parts[:MAX_GONE_PARTS], len(parts) <= MAX_GONE_PARTS
-        gone = [part._replace(text="") for part in first] + [claim._replace(text=text)] * is_all
-        return self._transact([claim, *first, *others], gone, patience_s) and is_all
-
-    def _transact(self, known: list[Entry], changed: list[Entry], patience_s: float,
-                  lease: str = "0") -> bool:
-        """Write what is changed if all is as known; else learn how it is, and return False.
-
-        If there has been another head since the one that is known, that one is asked for as well:
-        an etcd that never had it is an older one, restored, and all that is known may be wrong.
-        """
-        etcd, head = self._etcd, known[0]
-        reads = [{"key": etcd.key(entry.table, entry.name)} for entry in known]
-        if head.table == "head":  # then all that has been claimed since it was written, too
-            reads.append(etcd.range_of("claims/", head.revision + 1))
-            reads.append({**reads[0], "revision": str(head.revision)})
+    def _exchange(self, same: dict[str, str | None], writes: dict[str, str | None],
+                  reads: tuple[str, ...], end_s: float) -> tuple[bool, dict[str, str], float]:
+        """Make a transaction that compares and writes this host's key, too; note how it went."""
+        self._count += 1
+        own, started_s, sent_s = f"hosts/{self._site.host}", time.perf_counter(), boot_s()
+        text = dumps({"machine": self._site.machine, "token": self._token, "count": self._count})
         try:
-            reply = self._ask("/v3/kv/txn", {
-                "compare": [compare for entry in known for compare in etcd.same(entry)],
-                "success": [etcd.put(entry, lease) for entry in changed],
-                "failure": [{"request_range": read} for read in reads]}, patience_s)
-        except Outdated:
-            return self._forget(patience_s)
-        revision, is_done = int(reply["header"]["revision"]), bool(reply.get("succeeded"))
-        found = [] if is_done else [
-            entry for response in reply["responses"]
-            for entry in etcd.entries(response["response_range"].get("kvs", ()))]
-        if not is_done and head.table == "head" and head.text and head not in found:
-            return self._forget(patience_s)
-        there = {entry[:2] for entry in found}
-        gone = [entry._replace(text="") for entry in known if entry[:2] not in there]
-        news = [entry._replace(revision=revision) for entry in (changed if is_done else gone)]
-        self._untold.append(lambda: self._site.settle([*found, *news], [*known, *changed]))
-        return is_done
-
-    def _forget(self, patience_s: float) -> bool:
-        """Have the other thread learn all anew, and wait for it; return False."""
-        self._site.loaded.clear()
-        self._watcher.hang_up()
-        self._site.loaded.wait(patience_s)
-        return False
-
-    def _ask(self, path: str, body: Json, patience_s: float) -> Json:
-        """Ask, and note how that went. Raises: Unavailable, Refused."""
-        started_s = time.perf_counter()
-        try:
-            reply = self._etcd.ask(path, body, patience_s)
+            is_done, found = self._etcd.transact({**same, own: self._shown}, {**writes, own: text},
+                                                 reads, ("head", "changes", "hosts/"), end_s)
         except GipamError as error:
             self._call(functools.partial(self._note, str(error)))
             raise
         self._service.etcd_s.observe(time.perf_counter() - started_s)
         if self._service.etcd_failure:
             self._call(functools.partial(self._note, ""))
-        return reply
+        if is_done:
+            self._shown, self._seen = text, self._count
+        return is_done, found, sent_s
 
     def _note(self, failure: str) -> None:
         """Note whether etcd answers; say so when that changes."""
@@ -4645,101 +4518,116 @@ class Claimant:
         elif before and not failure:
             log.info("etcd answers")
 
-    def _show_presence(self, patience_s: float) -> None:
-        """Keep the key that says that this host is there. Raises: BusyError; Unavailable, Refused.
+    def _catch_up(self, found: dict[str, str]) -> Told:
+        """Return what another head, or another key of this host, has to tell."""
+        site, shown, hosts = self._site, self._shown, read_hosts(found)
+        head, changes = found.get("head", ""), read_changes(found.get("changes"))
+        ats = [at for at, (before, _) in enumerate(changes) if before == site.head]
+        if not self._see(hosts.get(site.host)) or not (ats or head == site.head):
+            self._read()
+            return Told(site.head)
+        self._changes = changes
+        news = {} if head == site.head else {
+            name: parse_claim(value) for _, changed in changes[ats[-1]:]
+            for name, value in changed.items()}
+        return Told(head, news, hosts, is_settled=head != site.head or shown != self._shown)
 
-        Whoever holds the lease file on the machine that wrote it before is this host: the lock of
-        the lease file says that the process before is gone.
+    def _see(self, shown: str | None) -> bool:
+        """Note what etcd has of this host; return whether this process wrote that.
+
+        Whoever holds the lease file on the machine that wrote it is this host.
+        Raises: BusyError, if another gipam is there; Unavailable, while it may have gone.
         """
-        now_s, name = time.monotonic(), self._site.host
-        if self._lease:
-            reply = self._ask("/v3/lease/keepalive", {"ID": self._lease}, patience_s)
-            self._lease *= "TTL" in reply
-        if not self._lease:
-            reply = self._ask("/v3/lease/grant", {"TTL": str(PRESENCE_S)}, patience_s)
-            self._lease = reply["ID"]
-        token = self._token or secrets.token_hex(8)
-        value = {"machine": self._machine, "token": token, "at": int(time.time())}
-        for _ in range(3):
-            known = self._look(lambda: self._site.entry("hosts", name))
-            self._check_name(known)
-            if self._transact([known], [known._replace(text=dumps(value))], patience_s,
-                              self._lease):
-                self._token, self._present_until_s = token, now_s + PRESENCE_S
-                return
-        self._forget(patience_s)
-        raise Unavailable("etcd is not the one that it was, and is read again: try again")
-
-    def _check_name(self, known: Entry) -> None:
-        """Check that no other gipam is there under the name of this host.
-
-        Raises: BusyError, if it has shown itself again; Unavailable, if it may have gone.
-        """
-        is_own = known.value.get("machine") == self._machine and (
-            not self._token or known.value.get("token") == self._token)
-        if known.text and not is_own:
-            first, self._rival = self._rival, known
-            said = f"another gipam is there as host {known.name!r}: each needs a -host of its own"
-            if first and first.revision < known.revision:
+        key, (before, since_s) = parse_object(shown), self._rival
+        if isinstance(key.get("machine"), str) and key["machine"] != self._site.machine:
+            said = (f"another gipam is there as host {self._site.host!r}: "
+                    "each needs a -host of its own")
+            if self._is_there or (before and before != shown):
                 raise BusyError(said)
-            absent = known._replace(text="")
-            self._transact([absent], [absent], ETCD_ATTEMPT_S)  # to learn how it is now
-            raise Unavailable(f"{said}; one that has gone is forgotten after {PRESENCE_S} s")
-        self._rival = None
-
-    # The thread that follows
-
-    def _follow(self) -> None:
-        """Learn what changes, until the watch breaks; at first all, if there is no way to go on."""
-        site, etcd = self._site, self._watcher
-        try:
-            if self._call(site.loaded.is_set) and self._is_history(self._newest):
-                self._call(site.mark_all)
-            else:
-                self._load(ETCD_PATIENCE_S)
-            for entries in etcd.watch(self._call(lambda: site.watched) + 1):
-                self._call(functools.partial(site.learn_all, entries))
-                if not site.loaded.is_set():
-                    break
-        except Outdated:
-            site.loaded.clear()
-        except (OSError, http.client.HTTPException, ValueError):
-            pass  # a watch ends when its member does; another is asked
-        finally:
-            etcd.close()
-        self._newest = self._call(site.newest)  # now: the other thread may be the first to be back
-        time.sleep(ETCD_PAUSE_S)
-
-    def _is_history(self, newest: Entry) -> bool:
-        """Return whether what is known as written last was so: else an older etcd was restored."""
-        body = {"key": self._watcher.key(newest.table, newest.name),
-                "revision": str(newest.revision)}
-        try:
-            reply = self._watcher.ask("/v3/kv/range", body, ETCD_PATIENCE_S)
-        except Refused:  # it has been compacted, or is still to come
+            self._rival = (shown, since_s if before else time.monotonic())
+            if time.monotonic() - self._rival[1] < RIVAL_S:
+                raise Unavailable(f"{said}; one that has gone is forgotten after {RIVAL_S:.0f} s")
+        self._rival, self._shown, count = (None, 0.0), shown, key.get("count")
+        if key.get("token") != self._token or type(count) is not int or count < self._seen:
             return False
-        return [*self._watcher.entries(reply.get("kvs", ()))] == [newest]
+        self._seen = count
+        return True
 
-    def _load(self, patience_s: float) -> None:
-        """Learn all that there is. Raises: Unavailable, Refused."""
-        site, etcd = self._site, self._watcher
-        self._call(site.begin_load)
-        reply = etcd.ask("/v3/kv/range", etcd.range_of(""), patience_s)
-        entries = list(etcd.entries(reply.get("kvs", ())))
-        for at in range(0, len(entries), LOAD_ENTRIES):
-            self._call(functools.partial(site.learn_all, entries[at:at + LOAD_ENTRIES], False))
-        revision = int(reply["header"]["revision"])
-        self._call(lambda: self._service.finish_load({entry[:2] for entry in entries}, revision))
-        self._newest = self._call(site.newest)
+    def _calm_s(self) -> float:
+        """Return for how long nothing new is claimed, so that all claim again what they hold.
 
+        Each looks every PULSE_S; whoever is there again has begun to.
+        """
+        missing = self._before - {*self._site.hosts, self._site.host}
+        return self._lost_s + CALM_S + PULSE_S * bool(missing) - time.monotonic()
 
-def shared_prefixlen(subnet: Network) -> int:
-    """Return the length of the parts of a subnet: a sixteenth, with 16 addresses or more.
+    def _lose(self) -> None:
+        """Note that etcd is not what it was."""
+        self._lost_s, self._before, self._pulse_s = time.monotonic(), {*self._site.hosts}, 0.0
+        log.warning("etcd lacks what it had of this host: it was emptied, or restored, or this "
+                    "host evicted; claiming again what is held here")
 
-    Of IPv6 a 65536th: a /80 of a /64.
-    """
-    length = subnet.prefixlen + (4 if subnet.version == 4 else 16)
-    return max(min(length, BITS[subnet.version] - 4), subnet.prefixlen)
+    def _pulse(self, is_reading: bool) -> None:
+        """Show that this host is there, and see who else is; catch up, if the head is another.
+
+        Raises: Unavailable, Refused, BusyError.
+        """
+        end_s, site = time.monotonic() + ETCD_PATIENCE_S, self._site
+        if site.head is None:
+            self._read()
+        is_done, found, _ = self._exchange({}, {}, ("head", "hosts/"), end_s)
+        told = Told(site.head) if is_done else self._catch_up(found)
+        if is_done:
+            self._is_there = True
+            self._call(functools.partial(site.learn_hosts, read_hosts(found), is_reading))
+            if found.get("head", "") != site.head:
+                told = self._transact(Need({}, site.head), end_s)
+        self._learn(told)
+
+    def _read(self) -> None:
+        """Learn all that there is, in portions. Raises: Unavailable, Refused, BusyError."""
+        site, odd, rest, revision = self._site, [], {}, ""
+        start: str | None = ""
+        self._call(lambda: setattr(site, "head", None))
+        gone: dict[str, Claim | None] = dict.fromkeys(site.claims)
+        while start is not None:
+            found, start, revision = self._etcd.page(start, revision,
+                                                     time.monotonic() + ETCD_PATIENCE_S)
+            news = {}
+            for name, text in found.items():
+                table, _, claimed = name.partition("/")
+                if table == "claims" and is_name(claimed):
+                    news[claimed] = parse_claim(parse_object(text))
+                    gone.pop(claimed, None)
+                else:
+                    rest[name] = text
+                    odd += [name] * (table not in ("changes", "head", "hosts"))
+            items = [*news.items(), *(gone.items() if start is None else ())]
+            for at in range(0, len(items), LEARN_CLAIMS):
+                self._call(functools.partial(site.learn_claims, dict(items[at:at + LEARN_CLAIMS])))
+        if odd and not self._has_warned:
+            self._has_warned = True
+            log.warning("%d keys in etcd are none of gipam's, and ignored, such as %s", len(odd),
+                        printable(odd[0]))
+        if not self._see(rest.get(f"hosts/{site.host}")) and self._is_there:
+            self._lose()
+        self._changes = read_changes(rest.get("changes"))
+        self._learn(Told(rest.get("head", ""), None, read_hosts(rest)))
+        if not self._is_there:
+            self._find_leftovers()
+
+    def _find_leftovers(self) -> None:
+        """Before anything is claimed, find what a crash, or an older etcd or lease file, lacks."""
+        names, writes = list(self._site.due), {}
+        for at in range(0, len(names), MAX_WRITES):
+            part = names[at:at + MAX_WRITES]
+            writes.update(self._call(functools.partial(self._service.compare, part, True)).writes)
+        kept = {name for name, claim in writes.items()
+                if not claim or self._site.host not in claim.hosts}
+        if kept:  # Docker may use them
+            self._call(self._service.import_is_due.set)
+        if writes.keys() - kept:
+            self._lose()
 
 
 # === Commands =====================================================================================
@@ -5070,6 +4958,9 @@ def select_pools(pools: list[Json], what: str) -> list[Json]:
     return found
 
 
+PRESENCE = {True: "there", False: "not there", None: "not heard of"}  # while etcd is away
+
+
 def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
     """Yield the lines of the text form: a bar and a map for each base, a table of the pools."""
     def age(held: Json) -> str:
@@ -5083,7 +4974,7 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
         yield "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
         yield from ["  o held by another host"] * bool(elsewhere)
     hosts = [("HOST", "CLAIMS", "ETCD"), *(
-        (host["host"], str(host["claims"]), "there" if host["is_present"] else "not there")
+        (host["host"], str(host["claims"]), PRESENCE[host["is_present"]])
         for host in status.get("hosts", ()))]
     yield from format_table(hosts)
     rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
@@ -5091,7 +4982,8 @@ def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
         network = pool["network"] or pool["name"] or "-"
         rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]),
                      format_count(pool["usable"]), age(pool), network))
-        rows += [("  " + part, "part", "", "", "", "-") for part in pool["parts"]]
+        if pool["claimed_elsewhere"]:
+            rows.append(("  claimed by " + pool["claimed_elsewhere"], *[""] * 5))
         rows += [("  " + lease["address"], lease["kind"], "", "", age(lease),
                   lease["container"] or lease["name"] or lease["mac"] or "-")
                  for lease in pool.get("addresses", ())]
@@ -5265,7 +5157,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
             clear_path(config.socket)  # a second daemon writes and imports nothing
         service = open_service(config, store, document, state)
         claimant = open_claimant(config, service, store)
-        begin_import(config, service, document)
+        begin_import(config, service, document, claimant.call if claimant else service.run)
         gc.freeze()  # nor need it look at them later: 270 ms for a million
         gc.enable()
         handler: LogHandler = arguments.log_handler
@@ -5277,7 +5169,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         if claimant:
             loop.ask_etcd = claimant.ask
             claimant.start(loop.call, loop.stop)
-        threading.Thread(target=take_over_when_due, args=(service, config.driver, loop.call),
+        threading.Thread(target=take_over_when_due, args=(
+            service, config.driver, claimant.call if claimant else loop.call),
                          name="import", daemon=True).start()
         warn_of_surprises(config, "/proc/self/net")
         places = [format_endpoint(server.server_address) for server in loop.servers]
@@ -5290,8 +5183,6 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         loop.run()
         notify("STOPPING=1")
         loop.finish(made.close)
-    if claimant:
-        claimant.end()
     handler.is_held = False
     if service.loss:
         raise service.loss
@@ -5327,12 +5218,11 @@ def open_claimant(config: Config, service: Service, store: Store) -> Claimant | 
     if not config.etcd:
         return None
     tls = load_tls(config.etcdtls)
-    lock = os.stat(store.path + ".lock")
-    place = f"{[*read_rows('/etc/machine-id')]} {store.path} {lock.st_dev} {lock.st_ino}"
-    service.site = Site(config.host, service.state)
-    claimant = Claimant(service, service.site, lambda: Etcd(
-        config.etcd, tls, f"/gipam/{config.driver}/"),
-        hashlib.sha256(place.encode()).hexdigest()[:16])
+    home = os.stat(os.path.dirname(os.path.abspath(store.path)))
+    place = f"{[*read_rows('/etc/machine-id')]} {store.path} {home.st_dev} {home.st_ino}"
+    machine = hashlib.sha256(place.encode()).hexdigest()[:16]
+    service.site = Site(config.host, machine, service.state)
+    claimant = Claimant(service, service.site, Etcd(config.etcd, tls, f"/gipam/{config.driver}/"))
     claimant.begin()
     return claimant
 
@@ -5356,7 +5246,7 @@ def open_service(config: Config, store: Store, document: Json | None, state: Sta
                    dump_table)
 
 
-def begin_import(config: Config, service: Service, document: Json | None) -> None:
+def begin_import(config: Config, service: Service, document: Json | None, call: Call) -> None:
     """Ask Docker what is in use, if there was no lease file, or an older one, for all etcd knows.
 
     At once if Docker is alive, else when it answers. (While it starts, it accepts connections, but
@@ -5367,7 +5257,7 @@ def begin_import(config: Config, service: Service, document: Json | None) -> Non
         service.is_import_noted = True
     if service.import_is_due.is_set() and is_docker_alive():
         try:
-            take_over(service, config.driver, IMPORT_PATIENCE_S, service.run)
+            take_over(service, config.driver, IMPORT_PATIENCE_S, call)
         except GipamError as error:
             log.warning("Docker cannot be asked yet what is in use: %s", error)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import base64
 import concurrent.futures
 import contextlib
 import copy
@@ -1708,9 +1707,7 @@ class JournalTest(StoreCase):
                 *(f'["request_address",{pool},"{usable}",{text}]' for text in (
                     '"guest","","",0,0', '"endpoint",7,"",0,0', '"endpoint","",[],0,0',
                     '"endpoint","","","0",0', '"endpoint","","",0,-1', '"endpoint","","",0,0.5')),
-                f'["bind_pool",{pool},""]', f'["bind_pool",{pool},7]',
-                f'["share_pool",{pool},["192.0.2.0/28"],{{}}]',
-                f'["share_pool",{pool},[],{{"192.0.2.1":"gateway"}}]')),
+                f'["bind_pool",{pool},""]', f'["bind_pool",{pool},7]', f'["share_pool",{pool},7,{{}}]')),
             *((str(payload[:9]), b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload),
                place + "is no turn") for payload in (
                    b"[" * 100_000, b"5", b"[]", b'["11",[]]', b"[11,{}]", b"[true,[]]", b"{}")),
@@ -3772,7 +3769,7 @@ class LoopTest(LoopCase):
         (handler,) = self.loop.handlers
         self.assertLess(len(handler.outbox), 2 * gipam.WRITE_BYTES)
         received = b""
-        while not received.endswith(b"]}"):
+        while not received.endswith(b"}]}"):
             self.loop.turn(0.01)
             with contextlib.suppress(BlockingIOError):
                 received += peer.socket.recv(1 << 20, socket.MSG_DONTWAIT)
@@ -5312,7 +5309,7 @@ class ImportTest(OperatedCase):
                 mock.patch.object(gipam.Store, "lock", gipam.Store.hold):  # its predecessor has it
             config, store, document, state = gipam.load(settings, contextlib.ExitStack())
             self.service = gipam.open_service(config, store, document, state)
-            gipam.begin_import(config, self.service, document)
+            gipam.begin_import(config, self.service, document, self.service.run)
         self.loop.service = self.service  # not before: two threads would use it
         self.service.about = gipam.describe_daemon(config, self.socket)
         self.addCleanup(self.service.import_is_due.clear)  # else its thread would ask on for ever
@@ -5837,7 +5834,7 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
         since = {"seq": mock.ANY, "granted_s": self.NOW_S - 3 * 3600}
         self.assertEqual(ranged, {
             **since, "id": mock.ANY, "subnet": "10.50.0.0/24", "sub_pool": "10.50.0.64/26",
-            "name": "gateway", "network": "range", "leases": 1, "usable": 64, "parts": [],
+            "name": "gateway", "network": "range", "leases": 1, "usable": 64, "is_shared": False,
             "claimed_elsewhere": "", "addresses": [mock.ANY]})
         self.assertEqual(lease, {
             **since, "address": "10.2.0.2", "kind": "endpoint", "mac": "02:42:00:00:00:02",
@@ -6171,10 +6168,6 @@ class LogTest(Case):
 # will. What a real one does is shown in the lab.
 
 
-def text_of(field: str) -> str:
-    return base64.b64decode(field).decode()
-
-
 class EtcdHandler(http.server.BaseHTTPRequestHandler):
     """The JSON gateway of an etcd: https://etcd.io/docs/v3.5/dev-guide/api_grpc_gateway."""
 
@@ -6185,9 +6178,6 @@ class EtcdHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         try:
-            if self.path == "/v3/watch":
-                self.watch(body["create_request"])
-                return
             with self.server.lock:
                 status, reply = self.server.answer(self.path, body, self.headers.get("Authorization"))
         except ConnectionError:
@@ -6201,28 +6191,12 @@ class EtcdHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def watch(self, request: dict[str, Any]) -> None:
-        """Stream what happens from the revision on, a line for each, until the etcd goes away."""
-        self.close_connection = True
-        self.send_response(200)
-        self.end_headers()
-        at, absences = int(request["start_revision"]), self.server.absences
-        if at < self.server.compacted:
-            self.wfile.write(json.dumps({"result": {
-                "canceled": True, "compact_revision": str(self.server.compacted)}}).encode() + b"\n")
-            return
-        while events := self.server.await_events(at, absences):
-            at = events[-1]["mod_revision"] + 1
-            rows = [{"type": event["type"], "kv": {**event, "mod_revision": str(event["mod_revision"])}}
-                    for event in events]
-            self.wfile.write(json.dumps({"result": {"events": rows}}).encode() + b"\n")
-
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         pass
 
 
 class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """Keeps keys and values in memory, with revisions; can be away, slow, forgetful or suspicious."""
+    """Keeps keys and values in memory; can be away, forgetful or suspicious."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -6230,20 +6204,17 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def __init__(self, test: unittest.TestCase) -> None:
         super().__init__(("127.0.0.1", 0), EtcdHandler)
         self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
-        self.values: dict[str, tuple[str, int, str]] = {}  # key -> (value, mod_revision, lease)
-        self.events: list[dict[str, Any]] = []
+        self.values: dict[str, str] = {}  # below /gipam/gipam/
         self.revision = 1
-        self.compacted = 0  # revisions before this one are not known any more
-        self.leases: set[str] = set()
         self.tokens: set[str] = set()
         self.password = ""  # if it wants one
-        self.is_away, self.absences = False, 0
-        self.is_curt = False  # each reply ends its connection
+        self.is_away = self.is_curt = False  # each reply ends its connection
         self.asked: list[str] = []
         self.before: list[Callable[[], Any]] = []  # what comes before the next transactions
-        self.is_losing = False  # the reply to the next one
-        self.looks: Callable[[str], Any] = lambda path: None  # at what it is asked for
+        self.losing: list[str] = []  # in transactions that write this the reply is lost; or
+        self.late: list[dict[str, Any]] = []  # they come late:
+        self.delaying: list[str] = []
+        self.written: list[dict[str, str]] = []  # by each transaction
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         test.addCleanup(self.server_close)
@@ -6254,11 +6225,9 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Stay silent when gipam has not waited for the answer."""
 
     def go(self, is_away: bool = True) -> None:
-        """Go away, and end all watches; or come back."""
+        """Go away, or come back."""
         with self.lock:
             self.is_away = is_away
-            self.absences += is_away
-            self.changed.notify_all()
 
     def answer(self, path: str, body: dict[str, Any], token: str | None) -> tuple[int, Any]:
         if self.is_away:
@@ -6271,107 +6240,75 @@ class FakeEtcd(socketserver.ThreadingMixIn, http.server.HTTPServer):
             return 200, {"header": {}, "token": f"token{len(self.asked)}"}
         if self.password and token not in self.tokens:
             return 401, {"code": 16, "message": "etcdserver: invalid auth token"}
-        self.looks(path)
-        if 0 < int(body.get("revision", 0)) < self.compacted:
-            return 400, {"code": 11, "message": "etcdserver: mvcc: required revision has been compacted"}
         if path == "/v3/kv/txn" and max(map(len, body.values())) > 128:  # --max-txn-ops
             return 400, {"code": 3, "message": "etcdserver: too many operations in txn request"}
         reply = getattr(self, path.rpartition("/")[2])(body)
         reply["header"] = {"revision": str(self.revision)}
-        return 200, {"result": reply} if path == "/v3/lease/keepalive" else reply
+        return 200, reply
 
-    def await_events(self, revision: int, absences: int) -> list[dict[str, Any]]:
-        """Return what happens from a revision on; nothing, if the etcd goes away before."""
-        def events() -> list[dict[str, Any]]:
-            return [event for event in self.events if event["mod_revision"] >= revision]
-
-        with self.lock:
-            self.changed.wait_for(lambda: self.absences > absences or events())
-            return [] if self.absences > absences else events()
-
-    def grant(self, _: dict[str, Any]) -> dict[str, Any]:
-        self.leases.add(str(len(self.asked)))
-        return {"ID": str(len(self.asked)), "TTL": "30"}
-
-    def revoke(self, body: dict[str, Any]) -> dict[str, Any]:
-        self.leases.discard(body["ID"])
-        self.revision += 1
-        for key in [key for key, (_, _, lease) in self.values.items() if lease == body["ID"]]:
-            self.change(key, "")
-        return {}
-
-    def keepalive(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"ID": body["ID"], **({"TTL": "30"} if body["ID"] in self.leases else {})}
+    @staticmethod
+    def name(field: str) -> str:
+        return gipam.decode_bytes(field)[len("/gipam/gipam/"):]
 
     def range(self, body: dict[str, Any]) -> dict[str, Any]:
-        first, since = text_of(body["key"]), int(body.get("min_mod_revision", 0))
-        end = text_of(body["range_end"]) if "range_end" in body else first + "\0"
-        values = self.values
-        if "revision" in body:  # as of then
-            values = {}
-            for event in self.events:
-                if event["mod_revision"] <= int(body["revision"]):
-                    values[text_of(event["key"])] = (text_of(event["value"]), event["mod_revision"], "")
-        return {"kvs": [
-            {"key": gipam.encode_bytes(key), "value": gipam.encode_bytes(value), "mod_revision": str(revision)}
-            for key, (value, revision, _) in sorted(values.items())
-            if first <= key < end and revision >= since and value]}
+        first = self.name(body["key"])
+        end = gipam.decode_bytes(body["range_end"]) if "range_end" in body else ""
+        names = [name for name in sorted(self.values) if (
+            first <= name and "/gipam/gipam/" + name < end if end else name == first)]
+        page = names[:int(body.get("limit", 0)) or None]
+        return {"more": len(page) < len(names), "kvs": [
+            {"key": gipam.encode_bytes("/gipam/gipam/" + name), "value": gipam.encode_bytes(self.values[name])}
+            for name in page]}
 
     def txn(self, body: dict[str, Any]) -> dict[str, Any]:
         if self.before:
             self.before.pop(0)()
-        is_same = all(self.is_true(**compare) for compare in body["compare"])
-        chosen = body["success" if is_same else "failure"]
-        self.revision += is_same
-        replies = [{"response_range": self.range(operation["request_range"])}
-                   for operation in chosen if "request_range" in operation]
-        for operation in chosen:
-            for kind, request in operation.items():
-                if kind != "request_range":
-                    self.change(text_of(request["key"]), text_of(request.get("value", "")),
-                                request.get("lease", ""))
-        self.changed.notify_all()
-        if self.is_losing:
-            self.is_losing = False
+        text = json.dumps([self.name(it["request_put"]["key"]) for it in body["success"] if "request_put" in it] + [
+            "-" + self.name(it["request_delete_range"]["key"]) for it in body["success"] if "request_delete_range" in it])
+        if self.delaying and self.delaying[0] in text:
+            self.late.append(body)
+            self.delaying.pop()
             raise ConnectionError
+        reply = self.carry_out(body)
+        if self.losing and self.losing[0] in text:
+            self.losing.pop()
+            raise ConnectionError
+        return reply
+
+    def carry_out(self, body: dict[str, Any]) -> dict[str, Any]:
+        is_same = all((self.name(it["key"]) not in self.values) if it["target"] == "VERSION" else
+                      self.values.get(self.name(it["key"])) == gipam.decode_bytes(it["value"])
+                      for it in body["compare"])
+        replies, written = [], {}
+        for operation in body["success" if is_same else "failure"]:
+            (kind, request), = operation.items()
+            if kind == "request_range":
+                replies.append({"response_range": self.range(request)})
+            else:
+                written[self.name(request["key"])] = gipam.decode_bytes(request.get("value", ""))
+        self.written.append(written)
+        for name, value in written.items():
+            self.put(name, value)
         return {"succeeded": is_same, "responses": replies}
 
-    def is_true(self, key: str, target: str, result: str, mod_revision: str = "", value: str = "") -> bool:
-        found = self.values.get(text_of(key), ("", 0, ""))
-        return str(found[1]) == mod_revision if target == "MOD" else found[0] == text_of(value)
+    def put(self, name: str, value: str) -> None:
+        """Write a key, or delete it: no value."""
+        self.revision += 1
+        self.values.pop(name, None)
+        self.values.update({name: value} if value else {})
 
-    def change(self, key: str, value: str, lease: str = "") -> None:
-        """Write a key in the present revision, or delete it: no value."""
-        if value:
-            self.values[key] = (value, self.revision, lease)
-        else:
-            self.values.pop(key, None)
-        self.events.append({
-            "type": "PUT" if value else "DELETE", "key": gipam.encode_bytes(key),
-            "value": gipam.encode_bytes(value), "mod_revision": self.revision})
-
-    def set(self, key: str, value: Any) -> None:
+    def set(self, name: str, value: Any) -> None:
         """Write or delete a key as somebody else does, a claim with the head."""
         with self.lock:
-            self.revision += 1
-            self.change("/gipam/gipam/" + key, value and json.dumps(value))
-            if key.startswith("claims/") and value:
-                self.change("/gipam/gipam/head", f"somebody's {self.revision}")
-            self.changed.notify_all()
+            self.put(name, value and (value if isinstance(value, str) else json.dumps(value)))
+            if name.startswith("claims/"):
+                self.put("head", f"somebody's {self.revision}")
 
-    def claims(self, table: str = "claims/") -> dict[str, list[str]]:
-        """Return subnet -> hosts; or of parts."""
-        start = "/gipam/gipam/" + table
+    def claims(self, depth: int = 1) -> dict[str, list[str]]:
+        """Return subnet -> hosts; or of addresses: 2."""
         with self.lock:
-            return {key[len(start):]: json.loads(value)["hosts"]
-                    for key, (value, _, _) in sorted(self.values.items()) if key.startswith(start)}
-
-    def expire(self, host: str) -> None:
-        """End the lease under which a host shows that it is there."""
-        with self.lock:
-            lease = self.values["/gipam/gipam/hosts/" + host][2]
-            self.leases.discard(lease)
-        self.set("hosts/" + host, "")
+            return {name[7:]: json.loads(value)["hosts"] for name, value in sorted(self.values.items())
+                    if name.startswith("claims/") and name.count("/") == 1 + depth}
 
 
 class Host(Unix):
@@ -6383,7 +6320,7 @@ class Host(Unix):
             file=os.path.join(self.directory, "leases.json"), v4=CASES_V4, v6=CASES_V6, v4ab="24",
             etcd=test.etcd_url, host=name))
         config, self.store, document, state = gipam.load(settings, contextlib.ExitStack())
-        test.addCleanup(os.close, self.store._lock_fd)
+        test.addCleanup(self.unlock)
         self.service = gipam.open_service(config, self.store, document, state)
         claimant = gipam.open_claimant(config, self.service, self.store)
         assert claimant and self.service.site
@@ -6393,15 +6330,37 @@ class Host(Unix):
         self.place = os.path.join(make_directory(test), "sock")
         self.service.about = gipam.describe_daemon(config, self.place)
         self.loop.open(gipam.UnixServer(self.place, self.loop))
+        test.addCleanup(self.hurry)  # it finds that the loop is over
         claimant.start(self.loop.call, self.loop.stop)
         self.thread = serve_in_thread(test, self.loop)
         Client.__init__(self, self.place)
         test.addCleanup(self.close)
 
+    def unlock(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self.store._lock_fd)
+
     def stop(self) -> None:
+        """End it as SIGKILL does."""
         self.loop.stop()
         self.thread.join()
         self.loop._end_calls()
+        self.hurry()
+        self.store.close()
+        self.unlock()
+
+    def hurry(self) -> None:
+        """Have it look at etcd now."""
+        self.claimant._pulse_s = 0.0
+        self.site.wake()
+
+    def settle(self) -> None:
+        """Wait until it has looked at etcd, and nothing is due."""
+        for _ in range(2):  # it has ended one look when it begins the next
+            self.hurry()
+            wait_for(lambda: self.claimant._pulse_s, "it looks")
+        wait_for(lambda: not self.site.due, "nothing is due")
+        self.loop.call(lambda: None)
 
 
 class HostsCase(CommandCase):
@@ -6409,10 +6368,11 @@ class HostsCase(CommandCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.addCleanup(self.end_threads)
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         self.etcd = FakeEtcd(self)
+        self.addCleanup(self.end_threads)
         self.etcd_url = self.etcd.url
-        self.patch(gipam, PULSE_S=0.2, ETCD_PAUSE_S=0.01, ETCD_ATTEMPT_S=0.2)
+        self.patch(gipam, PULSE_S=0.2, ETCD_PAUSE_S=0.01, ETCD_ATTEMPT_S=0.2, CALM_S=0.3)
 
     @staticmethod
     def end_threads() -> None:
@@ -6422,13 +6382,24 @@ class HostsCase(CommandCase):
                 thread.join(DEADLINE_S)
                 assert not thread.is_alive()
 
-    def wait_for_claims(self, claims: dict[str, list[str]], table: str = "claims/") -> None:
-        wait_for(lambda: self.etcd.claims(table) == claims, f"{claims} in etcd")
+    def wait_for_claims(self, claims: dict[str, list[str]], depth: int = 1) -> None:
+        wait_for(lambda: self.etcd.claims(depth) == claims, f"{claims} in etcd")
 
     def assert_refused(self, text: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
         with self.assertRaises(Refused) as caught:
             function(*arguments, **named)
         self.assertIn(text, str(caught.exception))
+
+    def evict(self, host: Host, name: str) -> None:
+        """Evict a host as soon as that can be."""
+        def is_done() -> bool:
+            try:
+                return bool(host.call("Gipam.Evict", Host=name))
+            except Refused as refusal:
+                self.assertIn("is there", str(refusal))
+            return False
+
+        wait_for(is_done, f"{name} to be evicted")
 
 
 class ClaimTest(HostsCase):
@@ -6450,8 +6421,7 @@ class ClaimTest(HostsCase):
             two.loop.call(lambda: two.service._read_anew(gipam.StoreError("the disk is full")))
         one.release_pool(pool_id)
         self.wait_for_claims({})
-        wait_for(lambda: not two.site.claims_of("one"), "two to hear of it")
-        two.request_pool("10.9.0.0/24")
+        two.request_pool("10.9.0.0/24")  # a refusal would have had one fresh look
         self.assertEqual(self.etcd.claims(), {"10.9.0.0/24": ["two"]})
 
     def test_who_loses_a_race_takes_the_next_block(self) -> None:
@@ -6462,139 +6432,172 @@ class ClaimTest(HostsCase):
         self.assertEqual(host.request_pool()[1], "198.18.2.0/24")
         self.assertEqual(self.etcd.claims()["198.18.2.0/24"], ["one"])
 
-    def test_claim_of_a_part_that_is_heard_of_after_the_decision_counts(self) -> None:
+    def test_claim_that_is_heard_of_after_the_decision_counts(self) -> None:
+        """Though it is in no way of the claims that were known then: the head is compared."""
         host = Host(self, "one")
-        claim, free = host.claimant._claim, []
+        transact = host.claimant._transact
 
-        def race(*arguments: Any) -> bool:
-            self.etcd.set("claims/10.9.1.0/24", {"hosts": ["two"]})
-            wait_for(lambda: host.site.claims_of("two"), "it is heard of")
-            free.append(claim(*arguments))
-            return free[-1]
+        def race(need: Any, *more: Any, **named: Any) -> Any:
+            if need.writes and "10.9.1.0/24" not in self.etcd.claims():
+                self.etcd.set("claims/10.9.1.0/24", {"hosts": ["two"]})
+            return transact(need, *more, **named)
 
-        with mock.patch.object(host.claimant, "_claim", race):
+        with mock.patch.object(host.claimant, "_transact", race):
             self.assert_refused("claimed by host two", host.request_pool, "10.9.0.0/16")
-        self.assertEqual(free, [False])
+        self.assertEqual(self.etcd.claims(), {"10.9.1.0/24": ["two"]})
 
     def test_claim_whose_reply_is_lost_is_used(self) -> None:
         host = Host(self, "one")
-        self.etcd.is_losing = True
+        self.etcd.losing.append("claims/")
         self.assertEqual(host.request_pool()[1], "198.18.0.0/24")
-        self.assertFalse(self.etcd.is_losing)
+        self.assertEqual(self.etcd.losing, [])
         self.assertEqual(self.etcd.claims(), {"198.18.0.0/24": ["one"]})
+
+    def test_what_was_claimed_long_ago_is_claimed_anew(self) -> None:
+        """Who was stopped between its claim and its reply may have been evicted, and does not know it."""
+        host, now_s = Host(self, "one"), [0.0]
+        self.patch(gipam, boot_s=lambda: now_s[0])
+        carry_out, lan = self.etcd.carry_out, host.request_pool("10.8.0.0/24", gipam_shared="true")[0]
+
+        def stop(body: dict[str, Any]) -> dict[str, Any]:
+            reply = carry_out(body)
+            for name in self.etcd.written[-1]:
+                if name.startswith("claims/") and name not in given and reply["succeeded"]:
+                    now_s[0] += gipam.GRANT_S + 1
+                    given.append(name)
+                    self.etcd.set(name, {"hosts": ["two"], "kind": "endpoint"})
+            return reply
+
+        given = ["claims/10.8.0.0/24", "claims/198.18.1.0/24"]
+        with mock.patch.object(self.etcd, "carry_out", stop):
+            self.assertEqual(host.request_pool()[1], "198.18.1.0/24")
+            self.assert_refused("claimed by host two", host.request_address, lan, "10.8.0.9", "02:42:00:00:00:01")
+        self.assertEqual(given[2:], ["claims/198.18.0.0/24", "claims/10.8.0.0/24/10.8.0.9"])
 
     def test_what_a_crash_left_is_put_right_at_the_start(self) -> None:
         """A subnet that is held is claimed; what nothing holds goes once Docker has been asked."""
         directory = make_directory(self)
-        path = os.path.join(directory, "leases.json")
-        service = begin(path)
-        Direct(service).request_pool("10.9.0.0/24")
+        service = begin(os.path.join(directory, "leases.json"))
+        numbers = range(100)
+        for number in numbers:
+            Direct(service).request_pool(f"10.9.{number}.0/24")
         service.fold(is_stopping=True)
         self.etcd.set("claims/10.8.0.0/24", {"hosts": ["one"]})
         host = Host(self, "one", directory)
-        self.wait_for_claims({"10.8.0.0/24": ["one"], "10.9.0.0/24": ["one"]})
+        held = {f"10.9.{number}.0/24": ["one"] for number in sorted(numbers, key=str)}
+        self.wait_for_claims({"10.8.0.0/24": ["one"], **held})
         self.assertTrue(host.service.import_is_due.is_set(), "Docker may use what the file lacks")
-        wait_for(lambda: self.etcd.asked.count("/v3/lease/keepalive") > 3, "it had the time")
-        self.assertEqual(len(self.etcd.claims()), 2)
-        host.loop.call(host.service.import_is_due.clear)
-        host.site.wake()
-        self.wait_for_claims({"10.9.0.0/24": ["one"]})
+        host.hurry()
+        wait_for(lambda: len(host.site.due) == 1, "it had the time")
+        self.assertEqual(len(self.etcd.claims()), 101)
+        host.service.adopted.clear()
+        host.loop.call(lambda: host.service.finish_import(()))
+        self.wait_for_claims(held)
 
-    def test_all_is_compared_at_once_however_much_it_is(self) -> None:
-        """What is not held, and waits for Docker's word, is in nobody's way."""
-        self.patch(gipam, MAX_DUE=2, PULSE_S=2 * DEADLINE_S)
-        directory = make_directory(self)
-        path = os.path.join(directory, "leases.json")
-        service = begin(path)
-        for number in range(9):
-            Direct(service).request_pool(f"10.{number}.0.0/24")
-        service.fold(is_stopping=True)
-        for number in [*range(8), *range(100, 105)]:
-            self.etcd.set(f"claims/10.{number}.0.0/24", {"hosts": ["one"]})
-        host = Host(self, "one", directory)
-        wait_for(lambda: "10.8.0.0/24" in self.etcd.claims(), "the one that was missing")
-        self.assertTrue(host.service.import_is_due.is_set())
-        host.stop()
-        host.site.wake()
-
-    def test_what_another_has_claimed_meanwhile_is_named_and_shut(self) -> None:
+    def test_what_another_has_claimed_meanwhile_is_named_and_shut_for_as_long(self) -> None:
         one = Host(self, "one")
         pool_id, subnet = one.request_pool()
         one.request_address(pool_id)
         with self.assertLogs("gipam", "ERROR") as logged:
             self.etcd.set(f"claims/{subnet}", {"hosts": ["two"]})
             wait_for(lambda: one.state()["pools"][0]["claimed_elsewhere"] == "host two", "it to be seen")
-            wait_for(lambda: logged.output, "it to be said")
         self.assertIn(f"claimed_elsewhere: {subnet} is held here", logged.output[0])
         self.assert_refused("claimed by host two too", one.request_address, pool_id)
+        done = self.run_main("status", "-socket", one.place, DOCKER_HOST="unix:///nonexistent")
+        self.assertIn("\n  claimed by host two", done.out)
+        self.etcd.set(f"claims/{subnet}", "")
+        wait_for(lambda: not one.state()["pools"][0]["claimed_elsewhere"], "it is over")
+        one.request_address(pool_id)
+        self.wait_for_claims({subnet: ["one"]})
+        self.etcd.set(f"claims/{subnet}", {"hosts": ["two"]})
+        wait_for(lambda: one.site.conflicts, "it is seen")
         one.release_pool(pool_id)
-        wait_for(lambda: not one.site.due, "the claim to be left alone")
+        one.settle()
         self.assertEqual(self.etcd.claims(), {subnet: ["two"]})
 
-    def test_what_was_claimed_elsewhere_may_be_used_again_at_once(self) -> None:
-        host = Host(self, "one")
-        pool_id, subnet = host.request_pool("10.9.0.0/24")
-        self.etcd.set(f"claims/{subnet}", {"hosts": ["two"]})
-        wait_for(lambda: host.state()["pools"][0]["claimed_elsewhere"], "it is seen")
-        host.release_pool(pool_id)
-        self.etcd.set(f"claims/{subnet}", "")
-        wait_for(lambda: not (host.site.due or host.site.claims_of("two")), "it is free")
-        with mock.patch.object(host.service, "next_need", lambda: None):  # the thread has not come to it
-            host.request_address(host.request_pool(subnet)[0])
+    def test_etcd_that_has_lost_claims_is_told_again_before_anything_new_is_claimed(self) -> None:
+        """It was restored from a snapshot, or emptied; a new claim could be what another still holds."""
+        self.patch(gipam, PULSE_S=3.0)
+        one, two = Host(self, "one"), Host(self, "two")
+        one.request_pool()
+        for is_emptied in (False, True):
+            with self.subTest(is_emptied=is_emptied):
+                with self.etcd.lock:
+                    saved = {} if is_emptied else dict(self.etcd.values)
+                for host in (one, two):
+                    host.request_pool()
+                    host.settle()
+                before = self.etcd.claims()
+                self.etcd.values = dict(saved)
+                self.etcd.set("notes/later", "another")
+                self.assert_refused("nothing new for", one.request_pool)
+                wait_for(lambda: self.etcd.claims() == before, "all is claimed again")  # noqa: B023
+                subnets = {pool["subnet"] for host in (one, two) for pool in host.state()["pools"]}
+                wait_for(lambda: max(one.claimant._calm_s(), two.claimant._calm_s()) <= 0, "some time")
+                self.assertNotIn(one.request_pool()[1], subnets)
 
-    def test_older_etcd_is_told_again_what_is_held(self) -> None:
-        """Restored from a snapshot, it has revisions that were others' before.
+    def test_values_that_gipam_did_not_write_stop_nothing(self) -> None:
+        odd = ('{"hosts":5}', "true", "[" * 5000, "nothing", '{"hosts":[]}', '{"hosts":[7,{}]}', "null",
+               '{"hosts":["two"],"since":{},"shared":1}', "\udcff", '{"hosts":["x\\ny"]}')
+        for number, text in enumerate(odd):
+            self.etcd.set(f"claims/10.9.{number}.0/24", text)
+        names = ("claims/10.50.3.0/024", "claims/nonsense", "claims/10.50.3.0/24/10.51.0.1", "claims/\udcff",
+                 "claims/fe80::1%eth0/128", "claims/10.50.3.0/24/", "parts/10.50.3.0/24/10.50.3.0/28", "claims")
+        for name in names:
+            self.etcd.set(name, {"hosts": ["two"]})
+        for key in ("changes", "hosts/three", "hosts/\udcff"):
+            self.etcd.set(key, '[["a",{"b":[]}],5]')
+        with self.assertLogs("gipam", "WARNING") as logged:
+            host = Host(self, "one")
+        said = [line for line in logged.output if "none of gipam's" in line]
+        self.assertEqual(len(said), 1, logged.output)
+        self.assertIn(f"{len(names)} keys in etcd", said[0])
+        host.request_pool("10.50.3.0/24")
+        self.etcd.set("claims/10.50.3.0/024", "")
+        host.settle()
+        self.assertEqual(host.site.claims["10.50.3.0/24"].hosts, ("one",))
+        for number in range(len(odd)):
+            self.assert_refused("claimed by host", host.request_pool, f"10.9.{number}.0/25")
+        self.assertEqual(len(host.state()["claims"]), len(odd) + 1)
+        for number in range(len(odd)):
+            self.etcd.set(f"claims/10.9.{number}.0/24", "")
+        host.request_pool("10.9.0.0/25")
 
-        The thread that asks may be the first to be back, and show its presence: that was so before.
-        """
-        self.patch(gipam, PULSE_S=2.0, ETCD_PATIENCE_S=0.3)
-        one, asked = Host(self, "one"), threading.Event()
+    def test_many_claims_are_learned_in_portions(self) -> None:
+        learn, sizes = gipam.Site.learn_claims, []
 
-        def keep_back(path: str) -> None:
-            if path == "/v3/kv/range" and not asked.is_set():
-                raise ConnectionError
+        def measure(site: gipam.Site, news: Any) -> None:
+            sizes.append(len(news))
+            learn(site, news)
 
-        first = one.request_pool()[1]
-        with self.etcd.lock:
-            saved = dict(self.etcd.values), self.etcd.revision, len(self.etcd.events)
-        second = one.request_pool()[1]
-        known = one.loop.call(one.site.newest).revision
-        with self.etcd.lock:
-            self.etcd.go()
-            self.etcd.values, self.etcd.revision = saved[:2]
-            del self.etcd.events[saved[2]:]
-            for number in range(20):
-                self.etcd.set(f"claims/10.{number}.0.0/24", {"hosts": ["two"]})
-            self.etcd.looks = keep_back
-            self.etcd.go(is_away=False)
-        wait_for(lambda: one.claimant._newest.revision >= known, "the watch has ended")
-        one.claimant._pulse_s = 0.0
-        one.site.wake()
-        wait_for(lambda: one.loop.call(one.site.newest).revision > 20, "it is there")
-        time.sleep(2 * gipam.ETCD_PATIENCE_S)  # what the one that watches asks now, it began to ask then
-        asked.set()
-        wait_for(lambda: len(self.etcd.claims()) == 22, "both are claimed again")
-        self.assertEqual([self.etcd.claims()[subnet] for subnet in (first, second)], [["one"]] * 2)
-        self.assert_refused("claimed by host two", one.request_pool, "10.3.0.0/16")
+        with mock.patch.object(gipam.Site, "learn_claims", measure):
+            host = Host(self, "one")
+            for text in ('{"hosts":["two"]}', ""):
+                with self.etcd.lock:
+                    for number in range(1000):
+                        self.etcd.put(f"claims/10.{number % 250}.{number // 250}.0/24", text)
+                    self.etcd.set("claims/10.250.0.0/24", text)
+                wait_for(lambda: len(host.site.claims) == 1001 * bool(text), "all of it")  # noqa: B023
+        self.assertGreater(self.etcd.asked.count("/v3/kv/range"), 1001 // gipam.PAGE_KEYS)
+        self.assertLessEqual(max(sizes), gipam.MAX_WRITES)
 
-    def test_late_news_bring_nothing_back(self) -> None:
-        """A watch may be behind what this host knows from its own transactions."""
-        network = gipam.parse_prefix("10.9.0.0/24")
-        site = gipam.Site("one", make_state(BASES))
-        site.finish_load(set(), 10)
-
-        def news(revision: int, text: str) -> gipam.Entry:
-            return gipam.Entry("claims", network, text, revision)
-
-        mine = '{"hosts":["one"]}'
-        site.learn(news(12, mine))
-        site.learn(news(14, ""))
-        site.learn_all([news(12, mine)])
-        self.assertFalse(site.has(network))
-        site.learn_all([news(14, ""), news(16, mine)])
-        self.assertTrue(site.has(network))
-        site.learn(news(15, ""))
-        self.assertTrue(site.has(network))
+    def test_few_changes_are_learned_from_what_etcd_keeps_of_them(self) -> None:
+        one, two = Host(self, "one"), Host(self, "two")
+        for host in (one, two):
+            host.settle()
+        count = self.etcd.asked.count("/v3/kv/range")
+        subnets = [one.request_pool()[1] for _ in range(3)]
+        self.assertEqual(two.request_pool()[1], "198.18.3.0/24")
+        two.settle()
+        self.assertEqual([subnet for subnet in two.site.claims if two.site.claims[subnet].hosts == ("one",)], subnets)
+        self.assertEqual(self.etcd.asked.count("/v3/kv/range"), count)
+        for _ in range(40):
+            pool_id, _ = one.request_pool()
+            one.release_pool(pool_id)
+        one.settle()
+        self.assertLess(len(self.etcd.values["changes"]), gipam.MAX_CHANGES_CHARS + 1)
+        two.settle()
+        self.assertEqual(two.site.claims, one.site.claims)
 
 
 class EtcdAwayTest(HostsCase):
@@ -6608,6 +6611,7 @@ class EtcdAwayTest(HostsCase):
         """Return a peer whose request waits for etcd, and what it waits for."""
         held = threading.Event()
         self.addCleanup(held.set)
+        host.settle()
         self.etcd.before.append(lambda: held.wait(DEADLINE_S))
         peer = Peer(self, host.place).send(NEW_POOL)
         wait_for(lambda: any(it.is_waiting for it in [*host.loop.handlers]), "it waits for etcd")
@@ -6621,43 +6625,31 @@ class EtcdAwayTest(HostsCase):
         self.assert_refused(f"etcd does not answer on {self.etcd.url}: ", host.request_pool)
         for released in (pool_id, other):
             host.release_pool(released)
-        self.assertEqual(host.request_pool(gipam_name="web")[1], subnet)
+        self.assert_refused("etcd does not answer", host.request_pool, gipam_name="web")
         self.etcd.go(is_away=False)
-        self.wait_for_claims({subnet: ["one"]})
-        self.assertNotEqual(host.request_pool()[1], subnet)
+        self.wait_for_claims({})
+        self.assertEqual(host.request_pool(gipam_name="web")[1], subnet)
 
     def test_start_does_not_wait_for_it(self) -> None:
         self.etcd.go()
         host = Host(self, "one")
         self.assert_refused("etcd does not answer", host.request_pool)
-        self.assert_refused("what other hosts hold is not known", host.request_address,
-                            f"10.9.0.0/24#{TOKEN}")
+        self.assert_refused("etcd does not answer", host.request_address, f"10.9.0.0/24#{TOKEN}")
         done = self.run_main("status", "-socket", host.place, DOCKER_HOST="unix:///nonexistent")
         self.assertIn("\netcd does not answer", done.out)
         self.etcd.go(is_away=False)
         wait_for(lambda: not host.state()["etcd"]["failure"], "etcd answers")
-        host.request_pool()
+        host.request_address(f"10.9.0.0/24#{TOKEN}")
+        self.assertEqual(self.etcd.claims(), {"10.9.0.0/24": ["one"]}, "claimed before it is adopted")
 
-    def test_what_was_compacted_meanwhile_is_read_anew(self) -> None:
-        """Though the thread that asks was back before the one that watches, and knows what is newest."""
+    def test_hosts_are_not_heard_of_while_it_is_away(self) -> None:
         host = Host(self, "one")
-        self.etcd.set("claims/10.8.0.0/16", {"hosts": ["two"]})
-        wait_for(lambda: host.site.claims_of("two"), "it follows")
-
-        def keep_back(path: str) -> None:
-            if path == "/v3/kv/range":
-                raise ConnectionError
-
-        self.etcd.looks = keep_back
+        wait_for(lambda: host.state()["hosts"], "it is there")
         self.etcd.go()
-        self.etcd.set("claims/10.9.0.0/16", {"hosts": ["two"]})
-        self.etcd.set("claims/10.9.0.0/16", "")
-        self.etcd.compacted = self.etcd.revision
-        self.etcd.go(is_away=False)
-        wait_for(lambda: host.loop.call(host.site.newest).revision > self.etcd.compacted, "it is there")
-        time.sleep(2 * gipam.ETCD_PATIENCE_S)  # what the one that watches asks now, it began to ask then
-        self.etcd.looks = lambda _: None
-        wait_for(lambda: host.site.watched > self.etcd.compacted, "it knows all")
+        wait_for(lambda: host.state()["etcd"]["failure"], "it is away")
+        self.assertEqual([it["is_present"] for it in host.state()["hosts"]], [None])
+        done = self.run_main("status", "-socket", host.place, DOCKER_HOST="unix:///nonexistent")
+        self.assertIn("not heard of", done.out)
 
     def test_reply_may_be_the_last_of_its_connection(self) -> None:
         """As a member's are that is being stopped, or each thousandth of a proxy."""
@@ -6665,10 +6657,39 @@ class EtcdAwayTest(HostsCase):
         self.etcd.is_curt = True
         self.assertEqual([host.request_pool()[1] for _ in range(2)], ["198.18.0.0/24", "198.18.1.0/24"])
 
-    def test_member_that_does_not_answer_is_passed_over(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            self.etcd_url = f"http://127.0.0.1:{silent.getsockname()[1]},{self.etcd.url}"
-            Host(self, "one").request_pool()
+    def test_member_that_does_not_answer_as_etcd_does_is_passed_over(self) -> None:
+        """Nor is one waited for that goes on for ever, a byte at a time or all at once."""
+        self.patch(gipam, ETCD_PATIENCE_S=3.0, MAX_ETCD_BYTES=1 << 16)
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+        rows = {**{f"{status}": b"HTTP/1.1 %d Well\r\nContent-Length: 3\r\nLocation: http://[::1]/\r\n\r\nno\n" % status
+                   for status in (200, 302, 404, 502, 503)},
+                **{text: head % len(text) + text.encode() for text in ("{}", "[]", "1", '{"result":1}', "[" * 5000)},
+                "no error": b"HTTP/1.1 500 No\r\nContent-Length: 26\r\n\r\n" + b'{"code":5,"message":null}\n',
+                "silent": b"", "dripping": head[:30], "endless": head % (1 << 40) + b"[" * (1 << 20)}
+        for number, (what, data) in enumerate(rows.items()):
+            with self.subTest(what), socket.create_server(("127.0.0.1", 0)) as other:
+                threading.Thread(target=self.misbehave, args=(other, data, what), daemon=True).start()
+                self.etcd_url = f"http://127.0.0.1:{other.getsockname()[1]},{self.etcd.url}"
+                started_s = time.monotonic()
+                Host(self, f"host{number}").request_pool()
+                self.assertLess(time.monotonic() - started_s, DEADLINE_S / 6)
+
+    @staticmethod
+    def misbehave(server: socket.socket, data: bytes, what: str) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                with contextlib.suppress(OSError), connection:
+                    connection.recv(65536)
+                    connection.sendall(data)
+                    while what in ("silent", "dripping"):
+                        time.sleep(0.02)
+                        connection.sendall(b" " if what == "dripping" else b"")
+
+    def test_what_etcd_itself_refuses_is_said(self) -> None:
+        self.etcd.password = "p@ss"
+        host = Host(self, "one")
+        self.assert_refused("refuses /v3/kv/range: etcdserver: invalid auth token", host.request_pool)
 
     def test_request_does_not_wait_for_a_thread_that_is_stuck(self) -> None:
         """Names of members are looked up by the system, with time limits of its own."""
@@ -6689,13 +6710,13 @@ class EtcdAwayTest(HostsCase):
     def test_request_that_was_given_up_is_not_taken_for_the_next_one(self) -> None:
         self.patch(gipam, TICK_S=0.1)
         host, stuck = Host(self, "one"), threading.Event()
-        fulfil = host.claimant._fulfil
+        transact = host.claimant._transact
 
-        def be_stuck(need: gipam.Need, _: float) -> None:
+        def be_stuck(need: gipam.Need, *_: Any, **more: Any) -> Any:
             stuck.wait(DEADLINE_S)
-            fulfil(need, DEADLINE_S)
+            return transact(need, time.monotonic() + DEADLINE_S, **more)
 
-        with mock.patch.object(host.claimant, "_fulfil", be_stuck):
+        with mock.patch.object(host.claimant, "_transact", be_stuck):
             self.assert_refused("etcd does not answer", host.request_pool, "10.8.0.0/24")
             threading.Timer(0.2, stuck.set).start()
             self.assertEqual(host.request_pool("10.9.0.0/24")[1], "10.9.0.0/24")
@@ -6715,17 +6736,6 @@ class EtcdAwayTest(HostsCase):
         wait_for(lambda: host.loop.call(give_up), "it waits")
         self.assertEqual(peer.answers(), [])
         host.state()
-
-    def test_what_is_no_etcd_is_named(self) -> None:
-        others: tuple[Any, ...] = ({}, [], "1", {"result": 1})
-        errors: tuple[Any, ...] = ({}, [1], "not found", {"code": 5, "message": None})
-        replies = (*((200, reply, "what answers there is no etcd") for reply in others),
-                   *((404, reply, " refuses /v3/") for reply in errors))
-        urls = (self.etcd.url, self.etcd.url.replace("//", "//gipam:secret@"))
-        for number, (self.etcd_url, (*said, why)) in enumerate(itertools.product(urls, replies)):
-            with self.subTest(said, url=self.etcd_url), mock.patch.object(FakeEtcd, "answer", lambda *_, said=said: said):
-                host = Host(self, f"host{number}")
-                wait_for(lambda: why in host.state()["etcd"]["failure"], why)  # noqa: B023
 
     def test_request_whose_peer_has_gone_is_taken_back(self) -> None:
         host = Host(self, "one")
@@ -6770,74 +6780,82 @@ class PresenceTest(HostsCase):
         first = Host(self, "one", directory)
         self.assertEqual(first.request_pool()[1], "198.18.0.0/24")
         first.stop()
-        first.service.fold(is_stopping=True)
-        fcntl.flock(first.store._lock_fd, fcntl.LOCK_UN)
-        first.claimant.end()
-        self.assertNotIn("/gipam/gipam/hosts/one", self.etcd.values)
         self.assertEqual(Host(self, "one", directory).request_pool()[1], "198.18.1.0/24")
 
     def test_host_waits_for_one_of_its_name_that_has_gone(self) -> None:
-        """Such as itself, before its lease file was made anew: until that is forgotten."""
+        """Such as itself, before its lease file was made anew."""
+        self.patch(gipam, RIVAL_S=0.5)
         self.etcd.set("hosts/one", {"machine": "another"})
-        forget = threading.Timer(0.2, self.etcd.set, ("hosts/one", ""))
-        forget.start()
         Host(self, "one").request_pool()
-        forget.join()
 
     def test_host_whose_name_is_taken_ends(self) -> None:
         host = Host(self, "one")
-        while not host.claimant.busy:  # it is alive
-            self.etcd.set("hosts/one", {"machine": "another"})
-            time.sleep(0.05)
+        self.etcd.set("hosts/one", {"machine": "another"})
         host.thread.join(DEADLINE_S)
         self.assertIsInstance(host.claimant.busy, gipam.BusyError)
 
-    def test_lease_that_ran_out_is_taken_anew(self) -> None:
-        host = Host(self, "one")
-        self.etcd.expire("one")
-        wait_for(lambda: "/gipam/gipam/hosts/one" in self.etcd.values, "it is there again")
-        self.assertEqual(host.state()["hosts"], [{"host": "one", "is_present": True, "claims": 0}])
-
     def test_only_a_host_that_has_gone_is_evicted(self) -> None:
         one, two = Host(self, "one"), Host(self, "two")
-        one.request_pool("10.9.0.0/24")
-        one.request_pool("10.8.0.0/24", gipam_shared="true")
-        two.request_pool("10.8.0.0/24", gipam_shared="true")
-        self.assert_refused("host one is there", two.call, "Gipam.Evict", Host="one")
-        self.assert_refused("'two' is this host", two.call, "Gipam.Evict", Host="two")
+        for number in range(2 * gipam.MAX_WRITES):
+            one.request_pool(f"10.9.{number}.0/24")
+        for host in (one, two):
+            host.request_address(host.request_pool("10.8.0.0/24", gipam_shared="true")[0])
+        for name, why in (("one", "host one is there"), ("two", "'two' is this host"),
+                          ("three", "there is no host 'three' in etcd, but one")):
+            self.assert_refused(why, two.call, "Gipam.Evict", Host=name)
         one.stop()
-        self.etcd.expire("one")
         wait_for(lambda: not two.state()["hosts"][0]["is_present"], "it to be seen")
         metrics = gipam.dispatch(two.service, "GET", "/metrics", b"").body
-        self.assertIn(b'\ngipam_claims{host="one"} 2\n', metrics)
-        self.assertEqual([self.run_main("evict", "one", "-socket", two.place, *words,
-                                        stdin=Terminal("n\n")) for words in ((), ("--yes",))],
-                         [(1, "give up 2 claims of host one? [y/N] ", ""),
-                          (0, "gave up 2 claims of host one\n", "")])
+        self.assertIn(b'\ngipam_claims{host="one"} 81\n', metrics)
+        self.assertEqual([self.run_main("evict", name, "-socket", two.place, *words, stdin=Terminal("n\n"))[:2]
+                          for name, *words in (("one",), ("one", "--yes"), ("one", "--yes"))],
+                         [(1, "give up 81 claims of host one? [y/N] "),
+                          (0, "gave up 81 claims of host one\n"), (2, "")])
         self.assertEqual(self.etcd.claims(), {"10.8.0.0/24": ["two"]})
-        self.assertNotIn(["one"], self.etcd.claims("parts/").values())
-
-
-    def test_host_with_many_parts_is_evicted(self) -> None:
-        """All at once is more than etcd takes."""
-        lan = "2001:db8:9::/112"
-        self.etcd.set(f"claims/{lan}", {"hosts": ["two"], "part": 124, "common": {}})
-        for number in range(130):
-            self.etcd.set(f"parts/{lan}/2001:db8:9::{number * 16:x}/124".replace("::0/", "::/"),
-                          {"hosts": ["two"]})
-        Host(self, "one").call("Gipam.Evict", Host="two")
-        self.assertEqual({**self.etcd.claims(), **self.etcd.claims("parts/")}, {})
+        self.assertEqual([*self.etcd.claims(2).values()], [["two"]])
+        self.assertNotIn("hosts/one", self.etcd.values)
 
     def test_nothing_is_evicted_before_it_is_known_what_is_there(self) -> None:
         self.patch(gipam, ETCD_PATIENCE_S=0.5)
         self.etcd.go()
         self.assert_refused("etcd does not answer", Host(self, "one").call, "Gipam.Evict", Host="two")
 
+    def test_host_that_was_evicted_grants_nothing_anew_on_what_it_remembers(self) -> None:
+        """Neither cut off, nor while it does not know yet."""
+        self.patch(gipam, ETCD_PATIENCE_S=0.5)
+        one, two = Host(self, "one"), Host(self, "two")
+        pool_id, subnet = one.request_pool(gipam_name="web")
+        lan = one.request_pool("10.8.0.0/24", gipam_shared="true")[0]
+        with mock.patch.object(one.claimant, "_work", lambda: one.claimant._bell.wait(0.1)):  # cut off
+            wait_for(lambda: two.site.hosts["one"][1] >= gipam.ABSENT_READINGS, "it is not heard of")
+            self.evict(two, "one")
+            two.request_pool(subnet)
+            one.release_pool(pool_id)
+        one.settle()
+        wait_for(lambda: one.claimant._calm_s() <= 0, "it may claim again")
+        self.assertNotEqual(one.request_pool(gipam_name="web")[1], subnet)
+        two.request_address(two.request_pool("10.8.0.0/24", gipam_shared="true")[0], "10.8.0.9", "02:42:00:00:00:01")
+        self.assert_refused("claimed by host two", one.request_address, lan, "10.8.0.9", "02:42:00:00:00:02")
+
+    def test_machine_that_was_renamed_is_told_so_and_has_what_its_old_name_had(self) -> None:
+        old, other = Host(self, "old"), Host(self, "other")
+        pool_id, subnet = old.request_pool()
+        old.stop()
+        new = Host(self, "new", old.directory)
+        self.assert_refused("this machine was host old before; `gipam evict old`", new.request_address, pool_id)
+        self.assertIn("was host old before", new.state()["pools"][0]["claimed_elsewhere"])
+        self.assert_refused("host old is there", other.call, "Gipam.Evict", Host="old")
+        new.call("Gipam.Evict", Host="old")
+        self.assertEqual(self.etcd.claims(), {subnet: ["new"]})
+        wait_for(lambda: not new.site.conflicts, "it is over")
+        new.request_address(pool_id)
+
 
 class SharedTest(HostsCase):
     """One subnet on several hosts, such as a macvlan network."""
 
     LAN = "192.168.1.0/24"
+    WEB: Any = {"mac": "02:42:00:00:00:01"}
 
     def setUp(self) -> None:
         super().setUp()
@@ -6848,211 +6866,252 @@ class SharedTest(HostsCase):
         return [self.hosts[number].request_address(self.pools[number]).partition("/")[0]
                 for _ in range(count)]
 
-    def test_no_address_is_on_two_hosts(self) -> None:
-        gateways = {host.request_address(pool, "192.168.1.1", gateway=True)
-                    for host, pool in zip(self.hosts, self.pools)}
+    def test_no_address_is_on_two_hosts_and_each_is_used(self) -> None:
+        gateways = {host.request_address(pool, address, gateway=True)
+                    for host, pool, address in zip(self.hosts, self.pools, ("192.168.1.1", ""))}
         self.assertEqual(gateways, {"192.168.1.1/24"})
         taken = self.take(0, 100) + self.take(1, 100)
-        for number in (0, 1):
-            with self.assertRaisesRegex(Refused, USED_UP):
+        for number in (0, 1, 0):
+            for host in self.hosts:  # a reply that was late has left a claim
+                host.settle()
+            with self.assertRaisesRegex(Refused, USED_UP + ".* here or by other hosts"):
                 while True:
                     taken += self.take(number)
         self.assertEqual(sorted(taken), sorted(f"192.168.1.{number}" for number in range(2, 255)))
+        self.hosts[0].release_address(self.pools[0], taken[0])
+        wait_for(lambda: f"{self.LAN}/{taken[0]}" not in self.etcd.claims(2), "it is let go")
+        self.assertEqual(self.take(1), [taken[0]])
 
-    def test_fixed_address_takes_its_part_and_an_auxiliary_one_belongs_to_all(self) -> None:
+    def test_three_hosts_get_all_of_a_small_subnet(self) -> None:
+        self.hosts.append(Host(self, "three"))
+        for lan, count in (("192.168.2.0/28", 14), ("192.168.3.0/30", 2), ("192.168.4.0/31", 2)):
+            with self.subTest(lan):
+                self.pools = [host.request_pool(lan, gipam_shared="true")[0] for host in self.hosts]
+                taken = [address for number in range(count) for address in self.take(number % 3)]
+                self.assertEqual(len({*taken}), count)
+                for number in range(3):
+                    self.assert_refused(USED_UP, self.take, number)
+
+    def test_fixed_address_is_one_hosts_and_an_auxiliary_one_all_hosts(self) -> None:
         one, two = self.hosts
-        web: Any = {"mac": "02:42:00:00:00:01"}
-        one.request_address(self.pools[0], "192.168.1.200", **web)
-        self.assertEqual(self.etcd.claims("parts/")[f"{self.LAN}/192.168.1.192/28"], ["one"])
-        self.assert_refused(IN_USE + "192.168.1.201 lies in a part of 192.168.1.0/24 that host one has",
-                            two.request_address, self.pools[1], "192.168.1.201", **web)
+        one.request_address(self.pools[0], "192.168.1.200", **self.WEB)
+        self.assert_refused(IN_USE + "192.168.1.200 of 192.168.1.0/24 is claimed by host one",
+                            two.request_address, self.pools[1], "192.168.1.200", **self.WEB)
         for host, pool in zip(self.hosts, self.pools):
             host.request_address(pool, "192.168.1.130")
         one.release_address(self.pools[0], "192.168.1.130")
-        self.assert_refused("is auxiliary of all hosts", one.request_address, self.pools[0],
-                            "192.168.1.130", **web)
-        two.request_address(self.pools[1], "192.168.1.150", **web)
-        self.assert_refused("that host two has", one.request_address, self.pools[0], "192.168.1.151")
+        self.assert_refused("is claimed by host", one.request_address, self.pools[0], "192.168.1.130", **self.WEB)
+        self.assert_refused("claimed by host one", two.request_address, self.pools[1], "192.168.1.200", gateway=True)
+        one.release_address(self.pools[0], "192.168.1.200")
+        wait_for(lambda: f"{self.LAN}/192.168.1.200" not in self.etcd.claims(2), "it is let go")
+        self.assertEqual(two.request_address(self.pools[1], "192.168.1.200", **self.WEB), "192.168.1.200/24")
 
-    def test_container_does_not_get_what_is_just_becoming_common(self) -> None:
-        one, pool_id = self.hosts[0], self.pools[0]
-        self.take(0)
-        wait_for(lambda: one.state()["pools"][0]["parts"], "the first part")
-        asked = threading.Event()
-        got: list[str] = []
-
-        def take_meanwhile(path: str) -> None:
-            if path == "/v3/kv/txn" and not got:
-                got.extend(self.take(0, 5))
-                self.assert_refused("is being made common", one.request_address, pool_id,
-                                    "192.168.1.3", mac="02:42:00:00:00:01")
-                asked.set()
-
-        wait_for(lambda: not one.site.due, "nothing else to ask")
-        with contextlib.closing(Client(one.loop.servers[0].server_address)) as other:
-            self.etcd.looks = take_meanwhile
-            self.assertEqual(other.request_address(pool_id, "192.168.1.3"), "192.168.1.3/24")
-        self.assertTrue(asked.is_set())
-        self.assertEqual(got, [f"192.168.1.{number}" for number in (2, 4, 5, 6, 7)])
-
-    def test_empty_parts_are_given_back(self) -> None:
-        taken = self.take(0, 100)
-        for address in taken:
-            self.hosts[0].release_address(self.pools[0], address)
-        wait_for(lambda: sum(hosts == ["one"] for hosts in self.etcd.claims("parts/").values()) == 1,
-                 "one part is left")
-        self.take(1, 200)
-
-    def test_addresses_go_on_without_etcd_and_after_a_restart(self) -> None:
-        one = self.hosts[0]
-        one.request_address(self.pools[0], "192.168.1.1", gateway=True)
-        wait_for(lambda: one.state()["pools"][0]["parts"], "the first part")
+    def test_gateway_whose_claim_failed_can_be_asked_for_again(self) -> None:
+        self.patch(gipam, ETCD_PATIENCE_S=0.3)
         self.etcd.go()
-        taken = self.take(0, 5)
-        state = recover(one.store.path)
-        self.assertEqual(len(taken), 5)
-        pool = state.pools[self.pools[0]]
-        self.assertEqual(list(map(str, pool.subnet.parts or ())), ["192.168.1.0/28"])
-        one.loop.call(lambda: one.service.fold(is_stopping=True))
-        self.assertEqual(dump_state(recover(one.store.path)), dump_state(one.service.state))
+        self.assert_refused("etcd does not answer", self.hosts[0].request_address, self.pools[0], "192.168.1.1",
+                            gateway=True)
+        self.etcd.go(is_away=False)
+        wait_for(lambda: not self.hosts[0].service.etcd_failure, "it is back")
+        self.hosts[0].request_address(self.pools[0], "192.168.1.1", gateway=True)
 
-    def test_status_shows_hosts_claims_and_parts(self) -> None:
+    def test_who_has_left_a_shared_subnet_does_not_get_it_for_itself(self) -> None:
+        """Nor what contains it or lies in it; not even right after, while nothing has been let go."""
+        one, two = self.hosts
+        self.take(1)
+        with mock.patch.object(one.service, "compare", lambda *_, **__: gipam.Need({}, "")):  # it is busy
+            one.release_pool(self.pools[0])
+            for subnet in (self.LAN, "192.168.0.0/16", "192.168.1.128/25"):
+                self.assert_refused("claimed by hosts one, two", one.request_pool, subnet)
+            self.pools[0] = one.request_pool(self.LAN, gipam_shared="true")[0]
+        self.assertEqual(len({*self.take(0), *self.take(1)}), 2)
+        one.release_pool(self.pools[0])
+        self.wait_for_claims({self.LAN: ["two"]})
+        self.assert_refused("claimed by host two", one.request_pool, self.LAN)
+
+    def test_host_that_joins_again_while_it_leaves_keeps_what_it_gets(self) -> None:
+        one = self.hosts[0]
+        kept, *_ = self.take(0, 5)
+        for _ in range(5):
+            one.release_pool(self.pools[0])
+            self.pools[0] = one.request_pool(self.LAN, gipam_shared="true")[0]
+            (kept,) = self.take(0)
+        one.settle()
+        self.assertEqual(self.etcd.claims()[self.LAN], ["one", "two"])
+        self.assertEqual(self.etcd.claims(2), {f"{self.LAN}/{kept}": ["one"]})
+
+    def test_last_host_takes_the_claim_away(self) -> None:
+        self.take(0, 3)
+        count = len(self.etcd.written)
+        self.hosts[0].release_pool(self.pools[0])
+        self.wait_for_claims({self.LAN: ["two"]})
+        names = [name for written in self.etcd.written[count:] for name in written if name.startswith("claims/")]
+        self.assertEqual(names.index(f"claims/{self.LAN}"), 3, "addresses first")
+        self.hosts[1].release_pool(self.pools[1])
+        self.wait_for_claims({})
+
+    def test_subnet_that_is_held_unshared_is_not_made_shared(self) -> None:
+        three = Host(self, "three")
+        self.assert_refused("claimed by hosts one, two", three.request_pool, self.LAN)
+        pool_id, _ = three.request_pool("10.9.0.0/24")
+        three.request_pool("10.7.0.0/24", "10.7.0.0/25")
+        for host, subnet, sub_pool, why in (
+                (self.hosts[0], "10.9.0.0/24", "", "claimed by host three"), (three, "10.9.0.0/24", "", "not shared"),
+                (three, "10.7.0.0/24", "10.7.0.128/25", "not shared"),
+                (self.hosts[0], "10.9.0.0/16", "", "with 10.9.0.0/24, claimed by host three")):
+            self.assert_refused(why, host.request_pool, subnet, sub_pool, gipam_shared="true")
+        self.assertNotIn("shared", self.etcd.values["claims/10.9.0.0/24"])
+        self.assertNotIn("claims/10.9.0.0/16", self.etcd.values)
+        three.request_address(pool_id)
+        self.assert_refused("takes a --subnet", three.request_pool, gipam_shared="true")
+        self.assert_refused("needs -etcd", InMemory(self).request_pool, self.LAN, gipam_shared="true")
+
+    def test_containers_start_again_without_etcd_on_what_their_host_still_has(self) -> None:
+        self.patch(gipam, ETCD_PATIENCE_S=0.3)
+        one, (pool_id, _) = self.hosts[0], self.pools
+        (address,) = self.take(0)
+        one.settle()
+        self.etcd.go()
+        wait_for(lambda: one.service.etcd_failure, "it is away")
+        for _ in range(2):
+            one.release_address(pool_id, address)
+            self.assertEqual(self.take(0), [address])
+        self.assert_refused("etcd does not answer", self.take, 0)
+        one.release_address(pool_id, address)
+        self.etcd.go(is_away=False)
+        self.wait_for_claims({}, 2)
+
+    def test_address_that_etcd_may_have_been_asked_to_let_go_is_not_relied_upon(self) -> None:
+        """The request may be on its way for long; once a later one has succeeded it cannot happen."""
+        self.patch(gipam, ETCD_PATIENCE_S=0.3, PULSE_S=DEADLINE_S)
+        one, (pool_id, _) = self.hosts[0], self.pools
+        (address,) = self.take(0)
+        one.settle()
+        self.etcd.delaying.append(f"-claims/{self.LAN}")
+        with self.etcd.lock:
+            one.release_address(pool_id, address)
+            wait_for(lambda: one.loop.call(lambda: bool(one.site.due)), "it is due")
+            self.etcd.before += [lambda: None, self.etcd.go]  # a look, then the let-go; and it is away
+        wait_for(lambda: self.etcd.late and one.service.etcd_failure, "it is on its way")
+        self.assert_refused("etcd does not answer", one.request_address, pool_id, address, **self.WEB)
+        self.etcd.go(is_away=False)
+        with mock.patch.object(one.service, "compare", lambda *_, **__: gipam.Need({}, "")):
+            one.hurry()
+            wait_for(lambda: one.loop.call(lambda: not one.site.leaving), "a later one has succeeded")
+            self.etcd.go()
+            one.service.etcd_failure = "it is away"
+            one.request_address(pool_id, address, **self.WEB)
+            self.etcd.go(is_away=False)
+            with self.etcd.lock:
+                self.etcd.carry_out(self.etcd.late[0])
+            self.assertEqual(self.etcd.claims(2), {f"{self.LAN}/{address}": ["one"]})
+
+    def test_claim_that_is_only_remembered_gives_no_address(self) -> None:
+        """Of a host that was evicted, and does not know it yet."""
+        self.patch(gipam, PULSE_S=DEADLINE_S)
+        one = self.hosts[0]
+        one.settle()
+        with mock.patch.object(one.service, "compare", lambda *_, **__: gipam.Need({}, "")):
+            one.request_address(self.pools[0], "192.168.1.9", **self.WEB)
+            one.release_address(self.pools[0], "192.168.1.9")
+        self.etcd.set(f"claims/{self.LAN}/192.168.1.9", {"hosts": ["two"], "kind": "endpoint"})
+        self.etcd.set("hosts/one", "")
+        self.assert_refused("claimed by host two", one.request_address, self.pools[0], "192.168.1.9", **self.WEB)
+
+    def test_endpoint_does_not_inherit_the_kind_of_a_key(self) -> None:
+        one, two = self.hosts
+        with mock.patch.object(one.service, "compare", lambda *_, **__: gipam.Need({}, "")):
+            one.request_address(self.pools[0], "192.168.1.9")
+            one.release_address(self.pools[0], "192.168.1.9")
+            one.request_address(self.pools[0], "192.168.1.9", **self.WEB)
+        self.assert_refused("claimed by host one", two.request_address, self.pools[1], "192.168.1.9")
+
+    def test_status_shows_hosts_and_claims(self) -> None:
         one, two = self.hosts
         self.take(0)
         mine, theirs = one.request_pool()[1], two.request_pool()[1]
-        wait_for(lambda: one.state()["pools"][0]["parts"] and not one.site.due, "the first part")
+        one.settle()
         status = one.state()
         gipam.add_names(status["pools"], [])
-        *bases, hosts, first, second, _, lan, part, _, pool = gipam.render_status(
+        *bases, hosts, first, second, _, lan, _, pool = gipam.render_status(
             {**status, "bases": status["bases"][1:]}, 80, int(time.time()))
         self.assertEqual((mine, theirs), ("198.18.0.0/24", "198.18.1.0/24"))
         self.assertEqual(bases[1].split(), ["198.18.0.0", "#o.." + 60 * "."])
         self.assertEqual(bases[-1], "  o held by another host")
         self.assertEqual([line.split() for line in (hosts, first, second)], [
             ["HOST", "CLAIMS", "ETCD"], ["one", "2", "there"], ["two", "2", "there"]])
-        self.assertEqual([line.split()[0] for line in (lan, part, pool)],
-                         [self.LAN, "192.168.1.0/28", mine])
+        self.assertEqual([line.split()[0] for line in (lan, pool)], [self.LAN, mine])
+        self.assertEqual([claim["is_shared"] for claim in status["claims"]], [True, False, False])
 
-    def test_last_host_takes_the_claim_away(self) -> None:
-        self.hosts[0].release_pool(self.pools[0])
-        self.wait_for_claims({self.LAN: ["two"]})
-        self.hosts[1].release_pool(self.pools[1])
-        self.wait_for_claims({})
-        self.assertEqual(self.etcd.claims("parts/"), {})
-
-    def test_parts_that_an_older_lease_file_lacks_are_kept_until_docker_has_told(self) -> None:
-        one, (pool_id, *_) = self.hosts[0], self.pools
+    def test_network_whose_lease_file_is_lost_is_taken_over_as_a_shared_one(self) -> None:
+        one = self.hosts[0]
         self.take(0)
-        wait_for(lambda: one.state()["pools"][0]["parts"] and not one.site.due, "the first part")
-        backup = one.loop.call(lambda: "".join(
-            gipam.encode_snapshot({}, gipam.copy_state(one.service.state), None)))
-        used = "192.168.1.40"
-        one.request_address(pool_id, used, mac="02:42:00:00:00:01")
-        one.request_address(pool_id, "192.168.1.72", mac="02:42:00:00:00:02")
-        parts = self.etcd.claims("parts/")
-        self.assertEqual(len(parts), 3)
-        one.loop.stop()
-        one.thread.join()
-        one.loop._end_calls()
-        fcntl.flock(one.store._lock_fd, fcntl.LOCK_UN)
-        for number in one.store.segments():
-            one.store.remove(number)
-        with open(one.store.path, "w", encoding="utf-8") as restored:
-            restored.write(backup)
+        one.stop()
+        for name in os.listdir(one.directory):
+            os.unlink(os.path.join(one.directory, name))
         one = Host(self, "one", one.directory)
-        self.etcd.asked.clear()
-        wait_for(lambda: self.etcd.asked.count("/v3/lease/keepalive") > 3, "it had the time")
-        self.assertEqual(self.etcd.claims("parts/"), parts)
-        event_count = len(self.etcd.events)
-        (pool,) = one.state()["pools"]
-        one.call("Gipam.Adopt", Subnet=self.LAN, SubPool="", Name="", Seq=pool["seq"], Leases=[
-            {"Address": used, "Kind": "endpoint", "MAC": "", "Name": "web"}])
-        one.loop.call(one.service.import_is_due.clear)
-        one.site.wake()
-        wait_for(lambda: len(self.etcd.claims("parts/")) == 2, "what Docker does not use is let go")
-        self.assertIn(f"{self.LAN}/192.168.1.32/28", self.etcd.claims("parts/"))
-        gone = [text_of(event["key"]) for event in self.etcd.events[event_count:] if event["type"] == "DELETE"]
-        self.assertEqual([key[-15:] for key in gone], ["192.168.1.64/28"])
+        one.call("Gipam.Adopt", Subnet=self.LAN, SubPool="", Name="", Seq=0, Leases=[
+            {"Address": "192.168.1.2", "Kind": "endpoint", "MAC": "", "Name": "web"}])
+        self.assertTrue(one.state()["pools"][0]["is_shared"])
+        wait_for(lambda: f"{self.LAN}/192.168.1.2" in self.etcd.claims(2), "it is claimed")
+        self.assertNotEqual(one.request_address(f"{self.LAN}#{TOKEN}"), "192.168.1.2/24")
 
-    def test_network_that_is_taken_over_has_its_parts(self) -> None:
-        """Before anything else of etcd is heard."""
-        one = self.hosts[0]
-        one.request_address(self.pools[0], "192.168.1.1", gateway=True)
-        self.take(0)
-        wait_for(lambda: one.state()["pools"][0]["parts"] and not one.site.due, "the first part")
-        one.loop.stop()
-        one.thread.join()
-        one.loop._end_calls()
-        self.etcd.expire("one")
-        one = Host(self, "one")
-        one_of = {"Address": "192.168.1.2", "Kind": "endpoint", "MAC": "", "Name": "web"}
-        with mock.patch.object(one.service, "next_need", lambda: None):
-            one.call("Gipam.Adopt", Subnet=self.LAN, SubPool="", Name="", Seq=0, Leases=[one_of])
-            self.assertEqual(one.state()["pools"][0]["parts"], ["192.168.1.0/28"])
-            self.assertEqual(one.request_address(f"{self.LAN}#0123456789abcdef"), "192.168.1.3/24")
 
-    def test_each_range_has_a_part_ahead_of_need(self) -> None:
-        """Of two networks on one host, so that neither has to wait for etcd."""
-        one, pools = self.hosts[0], []
-        one.release_pool(self.pools[0])
-        for sub_pool in ("192.168.1.0/25", "192.168.1.128/25"):
-            pools.append(one.request_pool(self.LAN, sub_pool, gipam_shared="true")[0])
-        one.request_address(pools[0], "192.168.1.1", gateway=True)
-        for _ in range(6):
-            one.request_address(pools[0])
-        wait_for(lambda: len(one.state()["pools"][0]["parts"]) == 2, "one for each")
-        for _ in range(2):
-            address = one.request_address(pools[1]).partition("/")[0]
-            one.release_address(pools[1], address)
-            wait_for(lambda: not one.site.due, "all is done")
-        self.etcd.go()
-        self.assertEqual([one.request_address(pool) for pool in pools], ["192.168.1.8/24", "192.168.1.130/24"])
+class OlderFilesTest(HostsCase):
+    """A lease file and a journal that gipam wrote when hosts still had parts of a shared subnet."""
 
-    def test_etcd_that_has_lost_all_is_told_what_is_common(self) -> None:
-        for host, pool in zip(self.hosts, self.pools):
-            host.request_address(pool, "192.168.1.1", gateway=True)
-            host.request_address(pool, "192.168.1.200")
-        self.take(0, 3)
-        self.take(1, 3)
-        with self.etcd.lock:
-            for key in [key[13:] for key in self.etcd.values if "/claims/" in key or "/parts/" in key]:
-                self.etcd.set(key, "")
-        wait_for(lambda: self.etcd.claims() == {self.LAN: ["one", "two"]}, "it is claimed again")
-        wait_for(lambda: json.loads(self.etcd.values[f"/gipam/gipam/claims/{self.LAN}"][0])["common"] == {
-            "192.168.1.1": "gateway", "192.168.1.200": "auxiliary"}, "and what is common")
-        three = Host(self, "three")
-        pool_id, _ = three.request_pool(self.LAN, gipam_shared="true")
-        self.assertEqual(three.request_address(pool_id, "192.168.1.1", gateway=True), "192.168.1.1/24")
-        wait_for(lambda: not any(host.site.due for host in self.hosts), "all is done")
-        self.assertEqual([host.state()["pools"][0]["claimed_elsewhere"] for host in self.hosts], ["", ""])
+    FILE = """{"V4Pool":"198.18.0.0/16","V4AllocateBlock":24,"Journal":2,
+"Seq":4,"V6Idx":0,"V4Idx":0,"Cursors":{},"Names":[],"Free":[],"Allocated":[
+{"ID":"192.168.1.0/24#0123456789abcdef","V":4,"Pool":"192.168.1.0/24","SubPool":"","Name":"","Granted":1795510069,\
+"Seq":1,"Idx":3,"Remembered":{},"Free":[],"Shared":[["192.168.1.0/28"],{"192.168.1.1":"gateway"}],"Allocated":[
+"192.168.1.1","192.168.1.2"
+],"Leases":[
+["gateway","","",1795510069,3],["endpoint","02:42:c0:a8:01:02","web1",1795510069,4]
+]}
+]
+,"Checksum":"4d15b028"}
+"""
+    JOURNAL = b"""0000010c 6ff4f7bd [7,[["request_pool","192.168.2.0/24#0123456789abcde0","192.168.2.0/24","","",\
+1795510069,0,-1],["share_pool","192.168.2.0/24#0123456789abcde0",["192.168.2.0/28"],{}],["request_address",\
+"192.168.2.0/24#0123456789abcde0","192.168.2.5","endpoint","","web2",1795510069,3]]]
+"""
 
-    def test_what_another_has_claimed_for_itself_meanwhile_is_named_and_shut(self) -> None:
-        """In an etcd that had lost all."""
-        one = self.hosts[0]
-        self.take(0)
-        with self.assertLogs("gipam", "ERROR"):
-            with self.etcd.lock:
-                for key in [key[13:] for key in self.etcd.values if "/claims/" in key or "/parts/" in key]:
-                    self.etcd.set(key, "")
-                self.etcd.set(f"claims/{self.LAN}", {"hosts": ["three"]})
-            wait_for(lambda: one.state()["pools"][0]["claimed_elsewhere"] == "host three", "it is seen")
-        self.assert_refused("claimed by host three too", one.request_address, self.pools[0])
+    def setUp(self) -> None:
+        super().setUp()
+        self.directory = make_directory(self)
+        path = os.path.join(self.directory, "leases.json")
+        with open(path, "w", encoding="utf-8") as file, open(path + ".journal.2", "wb") as journal:
+            file.write(self.FILE)
+            journal.write(self.JOURNAL)
 
-    def test_it_is_refused_where_it_cannot_be(self) -> None:
-        three = Host(self, "three")
-        self.assert_refused("claimed by hosts one, two", three.request_pool, self.LAN)
-        three.request_pool("10.9.0.0/24")
-        self.assert_refused("claimed by host three, not to be shared", self.hosts[0].request_pool,
-                            "10.9.0.0/24", gipam_shared="true")
-        self.assert_refused("with 10.9.0.0/24, held by pool", three.request_pool, "10.9.0.0/24",
-                            gipam_shared="true")
-        self.assertNotIn("part", self.etcd.values["/gipam/gipam/claims/10.9.0.0/24"][0])
-        self.assert_refused("with 10.9.0.0/24, claimed by host three", self.hosts[0].request_pool,
-                            "10.9.0.0/16", gipam_shared="true")
-        self.assertNotIn("10.9.0.0/16", {text_of(event["key"])[20:] for event in self.etcd.events},
-                         "not even for a moment: host three would shut its own")
-        self.assert_refused("takes a --subnet", three.request_pool, gipam_shared="true")
-        self.assert_refused("needs -etcd", InMemory(self).request_pool, self.LAN, gipam_shared="true")
+    def test_they_are_read_and_each_address_is_claimed_for_itself(self) -> None:
+        """As are the claims that etcd still has: those with parts are shared."""
+        for subnet in ("192.168.1.0/24", "192.168.2.0/24"):
+            self.etcd.set(f"claims/{subnet}", {"hosts": ["one", "two"], "since": 1, "part": 28, "common": {}})
+        self.etcd.set("parts/192.168.1.0/24/192.168.1.0/28", {"hosts": ["one"]})
+        host = Host(self, "one", self.directory)
+        self.wait_for_claims({"192.168.1.0/24/192.168.1.1": ["one"], "192.168.1.0/24/192.168.1.2": ["one"],
+                              "192.168.2.0/24/192.168.2.5": ["one"]}, 2)
+        self.assertEqual(self.etcd.claims()["192.168.1.0/24"], ["one", "two"])
+        self.assertEqual([pool["is_shared"] for pool in host.state()["pools"]], [True, True])
+        two = Host(self, "two")
+        pool_id, _ = two.request_pool("192.168.1.0/24", gipam_shared="true")
+        self.assertEqual(two.request_address(pool_id, gateway=True), "192.168.1.1/24")
+        self.assert_refused("claimed by host one", two.request_address, pool_id, "192.168.1.2", "02:42:00:00:00:01")
+        host.loop.call(lambda: host.service.fold(is_stopping=True))
+        self.assertEqual(dump_state(recover(host.store.path)), dump_state(host.service.state))
+
+    def test_address_that_is_anothers_by_now_is_named_and_given_to_nobody_new(self) -> None:
+        self.etcd.set("claims/192.168.1.0/24", {"hosts": ["one", "two"], "shared": True})
+        self.etcd.set("claims/192.168.1.0/24/192.168.1.2", {"hosts": ["two"], "kind": "endpoint"})
+        host = Host(self, "one", self.directory)
+        wait_for(lambda: host.state()["pools"][0]["claimed_elsewhere"] == "host two", "it is named")
+        wait_for(lambda: host.claimant._calm_s() <= 0, "the others are claimed")
+        pool_id = "192.168.1.0/24#0123456789abcdef"
+        host.release_address(pool_id, "192.168.1.2")
+        self.assert_refused("claimed by host two", host.request_address, pool_id, "192.168.1.2", "02:42:c0:a8:01:02")
+        self.assertNotEqual(host.request_address(pool_id, "", "02:42:c0:a8:01:02", "web1"), "192.168.1.2/24")
+        self.assertEqual(self.etcd.claims(2)["192.168.1.0/24/192.168.1.2"], ["two"])
 
 
 # === Commands =====================================================================================
@@ -7389,8 +7448,6 @@ class ConfigurationTest(CommandLineCase):
         wrong["Idx"] += [-1, 1 << 200]
         wrong["SubPool"] += ["::a02:0/120", "10.2.1.0/25"]
         wrong["Leases"] += [[["guest", *lease[1:]]]]
-        wrong["Shared"] = [[["10.2.1.0/28"], {}], [["10.2.0.0/16"], {}], [["::/28"], {}], [[5], {}],
-                           [[], {"10.2.1.1": "gateway"}], [[], {"10.2.0.1": "guest"}], [[]]]
         of_state: dict[str, list[Any]] = {
             "Seq": [1e400, "1"], "V4Idx": [[1]], "V6Idx": [1.5], "Free": [{}],
             "Cursors": [[1], {"4/26": "x"}, {"4": 1}, {"5/24": 1}, {"4/33": 1}, {"4/26": -1}],
