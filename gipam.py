@@ -121,8 +121,8 @@ MAX_BODY_BYTES = 1 << 20
 MAX_LINE_BYTES = 65536  # of a request line or a header, as http.server has it
 MAX_TEXT_CHARS = 255  # of a name or MAC address that is kept, of what a log line quotes
 BACKLOG = 1024  # with socketserver's 5, parallel connects of dockerd fail with EAGAIN
-MAX_REMEMBERED = 1024  # owners a subnet, names a family; past it the older half is forgotten
-MAX_KEPT = 256  # owners that are remembered of a subnet that is gone
+MAX_REMEMBERED = 1024  # addresses a subnet, names a family; past it the oldest is forgotten
+MAX_KEPT = 256  # addresses that are remembered of a subnet that is gone
 MIN_FOLD_BYTES = 1 << 20  # a journal is folded once it is longer than this and than the snapshot
 FOLD_PATIENCE_S = 10.0  # after a fold that failed
 ENCODE_LEASES = 250  # of a snapshot, or for an import, at a time; measured: 0.4 ms
@@ -414,6 +414,12 @@ class Lease(NamedTuple):
     granted_s: int
     seq: int  # of the change that granted it
 
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Return whose it is: the container's name, its MAC address, or both."""
+        owners = (self.name, self.mac) if self.name != self.mac else (self.mac,)
+        return owners if "" not in owners else tuple(filter(None, owners))
+
 
 class AddressSet:
     """A set of numbers that finds the next absent one: bitmaps of 2 Ki numbers each.
@@ -553,14 +559,54 @@ class PrefixTree:
 
 
 class Memory(Dict[str, Any]):
-    """Who had what last: key -> (value, seq). At its limit it forgets the older half."""
+    """Who had what last: key -> (value, seq), the oldest first, which is forgotten at the limit."""
 
     def remember(self, key: str, value: Any, seq: int) -> None:
-        """Remember the value, and forget old ones for it."""
+        """Remember the value, and forget an old one for it."""
+        self.pop(key, None)
         self[key] = (value, seq)
         if len(self) > MAX_REMEMBERED:
-            for old in sorted(self, key=lambda name: self[name][1])[:MAX_REMEMBERED // 2]:
-                del self[old]
+            del self[next(iter(self))]
+
+
+class Owners(Dict[str, Tuple[int, int]]):
+    """Who had which address of a subnet last: name, and MAC address -> (offset, seq).
+
+    There it rests: others get it when nothing else of the range is free. An owner has one address,
+    an address the owners that had it last, who are forgotten together, the oldest first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: dict[int, tuple[str, ...]] = {}  # offset -> owners, the oldest first
+        self.resting = AddressSet()  # these offsets
+
+    def remember(self, offset: int, owners: tuple[str, ...], seq: int) -> None:
+        """Remember whose the address is from now on, if that is known."""
+        if not owners:
+            return
+        self._forget(offset)
+        for owner in owners:
+            if owner in self:
+                self._forget(self[owner][0])
+            self[owner] = (offset, seq)
+        self.at[offset] = owners
+        self.resting.add(offset)
+        if len(self.at) > MAX_REMEMBERED:
+            self._forget(next(iter(self.at)))
+
+    def recall(self, known: dict[str, tuple[int, int]]) -> None:
+        """Remember all that another one knew."""
+        together: dict[tuple[int, int], list[str]] = {}
+        for owner, last in known.items():
+            together.setdefault(last, []).append(owner)
+        for offset, seq in sorted(together, key=lambda last: last[1]):
+            self.remember(offset, tuple(together[offset, seq]), seq)
+
+    def _forget(self, offset: int) -> None:
+        for owner in self.at.pop(offset, ()):
+            del self[owner]
+            self.resting.discard(offset)
 
 
 class Subnet:
@@ -572,7 +618,7 @@ class Subnet:
         self.first = int(network[0])
         self.last_offset = network.num_addresses - 1
         self.held = AddressSet()  # offsets from first; the reserved ones are always held
-        self.memory = Memory()  # owner -> offset
+        self.memory = Owners()
         self.pools: dict[Network | None, Pool] = {}  # by sub_pool
         self.is_shared = False  # with other hosts
         for offset in self.reserved:
@@ -590,11 +636,15 @@ class Subnet:
         offset = self.held.next_absent(low, *others)
         return offset if offset <= high else None
 
+    def find_lease(self, offset: int) -> Lease | None:
+        """Return the lease of an address, None if nobody has it."""
+        leases = (pool.leases.get(offset) for pool in self.pools.values())
+        return next(filter(None, leases), None)
+
     def find_kind(self, address: str) -> str:
         """Return as what an address is held, "" if it is not."""
-        offset = parse_address(address, self.version) - self.first
-        return next((pool.leases[offset].kind for pool in self.pools.values()
-                     if offset in pool.leases), "")
+        lease = self.find_lease(parse_address(address, self.version) - self.first)
+        return lease.kind if lease else ""
 
 
 class Pool:
@@ -738,9 +788,7 @@ class State:
         users = block.pools.values() if block else ()
         if pool.name and all(other.name != pool.name for other in users):  # else it stays there
             if kept and kept.network == network:
-                subnet.memory.update(kept.owners)
-                ends = (offset + 1 for offset, _ in kept.owners.values())
-                pool.cursor = max(pool.cursor, *ends, 0)  # who is new comes after them
+                subnet.memory.recall(kept.owners)
             family.names.remember(pool.name, Kept(network, {}), pool.seq)
         if not subnet.pools:
             subnet.is_shared = change.is_shared
@@ -754,6 +802,9 @@ class State:
         subnet, family = pool.subnet, self.families[pool.subnet.version]
         del self.pools[pool.pool_id], subnet.pools[pool.sub_pool]
         self.lease_count -= len(pool.leases)
+        newest_first = itertools.islice(reversed(pool.leases.items()), MAX_KEPT)
+        for offset, lease in reversed([*newest_first]):
+            subnet.memory.remember(offset, lease.owners, self.seq + 1)
         if subnet.pools:
             for offset in pool.leases.keys() - subnet.reserved:
                 subnet.held.discard(offset)
@@ -762,8 +813,9 @@ class State:
         family.held.cover(subnet.network, -1)
         kept = family.recall(pool.name)
         if kept and kept.network == subnet.network:
-            latest = sorted(subnet.memory.items(), key=lambda item: int(item[1][1]))[-MAX_KEPT:]
-            family.names.remember(pool.name, kept._replace(owners=dict(latest)), self.seq + 1)
+            latest = itertools.chain(*[*subnet.memory.at.values()][-MAX_KEPT:])
+            owners = {owner: subnet.memory[owner] for owner in latest}
+            family.names.remember(pool.name, kept._replace(owners=owners), self.seq + 1)
 
     def _bind_pool(self, change: BindPool, pool: Pool) -> None:
         if not change.new_id or change.new_id in self.pools:
@@ -791,11 +843,9 @@ class State:
         if offset not in pool.leases:
             raise ValueError(f"address {change.address} is not held in {pool.subnet.network}")
         lease = pool.leases.pop(offset)
-        owner = lease.name or lease.mac  # who shall have the address again
         if offset not in pool.subnet.reserved:  # the Go program gave broadcast addresses out
             pool.subnet.held.discard(offset)
-        if owner:
-            pool.subnet.memory.remember(owner, offset, self.seq + 1)
+        pool.subnet.memory.remember(offset, lease.owners, self.seq + 1)
         self.lease_count -= 1
 
 
@@ -1315,9 +1365,11 @@ def decode_pool(entry: Json, state: State) -> None:
         pool.leases[offset] = lease if isinstance(lease, Lease) else Lease(*lease)
     state.lease_count += len(pool.leases)
     remembered = ((owner, *entry) for owner, entry in values["Remembered"].items())
-    for owner, address, seq in typed_rows(what, remembered, str, str, int):
-        check_numbers(what, pool.offset(address), subnet.last_offset - pool.offset(address), seq)
-        subnet.memory[owner] = (pool.offset(address), seq)
+    known = {owner: (pool.offset(address), seq)
+             for owner, address, seq in typed_rows(what, remembered, str, str, int)}
+    for offset, seq in known.values():
+        check_numbers(what, offset, subnet.last_offset - offset, seq)
+    subnet.memory.recall(known)
 
 
 def normalise_keys(document: Json, keys: Iterable[str]) -> Json:
@@ -1506,20 +1558,24 @@ def parse_offset(pool: Pool, address: str) -> int:
                              "has them") from None
 
 
-def choose_offset(pool: Pool, owner: str, place: int | None = None,
+def choose_offset(pool: Pool, owners: Iterable[str], place: int | None = None,
                   *others: AddressSet) -> tuple[int | None, int]:
-    """Return (offset, cursor): the owner's last, else the next free one; None: all are held.
+    """Return (offset, cursor): the owner's last, the next free, then what rests; None: none.
 
     It is next to the cursor, or to a place in a subnet that hosts share; what others have is not.
     """
-    subnet, last = pool.subnet, pool.subnet.memory.get(owner, (-1, 0))[0]
+    subnet = pool.subnet
     place = max(pool.cursor, pool.low) if place is None else place
-    if pool.low <= last <= pool.high and subnet.find_free(last, last, *others) == last:
-        return last, pool.cursor
-    offset = subnet.find_free(place, pool.high, *others)
-    if offset is None:
-        offset = subnet.find_free(pool.low, pool.high, *others)
-    return offset, pool.cursor if offset is None else offset + 1
+    for owner in owners:
+        last = subnet.memory.get(owner, (-1, 0))[0]
+        if pool.low <= last <= pool.high and subnet.find_free(last, last, *others) == last:
+            return last, pool.cursor
+    for avoided in ((subnet.memory.resting, *others), others):
+        for start in (place, pool.low):
+            offset = subnet.find_free(start, pool.high, *avoided)
+            if offset is not None:
+                return offset, offset + 1
+    return None, pool.cursor
 
 
 def decide_request_address(pool: Pool, request: AddressRequest, now_s: int,
@@ -1535,7 +1591,7 @@ def decide_request_address(pool: Pool, request: AddressRequest, now_s: int,
     elif request.kind == GATEWAY:
         offset = subnet.find_free(pool.low, pool.high, *others)
     else:
-        offset, cursor = choose_offset(pool, request.name or request.mac, place, *others)
+        offset, cursor = choose_offset(pool, (request.name, request.mac), place, *others)
     if offset is None:
         raise Unavailable(f"no available addresses on this pool: all {pool.usable()} of "
                           f"{pool.sub_pool or subnet.network} are held"
@@ -1551,7 +1607,9 @@ def check_address(pool: Pool, request: AddressRequest) -> int:
         raise InvalidRequest(f"requested address is out of range: {address} is not in "
                              f"{subnet.network}")
     if offset in subnet.held:
-        how = "reserved" if offset in subnet.reserved else "held"
+        lease = subnet.find_lease(offset)
+        how = "reserved" if not lease else f"held for {lease.owners[0]}" if lease.owners \
+            else f"held as {lease.kind}"
         raise Forbidden(f"Address already in use: {address} is {how} in {subnet.network}")
     return offset
 

@@ -327,7 +327,7 @@ class Tenant:
 
     def request_address(self, pool_id: str, address: str = "") -> None:
         mac = f"02:42:00:00:{self.number:02x}:{self.rng.randrange(4):02x}"
-        name, is_gateway = self.rng.choice(("", f"web{self.number}")), not self.rng.randrange(5)
+        name, is_gateway = self.rng.choice(("", f"{self.rng.choice('ab')}{self.number}")), not self.rng.randrange(5)
         self.pending = ("request_address", pool_id)
         cidr = self.client.request_address(pool_id, address, mac, name, gateway=is_gateway)
         address = cidr.partition("/")[0]
@@ -576,9 +576,9 @@ def dump_state(state: gipam.State) -> Any:
                        pool.seq, pool.cursor, dict(pool.leases), pool.low, pool.high)
              for pool_id, pool in state.pools.items()}
     families = {
-        version: (dict(family.names), dict(family.held._covers), dict(family.held._free),
+        version: ([*family.names.items()], dict(family.held._covers), dict(family.held._free),
                   {length: number for length, number in family.cursors.items() if number},
-                  {network: (dict(subnet.held._bitmaps), dict(subnet.memory),
+                  {network: (dict(subnet.held._bitmaps), dict(subnet.memory), [*subnet.memory.at.items()],
                              {sub_pool: pool.pool_id for sub_pool, pool in subnet.pools.items()})
                    for network, subnet in family.subnets.items()})
         for version, family in state.families.items()}
@@ -711,13 +711,14 @@ class PoolIdTest(unittest.TestCase):
 
 class MemoryTest(unittest.TestCase):
     @mock.patch.object(gipam, "MAX_REMEMBERED", 8)
-    def test_it_forgets_the_older_half_when_it_is_full(self) -> None:
-        memory = gipam.Memory()
-        for seq, key in enumerate("abcdefghab"):
+    def test_it_forgets_the_oldest_when_it_is_full(self) -> None:
+        memory, owners = gipam.Memory(), gipam.Owners()
+        for seq, key in enumerate("abcdefghabi"):
             memory.remember(key, seq, seq)
-        self.assertEqual("".join(memory), "abcdefgh")
-        memory.remember("i", 10, 10)
-        self.assertEqual(memory, {key: (seq, seq) for seq, key in enumerate("ghabi", 6)})
+            owners.remember(seq, (key, key.upper()), seq)
+        self.assertEqual(memory, {key: (seq, seq) for seq, key in enumerate("defghabi", 3)})
+        self.assertEqual(owners, {**memory, **{key.upper(): last for key, last in memory.items()}})
+        self.assertEqual([owners.resting.next_absent(offset) for offset in (2, 3, 12)], [2, 11, 12])
 
 
 def grant(pool_id: str, subnet: str, sub_pool: str = "", name: str = "") -> gipam.RequestPool:
@@ -1057,7 +1058,9 @@ class ErrorTextTest(unittest.TestCase):
     def test_addresses(self) -> None:
         ask = self.client.request_address
         pool_id, _ = self.request_pool("10.2.0.0/24", "10.2.0.252/30")
-        ask(pool_id, "10.2.0.9")
+        for address, who in (("10.2.0.9", {}), ("10.2.0.1", {"gateway": True}), ("10.2.0.5", OWNERS["mac"]),
+                             ("10.2.0.6", OWNERS["web1,mac"])):
+            ask(pool_id, address, **who)
         for asked, address, family in ((pool_id, "2001:db8::1", 4),
                                        (self.request_pool("2001:db8::/64")[0], "10.2.0.1", 6)):
             for call in (ask, self.client.release_address):
@@ -1068,7 +1071,8 @@ class ErrorTextTest(unittest.TestCase):
             self.assert_refused(400, f"requested address is out of range: {address} is not in "
                                 "10.2.0.0/24", ask, pool_id, address)
         for address, how in (("10.2.0.0", "reserved"), ("10.2.0.255", "reserved"),
-                             ("10.2.0.9", "held")):
+                             ("10.2.0.9", "held as auxiliary"), ("10.2.0.1", "held as gateway"),
+                             ("10.2.0.5", "held for 02:42:0a:02:00:02"), ("10.2.0.6", "held for web1")):
             self.assert_refused(403, f"Address already in use: {address} is {how} in 10.2.0.0/24",
                                 ask, pool_id, address)
         for subnets, count in (("10.2.1.0/24,10.2.1.252/30", 3), ("10.3.0.0/30", 2),
@@ -1119,14 +1123,15 @@ class Naive:
         self.families = client.service.state.families  # of which only the configuration is read
         self.routes = client.routes
         self.pools: dict[str, tuple[gipam.Network, gipam.Network | None]] = {}
-        # (subnet, address) -> (pool_id, owner)
-        self.leases: dict[tuple[gipam.Network, str], tuple[str, str]] = {}
+        # (subnet, address) -> (pool_id, owners)
+        self.leases: dict[tuple[gipam.Network, str], tuple[str, tuple[str, ...]]] = {}
         self.block_cursors: dict[tuple[int, int], int] = {}
         self.address_cursors: dict[str, str] = {}  # pool_id -> the last address given by next-fit
         self.names: dict[tuple[int, str], gipam.Network] = {}
         self.pool_names: dict[str, str] = {}
-        self.kept: dict[tuple[int, str], dict[str, str]] = {}  # of a name -> owners
-        self.owners: dict[tuple[gipam.Network, str], str] = {}
+        self.kept: dict[tuple[int, str], dict[str, tuple[str, ...]]] = {}  # as owners, of a name
+        # subnet -> address -> who had it last
+        self.owners: dict[gipam.Network, dict[str, tuple[str, ...]]] = {}
 
     def request_pool(self, pool: str, sub_pool: str, v6: bool, gipam_name: str,
                      **lengths: str) -> tuple[str, str]:
@@ -1144,14 +1149,25 @@ class Naive:
         self.pools[pool_id], self.pool_names[pool_id] = (subnet, part), gipam_name
         if gipam_name and not is_live:
             kept = self.kept.pop(key, {})  # another subnet's are of no use any more
-            if self.names.get(key) != subnet:
-                kept = {}
-            self.owners.update({(subnet, owner): address for owner, address in kept.items()})
-            last = max(kept.values(), key=ipaddress.ip_address, default=None)
-            if last and last in map(str, part or subnet):
-                self.address_cursors[pool_id] = last
-            self.names[key] = subnet
+            if self.names.get(key) == subnet:
+                for address, owners in kept.items():
+                    self.remember(subnet, address, owners)
+            self.remember_name(key, subnet)
         return pool_id, str(subnet)
+
+    def remember_name(self, key: tuple[int, str], subnet: gipam.Network) -> None:
+        self.names.pop(key, None)
+        self.names[key] = subnet
+        of_family = [other for other in self.names if other[0] == key[0]]
+        for other in of_family[:-gipam.MAX_REMEMBERED]:
+            del self.names[other]
+
+    def remember(self, subnet: gipam.Network, address: str, owners: tuple[str, ...]) -> None:
+        known = {other: had for other, had in self.owners.get(subnet, {}).items()
+                 if other != address and not {*had} & {*owners}}
+        if owners:
+            known = dict([*known.items(), (address, owners)][-gipam.MAX_REMEMBERED:])
+            self.owners[subnet] = known
 
     def check_subnet(self, subnet: gipam.Network, part: gipam.Network | None) -> None:
         if part and not (subnet.overlaps(part) and subnet.prefixlen <= part.prefixlen):
@@ -1186,24 +1202,30 @@ class Naive:
         subnet, _ = self.pools.pop(pool_id)
         key = subnet.version, self.pool_names.pop(pool_id)
         self.address_cursors.pop(pool_id, None)
-        self.leases = {key: lease for key, lease in self.leases.items() if lease[0] != pool_id}
+        gone = [lease for lease, (of, _) in self.leases.items() if of == pool_id]
+        for number, lease in enumerate(gone, -len(gone)):
+            _, owners = self.leases.pop(lease)
+            if number >= -gipam.MAX_KEPT:
+                self.remember(*lease, owners)
         if all(other != subnet for other, _ in self.pools.values()):
+            owned = self.owners.pop(subnet, {})
             if self.names.get(key) == subnet:
-                self.kept[key] = {owner: address for (network, owner), address
-                                  in self.owners.items() if network == subnet}
-            self.owners = {key: address for key, address in self.owners.items() if key[0] != subnet}
+                self.kept[key] = dict([*owned.items()][-gipam.MAX_KEPT:])
+                self.remember_name(key, subnet)
 
     def request_address(self, pool_id: str, address: str = "", mac: str = "", name: str = "",
                         gateway: bool = False) -> str:
         subnet, part = self.pools[pool_id]
-        owner, everything = name or mac, [str(address) for address in subnet]
+        owners, everything = (name,) * bool(name) + (mac,) * bool(mac), [*map(str, subnet)]
         taken = {held for network, held in self.leases if network == subnet}
         if subnet.version == 6:
             taken.add(everything[0])
         elif len(everything) >= 4:
             taken |= {everything[0], everything[-1]}
         dynamic = [str(address) for address in part or subnet]
-        last = self.owners.get((subnet, owner))
+        known = self.owners.get(subnet, {})
+        had = [other for owner in owners for other in known
+               if owner in known[other] and other in dynamic and other not in taken]
         if address and address not in everything:
             raise Refused(400, "requested address is out of range: ")
         if address in taken:
@@ -1212,24 +1234,24 @@ class Naive:
             raise Refused(503, "no available addresses on this pool: ")
         if not address and gateway:
             address = next(candidate for candidate in dynamic if candidate not in taken)
-        elif not address and owner and last in dynamic and last not in taken:
-            address = last
+        elif not address and had:
+            address = had[0]
         elif not address:
             start = 0
             if pool_id in self.address_cursors:
                 start = dynamic.index(self.address_cursors[pool_id]) + 1
-            address = next(candidate for candidate in dynamic[start:] + dynamic[:start]
-                           if candidate not in taken)
+            address = next(candidate for avoided in (taken.union(known), taken)
+                           for candidate in dynamic[start:] + dynamic[:start]
+                           if candidate not in avoided)
             self.address_cursors[pool_id] = address
-        self.leases[subnet, address] = pool_id, owner
+        self.leases[subnet, address] = pool_id, owners
         return f"{address}/{subnet.prefixlen}"
 
     def release_address(self, pool_id: str, address: str) -> None:
         subnet, _ = self.pools[pool_id]
         if self.leases.get((subnet, address), ("",))[0] == pool_id:
-            _, owner = self.leases.pop((subnet, address))
-            if owner:
-                self.owners[subnet, owner] = address
+            _, owners = self.leases.pop((subnet, address))
+            self.remember(subnet, address, owners)
 
 
 class Compared:
@@ -1268,12 +1290,13 @@ class AllocatorModelTest(unittest.TestCase):
         naive = Naive(client)
         tenant = Tenant(Compared(self, client, naive, rng), rng)
         tenant.MAX_POOLS = tenant.MAX_ADDRESSES = 1000
-        for _ in range(400):
-            tenant.step()
-        self.assertEqual({(pool.subnet.network, pool.format(offset)): lease.name or lease.mac
+        with mock.patch.multiple(gipam, MAX_REMEMBERED=rng.choice((2, 5, 99)), MAX_KEPT=rng.choice((1, 3, 99))):
+            for _ in range(400):
+                tenant.step()
+        self.assertEqual({(pool.subnet.network, pool.format(offset)): lease.owners
                           for pool in client.service.state.pools.values()
                           for offset, lease in pool.leases.items()},
-                         {lease: owner for lease, (_, owner) in naive.leases.items()})
+                         {lease: owners for lease, (_, owners) in naive.leases.items()})
         for pool_id in list(client.service.state.pools):
             client.release_pool(pool_id)
         for family in client.service.state.families.values():
@@ -2255,7 +2278,7 @@ class TurnTest(ServiceCase):
         """A MemoryError can come anywhere; the state that it leaves is not used."""
         for target, name, method, address in (
                 (gipam.AddressSet, "add", "RequestAddress", ""),
-                (gipam.Memory, "remember", "ReleaseAddress", "10.9.0.3"),
+                (gipam.Owners, "remember", "ReleaseAddress", "10.9.0.3"),
                 (gipam, "Done", "RequestAddress", "")):
             with self.subTest(name):
                 before = len(self.service.state.pools[self.pool_id].leases)
@@ -2926,8 +2949,8 @@ USED_UP = "no available addresses on this pool: "
 
 OWNERS: dict[str, dict[str, Any]] = {
     "": {}, "gw": {"gateway": True}, "web1": {"name": "web1"}, "web2": {"name": "web2"},
-    "mac": {"mac": "02:42:0a:02:00:02"}, "web1,mac": {"name": "web1", "mac": "02:42:00:00:00:01"},
-    "web2,mac": {"name": "web2", "mac": "02:42:00:00:00:01"}, "new": {"name": "new"}}
+    "mac": {"mac": "02:42:0a:02:00:02"}, "web1,mac": {"name": "web1", "mac": "02:42:0a:02:00:02"},
+    "new": {"name": "new"}}
 STEP = re.compile(r"(?:([a-z])=)?([-~]?)(?:([a-z0-9,]+)@)?([^=!?]+)([!?]?)=?(.*)").fullmatch
 STORIES = {  # of networks and their addresses: see ConformanceCases.tell()
     "TestGetSameAddress: an address is given once; gateways included, a repeated one too": (
@@ -2949,7 +2972,15 @@ STORIES = {  # of networks and their addresses: see ConformanceCases.tell()
         "a=10.3.0.0/24,10.3.0.64/30 *=64 *=65 *=66 *=67 *! -65 *=65"),
     "the owner gets its last address again while it is free": tuple(
         f"a=10.2.0.0/29 {owner}*=1 -1 {other}*=2 {owner}*=1 {owner}*=3 -1 *=4 *=5 *=6 *=1 {owner}*!"
-        for owner, other in (("web1@", "web2@"), ("mac@", ""), ("web1,mac@", "web2,mac@"))),
+        for owner, other in (("web1@", "web2@"), ("mac@", ""), ("web1,mac@", "web2@"))),
+    "who releases is known under name and MAC: upgrade to 29, and import on 26": (
+        *(f"a=10.2.0.0/29 {first}@*=1 -1 *=2 {again}@*=1" for first, again in (
+            ("mac", "web1,mac"), ("web1,mac", "mac"), ("web1,mac", "web1"))),
+        "a=10.2.0.0/29 web1@*=1 mac@*=2 -2 -1 web1,mac@*=1 *=3"),  # the name's goes first
+    "an address rests with its last owner while another is free": (
+        "a=10.2.0.0/29 web1@*=1 -1 web2@4 -4 *=2 *=3 *=5 *=6 *=1 *=4 *! -4 -1 -6 *=6 web2@*=4 1",
+        "a=10.2.0.0/29 web1@*=1 -1 web1@2 -2 *=3 *=4 *=5 *=6 *=1 *=2",  # no more with what it had
+        "a=10.2.0.0/24,10.2.0.4/31 web1@5 -5 *=4 -4 *=4 *=5 *!"),
     "the owner's last address must lie in the range": (
         "a=10.2.0.0/24,10.2.0.128/25 web1@9 -9 web1@*=128",),
     "the gateway is the first free address and leaves the cursor": (
@@ -3302,12 +3333,25 @@ class RefusalTextTest(StageCases, unittest.TestCase):
 class NameMemoryTest(unittest.TestCase):
     """What stays with a gipam.name when its network goes, over a restart as well."""
 
+    def test_what_goes_with_its_pool_rests_too_though_the_cursor_wraps(self) -> None:
+        """As after `docker rm` while gipam was down; a fixed .254 makes it wrap."""
+        client = InMemory(self, v4="10.2.0.0/16")
+        pool_id, _ = client.request_pool(gipam_name="web")
+        had = [client.request_address(pool_id, address, name=name)
+               for name, address in (("web1", ""), ("web2", ""), ("db", "10.2.0.254"))]
+        client.release_pool(pool_id)
+        client.open()
+        pool_id, _ = client.request_pool(gipam_name="web")
+        others = [client.request_address(pool_id) for _ in range(251)]
+        self.assertEqual((others[0], len({*others, *had})), ("10.2.0.3/24", 254))
+        self.assertEqual([client.request_address(pool_id, name=name) for name in ("web1", "web2", "db")], had)
+
     def test_each_owner_finds_its_address_again_whoever_starts_first(self) -> None:
         for name, subnet, most, owners, given in (
                 ("web", "", 256, "new mac web1 web2", "4 3 1 2"),
                 # others and other blocks get nothing of it, and only the latest owners are kept
                 ("lan", "10.2.0.0/24", 256, "mac", "1"), ("", "10.2.0.0/24", 256, "mac", "1"),
-                ("web", "10.2.0.0/23", 256, "mac", "1"), ("web", "", 2, "web1 web2 mac", "4 2 3")):
+                ("web", "10.2.0.0/23", 256, "mac", "1"), ("web", "", 2, "web1 web2 mac", "1 2 3")):
             client = InMemory(self, v4="10.2.0.0/16")
             pool_id, _ = client.request_pool(gipam_name="web")
             for owner in ("web1", "web2", "mac"):
