@@ -417,8 +417,7 @@ class Lease(NamedTuple):
     @property
     def owners(self) -> tuple[str, ...]:
         """Return whose it is: the container's name, its MAC address, or both."""
-        owners = (self.name, self.mac) if self.name != self.mac else (self.mac,)
-        return owners if "" not in owners else tuple(filter(None, owners))
+        return tuple(dict.fromkeys(filter(None, (self.name, self.mac))))
 
 
 class AddressSet:
@@ -572,8 +571,8 @@ class Memory(Dict[str, Any]):
 class Owners(Dict[str, Tuple[int, int]]):
     """Who had which address of a subnet last: name, and MAC address -> (offset, seq).
 
-    There it rests: others get it when nothing else of the range is free. An owner has one address,
-    an address the owners that had it last, who are forgotten together, the oldest first.
+    There it rests: others get it when nothing else is free. An owner has one address, an address
+    those that had it last; they are forgotten together, the oldest first.
     """
 
     def __init__(self) -> None:
@@ -585,11 +584,9 @@ class Owners(Dict[str, Tuple[int, int]]):
         """Remember whose the address is from now on, if that is known."""
         if not owners:
             return
-        self._forget(offset)
-        for owner in owners:
-            if owner in self:
-                self._forget(self[owner][0])
-            self[owner] = (offset, seq)
+        for old in {offset, *(self[owner][0] for owner in owners if owner in self)}:
+            self._forget(old)
+        self.update(dict.fromkeys(owners, (offset, seq)))
         self.at[offset] = owners
         self.resting.add(offset)
         if len(self.at) > MAX_REMEMBERED:
@@ -597,11 +594,9 @@ class Owners(Dict[str, Tuple[int, int]]):
 
     def recall(self, known: dict[str, tuple[int, int]]) -> None:
         """Remember all that another one knew."""
-        together: dict[tuple[int, int], list[str]] = {}
-        for owner, last in known.items():
-            together.setdefault(last, []).append(owner)
-        for offset, seq in sorted(together, key=lambda last: last[1]):
-            self.remember(offset, tuple(together[offset, seq]), seq)
+        by_seq = sorted(known.items(), key=lambda item: item[1][::-1])
+        for (offset, seq), items in itertools.groupby(by_seq, key=lambda item: item[1]):
+            self.remember(offset, tuple(owner for owner, _ in items), seq)
 
     def _forget(self, offset: int) -> None:
         for owner in self.at.pop(offset, ()):
@@ -802,8 +797,8 @@ class State:
         subnet, family = pool.subnet, self.families[pool.subnet.version]
         del self.pools[pool.pool_id], subnet.pools[pool.sub_pool]
         self.lease_count -= len(pool.leases)
-        newest_first = itertools.islice(reversed(pool.leases.items()), MAX_KEPT)
-        for offset, lease in reversed([*newest_first]):
+        latest = itertools.islice(reversed(pool.leases.items()), MAX_KEPT)
+        for offset, lease in sorted(latest):
             subnet.memory.remember(offset, lease.owners, self.seq + 1)
         if subnet.pools:
             for offset in pool.leases.keys() - subnet.reserved:
@@ -813,8 +808,8 @@ class State:
         family.held.cover(subnet.network, -1)
         kept = family.recall(pool.name)
         if kept and kept.network == subnet.network:
-            latest = itertools.chain(*[*subnet.memory.at.values()][-MAX_KEPT:])
-            owners = {owner: subnet.memory[owner] for owner in latest}
+            last = itertools.chain(*[*subnet.memory.at.values()][-MAX_KEPT:])
+            owners = {owner: subnet.memory[owner] for owner in last}
             family.names.remember(pool.name, kept._replace(owners=owners), self.seq + 1)
 
     def _bind_pool(self, change: BindPool, pool: Pool) -> None:
@@ -3879,6 +3874,7 @@ def network_uses(network: Json, inside: list[Use], api: tuple[int, ...]) -> Iter
 
 BRIDGE = "com.docker.network.bridge."  # options of a bridge network
 API_27, API_28, API_29 = (1, 46), (1, 48), (1, 52)  # of Docker 27.0 and so on
+STOPPED = "/containers/json?all=1&filters=%7B%22status%22%3A%5B%22exited%22%5D%7D"
 
 
 def has_gateway(network: Json, version: int, api: tuple[int, ...]) -> bool:
@@ -3907,13 +3903,17 @@ def find_routed_option(network: Json, version: int, api: tuple[int, ...]) -> str
     return "" if options.get(mode) == "routed" else mode + "=routed"
 
 
+def ask_docker(path: str, patience_s: float, target: str) -> Any:
+    """Return the JSON of a target. Raises: as call()."""
+    return call(Connection(path, patience_s, None, "Docker", "DOCKER_HOST"), "GET", target)
+
+
 def read_uses(path: str, driver: str, timeout_s: float) -> tuple[list[Use], list[Use]]:
     """Return (what Docker uses of this driver, all other subnets). Raises: Unreachable."""
     end = time.monotonic() + timeout_s
 
     def get(target: str) -> Any:
-        patience_s = max(end - time.monotonic(), 0.001)
-        return call(Connection(path, patience_s, None, "Docker", "DOCKER_HOST"), "GET", target)
+        return ask_docker(path, max(end - time.monotonic(), 0.001), target)
 
     try:
         api = tuple(map(int, get("/version")["ApiVersion"].split(".")))
@@ -3929,8 +3929,20 @@ def read_uses(path: str, driver: str, timeout_s: float) -> tuple[list[Use], list
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Unreachable(f"the Docker at {path} answers what gipam does not understand: "
                           f"{error!r}") from error
+    if any(use.network == "bridge" and not use.routed_option for use in uses):  # --iptables=false
+        uses = [use._replace(routed_option="") for use in uses]
     ours = [use for use in uses if use.driver == driver and use.kind != "template"]
     return ours, [use for use in uses if use.driver != driver or use.kind == "template"]
+
+
+def find_stranded(path: str, driver: str) -> Iterator[str]:
+    """Yield the containers that Docker gave up, as gipam was not there: protocol.md 11.5."""
+    for container in ask_docker(path, DOCKER_PATIENCE_S, STOPPED):
+        with contextlib.suppress(Refused):  # it has been removed meanwhile
+            about = ask_docker(path, DOCKER_PATIENCE_S, f"/containers/{container['Id']}/json")
+            if f'plugin "{driver}" not found' in about["State"]["Error"]:
+                name = printable(about["Name"][1:])
+                yield f"gipam was down when container {name} was to start: docker start {name}"
 
 
 class Finding(NamedTuple):
@@ -3952,12 +3964,9 @@ def release_request(pool: Json, lease: Json | None = None) -> tuple[str, Json]:
 
 
 def adopt_request(pool: Use, uses: Iterable[Use], seq: int) -> tuple[str, Json]:
-    """Return what adopts addresses in the pool that was granted as change seq; 0: and the pool.
-
-    The largest comes first, and a gateway that Docker does not show last: see decide_import().
-    """
+    """Return what adopts addresses in the pool that was granted as change seq; 0: and the pool."""
     leases = [{"Address": use.address, "Kind": use.kind, "MAC": use.mac, "Name": use.container}
-              for use in sorted(uses, reverse=True, key=lambda use: int(
+              for use in sorted(uses, reverse=True, key=lambda use: int(  # see decide_import()
                   ipaddress.ip_address(use.address or 0)))]
     return "/Gipam.Adopt", {"Subnet": pool.subnet, "SubPool": pool.sub_pool,
                             "Name": pool.pool_name, "Leases": leases, "Seq": seq}
@@ -4060,11 +4069,14 @@ def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
     if status.get("trouble"):
         yield f"gipam {status['trouble']}: nothing new is granted"
     for version, switch in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):
-        is_off = list(read_rows(f"{proc}/sys/{switch.replace('.', '/')}")) == [[b"0"]]
-        if is_off and any(base.version == version for base in bases):
-            yield f"this host does not forward IPv{version}: sysctl -w {switch}=1"
+        if any(base.version == version for base in bases):
+            if list(read_rows(f"{proc}/sys/{switch.replace('.', '/')}")) == [[b"0"]]:
+                yield f"this host does not forward IPv{version}: sysctl -w {switch}=1"
+            elif version == 6:
+                yield from find_deaf_uplinks(proc)
     for use in uses:
-        if not use.address and use.routed_option:
+        if not use.address and use.routed_option and (
+                ":" in use.subnet or not parse_prefix(use.subnet).is_private):
             yield (f"network {use.network} masquerades {use.subnet}, so that its containers "
                    f"have the address of this host outside: make it with -o {use.routed_option}")
     for base in bases:
@@ -4076,6 +4088,19 @@ def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
         elif not any(device == "*" or flags & 0x200 for device, flags in routes):  # RTF_REJECT
             yield (f"packets to free blocks of {base} may loop between this host and its router: "
                    f"ip {'-6 ' * (base.version == 6)}route add blackhole {base}")
+
+
+def find_deaf_uplinks(proc: str) -> Iterator[str]:
+    """Yield why a host that forwards learns no IPv6 default route. Source: protocol.md 11.11."""
+    routes = read_rows(proc + "/self/net/ipv6_route")
+    if any(row[1] == b"00" and not int(row[8], 16) & 0x200 for row in routes):  # RTF_REJECT
+        return
+    for row in read_rows(proc + "/self/net/route"):
+        device = os.fsdecode(row[0])
+        switch = f"{proc}/sys/net/ipv6/conf/{device}/accept_ra"
+        if row[1:8:6] == 2 * [b"00000000"] and list(read_rows(switch)) == [[b"1"]]:
+            yield (f"this host has no IPv6 default route: while it forwards, {device} takes none "
+                   f"from routers: sysctl -w net.ipv6.conf.{device.replace('.', '/')}.accept_ra=2")
 
 
 def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json],
@@ -4110,7 +4135,6 @@ def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json
 def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> None:
     """Adopt all that Docker uses of this driver. Raises: Unreachable; what is adopted stays so.
 
-    What gipam holds is read, and taken over, in portions: a turn each.
     It is over once Docker has been asked again, and shows each pool that was adopted: before 29, an
     empty network made with a size hint is not shown with its subnet (protocol.md 10.4).
     """
@@ -5116,7 +5140,8 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         post = functools.partial(ask_daemon, settings, "POST")
         mend(found.values(), set(), read_gipam, read_docker, post)
         left = look()
-    notes = list(dict.fromkeys(find_notes(status, read_docker()[0], "/proc")))
+    notes = [*find_notes(status, read_docker()[0], "/proc"), *find_stranded(path, driver)]
+    notes = list(dict.fromkeys(notes))
     report(found, left, notes, arguments.json)
     return 1 if left else 0
 

@@ -1203,10 +1203,9 @@ class Naive:
         key = subnet.version, self.pool_names.pop(pool_id)
         self.address_cursors.pop(pool_id, None)
         gone = [lease for lease, (of, _) in self.leases.items() if of == pool_id]
-        for number, lease in enumerate(gone, -len(gone)):
-            _, owners = self.leases.pop(lease)
-            if number >= -gipam.MAX_KEPT:
-                self.remember(*lease, owners)
+        for lease in sorted(gone[-gipam.MAX_KEPT:], key=lambda lease: ipaddress.ip_address(lease[1])):
+            self.remember(*lease, self.leases[lease][1])
+        self.leases = {lease: had for lease, had in self.leases.items() if lease not in gone}
         if all(other != subnet for other, _ in self.pools.values()):
             owned = self.owners.pop(subnet, {})
             if self.names.get(key) == subnet:
@@ -4600,6 +4599,7 @@ class FakeDocker:
         self.containers: dict[str, dict[str, Any]] = {}
         self.pool_ids: dict[tuple[str, int], str] = {}  # (network, family) -> id
         self.asked: list[str] = []
+        self.errors: dict[str, str] = {}  # container -> State.Error
         self.before: Callable[[str], Any] = lambda path: None  # an answer
         self.starts = 0
         server = DockerApi(path, socketserver.BaseRequestHandler)
@@ -4617,6 +4617,11 @@ class FakeDocker:
                                  for network in networks],
                    "/containers/json": [container for container in self.containers.values()
                                         if container["State"] == "running"],
+                   gipam.STOPPED: [container for container in self.containers.values()
+                                   if container["State"] == "exited"],
+                   **{f"/containers/{container['Id']}/json": {
+                       "Name": "/" + name, "State": {"Error": self.errors.get(name, "")}}
+                      for name, container in self.containers.items()},
                    **{"/networks/" + network["Id"]: network for network in networks}}
         return json.dumps(answers[path]).encode()
 
@@ -5161,6 +5166,8 @@ class CheckTest(OperatedCase):
         route6 = "20010db8000001000000000000000000 38 " + 32 * "0" + " 00 {} 400 1 0 {} {}\n"
         reject6, link6 = route6.format(32 * "0", "00200200", "lo"), route6.format(32 * "0", "00000001", "eth0")
         via6 = route6.format("fe8" + 28 * "0" + "1", "00000003", "eth0")
+        default4, default6 = "eth0.7" + 2 * "\t00000000" + "\t0003\t0\t0\t0\t00000000\t0\t0\t0\n", \
+            32 * "0" + " 00 " + via6[36:]
         everything6 = 32 * "0" + " 00 " + 32 * "0" + " 00 " + 32 * "0" + " ffffffff 1 0 00200200 lo\n"
         for forward4, forward6, routes4, routes6, words in (
                 ("1", "1", reject4, reject6, []), ("1", "1", reject4.replace("0001", "0201"), reject6, []),
@@ -5169,9 +5176,15 @@ class CheckTest(OperatedCase):
                 ("1", "1", "eth0" + reject4[1:], reject6, ["ip route add blackhole 10.2.0.0/16"]),
                 ("1", "1", "", via6 + everything6, ["ip route add blackhole 10.2.0.0/16",
                                                     "ip -6 route add blackhole 2001:db8:0:100::/56"]),
-                ("1", "1", reject4, link6, ["is on-link on eth0: .* ndppd or proxy_ndp"])):
+                ("1", "1", reject4, link6, ["is on-link on eth0: .* ndppd or proxy_ndp"]),
+                ("1", "1", default4 + reject4, reject6 + everything6, [r"sysctl -w net\.ipv6\.conf\.eth0/7\.accept_ra=2$"]),
+                ("1", "1", default4 + reject4, reject6 + default6, []),
+                ("1", "0", default4 + reject4, reject6, ["net.ipv6.conf.all.forwarding=1"]),
+                ("1", "1", "eth0.7\t0000000A\t0\t1\t0\t0\t0\t000000FF\n" + reject4, reject6, []),
+                ("1", "1", default4.replace("eth0.7", "eth1") + reject4, reject6, [])):
             with self.subTest(words):
-                for name, text in {"sys/net/ipv4/ip_forward": forward4, "sys/net/ipv6/conf/all/forwarding": forward6,
+                for name, text in {"sys/net/ipv6/conf/eth0.7/accept_ra": "1", "sys/net/ipv6/conf/eth1/accept_ra": "2",
+                                   "sys/net/ipv4/ip_forward": forward4, "sys/net/ipv6/conf/all/forwarding": forward6,
                                    "self/net/route": "Iface\tDestination\n" + routes4,
                                    "self/net/ipv6_route": routes6}.items():
                     self.write("proc/" + name, text)
@@ -5186,19 +5199,33 @@ class CheckTest(OperatedCase):
         for version, options, keys, expected in (
                 (26, (), {}, [off]), (26, (off,), {}, []), (26, (routed,), {}, [off]), (28, (), {}, [routed, routed6]),
                 (28, (routed,), {}, [routed6]), (28, (routed, routed6), {}, []), (28, (off,), {}, []),
+                (28, (), {"IPAM": self.docker.networks["web"]["IPAM"]}, [routed6]),  # its IPv4 is a private one
                 (29, (unprotected,), {}, [routed, routed6]), (29, (unprotected, off), {}, []),
                 *((28, (), {key: value}, []) for key, value in (
                     ("Internal", True), ("Driver", "macvlan"), ("ConfigOnly", True)))):
             with self.subTest(version=version, options=options, keys=keys):
                 self.docker.version = version
-                self.docker.show_network("web", {"Subnet": "10.2.0.0/24"}, {"Subnet": "2001:db8:0:100::/64"},
+                self.docker.show_network("web", {"Subnet": "100.2.0.0/24"}, {"Subnet": "2001:db8:0:100::/64"},
                                          Options=dict(option.split("=") for option in options), **keys)
                 notes = list(gipam.find_notes({"bases": []}, self.read_docker()[0], "/nothing"))
                 self.assertEqual([note.split(" -o ")[1] for note in notes], expected)
+                self.docker.show_network("bridge", {"Subnet": "172.17.0.0/16"}, driver="default", Options=dict([off.split("=")]))  # with --iptables=false
+                self.assertEqual(list(gipam.find_notes({"bases": []}, self.read_docker()[0], "/nothing")), [])
+                del self.docker.networks["bridge"]
+
+    def test_container_that_docker_gave_up_is_noted(self) -> None:
+        self.docker.start("two", "web")
+        error = 'failed to set up: plugin "gipam" not found'
+        self.docker.errors.update(one=error, two=error.replace("gipam", "lan"))
+        for name in ("one", "two"):
+            self.docker.stop(name)
+        self.assertEqual(re.findall("note: gipam was .*", self.run_gipam("check").out), [
+            "note: gipam was down when container one was to start: docker start one"])
 
     def test_notes_do_not_change_the_status(self) -> None:
+        self.docker.version = 28
         notes = json.loads(self.run_gipam("check", "--json").out)["notes"]
-        self.assertRegex("\n".join(notes), "network web masquerades 10.2.0.0/24, .*\n.+")
+        self.assertRegex("\n".join(notes), "network web masquerades 2001:db8:0:100::/64, .*\n.+")
         self.assertEqual(self.run_gipam("check"), (
             0, "".join(f"note: {note}\n" for note in notes) + "no difference\n", ""))
 
