@@ -90,6 +90,7 @@ import ssl
 import stat
 import struct
 import sys
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -1524,12 +1525,12 @@ def choose_block(family: Family, request: PoolRequest,
         if found:
             return found
     size = 1 << BITS[family.version] - prefixlen
-    held, excluded, free = (sum(counts) / size for counts in zip(*map(family.count, bases)))
+    held, excluded, _ = (-(-sum(counts) // size) for counts in zip(*map(family.count, bases)))
     total = sum(base.num_addresses for base in bases) // size
     raise Unavailable(f"all predefined address pools have been fully subnetted: of {total} blocks "
-                      f"of /{prefixlen} in {', '.join(map(str, bases))}, {held:.12g} are held, "
-                      f"{excluded:.12g} excluded, and {free:.12g} overlap routes or addresses of "
-                      "this host or lie in smaller pieces")
+                      f"of /{prefixlen} in {', '.join(map(str, bases))}, {held} are held, "
+                      f"{excluded} excluded, and {max(total - held - excluded, 0)} overlap routes "
+                      "or addresses of this host or lie in smaller pieces")
 
 
 def choose_bases(family: Family, prefixlen: int) -> list[Network]:
@@ -2275,6 +2276,7 @@ class Service:
         self._is_changing = False  # the state: what an exception leaves then is not to be used
         self._failure = StoreError("nothing has failed")  # the last one
         self.about: Json = {}  # what /status tells of the daemon
+        self.has_macs = True  # of containers: Docker is to tell them
         self.site: Site | None = None  # where several hosts share etcd
         self.etcd_s, self.etcd_failure = Histogram(), "it has not been asked yet"  # "": it answers
         self.requests: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -2744,7 +2746,7 @@ def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> R
     if verb != needed:
         raise InvalidRequest(f"{path} takes {needed}, not {printable(verb)}", 405)
     if path in CONSTANT_ANSWERS:
-        return Reply(200, CONSTANT_ANSWERS[path])
+        return Reply(200, (CONSTANT_ANSWERS if service.has_macs else WITHOUT_MACS)[path])
     content_type, page = PAGES[path]
     portions = join_portions(page(service, query))
     reply = Reply(200, next(portions, b""))
@@ -2901,10 +2903,11 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
                   site: Site | None = None) -> Iterator[str]:
     """Yield the JSON of `status --json` in portions, of pools as they are when it is their turn."""
     yield dumps(head)[:-1] + ',"claims":['
-    claims = list(site.claims.items()) if site else []
+    claims = [(name.split("/"), claim) for name, claim in site.claims.items()] if site else []
     yield from encode_list({
-        "subnet": name, "hosts": claim.hosts, "is_shared": claim.is_shared,
-        "since_s": claim.since_s} for name, claim in claims if name.count("/") == 1)
+        "subnet": "/".join(name[:2]), "address": "".join(name[2:]), "hosts": claim.hosts,
+        "is_shared": claim.is_shared, "since_s": claim.since_s}
+        for name, claim in claims if has_leases or len(name) == 2)
     yield '],"pools":['
     comma = ""
     for pool in pools:
@@ -2913,7 +2916,9 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
             "sub_pool": str(pool.sub_pool or ""), "name": pool.name, "leases": len(pool.leases),
             "usable": pool.usable(), "granted_s": pool.granted_s, "seq": pool.seq,
             "is_shared": pool.subnet.is_shared,
-            "claimed_elsewhere": site.find_conflict(pool.subnet.network) if site else ""})
+            "claimed_elsewhere": site.find_conflict(pool.subnet.network) if site else "",
+            **({"remembered": {owner: pool.format(offset) for owner, (offset, _)
+                               in pool.subnet.memory.items()}} if has_leases else {})})
         if has_leases:
             leases = ({"address": pool.format(at), **pool.leases[at]._asdict()}
                       for at in list(pool.leases) if at in pool.leases)
@@ -3008,6 +3013,7 @@ CONSTANT_ANSWERS = {path: dumps(value).encode() for path, value in {
     "/IpamDriver.GetDefaultAddressSpaces": {"LocalDefaultAddressSpace": ADDRESS_SPACE,
                                             "GlobalDefaultAddressSpace": ADDRESS_SPACE},
 }.items()}
+WITHOUT_MACS = {path: text.replace(b"true", b"false") for path, text in CONSTANT_ANSWERS.items()}
 METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Change | None]]] = {
     "/IpamDriver.RequestPool": request_pool,
     "/IpamDriver.ReleasePool": release,
@@ -3249,8 +3255,7 @@ class Server(socketserver.TCPServer):
         try:
             super().server_bind()
         except OSError as error:
-            option = "socket" if self.is_unix else "metrics" if self.paths else "address"
-            error.filename = f"-{option} {format_endpoint(self.server_address)}"
+            error.filename = format_endpoint(self.server_address)
             raise
         if self.is_unix:
             os.chmod(self.socket.getsockname(), 0o600)
@@ -3649,11 +3654,16 @@ def clear_path(path: str) -> None:
         if not os.path.islink(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise ConfigError(f"{path} is in the way and is not a socket: "
                               "remove it, or use another name")
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)  # the other may be stopped, its backlog full: EAGAIN
-            if probe.connect_ex(path) in (0, errno.EAGAIN):
-                raise BusyError(f"another daemon listens on {path}: stop it, or use another name")
+        check_socket(path)
         os.unlink(path)
+
+
+def check_socket(path: str) -> None:
+    """Check that nobody listens there. Raises: BusyError."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # the other may be stopped, its backlog full: EAGAIN
+        if probe.connect_ex(path) in (0, errno.EAGAIN):
+            raise BusyError(f"another daemon listens on {path}: stop it, or use another name")
 
 
 def open_unix(config: Config, loop: Loop, remove: Callable[[str], None]) -> None:
@@ -3774,7 +3784,7 @@ def call(connection: Connection, verb: str, path: str, body: Any = None) -> Any:
         connection.close()  # the next call connects again
     if response.status != 200:
         text = (reply.get("Error") or reply.get("message")) if isinstance(reply, dict) else reply
-        raise Refused(f"{verb} {path}: {printable(str(text))}")
+        raise Refused(f"{connection.peer.split(' does')[0]} refuses: {printable(str(text))}")
     return reply
 
 
@@ -4767,6 +4777,12 @@ def mask(text: str) -> str:
     return re.sub("//[^,]*@", "//***@", text)
 
 
+def nearest(word: str, known: list[str]) -> str:
+    """Return a hint at what may be meant, if anything is near."""
+    near = difflib.get_close_matches(word, known, 1, 0.75)
+    return f": do you mean {near[0]}?" if near else ""
+
+
 class Option(NamedTuple):
     """An option: the flag -name, the variable GIPAM_NAME, and the text that it has been given."""
 
@@ -4835,6 +4851,8 @@ OPTIONS = (
            "plugin file of TCP mode; likewise"),
     Option("metrics", lambda text: None if text in ("", "off") else parse_listen(text), "off",
            "HOST:PORT", "address for GET /metrics and /healthz"),
+    Option("mac", parse_bool, "true", "BOOL", "have Docker give each container a MAC address; with "
+           "false it can use ipvlan, but before Docker 29 no container is known again"),
     Option("etcd", parse_endpoints, "off", "URLS", "endpoints of the etcd through which several "
            "hosts share the bases, separated by commas"),
     Option("etcdtls", parse_directory, "off", "DIR", "certificates for etcd: ca.pem, and where it "
@@ -4861,29 +4879,41 @@ def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace)
     return settings
 
 
+def digest(text: str | None) -> str | None:
+    """Return what is noted of a text: who replaces it all over the file leaves the note alone."""
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def overrule_settings(settings: Settings, document: Json, path: str) -> None:
     """Add the lease file, the third stage: what was changed last wins; say what has changed.
 
-    Its key Options has, for each option, what gipam wrote into the file and what was given then.
+    Its key Options has, for each option, digests of what gipam wrote into the file and of what was
+    given then (an older gipam noted the texts themselves); what differs from its note is a change.
     """
     notes = document.get("Options")
     for name, key in FILE_KEYS.items():
         option, found = settings[name], str(document.get(key) or "")
         note = notes.get(name) if isinstance(notes, dict) else None
         written, noted = note if isinstance(note, list) and len(note) == 2 else (None, option.given)
-        is_edited = written not in (None, found)
-        if not is_edited and option.given not in (None, noted):
-            if option.text != found:
-                log.warning("-%s changes from %r in the lease file %s to %r from the %s: pools "
-                            "that are held stay", name, found, path, option.text, option.origin)
-        elif found:
-            settings[name] = option._replace(text=found, origin=f"lease file ({key} in {path})")
-            if is_edited:
-                log.warning("%s has been edited in %s, from %r to %r", key, path, written, found)
-            if option.text != found and {option.given, noted} != {None}:
-                log.warning("-%s is %r as the lease file %s says, not %r as the %s does: the lease "
-                            "file wins; to change it, edit %s there or give -%s a new value",
-                            name, found, path, option.text, option.origin, key, name)
+        is_edited = written is not None and written not in (found, digest(found))
+        there = option._replace(text=found or option.default,
+                                origin=f"lease file ({key} in {path})")
+        wins, loses = there, option
+        if there.text == option.text or (written is None and not found):
+            continue
+        if is_edited:
+            why = "it has been edited there"
+        elif option.given is None:
+            why = ("it is kept though not given any more; to clear it, start once with "
+                   f"{option.variable}={option.default}, or edit it there")
+        elif noted in (option.given, digest(option.given)):
+            why = f"the file wins; to change it, edit it there or give -{name} a new value"
+        else:
+            wins, loses, why = option, there, "pools that are held stay"
+        settings[name] = wins
+        if is_edited or {option.given, noted} != {None}:
+            log.warning("-%s is %r from the %s, not %r from the %s: %s", name, wins.text,
+                        wins.origin, loses.text, loses.origin, why)
 
 
 def config_keys(settings: Settings) -> Json:
@@ -4891,7 +4921,8 @@ def config_keys(settings: Settings) -> Json:
     chosen = {key: settings[name] for name, key in FILE_KEYS.items()}
     return {**{key: int(option.text) if option.text.isdecimal() else option.text
                for key, option in chosen.items()},
-            "Options": {option.name: [option.text, option.given] for option in chosen.values()}}
+            "Options": {option.name: [digest(option.text), digest(option.given)]
+                        for option in chosen.values()}}
 
 
 def describe_daemon(config: Config, place: Any) -> Json:
@@ -4918,6 +4949,9 @@ def build_config(settings: Settings) -> Config:
         for at, base in enumerate(bases):
             if base.version != version:
                 raise given.error(f"{base} is not an IPv{version} prefix")
+            if base.is_loopback or base.is_multicast or is_hint(base):
+                raise given.error(f"{base} has addresses that no host can have: loopback, "
+                                  "multicast or unspecified ones")
             if base.prefixlen > prefixlen:
                 raise block.error(f"a block of /{prefixlen} is larger than its base {base}")
             if any(base.overlaps(other) for other in bases[:at]):
@@ -4985,21 +5019,27 @@ def ask_daemon(settings: Settings, verb: str, path: str, body: Any = None) -> An
 
 def cmd_status(arguments: argparse.Namespace) -> int:
     """Show bases, pools and, with --leases, each lease; or just what is asked for."""
-    has_leases = int(arguments.leases or bool(arguments.what))
+    what, has_leases = arguments.WHAT, int(arguments.leases or bool(arguments.WHAT))
     status = ask_daemon(arguments.settings, "GET", f"/status?leases={has_leases}")
     uses: list[Use] = []
-    with contextlib.suppress(GipamError):  # names are welcome, and no reason to wait or to fail
+    unnamed = ""
+    try:  # names are welcome, and no reason to wait or to fail
         uses = read_uses(docker_socket(), status["driver"], NAMES_PATIENCE_S)[0]
+    except GipamError as error:
+        unnamed = f", and Docker's names are not known: {error}"
     add_names(status["pools"], uses)
-    if arguments.what:
-        status.update(bases=[], pools=select_pools(status["pools"], arguments.what))
+    if what:
+        status.update({key: [] for key in status.keys() & {"bases", "hosts"}},
+                      pools=select_pools(status, what, unnamed))
     if arguments.json:
         print(json.dumps(status, indent=2))
         return 0
     is_terminal = sys.stdout.isatty()
-    width = max(shutil.get_terminal_size().columns, 40) if is_terminal else 80
-    for line in render_status(status, width, int(time.time())):
-        text = line[:width]
+    columns, height = shutil.get_terminal_size() if is_terminal else (80, sys.maxsize)
+    width = max(columns, 40)
+    for line in render_status(status, width, int(time.time()), height):
+        cut = re.sub("[0-9]+$", "", line[:width - 1]) + "…"  # half a number would be a wrong one
+        text = cut if len(line) > width else line
         if is_terminal and line.startswith("  ") and "NO_COLOR" not in os.environ:
             text = re.sub("[#+]+", "\033[33m\\g<0>\033[0m", text)
         print(text)
@@ -5027,51 +5067,75 @@ def find_pools(pools: list[Json], text: str) -> list[Json]:
     return [pool for pool in pools if text in map(pool.get, keys)]
 
 
-def select_pools(pools: list[Json], what: str) -> list[Json]:
-    """Return what find_pools() does, or the lease of an address. Raises: InvalidRequest."""
-    found = find_pools(pools, what)
+def select_pools(status: Json, what: str, unnamed: str) -> list[Json]:
+    """Return what find_pools() does, or who has an address, name or MAC. Raises: InvalidRequest."""
+    found, wanted, number = find_pools(status["pools"], what), {what, what.lower()}, None
     with contextlib.suppress(ValueError):
-        address = normalise_address(what)
-        found = found or [
-            {**pool, "addresses": [held for held in pool["addresses"] if address in held.values()]}
-            for pool in pools if ipaddress.ip_address(address) in parse_prefix(pool["subnet"])]
+        wanted = {normalise_address(what)}
+        number = ipaddress.ip_address(*wanted)
+    for pool in () if found else status["pools"]:
+        leases = [lease for lease in pool["addresses"] if wanted & {
+            lease["address"], lease["mac"], lease["name"], lease["container"]}]
+        if not leases and number and number in parse_prefix(pool["subnet"]):
+            leases = [describe_free(status, pool, *wanted)]
+        found += [{**pool, "addresses": leases}] * bool(leases)
+    claims = (f"; {claim['subnet']} is claimed by {', '.join(claim['hosts'])}"
+              for claim in status["claims"] if number and number in parse_prefix(claim["subnet"]))
     if not found:
-        raise InvalidRequest(f"{what!r} is no address, subnet or network of a pool that is held")
+        raise InvalidRequest(f"{what!r} is not an address, subnet, network or container of a pool "
+                             f"that is held here{next(claims, unnamed)}")
     return found
+
+
+def describe_free(status: Json, pool: Json, address: str) -> Json:
+    """Return an address that nobody here has as if it were a lease, with whom it rests."""
+    subnet = Subnet(parse_prefix(pool["subnet"]))
+    owners = [owner for owner, last in pool["remembered"].items() if last == address]
+    hosts = [host for claim in status["claims"] for host in claim["hosts"]
+             if (claim["subnet"], claim["address"]) == (pool["subnet"], address)]
+    is_reserved = parse_address(address, subnet.version) - subnet.first in subnet.reserved
+    kind = "claimed" if hosts else "reserved" if is_reserved else "resting" if owners else "free"
+    return {"address": address, "kind": kind, "name": ", ".join(hosts or owners), "mac": "",
+            "container": "", "granted_s": 0}
 
 
 PRESENCE = {True: "there", False: "not there", None: "not heard of"}  # while etcd is away
 
 
-def render_status(status: Json, width: int, now_s: int) -> Iterator[str]:
-    """Yield the lines of the text form: a bar and a map for each base, a table of the pools."""
+def render_status(status: Json, width: int, now_s: int,
+                  height: int = sys.maxsize) -> Iterator[str]:
+    """Yield the lines of the text form: a bar and a map for each base, a table of the pools.
+
+    What does not fit a terminal of that height has the table first, so that the summary is seen.
+    """
     def age(held: Json) -> str:
-        return format_age(now_s - held["granted_s"]) if held["granted_s"] else "?"
+        return format_age(now_s - held["granted_s"]) if held["granted_s"] else "-"
 
     elsewhere = [claim["subnet"] for claim in status.get("claims", ())
-                 if status.get("host") not in claim["hosts"]]
-    for base in status["bases"]:
-        yield from render_base({**base, "elsewhere": elsewhere}, status["pools"], width)
-    if status["bases"]:
-        yield "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
-        yield from ["  o held by another host"] * bool(elsewhere)
+                 if not claim["address"] and status.get("host") not in claim["hosts"]]
+    summary = [line for base in status["bases"]
+               for line in render_base({**base, "elsewhere": elsewhere}, status["pools"], width)]
+    if summary:
+        summary += textwrap.wrap("  # held  + partly  . free  x excluded  ~ route, own address  "
+                                 "r kept for a name", width, subsequent_indent="  ")
+        summary += ["  o held by another host"] * bool(elsewhere)
     hosts = [("HOST", "CLAIMS", "ETCD"), *(
         (host["host"], str(host["claims"]), PRESENCE[host["is_present"]])
         for host in status.get("hosts", ()))]
-    yield from format_table(hosts)
-    rows = [("SUBNET", "RANGE", "HELD", "OF", "AGE", "NETWORK")]
+    summary += format_table(hosts)
+    if status.get("etcd", {}).get("failure"):
+        summary += textwrap.wrap(status["etcd"]["failure"], width)
+    rows = [("SUBNET", "HELD", "OF", "AGE", "RANGE", "NETWORK")]
     for pool in status["pools"]:
-        network = pool["network"] or pool["name"] or "-"
-        rows.append((pool["subnet"], pool["sub_pool"] or "-", str(pool["leases"]),
-                     format_count(pool["usable"]), age(pool), network))
+        rows.append((pool["subnet"], str(pool["leases"]), format_count(pool["usable"]), age(pool),
+                     pool["sub_pool"] or "-", pool["network"] or pool["name"] or "-"))
         if pool["claimed_elsewhere"]:
             rows.append(("  claimed by " + pool["claimed_elsewhere"], *[""] * 5))
-        rows += [("  " + lease["address"], lease["kind"], "", "", age(lease),
+        rows += [("  " + lease["address"], "", "", age(lease), lease["kind"],
                   lease["container"] or lease["name"] or lease["mac"] or "-")
                  for lease in pool.get("addresses", ())]
-    yield from format_table(rows)
-    if status.get("etcd", {}).get("failure"):
-        yield status["etcd"]["failure"]
+    table = list(format_table(rows))
+    yield from summary + table if len(summary + table) < height else table + summary
 
 
 def format_table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
@@ -5081,16 +5145,31 @@ def format_table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
+def touched_blocks(base: Network, prefixlen: int, networks: Iterable[Any]) -> list[Network]:
+    """Return the blocks of that length that prefixes touch in a base, collapsed."""
+    inside: Any = (base if it.prefixlen < base.prefixlen else it if it.prefixlen <= prefixlen
+                   else it.supernet(new_prefix=prefixlen) for it in networks if base.overlaps(it))
+    return list(ipaddress.collapse_addresses(inside))
+
+
 def render_base(base: Json, pools: list[Json], width: int) -> Iterator[str]:
     """Yield the lines of a base: a bar, and rows of a map, each behind its first address."""
-    prefix, total, used = parse_prefix(base["prefix"]), base["blocks"], base["blocks_used"]
-    free = total - used - base["blocks_excluded"] - base.get("blocks_routed", 0)
-    bar = ("#" * -(-10 * used // total)).ljust(10, ".")
-    yield (f"{prefix}  [{bar}]  {used} of {format_count(total)} blocks of "
-           f"/{base['block_prefixlen']} held, {format_count(free)} free")
-    indent = len(str(prefix[-(prefix.num_addresses // total)]))
+    prefix, total, blocks = parse_prefix(base["prefix"]), base["blocks"], base["block_prefixlen"]
+    size = prefix.num_addresses // total
+    marks = {mark: list(map(parse_prefix, texts)) for mark, texts in (
+        ("r", base["remembered"].values()), ("o", base["elsewhere"]), ("~", base["routes"]),
+        ("x", base["excluded"]), ("+", [pool["subnet"] for pool in pools]))}
+    used, shut = (sum(part.num_addresses for part in touched_blocks(
+        prefix, blocks, itertools.chain(*[marks[mark] for mark in kind]))) // size
+                  for kind in ("+o", "+ox~"))
+    indent = len(str(prefix[-size]))
     length = 1 << max(width - indent - 4, 1).bit_length() - 1
-    cells = draw_map(base, pools, 4 * length)
+    cells = draw_map(prefix, min(total, 4 * length), marks)
+    unit = f"; a sign is {format_count(total // len(cells))} of them" * (total > len(cells))
+    bar = ("#" * -(-10 * used // total)).ljust(10, ".")
+    yield from textwrap.wrap(
+        f"{prefix}  [{bar}]  {used} of {format_count(total)} blocks of /{blocks} held, "
+        f"{format_count(total - shut)} free{unit}", width, subsequent_indent="  ")
     for start in range(0, len(cells), length):
         first = prefix[prefix.num_addresses // len(cells) * start]
         yield f"  {first!s:{indent}}  {''.join(cells[start:start + length])}"
@@ -5101,21 +5180,15 @@ def format_count(count: int) -> str:
     return str(count) if count < 10 ** 9 else f"2^{(count - 1).bit_length()}"
 
 
-def draw_map(base: Json, pools: list[Json], limit: int) -> list[str]:
-    """Return a character for each block of the base, or for each group of 2, 4, 8 … blocks."""
-    network, count = parse_prefix(base["prefix"]), base["blocks"]
-    while count > limit:
-        count //= 2
-    size, cells = network.num_addresses // count, ["."] * count
-    for mark, texts in (("r", base["remembered"].values()), ("o", base.get("elsewhere", ())),
-                        ("~", base.get("routes", ())), ("x", base["excluded"]),
-                        ("#", [pool["subnet"] for pool in pools])):
-        inside: Any = filter(network.overlaps, map(parse_prefix, texts))
-        for part in ipaddress.collapse_addresses(inside):
-            start = max(int(part[0]) - int(network[0]), 0) // size
-            length = min(max(part.num_addresses // size, 1), count)
-            is_partly = mark == "#" and part.num_addresses < size
-            cells[start:start + length] = ("+" if is_partly else mark) * length
+def draw_map(base: Network, count: int, marks: dict[str, list[Network]]) -> list[str]:
+    """Return so many characters, a power of two, each for a block of the base or several."""
+    size, length = base.num_addresses // count, base.prefixlen + count.bit_length() - 1
+    whole = [part for part in touched_blocks(base, BITS[6], marks["+"]) if part.prefixlen <= length]
+    cells = ["."] * count
+    for mark, networks in {**marks, "#": whole}.items():
+        for part in touched_blocks(base, length, networks):
+            first, many = (int(part[0]) - int(base[0])) // size, part.num_addresses // size
+            cells[first:first + many] = mark * many
     return cells
 
 
@@ -5168,7 +5241,7 @@ def report(found: dict[str, Finding], left: dict[str, Finding], notes: list[str]
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
     status = ask_daemon(arguments.settings, "GET", "/status?leases=1")
-    pool, lease = find_lease(status["pools"], arguments.pool, arguments.lease)
+    pool, lease = find_lease(status["pools"], arguments.POOL, arguments.ADDRESS)
     request, address = release_request(pool, lease), lease["address"] if lease else ""
     if not arguments.force:
         uses, _ = read_uses(docker_socket(), status["driver"], DOCKER_PATIENCE_S)
@@ -5189,15 +5262,16 @@ def find_lease(pools: list[Json], name: str, text: str) -> tuple[Json, Json | No
     """Return the one pool of that name, and its lease of an address. Raises: InvalidRequest."""
     found = find_pools(pools, name)
     if len(found) != 1:
-        raise InvalidRequest(
-            f"{name!r} names {len(found)} pools: give the id of one, as `gipam status --json` "
-            "has it" + "".join(f"\n  {pool['id']}" for pool in found))
+        there = "".join(f"\n  {pool['id']}" for pool in found or pools)
+        raise InvalidRequest(f"{name!r} names {len(found)} pools: give the id of one, as `gipam "
+                             f"status --json` has it{there}")
     pool = found[0]
     held = {lease["address"]: lease for lease in pool["addresses"]}
     try:
         return pool, held[normalise_address(text)] if text else None
     except (ValueError, LookupError):
-        raise InvalidRequest(f"{text!r} is no address held in {pool['subnet']}") from None
+        raise InvalidRequest(f"{text!r} is not held in {pool['subnet']}, which has "
+                             f"{', '.join([*held][:9]) or 'nothing'}") from None
 
 
 def ask(question: str) -> bool:
@@ -5212,7 +5286,7 @@ def ask(question: str) -> bool:
 
 def cmd_evict(arguments: argparse.Namespace) -> int:
     """Give up what a host that will never come back has claimed in etcd."""
-    status, host = ask_daemon(arguments.settings, "GET", "/status"), arguments.host_name
+    status, host = ask_daemon(arguments.settings, "GET", "/status"), arguments.HOST
     claims = [claim["subnet"] for claim in status["claims"] if host in claim["hosts"]]
     if not arguments.yes and not ask(f"give up {len(claims)} claims of host {host}? [y/N] "):
         return 1
@@ -5229,15 +5303,15 @@ def cmd_config(arguments: argparse.Namespace) -> int:
 
 
 def cmd_serve(arguments: argparse.Namespace) -> int:
-    """Run the driver until SIGTERM, SIGINT or SIGHUP."""
+    """Run the driver until SIGTERM, SIGINT or SIGHUP. The default."""
     os.umask(0o077)
     faulthandler.enable()  # the watchdog's SIGABRT then says where it hung
     notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
     gc.disable()  # it would take a third of the time to load a million leases
     with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
+        if "LISTEN_FDS" not in os.environ:
+            check_places(arguments.settings)  # a second daemon changes nothing
         config, store, document, state = load(arguments.settings, unserved)
-        if config.unix and "LISTEN_FDS" not in os.environ:
-            clear_path(config.socket)  # a second daemon writes and imports nothing
         service = open_service(config, store, document, state)
         claimant = open_claimant(config, service, store)
         begin_import(config, service, document, claimant.call if claimant else service.run)
@@ -5257,7 +5331,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
                          name="import", daemon=True).start()
         warn_of_surprises(config, "/proc/self/net")
         places = [format_endpoint(server.server_address) for server in loop.servers]
-        service.about = describe_daemon(config, places[0])
+        service.about, service.has_macs = describe_daemon(config, places[0]), config.mac
         log.info("serving on %s with %d pools", ", and metrics on ".join(places),
                  len(service.state.pools))
         notify("READY=1")
@@ -5274,6 +5348,23 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     service.fold(is_stopping=True)
     log.info("stopped")
     return 0
+
+
+def check_places(settings: Settings) -> None:
+    """Check that nobody serves there, before anything is changed. Raises: BusyError."""
+    is_unix, path = settings["unix"].value, settings["socket"].value
+    if is_unix:
+        check_socket(path)
+    name = os.path.basename(path if is_unix else settings["spec"].value)
+    check_socket(os.path.join(PLUGIN_SOCKET_DIR, os.path.splitext(name)[0] + ".sock"))
+    for option in (settings[name] for name in ("address", "metrics")[is_unix:]):
+        host, port = option.value or ("127.0.0.1", 0)
+        with socket.socket(SOCKET_FAMILY[ipaddress.ip_address(host).version]) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise BusyError(str(option.error(error.strerror))) from None
 
 
 def open_servers(config: Config, loop: Loop, made: contextlib.ExitStack) -> None:
@@ -5346,12 +5437,18 @@ def begin_import(config: Config, service: Service, document: Json | None, call: 
 
 
 def warn_of_surprises(config: Config, proc: str) -> None:
-    """Log what will surprise: open TCP, no base, or an on-link route (protocol.md 3.3)."""
+    """Log what will surprise: variables, open TCP, no base, an on-link route (protocol.md 3.3)."""
+    known = [option.variable for option in OPTIONS]
+    for name in sorted(os.environ):
+        if name.startswith("GIPAM_") and name not in known:
+            log.warning("%s is no option of gipam%s", printable(name), nearest(name, known))
     if not config.unix:
         log.warning("on TCP every user of this host can take and release addresses; -unix lets "
                     "only root")
     if not config.v4 and not config.v6:
         log.warning("no base is configured (-v4, -v6): only networks with a --subnet can be made")
+    for base in (base for base in config.v4 + config.v6 if base.is_link_local):
+        log.warning("the base %s is link-local: no router forwards its addresses", base)
     for base in config.v4:
         for device, flags in read_routes(proc, base):
             if device != "*" and not flags & 2:  # RTF_GATEWAY
@@ -5379,21 +5476,33 @@ def normalise_arguments(arguments: list[str]) -> list[str]:
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], dict[str, str]]] = {
     "serve": (cmd_serve, {}),
     "status": (cmd_status, {"--json": "as JSON, the stable form", "--leases": "with each lease",
-                            "what": "only this; by Docker's name or gipam.name"}),
+                            "WHAT": "only this: subnet, network, address, container, MAC address"}),
     "check": (cmd_check, {"--json": "as JSON", "--fix": "mend what differs",
                           "--force": "with --fix, also when Docker knows none of the pools",
                           "--grace": "overlook what is younger (default: 60)"}),
-    "release": (cmd_release, {"pool": "id or subnet", "lease": "in it", "--yes": "do not ask",
+    "release": (cmd_release, {"POOL": "id or subnet", "ADDRESS": "in it", "--yes": "do not ask",
                               "--force": "even if Docker uses it"}),
-    "evict": (cmd_evict, {"host_name": "as `gipam status` shows it", "--yes": "do not ask"}),
+    "evict": (cmd_evict, {"HOST": "as `gipam status` shows it", "--yes": "do not ask"}),
     "config": (cmd_config, {}),
 }
 VALUES: dict[str, Json] = {  # the arguments of commands that are no switches
-    "--grace": {"type": int, "default": 60, "metavar": "SECONDS"}, "pool": {"metavar": "POOL"},
-    "host_name": {"metavar": "HOST"},
-    "lease": {"metavar": "ADDRESS", "nargs": "?", "default": ""},
-    "what": {"metavar": "ADDRESS|NETWORK|SUBNET", "nargs": "?", "default": ""},
+    "--grace": {"type": int, "default": 60, "metavar": "SECONDS"}, "POOL": {}, "HOST": {},
+    "ADDRESS": {"nargs": "?", "default": ""}, "WHAT": {"nargs": "?", "default": ""},
 }
+EXAMPLES = """
+  gipam -unix -v6 2001:db8:0:100::/56 -v4 10.2.0.0/16
+  gipam -unix -v4 10.2.0.0/16,10.9.0.0/20 -v4ab 26 -exclude 10.2.0.0/24
+  gipam status --leases
+  gipam status web1                    who has it: a container, an address, a MAC address
+  gipam check                          what Docker and gipam do not agree on
+  gipam check --fix
+  gipam release 10.2.0.0/24
+  gipam release 10.2.0.0/24 10.2.0.2 --yes
+  gipam evict web-2
+  gipam evict web-2 --yes
+  gipam config
+  gipam config -socket /run/web.sock   of the one that serves there
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -5403,21 +5512,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the UsageError."""
-        hint = "" if message.endswith("?") else f"; see `{self.prog} --help`"
-        raise UsageError(message + hint)
+        raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 def build_parser(name: str) -> Parser:
     """Return the parser of a command, which takes all options; serve's help shows them."""
     is_serve, (function, flags) = name == "serve", COMMANDS[name]
-    rows = "\n".join(f"  {each:8} {(about.__doc__ or '').splitlines()[0]}"
-                     for each, (about, _) in COMMANDS.items())
+    rows = (f"  {each:8} {(about.__doc__ or '').splitlines()[0]}"
+            for each, (about, _) in COMMANDS.items())
+    examples = re.findall(f".* gipam {'-' if is_serve else name}.*", EXAMPLES)
     parser = Parser(
         prog="gipam" if is_serve else f"gipam {name}", add_help=False, allow_abbrev=False,
         usage="gipam [COMMAND] [OPTIONS]" if is_serve else None,
-        description=(__doc__ or "").split("\n")[0] if is_serve else
-        (function.__doc__ or "").replace("\n    ", "\n").strip(),
-        epilog=f"commands:\n{rows}" if is_serve else "It takes all the options of `gipam --help`.",
+        description=(function.__doc__ or "").replace("\n    ", "\n").strip(),
+        epilog="\n".join(("commands, which take all options of serve:", *rows, "",
+                          "examples:", *examples)),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.color = False
     group = parser.add_argument_group("options")  # argparse's own is called otherwise before 3.10
@@ -5433,21 +5542,25 @@ def build_parser(name: str) -> Parser:
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
-    """Return the arguments, and as func what runs the command. Raises: UsageError."""
+    """Return the arguments, and as func what runs the command. Raises: UsageError.
+
+    Who types nothing else at a terminal, and has nothing set up here, looks for the commands.
+    """
+    if not words and sys.stdin and sys.stdin.isatty() and not os.path.lexists("leases.json") \
+            and not any(name.startswith("GIPAM_") for name in os.environ):
+        build_parser("serve").print_help()
+        sys.exit(2)
     name = next((word for word in words if not word.startswith("-")), "")
     if name in COMMANDS:
         words.remove(name)
     else:
         name = "serve"
     parser, (function, flags) = build_parser(name), COMMANDS[name]
-    arguments, unknown = parser.parse_known_args(words)
-    if unknown:
-        word = unknown[0].partition("=")[0]
+    arguments, unknown = parser.parse_known_args(words, argparse.Namespace(func=function))
+    for word in (word.partition("=")[0] for word in unknown):
         known = [*COMMANDS, *("--" + option.name for option in OPTIONS), *flags]
-        near = difflib.get_close_matches(word, known, 1)
-        hint = f": do you mean {near[0]}?" if near else ""
-        parser.error(f"{word!r} is not an option or command{hint}")
-    arguments.func = function
+        hint = nearest(word, known) or f"; see `{parser.prog} --help`"
+        raise UsageError(f"{word!r} is not an option or command{hint}")
     return arguments
 
 

@@ -1090,9 +1090,9 @@ class ErrorTextTest(unittest.TestCase):
                 ("10.2.0.0/22 10.9.0.0/23", 24, "10.9.0.0/24 10.2.0.0/24",
                  "10.2.1.0/24 10.2.3.0/24", "10.2.2.0/30 10.9.1.1/32",
                  (6, "/24 in 10.2.0.0/22, 10.9.0.0/23", 2, 2, 2)),
-                # pieces count by their size
+                # pieces count as blocks
                 ("10.2.0.0/23", 24, "10.2.1.128/25", "10.2.0.0/26", "",
-                 (2, "/24 in 10.2.0.0/23", 0.25, 0.5, 1.25)),
+                 (2, "/24 in 10.2.0.0/23", 1, 1, 0)),
                 ("2001:db8::/63", 64, "", "2001:db8::/64", "2001:db8:0:1::1/128",
                  (2, "/64 in 2001:db8::/63", 1, 0, 1)),
                 # what is excluded counts once, held or not
@@ -1103,7 +1103,7 @@ class ErrorTextTest(unittest.TestCase):
                  (2097152, "/30 in 10.0.0.0/9", 2097152, 0, 0)),
                 # bases that are too small for such a block do not count
                 ("10.2.0.0/22 10.9.0.0/24", 22, "", "10.2.0.0/24", "",
-                 (1, "/22 in 10.2.0.0/22", 0.25, 0, 0.75))):
+                 (1, "/22 in 10.2.0.0/22", 1, 0, 0))):
             client = Alone(make_state(bases, excluded=excluded))
             for subnet in held.split():
                 client.request_pool(subnet)
@@ -4229,14 +4229,27 @@ class NameTest(unittest.TestCase):
         self.assertFalse(os.path.exists(daemon.socket))
 
     def test_second_daemon_takes_nothing_over(self) -> None:
-        """Neither the socket, nor the name for dockerd that another one's socket has."""
-        first = self.serve(self.daemon())
-        second, other = self.daemon(), self.daemon("-socket", self.path("other", "gipam.sock"))
-        self.assert_fails(second, 75, f"another daemon listens on {first.socket}")
-        self.assertFalse(os.path.exists(second.file))
-        self.assert_fails(other, 75, f"another daemon listens on {self.plugins}/gipam.sock")
-        self.assertEqual(os.listdir(self.path("other")), [])
-        self.assertEqual(Peer(self, self.plugins + "/gipam.sock").ask(), ACTIVATED)
+        """Neither the socket, nor the name for dockerd that another one's has, nor a port.
+
+        It says just that, and leaves nothing.
+        """
+        first, link = self.serve(self.daemon()), self.plugins + "/gipam.sock"
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            place = f"127.0.0.1:{taken.getsockname()[1]}"
+            for words, said in (
+                    ([], f"another daemon listens on {first.socket}"),
+                    (["-socket", self.path("other", "gipam.sock")], f"daemon listens on {link}"),
+                    (["-unix=false"], f"another daemon listens on {link}"),
+                    (["-socket", self.path("web.sock"), f"-metrics={place}"],
+                     f"-metrics {place!r} from the command line: Address already in use"),
+                    (["-unix=false", "-spec", self.path("web.spec"), f"-address={place}"],
+                     f"-address {place!r} from the command line: Address already in use")):
+                second = self.daemon(*words)
+                self.assert_fails(second, 75, said)
+                self.assertEqual(second.read_log().count("\n"), 1)
+                self.assertEqual(os.listdir(second.directory), ["log"])
+        self.assertFalse(os.path.exists(self.path("other")))
+        self.assertEqual(Peer(self, link).ask(), ACTIVATED)
 
     # -- plugin files
 
@@ -4287,13 +4300,6 @@ class NameTest(unittest.TestCase):
         self.bind(f"{self.plugins}/driver.sock").listen()
         self.assert_fails(daemon, 75, f"another daemon listens on {self.plugins}/driver.sock")
         self.assertEqual(os.listdir(self.directory), ["plugins"])
-
-    def test_port_in_use(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            daemon = self.daemon("-address", f"127.0.0.1:{port}", kind=TcpDaemon)
-            self.assert_fails(daemon, 1, f"gipam: -address 127.0.0.1:{port}: Address already in use")
-            self.assertFalse(os.path.exists(daemon.spec))
 
 
 HANDS_ON = """
@@ -5719,9 +5725,11 @@ class ByHandTest(OperatedCase):
         self.docker.make_network("six", "fd00:9::/64")
         low, high = (self.docker.pool_ids[name, 4] for name in ("low", "high"))
         one = "pools: give the id of one, as `gipam status --json` has it"
-        for arguments, words in (("10.77.0.0/24", f"'10.77.0.0/24' names 0 {one}"),
+        there = "".join(f"\n  {pool['id']}" for pool in self.status_now()["pools"])
+        for arguments, words in (("10.77.0.0/24", f"'10.77.0.0/24' names 0 {one}{there}"),
                                  ("10.50.0.0/24", f"'10.50.0.0/24' names 2 {one}\n  {low}\n  {high}"),
-                                 *((f"10.2.0.0/24 {text}", f"{text!r} is no address held in 10.2.0.0/24")
+                                 *((f"10.2.0.0/24 {text}", f"{text!r} is not held in 10.2.0.0/24, "
+                                     "which has 10.2.0.1, 10.2.0.2")
                                    for text in ("10.2.0.9", "10.9.0.9", "one", "10.2.0.2x"))):
             with self.subTest(arguments):
                 done = self.run_gipam("release", *arguments.split(), "--force", "--yes")
@@ -5745,21 +5753,21 @@ class StatusTest(OperatedCase):
   # held  + partly  . free  x excluded  ~ route, own address  r kept for a name
 """
     TABLE = """\
-SUBNET               RANGE          HELD  OF    AGE  NETWORK
-10.2.0.0/24          -              4     254   3h   web
-  10.2.0.1           gateway                    3h   -
-  10.2.0.2           endpoint                   3h   one
-  10.2.0.30          auxiliary                  3h   -
-  10.2.0.200         auxiliary                  3h   -
-10.2.4.0/25          -              1     126   3h   partly
-  10.2.4.1           gateway                    3h   -
-10.2.7.0/24          -              0     254   2d   -
-10.2.10.0/23         -              0     510   40s  -
-10.50.0.0/24         10.50.0.64/26  1     64    3h   range
-  10.50.0.64         gateway                    3h   -
-2001:db8:0:100::/64  -              2     2^64  3h   web
-  2001:db8:0:100::1  gateway                    3h   -
-  2001:db8:0:100::2  endpoint                   3h   one
+SUBNET               HELD  OF    AGE  RANGE          NETWORK
+10.2.0.0/24          4     254   3h   -              web
+  10.2.0.1                       3h   gateway        -
+  10.2.0.2                       3h   endpoint       one
+  10.2.0.30                      3h   auxiliary      -
+  10.2.0.200                     3h   auxiliary      -
+10.2.4.0/25          1     126   3h   -              partly
+  10.2.4.1                       3h   gateway        -
+10.2.7.0/24          0     254   2d   -              -
+10.2.10.0/23         0     510   40s  -              -
+10.50.0.0/24         1     64    3h   10.50.0.64/26  range
+  10.50.0.64                     3h   gateway        -
+2001:db8:0:100::/64  2     2^64  3h   -              web
+  2001:db8:0:100::1              3h   gateway        -
+  2001:db8:0:100::2              3h   endpoint       one
 """
     TEXT = BASES_TEXT + re.sub("(?m)^  .*\n", "", TABLE)
 
@@ -5802,17 +5810,45 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
 
     def test_just_what_is_asked_for(self) -> None:
         self.fill()
-        rows = self.TABLE.splitlines()
+        self.docker.start("two", "web")
+        self.docker.stop("two")
+        rows = [*self.TABLE.splitlines(), "10.2.0.3 - resting 02:42:00:00:00:06", "10.2.0.9 - free -",
+                "10.2.0.0 - reserved -", "2001:db8:0:100::1:0 - free -"]
         for what, numbers in (
                 ("web", (1, 2, 3, 4, 5, 12, 13, 14)), ("10.2.0.0/24", (1, 2, 3, 4, 5)),
-                ("10.2.0.2", (1, 3)), ("10.2.0.9", (1,)), ("10.2.4.0/25", (6, 7)),
+                ("10.2.0.2", (1, 3)), ("10.2.4.0/25", (6, 7)),
                 ("gateway", (10, 11)),  # the name of a pool, not the kind of an address
-                ("2001:DB8:0:0100:0::/64", (12, 13, 14)), ("2001:db8:0:100:0::2", (12, 14))):
+                ("2001:DB8:0:0100:0::/64", (12, 13, 14)), ("2001:db8:0:100:0::2", (12, 14)),
+                ("one", (1, 3, 12, 14)), ("02:42:00:00:00:02", (1, 3, 12, 14)), ("10.2.0.3", (1, 15)),
+                ("10.2.0.9", (1, 16)), ("10.2.0.0", (1, 17)), ("2001:db8:0:100::1:0", (12, 18))):
             with self.subTest(what):
                 self.assertEqual(list(map(str.split, self.status(what).splitlines())),
                                  [rows[number].split() for number in (0, *numbers)])
-        self.assertEqual(self.run_gipam("status", "10.77.0.1"), (
-            1, "", "gipam: '10.77.0.1' is no address, subnet or network of a pool that is held\n"))
+        unknown = " is not an address, subnet, network or container of a pool that is held here"
+        self.assertEqual(self.run_gipam("status", "10.77.0.1"),
+                         (1, "", f"gipam: '10.77.0.1'{unknown}\n"))
+        hung = os.path.join(self.directory, "hung.sock")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(hung)
+            listener.listen()
+            self.patch(gipam, NAMES_PATIENCE_S=0.01)
+            self.assert_fails(self.run_gipam("status", "web", DOCKER_HOST="unix://" + hung), 1, (
+                f"gipam: 'web'{unknown}, and Docker's names are not known: "
+                f"Docker does not answer on {hung}: timed out; .*"))
+
+    def test_what_another_host_has_is_said(self) -> None:
+        """Of a subnet, and of an address in one that several share."""
+        status = {"host": "web-1", "claims": [
+            {"subnet": "10.2.8.0/24", "address": "", "hosts": ["web-2"]},
+            {"subnet": "10.50.0.0/24", "address": "10.50.0.9", "hosts": ["web-3"]}], "pools": [
+                {"subnet": "10.50.0.0/24", "remembered": {}, "addresses": []}]}
+        for what, said in (("10.2.8.7", "; 10.2.8.0/24 is claimed by web-2"), ("web", "..."),
+                           ("10.2.8.0/24", "; 10.2.8.0/24 is claimed by web-2"), ("10.2.9.7", "...")):
+            with self.assertRaisesRegex(gipam.InvalidRequest, f"is held here{re.escape(said)}$"):
+                gipam.select_pools(status, what, "...")
+        for what, kind, name in (("10.50.0.9", "claimed", "web-3"), ("10.50.0.8", "free", "")):
+            lease = gipam.select_pools(status, what, "")[0]["addresses"][0]
+            self.assertEqual((lease["kind"], lease["name"]), (kind, name))
 
     def test_without_docker_names_are_what_gipam_knows(self) -> None:
         self.docker.make_network("web", options={"gipam.name": "my net, größer"})
@@ -5827,23 +5863,28 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
     def test_bar_and_map_of_a_base(self) -> None:
         """Large numbers are powers of two; a row begins with the first address of its blocks.
 
-        In the map of a large base a character stands for a group of blocks.
+        In the map of a large base a character stands for a group of blocks. Counted is what
+        networks touch, each block once.
         """
-        for text, prefixlen, used, subnets, bar, labels, drawing in (
-                ("10.0.0.0/8", 30, 0, "10.0.0.0/14 10.4.0.0/14 10.8.0.0/24 10.255.255.0/24 "
-                 "fd00::/8 192.168.0.0/16", "[..........]  0 of 4194304 blocks of /30 held, "
-                 "4194304 free", "10.0.0.0 10.64.0.0 10.128.0.0 10.192.0.0",
-                 f"########+{246 * '.'}+"),
-                ("10.2.0.0/25", 31, 64, "10.0.0.0/7", "[##########]  64 of 64 blocks of /31 held, "
+        for text, prefixlen, subnets, bar, labels, drawing in (
+                ("10.0.0.0/8", 30, "10.0.0.0/14 10.4.0.0/14 10.8.0.0/24 10.255.255.0/24 "
+                 "fd00::/8 192.168.0.0/16", "[#.........]  131200 of 4194304 blocks of /30 held, "
+                 "4063104 free; a sign is 16384 of them",
+                 "10.0.0.0 10.64.0.0 10.128.0.0 10.192.0.0", f"########+{246 * '.'}+"),
+                ("10.2.0.0/25", 31, "10.0.0.0/7", "[##########]  64 of 64 blocks of /31 held, "
                  "0 free", "10.2.0.0", 64 * "#"),
-                ("2001:db8::/56", 64, 1, "", "[#.........]  1 of 256 blocks of /64 held, 255 free",
-                 "2001:db8:: 2001:db8:0:40:: 2001:db8:0:80:: 2001:db8:0:c0::", 256 * "."),
-                ("fd00::/60", 124, 0, "", "[..........]  0 of 2^64 blocks of /124 held, 2^64 free",
-                 "fd00:: fd00:0:0:4:: fd00:0:0:8:: fd00:0:0:c::", 128 * ".")):
+                ("10.2.0.0/16", 24, "10.2.0.0/26 10.2.0.64/26 10.2.1.0/26 10.2.2.0/25 10.2.2.128/25",
+                 "[#.........]  3 of 256 blocks of /24 held, 252 free",
+                 "10.2.0.0 10.2.64.0 10.2.128.0 10.2.192.0", f"++#......x{246 * '.'}"),
+                ("2001:db8::/56", 64, "", "[..........]  0 of 256 blocks of /64 held, 255 free",
+                 "2001:db8:: 2001:db8:0:40:: 2001:db8:0:80:: 2001:db8:0:c0::", f".......~{248 * '.'}"),
+                ("fd00::/60", 124, "", "[..........]  0 of 2^64 blocks of /124 held, 2^64 free; a "
+                 "sign is 2^56 of them", "fd00:: fd00:0:0:4:: fd00:0:0:8:: fd00:0:0:c::", 256 * ".")):
             blocks = 1 << prefixlen - gipam.parse_prefix(text).prefixlen
-            base = {"prefix": text, "blocks": blocks, "blocks_used": used, "blocks_excluded": 0,
-                    "remembered": {}, "excluded": [], "block_prefixlen": prefixlen}
-            first, *rows = gipam.render_base(base, [{"subnet": it} for it in subnets.split()], 85)
+            base = {"prefix": text, "blocks": blocks, "remembered": {}, "elsewhere": [],
+                    "excluded": ["10.2.9.0/28"], "routes": ["10.2.9.7/32", "2001:db8:0:7::1/128"],
+                    "block_prefixlen": prefixlen}
+            first, *rows = gipam.render_base(base, [{"subnet": it} for it in subnets.split()], 110)
             with self.subTest(text):
                 self.assertEqual(first, f"{text}  {bar}")
                 self.assertEqual([row.split()[0] for row in rows], labels.split())
@@ -5865,11 +5906,20 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
                      self.status(out=Terminal(), NO_COLOR="1", COLUMNS="80")):
             self.assertEqual(text, self.TEXT)
         self.docker.make_network("b" * 200)  # is cut
-        for width, how in ((80, {}), *((columns, {"out": Terminal(), "NO_COLOR": "1",
-                                                  "COLUMNS": str(columns)})
-                                       for columns in (40, 60, 132))):
-            lines = self.status("--leases", **how).splitlines()
-            self.assertEqual(max(map(len, lines)), width)
+        for columns, how in ((80, {}), *((columns, {"out": Terminal(), "NO_COLOR": "1",
+                                                    "COLUMNS": str(columns)})
+                                         for columns in (40, 60, 132))):
+            text = self.status("--leases", **how)
+            self.assertEqual(max(map(len, text.splitlines())), columns)
+            numbers = {*re.findall(" ([0-9]+)(?=[ …\n])", text)}
+            self.assertLessEqual(numbers, {*self.status("--leases").split()})  # none is cut
+
+    def test_summary_is_last_where_a_terminal_would_not_show_it(self) -> None:
+        self.fill()
+        lines = self.TEXT.splitlines()
+        for height, first in ((len(lines) + 1, 0), (len(lines), 5)):
+            text = self.status(out=Terminal(), NO_COLOR="1", COLUMNS="80", LINES=str(height))
+            self.assertEqual(text.splitlines(), [*lines[first:], *lines[:first]])
 
     def test_reader_that_has_seen_enough(self) -> None:
         """gipam.py status | head"""
@@ -5906,7 +5956,7 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
         self.assertEqual(ranged, {
             **since, "id": mock.ANY, "subnet": "10.50.0.0/24", "sub_pool": "10.50.0.64/26",
             "name": "gateway", "network": "range", "leases": 1, "usable": 64, "is_shared": False,
-            "claimed_elsewhere": "", "addresses": [mock.ANY]})
+            "claimed_elsewhere": "", "remembered": {}, "addresses": [mock.ANY]})
         self.assertEqual(lease, {
             **since, "address": "10.2.0.2", "kind": "endpoint", "mac": "02:42:00:00:00:02",
             "name": "", "container": "one"})
@@ -5933,16 +5983,6 @@ SUBNET               RANGE          HELD  OF    AGE  NETWORK
             with mock.patch.object(socket.socket, "connect", side_effect=error):
                 self.assert_fails(self.run_gipam("status"), 2,
                                   f"gipam: the daemon does not answer on {self.socket}: {why}")
-
-    def test_lease_file_is_left_alone_while_the_daemon_answers(self) -> None:
-        """It may be large; and what is wrong with it concerns the next start."""
-        self.docker.make_network("web")
-        self.settle()
-        self.write("leases.json", "not JSON")
-        self.assertIn("10.2.0.0/24", self.status())
-        self.assertEqual((self.check(), self.run_gipam("check").err), ([], ""))
-        self.assertRegex(self.run_gipam("release", "10.2.0.0/24", "--yes").err,
-                         "network web of Docker uses it")
 
     def test_driver_is_what_the_daemon_says(self) -> None:
         """Whatever -socket, -address and -unix lead to it."""
@@ -7112,7 +7152,8 @@ class SharedTest(HostsCase):
         self.assertEqual([line.split() for line in (hosts, first, second)], [
             ["HOST", "CLAIMS", "ETCD"], ["one", "2", "there"], ["two", "2", "there"]])
         self.assertEqual([line.split()[0] for line in (lan, pool)], [self.LAN, mine])
-        self.assertEqual([claim["is_shared"] for claim in status["claims"]], [True, False, False])
+        self.assertEqual([claim["is_shared"] for claim in status["claims"] if not claim["address"]],
+                         [True, False, False])
 
     def test_network_whose_lease_file_is_lost_is_taken_over_as_a_shared_one(self) -> None:
         one = self.hosts[0]
@@ -7189,7 +7230,7 @@ class OlderFilesTest(HostsCase):
 
 SAMPLES = {"unix": "true", "address": "127.0.0.1:9191", "file": "/tmp/leases.json",
            "v6": "2001:db8::/56,2001:db8:1::/56", "v4": "10.2.0.0/16", "v6ab": "72", "v4ab": "26",
-           "exclude": "10.2.0.0/24", "socket": "/run/web.sock", "spec": "/tmp/web.spec",
+           "exclude": "10.2.0.0/24", "socket": "/run/web.sock", "spec": "/tmp/web.spec", "mac": "false",
            "metrics": ":9091", "tls": "/tmp", "etcdtls": "/tmp", "host": "web-1.example",
            "etcd": "http://10.0.0.1:2379,http://[2001:db8::1]:2379"}
 V4, V6 = "-v4=10.2.0.0/16", "-v6=2001:db8::/56"
@@ -7232,15 +7273,15 @@ class OptionTest(CommandLineCase):
         self.assertEqual(os.listdir(self.directory), [])  # nothing has been written
         self.assertEqual(defaults["host"], (socket.gethostname(), "default"))
         for option in gipam.OPTIONS:
-            name, value = option.name, SAMPLES[option.name]
+            name, value, variable = option.name, SAMPLES[option.name], option.variable
             if name not in ("file", "host"):
                 self.assertEqual(defaults[name], (option.default or "none", "default"))
             for words in ([f"-{name}={value}"], [f"--{name}={value}"], ["-" + name, value],
                           ["--" + name, value]):
                 with self.subTest(words):
-                    self.assertEqual(self.effective(V4, V6, *words)[name], (value, "command line"))
+                    found = self.effective(V4, V6, *words, **{variable: option.default})
+                    self.assertEqual(found[name], (value, "command line"))
             if name not in ("v4", "v6", "file"):
-                variable = f"GIPAM_{name.upper()}"
                 with self.subTest(variable):
                     self.assertEqual(self.effective(V4, V6, **{variable: value})[name],
                                      (value, f"environment ({variable})"))
@@ -7300,13 +7341,32 @@ class OptionTest(CommandLineCase):
                 self.assertIn(f"({option.variable}; default: {option.default or 'none'})", said)
             for name, (function, _) in gipam.COMMANDS.items():
                 self.assertRegex(done.out, f"\n  {name} +{(function.__doc__ or '')[:20]}")
-        for name, (_, flags) in list(gipam.COMMANDS.items())[1:]:  # shows its own options
-            said = self.run_main(name, "--help").out
+        for name, (_, flags) in gipam.COMMANDS.items():
+            said, _, examples = self.run_main(name, "--help").out.partition("\nexamples:\n")
             for flag in flags:
-                shown = flag if "-" in flag else gipam.VALUES.get(flag, {}).get("metavar", flag)
-                self.assertIn(f"\n  {shown}", said)
-            self.assertNotIn("--v4ab", said)
-            self.assertIn("the options of `gipam --help`", said)
+                self.assertIn(f"\n  {flag}", said)
+            self.assertEqual("--v4ab" in said, name == "serve")  # another shows its own options
+            self.assertIn(examples.count("\n"), (2, 3), name)
+            for example in examples.splitlines():
+                words = gipam.normalise_arguments(example.partition("   ")[0].split()[1:])
+                self.assertEqual(gipam.parse_arguments(words).func.__name__, f"cmd_{name}")
+
+    def test_who_types_nothing_but_the_name_at_a_terminal_gets_help(self) -> None:
+        serve = mock.Mock(return_value=0)
+        self.patch(gipam, COMMANDS={**gipam.COMMANDS, "serve": (serve, {})})
+        here = os.getcwd()
+        self.addCleanup(os.chdir, here)
+        os.chdir(self.directory)
+        done = self.run_main(stdin=Terminal())
+        self.assertEqual((done.status, done.err, serve.call_count), (2, "", 0))
+        self.assertIn("\n  status   ", done.out)
+        self.run_main()
+        self.run_main("-unix", stdin=Terminal())
+        self.run_main("serve", stdin=Terminal())
+        self.run_main(stdin=Terminal(), GIPAM_UNIX="1")
+        self.keep({})
+        self.run_main(stdin=Terminal())
+        self.assertEqual(serve.call_count, 5)
 
     def test_paths_are_shown_whole_and_passwords_never(self) -> None:
         rows = self.effective("-socket=x.sock", "-etcd=http://10.0.0.1:1,https://me:secret@etcd2")
@@ -7321,63 +7381,55 @@ LISTEN = "not HOST:PORT, such as 127.0.0.1:9090"
 LENGTH = "not a prefix length from 1 to"
 FORM = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
 HOST_BITS = "has host bits set: the prefix is"
+NO_HOST = "has addresses that no host can have: loopback, multicast or unspecified ones"
 
 
 class ConfigurationTest(CommandLineCase):
-    def test_a_later_stage_wins(self) -> None:
-        self.keep({"V4Pool": "10.5.0.0/16", "socket": "/run/x"})
-        rows = self.read_rows(self.run_config(
-            "-v4=10.4.0.0/16", "-v4ab=26", GIPAM_V4="10.3.0.0/16", GIPAM_V4AB="25",
-            GIPAM_SOCKET="/run/env.sock").out)
-        self.assertEqual([rows[name] for name in ("v4", "v4ab", "socket")], [
-            ("10.5.0.0/16", f"lease file (V4Pool in {self.file})"), ("26", "command line"),
-            ("/run/env.sock", "environment (GIPAM_SOCKET)")])
-
-    def test_the_lease_file_says_so_where_it_overrules(self) -> None:
+    def test_each_key_of_the_lease_file_overrules_its_option(self) -> None:
         for name, asked in (("v4", "10.0.0.0/8"), ("v6", "2001:db8::/32"), ("v4ab", "28"),
                             ("v6ab", "80"), ("exclude", "10.2.4.0/22")):
             held, key = SAMPLES[name], gipam.FILE_KEYS[name]
             for spelling in (key, key.lower()):
                 self.keep({spelling: int(held) if held.isdigit() else held})
-                done = self.run_config(V4, V6, f"-{name}={asked}")
-                with self.subTest(spelling):
-                    self.assertEqual(done.err.splitlines()[-1], (
-                        f"-{name} is {held!r} as the lease file {self.file} says, not {asked!r} as "
-                        "the command line does: the lease file wins; to change it, edit "
-                        f"{key} there or give -{name} a new value"))
-                    self.assertEqual(self.read_rows(done.out)[name],
-                                     (held, f"lease file ({key} in {self.file})"))
-                    self.assertEqual(self.run_config(V4, V6, f"-{name}={held}").err, "")
-                    for nothing in (None, ""):
-                        self.keep({spelling: nothing})
-                        self.assertEqual(self.effective(V4, V6, f"-{name}={asked}")[name],
-                                         (asked, "command line"))
+                rows = self.read_rows(self.run_config(V4, V6, f"-{name}={asked}").out)
+                self.assertEqual(rows[name], (held, f"lease file ({key} in {self.file})"), spelling)
+                self.keep({spelling: None})
+                self.assertEqual(self.effective(V4, V6, f"-{name}={asked}")[name][0], asked)
 
     def test_what_was_changed_last_wins(self) -> None:
         """The lease file keeps what gipam wrote there, and what was given then."""
         one, two, three = "10.2.0.0/16", "10.3.0.0/16", "10.4.0.0/16"
+        note: Any
         for found, note, given, wins, said in (
                 (one, [one, one], one, one, ""), (one, [one, None], None, one, ""),
-                (one, [one, one], None, one, "-v4 is '10.2.0.0/16' as .*, not '' as the default"),
-                (one, [one, one], two, two, "-v4 changes from '10.2.0.0/16' in the lease file"),
-                (one, [one, None], two, two, "to '10.3.0.0/16' from the command line: pools that"),
-                (one, [one, one], "", "none", "to '' from the command line"),
-                (None, ["", None], two, two, "-v4 changes from '' in the lease file"),
+                (one, [one, one], None, one, "one (file), not '' (default): it is kept though not "
+                 "given any more; to clear it, start once with GIPAM_V4=, or edit it there"),
+                (one, [one, one], two, two, "two (line), not one (file): pools that are held stay"),
+                (one, [one, None], two, two, "two (line), not one (file): pools"),
+                (one, [one, one], "", "none", "'' (line), not one (file): pools"),
+                (None, ["", None], two, two, "two (line), not '' (file): pools"),
                 # edited; and once that was taken over, until the option changes again
-                (two, [one, one], one, two, "V4Pool has been edited in .* from '10.2.* to '10.3"),
-                (two, [one, one], three, two, "lease file wins; to change it, edit V4Pool there"),
-                (two, [one, None], None, two, "V4Pool has been edited"),
-                (two, [two, one], one, two, "the lease file wins"),
-                (two, [two, one], three, three, "-v4 changes from '10.3.0.0/16'"),
-                (None, [one, one], one, one, ""),
+                (two, [one, one], one, two, "two (file), not one (line): it has been edited there"),
+                (two, [one, one], three, two, "two (file), not three (line): it has been edited"),
+                (two, [one, None], None, two, "two (file), not '' (default): it has been edited"),
+                (two, [two, one], one, two, "two (file), not one (line): the file wins"),
+                (two, [two, one], three, three, "three (line), not two (file): pools"),
+                (None, [one, one], one, "none", "'' (file), not one (line): it has been edited"),
+                ("", ["", one], one, "none", "'' (file), not one (line): the file wins"),
+                ("", ["", ""], None, "none", ""), ("", ["", one], two, two, "two (line), not ''"),
                 # without a note that can be read
-                (one, None, two, one, "the lease file wins"), (one, [7], two, one, "file wins"),
-                (one, "x", two, one, "the lease file wins")):
-            self.keep({"V4Pool": found, "Options": {"v4": note}})
-            done = self.run_config(*([] if given is None else [f"-v4={given}"]))
-            with self.subTest(found=found, note=note, given=given):
-                self.assertEqual(self.read_rows(done.out)["v4"][0], wins)
-                self.assertRegex(done.err, said or "^$")
+                *((one, note, two, one, "one (file), not two (line): the file wins")
+                  for note in ([], [7], "x"))):
+            for short, text in (("one", repr(one)), ("two", repr(two)), ("three", repr(three)),
+                                ("(file)", f"from the lease file (V4Pool in {self.file})"),
+                                ("(line)", "from the command line"), ("(default)", "from the default")):
+                said = re.sub(rf"(?<!\w){re.escape(short)}(?!\w)", text, said)
+            for noted in (note, list(map(gipam.digest, note)) if len(note) == 2 else note):
+                self.keep({"V4Pool": found, "Options": {"v4": noted}})
+                done = self.run_config(*([] if given is None else [f"-v4={given}"]))
+                with self.subTest(found=found, note=noted, given=given):
+                    self.assertEqual(self.read_rows(done.out)["v4"][0], wins)
+                    self.assertRegex(done.err, f"^-v4 is {re.escape(said)}" if said else "^$")
         self.keep({"V4Pool": one, "Options": "x"})
         self.assertEqual(self.effective()["v4"][0], one)
 
@@ -7387,7 +7439,7 @@ class ConfigurationTest(CommandLineCase):
     def test_settings_over_several_starts(self) -> None:
         """An option that changes, a file that is edited while gipam is down, or runs."""
         daemon = Daemon(self, directory=self.directory, env=NO_DOCKER)
-        given = [*daemon.options]
+        given, written = [*daemon.options], gipam.digest("198.18.32.0/20")
 
         def edit(third: int, new: int) -> None:
             self.write("leases.json", self.read_file().replace(f'"V4Pool":"198.18.{third}.',
@@ -7401,7 +7453,7 @@ class ConfigurationTest(CommandLineCase):
             daemon.options = [*given, "-v4", f"198.18.{option}.0/20"]
             self.assertEqual(daemon.start().client().request_pool()[1], granted)
             if edits:
-                wait_for(lambda: '["198.18.32.0/20"' in self.read_file(), "the first fold")
+                wait_for(lambda: f'["{written}"' in self.read_file(), "the first fold")
                 edit(32, 48)
             self.assertEqual(daemon.stop(), 0)
         self.assertIn(f"{self.file} was edited while gipam runs: what was there is kept as "
@@ -7410,10 +7462,23 @@ class ConfigurationTest(CommandLineCase):
                              {pool["Pool"] for pool in self.lease_file()["Allocated"]})
 
     def test_a_start_that_fails_leaves_no_lease_file(self) -> None:
-        daemon = Daemon(self, "-v4", "10.2.0.0/16", "-metrics", "192.0.2.1:9091",
-                        env=NO_DOCKER).start(wait=False)
+        daemon = Daemon(self, "-v4", "10.2.0.0/16", "-unix=false", "-address=127.0.0.1:0",
+                        "-spec", "/proc/gipam.spec", env=NO_DOCKER).start(wait=False)
         self.assertEqual(daemon.stop(0), 1, daemon.read_log())
         self.assertEqual(glob.glob(daemon.file + "*"), [])
+
+    def test_what_will_surprise_is_said_at_start(self) -> None:
+        config = gipam.build_config(gipam.read_settings({}, argparse.Namespace(
+            unix="true", v6="fe80::/56", v4="169.254.0.0/16")))
+        variables = {"GIPAM_V4": "", "GIPAM_SOKET": "x", "GIPAM_COLOUR": "red"}
+        with mock.patch.dict(os.environ, variables, clear=True), \
+                self.assertLogs(gipam.log, "WARNING") as logs:
+            gipam.warn_of_surprises(config, self.directory)
+        self.assertEqual([record.getMessage() for record in logs.records], [
+            "GIPAM_COLOUR is no option of gipam",
+            "GIPAM_SOKET is no option of gipam: do you mean GIPAM_SOCKET?",
+            *(f"the base {base} is link-local: no router forwards its addresses"
+              for base in ("169.254.0.0/16", "fe80::/56"))])
 
     def test_an_invalid_value_is_refused_by_option_origin_value_and_rule(self) -> None:
         for name, values, rule, *others in (
@@ -7423,6 +7488,8 @@ class ConfigurationTest(CommandLineCase):
                 ("address", ["0.0.0.0:9090", "[::]:9090", "10.2.0.1:9090"], "not a loopback "
                  "address: whoever reaches the port could take every address; use :PORT, or -unix"),
                 ("address", ["web:9090"], "'web' does not appear to be an IPv4 or IPv6 address"),
+                ("v4", ["127.0.0.0/16", "224.1.0.0/16", "0.0.0.0/0"], "{} " + NO_HOST),
+                ("v6", ["ff00::/12", "::/64"], "{} " + NO_HOST),
                 ("etcdtls", ["/nonexistent"], "there is no such directory"),
                 ("file", ["", "/tmp/"], PATH), ("socket", [""], PATH), ("spec", ["/tmp/"], PATH),
                 ("v4", ["10.2.0.0", "10.2.0.0/255.255.0.0"], "{0!r} " + FORM),
@@ -7547,6 +7614,12 @@ class ConfigurationTest(CommandLineCase):
             f"unknown key '{key}' in {self.file}: dropped\n"
             for key in ("Colour", "Leases", "Mood")))
 
+    def test_mac_addresses_are_not_asked_for_where_they_are_not_wanted(self) -> None:
+        """As ipvlan needs it; the Protocol's tests have the default."""
+        client = Daemon(self, "-mac", "false", env=NO_DOCKER).start().client()
+        self.assertEqual(client.call("IpamDriver.GetCapabilities"), {
+            "RequiresMACAddress": False, "RequiresRequestReplay": False})
+
     def test_start_needs_to_know_the_routes(self) -> None:
         """As under a unit of a time when they were files."""
         config = gipam.build_config(gipam.read_settings({}, argparse.Namespace(file=self.file)))
@@ -7555,18 +7628,6 @@ class ConfigurationTest(CommandLineCase):
         with self.assertRaisesRegex(gipam.ConfigError, "no such family; .* has to have AF_NETLINK"):
             gipam.open_service(config, store, None, gipam.read_state(config, store, None))
         self.assertFalse(os.path.exists(self.file))
-
-    def test_a_start_up_error_is_one_line_and_a_status_of_its_own(self) -> None:
-        """No traceback; and systemd must see that starting again cannot help."""
-        self.keep(b"{")
-        fine = os.path.join(self.directory, "other.json")
-        for words in (f"-file {self.file}", f"-file {fine} -v4 10.2.0.1/16", "-file=",
-                      "serve -unix -file /nonexistent/x"):
-            done = subprocess.run([sys.executable, GIPAM, *words.split()], capture_output=True,
-                                  encoding="utf-8", timeout=DEADLINE_S, stdin=subprocess.DEVNULL)
-            with self.subTest(words):
-                self.assert_fails(Finished(done.returncode, done.stdout, done.stderr), 78,
-                                  "gipam: .+")
 
 
 ID4, ID6 = "Xq3vT0Zb9kLwYhUa", "7c9e6679f4b3"  # the Go program's are random strings
@@ -7619,7 +7680,7 @@ class GoLeaseFileTest(CommandCase):
                                  "it was in Free")
                 self.assertEqual(daemon.stop(), 0)
                 for part in ("'198.19.0.0/16'", "'198.18.0.0/16'", "'72'", "'64'", self.file,
-                             "the lease file wins"):
+                             "the file wins"):
                     self.assertIn(part, daemon.read_log())
                 self.assertNotIn("unknown key", daemon.read_log())
 
