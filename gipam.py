@@ -5083,7 +5083,7 @@ def select_pools(status: Json, what: str, unnamed: str) -> list[Json]:
               for claim in status["claims"] if number and number in parse_prefix(claim["subnet"]))
     if not found:
         raise InvalidRequest(f"{what!r} is not an address, subnet, network or container of a pool "
-                             f"that is held here{next(claims, unnamed)}")
+                             f"that is held here{next(claims, '' if number else unnamed)}")
     return found
 
 
@@ -5165,7 +5165,7 @@ def render_base(base: Json, pools: list[Json], width: int) -> Iterator[str]:
     indent = len(str(prefix[-size]))
     length = 1 << max(width - indent - 4, 1).bit_length() - 1
     cells = draw_map(prefix, min(total, 4 * length), marks)
-    unit = f"; a sign is {format_count(total // len(cells))} of them" * (total > len(cells))
+    unit = f"; {format_count(total // len(cells))} to a sign" * (total > len(cells))
     bar = ("#" * -(-10 * used // total)).ljust(10, ".")
     yield from textwrap.wrap(
         f"{prefix}  [{bar}]  {used} of {format_count(total)} blocks of /{blocks} held, "
