@@ -4204,7 +4204,10 @@ class NameTest(unittest.TestCase):
         self.assert_leaves(daemon, self.plugins)
 
     def test_what_somebody_deletes_is_made_again(self) -> None:
-        """The socket, its link, both with their directories; who was connected still is."""
+        """The socket, its link, both with their directories; who was connected still is.
+
+        And the plugin file.
+        """
         daemon, link = self.serve(self.daemon()), self.plugins + "/gipam.sock"
         peer = Peer(self, daemon.socket)
         for delete, name in ((os.unlink, daemon.socket), (os.unlink, link),
@@ -4215,6 +4218,10 @@ class NameTest(unittest.TestCase):
         self.assertEqual(daemon.read_log().count("somebody has deleted"), 3)
         self.assert_leaves(daemon, self.plugins)
         self.assertFalse(os.path.exists(daemon.socket))
+        daemon = self.serve(self.daemon("-spec", self.path("gipam.spec"), kind=TcpDaemon))
+        os.unlink(daemon.spec)
+        wait_for(lambda: os.path.exists(daemon.spec), "it")
+        self.assert_leaves(daemon, self.directory, "plugins")
 
     def test_second_daemon_takes_nothing_over(self) -> None:
         """Neither the socket, nor the name for dockerd that another one's has, nor a port.
@@ -4268,13 +4275,12 @@ class NameTest(unittest.TestCase):
     def test_plugin_file_is_replaced_whole(self) -> None:
         """Whoever reads it meanwhile has the old one or the new one."""
         spec = pathlib.Path(self.path("gipam.spec"))
-        made: list[str] = []
         spec.write_text("tcp://192.0.2.1:1\n", encoding="ascii")
         with spec.open(encoding="ascii") as old:
-            gipam.write_spec(str(spec), "tcp://127.0.0.1:2\n", made.append)
+            gipam.write_spec("tcp://127.0.0.1:2\n", str(spec))
             self.assertEqual(old.read(), "tcp://192.0.2.1:1\n")
         self.assertEqual(spec.read_text(encoding="ascii"), "tcp://127.0.0.1:2\n")
-        self.assertEqual((os.listdir(self.directory), made), (["gipam.spec"], [str(spec)]))
+        self.assertEqual(os.listdir(self.directory), ["gipam.spec"])
         self.assert_modes((str(spec), 0o600))
 
     def test_dead_socket_that_hides_the_plugin_file(self) -> None:
