@@ -17,6 +17,8 @@ import os
 import platform
 import random
 import select
+import socket
+import socketserver
 import statistics
 import subprocess
 import sys
@@ -27,7 +29,7 @@ import unittest
 from typing import Any, Callable, Iterator, Sequence
 
 from etcd import CLIENT_PORT, Etcd, loopback
-from machines import Docker, Namespaces
+from machines import Docker, Namespaces, until
 
 import gipam
 from test_gipam import Daemon, Refused, dial, launcher, request
@@ -169,6 +171,29 @@ class Gateway:
         self.connection.request("POST", "/v3/kv/txn", body)
         self.connection.getresponse().read()
         return time.perf_counter() - started
+
+
+class Meter(socketserver.ThreadingTCPServer):
+    """Stands before a member of etcd, and counts bytes in both directions."""
+
+    daemon_threads = True
+
+    def __init__(self, etcd: Etcd) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self.member, self.count = (etcd.members[0].address, CLIENT_PORT), 0
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        with socket.create_connection(self.member) as member:
+            ends = {request: member, member: request}
+            while True:
+                for end in select.select(ends, [], [])[0]:
+                    data = end.recv(65536)
+                    if not data:
+                        return
+                    self.count += len(data)
+                    ends[end].sendall(data)
 
 
 class Fixture:
@@ -478,6 +503,11 @@ class Bench(unittest.TestCase):
         rates = [sum(self.at_once([host.socket for host in hosts])) for _ in self.rounds(2, 5)]
         self.row("claims a second of three hosts at once", rates, "/s")
         wires = [Wire(host.socket) for host in (hosts[0], alone)]
+        lan = addresses(json.loads(wires[0].call(request("IpamDriver.RequestPool", {
+            "Pool": "192.168.0.0/16", "Options": {"gipam.shared": "true"}}))[1].split(b"\r\n\r\n")[1])["PoolID"])
+        self.row("an address of a shared subnet", self.columns(5, 20, 30, lambda: wires[0].request(lan))[0], "ms")
+        self.what_etcd_keeps(etcd, wires[0])
+        self.idle_traffic(etcd)
         traffic = [addresses(wire.request_pool(f"172.{number}.0.0/16")) for number, wire in enumerate(wires, 16)]
         falls: dict[str, Callable[[], Any]] = {"there": etcd.wait, "hung": etcd.pause, "away": etcd.kill}
         for what, fall in falls.items():
@@ -486,6 +516,33 @@ class Bench(unittest.TestCase):
                 functools.partial(wire.request, its) for wire, its in zip(wires, traffic)))
             self.row(f"time of an address, etcd {what} / without -etcd", ratios(ours, plain),
                      at_most=1.0)
+
+    def what_etcd_keeps(self, etcd: Etcd, wire: Wire) -> None:
+        def size() -> int:
+            return int(json.loads(etcd.ctl("endpoint", "status", "-w", "json"))[0]["Status"]["dbSizeInUse"])
+
+        kept, its = [], networks()
+        for count in (0, 500):
+            for _ in range(count):
+                wire.both(its)
+            kept.append(size())
+            etcd.compact()
+            until(lambda: size() < kept[-1], "it has compacted")
+        self.row("what etcd keeps of 1,000 changes, until it compacts", [(kept[1] - size()) / 1e6], "MB")
+
+    def idle_traffic(self, etcd: Etcd) -> None:
+        meter, for_s = Meter(etcd), 11 if self.quick else 60
+        hosts: list[BenchDaemon] = []
+        self.addCleanup(meter.shutdown)
+        for count in (1, 10):
+            while len(hosts) < count:
+                hosts.append(BenchDaemon(self, None, "", "-etcd", meter.url, "-host", f"idle{len(hosts)}").start())
+            time.sleep(11)
+            before = meter.count
+            time.sleep(for_s)
+            self.row(f"idle traffic of each of {count} hosts with etcd", [(meter.count - before) / for_s / count], "B/s")
+        for host in hosts:
+            host.kill()
 
     def pools_through_etcd(self, etcd: Etcd, alone: BenchDaemon, host: BenchDaemon) -> None:
         """Of networks that stay: a claim that is let go would meet the next one."""
@@ -520,6 +577,24 @@ class Bench(unittest.TestCase):
         self.row("start beside an etcd without claims", empty[0], "s")
         self.row(f"start beside {count:,} claims of another host", full[0], "s")
         self.row("memory a claim of another host", [(full[1] - empty[1]) / count], "B")
+        wires = [Wire(daemon.socket) for _ in range(2)]
+        its, pools, p99 = addresses(wires[0].request_pool("172.16.0.0/16")), networks(), []
+        for is_read in (False, True):
+            end = threading.Event()
+
+            def read(is_read: bool = is_read, end: threading.Event = end) -> None:
+                while is_read and not end.is_set():
+                    gateway.put("/gipam/gipam/head")  # it is in no changes: all is read for a pool
+                    wires[1].both(pools)
+
+            thread = threading.Thread(target=read)
+            thread.start()
+            times = sorted(wires[0].request(its) for _ in self.rounds(1000, 10_000))
+            end.set()
+            thread.join()
+            p99.append(times[len(times) * 99 // 100])
+        self.row("p99 of an address", p99[:1], "ms")
+        self.row(f"  while {count:,} claims are read anew", p99[1:], "ms", at_most=p99[0] * 1e3 + 5)
 
     # -- beside Docker
 
