@@ -28,9 +28,10 @@ nothing needs a lock. What has to wait for others (the lease file being written,
 being asked) runs in threads, which come back by Loop.call() to have a function run in a turn.
 
 Several hosts share their bases through etcd. What others have claimed covers the free space here
-like anything held; a subnet is claimed before it is journalled, and let go after it is released. So
-a crash leaves a claim too many or too few, which is put right, and never a subnet on two hosts.
-No container waits for etcd: its address comes from what this host has.
+like anything held. Each grant of a subnet, and of an address that hosts share, follows a
+transaction made for it; what is released is let go after it. So a crash leaves a claim too many,
+which is put right, and never a subnet on two hosts. No container of an ordinary subnet waits for
+etcd.
 
 On disk. The lease file is a JSON document for people: the configuration (of it and the options wins
 what was changed last), each pool under Allocated with its addresses, and a checksum over the state.
@@ -1082,12 +1083,6 @@ class Site:
         return (claim == claim._replace(hosts=(self.host,), kind=kind) if kind == ENDPOINT
                 else claim.kind in (GATEWAY, AUXILIARY))
 
-    def check_pool(self, network: Network, is_shared: bool) -> None:
-        """Check that a transaction of the moment has claimed a subnet. Raises: Unclaimed."""
-        name = str(network)
-        if name not in self.won:
-            raise Unclaimed(Need({name: self.joined(name, "", is_shared)}, self.head))
-
     def joined(self, name: str, kind: str, is_shared: bool) -> Claim:
         """Return a claim as it is with this host."""
         claim = self.claims.get(name)
@@ -1179,17 +1174,15 @@ class Site:
         names = sorted((name for name, claim in self.claims.items() if host in claim.hosts),
                        key=lambda name: (-name.count("/"), name))  # addresses go first
         if not names and shown is None:
-            known = sorted({*self.hosts, *(it for claim in self.claims.values()
-                                           for it in claim.hosts)} - {self.host})
-            raise InvalidRequest(f"there is no host {host!r} in etcd, but {', '.join(known)}")
+            raise InvalidRequest(f"there is no host {host!r} in etcd: see `gipam status`", 404)
         if count < ABSENT_READINGS and not self.is_own_name(host):
             raise Forbidden(f"host {host} is there, or was less than {ABSENT_READINGS} looks of "
                             f"{PULSE_S:.0f} s ago: stop its gipam first, and wait as long")
-        heir = {self.host} if self.is_own_name(host) else set()
-        writes = {name: self.claims[name]._replace(hosts=tuple(sorted(
-            heir.union(self.claims[name].hosts) - {host}))) for name in names[:MAX_WRITES]}
-        raise Unclaimed(Need({name: claim if claim.hosts else None
-                              for name, claim in writes.items()}, self.head, host, shown))
+        heir, writes = {self.host} if self.is_own_name(host) else {}, {}
+        for name in names[:MAX_WRITES]:
+            hosts = {*heir, *self.claims[name].hosts} - {host}
+            writes[name] = self.claims[name]._replace(hosts=tuple(sorted(hosts))) if hosts else None
+        raise Unclaimed(Need(writes, self.head, host, shown))
 
     def find_conflict(self, network: Network) -> str:
         """Return who has claimed what is held here of a subnet, "" for nobody."""
@@ -2401,10 +2394,11 @@ class Service:
 
     def _grant(self, change: RequestPool) -> None:
         """Apply a grant that follows a transaction made for it. Raises: Unclaimed; StoreError."""
-        if self.site:
-            network = parse_prefix(change.subnet)
-            subnet = self.site.held(network)
-            self.site.check_pool(network, subnet.is_shared if subnet else change.is_shared)
+        site, name = self.site, change.subnet
+        if site and name not in site.won:
+            subnet = site.held(parse_prefix(name))
+            is_shared = subnet.is_shared if subnet else change.is_shared
+            raise Unclaimed(Need({name: site.joined(name, "", is_shared)}, site.head))
         self.apply(change)
 
     def request_address(self, pool_id: str, request: AddressRequest) -> tuple[RequestAddress, int]:

@@ -180,9 +180,6 @@ class Etcd:
             found[base64.b64decode(pair["key"]).decode()] = value
         return found
 
-    def put(self, key: str, value: str) -> None:
-        self.ctl("put", key, value)
-
     def revision(self) -> int:
         return int(json.loads(self.ctl("get", "/is-well", "-w", "json"))["header"]["revision"])
 
