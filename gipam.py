@@ -14,7 +14,7 @@ The sections, each of which uses only what stands above it (`grep -n '^# ===' gi
     Model       prefixes, changes, pools, leases, the state and its text form; no I/O
     Allocator   pure decisions: (state, request) -> change or error
     Store       the lease file and its journal: bytes and descriptors
-    Kernel      what the host's kernel has: routes and addresses (netlink)
+    Kernel      what the kernel of the host has: routes, addresses, proxy neighbours (netlink)
     Service     decide, apply, one line on disk, answer: the only one that changes the state
     Protocol    method name -> function; bytes in, bytes out; the pages: status, metrics, health
     Transport   the loop: HTTP on a UNIX socket or on TCP, signals, systemd
@@ -142,6 +142,8 @@ MAX_DIALS = 64  # accepted in a turn; measured: 0.1 ms each
 MAX_FAILED_TURNS = 10  # in a row
 MAX_LOG_RECORDS, MAX_LOG_CHARS = 1_000, 4_000  # that nobody has read yet; of a line
 TICK_S = 1.0
+MAX_PROXIES = 10  # entries in a turn; measured: 60 us each
+LOOK_S = 60.0  # from one comparison of all entries to the next; measured: 3 ms for 1,000
 START_PATIENCE_S = 300  # asked of the service manager, for a large state
 RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection shut to dial again
 DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has begun a request to send it all
@@ -2081,14 +2083,17 @@ class Store:
 
 # === Kernel =======================================================================================
 
-Dump = Callable[[int, int], Iterable[bytes]]  # messages of a table of the kernel: dump_table()
-# Source: linux/netlink.h, linux/rtnetlink.h
+Ask = Callable[..., Iterable[bytes]]  # ask_kernel()
+# Source: linux/netlink.h, linux/rtnetlink.h, linux/neighbour.h
 NETLINK_HEAD, ATTRIBUTE = struct.Struct("=IHH8x"), struct.Struct("=HH")
-NLM_F_REQUEST, NLM_F_DUMP_INTR, NLM_F_DUMP = 1, 0x10, 0x300
-NLMSG_ERROR, NLMSG_DONE, RTM_GETADDR, RTM_GETROUTE, RTN_BROADCAST, RTA_DST = 2, 3, 22, 26, 3, 1
+NEIGHBOUR, DST = struct.Struct("=B3xiHBxHH"), 1  # with the head of an attribute: NDA_DST, RTA_DST
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP, NTF_PROXY = 1, 4, 0x10, 0x300, 8
+NLMSG_ERROR, NLMSG_DONE, RTM_GETADDR, RTM_GETROUTE, RTN_UNICAST, RTN_BROADCAST = 2, 3, 22, 26, 1, 3
+RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH, NUD_PERMANENT, RTA_OIF = 28, 29, 30, 0x80, 4
+MARK = ATTRIBUTE.pack(5, 12) + b"g\0\0\0"  # NDA_PROTOCOL 103: gipam has made the entry
 
 
-def read_obstacles(dump: Dump, version: int, bases: list[Network]) -> list[Range]:
+def read_obstacles(ask: Ask, version: int, bases: list[Network]) -> list[Range]:
     """Return the routes and addresses of this host that lie in a base, as the kernel has them now.
 
     A route that contains a whole base is the routed prefix itself, or the default route. Of 20,000
@@ -2098,7 +2103,7 @@ def read_obstacles(dump: Dump, version: int, bases: list[Network]) -> list[Range
     stems = (re.escape(base.network_address.packed[:base.prefixlen // 8]) for base in bases)
     is_near = re.compile(b"|".join(stems)).search
     for kind in (RTM_GETROUTE, RTM_GETADDR):
-        for message in filter(is_near, dump(kind, SOCKET_FAMILY[version])):
+        for message in filter(is_near, ask(kind, bytes((SOCKET_FAMILY[version], 0, 0, 0)))):
             first, length = read_prefix(kind, message)
             if any(low <= first <= high and length > shortest for low, high, shortest in limits):
                 found.add((first, first | (1 << BITS[version] - length) - 1))
@@ -2115,36 +2120,34 @@ def read_prefix(kind: int, message: bytes) -> tuple[int, int]:
     while at < len(message) and not (is_route and message[7] == RTN_BROADCAST):
         size, what = ATTRIBUTE.unpack_from(message, at)
         address = message[at + ATTRIBUTE.size:at + size]
-        if what == RTA_DST:
+        if what == DST:
             return int.from_bytes(address, "big"), message[1] if is_route else 8 * len(address)
         at += size + 3 & ~3
     return 0, 0
 
 
-def dump_table(kind: int, family: int) -> list[bytes]:
-    """Return the messages of a table of the kernel, without their heads. Source: netlink(7).
+def ask_kernel(kind: int, body: bytes, flags: int = NLM_F_DUMP) -> list[bytes]:
+    """Return the messages that answer one, without their heads. Source: netlink(7).
 
-    It takes 12 ms for 20,000 routes; /proc/net/ipv6_route 280, for the kernel looks for its place
-    anew at each page. It is asked again while it says that the table has changed under the dump.
+    20,000 routes take 12 ms; /proc/net/ipv6_route 280, for the kernel looks for its place anew at
+    each page. It is asked again while it says that the table has changed under the dump.
     Raises: OSError.
     """
     messages: list[bytes] = []
     for _attempt in range(5):
         messages, all_flags, what = [], 0, 0
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as kernel:
-            kernel.send(NETLINK_HEAD.pack(20, kind, NLM_F_REQUEST | NLM_F_DUMP)
-                        + bytes((family, 0, 0, 0)))
-            while what != NLMSG_DONE:
+            kernel.send(NETLINK_HEAD.pack(16 + len(body), kind, NLM_F_REQUEST | flags) + body)
+            while what not in (NLMSG_DONE, NLMSG_ERROR):
                 data, at = kernel.recv(RECEIVE_BYTES), 0
                 while at < len(data):
-                    size, what, flags = NETLINK_HEAD.unpack_from(data, at)
+                    size, what, more = NETLINK_HEAD.unpack_from(data, at)
                     messages.append(data[at + NETLINK_HEAD.size:at + size])
-                    all_flags |= flags
+                    all_flags |= more
                     at += size + 3 & ~3
-                if what in (NLMSG_ERROR, NLMSG_DONE):
-                    code = -int.from_bytes(messages[-1][:4], sys.byteorder, signed=True)
-                    if code:
-                        raise OSError(code, os.strerror(code))
+        code = -int.from_bytes(messages[-1][:4], sys.byteorder, signed=True)
+        if code:
+            raise OSError(code, os.strerror(code))
         if not all_flags & NLM_F_DUMP_INTR:
             break
     return messages[:-1]
@@ -2170,6 +2173,107 @@ def read_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
         start, mask = (socket.ntohl(int(row[at], 16)) for at in (1, 7))
         if mask and first & mask == start and bin(mask).count("1") <= base.prefixlen:
             yield os.fsdecode(row[0]), int(row[3], 16)
+
+
+class Proxies:
+    """Proxy neighbours: on the wire of a device, this host answers for its containers.
+
+    An entry goes by the message that asks the kernel for it: struct ndmsg, and its address. It is
+    looked up before it is changed, so that what others have made stays theirs.
+    """
+
+    def __init__(self, device: str, bases: list[Network], ask: Ask) -> None:
+        self._device, self._bases, self._ask = device, bases, ask
+        self._name = ATTRIBUTE.pack(5 + len(device.encode()), 3) + device.encode()  # IFLA_IFNAME
+        self._index, self._onlink = 0, bases  # the number of the device, the bases on its wire
+        self._state, self._look_s = State(()), 0.0  # when and with what all is compared anew
+        self.due: dict[bytes, bool] = {}  # entry -> whether it is to be there; the newest last
+        self.events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
+        self.events.bind((0, 0x111))  # RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
+        try:
+            ask(RTM_DELNEIGH, NEIGHBOUR.pack(socket.AF_INET, 0, 0, NTF_PROXY, 4, DST), NLM_F_ACK)
+        except OSError as error:  # there is no such entry
+            if error.errno == errno.EPERM:
+                raise ConfigError(f"-onlink {device!r} needs CAP_NET_ADMIN: root has it, a service "
+                                  "with the drop-in gipam.service.d/onlink.conf of README.md"
+                                  ) from None
+
+    def hear(self, _: int) -> None:
+        """Take note of an event of the device: going down, it loses all entries."""
+        with contextlib.suppress(OSError):  # some were lost
+            event = self.events.recv(RECEIVE_BYTES)
+            if self._name not in event and event[20:24] != struct.pack("=i", self._index):
+                return
+        self._look_s = 0.0
+
+    def note(self, pool: Pool, change: Change) -> None:
+        """Have settle() see to what a change is about."""
+        if not any(map(pool.subnet.network.overlaps, self._onlink)):
+            return
+        if isinstance(change, (RequestAddress, ReleaseAddress)):
+            is_held = isinstance(change, RequestAddress) and change.kind == ENDPOINT
+            self.due[self._entry(pool.subnet, pool.offset(change.address))] = is_held
+        elif pool.leases:
+            self._look_s = 0.0
+
+    def _entry(self, subnet: Subnet, offset: int) -> bytes:
+        family, size = SOCKET_FAMILY[subnet.version], BITS[subnet.version] // 8
+        return NEIGHBOUR.pack(family, self._index, 0, NTF_PROXY, 4 + size, DST) \
+            + (subnet.first + offset).to_bytes(size, "big")
+
+    def settle(self, state: State) -> None:
+        """Make some entries what they are to be. What fails is logged, and tried at a tick."""
+        try:
+            if time.monotonic() >= self._look_s or state is not self._state:
+                self._compare(state)
+            for _ in range(min(len(self.due), MAX_PROXIES)):
+                self._mend(*self.due.popitem())
+        except Exception as error:  # noqa: BLE001 - it must not hurt the turn
+            if self._look_s > time.monotonic() + TICK_S:  # the first one
+                log.error("-onlink %s: %s; it is tried again", self._device, error)
+                self._look_s = time.monotonic() + TICK_S
+
+    def _compare(self, state: State) -> None:
+        """Find all entries that differ from what containers have in the bases on the wire."""
+        self._state, self._look_s = state, time.monotonic() + LOOK_S
+        before, self._onlink, self._index = self._onlink, [], 0
+        with contextlib.suppress(OSError):
+            self._index = socket.if_nametoindex(self._device)
+            self._onlink = [base for base in self._bases if any(
+                device == self._device and not flags & 2  # RTF_GATEWAY
+                for device, flags in read_routes("/proc/self/net", base))]
+        if not self._onlink:
+            self._look_s = time.monotonic() + TICK_S
+        if self._onlink != before:
+            log.info("-onlink %s: answering there for %s", self._device, ", ".join(
+                map(str, self._onlink)) or "no base: none is in a connected route of it")
+        held = {self._entry(subnet, offset) for base in self._onlink
+                for subnet in state.families[base.version].subnets.values()
+                if subnet.network.overlaps(base) for pool in subnet.pools.values()
+                for offset, lease in pool.leases.items() if lease.kind == ENDPOINT}
+        entries = self._ask(RTM_GETNEIGH, NEIGHBOUR.pack(0, 0, 0, NTF_PROXY, 4, 0)[:12])
+        own = {entry[:11] + b"\0" + entry[12:-8] for entry in entries if entry.endswith(MARK)}
+        self.due = {entry: entry in held for entry in held ^ own if entry in held or any(
+            ipaddress.ip_address(entry[16:]) in base for base in self._bases)}
+
+    def _mend(self, entry: bytes, is_held: bool) -> None:
+        """Make an entry, or remove it, where the kernel has it otherwise. Raises: OSError."""
+        try:
+            found, = self._ask(RTM_GETNEIGH, entry, NLM_F_ACK)
+            if found.endswith(MARK) and not is_held:
+                self._ask(RTM_DELNEIGH, entry, NLM_F_ACK)
+        except FileNotFoundError:
+            if is_held and self._leads_elsewhere(entry):
+                entry = entry[:8] + struct.pack("=H", NUD_PERMANENT) + entry[10:] + MARK
+                self._ask(RTM_NEWNEIGH, entry, NLM_F_ACK)
+
+    def _leads_elsewhere(self, entry: bytes) -> bool:
+        """Return whether its address is behind another device: macvlan answers for itself."""
+        head = bytes((entry[0], 8 * len(entry[16:]), *bytes(10)))  # struct rtmsg
+        with contextlib.suppress(OSError):  # there is no route, or a blackhole
+            route, = self._ask(RTM_GETROUTE, head + entry[12:], NLM_F_ACK)
+            return route[7] == RTN_UNICAST and ATTRIBUTE.pack(8, RTA_OIF) + entry[4:8] not in route
+        return False
 
 
 # === Service ======================================================================================
@@ -2236,8 +2340,8 @@ class Service:
     """
 
     def __init__(self, store: Store, state: State, config: Json,
-                 read_state: Callable[[], State], dump: Dump) -> None:
-        self.state, self.store, self.dump = state, store, dump
+                 read_state: Callable[[], State], ask: Ask, proxies: Proxies | None = None) -> None:
+        self.state, self.store, self.ask, self.proxies = state, store, ask, proxies
         store.settle()
         self._config = config  # the keys of the lease file
         self._read_state = read_state
@@ -2278,6 +2382,8 @@ class Service:
         pool = self.state.pools.get(change.pool_id)
         self.state.apply(change)
         pool = pool or self.state.pools[change.pool_id]
+        if self.proxies:
+            self.proxies.note(pool, change)
         self._done.append(Done(change, record, self.state.seq, pool, asked_s))
         self._is_changing = False
         if self.site:
@@ -2365,7 +2471,7 @@ class Service:
     def read_obstacles(self, family: Family) -> list[Range]:
         """Return what of this host no block may touch. Raises: Unavailable, if it cannot tell."""
         try:
-            return read_obstacles(self.dump, family.version, family.bases)
+            return read_obstacles(self.ask, family.version, family.bases)
         except OSError as error:
             raise Unavailable("cannot ask the kernel for the routes of this host: "
                               f"{error.strerror}; try again") from None
@@ -3261,6 +3367,9 @@ class Loop:
             end.setblocking(False)
         self._selector.register(self._bell, selectors.EVENT_READ,
                                 lambda _: self._bell.recv(4096))
+        if service.proxies:
+            self._selector.register(service.proxies.events, selectors.EVENT_READ,
+                                    service.proxies.hear)
         self._folder: threading.Thread | None = None
         self._fold_after_s = 0.0
 
@@ -3313,8 +3422,9 @@ class Loop:
                 self.service.store.lose("ten turns in a row failed: see the log")
 
     def _turn(self, wait_s: float) -> None:
-        for key, events in self._selector.select(  # 1, 2
-                0 if self._asking or self._replies else wait_s):
+        proxies = self.service.proxies
+        is_busy = self._asking or self._replies or (proxies and proxies.due)
+        for key, events in self._selector.select(0 if is_busy else wait_s):  # 1, 2
             key.data(events & key.events)
         self._current = None
         while self._dialled:  # last: who asks in this turn is not pushed out in it
@@ -3326,6 +3436,8 @@ class Loop:
             self._ask(self._current)
         self._current = None
         self.service.commit()  # 5
+        if proxies:
+            proxies.settle(self.service.state)
         while self._replies:  # 6
             self._current, reply = self._replies.popleft()
             if not self._current.is_closed:  # since it was given up
@@ -4033,6 +4145,26 @@ def find_differences(look: Callable[[], Json], read_docker: Callable[[], tuple[l
     return found
 
 
+def find_route_notes(base: Network, onlink: str, proc: str) -> Iterator[str]:
+    """Yield what the routes to a base lack: somebody who answers on its wire, or an end."""
+    routes = list(read_routes(proc + "/self/net", base))
+    links = [device for device, flags in routes if device not in ("lo", "*") and not flags & 2]
+    if onlink in links:
+        for switch in ("net/ipv4/neigh/{}/proxy_delay=0", "net/ipv6/neigh/{}/proxy_delay=0",
+                       "net/ipv6/conf/{}/proxy_ndp=1"):  # it answers, and at once
+            path, value = switch.format(onlink).split("=")
+            rows = list(read_rows(f"{proc}/sys/{path}"))
+            if f"ipv{base.version}" in path and rows != [[value.encode()]]:
+                name = path.translate({46: "/", 47: "."})  # eth0.7 as sysctl(8) has it
+                yield f"-onlink {onlink} needs sysctl -w {name}={value}"
+    elif links:
+        yield (f"the base {base} is on-link on {links[0]}: routers there ask for each address; "
+               f"let gipam answer with -onlink {links[0]}, or have it routed to this host")
+    elif not any(device == "*" or flags & 0x200 for device, flags in routes):  # RTF_REJECT
+        yield (f"packets to free blocks of {base} may loop between this host and its router: "
+               f"ip {'-6 ' * (base.version == 6)}route add blackhole {base}")
+
+
 def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
     """Yield what on this host stands against containers being reached without NAT."""
     bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
@@ -4052,15 +4184,9 @@ def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
                 ":" in use.subnet or not parse_prefix(use.subnet).is_private):
             yield (f"network {use.network} masquerades {use.subnet}, so that its containers "
                    f"have the address of this host outside: make it with -o {use.routed_option}")
+    onlink = status.get("config", {}).get("onlink", {}).get("value", "")
     for base in bases:
-        routes = list(read_routes(proc + "/self/net", base))
-        links = [device for device, flags in routes if device != "lo" and not flags & 2]
-        if base.version == 6 and links:
-            yield (f"the base {base} is on-link on {links[0]}: routers there ask for each address "
-                   "by NDP; answer with ndppd or proxy_ndp, or have it routed to this host")
-        elif not any(device == "*" or flags & 0x200 for device, flags in routes):  # RTF_REJECT
-            yield (f"packets to free blocks of {base} may loop between this host and its router: "
-                   f"ip {'-6 ' * (base.version == 6)}route add blackhole {base}")
+        yield from find_route_notes(base, onlink, proc)
 
 
 def find_deaf_uplinks(proc: str) -> Iterator[str]:
@@ -4816,6 +4942,8 @@ OPTIONS = (
            "HOST:PORT", "address for GET /metrics and /healthz"),
     Option("mac", parse_bool, "true", "BOOL", "have Docker give each container a MAC address; with "
            "false it can use ipvlan, but before Docker 29 no container is known again"),
+    Option("onlink", lambda text: "" if text == "off" else text, "off", "DEV",
+           "network device on whose wire bases lie: gipam answers there for its containers"),
     Option("etcd", parse_endpoints, "off", "URLS", "endpoints of the etcd through which several "
            "hosts share the bases, separated by commas"),
     Option("etcdtls", parse_directory, "off", "DIR", "certificates for etcd: ca.pem, and where it "
@@ -5366,11 +5494,12 @@ def open_service(config: Config, store: Store, document: Json | None, state: Sta
     Raises: ConfigError, if the kernel may not be asked for its routes; OSError.
     """
     try:
-        dump_table(RTM_GETROUTE, socket.AF_INET)
+        ask_kernel(RTM_GETROUTE, bytes((socket.AF_INET, 0, 0, 0)))
     except OSError as error:
         raise ConfigError(f"cannot ask the kernel for routes: {error.strerror}; under systemd, "
                           "RestrictAddressFamilies has to have AF_NETLINK, as in gipam.service"
                           ) from None
+    proxies = Proxies(config.onlink, config.v6 + config.v4, ask_kernel) if config.onlink else None
     keys = config_keys(config.settings)
     if document is None:
         chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
@@ -5378,7 +5507,7 @@ def open_service(config: Config, store: Store, document: Json | None, state: Sta
         store.fill_snapshot(chunks)
         store.place_snapshot(None)
     return Service(store, state, keys, lambda: read_state(config, store, read_lease_file(store)),
-                   dump_table)
+                   ask_kernel, proxies)
 
 
 def begin_import(config: Config, service: Service, document: Json | None, call: Call) -> None:
@@ -5412,10 +5541,10 @@ def warn_of_surprises(config: Config, proc: str) -> None:
         log.warning("the base %s is link-local: no router forwards its addresses", base)
     for base in config.v4:
         for device, flags in read_routes(proc, base):
-            if device != "*" and not flags & 2:  # RTF_GATEWAY
-                log.warning("the base %s is part of an on-link route of %s: Docker will refuse "
-                            "every block of it; replace the route: ip route add blackhole %s",
-                            base, printable(device), base)
+            if device not in ("*", config.onlink) and not flags & 2:  # RTF_GATEWAY
+                log.warning("the base %s is part of an on-link route of %s: Docker up to 26 "
+                            "refuses every block of it; replace the route: ip route add blackhole "
+                            "%s", base, printable(device), base)
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:

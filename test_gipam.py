@@ -117,8 +117,8 @@ class Kernel:
     def __init__(self, routes: str = "", addresses: str = "") -> None:
         self.routes, self.addresses = routes, addresses
 
-    def __call__(self, kind: int, family: int) -> Iterator[bytes]:
-        is_route = kind == gipam.RTM_GETROUTE
+    def __call__(self, kind: int, body: bytes) -> Iterator[bytes]:
+        is_route, family = kind == gipam.RTM_GETROUTE, body[0]
         for word in (self.routes if is_route else self.addresses).split():
             text, _, name = word.partition("=")
             network = gipam.parse_prefix(text, mask=True)
@@ -2631,9 +2631,9 @@ python3 -c 'for at in range(20000): print(f"route add blackhole 172.16.{at >> 8}
 ip -batch - && $1 && exec python3 -c '
 import gipam
 for version, base in (4, "10.2.0.0/16"), (6, "2001:db8:0:100::/56"):
-    for route in gipam.read_obstacles(gipam.dump_table, version, [gipam.parse_prefix(base)]):
+    for route in gipam.read_obstacles(gipam.ask_kernel, version, [gipam.parse_prefix(base)]):
         print(*route, version)
-config = gipam.argparse.Namespace(v4=[gipam.parse_prefix("10.2.8.0/25")], v6=[], unix=True)
+config = gipam.argparse.Namespace(v4=[gipam.parse_prefix("10.2.8.0/25")], v6=[], unix=True, onlink="")
 gipam.warn_of_surprises(config, "/proc/self/net")'
 """
 
@@ -2671,7 +2671,7 @@ class HostRoutesTest(unittest.TestCase):
                                        for kind, flags, text in dump) for dump in dumps])
             with mock.patch.object(socket, "socket") as made:
                 made.return_value.__enter__.return_value.recv = lambda _: next(datagrams)
-                found = gipam.dump_table(gipam.RTM_GETROUTE, socket.AF_INET)
+                found = gipam.ask_kernel(gipam.RTM_GETROUTE, bytes(4))
             self.assertEqual(list(datagrams), [])
             return found
 
@@ -2699,6 +2699,139 @@ class HostRoutesTest(unittest.TestCase):
                 self.assertEqual(sorted(route for route in found if "." in route), expected)
                 self.assertLessEqual({"2001:db8:0:103::/64", "2001:db8:0:105::/64",
                                       "2001:db8:0:105::1/128"}, found)
+
+
+class Wire:
+    """The kernel of a host: its proxy entries, and the devices behind which prefixes are."""
+
+    def __init__(self) -> None:
+        self.devices, self.ways = {"eth0": 2}, {"2001:db8:0:100::/64": 3, "10.2.0.0/24": 3, "fd00::/64": 3, "::/0": 2}
+        self.entries: dict[bytes, bytes] = {}  # as asked for -> mark
+        self.failure: OSError | None = None
+
+    def find(self, name: str) -> int:
+        if name not in self.devices:
+            raise OSError(errno.ENODEV, "No such device")
+        return self.devices[name]
+
+    def __call__(self, kind: int, body: bytes, flags: int = gipam.NLM_F_DUMP) -> list[bytes]:
+        size = 12 + struct.unpack_from("=H", body + bytes(2), 12)[0]
+        entry, mark = body[:8] + bytes(2) + body[10:size], body[size:]
+        if self.failure or size == 16:  # no address
+            raise self.failure or OSError(errno.EINVAL, "Invalid argument")
+        if flags == gipam.NLM_F_DUMP:
+            return [at[:11] + b"\1" + at[12:] + mark for at, mark in self.entries.items()]
+        if kind == gipam.RTM_GETROUTE:
+            near = [index for way, index in self.ways.items()
+                    if ipaddress.ip_address(body[16:]) in ipaddress.ip_network(way)]
+            return [bytes(7) + bytes((1 if near else 6,)) + bytes(4) + struct.pack("=HHi", 8, 4, *near[:1] or [1])]
+        if kind == gipam.RTM_NEWNEIGH:
+            self.entries[entry] = mark
+        elif entry not in self.entries:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return [entry + (self.entries.pop if kind == gipam.RTM_DELNEIGH else self.entries.get)(entry, b"")]
+
+
+def entry(address: str, index: int = 2) -> bytes:
+    """Return what asks for the proxy entry of an address on a device."""
+    packed = ipaddress.ip_address(address).packed
+    return gipam.NEIGHBOUR.pack(socket.AF_INET6 if ":" in address else socket.AF_INET, index, 0,
+                                gipam.NTF_PROXY, 4 + len(packed), 1) + packed
+
+
+class ProxiesTest(Case):
+    """On a wire the kernel answers for what containers have, and for nothing else."""
+
+    def setUp(self) -> None:
+        self.wire, self.now_s, self.connected = Wire(), 1.0, ["eth0"]
+        self.patch(gipam, read_routes=lambda *_: [(name, 1) for name in self.connected])
+        self.patch(socket, if_nametoindex=self.wire.find)
+        self.patch(time, monotonic=lambda: self.now_s)
+        self.client = Alone()
+        self.proxies = self.client.service.proxies = gipam.Proxies("eth0", prefixes(BASES), self.wire)
+        self.addCleanup(self.proxies.events.close)
+        self.pool_id, _ = self.client.request_pool(v6=True)
+
+    def assert_answers(self, *addresses: str, index: int = 2) -> None:
+        """For these alone, once all is done; so many entries in a turn."""
+        for _ in range(3):
+            self.proxies.settle(self.client.service.state)
+        self.assertEqual({at for at, mark in self.wire.entries.items() if mark},
+                         {entry(address, index) for address in addresses})
+
+    def take(self, *addresses: str, pool_id: str = "") -> None:
+        for address in addresses:
+            self.client.request_address(pool_id or self.pool_id, address, "02:42:00:00:00:09")
+
+    def test_entries_come_and_go_with_what_containers_have(self) -> None:
+        self.assert_answers()
+        self.client.request_address(self.pool_id, gateway=True)
+        self.take(*(f"2001:db8:0:100::{number}" for number in range(11, 20)))
+        for subnet, address in (("2001:db8:0:177::/64", "2001:db8:0:177::7"), ("fd00::/64", "fd00::9")):
+            self.take(address, pool_id=self.client.request_pool(subnet, v6=True)[0])  # macvlan; no base
+        lan, _ = self.client.request_pool()
+        self.take("10.2.0.9", pool_id=lan)
+        others = [f"2001:db8:0:100::{number}" for number in range(11, 20)]
+        self.assert_answers("10.2.0.9", *others)
+        self.client.release_address(lan, "10.2.0.9")
+        self.assert_answers(*others)
+        self.client.release_pool(self.pool_id)
+        self.assert_answers()
+
+    def test_entries_of_others_stay(self) -> None:
+        others = {entry("2001:db8:0:100::7"): b"", entry("2001:db8:5::1"): gipam.MARK}
+        self.wire.entries = {**others, entry("2001:db8:0:100::8", 9): gipam.MARK, entry("10.2.0.1"): gipam.MARK}
+        self.take("2001:db8:0:100::7", "2001:db8:0:100::9")
+        self.assert_answers("2001:db8:5::1", "2001:db8:0:100::9")
+        self.client.release_address(self.pool_id, "2001:db8:0:100::7")
+        self.client.release_address(self.pool_id, "2001:db8:0:100::9")
+        self.assert_answers("2001:db8:5::1")
+        self.assertEqual(self.wire.entries, others)
+
+    def test_entries_follow_the_device(self) -> None:
+        self.wire.devices.clear()
+        self.take("2001:db8:0:100::7")
+        self.client.request_address(self.pool_id, gateway=True)
+        self.assert_answers()
+        near, self.proxies.events = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(near.close)
+        for what, name, index in (("it appears", b"eth0", 2), ("it goes down and up", b"eth0", 2),
+                                  ("another of the name", b"eth0", 5), ("it has another name", b"eth9", 5)):
+            with self.subTest(what):
+                self.wire.devices = {name.decode(): index}
+                self.wire.entries.clear()
+                near.send(struct.pack("=20xi", index) + gipam.ATTRIBUTE.pack(9, 3) + name)
+                self.proxies.hear(1)
+                self.assert_answers(*["2001:db8:0:100::7"] * (name == b"eth0"), index=index)
+        near.send(struct.pack("=20xi", 7) + gipam.ATTRIBUTE.pack(10, 3) + b"veth0")
+        self.proxies.hear(1)  # of no concern
+        self.wire.devices = {"eth0": 2}
+        self.assert_answers()
+        self.now_s += gipam.TICK_S
+        self.assert_answers("2001:db8:0:100::7")
+        self.connected.clear()
+        self.now_s += gipam.LOOK_S
+        self.assert_answers()
+
+    def test_what_fails_is_logged_and_tried_again_at_a_tick(self) -> None:
+        self.assert_answers()
+        self.take("2001:db8:0:100::7", "2001:db8:0:100::8")
+        self.wire.failure = OSError(errno.ENOBUFS, "No buffer space available")
+        with self.assertLogs("gipam", "ERROR") as logged:
+            self.assert_answers()
+            self.assert_answers()
+        self.assertEqual(len(logged.output), 1)
+        self.wire.failure = None
+        self.assert_answers()
+        self.now_s += gipam.TICK_S
+        self.assert_answers("2001:db8:0:100::7", "2001:db8:0:100::8")
+        self.client.service.state = make_state()  # it was read anew
+        self.assert_answers()
+
+    def test_start_needs_the_right(self) -> None:
+        self.wire.failure = PermissionError(errno.EPERM, "Operation not permitted")
+        with self.assertRaisesRegex(gipam.ConfigError, "^-onlink 'eth0' needs CAP_NET_ADMIN: .*onlink.conf"):
+            gipam.Proxies("eth0", [], self.wire)
 
 
 class Load:
@@ -3304,7 +3437,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
 
     def test_routes_that_cannot_be_read_are_an_error_of_the_request(self) -> None:
         client = Alone()
-        client.service.dump = mock.Mock(side_effect=OSError(errno.EMFILE, "Too many open files"))
+        client.service.ask = mock.Mock(side_effect=OSError(errno.EMFILE, "Too many open files"))
         with self.assertRaisesRegex(Refused, "^cannot ask the kernel for the routes of this host: "
                                     "Too many open files; try again") as raised:
             Direct(client.service).request_pool()
@@ -3777,6 +3910,19 @@ class LoopTest(LoopCase):
             self.loop.turn(1.0)
         self.assertEqual([len(call[0][0]) for call in append.call_args_list], [9])
         self.assertEqual([peer.answer().status for peer in peers], [200] * 9)
+
+    def test_wire_is_settled_when_a_turn_is_on_disk_and_before_it_is_answered(self) -> None:
+        seen: list[bool] = []
+
+        def settle(state: gipam.State) -> None:
+            if state.seq:
+                seen.extend([self.service.is_durable(state.seq), peer.has_input()])
+
+        self.listen()
+        self.service.proxies = mock.Mock(due={}, settle=settle)
+        peer = self.peer(NEW_POOL)
+        self.turn_until(peer.has_input)
+        self.assertEqual(seen[:2], [True, False])
 
     def test_who_asks_in_a_turn_is_not_pushed_out_in_it(self) -> None:
         self.patch(gipam, MAX_TCP_PEERS=2)
@@ -5158,7 +5304,10 @@ class CheckTest(OperatedCase):
         self.assertRegex("".join(self.check(grace=60)), "^missing_address: .*10.2.0.1")
 
     def test_what_stands_against_being_reached_is_noted(self) -> None:
-        status = {"bases": [{"prefix": "10.2.0.0/16"}, {"prefix": "2001:db8:0:100::/56"}]}
+        status = {"bases": [{"prefix": "10.2.0.0/16"}, {"prefix": "2001:db8:0:100::/56"}],
+                  "config": {"onlink": {"value": "lan.7"}}}
+        for name, text in (("ipv4/neigh", "80"), ("ipv6/neigh", "0"), ("ipv6/conf", "0")):
+            self.write(f"proc/sys/net/{name}/lan.7/proxy_{'ndp' if 'conf' in name else 'delay'}", text)
         reject4 = "*\t0000020A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n"
         away = {"bases": [], "etcd": {"failure": "etcd is away", "due": 2}}
         self.assertEqual([*gipam.find_notes(away, [], "/nothing")],
@@ -5173,14 +5322,17 @@ class CheckTest(OperatedCase):
                 ("1", "1", reject4, reject6, []), ("1", "1", reject4.replace("0001", "0201"), reject6, []),
                 ("0", "1", reject4, reject6, ["net.ipv4.ip_forward=1"]),
                 ("1", "0", reject4, reject6, ["net.ipv6.conf.all.forwarding=1"]),
-                ("1", "1", "eth0" + reject4[1:], reject6, ["ip route add blackhole 10.2.0.0/16"]),
+                ("1", "1", "eth0" + reject4[1:], reject6, ["base 10.2.0.0/16 is on-link on eth0: .* -onlink eth0"]),
+                ("1", "1", "lan.7" + reject4[1:], link6.replace("eth0", "lan.7"), [
+                    "-onlink lan.7 needs sysctl -w net.ipv4.neigh.lan/7.proxy_delay=0",
+                    "-onlink lan.7 needs sysctl -w net.ipv6.conf.lan/7.proxy_ndp=1"]),
                 ("1", "1", "", via6 + everything6, ["ip route add blackhole 10.2.0.0/16",
                                                     "ip -6 route add blackhole 2001:db8:0:100::/56"]),
-                ("1", "1", reject4, link6, ["is on-link on eth0: .* ndppd or proxy_ndp"]),
+                ("1", "1", reject4, link6, ["is on-link on eth0: .* -onlink eth0"]),
                 ("1", "1", default4 + reject4, reject6 + everything6, [r"sysctl -w net\.ipv6\.conf\.eth0/7\.accept_ra=2$"]),
                 ("1", "1", default4 + reject4, reject6 + default6, []),
                 ("1", "0", default4 + reject4, reject6, ["net.ipv6.conf.all.forwarding=1"]),
-                ("1", "1", "eth0.7\t0000000A\t0\t1\t0\t0\t0\t000000FF\n" + reject4, reject6, []),
+                ("1", "1", "eth0.7\t0000000A\t0\t3\t0\t0\t0\t000000FF\n" + reject4, reject6, []),
                 ("1", "1", default4.replace("eth0.7", "eth1") + reject4, reject6, [])):
             with self.subTest(words):
                 for name, text in {"sys/net/ipv6/conf/eth0.7/accept_ra": "1", "sys/net/ipv6/conf/eth1/accept_ra": "2",
@@ -7225,7 +7377,7 @@ class OlderFilesTest(HostsCase):
 SAMPLES = {"unix": "true", "address": "127.0.0.1:9191", "file": "/tmp/leases.json",
            "v6": "2001:db8::/56,2001:db8:1::/56", "v4": "10.2.0.0/16", "v6ab": "72", "v4ab": "26",
            "exclude": "10.2.0.0/24", "socket": "/run/web.sock", "spec": "/tmp/web.spec", "mac": "false",
-           "metrics": ":9091", "tls": "/tmp", "etcdtls": "/tmp", "host": "web-1.example",
+           "metrics": ":9091", "tls": "/tmp", "onlink": "eth0", "etcdtls": "/tmp", "host": "web-1.example",
            "etcd": "http://10.0.0.1:2379,http://[2001:db8::1]:2379"}
 V4, V6 = "-v4=10.2.0.0/16", "-v6=2001:db8::/56"
 
@@ -7618,7 +7770,7 @@ class ConfigurationTest(CommandLineCase):
         """As under a unit of a time when they were files."""
         config = gipam.build_config(gipam.read_settings({}, argparse.Namespace(file=self.file)))
         store = gipam.Store(self.file)
-        self.patch(gipam, dump_table=mock.Mock(side_effect=OSError(97, "no such family")))
+        self.patch(gipam, ask_kernel=mock.Mock(side_effect=OSError(97, "no such family")))
         with self.assertRaisesRegex(gipam.ConfigError, "no such family; .* has to have AF_NETLINK"):
             gipam.open_service(config, store, None, gipam.read_state(config, store, None))
         self.assertFalse(os.path.exists(self.file))
