@@ -4674,22 +4674,28 @@ class Claimant:
 
     def _exchange(self, same: dict[str, str | None], writes: dict[str, str | None],
                   reads: tuple[str, ...], end_s: float) -> tuple[bool, dict[str, str], float]:
-        """Make a transaction that compares and writes this host's key, too; note how it went."""
+        """Make a transaction that compares and writes this host's key, too."""
         self._count += 1
-        own, started_s, sent_s = f"hosts/{self._site.host}", time.perf_counter(), boot_s()
+        own, sent_s = f"hosts/{self._site.host}", boot_s()
         text = dumps({"machine": self._site.machine, "token": self._token, "count": self._count})
+        is_done, found = self._ask(self._etcd.transact, {**same, own: self._shown}, {
+            **writes, own: text}, reads, ("head", "changes", "hosts/"), end_s)
+        if is_done:
+            self._shown, self._seen = text, self._count
+        return is_done, found, sent_s
+
+    def _ask(self, function: Callable[..., Found], *arguments: Any) -> Found:
+        """Ask etcd, and note how that went. Raises: Unavailable, Refused."""
+        started_s = time.perf_counter()
         try:
-            is_done, found = self._etcd.transact({**same, own: self._shown}, {**writes, own: text},
-                                                 reads, ("head", "changes", "hosts/"), end_s)
+            found = function(*arguments)
         except GipamError as error:
             self._call(functools.partial(self._note, str(error)))
             raise
         self._service.etcd_s.observe(time.perf_counter() - started_s)
         if self._service.etcd_failure:
             self._call(functools.partial(self._note, ""))
-        if is_done:
-            self._shown, self._seen = text, self._count
-        return is_done, found, sent_s
+        return found
 
     def _note(self, failure: str) -> None:
         """Note whether etcd answers; say so when that changes."""
@@ -4772,8 +4778,8 @@ class Claimant:
         self._call(lambda: setattr(site, "head", None))
         gone: dict[str, Claim | None] = dict.fromkeys(site.claims)
         while start is not None:
-            found, start, revision = self._etcd.page(start, revision,
-                                                     time.monotonic() + ETCD_PATIENCE_S)
+            found, start, revision = self._ask(self._etcd.page, start, revision,
+                                               time.monotonic() + ETCD_PATIENCE_S)
             news = {}
             for name, text in found.items():
                 table, _, claimed = name.partition("/")
