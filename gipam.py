@@ -2785,7 +2785,7 @@ def dispatch(service: Service, verb: str, target: str, body: bytes,
     except Unclaimed as due:
         return Reply(0, b"", need=due.need)
     except GipamError as error:
-        log.warning("refused %s: %s", WANTED.get(path, "a request"), error)
+        log.warning("refused %s: %s", METHODS.get(path, ("a request",))[0], error)
         reply, result = refuse(error), type(error).__name__
     except Exception:  # a bug: Docker gets an answer, the operator the traceback
         log.exception("failed at %s, which is a bug of gipam; got %r", printable(path),
@@ -2802,7 +2802,7 @@ def dispatch(service: Service, verb: str, target: str, body: bytes,
 def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> Reply:
     """Find the function for a path, and call it. Raises: GipamError."""
     if verb == "POST" and path in METHODS:
-        result, change = METHODS[path](service, decode_fields(body))
+        result, change = METHODS[path][1](service, decode_fields(body))
         return Reply(200, dumps(result).encode(), change)
     if path not in PATHS:
         raise InvalidRequest(f"unknown method {printable(path)!r}: this is an IPAM driver", 404)
@@ -2947,8 +2947,8 @@ def evict_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
     return {"Host": host}, None
 
 
-def describe_state(state: State) -> Json:
-    """Return what `status --json` shows, but for the pools."""
+def describe_bases(state: State) -> list[Json]:
+    """Return what `status --json` shows of the bases, but for the routes inside them."""
     bases = []
     for base, family in ((base, its) for its in state.families.values() for base in its.bases):
         size = 1 << BITS[family.version] - family.prefixlen
@@ -2960,7 +2960,7 @@ def describe_state(state: State) -> Json:
             "remembered": {name: str(kept.network) for name, (kept, _) in family.names.items()
                            if base.overlaps(kept.network)},
         })
-    return {"version": __version__, "seq": state.seq, "bases": bases}
+    return bases
 
 
 def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
@@ -2996,11 +2996,12 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
 
 def show_status(service: Service, query: str) -> Iterator[str]:
     """Yield what `status --json` shows, with the routes of the host inside the bases."""
-    status, families = {**service.about, **describe_state(service.state)}, service.state.families
-    status["trouble"] = service.store.trouble
+    families, bases = service.state.families, describe_bases(service.state)
+    status = {**service.about, "version": __version__, "seq": service.state.seq, "bases": bases,
+              "trouble": service.store.trouble}
     routes = {version: service.read_obstacles(family)
               for version, family in families.items() if family.bases}
-    for base in status["bases"]:
+    for base in bases:
         version, (low, high) = base["family"], span(parse_prefix(base["prefix"]))
         inside = [route for route in routes[version] if low <= route[0] <= high]
         base["routes"] = [f"{format_address(first, version)}/"
@@ -3017,50 +3018,46 @@ def show_status(service: Service, query: str) -> Iterator[str]:
 def show_metrics(service: Service, _: str) -> Iterator[str]:
     """Yield the lines of GET /metrics; the counts of all methods from 0 on (increase())."""
     bases = [(f'{{base="{base["prefix"]}",family="{base["family"]}"}}', base)
-             for base in describe_state(service.state)["bases"]]
+             for base in describe_bases(service.state)]
     pools = [(f'{{pool="{pool.sub_pool or pool.subnet.network}"}}', pool)
              for pool in service.state.pools.values()]
+    hosts = service.site.describe(False)["hosts"] if service.site else None
     counts = {**{(method, result): 0 for method in (*PATHS, "unknown") for result in RESULTS},
               **service.requests}
-    for name, kind, text, series in (
-        ("build_info", "gauge", "1, with the version of gipam",
-         [(f'{{version="{__version__}"}}', 1)]),
-        ("base_blocks", "gauge", "Blocks of the usual length in a base",
-         ((labels, base["blocks"]) for labels, base in bases)),
-        ("base_blocks_used", "gauge", "Blocks of it that are held",
-         ((labels, base["blocks_used"]) for labels, base in bases)),
-        ("base_blocks_excluded", "gauge", "Blocks of it that are never handed out",
-         ((labels, base["blocks_excluded"]) for labels, base in bases)),
-        ("pool_addresses", "gauge", "Addresses of a pool that can be handed out",
+    for name, text, series in (  # labels and value of each; None or 0: there is nothing to tell
+        ("build_info", "1, with the version of gipam", [(f'{{version="{__version__}"}}', 1)]),
+        ("base_blocks", "Blocks of the usual length in a base",
+         [(labels, base["blocks"]) for labels, base in bases]),
+        ("base_blocks_used", "Blocks of it that are held",
+         [(labels, base["blocks_used"]) for labels, base in bases]),
+        ("base_blocks_excluded", "Blocks of it that are never handed out",
+         [(labels, base["blocks_excluded"]) for labels, base in bases]),
+        ("pool_addresses", "Addresses of a pool that can be handed out",
          ((labels, pool.usable()) for labels, pool in pools)),
-        ("pool_addresses_used", "gauge", "Addresses of it that are held",
+        ("pool_addresses_used", "Addresses of it that are held",
          ((labels, len(pool.leases)) for labels, pool in pools)),
-        ("requests_total", "counter", "Requests, by method and result",
-         ((f'{{method="{method}",result="{result}"}}', count)
-          for (method, result), count in counts.items())),
-        ("request_duration_seconds", "histogram", "Time from a request to its reply",
+        ("requests_total", "Requests, by method and result",
+         [(f'{{method="{method}",result="{result}"}}', count)
+          for (method, result), count in counts.items()]),
+        ("request_duration_seconds", "Time from a request to its reply",
          service.request_s.series()),
-        ("journal_sync_duration_seconds", "histogram",
-         "Time of one write and sync of the journal", service.sync_s.series()),
-        ("journal_bytes", "gauge", "Length of the journal", [("", service.store.journal_bytes)]),
-        *site_samples(service),
-        *[("last_write_timestamp_seconds", "gauge", "When the journal was last written",
-           [("", service.last_write_s)])] * (service.last_write_s > 0),
+        ("journal_sync_duration_seconds", "Time of one write and sync of the journal",
+         service.sync_s.series()),
+        ("journal_bytes", "Length of the journal", [("", service.store.journal_bytes)]),
+        ("etcd_up", "1 if etcd has answered the last time",
+         hosts and [("", int(not service.etcd_failure))]),
+        ("etcd_request_duration_seconds", "Time of one request to etcd",
+         hosts and service.etcd_s.series()),
+        ("claims", "Subnets that a host has claimed",
+         hosts and [(f'{{host="{host["host"]}"}}', host["claims"]) for host in hosts]),
+        ("last_write_timestamp_seconds", "When the journal was last written",
+         service.last_write_s and [("", service.last_write_s)]),
     ):
-        yield f"# HELP gipam_{name} {text}\n# TYPE gipam_{name} {kind}\n"
-        yield from (f"gipam_{name}{labels} {value}\n" for labels, value in series)
-
-
-def site_samples(service: Service) -> Iterator[tuple[str, str, str, Iterable[tuple[str, Any]]]]:
-    """Yield name, kind, help and series of what concerns etcd."""
-    if service.site:
-        hosts = service.site.describe(False)["hosts"]
-        yield ("etcd_up", "gauge", "1 if etcd has answered the last time",
-               [("", int(not service.etcd_failure))])
-        yield ("etcd_request_duration_seconds", "histogram", "Time of one request to etcd",
-               service.etcd_s.series())
-        yield ("claims", "gauge", "Subnets that a host has claimed",
-               [(f'{{host="{host["host"]}"}}', host["claims"]) for host in hosts])
+        if series:  # the name tells the kind. Source: the naming conventions of Prometheus
+            kind = ("counter" if name.endswith("_total") else
+                    "histogram" if name.endswith("_duration_seconds") else "gauge")
+            yield f"# HELP gipam_{name} {text}\n# TYPE gipam_{name} {kind}\n"
+            yield from (f"gipam_{name}{labels} {value}\n" for labels, value in series)
 
 
 def show_health(service: Service, _: str) -> list[str]:
@@ -3078,24 +3075,22 @@ CONSTANT_ANSWERS = {path: dumps(value).encode() for path, value in {
                                             "GlobalDefaultAddressSpace": ADDRESS_SPACE},
 }.items()}
 WITHOUT_MACS = {path: text.replace(b"true", b"false") for path, text in CONSTANT_ANSWERS.items()}
-METHODS: dict[str, Callable[[Service, Fields], tuple[Any, Change | None]]] = {
-    "/IpamDriver.RequestPool": request_pool,
-    "/IpamDriver.ReleasePool": release,
-    "/IpamDriver.RequestAddress": request_address,
-    "/IpamDriver.ReleaseAddress": functools.partial(release, has_address=True),
-    "/Gipam.Release": lambda service, fields: (  # of what `check --fix` or `release` saw
-        {}, service.release_if(fields.text("PoolID", True), fields.address(), fields.seq())),
-    "/Gipam.Adopt": adopt_by_hand,
-    "/Gipam.Evict": evict_by_hand,
+METHODS: dict[str, tuple[str, Callable[[Service, Fields], tuple[Any, Change | None]]]] = {
+    "/IpamDriver.RequestPool": ("a subnet", request_pool),  # -> what the log calls it, function
+    "/IpamDriver.ReleasePool": ("to release a subnet", release),
+    "/IpamDriver.RequestAddress": ("an address", request_address),
+    "/IpamDriver.ReleaseAddress": ("to release an address",
+                                   functools.partial(release, has_address=True)),
+    "/Gipam.Release": ("to release", lambda service, fields: (  # what `check` or `release` saw
+        {}, service.release_if(fields.text("PoolID", True), fields.address(), fields.seq()))),
+    "/Gipam.Adopt": ("to take over", adopt_by_hand),
+    "/Gipam.Evict": ("to evict", evict_by_hand),
 }
 PAGES: dict[str, tuple[str, Callable[[Service, str], Iterable[str]]]] = {  # -> type, text
     "/status": ("application/json", show_status),
     "/metrics": ("text/plain; version=0.0.4; charset=utf-8", show_metrics),
     "/healthz": ("text/plain; charset=utf-8", show_health),
 }
-WANTED = {"/IpamDriver.RequestPool": "a subnet", "/IpamDriver.RequestAddress": "an address",
-          "/IpamDriver.ReleasePool": "to release a subnet", "/Gipam.Release": "to release",
-          "/IpamDriver.ReleaseAddress": "to release an address", "/Gipam.Adopt": "to take over"}
 PATHS: set[str] = {*CONSTANT_ANSWERS, *METHODS, *PAGES}
 PUBLIC_PAGES = frozenset(("/metrics", "/healthz"))  # for whoever may reach the -metrics address
 
@@ -3136,27 +3131,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
     headers: http.client.HTTPMessage
 
-    def setup(self) -> None:
-        """Begin with nothing read, nothing to send."""
-        self.connection: socket.socket = self.request
+    def __init__(self, request: socket.socket, _: Any, server: Server) -> None:
+        """Begin with nothing read, nothing to send; socketserver would handle all of it here."""
+        self.connection, self.server = request, server
         self.inbox, self.outbox = bytearray(), b""
         self.page: Iterator[bytes] | None = None  # what follows in the outbox
         self.command = ""  # of the last request
         self.looked = 0  # bytes of the inbox in which no head ends
         self.length = -1  # of the body, once the head is read
         self.has_ended = False  # the peer: it sends no more
-        self.is_closed = self.is_last = False
+        self.is_last = False
         self.is_waiting = False  # for etcd
         self.reply: Reply | None = None  # the last one, until the peer has shown that it read it
         self.since_s = time.monotonic()  # when it was last idle, or has sent something
         self.events = 0  # what the selector waits for
-
-    def handle(self) -> None:
-        """Leave it to the loop."""
-        self.server.loop.add(self)
-
-    def finish(self) -> None:
-        """Nothing: it has only begun."""
+        server.loop.add(self)
 
     def is_busy(self) -> bool:
         """Return whether it is in the middle of a request or of a reply."""
@@ -3352,7 +3341,7 @@ class Loop:
         self.ticks: list[Callable[[], None]] = [self._tick]  # what is done each second
         self._tick_s = 0.0
         self.handlers: dict[Handler, None] = {}
-        self.ask_etcd: Callable[[Need, Again], None] | None = None
+        self.ask_etcd: Callable[[Need, Again], None] = lambda *_: None
         self._replies: collections.deque[tuple[Handler, Reply]] = collections.deque()
         self._later: list[Callable[[], None]] = []  # what is done when the replies have left
         self._current: Handler | None = None  # at which the turn is
@@ -3440,7 +3429,7 @@ class Loop:
             proxies.settle(self.service.state)
         while self._replies:  # 6
             self._current, reply = self._replies.popleft()
-            if not self._current.is_closed:  # since it was given up
+            if self._current in self.handlers:  # else it has been given up since
                 self._current.answer(settle(self.service, reply))
                 self._send(self._current)
         self._current = None
@@ -3504,7 +3493,7 @@ class Loop:
 
     def _ask(self, handler: Handler) -> None:
         """Answer the next request of a handler, if it has one, or put it aside for etcd."""
-        if handler.is_closed or handler.is_waiting or handler.outbox:
+        if handler not in self.handlers or handler.is_waiting or handler.outbox:
             return
         try:
             body = None if handler.is_last else handler.next_request()
@@ -3514,29 +3503,27 @@ class Loop:
         if body is None:
             self._settle(handler)
             return
-        reply = dispatch(self.service, handler.command, handler.path, body, handler.server.paths)
-        if not reply.need or not self.ask_etcd:
-            self._replies.append((handler, reply))
-            return
-        handler.is_waiting = True
-        self._watch(handler, 0)
-        self.ask_etcd(reply.need, functools.partial(self._again, handler, handler.since_s, body))
+        need = self._answer(handler, body)
+        if need:
+            handler.is_waiting = True
+            self._watch(handler, 0)
+            self.ask_etcd(need, functools.partial(self._again, handler, handler.since_s, body))
 
     def _again(self, handler: Handler, since_s: float, body: bytes,
                failure: GipamError | None) -> Need | None:
-        """Try to answer a request that waits for etcd; return what it needs, None: no more."""
-        if not handler.is_waiting or handler.since_s != since_s:  # it was given up: that is another
-            return None
+        """Look again at a request that waits for etcd; None: nobody waits for it any more."""
+        is_same = handler in self.handlers and handler.is_waiting and handler.since_s == since_s
+        return self._answer(handler, body, failure) if is_same else None
+
+    def _answer(self, handler: Handler, body: bytes,
+                failure: GipamError | None = None) -> Need | None:
+        """Answer a request, but if it needs something of etcd: then return that."""
         reply = dispatch(self.service, handler.command, handler.path, body, handler.server.paths,
                          failure)
-        if reply.need:
-            return reply.need
-        handler.is_waiting = False
-        if handler.is_closed:
-            self.service.take_back(reply.change, reply.seq)
-        else:
+        handler.is_waiting = bool(reply.need)
+        if not reply.need:
             self._replies.append((handler, reply))
-        return None
+        return reply.need
 
     def _give_up(self, until_s: float, error: GipamError) -> None:
         """Refuse what waits for etcd since then, though whoever asks may be stuck in DNS."""
@@ -3574,9 +3561,8 @@ class Loop:
 
     def close(self, handler: Handler) -> None:
         """End a connection. What it has not sent is not taken back: nobody but us has ended it."""
-        if not handler.is_closed:
+        if handler in self.handlers:
             self._watch(handler, 0)
-            handler.is_closed = True
             del self.handlers[handler]
             handler.server.close_request(handler.connection)
 
@@ -4248,7 +4234,7 @@ def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> No
         return dict(json.loads(text, object_hook=lambda value: value))  # which lets others run
 
     def post(path: str, body: Json) -> Any:
-        return call(lambda: METHODS[path](service, Fields(body))[0])
+        return call(lambda: METHODS[path][1](service, Fields(body))[0])
 
     adopted, (uses, _) = {*service.adopted}, read_docker()
     adopted, uses = mend(find_missing(look(), uses), adopted, look, read_docker, post)

@@ -3431,7 +3431,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
                     status, reply = self.caller.post(path, json.dumps(arguments).encode())
                     self.assertEqual((status, reply["Error"].isprintable()), (400, True), reply)
                     self.assertLess(len(reply["Error"]), 1000)
-                    (line,) = (line for line in logged.output if f"refused {gipam.WANTED[path]}: " in line)
+                    (line,) = (line for line in logged.output if f"refused {gipam.METHODS[path][0]}: " in line)
                     self.assertTrue(line.isprintable() and len(line) < 2000, line)
         self.assertEqual(self.state(), before)
 
