@@ -1315,6 +1315,8 @@ def decode_snapshot(document: Json, state: State) -> None:
         family.cursors[family.prefixlen] = values[f"V{version}Idx"]
     for key, number in values["Cursors"].items():
         version, _, prefixlen = key.partition("/")
+        if not 0 <= int(prefixlen) <= BITS[int(version)]:
+            raise ValueError(f"Cursors has {key!r}: no length of IPv{version}")
         state.families[int(version)].cursors[int(prefixlen)] = number
     for row in values["Names"]:
         name, text, seq, owners = row if row[3:] else (*row, {})  # once without owners
@@ -1746,10 +1748,9 @@ class Store:
         with contextlib.suppress(OSError):  # a full disk must not forbid starting
             os.ftruncate(self._lock_fd, 0)
             os.pwrite(self._lock_fd, b"%d\n" % os.getpid(), 0)
-        self.hold()
 
     def hold(self) -> None:
-        """Lock all segments, so that nobody else writes. Raises: BusyError, GipamError."""
+        """Lock all segments, so that nobody else writes. Raises: GipamError, OSError."""
         self.close()
         while {*self._fds} != {*self.segments()}:  # until none has come or gone meanwhile
             self.close()
@@ -1758,8 +1759,6 @@ class Store:
                     self._fds[number] = self._take(self._open(self.segment_path(number)))
                 except FileNotFoundError:
                     break
-                except OSError as error:
-                    raise self._unusable(self.segment_path(number), error) from None
 
     def close(self) -> None:
         """Let go of the segments."""
@@ -1800,13 +1799,8 @@ class Store:
                             "or give this one another -file") from None
         return fd
 
-    def _unusable(self, path: str, error: OSError) -> GipamError:
-        """Return the error for a file that cannot be read; what passes is worth another start."""
-        kind = StoreLost if error.errno in PASSING else ConfigError
-        return kind(f"cannot read {path}: {error.strerror}")
-
     def read_snapshot(self, object_hook: Any = None) -> Json | None:
-        """Return the JSON object of the lease file, None if there is none. Raises: GipamError."""
+        """Return the JSON object of the lease file, None without. Raises: DamageError, OSError."""
         try:
             fd = self._open(self.path, os.O_RDONLY)
             self.identity = self.identity or self.identify()
@@ -1817,8 +1811,6 @@ class Store:
             document = json.loads(text, object_hook=object_hook)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise self._unusable(f"lease file {self.path}", error) from None
         except (ValueError, RecursionError) as error:
             raise self.damage(self.path, f"is not JSON: {error}") from None
         if not isinstance(document, dict):
@@ -2348,7 +2340,6 @@ class Service:
         self._done: list[Done] = []  # in this turn
         self._written: list[Done] = []  # what is to be logged
         self._is_changing = False  # the state: what an exception leaves then is not to be used
-        self._failure = StoreError("nothing has failed")  # the last one
         self.about: Json = {}  # what /status tells of the daemon
         self.has_macs = True  # of containers: Docker is to tell them
         self.site: Site | None = None  # where several hosts share etcd
@@ -2360,22 +2351,17 @@ class Service:
         self.adopted: set[int] = set()  # changes by adoption, until Docker vouches for the pool
 
     @property
-    def loss(self) -> StoreLost | None:
-        """Return the failure after which nothing is written any more."""
-        return self.store.loss
-
-    @property
     def failure(self) -> StoreError:
         """Return why what is not durable is not."""
-        return self.store.loss or self._failure
+        return self.store.loss or StoreError(self.store.trouble)
 
     def apply(self, change: Change) -> None:
         """Apply the change, which is on disk after commit(). Raises: StoreError; all is as before.
 
         There is no way back: whether the disk has room for it is settled first.
         """
-        if self.loss:
-            raise self.loss
+        if self.store.loss:
+            raise self.store.loss
         asked_s, record = time.perf_counter(), dumps([CHANGE_NAMES[type(change)], *change])
         self.store.reserve(len(record))
         self._is_changing = True
@@ -2395,7 +2381,7 @@ class Service:
         If that fails, the state is read anew from disk, where is_durable() then looks.
         """
         done, self._done = self._done, []
-        if self.loss or not done:
+        if self.store.loss or not done:
             return
         started_s = time.perf_counter()
         try:
@@ -2426,9 +2412,9 @@ class Service:
     def _read_anew(self, error: StoreError) -> None:
         """Take the state from disk; a fold that is under way has ended: _step() refuses it."""
         log.error("%s", error)
-        self._failure, self._is_changing = error, False
+        self.store.trouble, self._is_changing = str(error), False
         try:
-            if not self.loss:
+            if not self.store.loss:
                 self.store.drop_snapshot()
                 self.store.hold()
                 self.state = self._read_state()
@@ -2641,9 +2627,9 @@ class Service:
     def is_fold_due(self) -> bool:
         """Return whether the journal has outgrown the lease file, or that lacks what it needs."""
         store, limit_bytes = self.store, max(MIN_FOLD_BYTES, self.store.snapshot_bytes)
-        return not self.loss and (store.segment != (store.named or 0)  # never, or it has failed
-                                  or store.journal_bytes > limit_bytes
-                                  or self.is_import_noted != self.import_is_due.is_set())
+        return not store.loss and (store.segment != (store.named or 0)  # none yet, or it has failed
+                                   or store.journal_bytes > limit_bytes
+                                   or self.is_import_noted != self.import_is_due.is_set())
 
     def fold(self, call: Call | None = None, is_stopping: bool = False) -> bool:
         """Write the state to the lease file, drop the journal that it replaces; False: it failed.
@@ -2656,8 +2642,8 @@ class Service:
 
         def step(function: Callable[..., Any], *arguments: Any) -> Any:
             def turn() -> Any:
-                if self.loss or state is not self.state:
-                    raise self.loss or StoreError("the state has been read anew meanwhile")
+                if self.store.loss or state is not self.state:
+                    raise self.store.loss or StoreError("the state has been read anew meanwhile")
                 return function(*arguments)
 
             return (call or self.run)(turn)
@@ -3578,7 +3564,7 @@ class Loop:
 
     def run(self) -> None:
         """Serve until stop(), or until nothing can be written any more. Raises: as the ticks."""
-        while not (self.is_stopping or self.service.loss):
+        while not (self.is_stopping or self.service.store.loss):
             self.turn(max(self._tick_s - time.monotonic(), 0.0))
             self._fold_if_due()
 
@@ -3638,7 +3624,7 @@ class Loop:
     def _turn_for(self, least_s: float, most_s: float) -> None:
         """Make turns for so long, and on while somebody is in the middle of a request."""
         started_s = time.monotonic()
-        while self.handlers and not self.service.loss:
+        while self.handlers and not self.service.store.loss:
             past_s = time.monotonic() - started_s
             if past_s >= (most_s if any(map(Handler.is_busy, self.handlers)) else least_s):
                 break
@@ -5083,7 +5069,12 @@ def load(settings: Settings,
         raise settings["file"]._replace(text=store.path).error("its directory is not there")
     unserved.callback(store.discard)
     store.lock()
-    document = read_lease_file(store)
+    try:
+        store.hold()
+        document = read_lease_file(store)
+    except OSError as error:
+        kind = StoreLost if error.errno in PASSING else ConfigError  # is another start of use?
+        raise kind(f"cannot read {error.filename or store.path}: {error.strerror}") from None
     overrule_settings(settings, document or {}, store.path)
     config = build_config(settings)
     return config, store, document, read_state(config, store, document)
@@ -5424,8 +5415,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         notify("STOPPING=1")
         loop.finish(made.close)
     handler.is_held = False
-    if service.loss:
-        raise service.loss
+    if service.store.loss:
+        raise service.store.loss
     if claimant and claimant.busy:
         raise claimant.busy
     service.fold(is_stopping=True)

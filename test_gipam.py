@@ -1933,6 +1933,7 @@ class LockTest(StoreCase):
         second, self.calls.watch = gipam.Store(self.path, self.calls), go_on
         with self.assertRaises(gipam.BusyError):
             second.lock()
+            second.hold()
             read_anew(second)
             second.settle()
         self.assertEqual({**self.read_files(), "leases.json.lock": b""},
@@ -2041,7 +2042,7 @@ class CallsTest(StoreCase):
                 tenant.step()
             if min(faults, default=1 << 20) < len(calls.made):
                 self.check(service, tenant)
-        if service.loss:
+        if service.store.loss:
             culprits = {calls.made[at].split()[0] for at in faults if at < len(calls.made)}
             self.assertTrue(culprits & {"fdatasync", "ftruncate", "stat", "fstat", "open"})
             with self.assertRaisesRegex(Refused, "cannot|was moved"):
@@ -2059,7 +2060,7 @@ class CallsTest(StoreCase):
     def check(self, service: gipam.Service, tenant: Tenant) -> None:
         """Check that answers, memory and disk agree; a lost disk may be ahead by what failed."""
         disk = recover(self.path)
-        if service.loss:  # nobody knows of the last turn, but that it was not acknowledged
+        if service.store.loss:  # nobody knows of the last turn, but that it was not acknowledged
             self.assertIn(disk.seq, (service.store.seq, service.store.seq + 1))
             if disk.seq > service.store.seq:
                 return
@@ -2194,7 +2195,7 @@ class ServiceCase(StoreCase):
     def assert_lost(self) -> None:
         """Check that it answers no more, and with which status it ends."""
         self.assertRaises(Refused, self.client.request_pool, "10.77.0.0/24")
-        self.assertEqual(self.service.loss and self.service.loss.exit_status, 74)
+        self.assertEqual(self.service.store.loss and self.service.store.loss.exit_status, 74)
 
 
 class TurnTest(ServiceCase):
@@ -3997,7 +3998,7 @@ class LoopTest(LoopCase):
                 self.assertLogs("gipam"):
             self.peer()
             self.loop.run()
-        self.assertEqual(self.service.loss and self.service.loss.exit_status, 74)
+        self.assertEqual(self.service.store.loss and self.service.store.loss.exit_status, 74)
 
     def test_request_that_arrives_too_slowly_is_given_up_on_tcp(self) -> None:
         self.patch(gipam, REQUEST_PATIENCE_S=0.01, TICK_S=0.02)
@@ -5529,7 +5530,7 @@ class ImportTest(OperatedCase):
         """Start gipam, or start it again; what Docker has asks this gipam from now on."""
         settings = gipam.read_settings({}, argparse.Namespace(**self.options()))
         with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive), \
-                mock.patch.object(gipam.Store, "lock", gipam.Store.hold):  # its predecessor has it
+                mock.patch.object(gipam.Store, "lock"):  # its predecessor has it
             config, store, document, state = gipam.load(settings, contextlib.ExitStack())
             self.service = gipam.open_service(config, store, document, state)
             gipam.begin_import(config, self.service, document, self.service.run)
@@ -7387,7 +7388,7 @@ class CommandLineCase(CommandCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.patch(gipam.Store, lock=gipam.Store.hold)
+        self.patch(gipam.Store, lock=mock.Mock())
         self.patch(gipam, ask_daemon=lambda settings, *_: gipam.describe_daemon(
             gipam.load(settings, contextlib.ExitStack())[0], ""))
 
@@ -7692,10 +7693,10 @@ class ConfigurationTest(CommandLineCase):
                                   "does not start on a guess: put back a backup.+")
         os.unlink(self.file)
         for make in (os.mkdir, os.mkfifo, functools.partial(os.symlink, "/dev/null")):
-            for path, what in ((self.file, "lease file "), (self.file + ".journal.1", "")):
+            for path in (self.file, self.file + ".journal.1"):
                 make(path)
                 with self.subTest(path=path, make=make):
-                    self.assert_fails(self.run_config(), 78, f"gipam: cannot read {what}{path}: "
+                    self.assert_fails(self.run_config(), 78, f"gipam: cannot read {path}: "
                                       "(not a regular file|Is a directory|Too many levels.*)")
                 (os.rmdir if os.path.isdir(path) else os.unlink)(path)
 
@@ -7707,7 +7708,7 @@ class ConfigurationTest(CommandLineCase):
                 def fail(target: str, *rest: Any, path: str = path, number: int = number,
                          real: Any = os.open) -> int:
                     if target == path:
-                        raise OSError(number, os.strerror(number))
+                        raise OSError(number, os.strerror(number), target)
                     return int(real(target, *rest))
 
                 with self.subTest(path, number=number), mock.patch.object(os, "open", fail):
