@@ -1113,22 +1113,20 @@ class Site:
         join = {} if wanted == self.claims.get(subnet) else {subnet: wanted}
         raise Unclaimed(Need({**join, name: self.joined(name, kind, False)}, self.head))
 
-    def look_at(self, pool: Pool, is_away: bool) -> tuple[int, AddressSet]:
-        """Return where to look for an address of a shared subnet, and what others have of it.
+    def find_own(self, pool: Pool, owners: Iterable[str], is_away: bool) -> str:
+        """Return an address of a shared subnet that this host may give, "" if there is none.
 
-        That is what has just been claimed for it; what this host still has, while etcd is away;
-        else a random place, so that hosts seldom meet.
+        It has just been claimed for this; or is still claimed, while etcd is away.
         """
-        network, place = pool.subnet.network, random.randint(pool.low, pool.high)  # noqa: S311
-        names = self.inside.get(network, ()) if is_away else self.won
-        for name in names:
-            subnet, _, address = name.rpartition("/")
-            if subnet == str(network) and (name in self.won or self.has(name, ENDPOINT)):
-                offset = pool.offset(address)
-                if pool.low <= offset <= pool.high and offset not in pool.subnet.held:
-                    place = offset
-                    break
-        return place, self.taken.get(network) or AddressSet()
+        subnet, own = pool.subnet, []
+        for name in self.inside.get(subnet.network, ()) if is_away else self.won:
+            prefix, _, address = name.rpartition("/")
+            if prefix == str(subnet.network) and (name in self.won or self.has(name, ENDPOINT)):
+                own += [pool.offset(address)]
+        lasts = (subnet.memory.get(owner, (-1, 0))[0] for owner in owners)
+        free = (offset for offset in (*set(lasts).intersection(own), *own)
+                if pool.low <= offset <= pool.high and offset not in subnet.held)
+        return next(map(pool.format, free), "")
 
     def find_gateway(self, subnet: Subnet) -> str:
         """Return a gateway that the other hosts of a shared subnet have, "" if there is none."""
@@ -2523,10 +2521,14 @@ class Service:
         site, network, is_away = self.site, pool.subnet.network, bool(self.etcd_failure)
         if not site:
             raise Unavailable(f"{network} is shared with other hosts: start gipam with -etcd")
-        if request.kind == GATEWAY and not request.address:
-            request = request._replace(address=site.find_gateway(pool.subnet))
+        if not request.address:
+            address = site.find_gateway(pool.subnet) if request.kind == GATEWAY else \
+                site.find_own(pool, (request.name, request.mac), is_away)
+            request = request._replace(address=address)
         try:
-            change = decide_request_address(pool, request, now_s, *site.look_at(pool, is_away))
+            change = decide_request_address(
+                pool, request, now_s, random.randint(pool.low, pool.high),  # noqa: S311 - so that
+                site.taken.get(network) or AddressSet())  # hosts seldom meet
         except Unavailable:
             if site.is_fresh:
                 raise
