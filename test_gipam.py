@@ -7868,7 +7868,7 @@ class OptionsTableTest(unittest.TestCase):
             r"(?m)^ExecStart=/usr/bin/(?:env )?python3 /opt/gipam/gipam\.py ?(.*)$", unit)
         self.assertLessEqual({word.split("=")[0].lstrip("-") for word in start.split()},
                              {"serve", *(option.name for option in gipam.OPTIONS)})
-        self.assertIn("\nEnvironmentFile=/opt/gipam/.env\n", unit)
+        self.assertIn("\nEnvironmentFile=/opt/gipam/%i/.env\n", unit)
         self.assertLessEqual(set(re.findall(r"GIPAM_\w+", unit)),
                              {option.variable for option in gipam.OPTIONS})
 
