@@ -17,7 +17,6 @@ from typing import Callable, Iterator
 
 from machines import FILES, MAKE_IMAGE, Machine, main, make_tree
 
-SERVICE_CHAPTER = "As a service"
 CONTAINERS = 5  # that the machine always has: web1, web2, db1, db2 on dual-stack networks, lan1
 LOAD_COUNT = 50  # containers that start and stop under load
 DISTURBANCES = 20 if os.environ.get("GIPAM_LONG") else 3
@@ -82,7 +81,8 @@ class BootTest(unittest.TestCase):
         cls.installed = machine = Machine(cls.tree)
         cls.addClassCleanup(machine.remove)
         machine.boot(*FILES, end="poweroff")
-        machine.follow(SERVICE_CHAPTER, 0, directory="/root/gipam")
+        machine.follow("Install", 0, directory="/root/gipam")
+        machine.follow("A routed prefix", 0)
         machine(SET_UP)
         cls.subnets = machine.subnets()
         machine.end()

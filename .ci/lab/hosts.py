@@ -21,7 +21,7 @@ from readme import EQUIP
 
 HOSTS = {"host1": 7, "host2": 8, "host3": 9}  # name: last part of its addresses
 OUTSIDE = ("198.51.100.2", "2001:db8:eeee::2")
-BEFORE = ("As a service", "Reachable from outside")  # what a host needs first
+BEFORE = ("Install", "A routed prefix")  # what a host needs first
 PART = "Several hosts"  # the part of the README that this is about
 ME = "me=192.0.2.7"  # stands for each host's own address
 

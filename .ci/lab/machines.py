@@ -65,16 +65,6 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_
 
 # === The README ===================================================================================
 
-# The network namespace "outside" is router and client at once.
-CONNECT = """
-ip netns add outside
-ip link add eth0 type veth peer name eth0 netns outside
-ip addr add 192.0.2.7/24 dev eth0; ip addr add 2001:db8:ffff::7/64 dev eth0 nodad
-ip link set eth0 up; ip -n outside addr add 192.0.2.1/24 dev eth0
-ip -n outside addr add 2001:db8:ffff::1/64 dev eth0 nodad
-ip -n outside link set eth0 up; ip -n outside link set lo up
-"""
-
 
 class Block(NamedTuple):
     """A fenced block: its part and chapter, what stands behind its first fence, the text."""
@@ -85,12 +75,8 @@ class Block(NamedTuple):
     text: str
 
     def script(self) -> str:
-        """Return its commands as they are run where the project was copied to, and outside."""
-        return "cd /root/gipam\n" + (outside(self.text) if self.kind == "sh outside" else self.text)
-
-
-def outside(script: str) -> str:
-    return f"ip netns exec outside bash -e << 'outside'\n{script}outside\n"
+        """Return its commands as they are run where the project was copied to."""
+        return "cd /root/gipam\n" + self.text
 
 
 def read_blocks() -> list[Block]:
