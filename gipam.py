@@ -4359,7 +4359,8 @@ class Etcd:
             try:
                 return read(self._post(path, body, until_s))
             except (OSError, http.client.HTTPException, RecursionError) as error:
-                why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                why = "timed out" if isinstance(error, socket.timeout) else getattr(
+                    error, "strerror", None) or str(error) or type(error).__name__
             except (ValueError, LookupError, TypeError, AttributeError):
                 why = "what answers there is no etcd"
             self.close()

@@ -244,9 +244,9 @@ class HostsTest(unittest.TestCase):
                            ("systemctl kill -s KILL etcd; systemctl stop etcd", "systemctl --no-block start etcd")):
             with self.subTest(away):
                 before = {host: host.subnets() for host in self.hosts.values()}
+                first("docker run -d --name lan1 --network lan nginx")
                 for host in before:
                     self.addCleanup(host, back)
-                    host("docker run -d --name lan1 --network lan nginx")
                     host(away)
                 second("systemctl restart gipam")
                 for host in before:
@@ -264,8 +264,7 @@ class HostsTest(unittest.TestCase):
                 first("docker network rm later")
                 for block in self.networks:  # each name has its block again
                     first.follow_block(block)
-                for host in before:
-                    host("docker rm -f lan1")
+                first("docker rm -f lan1")
                 self.assertEqual({host: host.subnets() for host in before}, before)
                 self.assert_all_is_well()
 
