@@ -495,14 +495,14 @@ class PrefixTree:
 
     A node is a prefix, numbered as in a heap: 1 is all addresses, 2n and 2n+1 are the halves of n.
     Nodes that no cover touches are not stored; of the others the tree keeps the length of the
-    largest free block inside, and how many addresses are free. So each answer takes a walk of at
-    most 32 or 128 steps, however many prefixes are held and however they nest.
+    largest free block inside, and how many blocks of the usual length no cover touches. So each
+    answer takes a walk of at most 32 or 128 steps, however many prefixes are held and nest.
     """
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
+    def __init__(self, bits: int, usual: int) -> None:
+        self.bits, self.usual = bits, usual  # of an address, of a block
         self._covers: dict[int, int] = {}  # node -> times covered
-        self._free: dict[int, tuple[int, int]] = {}  # node -> (shortest free prefixlen, addresses)
+        self._free: dict[int, tuple[int, int]] = {}  # node -> (shortest free prefixlen, blocks)
 
     def node(self, network: Network) -> int:
         """Return the number of a prefix."""
@@ -515,14 +515,13 @@ class PrefixTree:
         return ipaddress.ip_network((first.to_bytes(self.bits // 8, "big"), prefixlen))
 
     def free(self, node: int) -> tuple[int, int]:
-        """Return (prefixlen of the largest free block, count of free addresses) inside a node."""
+        """Return (prefixlen of the largest free block, count of free usual ones) inside a node."""
         length = node.bit_length() - 1
-        return self._free.get(node) or (length, 1 << max(self.bits - length, 0))
+        return self._free.get(node) or (length, (1 << self.usual) >> length)
 
-    def addresses(self, network: Network) -> int:
-        """Return how many addresses of the prefix are free."""
-        node = self.node(network)
-        is_covered = any(node >> up in self._covers for up in range(network.prefixlen + 1))
+    def blocks(self, node: int) -> int:
+        """Return how many blocks of the usual length are free inside a node."""
+        is_covered = any(node >> up in self._covers for up in range(node.bit_length()))
         return 0 if is_covered else self.free(node)[1]
 
     def cover(self, network: Network, times: int = 1) -> None:
@@ -532,7 +531,7 @@ class PrefixTree:
         if not self._covers[node]:
             del self._covers[node]
         while node:
-            half = (length + 1, 1 << max(self.bits - length - 1, 0))  # as free() has a free half
+            half = (length + 1, (1 << self.usual) >> length + 1)  # as free() has a free half
             left, right = self._free.get(2 * node, half), self._free.get(2 * node + 1, half)
             if node in self._covers:
                 self._free[node] = (self.bits + 1, 0)
@@ -705,7 +704,7 @@ class Family:
                  excluded: list[Network]) -> None:
         self.version, self.bases, self.excluded = version, bases, excluded
         self.prefixlen = prefixlen  # of a block, where the network does not ask for another
-        self.held = PrefixTree(BITS[version])  # subnets in use, here and elsewhere
+        self.held = PrefixTree(BITS[version], prefixlen)  # subnets in use, here and elsewhere
         self.subnets: dict[Network, Subnet] = {}
         self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
         self.names = Memory()  # gipam.name -> Kept
@@ -725,14 +724,15 @@ class Family:
                 number += count
         return None
 
-    def count(self, base: Network) -> tuple[int, int, int]:
-        """Return how many addresses of a base, or a prefix in it, are held, excluded, neither."""
-        networks: Any = (base if network.prefixlen < base.prefixlen else network
-                         for network in self.excluded if base.overlaps(network))
-        excluded = list(ipaddress.collapse_addresses(networks))
-        shut = sum(network.num_addresses for network in excluded)
-        free = self.held.addresses(base) - sum(map(self.held.addresses, excluded))
-        return base.num_addresses - shut - free, shut, free
+    def count(self, *bases: Network) -> tuple[int, int, int]:
+        """Return how many blocks of the usual length bases have, are held, are free but excluded.
+
+        What is held or excluded in part counts as a whole.
+        """
+        total = sum(1 << self.prefixlen - base.prefixlen for base in bases)
+        excluded = (span(network) for network in self.excluded
+                    if any(base.overlaps(network) for base in bases))
+        return total, total - self.count_free(map(span, bases)), self.count_free(excluded)
 
     def find_rival(self, network: Network, sub_pool: Network | None) -> Network | None:
         """Return a subnet in use that overlaps the prefix, unless both are for other ranges of it.
@@ -757,15 +757,14 @@ class Family:
         return self.held.find_overlap(network) is None and any(
             base.prefixlen <= network.prefixlen and base.overlaps(network) for base in self.bases)
 
-    def count_touched(self, ranges: Iterable[Range]) -> int:
+    def count_free(self, ranges: Iterable[Range]) -> int:
         """Return how many free blocks of the usual length prefixes, as ranges, touch."""
         size, end, free = 1 << BITS[self.version] - self.prefixlen, 0, 0
         for first, negated in sorted({(low & -size, -(high | size - 1)) for low, high in ranges}):
             if first >= end:  # not inside the one before
                 end = 1 - negated
-                node = (1 << BITS[self.version] | first) // (end - first)
-                free += self.count(self.held.network(node))[2]
-        return -(-free // size)
+                free += self.held.blocks((1 << BITS[self.version] | first) // (end - first))
+        return free
 
     def recall(self, name: str) -> Kept | None:
         """Return what is remembered of the name."""
@@ -1521,12 +1520,10 @@ def choose_block(family: Family, request: PoolRequest,
         found = family.find_block(bases, prefixlen, obstacles)
         if found:
             return found
-    size = 1 << BITS[family.version] - prefixlen
-    held, excluded, _ = (-(-sum(counts) // size) for counts in zip(*map(family.count, bases)))
-    total = sum(base.num_addresses for base in bases) // size
+    total, held, excluded = family.count(*bases)
     raise Unavailable(f"all predefined address pools have been fully subnetted: of {total} blocks "
-                      f"of /{prefixlen} in {', '.join(map(str, bases))}, {held} are held, "
-                      f"{excluded} excluded, and {max(total - held - excluded, 0)} overlap routes "
+                      f"of /{family.prefixlen} in {', '.join(map(str, bases))}, {held} are held, "
+                      f"{excluded} excluded, and {total - held - excluded} overlap routes "
                       "or addresses of this host or lie in smaller pieces")
 
 
@@ -2939,11 +2936,10 @@ def describe_bases(state: State) -> list[Json]:
     """Return what `status --json` shows of the bases, but for the routes inside them."""
     bases = []
     for base, family in ((base, its) for its in state.families.values() for base in its.bases):
-        size = 1 << BITS[family.version] - family.prefixlen
-        used, excluded, _ = (-(-count // size) for count in family.count(base))
+        total, used, excluded = family.count(base)
         bases.append({
             "prefix": str(base), "family": family.version, "block_prefixlen": family.prefixlen,
-            "blocks": base.num_addresses // size, "blocks_used": used, "blocks_excluded": excluded,
+            "blocks": total, "blocks_used": used, "blocks_excluded": excluded,
             "excluded": [str(network) for network in family.excluded if base.overlaps(network)],
             "remembered": {name: str(kept.network) for name, (kept, _) in family.names.items()
                            if base.overlaps(kept.network)},
@@ -2995,7 +2991,9 @@ def show_status(service: Service, query: str) -> Iterator[str]:
         base["routes"] = [f"{format_address(first, version)}/"
                           f"{BITS[version] - (last - first).bit_length()}"
                           for first, last in inside]
-        base["blocks_routed"] = families[version].count_touched(inside)
+        shut = families[version].count_free([*inside, *map(
+            span, map(parse_prefix, base["excluded"]))])
+        base["blocks_routed"] = shut - base["blocks_excluded"]
     if service.site:
         status.update(service.site.describe(bool(service.etcd_failure)), etcd={
             "failure": service.etcd_failure, "due": len(service.site.due)})
@@ -5126,8 +5124,7 @@ def cmd_status(arguments: argparse.Namespace) -> int:
 def add_names(pools: list[Json], uses: list[Use]) -> None:
     """Put pools and leases in order of address; name network and container, where Docker does."""
     used = {use.place: use for use in uses}
-    pools.sort(key=lambda pool: ipaddress.get_mixed_type_key(
-        parse_prefix(pool["sub_pool"] or pool["subnet"])))
+    pools.sort(key=lambda pool: read_range(pool["sub_pool"] or pool["subnet"]))
     for pool in pools:
         pool["network"] = used.get((pool["subnet"], pool["sub_pool"]), Use("")).network
         leases = pool.get("addresses", [])
@@ -5190,8 +5187,9 @@ def render_status(status: Json, width: int, now_s: int,
 
     elsewhere = [claim["subnet"] for claim in status.get("claims", ())
                  if not claim["address"] and status.get("host") not in claim["hosts"]]
+    pools = [pool["subnet"] for pool in status["pools"]]
     summary = [line for base in status["bases"]
-               for line in render_base({**base, "elsewhere": elsewhere}, status["pools"], width)]
+               for line in render_base(base, elsewhere, pools, width)]
     if summary:
         summary += textwrap.wrap("  # held  + partly  . free  x excluded  ~ route, own address  "
                                  "r kept for a name", width, subsequent_indent="  ")
@@ -5222,34 +5220,32 @@ def format_table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
-def touched_blocks(base: Network, prefixlen: int, networks: Iterable[Any]) -> list[Network]:
-    """Return the blocks of that length that prefixes touch in a base, collapsed."""
-    inside: Any = (base if it.prefixlen < base.prefixlen else it if it.prefixlen <= prefixlen
-                   else it.supernet(new_prefix=prefixlen) for it in networks if base.overlaps(it))
-    return list(ipaddress.collapse_addresses(inside))
+def read_range(text: str) -> tuple[int, int, int]:
+    """Return family, first and last address of a prefix as gipam writes it: no check, and fast."""
+    version, (address, length) = 6 if ":" in text else 4, text.split("/")
+    first = parse_address(address, version)
+    return version, first, first | (1 << BITS[version] - int(length)) - 1
 
 
-def render_base(base: Json, pools: list[Json], width: int) -> Iterator[str]:
+def render_base(base: Json, elsewhere: Iterable[str], pools: Iterable[str],
+                width: int) -> Iterator[str]:
     """Yield the lines of a base: a bar, and rows of a map, each behind its first address."""
-    prefix, total, blocks = parse_prefix(base["prefix"]), base["blocks"], base["block_prefixlen"]
-    size = prefix.num_addresses // total
-    marks = {mark: list(map(parse_prefix, texts)) for mark, texts in (
-        ("r", base["remembered"].values()), ("o", base["elsewhere"]), ("~", base["routes"]),
-        ("x", base["excluded"]), ("+", [pool["subnet"] for pool in pools]))}
-    used, shut = (sum(part.num_addresses for part in touched_blocks(
-        prefix, blocks, itertools.chain(*[marks[mark] for mark in kind]))) // size
-                  for kind in ("+o", "+ox~"))
-    indent = len(str(prefix[-size]))
+    prefix, total, used = parse_prefix(base["prefix"]), base["blocks"], base["blocks_used"]
+    free = total - used - base["blocks_excluded"] - base["blocks_routed"]
+    indent = len(str(prefix[-prefix.num_addresses // total]))
     length = 1 << max(width - indent - 4, 1).bit_length() - 1
-    cells = draw_map(prefix, min(total, 4 * length), marks)
-    unit = f"; {format_count(total // len(cells))} to a sign" * (total > len(cells))
+    signs = draw_map(base["prefix"], min(total, 4 * length), {
+        "r": base["remembered"].values(), "o": elsewhere, "~": base["routes"],
+        "x": base["excluded"], "+": pools})
+    unit = f"; {format_count(total // len(signs))} to a sign" * (total > len(signs))
     bar = ("#" * -(-10 * used // total)).ljust(10, ".")
     yield from textwrap.wrap(
-        f"{prefix}  [{bar}]  {used} of {format_count(total)} blocks of /{blocks} held, "
-        f"{format_count(total - shut)} free{unit}", width, subsequent_indent="  ")
-    for start in range(0, len(cells), length):
-        first = prefix[prefix.num_addresses // len(cells) * start]
-        yield f"  {first!s:{indent}}  {''.join(cells[start:start + length])}"
+        f"{prefix}  [{bar}]  {format_count(used)} of {format_count(total)} blocks of "
+        f"/{base['block_prefixlen']} held, {format_count(free)} free{unit}", width,
+        subsequent_indent="  ")
+    for start in range(0, len(signs), length):
+        first = prefix[prefix.num_addresses // len(signs) * start]
+        yield f"  {first!s:{indent}}  {signs[start:start + length]}"
 
 
 def format_count(count: int) -> str:
@@ -5257,16 +5253,21 @@ def format_count(count: int) -> str:
     return str(count) if count < 10 ** 9 else f"2^{(count - 1).bit_length()}"
 
 
-def draw_map(base: Network, count: int, marks: dict[str, list[Network]]) -> list[str]:
-    """Return so many characters, a power of two, each for a block of the base or several."""
-    size, length = base.num_addresses // count, base.prefixlen + count.bit_length() - 1
-    whole = [part for part in touched_blocks(base, BITS[6], marks["+"]) if part.prefixlen <= length]
-    cells = ["."] * count
-    for mark, networks in {**marks, "#": whole}.items():
-        for part in touched_blocks(base, length, networks):
-            first, many = (int(part[0]) - int(base[0])) // size, part.num_addresses // size
-            cells[first:first + many] = mark * many
-    return cells
+def draw_map(base: str, count: int, marks: dict[str, Iterable[str]]) -> str:
+    """Return so many signs, each for a block of the base or several: the last mark of prefixes.
+
+    Where those marked + take all of it, the sign is #.
+    """
+    version, start, end = read_range(base)
+    size, signs, held = (end - start + 1) // count, ["."] * count, [0] * count
+    for mark, prefixes in marks.items():
+        for family, first, last in set(map(read_range, prefixes)):
+            low, high = max(first, start) - start, min(last, end) - start
+            for at in range(low // size, high // size + 1) if family == version else ():
+                signs[at] = mark
+                part = min(high + 1, (at + 1) * size) - max(low, at * size)
+                held[at] += part * (mark == "+")
+    return "".join("#" if many == size else sign for sign, many in zip(signs, held))
 
 
 def cmd_check(arguments: argparse.Namespace) -> int:

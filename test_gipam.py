@@ -1090,20 +1090,21 @@ class ErrorTextTest(unittest.TestCase):
                 ("10.2.0.0/22 10.9.0.0/23", 24, "10.9.0.0/24 10.2.0.0/24",
                  "10.2.1.0/24 10.2.3.0/24", "10.2.2.0/30 10.9.1.1/32",
                  (6, "/24 in 10.2.0.0/22, 10.9.0.0/23", 2, 2, 2)),
-                # pieces count as blocks
+                # pieces count as blocks of the usual length, whatever is asked for
                 ("10.2.0.0/23", 24, "10.2.1.128/25", "10.2.0.0/26", "",
                  (2, "/24 in 10.2.0.0/23", 1, 1, 0)),
+                ("10.2.0.0/22", 23, "10.2.2.0/26", "10.2.0.0/26 10.2.0.64/26", "",
+                 (4, "/24 in 10.2.0.0/22", 1, 1, 2)),
                 ("2001:db8::/63", 64, "", "2001:db8::/64", "2001:db8:0:1::1/128",
                  (2, "/64 in 2001:db8::/63", 1, 0, 1)),
                 # what is excluded counts once, held or not
                 ("10.2.0.0/23", 24, "10.2.1.0/24 10.2.1.0/25", "10.2.0.0/24 10.2.1.0/25", "",
-                 (2, "/24 in 10.2.0.0/23", 1, 1, 0)),
-                # what is larger than a base counts as far as it lies in it, be it millions
-                ("10.0.0.0/9", 30, "", "10.0.0.0/8", "",
-                 (2097152, "/30 in 10.0.0.0/9", 2097152, 0, 0)),
+                 (2, "/24 in 10.2.0.0/23", 2, 0, 0)),
+                # what is larger than a base counts as far as it lies in it
+                ("10.0.0.0/9", 30, "", "10.0.0.0/8", "", (32768, "/24 in 10.0.0.0/9", 32768, 0, 0)),
                 # bases that are too small for such a block do not count
                 ("10.2.0.0/22 10.9.0.0/24", 22, "", "10.2.0.0/24", "",
-                 (1, "/22 in 10.2.0.0/22", 1, 0, 0))):
+                 (4, "/24 in 10.2.0.0/22", 1, 0, 3))):
             client = Alone(make_state(bases, excluded=excluded))
             for subnet in held.split():
                 client.request_pool(subnet)
@@ -5988,40 +5989,43 @@ SUBNET               HELD  OF    AGE  RANGE          NETWORK
     def test_bar_and_map_of_a_base(self) -> None:
         """Large numbers are powers of two; a row begins with the first address of its blocks.
 
-        In the map of a large base a character stands for a group of blocks. Counted is what
-        networks touch, each block once.
+        In the map of a large base a sign stands for a group of blocks. Counted, in JSON too, is
+        each block that networks, exclusions or routes touch, once.
         """
-        for text, prefixlen, subnets, bar, labels, drawing in (
+        route = "10.2.9.7/32 2001:db8:0:7::1/128"
+        for text, length, held, excluded, routes, bar, labels, drawing in (
                 ("10.0.0.0/8", 30, "10.0.0.0/14 10.4.0.0/14 10.8.0.0/24 10.255.255.0/24 "
-                 "fd00::/8 192.168.0.0/16", "[#.........]  131200 of 4194304 blocks of /30 held, "
-                 "4063104 free; 16384 to a sign",
+                 "fd00::/8 192.168.0.0/16", "10.2.9.0/28", route, "[#.........]  131200 of 4194304 "
+                 "blocks of /30 held, 4063104 free; 16384 to a sign",
                  "10.0.0.0 10.64.0.0 10.128.0.0 10.192.0.0", f"########+{246 * '.'}+"),
-                ("10.2.0.0/25", 31, "10.0.0.0/7", "[##########]  64 of 64 blocks of /31 held, "
-                 "0 free", "10.2.0.0", 64 * "#"),
-                ("10.2.0.0/16", 24, "10.2.0.0/26 10.2.0.64/26 10.2.1.0/26 10.2.2.0/25 10.2.2.128/25",
-                 "[#.........]  3 of 256 blocks of /24 held, 252 free",
-                 "10.2.0.0 10.2.64.0 10.2.128.0 10.2.192.0", f"++#......x{246 * '.'}"),
-                ("2001:db8::/56", 64, "", "[..........]  0 of 256 blocks of /64 held, 255 free",
-                 "2001:db8:: 2001:db8:0:40:: 2001:db8:0:80:: 2001:db8:0:c0::", f".......~{248 * '.'}"),
-                ("fd00::/60", 124, "", "[..........]  0 of 2^64 blocks of /124 held, 2^64 free; "
-                 "2^56 to a sign", "fd00:: fd00:0:0:4:: fd00:0:0:8:: fd00:0:0:c::", 256 * ".")):
-            blocks = 1 << prefixlen - gipam.parse_prefix(text).prefixlen
-            base = {"prefix": text, "blocks": blocks, "remembered": {}, "elsewhere": [],
-                    "excluded": ["10.2.9.0/28"], "routes": ["10.2.9.7/32", "2001:db8:0:7::1/128"],
-                    "block_prefixlen": prefixlen}
-            first, *rows = gipam.render_base(base, [{"subnet": it} for it in subnets.split()], 110)
-            with self.subTest(text):
+                ("10.2.0.0/25", 31, "10.0.0.0/7", "", "", "[##########]  64 of 64 blocks of /31 "
+                 "held, 0 free", "10.2.0.0", 64 * "#"),
+                ("10.2.0.0/16", 24, "10.2.0.0/26 10.2.0.64/26 10.2.1.0/26 10.2.2.0/25 "
+                 "10.2.2.128/25", "10.2.9.0/28", route, "[#.........]  3 of 256 blocks of /24 "
+                 "held, 252 free", "10.2.0.0 10.2.64.0 10.2.128.0 10.2.192.0",
+                 f"++#......x{246 * '.'}"),
+                ("2001:db8::/56", 64, "", "", route, "[..........]  0 of 256 blocks of /64 held, "
+                 "255 free", "2001:db8:: 2001:db8:0:40:: 2001:db8:0:80:: 2001:db8:0:c0::",
+                 f".......~{248 * '.'}"),
+                ("fd00::/60", 124, "", "", "", "[..........]  0 of 2^64 blocks of /124 held, 2^64 "
+                 "free; 2^56 to a sign", "fd00:: fd00:0:0:4:: fd00:0:0:8:: fd00:0:0:c::", 256 * "."),
+                *(("10.2.0.0/20", 24, "", "10.2.1.0/24 10.2.8.0/22", routes, "[..........]  0 of 16 "
+                   f"blocks of /24 held, {free} free", "10.2.0.0", drawing)
+                  for routes, free, drawing in (
+                      ("10.2.3.0/25 10.2.3.128/26", 10, ".x.~....xxxx...."),
+                      ("10.2.0.0/22 10.2.2.0/24", 8, "~x~~....xxxx...."),
+                      ("10.2.3.1/32 10.2.4.0/23", 8, ".x.~~~..xxxx...."),
+                      ("10.2.1.0/24 10.2.9.0/30", 11, ".x......xxxx....")))):
+            client = Alone(make_state(text, v4ab=length, v6ab=length, excluded=excluded))
+            for subnet in held.split():
+                client.request_pool(subnet)
+            client.routes = prefixes(routes)
+            base, = client.state()["bases"]
+            first, *rows = gipam.render_base(base, [], held.split(), 110)
+            with self.subTest(text, routes=routes):
                 self.assertEqual(first, f"{text}  {bar}")
                 self.assertEqual([row.split()[0] for row in rows], labels.split())
                 self.assertEqual("".join(row.split()[1] for row in rows), drawing)
-
-    def test_blocks_that_routes_touch_are_not_free(self) -> None:
-        family = make_state("10.2.0.0/20", excluded="10.2.1.0/24 10.2.8.0/22").families[4]
-        for routes, count in (
-                ("", 0), ("10.2.3.0/25 10.2.3.128/26", 1), ("10.2.0.0/22 10.2.2.0/24", 3),
-                ("10.2.3.1/32 10.2.4.0/23", 3), ("10.2.1.0/24 10.2.9.0/30", 0)):
-            with self.subTest(routes):
-                self.assertEqual(family.count_touched(map(gipam.span, prefixes(routes))), count)
 
     def test_a_terminal_has_its_width_and_its_colour_if_wanted(self) -> None:
         self.fill()
