@@ -7228,8 +7228,8 @@ class SharedTest(HostsCase):
             self.etcd.before += [lambda: None, self.etcd.go]  # a look, then the let-go; and it is away
         wait_for(lambda: self.etcd.late and one.service.etcd_failure, "it is on its way")
         self.assert_refused("etcd does not answer", one.request_address, pool_id, address, **self.WEB)
-        self.etcd.go(is_away=False)
         with mock.patch.object(one.service, "compare", lambda *_, **__: gipam.Need({}, "")):
+            self.etcd.go(is_away=False)
             one.hurry()
             wait_for(lambda: one.loop.call(lambda: not one.site.leaving), "a later one has succeeded")
             self.etcd.go()
