@@ -3138,16 +3138,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return bool(self.inbox or self.outbox) or self.length >= 0 or self.is_waiting
 
     def receive(self) -> None:
-        """Put what has come into the inbox."""
+        """Put what has come into the inbox; what is a request goes from there in the same turn."""
         if not self.inbox and self.length < 0:
             self.since_s = time.monotonic()
         try:
-            while len(self.inbox) < MAX_HEAD_BYTES + MAX_BODY_BYTES:
-                data = self.connection.recv(RECEIVE_BYTES)
-                self.inbox += data
-                self.has_ended = not data
-                if len(data) < RECEIVE_BYTES:
-                    break
+            data = self.connection.recv(RECEIVE_BYTES)
+            self.inbox += data
+            self.has_ended = not data
         except BlockingIOError:
             pass
         except OSError:
