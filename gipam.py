@@ -4790,26 +4790,16 @@ class Claimant:
 # === Commands =====================================================================================
 
 
-BOOLEANS = {**dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
-            **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False)}
-
-
-def parse_bool(text: str) -> bool:
-    """Return a boolean as Go's strconv.ParseBool reads it. Raises: ValueError."""
-    if text not in BOOLEANS:
-        raise ValueError("not a boolean, such as true or false")
-    return BOOLEANS[text]
-
-
-def parse_length(bits: int, text: str) -> int:
-    """Return the length in bits of a block, which has two addresses or more. Raises: ValueError."""
-    if not re.fullmatch("[0-9]{1,3}", text) or not 0 < int(text) < bits:
-        raise ValueError(f"not a prefix length from 1 to {bits - 1}")
+# What these raise only says that a text breaks the rule of its kind, which stands in VALUES.
+def parse_number(low: int, high: int, text: str) -> int:
+    """Return a decimal number from low to high. Raises: ValueError."""
+    if not re.fullmatch("[0-9]{1,5}", text) or not low <= int(text) <= high:
+        raise ValueError
     return int(text)
 
 
 def parse_prefixes(text: str) -> list[Network]:
-    """Return the prefixes of a list with commas. Raises: ValueError."""
+    """Return the prefixes of a list with commas. Raises: ValueError with the rule."""
     return [parse_prefix(part.strip()) for part in text.split(",")] if text else []
 
 
@@ -4817,24 +4807,51 @@ def parse_path(text: str) -> str:
     """Return the path of a file to be, its directory absolute and without symbolic links."""
     directory, name = os.path.split(text)
     if not name or "\0" in text:
-        raise ValueError("not the path of a file")
+        raise ValueError
     return os.path.join(os.path.realpath(directory), name)
 
 
 def parse_directory(text: str) -> str:
-    """Return the absolute path of a directory that is there, "" for none. Raises: ValueError."""
-    if text not in ("", "off") and not os.path.isdir(text):
-        raise ValueError("there is no such directory")
-    return "" if text in ("", "off") else os.path.realpath(text)
+    """Return the absolute path of a directory that is there. Raises: ValueError."""
+    if not os.path.isdir(text):
+        raise ValueError
+    return os.path.realpath(text)
 
 
 def parse_listen(text: str) -> tuple[str, int]:
-    """Return (host, port), without a host the loopback one. Raises: ValueError."""
-    match = re.fullmatch(r"\[?([^\[\]]*?)\]?:([0-9]{1,5})", text)
-    if match is None or int(match[2]) > 65535:
-        raise ValueError("not HOST:PORT, such as 127.0.0.1:9090")
-    host = "127.0.0.1" if match[1] in ("", "localhost") else match[1]
-    return str(ipaddress.ip_address(host)), int(match[2])
+    """Return (address, port), without a host the loopback one. Raises: ValueError."""
+    (host, port), = re.findall(r"\A\[?([^\[\]]*?)\]?:([0-9]+)\Z", text)
+    host = "127.0.0.1" if host in ("", "localhost") else host
+    version = 6 if ":" in host else 4
+    return format_address(parse_address(host, version), version), parse_number(0, 65535, port)
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """Return a member of etcd. Raises: ValueError."""
+    (scheme, user, host, port), = re.findall(
+        r"\A(https?)://(?:([^/]*)@)?(\[[0-9a-f:.]+\]|[\w.-]+)(?::([0-9]+))?/?\Z", text.strip())
+    name, _, password = map(urllib.parse.unquote, user.partition(":"))
+    return Endpoint(scheme, host.strip("[]"), parse_number(1, 65535, port or "2379"), name,
+                    password)
+
+
+BOOLEANS = {**dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
+            **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False)}  # Go's ParseBool
+VALUES: dict[str, tuple[Callable[[str], Any], str]] = {  # name -> (how to read it, rule)
+    "BOOL": (BOOLEANS.__getitem__, "not a boolean, such as true or false"),
+    "1..31": (functools.partial(parse_number, 1, 31), "not a prefix length from 1 to 31"),
+    "1..127": (functools.partial(parse_number, 1, 127), "not a prefix length from 1 to 127"),
+    "PREFIXES": (parse_prefixes, ""),  # which names the one that is wrong
+    "HOST:PORT": (parse_listen, "not HOST:PORT with an address as HOST, such as 127.0.0.1:9090"),
+    "FILE": (parse_path, "not the path of a file"),
+    "DIR": (parse_directory, "there is no such directory"),
+    "DEV": (lambda text: re.findall(r"\A[^\s/]{1,15}\Z", text)[0], "not the name of a device"),
+    "NAME": (lambda text: re.findall(r"\A[\w.-]{1,64}\Z", text or socket.gethostname())[0],
+             "a name has letters, digits and . _ -, 64 of them at most"),
+    "URLS": (lambda text: [*map(parse_endpoint, text.split(","))], (
+        "not a list of endpoints, such as http://10.0.0.1:2379 or "
+        "https://user:password@etcd2:2379")),
+}
 
 
 def mask(text: str) -> str:
@@ -4852,9 +4869,8 @@ class Option(NamedTuple):
     """An option: the flag -name, the variable GIPAM_NAME, and the text that it has been given."""
 
     name: str
-    parse: Callable[[str], Any]
+    kind: str  # of value: its key in VALUES
     default: str
-    metavar: str
     help: str
     text: str = ""
     origin: str = "default"
@@ -4867,65 +4883,43 @@ class Option(NamedTuple):
 
     @property
     def value(self) -> Any:
-        """Return what the text says. Raises: ConfigError."""
+        """Return what the text says, None for off. Raises: ConfigError."""
+        if self.default == "off" and self.text in ("", "off"):
+            return None
+        parse, rule = VALUES[self.kind]
         try:
-            return self.parse(self.text)
-        except ValueError as error:
-            raise self.error(error) from None
+            return parse(self.text)
+        except (ValueError, LookupError) as error:
+            raise self.error(rule or error) from None
 
     def error(self, rule: object) -> ConfigError:
         """Return the error that names the option, its text, where that is from, and the rule."""
         return ConfigError(f"-{self.name} {mask(self.text)!r} from the {self.origin}: {rule}")
 
 
-def parse_endpoints(text: str) -> list[Endpoint]:
-    """Return the endpoints of a list with commas, [] for none. Raises: ValueError."""
-    found = []
-    for part in text.split(",") if text not in ("", "off") else ():
-        url = urllib.parse.urlsplit(part.strip())
-        if url.scheme not in ("http", "https") or not url.hostname or url.path.strip("/"):
-            raise ValueError("not a list of endpoints, such as http://10.0.0.1:2379 or "
-                             "https://user:password@etcd2:2379")
-        found.append(Endpoint(url.scheme, url.hostname, url.port or 2379,
-                              urllib.parse.unquote(url.username or ""),
-                              urllib.parse.unquote(url.password or "")))
-    return found
-
-
-def parse_host(text: str) -> str:
-    """Return the name of a host, "" for this one's. Raises: ValueError."""
-    name = text or socket.gethostname()
-    if not re.fullmatch(r"[\w.-]{1,64}", name):
-        raise ValueError(f"{name!r} has other characters than letters, digits and . _ -")
-    return name
-
-
 OPTIONS = (
-    Option("unix", parse_bool, "false", "BOOL", "serve on a UNIX socket instead of TCP"),
-    Option("address", parse_listen, ":9090", "HOST:PORT",
-           "TCP address, on loopback only; HOST may be left out"),
-    Option("file", parse_path, "leases.json", "FILE", "lease file"),
-    Option("v6", parse_prefixes, "", "PREFIXES", "IPv6 bases, separated by commas, used in order"),
-    Option("v4", parse_prefixes, "", "PREFIXES", "IPv4 bases, likewise"),
-    Option("v6ab", functools.partial(parse_length, BITS[6]), "64", "BITS", "length of IPv6 blocks"),
-    Option("v4ab", functools.partial(parse_length, BITS[4]), "24", "BITS", "length of IPv4 blocks"),
-    Option("exclude", parse_prefixes, "", "PREFIXES", "prefixes that are never handed out"),
-    Option("socket", parse_path, PLUGIN_SOCKET_DIR + "/gipam.sock", "PATH",
+    Option("unix", "BOOL", "false", "serve on a UNIX socket instead of TCP"),
+    Option("address", "HOST:PORT", ":9090", "TCP address, on loopback only; HOST may be left out"),
+    Option("file", "FILE", "leases.json", "lease file"),
+    Option("v6", "PREFIXES", "", "IPv6 bases, separated by commas, used in order"),
+    Option("v4", "PREFIXES", "", "IPv4 bases, likewise"),
+    Option("v6ab", "1..127", "64", "length of IPv6 blocks"),
+    Option("v4ab", "1..31", "24", "length of IPv4 blocks"),
+    Option("exclude", "PREFIXES", "", "prefixes that are never handed out"),
+    Option("socket", "FILE", PLUGIN_SOCKET_DIR + "/gipam.sock",
            "socket; its base name names the driver"),
-    Option("spec", parse_path, "/etc/docker/plugins/gipam.spec", "PATH",
-           "plugin file of TCP mode; likewise"),
-    Option("metrics", lambda text: None if text in ("", "off") else parse_listen(text), "off",
-           "HOST:PORT", "address for GET /metrics and /healthz"),
-    Option("mac", parse_bool, "true", "BOOL", "have Docker give each container a MAC address; with "
-           "false it can use ipvlan, but before Docker 29 no container is known again"),
-    Option("onlink", lambda text: "" if text == "off" else text, "off", "DEV",
-           "network device on whose wire bases lie: gipam answers there for its containers"),
-    Option("etcd", parse_endpoints, "off", "URLS", "endpoints of the etcd through which several "
-           "hosts share the bases, separated by commas"),
-    Option("etcdtls", parse_directory, "off", "DIR", "certificates for etcd: ca.pem, and where it "
-           "wants a client certificate cert.pem, key.pem"),
-    Option("host", parse_host, "", "NAME", "name of this host in etcd, its own of all that share; "
-           "without: the host's name"),
+    Option("spec", "FILE", "/etc/docker/plugins/gipam.spec", "plugin file of TCP mode; likewise"),
+    Option("metrics", "HOST:PORT", "off", "address for GET /metrics and /healthz"),
+    Option("mac", "BOOL", "true", "have Docker give each container a MAC address; with false it "
+           "can use ipvlan, but before Docker 29 no container is known again"),
+    Option("onlink", "DEV", "off", "network device on whose wire bases lie: gipam answers there "
+           "for its containers"),
+    Option("etcd", "URLS", "off", "endpoints of the etcd through which several hosts share the "
+           "bases, separated by commas"),
+    Option("etcdtls", "DIR", "off", "certificates for etcd: ca.pem, and where it wants a client "
+           "certificate cert.pem, key.pem"),
+    Option("host", "NAME", "", "name of this host in etcd, its own of all that share; without: the "
+           "host's name"),
 )
 
 
@@ -4935,12 +4929,10 @@ Config = argparse.Namespace  # all options under their names, parsed; and what b
 
 def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace) -> Settings:
     """Return the first two stages: command line over environment over default."""
-    settings = {}
+    settings = {option.name: option._replace(text=option.default) for option in OPTIONS}
     for option in OPTIONS:
-        settings[option.name] = option._replace(text=option.default)
-        stages = {f"environment ({option.variable})": environment.get(option.variable),
-                  "command line": getattr(arguments, option.name, None)}
-        for origin, given in stages.items():
+        for origin, given in ((f"environment ({option.variable})", environment.get(option.variable)),
+                              ("command line", getattr(arguments, option.name, None))):
             if given is not None:
                 settings[option.name] = option._replace(text=given, origin=origin, given=given)
     return settings
@@ -4996,7 +4988,7 @@ def describe_daemon(config: Config, place: Any) -> Json:
     """Return what /status tells of the daemon that listens there, without passwords."""
     shown = {}
     for name, option in config.settings.items():
-        text = option.value if option.parse in (parse_path, parse_host) else option.text
+        text = option.value if option.kind in ("FILE", "NAME") else option.text
         shown[name] = {"value": mask(text), "origin": option.origin}
     return {"driver": config.driver, "listening": format_endpoint(place), "config": shown}
 
@@ -5536,7 +5528,7 @@ def normalise_arguments(arguments: list[str]) -> list[str]:
 
     A boolean option takes the next word only if that is one, and needs none.
     """
-    options = {"--" + option.name: option.parse is parse_bool for option in OPTIONS}
+    options = {"--" + option.name: option.kind == "BOOL" for option in OPTIONS}
     words: list[str] = []
     for argument in reversed(arguments):
         word, following = re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument), words[-1] if words else "-"
@@ -5559,7 +5551,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], dict[str, str]]] 
     "evict": (cmd_evict, {"HOST": "as `gipam status` shows it", "--yes": "do not ask"}),
     "config": (cmd_config, {}),
 }
-VALUES: dict[str, Json] = {  # the arguments of commands that are no switches
+SHAPES: dict[str, Json] = {  # the arguments of commands that are no switches
     "--grace": {"type": int, "default": 60, "metavar": "SECONDS"}, "POOL": {}, "HOST": {},
     "ADDRESS": {"nargs": "?", "default": ""}, "WHAT": {"nargs": "?", "default": ""},
 }
@@ -5608,10 +5600,10 @@ def build_parser(name: str) -> Parser:
     group.add_argument("--version", action="version", version=__version__, help="likewise")
     for option in OPTIONS:
         text = f"{option.help} ({option.variable}; default: {option.default or 'none'})"
-        group.add_argument("--" + option.name, metavar=option.metavar,
+        group.add_argument("--" + option.name, metavar=option.kind,
                            help=text if is_serve else argparse.SUPPRESS)
     for flag, text in flags.items():
-        group.add_argument(flag, help=text, **VALUES.get(flag, {"action": "store_true"}))
+        group.add_argument(flag, help=text, **SHAPES.get(flag, {"action": "store_true"}))
     return parser
 
 

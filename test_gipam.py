@@ -7412,7 +7412,7 @@ class OptionTest(CommandLineCase):
     def test_options_stand_before_the_command_or_after_it(self) -> None:
         """And a boolean one, as Go reads it, takes no word but a boolean."""
         go = ["1", "t", "T", "TRUE", "true", "True", "0", "f", "F", "FALSE", "false", "False"]
-        self.assertEqual(list(map(gipam.parse_bool, go)), [True] * 6 + [False] * 6)
+        self.assertEqual(list(map(gipam.BOOLEANS.get, go)), [True] * 6 + [False] * 6)
         for words, name, value in (
                 ("-v4 10.2.0.0/16 config", "v4", "10.2.0.0/16"),
                 ("config -v4 10.2.0.0/16", "v4", "10.2.0.0/16"),
@@ -7460,7 +7460,7 @@ class OptionTest(CommandLineCase):
             self.assertTrue(done.out.startswith("usage: gipam [COMMAND] [OPTIONS]\n"), done.out)
             said = re.sub(r"\s+", " ", done.out)
             for option in gipam.OPTIONS:
-                self.assertIn(f"--{option.name} {option.metavar} ", said)
+                self.assertIn(f"--{option.name} {option.kind} ", said)
                 self.assertIn(f"({option.variable}; default: {option.default or 'none'})", said)
             for name, (function, _) in gipam.COMMANDS.items():
                 self.assertRegex(done.out, f"\n  {name} +{(function.__doc__ or '')[:20]}")
@@ -7500,7 +7500,9 @@ class OptionTest(CommandLineCase):
 
 
 PATH = "not the path of a file"
-LISTEN = "not HOST:PORT, such as 127.0.0.1:9090"
+LISTEN = "not HOST:PORT with an address as HOST, such as 127.0.0.1:9090"
+ENDPOINTS = ("not a list of endpoints, such as http://10.0.0.1:2379 or "
+             "https://user:password@etcd2:2379")
 LENGTH = "not a prefix length from 1 to"
 FORM = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
 HOST_BITS = "has host bits set: the prefix is"
@@ -7606,14 +7608,20 @@ class ConfigurationTest(CommandLineCase):
     def test_an_invalid_value_is_refused_by_option_origin_value_and_rule(self) -> None:
         for name, values, rule, *others in (
                 ("unix", ["maybe", ""], "not a boolean, such as true or false"),
-                ("address", ["9090", "127.0.0.1", ":65536", ":-1", ":x", "::1:x", "", "off"], LISTEN),
-                ("metrics", ["9091"], LISTEN),
+                ("address", ["9090", "127.0.0.1", ":65536", ":-1", ":x", "::1:x", "", "off",
+                             "web:9090", "[fe80::1%lo]:9090"], LISTEN),
+                ("metrics", ["9091", "web:9091"], LISTEN),
                 ("address", ["0.0.0.0:9090", "[::]:9090", "10.2.0.1:9090"], "not a loopback "
                  "address: whoever reaches the port could take every address; use :PORT, or -unix"),
-                ("address", ["web:9090"], "'web' does not appear to be an IPv4 or IPv6 address"),
                 ("v4", ["127.0.0.0/16", "224.1.0.0/16", "0.0.0.0/0"], "{} " + NO_HOST),
                 ("v6", ["ff00::/12", "::/64"], "{} " + NO_HOST),
+                ("etcd", ["etcd1:2379", "http://", "http://etcd1:port", "http://etcd1:65536",
+                          "http://[::1:2379", "http://[web]:1", "http://etcd1/x", "ftp://etcd1",
+                          "http://etcd1:2379,"], ENDPOINTS),
                 ("etcdtls", ["/nonexistent"], "there is no such directory"),
+                ("onlink", ["../eth0", "eth 0", "x" * 16], "not the name of a device"),
+                ("host", ["web 1", "x" * 65], "a name has letters, digits and . _ -, 64 of them "
+                                              "at most"),
                 ("file", ["", "/tmp/"], PATH), ("socket", [""], PATH), ("spec", ["/tmp/"], PATH),
                 ("v4", ["10.2.0.0", "10.2.0.0/255.255.0.0"], "{0!r} " + FORM),
                 ("v4", ["10.2.0.0/16,"], f"'' {FORM}"),
