@@ -143,7 +143,6 @@ MAX_FAILED_TURNS = 10  # in a row
 MAX_LOG_RECORDS, MAX_LOG_CHARS = 1_000, 4_000  # that nobody has read yet; of a line
 TICK_S = 1.0
 MAX_PROXIES = 10  # entries in a turn; measured: 60 us each
-LOOK_S = 60.0  # from one comparison of all entries to the next; measured: 3 ms for 1,000
 START_PATIENCE_S = 300  # asked of the service manager, for a large state
 RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection shut to dial again
 DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has begun a request to send it all
@@ -2097,20 +2096,35 @@ def read_obstacles(ask: Ask, version: int, bases: list[Network]) -> list[Range]:
     return sorted(found)
 
 
+def read_attributes(message: bytes, at: int = 12) -> dict[int, bytes]:
+    """Return the attributes of a message behind its fixed part, that of a route."""
+    found = {}
+    while at < len(message):
+        size, what = ATTRIBUTE.unpack_from(message, at)
+        found[what] = message[at + ATTRIBUTE.size:at + size]
+        at += size + 3 & ~3
+    return found
+
+
 def read_prefix(kind: int, message: bytes) -> tuple[int, int]:
     """Return (address, prefixlen) of a route, or of an own address; (0, 0) for a broadcast route.
 
     Source: rtnetlink(7), struct rtmsg and ifaddrmsg; IFA_ADDRESS is 1, as RTA_DST.
     """
     is_route = kind == RTM_GETROUTE
-    at = 12 if is_route else 8
-    while at < len(message) and not (is_route and message[7] == RTN_BROADCAST):
-        size, what = ATTRIBUTE.unpack_from(message, at)
-        address = message[at + ATTRIBUTE.size:at + size]
-        if what == DST:
-            return int.from_bytes(address, "big"), message[1] if is_route else 8 * len(address)
-        at += size + 3 & ~3
-    return 0, 0
+    if is_route and message[7] == RTN_BROADCAST:
+        return 0, 0
+    address = read_attributes(message, 12 if is_route else 8).get(DST, b"")
+    return int.from_bytes(address, "big"), message[1] if is_route else 8 * len(address)
+
+
+def is_connected(route: bytes, base: Network, device: bytes) -> bool:
+    """Return whether a route that is not the default one puts a base on the wire of a device."""
+    first, length = read_prefix(RTM_GETROUTE, route)
+    if not 0 < length <= base.prefixlen or (first ^ int(base[0])) >> BITS[base.version] - length:
+        return False
+    found = read_attributes(route)
+    return found.get(RTA_OIF) == device and not found.keys() & {5, 18}  # RTA_GATEWAY, RTA_VIA
 
 
 def ask_kernel(kind: int, body: bytes, flags: int = NLM_F_DUMP) -> list[bytes]:
@@ -2222,13 +2236,12 @@ class Proxies:
 
     def _compare(self, state: State) -> None:
         """Find all entries that differ from what containers have in the bases on the wire."""
-        self._state, self._look_s = state, time.monotonic() + LOOK_S
-        before, self._onlink, self._index = self._onlink, [], 0
+        self._state, self._look_s, self._index, before = state, math.inf, 0, self._onlink
         with contextlib.suppress(OSError):
             self._index = socket.if_nametoindex(self._device)
-            self._onlink = [base for base in self._bases if any(
-                device == self._device and not flags & 2  # RTF_GATEWAY
-                for device, flags in read_routes("/proc/self/net", base))]
+        self._onlink = [base for base in self._bases if any(
+            is_connected(route, base, struct.pack("=i", self._index)) for route in
+            self._ask(RTM_GETROUTE, bytes((SOCKET_FAMILY[base.version], 0, 0, 0))))]
         if not self._onlink:
             self._look_s = time.monotonic() + TICK_S
         if self._onlink != before:

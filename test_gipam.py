@@ -2707,6 +2707,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.devices, self.ways = {"eth0": 2}, {"2001:db8:0:100::/64": 3, "10.2.0.0/24": 3, "fd00::/64": 3, "::/0": 2}
+        self.connected = ["10.0.0.0/8", "2001:db8:0:100::/56"]  # by whatever devices there are
         self.entries: dict[bytes, bytes] = {}  # as asked for -> mark
         self.failure: OSError | None = None
 
@@ -2716,6 +2717,9 @@ class Wire:
         return self.devices[name]
 
     def __call__(self, kind: int, body: bytes, flags: int = gipam.NLM_F_DUMP) -> list[bytes]:
+        if kind == gipam.RTM_GETROUTE and flags == gipam.NLM_F_DUMP and not self.failure:
+            return [route(text, index) for index in self.devices.values() for text in self.connected
+                    if (":" in text) == (body[0] == socket.AF_INET6)]
         size = 12 + struct.unpack_from("=H", body + bytes(2), 12)[0]
         entry, mark = body[:8] + bytes(2) + body[10:size], body[size:]
         if self.failure or size == 16:  # no address
@@ -2740,12 +2744,20 @@ def entry(address: str, index: int = 2) -> bytes:
                                 gipam.NTF_PROXY, 4 + len(packed), 1) + packed
 
 
+def route(text: str, index: int, more: bytes = b"") -> bytes:
+    """Return the message of a route to a device, as the kernel lists it."""
+    network = ipaddress.ip_network(text)
+    packed = network[0].packed if network.prefixlen else b""
+    address = struct.pack("=HH", 4 + len(packed), 1) + packed if packed else b""
+    return bytes((0, network.prefixlen, 0, 0, 254, 2, 0, 1, 0, 0, 0, 0)) + address \
+        + more + struct.pack("=HHi", 8, 4, index)
+
+
 class ProxiesTest(Case):
     """On a wire the kernel answers for what containers have, and for nothing else."""
 
     def setUp(self) -> None:
-        self.wire, self.now_s, self.connected = Wire(), 1.0, ["eth0"]
-        self.patch(gipam, read_routes=lambda *_: [(name, 1) for name in self.connected])
+        self.wire, self.now_s = Wire(), 1.0
         self.patch(socket, if_nametoindex=self.wire.find)
         self.patch(time, monotonic=lambda: self.now_s)
         self.client = Alone()
@@ -2810,9 +2822,20 @@ class ProxiesTest(Case):
         self.assert_answers()
         self.now_s += gipam.TICK_S
         self.assert_answers("2001:db8:0:100::7")
-        self.connected.clear()
-        self.now_s += gipam.LOOK_S
+        self.wire.connected.clear()
+        near.send(struct.pack("=20xi", 2))  # its address has gone
+        self.proxies.hear(1)
         self.assert_answers()
+
+    def test_base_is_on_the_wire_by_a_route_without_a_gateway(self) -> None:
+        base, gateway = gipam.parse_prefix("10.2.0.0/16"), struct.pack("=HH4x", 8, 5)
+        for text, index, more, expected in (
+                ("10.2.0.0/16", 2, b"", True), ("10.0.0.0/8", 2, b"", True), ("10.2.0.0/17", 2, b"", False),
+                ("10.3.0.0/16", 2, b"", False), ("10.2.0.0/16", 3, b"", False), ("0.0.0.0/0", 2, b"", False),
+                ("10.2.0.0/16", 2, gateway, False)):
+            with self.subTest(text, index=index, more=more):
+                message = route(text, index, more)
+                self.assertIs(gipam.is_connected(message, base, struct.pack("=i", 2)), expected)
 
     def test_what_fails_is_logged_and_tried_again_at_a_tick(self) -> None:
         self.assert_answers()
