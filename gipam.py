@@ -4944,8 +4944,9 @@ def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace)
     """Return the first two stages: command line over environment over default."""
     settings = {option.name: option._replace(text=option.default) for option in OPTIONS}
     for option in OPTIONS:
-        for origin, given in ((f"environment ({option.variable})", environment.get(option.variable)),
-                              ("command line", getattr(arguments, option.name, None))):
+        stages = ((f"environment ({option.variable})", environment.get(option.variable)),
+                  ("command line", getattr(arguments, option.name, None)))
+        for origin, given in stages:
             if given is not None:
                 settings[option.name] = option._replace(text=given, origin=origin, given=given)
     return settings
