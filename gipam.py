@@ -126,7 +126,7 @@ BACKLOG = 1024  # with socketserver's 5, parallel connects of dockerd fail with 
 MAX_REMEMBERED = 1024  # addresses a subnet, names a family; past it the oldest is forgotten
 MAX_KEPT = 256  # addresses that are remembered of a subnet that is gone
 MIN_FOLD_BYTES = 1 << 20  # a journal is folded once it is longer than this and than the snapshot
-FOLD_PATIENCE_S = 10.0  # after a fold that failed
+FOLD_PATIENCE_S = 10.0  # after a fold that failed: it is tried for ever, and leaves nothing
 ENCODE_LEASES = 250  # of a snapshot, or for an import, at a time; measured: 0.4 ms
 MAX_ADOPTED = 250  # leases in one call of /Gipam.Adopt
 WRITE_BYTES = 16384  # of a snapshot, and of a page, at a time
@@ -1745,14 +1745,11 @@ class Store:
 
     def hold(self) -> None:
         """Lock all segments, so that nobody else writes. Raises: GipamError, OSError."""
-        self.close()
         while {*self._fds} != {*self.segments()}:  # until none has come or gone meanwhile
             self.close()
-            for number in self.segments():
-                try:
+            with contextlib.suppress(FileNotFoundError):
+                for number in self.segments():
                     self._fds[number] = self._take(self._open(self.segment_path(number)))
-                except FileNotFoundError:
-                    break
 
     def close(self) -> None:
         """Let go of the segments."""

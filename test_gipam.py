@@ -2225,21 +2225,27 @@ class TurnTest(ServiceCase):
         self.assertEqual({reply.status for reply in self.ask(*self.a_life())}, {200})
         self.assert_agreed()
 
-    def test_full_disk_refuses_before_anything_is_changed(self) -> None:
+    def test_full_disk_gives_what_it_has_and_refuses_before_anything_is_changed(self) -> None:
         """The room ends in the middle of a turn: what came before is granted."""
-        store = self.service.store
-        store._room = store.journal_bytes + 500
-        os.truncate(self.journal, store._room)
-        made = len(self.calls.made)
-        full = OSError(errno.ENOSPC, "No space left")
-        with mock.patch.object(store, "_extend", side_effect=full):
-            replies = self.ask(*[("RequestAddress", {"PoolID": self.pool_id})] * 9)
-        statuses = [reply.status for reply in replies]
-        self.assertEqual((sorted(statuses), set(statuses)), (statuses, {200, 503}))
+        store, call, made = self.service.store, self.calls._call, len(self.calls.made)
+        for limit, ahead in ((999, 0), (0, 500)):
+            store._room = store.journal_bytes + ahead
+            os.truncate(self.journal, store._room)
+
+            def scarce(name: str, *arguments: Any, limit: int = limit) -> Any:
+                if name == "pwrite" and len(arguments[1].rstrip(b"\0")) < len(arguments[1]) - limit:
+                    raise OSError(errno.ENOSPC, "No space left")
+                return call(name, *arguments)
+
+            with mock.patch.object(self.calls, "_call", scarce):
+                replies = self.ask(*[("RequestAddress", {"PoolID": self.pool_id})] * 9)
+            statuses = [reply.status for reply in replies]
+            self.assertEqual((statuses[0], statuses[-1]), (200, 200 if limit else 503))
+            self.assertEqual(sorted(statuses), statuses)
+            self.assertEqual(os.path.getsize(self.journal), store._room)
+            self.assert_agreed()
         self.assertRegex(json.loads(replies[-1].body)["Error"], "cannot write .*: No space left")
-        self.assertEqual(self.calls.made[made:].count("pwrite journal.1"), 1)
-        self.assertEqual(os.path.getsize(self.journal), store._room)
-        self.assert_agreed()
+        self.assertEqual(self.calls.made[made:].count("pwrite journal.1"), 11)  # 9 times room
 
     def test_exception_in_the_middle_of_a_change_loses_nothing(self) -> None:
         """A MemoryError can come anywhere; the state that it leaves is not used."""
@@ -2305,20 +2311,6 @@ class TurnTest(ServiceCase):
         self.assertGreater(store._room, started + gipam.ROOM_BYTES)
         self.assertLess(store._room - store.journal_bytes, gipam.ROOM_BYTES + 1)
         self.assertLess(self.calls.made[made:].count("fdatasync journal.1"), 405)
-        self.assertEqual(os.path.getsize(self.journal), store._room)
-        self.assert_agreed()
-
-    def test_almost_full_disk_gives_what_it_has(self) -> None:
-        store, call = self.service.store, self.calls._call
-        store._room = store.journal_bytes
-
-        def scarce(name: str, *arguments: Any) -> Any:
-            if name == "pwrite" and len(arguments[1]) > 999:
-                raise OSError(errno.ENOSPC, "No space left")
-            return call(name, *arguments)
-
-        with mock.patch.object(self.calls, "_call", scarce):
-            self.client.request_address(self.pool_id)
         self.assertEqual(os.path.getsize(self.journal), store._room)
         self.assert_agreed()
 
