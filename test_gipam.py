@@ -7248,11 +7248,14 @@ class SharedTest(HostsCase):
         wait_for(lambda: self.etcd.late and one.service.etcd_failure, "it is on its way")
         self.assert_refused("etcd does not answer", one.request_address, pool_id, address, **self.WEB)
         with mock.patch.object(one.service, "compare", lambda *_, **__: gipam.Need({}, "")):
+            one.hurry()
+            wait_for(lambda: one.claimant._pulse_s, "what it compared before is over")
             self.etcd.go(is_away=False)
             one.hurry()
             wait_for(lambda: one.loop.call(lambda: not one.site.leaving), "a later one has succeeded")
             self.etcd.go()
-            one.service.etcd_failure = "it is away"
+            one.hurry()
+            wait_for(lambda: one.service.etcd_failure, "it is away again")
             one.request_address(pool_id, address, **self.WEB)
             self.etcd.go(is_away=False)
             with self.etcd.lock:
