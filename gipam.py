@@ -3226,7 +3226,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Refuse what is not a request. Raises: InvalidRequest."""
-        raise InvalidRequest(message or http.HTTPStatus(code).phrase, code)
+        raise InvalidRequest(message or self.responses[code][0], code)
 
     def handle_expect_100(self) -> bool:
         """Tell a client that waits for it to go ahead."""
@@ -3244,7 +3244,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.page, portion = reply.page, next(reply.page, b"") if reply.page else b""
         self.is_last = self.close_connection or bool(portion) or self.server.loop.is_ending
         length = "" if portion else f"Content-Length: {len(reply.body)}\r\n"
-        head = (f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
+        head = (f"HTTP/1.1 {reply.status} {self.responses[reply.status][0]}\r\n"
                 f"Content-Type: {reply.content_type}\r\n{length}"
                 f"{CLOSE if self.is_last else ''}\r\n")
         self.reply = reply
