@@ -5847,43 +5847,38 @@ class ByHandTest(OperatedCase):
         self.assert_released("10.2.0.0/24 --yes", "released pool with 1 leases, 10.2.0.0/24")
         self.assertEqual(self.held(), {})
 
-    def test_command_refuses_what_docker_uses_unless_forced(self) -> None:
+    def test_command_releases_what_docker_does_not_use_and_names_what_it_refuses(self) -> None:
+        """One pool, or an address in it, in any spelling; with --force, though Docker uses it."""
+        self.make_ranges()
+        self.docker.make_network("six", "fd00:9::/64")
         self.docker.make_network("lan", "10.9.0.0/24")
         self.docker.make_network("hint")
         self.docker.show_hint("hint", "0.0.0.0/24")
-        before = self.held()
-        for arguments, words in (("10.2.0.0/24", "network web of Docker uses it"),
-                                 ("10.2.0.0/24 10.2.0.1", "network web of Docker uses it"),
-                                 ("10.2.0.0/24 10.2.0.2", "container one of Docker uses it"),
-                                 ("10.9.0.0/24 10.9.0.1", "of Docker uses it"),  # though it does not show it
-                                 ("10.2.1.0/24", "of Docker uses it")):
-            with self.subTest(arguments):
-                done = self.run_gipam("release", *arguments.split(), "--yes")
-                self.assert_fails(done, 1, f"gipam: .*{words}.*--force")
-        self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes", DOCKER_HOST="unix:///nothing").status, 2)
-        self.assertEqual(self.held(), before)
-        self.assert_released("10.2.0.0/24 --yes --force", "released pool with 2 leases, 10.2.0.0/24")
-        self.assertNotIn("10.2.0.0/24", self.held())
-
-    def test_command_takes_one_pool_and_address_in_any_spelling(self) -> None:
-        self.make_ranges()
-        self.docker.make_network("six", "fd00:9::/64")
         low, high = (self.docker.pool_ids[name, 4] for name in ("low", "high"))
-        one = "pools: give the id of one, as `gipam status --json` has it"
-        there = "".join(f"\n  {pool['id']}" for pool in self.status_now()["pools"])
-        for arguments, words in (("10.77.0.0/24", f"'10.77.0.0/24' names 0 {one}{there}"),
-                                 ("10.50.0.0/24", f"'10.50.0.0/24' names 2 {one}\n  {low}\n  {high}"),
-                                 *((f"10.2.0.0/24 {text}", f"{text!r} is not held in 10.2.0.0/24, "
-                                     "which has 10.2.0.1, 10.2.0.2")
-                                   for text in ("10.2.0.9", "10.9.0.9", "one", "10.2.0.2x"))):
+        before, one = self.status_now(), "pools: give the id of one, as `gipam status --json` has it"
+        there = "".join(f"\n  {pool['id']}" for pool in before["pools"])
+        for arguments, said in (
+                *((arguments, f"{user} of Docker uses it: remove that first, or use --force")
+                  for arguments, user in (
+                      ("10.2.0.0/24", "network web"), ("10.2.0.0/24 10.2.0.1", "network web"),
+                      ("10.2.0.0/24 10.2.0.2", "container one"),
+                      ("10.9.0.0/24 10.9.0.1", "a network"),  # though it does not show it
+                      ("10.2.1.0/24", "a network"))),
+                ("10.77.0.0/24", f"'10.77.0.0/24' names 0 {one}{there}"),
+                ("10.50.0.0/24", f"'10.50.0.0/24' names 2 {one}\n  {low}\n  {high}"),
+                *((f"10.2.0.0/24 {text}", f"{text!r} is not held in 10.2.0.0/24, which has "
+                   "10.2.0.1, 10.2.0.2") for text in ("10.2.0.9", "10.9.0.9", "one", "10.2.0.2x"))):
             with self.subTest(arguments):
-                done = self.run_gipam("release", *arguments.split(), "--force", "--yes")
-                self.assertEqual(done, (1, "", f"gipam: {words}\n"))
+                self.assertEqual(self.run_gipam("release", *arguments.split(), "--yes"),
+                                 (1, "", f"gipam: {said}\n"))
+        self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes", DOCKER_HOST="unix:///nothing").status, 2)
+        self.assertEqual(self.status_now(), before)
         for arguments, said in (("FD00:0009:0:0::/64 FD00:9::0:1", "address fd00:9::1 of fd00:9::/64"),
                                 ("10.50.0.0/25", "pool with 1 leases, 10.50.0.0/24"),
-                                (high, "pool with 1 leases, 10.50.0.0/24")):
+                                (high, "pool with 1 leases, 10.50.0.0/24"),
+                                ("10.2.0.0/24", "pool with 2 leases, 10.2.0.0/24")):
             self.assert_released(arguments + " --yes --force", "released " + said)
-        self.assertEqual(self.held(), {"10.2.0.0/24": ["10.2.0.1", "10.2.0.2"], "fd00:9::/64": []})
+        self.assertEqual(set(self.held()), {"fd00:9::/64", "10.9.0.0/24", "10.2.1.0/24"})
 
 
 class StatusTest(OperatedCase):
@@ -6109,12 +6104,6 @@ SUBNET               HELD  OF    AGE  RANGE          NETWORK
             **since, "address": "10.2.0.2", "kind": "endpoint", "mac": "02:42:00:00:00:02",
             "name": "", "container": "one"})
 
-    def test_same_over_unix_and_tcp(self) -> None:
-        self.fill()
-        tcp = (*self.nowhere, "-address", f"127.0.0.1:{self.serve_tcp()}")
-        self.assertEqual(self.status("--json", "--leases", options=tcp),
-                         self.status("--json", "--leases"))
-
     def test_where_nobody_answers_each_command_says_where_it_looked(self) -> None:
         """The lease file says nothing of what was asked since, nor does an error."""
         for words in ("status", "config", "check", "check --fix", "check --json", "evict web2",
@@ -6132,35 +6121,29 @@ SUBNET               HELD  OF    AGE  RANGE          NETWORK
                 self.assert_fails(self.run_gipam("status"), 2,
                                   f"gipam: the daemon does not answer on {self.socket}: {why}")
 
-    def test_driver_is_what_the_daemon_says(self) -> None:
+    def test_driver_and_settings_are_what_the_daemon_says(self) -> None:
         """Whatever -socket, -address and -unix lead to it."""
         self.docker.make_network("web")
-        self.service.about["driver"] = "lan"
-        found = gipam.find_differences(self.status_now, lambda: gipam.read_uses(self.docker.path, "lan", DEADLINE_S), 0)
-        self.assertEqual([finding.kind for finding in found.values()], ["leaked_pool", "overlap"])
-        for options in ((), ("-unix", "-spec", "/x/y.spec")):
-            done = self.run_gipam("check", "--grace=0", "-socket", self.socket,
-                                  options=(*options, "-file", self.file))
-            self.assertRegex(done.out, "^leaked_pool: ")
-
-    def test_config_asks_the_daemon(self) -> None:
-        self.service.about["config"] = {
+        self.service.about.update(driver="lan", config={
             "v4": {"value": "10.7.0.0/16", "origin": "environment (GIPAM_V4)"},
-            "exclude": {"value": "", "origin": "default"}}
-        done = self.run_gipam("config", "-v4", "10.8.0.0/16")
-        self.assertEqual((done.status, done.err), (0, ""))
-        self.assertRegex(done.out, r"^v4 +10\.7\.0\.0/16 +environment \(GIPAM_V4\)\n"
-                                   r"exclude +none +default\n$")
+            "exclude": {"value": "", "origin": "default"}})
+        for options in (("-socket", self.socket), ("-unix", "-spec=/x/y.spec", "-socket", self.socket),
+                        (*self.nowhere, f"-address=127.0.0.1:{self.serve_tcp()}")):
+            with self.subTest(options):
+                done = self.run_gipam("check", "--grace=0", options=options)
+                self.assertRegex(done.out, "^leaked_pool: .*\noverlap: .*\n")
+                done = self.run_gipam("config", "-v4", "10.8.0.0/16", *options)
+                self.assertRegex(done.out, r"^v4 +10\.7\.0\.0/16 +environment \(GIPAM_V4\)\n"
+                                           r"exclude +none +default\n$")
 
 
 class MetricsTest(OperatedCase):
     """GET /metrics and /healthz."""
 
-    NAMES = {"build_info": "gauge", "base_blocks": "gauge", "base_blocks_used": "gauge",
-             "base_blocks_excluded": "gauge", "pool_addresses": "gauge",
-             "pool_addresses_used": "gauge", "requests_total": "counter",
-             "request_duration_seconds": "histogram", "journal_sync_duration_seconds": "histogram",
-             "journal_bytes": "gauge", "last_write_timestamp_seconds": "gauge"}
+    KINDS = {"gauge": "build_info base_blocks base_blocks_used base_blocks_excluded pool_addresses "
+                      "pool_addresses_used journal_bytes last_write_timestamp_seconds",
+             "counter": "requests_total",
+             "histogram": "request_duration_seconds journal_sync_duration_seconds"}
 
     def get(self, path: str) -> tuple[int, str, str]:
         reply = gipam.dispatch(self.service, "GET", path, b"")
@@ -6189,23 +6172,15 @@ class MetricsTest(OperatedCase):
             if os.environ.get("GIPAM_REQUIRE_PROMETHEUS") == "1":
                 raise
             self.skipTest("prometheus_client is missing: pip install prometheus-client")
-        expected = {"gipam_" + name: kind for name, kind in self.NAMES.items()}
-        del expected["gipam_last_write_timestamp_seconds"]  # nothing is written yet
-        families: dict[str, Any] = {}
-        for fill, more in ((lambda: None, {}),
-                           (self.fill, {"gipam_last_write_timestamp_seconds": "gauge"})):
-            fill()
-            status, content_type, text = self.get("/metrics")
-            self.assertEqual((status, content_type),
-                             (200, "text/plain; version=0.0.4; charset=utf-8"))
-            families = {family.name: family
-                        for family in parser.text_string_to_metric_families(text)}
-            self.assertEqual({name + "_total" * (family.type == "counter"): family.type
-                              for name, family in families.items()}, {**expected, **more})
-            for family in families.values():
-                self.assertRegex(family.documentation, r"^\S.*\S$")
-                self.assertTrue(all(sample.name.startswith(family.name)
-                                    for sample in family.samples))
+        self.fill()
+        status, content_type, text = self.get("/metrics")
+        self.assertEqual((status, content_type), (200, "text/plain; version=0.0.4; charset=utf-8"))
+        families = {family.name: family for family in parser.text_string_to_metric_families(text)}
+        self.assertEqual({name + "_total" * (family.type == "counter"): family.type
+                          for name, family in families.items()}, {
+            "gipam_" + name: kind for kind, names in self.KINDS.items() for name in names.split()})
+        for family in families.values():
+            self.assertRegex(family.documentation, r"^\S.*\S$")
         *buckets, _, count = families["gipam_request_duration_seconds"].samples
         values = [bucket.value for bucket in buckets]
         self.assertEqual((values, buckets[-1].labels), (sorted(values), {"le": "+Inf"}))
@@ -7446,21 +7421,6 @@ class OptionTest(CommandLineCase):
         for text in ("yes", "on", "", "2", "TRUe", "tRUE", " true", "-1"):
             self.assertEqual(self.run_config(f"-unix={text}").status, 78, text)
 
-    def test_what_is_no_option_is_refused(self) -> None:
-        for words in (
-                "-colour=red", "--colour red", "-c", "-v", "-u", "-f x", "status2", "config more",
-                # no abbreviations, joined or not
-                "-v4a 26", "--v4a 26", "-v4a=26", "--v4a=26", "-v4ab26", "-v4a26", "-uni", "--uni",
-                "-un=true", "-u=true", "-soc /x", "--sock=/x", "-exc 10.2.0.0/24", "--fil x",
-                "--vers", "--hel", "-UNIX", "--V4=10.2.0.0/16",
-                # no value where one is due, or none that could be one
-                "-v4 -unix", "-file -v4ab=24", "-unix no", "--unix no"):
-            for line in (f"config {words}", f"{words} config"):
-                with self.subTest(line):
-                    self.assert_fails(self.run_main(*line.split(), GIPAM_FILE=self.file), 2,
-                                      "gipam: .+")
-        self.assertEqual(self.run_main("config", "-v4").status, 2)
-
     def test_what_is_wrong_is_said_in_one_line_with_the_nearest_right_one(self) -> None:
         near, see = "is not an option or command: do you mean ", "; see `gipam {}--help`"
         for words, said in (
@@ -7469,8 +7429,19 @@ class OptionTest(CommandLineCase):
                 ("--v4a 26 config", f"'--v4a' {near}--v4ab?"), ("statsu", f"'statsu' {near}status?"),
                 ("chekc --fix", near + "check?"), ("config -colour=red", see.format("config ")),
                 ("-v4", "argument --v4: expected one argument" + see.format("")),
-                ("release", "the following arguments are required: POOL" + see.format("release "))):
-            self.assert_fails(self.run_main(*words.split()), 2, f"gipam: .*{re.escape(said)}")
+                ("release", "the following arguments are required: POOL" + see.format("release ")),
+                ("config -v4", ""), *((line, "") for wrong in (
+                    "-c", "-v", "-u", "-f x", "status2", "config more",
+                    # no abbreviations, joined or not
+                    "-v4a 26", "-v4a=26", "--v4a=26", "-v4ab26", "-v4a26", "-uni", "--uni",
+                    "-un=true", "-u=true", "-soc /x", "--sock=/x", "-exc 10.2.0.0/24", "--fil x",
+                    "--vers", "--hel", "-UNIX", "--V4=10.2.0.0/16",
+                    # no value where one is due, or none that could be one
+                    "-v4 -unix", "-file -v4ab=24", "-unix no", "--unix no")
+                    for line in (f"config {wrong}", f"{wrong} config"))):
+            with self.subTest(words):
+                self.assert_fails(self.run_main(*words.split(), GIPAM_FILE=self.file), 2,
+                                  f"gipam: .*{re.escape(said)}")
 
     def test_version_and_help(self) -> None:
         """The same on every Python, and on a terminal."""
