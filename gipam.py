@@ -2942,15 +2942,21 @@ def evict_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
     return {"Host": host}, None
 
 
-def describe_bases(state: State) -> list[Json]:
-    """Return what `status --json` shows of the bases, but for the routes inside them."""
+def describe_bases(state: State, routes: Mapping[int, list[Range]]) -> list[Json]:
+    """Return what `status --json` shows of the bases, with those routes of the host inside them."""
     bases = []
     for base, family in ((base, its) for its in state.families.values() for base in its.bases):
+        version, (low, high) = family.version, span(base)
         total, used, excluded = family.count(base)
+        inside = [route for route in routes.get(version, ()) if low <= route[0] <= high]
+        removed = [network for network in family.excluded if base.overlaps(network)]
         bases.append({
-            "prefix": str(base), "family": family.version, "block_prefixlen": family.prefixlen,
+            "prefix": str(base), "family": version, "block_prefixlen": family.prefixlen,
             "blocks": total, "blocks_used": used, "blocks_excluded": excluded,
-            "excluded": [str(network) for network in family.excluded if base.overlaps(network)],
+            "blocks_routed": family.count_free([*inside, *map(span, removed)]) - excluded,
+            "excluded": [*map(str, removed)],
+            "routes": [f"{format_address(first, version)}/"
+                       f"{BITS[version] - (last - first).bit_length()}" for first, last in inside],
             "remembered": {name: str(kept.network) for name, (kept, _) in family.names.items()
                            if base.overlaps(kept.network)},
         })
@@ -2989,21 +2995,11 @@ def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
 
 
 def show_status(service: Service, query: str) -> Iterator[str]:
-    """Yield what `status --json` shows, with the routes of the host inside the bases."""
-    families, bases = service.state.families, describe_bases(service.state)
-    status = {**service.about, "version": __version__, "seq": service.state.seq, "bases": bases,
-              "trouble": service.store.trouble}
+    """Yield what `status --json` shows."""
     routes = {version: service.read_obstacles(family)
-              for version, family in families.items() if family.bases}
-    for base in bases:
-        version, (low, high) = base["family"], span(parse_prefix(base["prefix"]))
-        inside = [route for route in routes[version] if low <= route[0] <= high]
-        base["routes"] = [f"{format_address(first, version)}/"
-                          f"{BITS[version] - (last - first).bit_length()}"
-                          for first, last in inside]
-        shut = families[version].count_free([*inside, *map(
-            span, map(parse_prefix, base["excluded"]))])
-        base["blocks_routed"] = shut - base["blocks_excluded"]
+              for version, family in service.state.families.items() if family.bases}
+    status = {**service.about, "version": __version__, "seq": service.state.seq,
+              "bases": describe_bases(service.state, routes), "trouble": service.store.trouble}
     if service.site:
         status.update(service.site.describe(bool(service.etcd_failure)), etcd={
             "failure": service.etcd_failure, "due": len(service.site.due)})
@@ -3014,7 +3010,7 @@ def show_status(service: Service, query: str) -> Iterator[str]:
 def show_metrics(service: Service, _: str) -> Iterator[str]:
     """Yield the lines of GET /metrics; the counts of all methods from 0 on (increase())."""
     bases = [(f'{{base="{base["prefix"]}",family="{base["family"]}"}}', base)
-             for base in describe_bases(service.state)]
+             for base in describe_bases(service.state, {})]
     pools = [(f'{{pool="{pool.sub_pool or pool.subnet.network}"}}', pool)
              for pool in service.state.pools.values()]
     hosts = service.site.describe(False)["hosts"] if service.site else None
