@@ -4804,11 +4804,6 @@ def parse_number(low: int, high: int, text: str) -> int:
     return int(text)
 
 
-def parse_prefixes(text: str) -> list[Network]:
-    """Return the prefixes of a list with commas. Raises: ValueError with the rule."""
-    return [parse_prefix(part.strip()) for part in text.split(",")] if text else []
-
-
 def parse_path(text: str) -> str:
     """Return the path of a file to be, its directory absolute and without symbolic links."""
     directory, name = os.path.split(text)
@@ -4847,7 +4842,7 @@ VALUES: dict[str, tuple[Callable[[str], Any], str]] = {  # name -> (how to read 
     "BOOL": (BOOLEANS.__getitem__, "not a boolean, such as true or false"),
     "1..31": (functools.partial(parse_number, 1, 31), "not a prefix length from 1 to 31"),
     "1..127": (functools.partial(parse_number, 1, 127), "not a prefix length from 1 to 127"),
-    "PREFIXES": (parse_prefixes, ""),  # which names the one that is wrong
+    "PREFIXES": (lambda text: [parse_prefix(part.strip()) for part in text.split(",") if text], ""),
     "HOST:PORT": (parse_listen, "not HOST:PORT with an address as HOST, such as 127.0.0.1:9090"),
     "FILE": (parse_path, "not the path of a file"),
     "DIR": (parse_directory, "there is no such directory"),
