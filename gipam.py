@@ -3672,8 +3672,8 @@ def take_sockets(address: Any) -> dict[str, socket.socket]:
     """Return the listeners for the address of those handed over, by name (sd_listen_fds(3)).
 
     One may come twice, from a socket unit and from the store: the copy is closed, never shut down,
-    which would end both. One for another address, kept from before a change of options, is given
-    back, and its name goes: it must not look alive.
+    which would end both. Of one for another address, kept from before a change of options, the name
+    goes: it must not look alive; listen() has the service manager keep another in its place.
     """
     found = {}
     is_for_us = os.environ.get("LISTEN_PID") == str(os.getpid())
@@ -3686,10 +3686,8 @@ def take_sockets(address: Any) -> dict[str, socket.socket]:
             found[name] = handed
             continue
         handed.close()
-        if name == LISTENER:
-            notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}", patience_s=TICK_S)
-            if isinstance(bound, str) and os.path.lexists(bound):
-                os.unlink(bound)
+        if name == LISTENER and isinstance(bound, str) and os.path.lexists(bound):
+            os.unlink(bound)
     return found
 
 
