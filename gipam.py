@@ -4144,6 +4144,10 @@ def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
     etcd = status.get("etcd", {})
     if etcd.get("failure"):
         yield f"{etcd['failure']}: {etcd['due']} subnets wait for it, and so do new networks"
+    for host, claims in ((it["host"], it["claims"]) for it in status.get("hosts", ())
+                         if it["is_present"] is False):
+        yield (f"host {host} has not been heard of for {ABSENT_READINGS * PULSE_S:.0f} s, and has "
+               f"{claims} claims: if it will never come back, `gipam evict {host}` gives them up")
     if status.get("trouble"):
         yield f"gipam {status['trouble']}: nothing new is granted"
     for version, switch in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):

@@ -5309,9 +5309,11 @@ class CheckTest(OperatedCase):
         for name, text in (("ipv4/neigh", "80"), ("ipv6/neigh", "0"), ("ipv6/conf", "0")):
             self.write(f"proc/sys/net/{name}/lan.7/proxy_{'ndp' if 'conf' in name else 'delay'}", text)
         reject4 = "*\t0000020A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n"
-        away = {"bases": [], "etcd": {"failure": "etcd is away", "due": 2}}
-        self.assertEqual([*gipam.find_notes(away, [], "/nothing")],
-                         ["etcd is away: 2 subnets wait for it, and so do new networks"])
+        for etcd, hosts, said in (({"failure": "etcd is away", "due": 2}, {"web": None}, "etcd is away: 2 subnets wait"),
+                                  ({"failure": ""}, {"web": True, "db": False}, "host db .* 3 claims.*evict db")):
+            rows = [{"host": host, "is_present": is_present, "claims": 3} for host, is_present in hosts.items()]
+            note, = gipam.find_notes({"bases": [], "etcd": etcd, "hosts": rows}, [], "/nothing")
+            self.assertRegex(note, said)
         route6 = "20010db8000001000000000000000000 38 " + 32 * "0" + " 00 {} 400 1 0 {} {}\n"
         reject6, link6 = route6.format(32 * "0", "00200200", "lo"), route6.format(32 * "0", "00000001", "eth0")
         via6 = route6.format("fe8" + 28 * "0" + "1", "00000003", "eth0")

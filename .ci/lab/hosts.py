@@ -288,7 +288,8 @@ class HostsTest(unittest.TestCase):
         self.router("ip link set host3 down")  # the cable is cut
         take = f"{CREATE} --subnet {v4} --subnet {v6} taken"
         self.assert_refused(first, take, "Pool overlaps", "host3")
-        first.wait_until("{ %s; } 2> /dev/null" % evict.text.strip())
+        first.wait_until("{ gipam check --grace 0 || true; } | grep -q 'note: host host3 has not been heard of'")
+        first(evict.text)
         first(take)
         self.router("ip link set host3 up")
         third.wait_until("{ gipam check --grace 0 || true; } | grep -q 'claimed_elsewhere: .* host1'")
