@@ -571,17 +571,6 @@ class PrefixTree:
         return None
 
 
-class Memory(Dict[str, Any]):
-    """Who had what last: key -> (value, seq), the oldest first, which is forgotten at the limit."""
-
-    def remember(self, key: str, value: Any, seq: int) -> None:
-        """Remember the value, and forget an old one for it."""
-        self.pop(key, None)
-        self[key] = (value, seq)
-        if len(self) > MAX_REMEMBERED:
-            del self[next(iter(self))]
-
-
 class Owners(Dict[str, Tuple[int, int]]):
     """Who had which address of a subnet last: name, and MAC address -> (offset, seq).
 
@@ -694,6 +683,7 @@ class Kept(NamedTuple):
 
     network: Network
     owners: dict[str, tuple[int, int]]  # -> (offset, seq)
+    seq: int
 
 
 class Family:
@@ -706,7 +696,7 @@ class Family:
         self.held = PrefixTree(BITS[version], prefixlen)  # subnets in use, here and elsewhere
         self.subnets: dict[Network, Subnet] = {}
         self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
-        self.names = Memory()  # gipam.name -> Kept
+        self.names: dict[str, Kept] = {}  # by gipam.name, the oldest first
         self.elsewhere: dict[Network, Any] = {}  # held too: what others have claimed -> by whom
 
     def find_block(self, bases: list[Network], prefixlen: int,
@@ -765,9 +755,12 @@ class Family:
                 free += self.held.blocks((1 << BITS[self.version] | first) // (end - first))
         return free
 
-    def recall(self, name: str) -> Kept | None:
-        """Return what is remembered of the name."""
-        return self.names[name][0] if name in self.names else None
+    def remember(self, name: str, kept: Kept) -> None:
+        """Remember this of a name from now on, and forget the oldest name at the limit."""
+        self.names.pop(name, None)
+        self.names[name] = kept
+        if len(self.names) > MAX_REMEMBERED:
+            del self.names[next(iter(self.names))]
 
 
 class State:
@@ -798,13 +791,13 @@ class State:
         if (pool.sub_pool or network).version != network.version \
                 or not 0 <= pool.low <= pool.high <= subnet.last_offset:
             raise ValueError(f"sub_pool {pool.sub_pool} is outside {network}")
-        kept = family.recall(pool.name)
+        kept = family.names.get(pool.name)
         block = family.subnets.get(kept.network) if kept else None
         users = block.pools.values() if block else ()
         if pool.name and all(other.name != pool.name for other in users):  # else it stays there
             if kept and kept.network == network:
                 subnet.memory.recall(kept.owners)
-            family.names.remember(pool.name, Kept(network, {}), pool.seq)
+            family.remember(pool.name, Kept(network, {}, pool.seq))
         if not subnet.pools:
             subnet.is_shared = change.is_shared
             family.subnets[network] = subnet
@@ -826,11 +819,11 @@ class State:
             return
         del family.subnets[subnet.network]
         family.held.cover(subnet.network, -1)
-        kept = family.recall(pool.name)
+        kept = family.names.get(pool.name)
         if kept and kept.network == subnet.network:
             last = itertools.chain(*[*subnet.memory.at.values()][-MAX_KEPT:])
             owners = {owner: subnet.memory[owner] for owner in last}
-            family.names.remember(pool.name, kept._replace(owners=owners), self.seq + 1)
+            family.remember(pool.name, Kept(kept.network, owners, self.seq + 1))
 
     def _bind_pool(self, change: BindPool, pool: Pool) -> None:
         if not change.new_id or change.new_id in self.pools:
@@ -1217,14 +1210,14 @@ def copy_state(state: State) -> tuple[Json, list[Any]]:
     It is taken in milliseconds, between two turns; the rest of a pool, and a lease, never change.
     """
     families = [state.families[version] for version in (6, 4)]
-    names = [(name, *entry) for family in families for name, entry in family.names.items()]
+    names = [entry for family in families for entry in family.names.items()]
     head: Json = {
         "Seq": state.seq,
         **{f"V{family.version}Idx": family.cursors.get(family.prefixlen, 0) for family in families},
         "Cursors": {f"{family.version}/{length}": number for family in families
                     for length, number in family.cursors.items() if length != family.prefixlen},
-        "Names": [[name, str(kept.network), seq, kept.owners] for name, kept, seq in names],
-        "Free": [{"V": kept.network.version, "Pool": str(kept.network)} for _, kept, _ in names
+        "Names": [[name, str(kept.network), kept.seq, kept.owners] for name, kept in names],
+        "Free": [{"V": kept.network.version, "Pool": str(kept.network)} for _, kept in names
                  if state.families[kept.network.version].is_block(kept.network)]}
     pools = []
     gc.disable()  # it would look at all that is copied: 4 ms for 100,000 leases instead of 2
@@ -1317,10 +1310,10 @@ def decode_snapshot(document: Json, state: State) -> None:
     for row in values["Names"]:
         name, text, seq, owners = row if row[3:] else (*row, {})  # once without owners
         check_shape("Names", [name, text, seq, owners], ("", "", 0, {"": (0, 0)}))
-        kept = Kept(parse_prefix(text), {owner: tuple(last) for owner, last in owners.items()})
+        kept = Kept(parse_prefix(text), {owner: tuple(last) for owner, last in owners.items()}, seq)
         if any(offset >= kept.network.num_addresses for offset, _ in kept.owners.values()):
             raise ValueError(f"{name} has owners outside {kept.network}")
-        state.families[kept.network.version].names.remember(name, kept, seq)
+        state.families[kept.network.version].remember(name, kept)
     state.seq = values["Seq"]
 
 
@@ -1425,7 +1418,7 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
         raise InvalidRequest(f"cannot find address pool for {pool_id!r}: no pool has this id", 404)
     subnet, sub_pool = parsed
     try:
-        check_adoption(state, subnet, sub_pool, now_s)
+        check_subnet(state, subnet, sub_pool, now_s)
     except GipamError as error:
         raise InvalidRequest(f"cannot find address pool for {pool_id!r}, nor adopt it: {error}",
                              404) from None
@@ -1444,14 +1437,14 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
 
     The pool must still be the one granted as change seq; 0: there must be none. A new one goes on
     after its endpoints: in what comes next to be taken over, if it is the largest address first.
-    Raises: Forbidden, InvalidRequest, as check_adoption(), all before the first change.
+    Raises: Forbidden, InvalidRequest, as check_subnet(), all before the first change.
     """
     known = state.families[subnet.version].subnets.get(subnet)
     pool = known.pools.get(sub_pool) if known else None
     if seq != (pool.seq if pool else 0):
         raise Forbidden(f"pool {sub_pool or subnet} is not what it was as change {seq}: look again")
     if pool is None:
-        check_adoption(state, subnet, sub_pool, now_s)
+        check_subnet(state, subnet, sub_pool, now_s)
     change = grant(subnet, sub_pool, UNBOUND, now_s)._replace(name=name)
     view = Pool(change, Subnet(subnet), 0)
     for request in (request for request in requests if request.address):
@@ -1468,15 +1461,10 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
             yield decide_request_address(pool, request, now_s)
 
 
-def check_adoption(state: State, subnet: Network, sub_pool: Network | None, now_s: int) -> None:
-    """Check that an explicit request would be granted. Raises: InvalidRequest, Forbidden."""
-    if is_hint(subnet):
-        raise InvalidRequest(f"invalid address pool: {subnet} means any block of this length")
-    check_subnet(state, subnet, sub_pool, now_s)
-
-
 def check_subnet(state: State, subnet: Network, sub_pool: Network | None, now_s: int) -> None:
     """Check that a subnet, or a range of it, may be granted. Raises: InvalidRequest, Forbidden."""
+    if is_hint(subnet):
+        raise InvalidRequest(f"invalid address pool: {subnet} means any block of this length")
     if sub_pool and not (sub_pool.overlaps(subnet) and sub_pool.prefixlen >= subnet.prefixlen):
         raise InvalidRequest(f"invalid address subpool: {sub_pool} does not lie in {subnet}")
     family = state.families[subnet.version]
@@ -1510,12 +1498,12 @@ def choose_block(family: Family, request: PoolRequest,
     """
     prefixlen = family.prefixlen if request.prefixlen is None else request.prefixlen
     bases = choose_bases(family, prefixlen)
-    shut, kept = [*routes, *map(span, family.excluded)], family.recall(request.name)
+    shut, kept = [*routes, *map(span, family.excluded)], family.names.get(request.name)
     if kept and kept.network.prefixlen == prefixlen and family.is_block(kept.network) \
             and Obstacles(shut).find_overlap(*span(kept.network)) is None:
         return kept.network, -1
     for names in (family.names.values(), ()):
-        obstacles = Obstacles([*shut, *(span(other.network) for other, _ in names)])
+        obstacles = Obstacles([*shut, *(span(other.network) for other in names)])
         found = family.find_block(bases, prefixlen, obstacles)
         if found:
             return found
@@ -2885,7 +2873,7 @@ def request_pool(service: Service, fields: Fields) -> tuple[Any, Change]:
     if request.is_shared and not service.site:
         raise InvalidRequest(f"option {SHARED_OPTION} needs -etcd, through which hosts share")
     change = service.request_pool(request)
-    kept = service.state.families[request.version].recall(request.name)
+    kept = service.state.families[request.version].names.get(request.name)
     if kept and str(kept.network) != change.subnet:
         log.warning("gipam.name %r is in use for %s: %s is kept for no name", request.name,
                     kept.network, change.subnet)
@@ -2957,7 +2945,7 @@ def describe_bases(state: State, routes: Mapping[int, list[Range]]) -> list[Json
             "excluded": [*map(str, removed)],
             "routes": [f"{format_address(first, version)}/"
                        f"{BITS[version] - (last - first).bit_length()}" for first, last in inside],
-            "remembered": {name: str(kept.network) for name, (kept, _) in family.names.items()
+            "remembered": {name: str(kept.network) for name, kept in family.names.items()
                            if base.overlaps(kept.network)},
         })
     return bases
@@ -4004,13 +3992,12 @@ def find_stranded(path: str, driver: str) -> Iterator[str]:
 
 
 class Finding(NamedTuple):
-    """A difference between gipam and Docker, and the request that mends it."""
+    """A difference between gipam and Docker, and the request (path, body) that mends it."""
 
     kind: str
     about: Use
-    path: str  # "": gipam cannot mend it
-    body: Any
     text: str
+    request: tuple[str, Json] = ("", {})  # gipam cannot mend it
     granted_s: float = 0.0  # when what has leaked was granted
 
 
@@ -4036,19 +4023,19 @@ def find_leaks(status: Json, uses: list[Use]) -> Iterator[Finding]:
     for pool in status["pools"]:
         subnet, sub_pool = pool["subnet"], pool["sub_pool"]
         network = used.get((subnet, sub_pool))
-        if network:
-            for lease in pool["addresses"]:
+        for lease in pool["addresses"]:
+            if network and (lease["kind"] != GATEWAY or not network.has_hidden_gateway):
                 about = network._replace(address=lease["address"], container=lease["name"])
-                is_hidden = lease["kind"] == GATEWAY and network.has_hidden_gateway
-                if not is_hidden and about.place not in used:
-                    yield Finding("leaked_address", about, *release_request(pool, lease),
-                                  f"address {about.address} of {network} is held for "
-                                  f"{lease['name'] or lease['mac'] or lease['kind']}, but nothing "
-                                  "has it", lease["granted_s"])
-        elif used.keys().isdisjoint((hint, "") for hint in hints_for(subnet)):
-            yield Finding("leaked_pool", Use("pool", "", subnet, sub_pool), *release_request(pool),
+                if about.place not in used:
+                    yield Finding(
+                        "leaked_address", about, f"address {about.address} of {network} is held "
+                        f"for {lease['name'] or lease['mac'] or lease['kind']}, but nothing has it",
+                        release_request(pool, lease), lease["granted_s"])
+        if not network and used.keys().isdisjoint((hint, "") for hint in hints_for(subnet)):
+            yield Finding("leaked_pool", Use("pool", "", subnet, sub_pool),
                           f"subnet {subnet}{sub_pool and ' range ' + sub_pool} is held with "
-                          f"{pool['leases']} addresses, but no network has it", pool["granted_s"])
+                          f"{pool['leases']} addresses, but no network has it",
+                          release_request(pool), pool["granted_s"])
 
 
 def find_missing(status: Json, uses: list[Use]) -> Iterator[Finding]:
@@ -4061,23 +4048,23 @@ def find_missing(status: Json, uses: list[Use]) -> Iterator[Finding]:
         homes.setdefault((use.subnet, use.sub_pool), {}).setdefault(use.address, use)
         first = users.setdefault(use.place, use) if use.kind == ENDPOINT else use
         if first.identity != use.identity:
-            yield Finding("address_twice", use, "", None, f"address {use.address} is in {first} "
-                          f"and {use}: restart one of them")
+            yield Finding("address_twice", use, f"address {use.address} is in {first} and {use}: "
+                          "restart one of them")
     for home, inside in homes.items():
         pool = inside.pop("", None)
         if pool and pool.kind == "pool" and home not in held:
             if pool.has_hidden_gateway and GATEWAY not in {use.kind for use in inside.values()}:
                 inside[""] = pool._replace(kind=GATEWAY)
-            yield Finding("missing_pool", pool, *adopt_request(pool, inside.values(), 0), "subnet "
-                          f"{pool.subnet} of {pool} is not held: another network could get it")
+            yield Finding("missing_pool", pool, f"subnet {pool.subnet} of {pool} is not held: "
+                          "another network could get it", adopt_request(pool, inside.values(), 0))
         for use in inside.values():
             what = f"address {use.address} of {use} is"
             if not use.subnet and use.kind != GATEWAY:
-                yield Finding("address_outside", use, "", None, f"{what} in no subnet of network "
+                yield Finding("address_outside", use, f"{what} in no subnet of network "
                               f"{use.network}: make the network anew")
             elif home in held and use.place not in held:
-                yield Finding("missing_address", use, *adopt_request(use, [use], held[home]),
-                              f"{what} not held: another container could get it")
+                yield Finding("missing_address", use, f"{what} not held: another container could "
+                              "get it", adopt_request(use, [use], held[home]))
 
 
 def compare(status: Json, uses: list[Use], others: list[Use],
@@ -4086,15 +4073,14 @@ def compare(status: Json, uses: list[Use], others: list[Use],
     found = [*find_leaks(status, uses), *find_missing(status, uses)]
     subnets = [parse_prefix(pool["subnet"]) for pool in status["pools"] if others]
     for use in (use for use in others if use.kind == "pool"):
-        found += [Finding("overlap", use._replace(identity=f"{use.identity} {subnet}"), "", None,
-                          f"subnet {use.subnet} of {use}, of another IPAM driver, overlaps "
-                          f"{subnet} of ours: remove one of the two networks")
+        found += [Finding("overlap", use, f"subnet {use.subnet} of {use}, of another IPAM driver, "
+                          f"overlaps {subnet} of ours: remove one of the two networks")
                   for subnet in filter(parse_prefix(use.subnet).overlaps, subnets)]
-    found += [Finding("claimed_elsewhere", Use("pool", "", pool["subnet"], pool["sub_pool"]), "",
-                      None, f"subnet {pool['subnet']} is held here, but "
-                      f"{pool['claimed_elsewhere']} has claimed it in etcd: remove one of the two "
-                      "networks") for pool in status["pools"] if pool.get("claimed_elsewhere")]
-    return {str(finding[:4]): finding for finding in found if finding.granted_s <= until_s}
+    found += [Finding("claimed_elsewhere", Use("pool", "", pool["subnet"], pool["sub_pool"]),
+                      f"subnet {pool['subnet']} is held here, but {pool['claimed_elsewhere']} has "
+                      "claimed it in etcd: remove one of the two networks")
+              for pool in status["pools"] if pool.get("claimed_elsewhere")]
+    return {str(finding): finding for finding in found if finding.granted_s <= until_s}
 
 
 def find_differences(look: Callable[[], Json], read_docker: Callable[[], tuple[list[Use], Any]],
@@ -4186,12 +4172,13 @@ def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json
 
     What Docker let go before gipam held it is released: it was adopted, and nobody uses it.
     """
-    for finding in (finding for finding in findings if finding.path):
-        body, leases = finding.body, finding.body.get("Leases")
+    for finding in (finding for finding in findings if finding.request[0]):
+        path, body = finding.request
+        leases = body.get("Leases")
         try:
             for start in range(0, len(leases or ()) or 1, MAX_ADOPTED):
                 portion = {"Leases": leases[start:start + MAX_ADOPTED]} if leases else {}
-                reply = post(finding.path, {**body, **portion})
+                reply = post(path, {**body, **portion})
                 last, count = reply.get("Seq", 0), reply.get("Adopted", 0)
                 adopted.update(range(last - count + 1, last + 1))
                 body = {**body, "Seq": body["Seq"] or last - count + 1}  # the pool's: it was first
@@ -4200,7 +4187,7 @@ def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json
     if not adopted:
         return adopted, []
     uses, _ = read_docker()
-    for _, _, path, body, *_ in find_leaks(look(), uses):
+    for path, body in (leak.request for leak in find_leaks(look(), uses)):
         is_known = parse_pool_id(body["PoolID"]) is not None  # then Docker releases the pool itself
         if body["Seq"] in adopted and (body["Address"] or not is_known):
             with contextlib.suppress(Forbidden, Refused):  # Docker has just done so
@@ -5302,7 +5289,7 @@ def report(found: dict[str, Finding], left: dict[str, Finding], notes: list[str]
             for key, finding in all_found.items()], "notes": notes}, indent=2))
         return
     for key, finding in all_found.items():
-        mendable = "; `gipam check --fix` mends it" if finding.path else ""
+        mendable = "; `gipam check --fix` mends it" if finding.request[0] else ""
         print(f"{finding.kind}: {finding.text}{mendable if key in left else '; fixed'}")
     for note in notes:
         print(f"note: {note}")
@@ -5316,7 +5303,7 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     request, address = release_request(pool, lease), lease["address"] if lease else ""
     if not arguments.force:
         uses, _ = read_uses(docker_socket(), status["driver"], DOCKER_PATIENCE_S)
-        leaks = [(finding.path, finding.body) for finding in find_leaks(status, uses)]
+        leaks = [finding.request for finding in find_leaks(status, uses)]
         if request not in leaks and release_request(pool) not in leaks:
             user = next((str(use) for use in uses
                          if (use.subnet, use.address) == (pool["subnet"], address)), "a network")

@@ -712,12 +712,13 @@ class PoolIdTest(unittest.TestCase):
 class MemoryTest(unittest.TestCase):
     @mock.patch.object(gipam, "MAX_REMEMBERED", 8)
     def test_it_forgets_the_oldest_when_it_is_full(self) -> None:
-        memory, owners = gipam.Memory(), gipam.Owners()
+        family, owners = make_state().families[4], gipam.Owners()
         for seq, key in enumerate("abcdefghabi"):
-            memory.remember(key, seq, seq)
+            family.remember(key, gipam.Kept(family.bases[0], {}, seq))
             owners.remember(seq, (key, key.upper()), seq)
-        self.assertEqual(memory, {key: (seq, seq) for seq, key in enumerate("defghabi", 3)})
-        self.assertEqual(owners, {**memory, **{key.upper(): last for key, last in memory.items()}})
+        left = {key: (seq, seq) for seq, key in enumerate("defghabi", 3)}
+        self.assertEqual([(name, kept.seq) for name, kept in family.names.items()], [*zip(left, range(3, 11))])
+        self.assertEqual(owners, {**left, **{key.upper(): last for key, last in left.items()}})
         self.assertEqual([owners.resting.next_absent(offset) for offset in (2, 3, 12)], [2, 11, 12])
 
 
@@ -799,7 +800,7 @@ class SnapshotTest(unittest.TestCase):
     def test_name_of_an_earlier_lease_file_has_no_owners(self) -> None:
         state = make_state()
         gipam.decode_snapshot({"Names": [["web", "10.2.0.0/24", 7]]}, state)
-        self.assertEqual(state.families[4].recall("web"), (gipam.parse_prefix("10.2.0.0/24"), {}))
+        self.assertEqual(state.families[4].names["web"], (gipam.parse_prefix("10.2.0.0/24"), {}, 7))
 
     def test_free_lists_name_only_what_is_free(self) -> None:
         state = state_after(
@@ -5083,7 +5084,7 @@ class UsesTest(OperatedCase):
             "lan 10.9.0.64/26": "pool, 10.9.0.64 gateway, 10.9.0.65 one", "hint 10.2.0.0/28": "pool, 10.2.0.2 one",
             "hint 2001:db8:0:100::/64": "pool, 2001:db8:0:100::2 one"})
         finding = next(gipam.find_missing({"pools": []}, self.read_docker()[0]))
-        self.assertEqual([lease["Address"] for lease in finding.body["Leases"]], ["10.9.0.65", "10.9.0.64"])
+        self.assertEqual([lease["Address"] for lease in finding.request[1]["Leases"]], ["10.9.0.65", "10.9.0.64"])
 
     def test_hidden_gateways(self) -> None:
         """Of a network with a --subnet and no --gateway: what moby's GetSkipGwAlloc() says from 28 on."""
@@ -5104,7 +5105,7 @@ class UsesTest(OperatedCase):
                 self.docker.show_network("net", {"Subnet": "10.9.0.0/30"}, {"Subnet": "fd00:9::/64"}, Driver=driver,
                                          Options=options, **keys)
                 missing = gipam.find_missing({"pools": []}, self.read_docker()[0])
-                self.assertEqual({finding.body["Subnet"]: finding.body["Leases"] for finding in missing}, {
+                self.assertEqual({body["Subnet"]: body["Leases"] for _, body in (finding.request for finding in missing)}, {
                     subnet: [{"Address": "", "Kind": "gateway", "MAC": "", "Name": ""}] * (family in families)
                     for family, subnet in (("4", "10.9.0.0/30"), ("6", "fd00:9::/64"))})
 
