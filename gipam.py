@@ -3736,15 +3736,20 @@ def tcp_names(config: Config, loop: Loop) -> Names:
 def show(names: Names, made: contextlib.ExitStack, is_start: bool = False) -> None:
     """Make what shows Docker where gipam is; at each tick, what somebody has deleted of it.
 
-    It goes at the end. Raises: GipamError, OSError.
+    It goes at the end. Raises: GipamError, OSError, at the start; later it is tried again.
     """
     for path, make in list(names.items()):
         if not is_start:
             if os.path.lexists(path):
                 continue
             log.warning("somebody has deleted %s: it is made again", path)
-        if not make(path):
-            made.callback(lambda path: os.unlink(path) if os.path.lexists(path) else None, path)
+        try:
+            if not make(path):
+                made.callback(lambda path: os.unlink(path) if os.path.lexists(path) else None, path)
+        except (GipamError, OSError) as error:
+            if is_start:
+                raise
+            log.warning("%s cannot be made: %s", path, error)
 
 
 def write_spec(text: str, path: str) -> None:

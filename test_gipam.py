@@ -4374,6 +4374,13 @@ class NameTest(unittest.TestCase):
             wait_for(lambda: os.path.exists(link) and os.path.exists(name), "it")  # noqa: B023
             self.assertEqual((Peer(self, link).ask(), peer.ask()), (ACTIVATED, ACTIVATED))
         self.assertEqual(daemon.read_log().count("somebody has deleted"), 3)
+        shutil.rmtree(self.plugins)
+        pathlib.Path(self.plugins).touch()  # in the way: which is foreseen, and fails no turn
+        wait_for(lambda: f"{link} cannot be made: " in daemon.read_log(), "a warning")
+        self.assertNotIn("failed", daemon.read_log())
+        os.unlink(self.plugins)
+        wait_for(lambda: os.path.exists(link), "it")
+        self.assertEqual(Peer(self, link).ask(), ACTIVATED)
         self.assert_leaves(daemon, self.plugins)
         self.assertFalse(os.path.exists(daemon.socket))
         daemon = self.serve(self.daemon("-spec", self.path("gipam.spec"), kind=TcpDaemon))
