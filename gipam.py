@@ -107,7 +107,6 @@ from typing import (
     NoReturn,
     Sequence,
     Tuple,
-    TypeVar,
     Union,
     cast,
 )
@@ -879,19 +878,17 @@ class Need(NamedTuple):
 
     writes: dict[str, Claim | None]  # name -> None: it goes; {}: only look whether all is known
     head: str | None  # as of which it was decided, None: nothing is known yet
-    evicted: str = ""  # the host whose claims these are,
-    shown: str | None = None  # and the key that shows that it has gone
+    evicted: Mapping[str, str | None] = {}  # of whom these are: hosts/HOST, which shows its absence
 
 
 class Told(NamedTuple):
     """What a transaction has told, to be learned in the turn that decides on it."""
 
     head: str | None
-    news: dict[str, Claim | None] | None = None
-    hosts: dict[str, str] | None = None  # the keys of all, if they were read
-    won: frozenset[str] = frozenset()  # what is this host's, by this very transaction
+    news: Mapping[str, Claim | None] = {}
+    keys: Mapping[str, str] | None = None  # those of etcd, if they were read: hosts/HOST
+    won: frozenset[str] | None = None  # what it has written; None: nothing was the same any more
     sent_s: float = 0.0  # on the clock that runs while the machine sleeps, too
-    is_settled: bool = True  # nothing asked for earlier can happen any more
 
 
 def parse_object(text: str | None) -> Json:
@@ -933,13 +930,6 @@ def parse_name(name: str) -> tuple[Network, str]:
     return network, address
 
 
-def is_name(name: str) -> bool:
-    """Return whether a claim can have this name."""
-    with contextlib.suppress(ValueError):
-        return bool(parse_name(name))
-    return False
-
-
 class Site:
     """What the hosts of a site have claimed, as of a head. Nothing of it is journalled.
 
@@ -960,6 +950,7 @@ class Site:
         self.conflicts: dict[str, str] = {}  # names of what is held here -> who else has claimed it
         self.won: frozenset[str] = frozenset()  # in this turn: see Told
         self.is_fresh = False  # in this turn: etcd has just been asked
+        self.lost_s, self.before = -math.inf, {host}  # etcd has lost claims; who was there
         self.wake: Callable[[], None] = lambda: None  # whoever compares what is due
         self.attach(state)
 
@@ -1024,40 +1015,38 @@ class Site:
         """Return whether a host is this machine under the name that it had before."""
         return parse_object(self.hosts.get(host, ("", 0))[0]).get("machine") == self.machine
 
-    def learn(self, told: Told) -> None:
-        """Take over what a transaction has told."""
-        self.learn_hosts(told.hosts)
-        self.learn_claims(told.news or {})
-        self.head = told.head
-        if told.is_settled:
-            self.leaving.clear()
+    def learn(self, told: Told, is_reading: bool = False) -> None:
+        """Take over what a transaction told; in a reading, count in how many a key was the same.
 
-    def learn_hosts(self, shown: dict[str, str] | None, is_reading: bool = False) -> None:
-        """Take over the keys of all hosts; in a reading, count in how many they were the same."""
-        if shown is not None:
-            before = {host: self.hosts.get(host, ("", 0)) for host in shown}
-            self.hosts = {host: (text, before[host][1] + is_reading if before[host][0] == text
-                                 else 1) for host, text in shown.items()}
+        One that has succeeded voids all that was asked for before, and may still be on its way.
+        """
+        self.learn_claims(told.news)
+        self.head, before = told.head, self.hosts
+        if told.won is not None:
+            self.leaving.clear()
+        if told.keys is not None:
+            self.hosts = {}
+            for table, _, host in (name.partition("/") for name in told.keys):
+                if table == "hosts":
+                    text, (known, count) = told.keys[f"hosts/{host}"], before.get(host, ("", 0))
+                    self.hosts[host] = (text, count + is_reading if text == known else 1)
 
     def learn_claims(self, news: Mapping[str, Claim | None]) -> None:
-        """Take over claims; what is none under a name that gipam writes is left alone."""
+        """Take over claims; None: it is gone."""
         for name, claim in news.items():
             known = self.claims.pop(name, None)
-            if claim and (known or is_name(name)):
+            if claim:
                 self.claims[name] = claim
-            if claim != known and (known or name in self.claims):
+            if claim != known:
                 self._follow(name, known, claim)
 
     def _follow(self, name: str, known: Claim | None, claim: Claim | None) -> None:
         """Cover, and have compared, what another claim has an effect on."""
         network, address = parse_name(name)
-        subnet, is_held, hosts = self.held(network), True, {
-            host for it in (known, claim) if it for host in it.hosts}
         if address:
             names, taken = self.inside.setdefault(network, {}), self.taken.setdefault(
                 network, AddressSet())
             offset = parse_address(address, network.version) - int(network[0])
-            is_held = bool(subnet and offset in subnet.held)
             names.pop(name, None)
             names.update({name: None} if claim else {})
             (taken.add if self.others(claim) else taken.discard)(offset)
@@ -1065,7 +1054,7 @@ class Site:
                 del self.inside[network], self.taken[network]
         else:
             self.cover(network)
-        if self.host in hosts or (subnet and is_held):
+        if self.held(network) or any(it and self.host in it.hosts for it in (known, claim)):
             self.mark(name, str(network))
 
     def has(self, name: str, kind: str) -> bool:
@@ -1076,7 +1065,13 @@ class Site:
         return (claim == claim._replace(hosts=(self.host,), kind=kind) if kind == ENDPOINT
                 else claim.kind in (GATEWAY, AUXILIARY))
 
-    def joined(self, name: str, kind: str, is_shared: bool) -> Claim:
+    def rival(self, name: str, kind: str) -> Claim | None:
+        """Return the claim of others that an address of this kind does not go with."""
+        claim = self.claims.get(name)
+        is_one_hosts = claim and ENDPOINT in (kind, claim.kind or ENDPOINT)
+        return claim if is_one_hosts and self.others(claim) else None
+
+    def joined(self, name: str, kind: str = "", is_shared: bool = False) -> Claim:
         """Return a claim as it is with this host."""
         claim = self.claims.get(name)
         others, since_s = self.others(claim), claim.since_s if claim else int(time.time())
@@ -1090,19 +1085,15 @@ class Site:
         Gateways and auxiliary addresses are claimed by all hosts that have them, others by one.
         Raises: Unclaimed, Forbidden.
         """
-        name, subnet = f"{network}/{address}", str(network)
-        claim, wanted = self.claims.get(name), self.wanted(subnet)
-        if name in self.won or (
-                is_away and self.has(name, kind) and wanted == self.claims.get(subnet)):
+        name, join = f"{network}/{address}", self.missing([str(network)])
+        if name in self.won or (is_away and self.has(name, kind) and not join):
             return
-        others = self.others(claim)
-        if claim and others and ENDPOINT in (kind, claim.kind or ENDPOINT):
-            if not self.is_fresh:
-                raise Unclaimed(Need({}, self.head))
+        rival = self.rival(name, kind)
+        if rival:
+            self.refresh()
             raise Forbidden(f"Address already in use: {address} of {network} is claimed by "
-                            f"{self.describe_claim(claim)}")
-        join = {} if wanted == self.claims.get(subnet) else {subnet: wanted}
-        raise Unclaimed(Need({**join, name: self.joined(name, kind, False)}, self.head))
+                            f"{self.describe_claim(rival)}")
+        self.claim({**join, name: self.joined(name, kind)})
 
     def find_own(self, pool: Pool, owners: Iterable[str], is_away: bool) -> str:
         """Return an address of a shared subnet that this host may give, "" if there is none.
@@ -1128,21 +1119,65 @@ class Site:
     def wanted(self, name: str) -> Claim | None:
         """Return what etcd should have under a name; note who else has claimed that."""
         (network, address), claim = parse_name(name), self.claims.get(name)
-        family, subnet, rival = self.state.families[network.version], self.held(network), None
+        family, subnet, others = (self.state.families[network.version], self.held(network),
+                                  self.others(claim))
         kind = subnet.find_kind(address) if subnet and subnet.is_shared and address else ""
         if subnet and not address:
-            rival = family.elsewhere.get(family.find_elsewhere(network) or network)
-        elif kind and claim and self.others(claim) and ENDPOINT in (kind, claim.kind or ENDPOINT):
-            rival = claim
-        self._note_rival(name, rival)
-        if rival or (kind and str(network) in self.conflicts):
+            overlap = family.find_elsewhere(network)
+            self._note_rival(name, family.elsewhere.get(overlap) if overlap else None)
+            return claim if name in self.conflicts else self.joined(name, "", subnet.is_shared)
+        self._note_rival(name, self.rival(name, kind) if kind else None)
+        if kind:
+            is_barred = not self.conflicts.keys().isdisjoint((name, str(network)))
+            return claim if is_barred else self.joined(name, kind)
+        is_leaving = not address and any(  # it gives up its addresses first
+            self.host in self.claims[other].hosts for other in self.inside.get(network, ()))
+        if not claim or self.host not in claim.hosts or is_leaving:
             return claim
-        if kind or (subnet and not address):
-            return self.joined(name, kind, bool(subnet and subnet.is_shared and not address))
-        if not claim or self.host not in claim.hosts or (not address and any(
-                self.host in self.claims[other].hosts for other in self.inside.get(network, ()))):
-            return claim  # a host that leaves gives up its addresses first
-        return claim._replace(hosts=self.others(claim)) if self.others(claim) else None
+        return claim._replace(hosts=others) if others else None
+
+    def missing(self, names: Iterable[str]) -> dict[str, Claim | None]:
+        """Return what etcd should have under these names, and has not; the rest is not due."""
+        wanted = {name: self.wanted(name) for name in names}
+        for name, claim in wanted.items():
+            if claim == self.claims.get(name):
+                self.due.pop(name, None)
+        return {name: claim for name, claim in wanted.items() if claim != self.claims.get(name)}
+
+    def compare(self, names: Iterable[str], is_kept: bool) -> None:
+        """Have etcd say what is held here under these names. Raises: Unclaimed, until it does.
+
+        A claim that nothing here holds is kept while Docker has not told what it uses; it is let go
+        of only right after etcd has answered, and is not relied upon from then on.
+        """
+        writes = self.missing(names)
+        going = {name for name, claim in writes.items() if not (claim and self.host in claim.hosts)}
+        for name in going if is_kept else ():
+            del writes[name]
+        if writes:
+            self.refresh()
+            self.leaving |= going & writes.keys()
+            raise Unclaimed(Need(writes, self.head))
+
+    def refresh(self) -> None:
+        """Have etcd looked at, if that was not done for this turn. Raises: Unclaimed."""
+        if not self.is_fresh:
+            raise Unclaimed(Need({}, self.head))
+
+    def claim(self, writes: dict[str, Claim | None]) -> NoReturn:
+        """Have something new claimed. Raises: Unclaimed; Unavailable, if etcd has lost claims."""
+        if self.calm_s() > 0:
+            raise Unavailable("etcd has lost claims, and all hosts claim again what they hold: "
+                              f"nothing new for {self.calm_s():.0f} s: try again")
+        raise Unclaimed(Need(writes, self.head))
+
+    def calm_s(self) -> float:
+        """Return for how long nothing new is claimed, so that all claim again what they hold.
+
+        Each looks every PULSE_S; whoever is there again has begun to.
+        """
+        missing = self.before - {*self.hosts, self.host}
+        return self.lost_s + CALM_S + PULSE_S * bool(missing) - time.monotonic()
 
     def _note_rival(self, name: str, claim: Claim | None) -> None:
         before, self.conflicts[name] = self.conflicts.get(name), self.describe_claim(claim)
@@ -1159,8 +1194,7 @@ class Site:
         """
         if f"hosts/{host}" in self.won:
             return
-        if not self.is_fresh:
-            raise Unclaimed(Need({}, self.head))
+        self.refresh()
         shown, count = self.hosts.get(host, (None, ABSENT_READINGS))
         names = sorted((name for name, claim in self.claims.items() if host in claim.hosts),
                        key=lambda name: (-name.count("/"), name))  # addresses go first
@@ -1173,7 +1207,7 @@ class Site:
         for name in names[:MAX_WRITES]:
             hosts = {*heir, *self.claims[name].hosts} - {host}
             writes[name] = self.claims[name]._replace(hosts=tuple(sorted(hosts))) if hosts else None
-        raise Unclaimed(Need(writes, self.head, host, shown))
+        raise Unclaimed(Need(writes, self.head, {f"hosts/{host}": shown}))
 
     def find_conflict(self, network: Network) -> str:
         """Return who has claimed what is held here of a subnet, "" for nobody."""
@@ -2469,9 +2503,8 @@ class Service:
             yield
         except (InvalidRequest, Forbidden, Unavailable):
             rival = subnet and family.find_rival(subnet, sub_pool)
-            if site and not site.is_fresh and (
-                    rival in family.elsewhere if rival else not subnet and family.elsewhere):
-                raise Unclaimed(Need({}, site.head)) from None
+            if site and (rival in family.elsewhere if rival else not subnet and family.elsewhere):
+                site.refresh()
             raise
         finally:
             if site and subnet and is_shared:
@@ -2483,7 +2516,7 @@ class Service:
         if site and name not in site.won:
             subnet = site.held(parse_prefix(name))
             is_shared = subnet.is_shared if subnet else change.is_shared
-            raise Unclaimed(Need({name: site.joined(name, "", is_shared)}, site.head))
+            site.claim({name: site.joined(name, "", is_shared)})
         self.apply(change)
 
     def request_address(self, pool_id: str, request: AddressRequest) -> tuple[RequestAddress, int]:
@@ -2525,29 +2558,10 @@ class Service:
                 pool, request, now_s, random.randint(pool.low, pool.high),  # noqa: S311 - so that
                 site.taken.get(network) or AddressSet())  # hosts seldom meet
         except Unavailable:
-            if site.is_fresh:
-                raise
-            raise Unclaimed(Need({}, site.head)) from None
+            site.refresh()
+            raise
         site.check_address(network, change.address, change.kind, is_away)
         return change
-
-    def compare(self, names: Iterable[str], is_trial: bool = False) -> Need:
-        """Return what etcd lacks under these names of what is held here, or has too much.
-
-        A claim that nothing here holds is kept while Docker has not told what it uses. One that is
-        to be let go is not relied upon any more, but in a trial.
-        """
-        assert self.site
-        site, writes = self.site, {}
-        for name in names:
-            claim, wanted = site.claims.get(name), site.wanted(name)
-            is_leaving = claim and site.host not in (wanted or Claim(())).hosts
-            if wanted == claim:
-                site.due.pop(name, None)
-            elif not (is_leaving and self.import_is_due.is_set()):
-                writes[name] = wanted
-                site.leaving.update([name] if is_leaving and not is_trial else ())
-        return Need(writes, site.head)
 
     def release(self, pool_id: str, address: str = "") -> Change | None:
         """Release a pool with its leases, or an address in it; None: it is gone already.
@@ -4302,14 +4316,12 @@ def decode_bytes(text: str) -> str:
     return base64.b64decode(text).decode("utf-8", "surrogateescape")
 
 
-Found = TypeVar("Found")
-
-
 class Bounded(io.RawIOBase):
-    """What a member of etcd sends: up to a moment, and up to a length."""
+    """What a member of etcd sends, up to a moment: a time limit for each read would have no end."""
 
     def __init__(self, sock: socket.socket, end_s: float) -> None:
-        self._sock, self._end_s, self._left_bytes = sock, end_s, MAX_ETCD_BYTES
+        self._sock, self._end_s = sock, end_s
+        self._raw = sock.makefile("rb", buffering=0)
 
     def makefile(self, *_: Any) -> io.BufferedReader:
         """Return what http.client reads from, in place of a socket."""
@@ -4319,15 +4331,13 @@ class Bounded(io.RawIOBase):
         """Return that it can be read."""
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        """Read what has come. Raises: OSError, when it is too late or too much."""
+    def readinto(self, buffer: Any) -> int | None:
+        """Read what has come. Raises: OSError, when it is too late."""
         left_s = self._end_s - time.monotonic()
-        if left_s <= 0 or self._left_bytes <= 0:
+        if left_s <= 0:
             raise OSError("its reply does not end")
         self._sock.settimeout(left_s)
-        count = self._sock.recv_into(buffer)
-        self._left_bytes -= count
-        return count
+        return self._raw.readinto(buffer)
 
 
 class Etcd:
@@ -4343,32 +4353,60 @@ class Etcd:
         self._connection: Connection | None = None
         self._token = ""
 
-    def ask(self, path: str, body: Json, end_s: float, read: Callable[[Json], Found]) -> Found:
-        """Return what is read of the reply of whoever gives one until then.
+    def transact(self, same: dict[str, str | None], writes: dict[str, str | None],
+                 end_s: float) -> tuple[bool, dict[str, str]]:
+        """Write all (None: delete), if these keys are the same (None: absent).
+
+        Return whether they were, and what all hosts show; if not, the head and the changes, too.
+        Raises: Unavailable, Refused.
+        """
+        compare = [{"key": self._key(name), "result": "EQUAL", **(
+            {"target": "VERSION", "version": "0"} if text is None else
+            {"target": "VALUE", "value": encode_bytes(text)})} for name, text in same.items()]
+        puts = [{"request_delete_range": {"key": self._key(name)}} if text is None else
+                {"request_put": {"key": self._key(name), "value": encode_bytes(text)}}
+                for name, text in writes.items()]
+        hosts, *others = ({"request_range": {"key": self._key(name), "range_end": self._key(end)}}
+                          for name, end in (("hosts/", "hosts0"), ("changes", "changes\0"),
+                                            ("head", "head\0")))  # "0" comes after "/"
+        reply, values, _ = self._ask("/v3/kv/txn", {
+            "compare": compare, "success": [*puts, hosts], "failure": [hosts, *others]}, end_s)
+        return reply.get("succeeded") is True, values
+
+    def page(self, start: str, revision: int,
+             end_s: float) -> tuple[dict[str, str], str | None, int]:
+        """Return (some of all keys, from where to go on or None, the revision that all are of)."""
+        reply, values, latest = self._ask("/v3/kv/range", {
+            "key": self._key(start), "range_end": encode_bytes(self._prefix[:-1] + "0"),
+            "limit": str(PAGE_KEYS), "revision": str(revision)}, end_s)
+        has_more = reply.get("more") is True and values
+        return values, max(values) + "\0" if has_more else None, revision or latest
+
+    def _ask(self, path: str, body: Json, end_s: float) -> tuple[Json, dict[str, str], int]:
+        """Return the reply of whoever gives one until then, the keys in it, and the revision.
 
         What answers other than etcd does is passed over, like what does not answer.
-        Raises: Unavailable; Refused, by etcd itself.
         """
         while True:
             until_s = min(end_s, time.monotonic() + ETCD_ATTEMPT_S)
             try:
-                return read(self._post(path, body, until_s))
+                reply = self._post(path, body, until_s)
+                ranges = [it.get("response_range", {}) for it in reply.get("responses", ())]
+                return reply, {self._name(pair["key"]): decode_bytes(pair.get("value", ""))
+                               for found in (reply, *ranges) for pair in found.get("kvs", ())
+                               }, int(reply["header"]["revision"])
             except (OSError, http.client.HTTPException, RecursionError) as error:
                 why = "timed out" if isinstance(error, socket.timeout) else getattr(
                     error, "strerror", None) or str(error) or type(error).__name__
             except (ValueError, LookupError, TypeError, AttributeError):
                 why = "what answers there is no etcd"
-            self.close()
+            if self._connection:
+                self._connection.close()
+            self._connection, self._token = None, ""
             self._endpoints.rotate(-1)
             if time.monotonic() + ETCD_PAUSE_S >= end_s:
                 raise Unavailable(f"etcd does not answer on {self._places}: {why}")
             time.sleep(ETCD_PAUSE_S)
-
-    def close(self) -> None:
-        """Hang up."""
-        if self._connection:
-            self._connection.close()
-        self._connection, self._token = None, ""
 
     def _post(self, path: str, body: Json, end_s: float) -> Json:
         """Return a reply of etcd's. Raises: Refused; others, where another member may answer."""
@@ -4390,7 +4428,7 @@ class Etcd:
         response = connection.getresponse()
         reply = json.loads(response.read(MAX_ETCD_BYTES))
         if response.status == http.HTTPStatus.OK:
-            return dict(reply, header=dict(reply["header"]))  # as all of etcd's have one
+            return dict(reply)
         text, code = reply["message"], reply["code"]
         if type(code) is not int or not isinstance(text, str):
             raise ValueError("this is no error of etcd's")
@@ -4401,49 +4439,11 @@ class Etcd:
             return self._post(path, body, end_s)
         raise Refused(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
 
-    def transact(self, same: dict[str, str | None], writes: dict[str, str | None],
-                 reads: tuple[str, ...], reads_else: tuple[str, ...],
-                 end_s: float) -> tuple[bool, dict[str, str]]:
-        """Write all (None: delete), if these keys are the same (None: absent).
-
-        Return whether they were, and what was to be read in this case: keys, or tables (NAME/).
-        Raises: Unavailable, Refused.
-        """
-        def read(reply: Json) -> tuple[bool, dict[str, str]]:
-            found = [value for response in reply.get("responses", ())
-                     for value in response.get("response_range", {}).get("kvs", ())]
-            return reply.get("succeeded") is True, dict(map(self._item, found))
-
-        compare = [{"key": self._key(name), "result": "EQUAL", **(
-            {"target": "VERSION", "version": "0"} if text is None else
-            {"target": "VALUE", "value": encode_bytes(text)})} for name, text in same.items()]
-        puts = [{"request_delete_range": {"key": self._key(name)}} if text is None else
-                {"request_put": {"key": self._key(name), "value": encode_bytes(text)}}
-                for name, text in writes.items()]
-        found, other = ([{"request_range": {"key": self._key(name), **(
-            {"range_end": self._key(name[:-1] + "0")} if name[-1] == "/" else {})}}
-            for name in names] for names in (reads, reads_else))  # "0" comes after "/"
-        return self.ask("/v3/kv/txn", {"compare": compare, "success": puts + found,
-                                       "failure": other}, end_s, read)
-
-    def page(self, start: str, revision: str,
-             end_s: float) -> tuple[dict[str, str], str | None, str]:
-        """Return (some of all keys, from where to go on or None, the revision that all are of)."""
-        def read(reply: Json) -> tuple[dict[str, str], str | None, str]:
-            found = dict(map(self._item, reply.get("kvs", ())))
-            last = [*found][-1] + "\0" if reply.get("more") is True else None
-            return found, last, revision or str(int(reply["header"]["revision"]))
-
-        return self.ask("/v3/kv/range", {
-            "key": self._key(start), "range_end": encode_bytes(self._prefix[:-1] + "0"),
-            "limit": str(PAGE_KEYS), "revision": revision or "0"}, end_s, read)
-
     def _key(self, name: str) -> str:
         return encode_bytes(self._prefix + name)
 
-    def _item(self, pair: Json) -> tuple[str, str]:
-        """Return the name and the value of a key."""
-        return decode_bytes(pair["key"])[len(self._prefix):], decode_bytes(pair.get("value", ""))
+    def _name(self, key: str) -> str:
+        return decode_bytes(key)[len(self._prefix):]
 
 
 def read_changes(text: str | None) -> list[tuple[str, Json]]:
@@ -4453,9 +4453,14 @@ def read_changes(text: str | None) -> list[tuple[str, Json]]:
     return []
 
 
-def read_hosts(found: dict[str, str]) -> dict[str, str]:
-    """Return the keys of all hosts among those of etcd."""
-    return {name[6:]: text for name, text in found.items() if name.startswith("hosts/")}
+def read_claims(found: Mapping[str, Any]) -> dict[str, Claim | None]:
+    """Return the claims among these; under a name that gipam does not write there is none."""
+    claims = {}
+    for name, value in found.items():
+        with contextlib.suppress(ValueError):
+            parse_name(name)
+            claims[name] = parse_claim(value)
+    return claims
 
 
 def boot_s() -> float:
@@ -4476,13 +4481,13 @@ class Claimant:
         self._shown: str | None = None  # what etcd has of this host, as far as is known
         self._changes: list[tuple[str, Json]] = []  # as of the head
         self._rival: tuple[str | None, float] = (None, 0.0)  # has this host's name, since then
-        self._is_there = self._has_warned = False
-        self._lost_s, self._before = -math.inf, {site.host}  # etcd has lost claims; who was there
+        self._is_there = False
         self._pulse_s = 0.0
         self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
         self._bell = threading.Event()
         self._call: Call = service.run
-        self._stop: Callable[[], None] | None = None  # None: nothing is served yet
+        self._stop: Callable[[], None] = lambda: None
+        self._thread = threading.current_thread()  # that asks etcd
         self.busy: BusyError | None = None  # another gipam has the name of this host
         site.wake = self._bell.set
 
@@ -4494,10 +4499,9 @@ class Claimant:
         """
         while not self._is_there:
             try:
-                self._pulse(is_reading=True)
-            except (Unavailable, Refused) as error:
+                self._pulse()
+            except (Unavailable, Refused):
                 if not self._rival[0]:
-                    self._note(str(error))
                     return
                 time.sleep(RIVAL_S / 20)
 
@@ -4505,14 +4509,17 @@ class Claimant:
         """Go on in a thread; stop() is called if another gipam takes the name of this host."""
         sys.setswitchinterval(SWITCH_S)
         self._call, self._stop = call, stop
-        threading.Thread(target=self._repeat, name="etcd", daemon=True).start()
+        self._thread = threading.Thread(target=self._repeat, name="etcd", daemon=True)
+        self._thread.start()
 
     def ask(self, need: Need | None, again: Again) -> None:
         """Have a request looked at until it needs etcd no more, at most as long as Docker waits."""
-        self._asks.append((again, need, time.monotonic() + ETCD_PATIENCE_S))
-        self._bell.set()
-        if not self._stop:
-            self._serve(*self._asks.popleft())
+        asked = (again, need, time.monotonic() + ETCD_PATIENCE_S)
+        if threading.current_thread() is self._thread:
+            self._serve(*asked)
+        else:
+            self._asks.append(asked)
+            self._bell.set()
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Run the function in a turn, once etcd has been asked for what it needs."""
@@ -4540,8 +4547,7 @@ class Claimant:
                 return
             except BusyError as error:
                 self.busy = error
-                if self._stop:
-                    self._stop()
+                self._stop()
                 return
             except GipamError as error:
                 if str(error) != self._service.etcd_failure:  # which has been logged
@@ -4558,27 +4564,13 @@ class Claimant:
         while self._asks:
             self._serve(*self._asks.popleft())
         if time.monotonic() >= self._pulse_s:
-            is_calm = self._calm_s() <= 0
+            is_calm = self._site.calm_s() <= 0
             self._pulse_s = time.monotonic() + (PULSE_S if is_calm else ETCD_ATTEMPT_S)
             self._pulse(is_reading=is_calm)
-        names = list(self._site.due)
+        names, is_kept = list(self._site.due), self._service.import_is_due.is_set
         while names and not self._asks:  # they go first
-            self._compare(names[:MAX_WRITES])
-            del names[:MAX_WRITES]
-
-    def _compare(self, names: list[str]) -> None:
-        """Have etcd say what is held here; it is let go of only right after etcd has answered."""
-        end_s, compare = time.monotonic() + ETCD_PATIENCE_S, self._service.compare
-        if self._call(functools.partial(compare, names, is_trial=True)).writes:
-            self._bell.set()  # it is looked at again
-            self._learn(self._transact(Need({}, self._site.head), end_s))
-            told = self._transact(self._call(functools.partial(compare, names)), end_s)
-            self._learn(told)
-            if not told.won:  # another host was faster
-                time.sleep(random.uniform(0, ETCD_PAUSE_S))  # noqa: S311
-
-    def _learn(self, told: Told) -> None:
-        self._call(functools.partial(self._site.learn, told))
+            part, names = names[:MAX_WRITES], names[MAX_WRITES:]
+            self.call(lambda: self._site.compare(part, is_kept()))  # noqa: B023 - at once
 
     def _serve(self, again: Again, need: Need | None, end_s: float) -> None:
         """Ask for what a request needs, until it has been answered."""
@@ -4586,7 +4578,7 @@ class Claimant:
             if need is None or need.head != self._site.head:  # others were before it
                 need = self._call(functools.partial(again, None))
             while need:
-                told = self._transact(need, end_s, is_new=not need.evicted)
+                told = self._transact(need, end_s)
                 need = self._call(functools.partial(self._look, told, again))
         except (Stopping, BusyError):
             raise
@@ -4601,74 +4593,72 @@ class Claimant:
         """
         site, is_late = self._site, boot_s() - told.sent_s > GRANT_S
         site.learn(Told(None) if told.won and is_late else told)
-        site.won, site.is_fresh = frozenset() if is_late else told.won, True
+        site.won, site.is_fresh = (not is_late and told.won) or frozenset(), True
         try:
             return again(None)
         finally:
             site.won, site.is_fresh = frozenset(), False
 
-    def _transact(self, need: Need, end_s: float, is_new: bool = False) -> Told:
-        """Write what is needed, if all is as known; return what is to be learned in a turn.
+    def _pulse(self, is_reading: bool = True) -> None:
+        """Show that this host is there, and see who else is; catch up, if the head is another.
 
         Raises: Unavailable, Refused, BusyError.
+        """
+        end_s, site, is_done = time.monotonic() + ETCD_PATIENCE_S, self._site, False
+        while not is_done:
+            told = self._transact(Need({}, site.head), end_s)
+            is_done = told.won is not None
+            self._call(functools.partial(site.learn, told, is_reading and is_done))
+        self._is_there = True
+
+    def _transact(self, need: Need, end_s: float) -> Told:
+        """Write what is needed, if all is as known, and that this host is there.
+
+        Return what is to be learned in a turn. Raises: Unavailable, Refused, BusyError.
         """
         if time.monotonic() >= end_s:
             raise Unavailable(self._service.etcd_failure
                               or "other hosts were faster each time: try again")
-        if self._site.head is None:
-            self._read()
-            return Told(self._site.head)
-        if is_new and need.writes and self._calm_s() > 0:
-            raise Unavailable("etcd has lost claims, and all hosts claim again what they hold: "
-                              f"nothing new for {self._calm_s():.0f} s: try again")
-        won, head, changes = {*need.writes}, need.head, self._changes
-        same, news = {"head": head or None}, {name: claim and claim.value()
-                                              for name, claim in need.writes.items()}
-        writes: dict[str, str | None] = {
-            f"claims/{name}": dumps(value) if value else None for name, value in news.items()}
-        if need.evicted:
-            same[f"hosts/{need.evicted}"] = need.shown
-            last = [f"hosts/{need.evicted}"] * (len(news) < MAX_WRITES)
-            writes.update(dict.fromkeys(last))
-            won.update(last)
+        site, head, changes = self._site, need.head, self._changes
+        if site.head is None:
+            return self._read()
+        self._count += 1
+        own, news = f"hosts/{site.host}", {name: claim and claim.value()
+                                           for name, claim in need.writes.items()}
+        text = dumps({"machine": site.machine, "token": self._token, "count": self._count})
+        writes: dict[str, str | None] = {own: text, **{
+            f"claims/{name}": dumps(value) if value else None for name, value in news.items()}}
         if news:
             head, changes = secrets.token_hex(8), [*changes, (need.head or "", news)]
             while len(changes) > 1 and len(dumps(changes)) > MAX_CHANGES_CHARS:
                 del changes[0]
             writes.update(head=head, changes=dumps(changes))
-        is_done, found, sent_s = self._exchange(same, writes, (), end_s)
+        gone = need.evicted if len(news) < MAX_WRITES else {}  # with the last of its claims
+        sent_s = boot_s()
+        is_done, found = self._ask(
+            self._etcd.transact, {"head": need.head or None, own: self._shown, **need.evicted},
+            {**writes, **dict.fromkeys(gone)}, end_s)
         if not is_done:
             return self._catch_up(found)
-        self._changes = changes
-        return Told(head, need.writes, None, frozenset(won), sent_s)
+        self._changes, self._shown, self._seen = changes, text, self._count
+        return Told(head, need.writes, found, frozenset((*news, *gone)), sent_s)
 
-    def _exchange(self, same: dict[str, str | None], writes: dict[str, str | None],
-                  reads: tuple[str, ...], end_s: float) -> tuple[bool, dict[str, str], float]:
-        """Make a transaction that compares and writes this host's key, too."""
-        self._count += 1
-        own, sent_s = f"hosts/{self._site.host}", boot_s()
-        text = dumps({"machine": self._site.machine, "token": self._token, "count": self._count})
-        is_done, found = self._ask(self._etcd.transact, {**same, own: self._shown}, {
-            **writes, own: text}, reads, ("head", "changes", "hosts/"), end_s)
-        if is_done:
-            self._shown, self._seen = text, self._count
-        return is_done, found, sent_s
-
-    def _ask(self, function: Callable[..., Found], *arguments: Any) -> Found:
+    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Ask etcd, and note how that went. Raises: Unavailable, Refused."""
-        started_s = time.perf_counter()
+        started_s, failure = time.perf_counter(), ""
         try:
             found = function(*arguments)
+            self._service.etcd_s.observe(time.perf_counter() - started_s)
+            return found
         except GipamError as error:
-            self._call(functools.partial(self._note, str(error)))
+            failure = str(error)
             raise
-        self._service.etcd_s.observe(time.perf_counter() - started_s)
-        if self._service.etcd_failure:
-            self._call(functools.partial(self._note, ""))
-        return found
+        finally:
+            if failure or self._service.etcd_failure:
+                self._call(functools.partial(self._note, failure))
 
     def _note(self, failure: str) -> None:
-        """Note whether etcd answers; say so when that changes."""
+        """Note whether etcd answers, and say so."""
         before, self._service.etcd_failure = self._service.etcd_failure, failure
         if failure and failure != before:
             log.warning("%s; what is held here goes on, what is new waits", failure)
@@ -4677,25 +4667,23 @@ class Claimant:
 
     def _catch_up(self, found: dict[str, str]) -> Told:
         """Return what another head, or another key of this host, has to tell."""
-        site, shown, hosts = self._site, self._shown, read_hosts(found)
         head, changes = found.get("head", ""), read_changes(found.get("changes"))
-        ats = [at for at, (before, _) in enumerate(changes) if before == site.head]
-        if not self._see(hosts.get(site.host)) or not (ats or head == site.head):
-            self._read()
-            return Told(site.head)
-        self._changes = changes
-        news = {} if head == site.head else {
-            name: parse_claim(value) for _, changed in changes[ats[-1]:]
-            for name, value in changed.items()}
-        return Told(head, news, hosts, is_settled=head != site.head or shown != self._shown)
+        ats = {**{before: at for at, (before, _) in enumerate(changes)}, head: len(changes)}
+        at = ats.get(self._site.head or "")
+        if not self._see(found) or at is None:
+            return self._read()
+        self._changes, news = changes, collections.ChainMap(
+            *(changed for _, changed in reversed(changes[at:])))  # the last word counts
+        return Told(head, read_claims(news), found)
 
-    def _see(self, shown: str | None) -> bool:
+    def _see(self, found: Mapping[str, str]) -> bool:
         """Note what etcd has of this host; return whether this process wrote that.
 
         Whoever holds the lease file on the machine that wrote it is this host.
         Raises: BusyError, if another gipam is there; Unavailable, while it may have gone.
         """
-        key, (before, since_s) = parse_object(shown), self._rival
+        shown, (before, since_s) = found.get(f"hosts/{self._site.host}"), self._rival
+        key = parse_object(shown)
         if isinstance(key.get("machine"), str) and key["machine"] != self._site.machine:
             said = (f"another gipam is there as host {self._site.host!r}: "
                     "each needs a -host of its own")
@@ -4710,81 +4698,54 @@ class Claimant:
         self._seen = count
         return True
 
-    def _calm_s(self) -> float:
-        """Return for how long nothing new is claimed, so that all claim again what they hold.
-
-        Each looks every PULSE_S; whoever is there again has begun to.
-        """
-        missing = self._before - {*self._site.hosts, self._site.host}
-        return self._lost_s + CALM_S + PULSE_S * bool(missing) - time.monotonic()
-
-    def _lose(self) -> None:
-        """Note that etcd is not what it was."""
-        self._lost_s, self._before, self._pulse_s = time.monotonic(), {*self._site.hosts}, 0.0
-        log.warning("etcd lacks what it had of this host: it was emptied, or restored, or this "
-                    "host evicted; claiming again what is held here")
-
-    def _pulse(self, is_reading: bool) -> None:
-        """Show that this host is there, and see who else is; catch up, if the head is another.
-
-        Raises: Unavailable, Refused, BusyError.
-        """
-        end_s, site = time.monotonic() + ETCD_PATIENCE_S, self._site
-        if site.head is None:
-            self._read()
-        is_done, found, _ = self._exchange({}, {}, ("head", "hosts/"), end_s)
-        told = Told(site.head) if is_done else self._catch_up(found)
-        if is_done:
-            self._is_there = True
-            self._call(functools.partial(site.learn_hosts, read_hosts(found), is_reading))
-            if found.get("head", "") != site.head:
-                told = self._transact(Need({}, site.head), end_s)
-        self._learn(told)
-
-    def _read(self) -> None:
+    def _read(self) -> Told:
         """Learn all that there is, in portions. Raises: Unavailable, Refused, BusyError."""
-        site, odd, rest, revision = self._site, [], {}, ""
+        site, revision = self._site, 0
+        rest: dict[str, str] = {}  # what is no claim
         start: str | None = ""
         self._call(lambda: setattr(site, "head", None))
         gone: dict[str, Claim | None] = dict.fromkeys(site.claims)
         while start is not None:
             found, start, revision = self._ask(self._etcd.page, start, revision,
                                                time.monotonic() + ETCD_PATIENCE_S)
-            news = {}
-            for name, text in found.items():
-                table, _, claimed = name.partition("/")
-                if table == "claims" and is_name(claimed):
-                    news[claimed] = parse_claim(parse_object(text))
-                    gone.pop(claimed, None)
-                else:
-                    rest[name] = text
-                    odd += [name] * (table not in ("changes", "head", "hosts"))
+            news = read_claims({name[7:]: parse_object(text) for name, text in found.items()
+                                if name.startswith("claims/")})
+            rest.update((name, text) for name, text in found.items() if name[7:] not in news)
+            gone = {name: None for name in gone if name not in news}
             items = [*news.items(), *(gone.items() if start is None else ())]
             for at in range(0, len(items), LEARN_CLAIMS):
                 self._call(functools.partial(site.learn_claims, dict(items[at:at + LEARN_CLAIMS])))
-        if odd and not self._has_warned:
-            self._has_warned = True
-            log.warning("%d keys in etcd are none of gipam's, and ignored, such as %s", len(odd),
-                        printable(odd[0]))
-        if not self._see(rest.get(f"hosts/{site.host}")) and self._is_there:
+        if not self._see(rest) and self._is_there:
             self._lose()
         self._changes = read_changes(rest.get("changes"))
-        self._learn(Told(rest.get("head", ""), None, read_hosts(rest)))
+        told = Told(rest.get("head", ""), {}, rest)
+        self._call(functools.partial(site.learn, told))
         if not self._is_there:
-            self._find_leftovers()
+            self._begin_to_claim([name for name in rest if name not in ("head", "changes")
+                                  and not name.startswith("hosts/")])
+        return told
 
-    def _find_leftovers(self) -> None:
+    def _begin_to_claim(self, odd: list[str]) -> None:
         """Before anything is claimed, find what a crash, or an older etcd or lease file, lacks."""
-        names, writes = list(self._site.due), {}
+        if odd:
+            log.warning("%d keys in etcd are none of gipam's, and ignored, such as %s", len(odd),
+                        printable(odd[0]))
+        names, is_lost = list(self._site.due), False
         for at in range(0, len(names), MAX_WRITES):
-            part = names[at:at + MAX_WRITES]
-            writes.update(self._call(functools.partial(self._service.compare, part, True)).writes)
-        kept = {name for name, claim in writes.items()
-                if not claim or self._site.host not in claim.hosts}
-        if kept:  # Docker may use them
-            self._call(self._service.import_is_due.set)
-        if writes.keys() - kept:
+            missing = functools.partial(self._site.missing, names[at:at + MAX_WRITES])
+            for claim in self._call(missing).values():
+                is_lost |= bool(claim and self._site.host in claim.hosts)
+                if not claim or self._site.host not in claim.hosts:  # Docker may use it
+                    self._service.import_is_due.set()
+        if is_lost:
             self._lose()
+
+    def _lose(self) -> None:
+        """Note that etcd is not what it was."""
+        self._site.lost_s, self._site.before = time.monotonic(), {*self._site.hosts}
+        self._pulse_s = 0.0
+        log.warning("etcd lacks what it had of this host: it was emptied, or restored, or this "
+                    "host evicted; claiming again what is held here")
 
 
 # === Commands =====================================================================================

@@ -6645,7 +6645,7 @@ class ClaimTest(HostsCase):
                 self.assert_refused("nothing new for", one.request_pool)
                 wait_for(lambda: self.etcd.claims() == before, "all is claimed again")  # noqa: B023
                 subnets = {pool["subnet"] for host in (one, two) for pool in host.state()["pools"]}
-                wait_for(lambda: max(one.claimant._calm_s(), two.claimant._calm_s()) <= 0, "some time")
+                wait_for(lambda: max(one.site.calm_s(), two.site.calm_s()) <= 0, "some time")
                 self.assertNotIn(one.request_pool()[1], subnets)
 
     def test_values_that_gipam_did_not_write_stop_nothing(self) -> None:
@@ -6944,7 +6944,7 @@ class PresenceTest(HostsCase):
             two.request_pool(subnet)
             one.release_pool(pool_id)
         one.settle()
-        wait_for(lambda: one.claimant._calm_s() <= 0, "it may claim again")
+        wait_for(lambda: one.site.calm_s() <= 0, "it may claim again")
         self.assertNotEqual(one.request_pool(gipam_name="web")[1], subnet)
         two.request_address(two.request_pool("10.8.0.0/24", gipam_shared="true")[0], "10.8.0.9", "02:42:00:00:00:01")
         self.assert_refused("claimed by host two", one.request_address, lan, "10.8.0.9", "02:42:00:00:00:02")
@@ -7031,7 +7031,7 @@ class SharedTest(HostsCase):
         """Nor what contains it or lies in it; not even right after, while nothing has been let go."""
         one, two = self.hosts
         self.take(1)
-        with mock.patch.object(one.service, "compare", lambda *_, **__: gipam.Need({}, "")):  # it is busy
+        with mock.patch.object(one.site, "compare", lambda *_: None):  # it is busy
             one.release_pool(self.pools[0])
             for subnet in (self.LAN, "192.168.0.0/16", "192.168.1.128/25"):
                 self.assert_refused("claimed by hosts one, two", one.request_pool, subnet)
@@ -7106,7 +7106,7 @@ class SharedTest(HostsCase):
             self.etcd.before += [lambda: None, self.etcd.go]  # a look, then the let-go; and it is away
         wait_for(lambda: self.etcd.late and one.service.etcd_failure, "it is on its way")
         self.assert_refused("etcd does not answer", one.request_address, pool_id, address, **self.WEB)
-        with mock.patch.object(one.service, "compare", lambda *_, **__: gipam.Need({}, "")):
+        with mock.patch.object(one.site, "compare", lambda *_: None):
             one.hurry()
             wait_for(lambda: one.claimant._pulse_s, "what it compared before is over")
             self.etcd.go(is_away=False)
@@ -7126,7 +7126,7 @@ class SharedTest(HostsCase):
         self.patch(gipam, PULSE_S=DEADLINE_S)
         one = self.hosts[0]
         one.settle()
-        with mock.patch.object(one.service, "compare", lambda *_, **__: gipam.Need({}, "")):
+        with mock.patch.object(one.site, "compare", lambda *_: None):
             one.request_address(self.pools[0], "192.168.1.9", **self.WEB)
             one.release_address(self.pools[0], "192.168.1.9")
         self.etcd.set(f"claims/{self.LAN}/192.168.1.9", {"hosts": ["two"], "kind": "endpoint"})
@@ -7135,7 +7135,7 @@ class SharedTest(HostsCase):
 
     def test_endpoint_does_not_inherit_the_kind_of_a_key(self) -> None:
         one, two = self.hosts
-        with mock.patch.object(one.service, "compare", lambda *_, **__: gipam.Need({}, "")):
+        with mock.patch.object(one.site, "compare", lambda *_: None):
             one.request_address(self.pools[0], "192.168.1.9")
             one.release_address(self.pools[0], "192.168.1.9")
             one.request_address(self.pools[0], "192.168.1.9", **self.WEB)
@@ -7222,7 +7222,7 @@ class OlderFilesTest(HostsCase):
         self.etcd.set("claims/192.168.1.0/24/192.168.1.2", {"hosts": ["two"], "kind": "endpoint"})
         host = Host(self, "one", self.directory)
         wait_for(lambda: host.state()["pools"][0]["claimed_elsewhere"] == "host two", "it is named")
-        wait_for(lambda: host.claimant._calm_s() <= 0, "the others are claimed")
+        wait_for(lambda: host.site.calm_s() <= 0, "the others are claimed")
         pool_id = "192.168.1.0/24#0123456789abcdef"
         host.release_address(pool_id, "192.168.1.2")
         self.assert_refused("claimed by host two", host.request_address, pool_id, "192.168.1.2", "02:42:c0:a8:01:02")
