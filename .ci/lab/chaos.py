@@ -616,6 +616,17 @@ class NameTest(SiteCase):
         self.request_when_calm(new.client.request_pool)
         site.assert_agreement()
 
+    def test_who_was_paused_while_another_took_its_name_ends(self) -> None:
+        site = Site(self)
+        first, second = site.host("web"), site.new_host("web")
+        first.client.request_pool()
+        assert first.daemon.process
+        first.daemon.process.send_signal(signal.SIGSTOP)
+        second.daemon.start()  # once it has seen nothing of the first for long enough
+        first.daemon.process.send_signal(signal.SIGCONT)
+        self.assert_ends(first)
+        second.client.request_pool()
+
     def test_old_backup_of_a_lease_file_gives_nothing_away(self) -> None:
         site = Site(self)
         host, other = site.host("old"), site.host("other")
@@ -722,6 +733,32 @@ class EvictTest(SiteCase):
         self.here.client.release_address(self.lan, address)
         self.assert_refused("claimed by host there", self.here.client.request_address, self.lan, address, MAC)
         self.site.assert_agreement()
+
+
+class LeaveTest(SiteCase):
+    def test_who_leaves_a_shared_subnet_gets_nothing_of_it_though_it_has_not_let_go_yet(self) -> None:
+        site, end = Site(self), threading.Event()
+        here, there = site.host("here"), site.host("there")
+        lan = "192.168.1.0/24"
+        there.client.request_pool(lan, gipam_shared="true")
+
+        def be_busy() -> None:
+            client = here.daemon.client()
+            while not end.is_set():
+                client.release_pool(client.request_pool()[0])
+
+        busy = [threading.Thread(target=be_busy) for _ in range(4)]
+        for thread in busy:
+            thread.start()
+        try:
+            for subnet in ("192.168.1.128/25", "192.168.0.0/22", lan) * 5:
+                here.client.release_pool(here.client.request_pool(lan, gipam_shared="true")[0])
+                self.assert_refused("claimed by hosts? .*there", here.client.request_pool, subnet)
+        finally:
+            end.set()
+            for thread in busy:
+                thread.join()
+        site.assert_agreement()
 
 
 class RestoreTest(SiteCase):
