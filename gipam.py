@@ -4751,7 +4751,8 @@ class Claimant:
 # === Commands =====================================================================================
 
 
-# What these raise only says that a text breaks the rule of its kind, which stands in VALUES.
+# What these raise only says that a text breaks the rule of its kind. That stands in VALUES; where
+# it is "" there, what is raised has it.
 def parse_number(low: int, high: int, text: str) -> int:
     """Return a decimal number from low to high. Raises: ValueError."""
     if not re.fullmatch("[0-9]{1,5}", text) or not low <= int(text) <= high:
@@ -4793,7 +4794,7 @@ def parse_endpoint(text: str) -> Endpoint:
 
 BOOLEANS = {**dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
             **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False)}  # Go's ParseBool
-VALUES: dict[str, tuple[Callable[[str], Any], str]] = {  # name -> (how to read it, rule)
+VALUES: dict[str, tuple[Callable[[str], Any], str]] = {  # kind -> (how to read it, rule)
     "BOOL": (BOOLEANS.__getitem__, "not a boolean, such as true or false"),
     "1..31": (functools.partial(parse_number, 1, 31), "not a prefix length from 1 to 31"),
     "1..127": (functools.partial(parse_number, 1, 127), "not a prefix length from 1 to 127"),
@@ -5238,8 +5239,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         mend(found.values(), set(), read_gipam, read_docker, post)
         left = look()
     notes = [*find_notes(status, read_docker()[0], "/proc"), *find_stranded(path, driver)]
-    notes = list(dict.fromkeys(notes))
-    report(found, left, notes, arguments.json)
+    report(found, left, [*dict.fromkeys(notes)], arguments.json)
     return 1 if left else 0
 
 
