@@ -7437,7 +7437,7 @@ class ConfigurationTest(CommandLineCase):
             self.assertEqual(daemon.start().client().request_pool()[1], granted)
             if edits:
                 wait_for(lambda: f'["{written}"' in self.read_file(), "the first fold")
-                edit(32, 48)
+                edit(32, 128)  # of another length: in one tick of the clock it has the same time
             self.assertEqual(daemon.stop(), 0)
         self.assertIn(f"{self.file} was edited while gipam runs: what was there is kept as "
                       f"{self.file}.edited-1", daemon.read_log())
