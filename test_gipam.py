@@ -6807,6 +6807,9 @@ class PresenceTest(HostsCase):
             self.assert_refused(why, two.call, "Gipam.Evict", Host=name)
         one.stop()
         wait_for(lambda: not two.state()["hosts"][0]["is_present"], "it to be seen")
+        self.etcd.twists.append(("-claims/", lambda _: self.etcd.put("hosts/one", "it comes back just then")))
+        self.assert_refused("host one is there", two.call, "Gipam.Evict", Host="one")
+        wait_for(lambda: not two.state()["hosts"][0]["is_present"], "it to have gone")
         metrics = gipam.dispatch(two.service, "GET", "/metrics", b"").body
         self.assertIn(b'\ngipam_claims{host="one"} 81\n', metrics)
         self.assertEqual([self.run_main("evict", name, "-socket", two.place, *words, stdin=Terminal("n\n"))[:2]
