@@ -4128,11 +4128,9 @@ def find_route_notes(base: Network, onlink: str, proc: str) -> Iterator[str]:
     routes = list(read_routes(proc + "/self/net", base))
     links = [device for device, flags in routes if device not in ("lo", "*") and not flags & 2]
     if onlink in links:
-        for switch in ("net/ipv4/neigh/{}/proxy_delay=0", "net/ipv6/neigh/{}/proxy_delay=0",
-                       "net/ipv6/conf/{}/proxy_ndp=1"):  # it answers, and at once
-            path, value = switch.format(onlink).split("=")
-            rows = list(read_rows(f"{proc}/sys/{path}"))
-            if f"ipv{base.version}" in path and rows != [[value.encode()]]:
+        for switch, value in ("neigh/{}/proxy_delay", "0"), ("conf/{}/proxy_ndp", "1"):
+            path = f"net/ipv{base.version}/{switch.format(onlink)}"  # IPv4 has no proxy_ndp
+            if list(read_rows(f"{proc}/sys/{path}")) not in ([], [[value.encode()]]):
                 name = path.translate({46: "/", 47: "."})  # eth0.7 as sysctl(8) has it
                 yield f"-onlink {onlink} needs sysctl -w {name}={value}"
     elif links:
