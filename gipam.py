@@ -99,6 +99,7 @@ import zlib
 from typing import (
     Any,
     Callable,
+    Container,
     Dict,
     Iterable,
     Iterator,
@@ -912,6 +913,7 @@ def parse_claim(value: Any) -> Claim | None:
                  since_s if type(since_s) is int else 0)
 
 
+@functools.lru_cache(2 * PAGE_KEYS)  # the loop learns what etcd's thread has just read
 def parse_name(name: str) -> tuple[Network, str]:
     """Return the subnet of a claim, and the address or "". Raises: ValueError, if no host has it.
 
@@ -4451,12 +4453,13 @@ def read_changes(text: str | None) -> list[tuple[str, Json]]:
     return []
 
 
-def read_claims(found: Mapping[str, Any]) -> dict[str, Claim | None]:
+def read_claims(found: Mapping[str, Any], known: Container[str]) -> dict[str, Claim | None]:
     """Return the claims among these; under a name that gipam does not write there is none."""
     claims = {}
     for name, value in found.items():
         with contextlib.suppress(ValueError):
-            parse_name(name)
+            if name not in known:
+                parse_name(name)
             claims[name] = parse_claim(value)
     return claims
 
@@ -4672,7 +4675,7 @@ class Claimant:
             return self._read()
         self._changes, news = changes, collections.ChainMap(
             *(changed for _, changed in reversed(changes[at:])))  # the last word counts
-        return Told(head, read_claims(news), found)
+        return Told(head, read_claims(news, self._site.claims), found)
 
     def _see(self, found: Mapping[str, str]) -> bool:
         """Note what etcd has of this host; return whether this process wrote that.
@@ -4707,9 +4710,10 @@ class Claimant:
             found, start, revision = self._ask(self._etcd.page, start, revision,
                                                time.monotonic() + ETCD_PATIENCE_S)
             news = read_claims({name[7:]: parse_object(text) for name, text in found.items()
-                                if name.startswith("claims/")})
+                                if name.startswith("claims/")}, site.claims)
             rest.update((name, text) for name, text in found.items() if name[7:] not in news)
-            gone = {name: None for name in gone if name not in news}
+            for name in news:
+                gone.pop(name, None)
             items = [*news.items(), *(gone.items() if start is None else ())]
             for at in range(0, len(items), LEARN_CLAIMS):
                 self._call(functools.partial(site.learn_claims, dict(items[at:at + LEARN_CLAIMS])))
