@@ -618,8 +618,7 @@ class NameTest(SiteCase):
 
     def test_who_was_paused_while_another_took_its_name_ends(self) -> None:
         site = Site(self)
-        first, second = site.host("web"), site.new_host("web")
-        first.client.request_pool()
+        first, second = site.host("web"), site.new_host("web")  # neither claims anything, so that no head tells
         assert first.daemon.process
         first.daemon.process.send_signal(signal.SIGSTOP)
         second.daemon.start()  # once it has seen nothing of the first for long enough
