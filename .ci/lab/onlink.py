@@ -236,7 +236,7 @@ sysctl --system > /dev/null; systemctl daemon-reload; systemctl reset-failed gip
                 addresses = set(machine("docker inspect -f '{{.NetworkSettings.Networks.web.GlobalIPv6Address}}' one two").split())
                 self.assertEqual(entries(machine("ip -6 neigh show proxy")), addresses)
                 for address in addresses:
-                    router.run("ping", "-c", "1", "-W", "1", address)
+                    until(lambda: works(router.run, "ping", "-c", "1", "-W", "1", address), address)  # noqa: B023
                 self.assertNotIn("onlink", machine("python3 /opt/gipam/gipam.py check --grace 0"))
             machine.end()
             machine.boot()
