@@ -1217,6 +1217,15 @@ class Site:
             writes[name] = self.claims[name]._replace(hosts=tuple(sorted(hosts))) if hosts else None
         raise Unclaimed(Need(writes, self.head, {f"hosts/{host}": shown}))
 
+    def check_undisputed(self, network: Network) -> None:
+        """Check that nobody else has claimed what is held here. Raises: Unclaimed, Forbidden."""
+        self.missing([str(network)])  # finds anew whether it is in conflict
+        rival = self.conflicts.get(str(network))
+        if rival:
+            self.refresh()
+            raise Forbidden(f"{network} is held here, but claimed by {rival} too: no address of it "
+                            "is given out until one of the two networks is removed")
+
     def find_conflict(self, network: Network) -> str:
         """Return who has claimed what is held here of a subnet, "" for nobody."""
         return next((rival for name, rival in self.conflicts.items()
@@ -2528,8 +2537,10 @@ class Service:
         """Apply a grant that follows a transaction made for it. Raises: Unclaimed; StoreError."""
         site, name = self.site, change.subnet
         if site and name not in site.won:
-            subnet = site.held(parse_prefix(name))
+            network = parse_prefix(name)
+            subnet = site.held(network)
             is_shared = subnet.is_shared if subnet else change.is_shared
+            site.check_undisputed(network)
             site.claim({name: site.joined(name, "", is_shared)})
         self.apply(change)
 
@@ -2548,11 +2559,8 @@ class Service:
             log.warning("took over %s, which Docker holds and the lease file does not", pool_id)
             pool = self.state.pools[pool_id]
         network = pool.subnet.network
-        conflicts = self.site.conflicts if self.site else {}
-        rival = conflicts and conflicts.get(str(network))
-        if rival:
-            raise Forbidden(f"{network} is held here, but claimed by {rival} too: no address of it "
-                            "is given out until one of the two networks is removed")
+        if self.site and str(network) in self.site.conflicts:
+            self.site.check_undisputed(network)
         decide = self._decide_shared if pool.subnet.is_shared else decide_request_address
         change = decide(pool, request, now_s)
         self.apply(change)
