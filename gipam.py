@@ -4473,7 +4473,9 @@ class Etcd:
 def read_changes(text: str | None) -> list[tuple[str, Json]]:
     """Return the changes that etcd has kept, each with the head before it; [] if they are none."""
     with contextlib.suppress(ValueError, TypeError, RecursionError):
-        return [(str(before), dict(changed)) for before, changed in json.loads(text or "[]")]
+        changes = [(str(before), changed) for before, changed in json.loads(text or "[]")]
+        if all(isinstance(changed, dict) for _, changed in changes):
+            return changes
     return []
 
 
@@ -4508,7 +4510,8 @@ class Claimant:
         self._rival: tuple[str | None, float] = (None, 0.0)  # has this host's name, since then
         self._is_there = False
         self._pulse_s = 0.0
-        self._asks: collections.deque[tuple[Again, Need | None, float]] = collections.deque()
+        self._asks: collections.deque[
+            tuple[Again, Need | None, float, Callable[[], None]]] = collections.deque()
         self._bell = threading.Event()
         self._call: Call = service.run
         self._stop: Callable[[], None] = lambda: None
@@ -4537,9 +4540,12 @@ class Claimant:
         self._thread = threading.Thread(target=self._repeat, name="etcd", daemon=True)
         self._thread.start()
 
-    def ask(self, need: Need | None, again: Again) -> None:
-        """Have a request looked at until it needs etcd no more, at most as long as Docker waits."""
-        asked = (again, need, time.monotonic() + ETCD_PATIENCE_S)
+    def ask(self, need: Need | None, again: Again, done: Callable[[], None] = lambda: None) -> None:
+        """Have a request looked at until it needs etcd no more, at most as long as Docker waits.
+
+        Then, once the turn that has answered it is over, done() is called.
+        """
+        asked = (again, need, time.monotonic() + ETCD_PATIENCE_S, done)
         if threading.current_thread() is self._thread:
             self._serve(*asked)
         else:
@@ -4547,21 +4553,29 @@ class Claimant:
             self._bell.set()
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """Run the function in a turn, once etcd has been asked for what it needs."""
+        """Run the function in a turn, once etcd has been asked for what it needs.
+
+        Durable: what it changed, on return. Raises: as the function; StoreError.
+        """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        told: list[Callable[[], None]] = [functools.partial(  # the last of these is what it came to
+            future.set_exception, Stopping("gipam is stopping: try again"))]
 
         def again(failure: GipamError | None) -> Need | None:
             try:
-                if failure:
+                if failure:  # it counts, too, if the turn with the result is not on disk
                     raise failure
-                future.set_result(function())
+                told.append(functools.partial(future.set_result, function()))
             except Unclaimed as due:
                 return due.need
             except Exception as error:  # noqa: BLE001 - it goes to the thread
-                future.set_exception(error)
+                told.append(functools.partial(future.set_exception, error))
             return None
 
-        self.ask(None, again)
+        def done() -> None:
+            told[-1]()
+
+        self.ask(None, again, done)
         return future.result()
 
     def _repeat(self) -> None:
@@ -4597,17 +4611,33 @@ class Claimant:
             part, names = names[:MAX_WRITES], names[MAX_WRITES:]
             self.call(lambda: self._site.compare(part, is_kept()))  # noqa: B023 - at once
 
-    def _serve(self, again: Again, need: Need | None, end_s: float) -> None:
-        """Ask for what a request needs, until it has been answered."""
+    def _serve(self, again: Again, need: Need | None, end_s: float,
+               done: Callable[[], None]) -> None:
+        """Ask for what a request needs, until it has been answered, whatever happens."""
+        try:
+            self._settle(again, need, end_s)
+        except (Stopping, BusyError):
+            raise
+        except StoreError as error:  # what the turn decided is not on disk
+            self._call(functools.partial(again, error))
+        except Exception:  # a bug
+            bug = GipamError("internal error of gipam: see its log")
+            self._call(functools.partial(again, bug))
+            raise
+        finally:
+            done()
+
+    def _settle(self, again: Again, need: Need | None, end_s: float) -> None:
+        """Ask for what a request needs, until it has been answered. Raises: StoreError."""
         try:
             if need is None or need.head != self._site.head:  # others were before it
                 need = self._call(functools.partial(again, None))
             while need:
                 told = self._transact(need, end_s)
                 need = self._call(functools.partial(self._look, told, again))
-        except (Stopping, BusyError):
+        except (StoreError, BusyError):
             raise
-        except GipamError as error:  # of etcd, or of a turn that is not on disk
+        except GipamError as error:  # of etcd
             if self._call(functools.partial(again, None)):  # not even while etcd is away
                 self._call(functools.partial(again, error))
 
