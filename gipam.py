@@ -1037,7 +1037,7 @@ class Site:
             for table, _, host in (name.partition("/") for name in told.keys):
                 if table == "hosts":
                     text, (known, count) = told.keys[f"hosts/{host}"], before.get(host, ("", 0))
-                    self.hosts[host] = (text, count + is_reading if text == known else 1)
+                    self.hosts[host] = (text, (count if text == known else 0) + is_reading)
 
     def learn_claims(self, news: Mapping[str, Claim | None]) -> None:
         """Take over claims; None: it is gone."""
@@ -4509,7 +4509,7 @@ class Claimant:
         self._changes: list[tuple[str, Json]] = []  # as of the head
         self._rival: tuple[str | None, float] = (None, 0.0)  # has this host's name, since then
         self._is_there = False
-        self._pulse_s = 0.0
+        self._pulse_s = self._reading_s = 0.0  # when the next of them is due
         self._asks: collections.deque[
             tuple[Again, Need | None, float, Callable[[], None]]] = collections.deque()
         self._bell = threading.Event()
@@ -4527,7 +4527,7 @@ class Claimant:
         """
         while not self._is_there:
             try:
-                self._pulse()
+                self._pulse(is_reading=False)
             except (Unavailable, Refused):
                 if not self._rival[0]:
                     return
@@ -4602,10 +4602,12 @@ class Claimant:
         self._bell.clear()
         while self._asks:
             self._serve(*self._asks.popleft())
-        if time.monotonic() >= self._pulse_s:
-            is_calm = self._site.calm_s() <= 0
-            self._pulse_s = time.monotonic() + (PULSE_S if is_calm else ETCD_ATTEMPT_S)
-            self._pulse(is_reading=is_calm)
+        now_s, is_calm = time.monotonic(), self._site.calm_s() <= 0
+        if now_s >= self._pulse_s:
+            is_reading = is_calm and now_s >= self._reading_s  # others show themselves each PULSE_S
+            self._pulse_s = now_s + (PULSE_S if is_calm else ETCD_ATTEMPT_S)
+            self._pulse(is_reading)
+            self._reading_s = now_s + PULSE_S if is_reading else self._reading_s
         names, is_kept = list(self._site.due), self._service.import_is_due.is_set
         while names and not self._asks:  # they go first
             part, names = names[:MAX_WRITES], names[MAX_WRITES:]
@@ -4654,7 +4656,7 @@ class Claimant:
         finally:
             site.won, site.is_fresh = frozenset(), False
 
-    def _pulse(self, is_reading: bool = True) -> None:
+    def _pulse(self, is_reading: bool) -> None:
         """Show that this host is there, and see who else is; catch up, if the head is another.
 
         Raises: Unavailable, Refused, BusyError.
