@@ -155,6 +155,7 @@ IMPORT_PATIENCE_S = 2.0  # at a start with Docker alive
 ETCD_PATIENCE_S = 3.0  # of a request of Docker's that needs etcd
 ETCD_ATTEMPT_S = 1.0  # for one member of etcd
 ETCD_PAUSE_S = 0.05
+UNREAD = "\ud800"  # in place of etcd's head, which is never this: nothing is known yet
 PULSE_S = 10.0  # from one sign of presence to the next
 ABSENT_READINGS = 4  # in a row that show no sign of a host
 RIVAL_S = 20.0  # for another host of this name to show that it is there
@@ -884,7 +885,7 @@ class Need(NamedTuple):
     """What etcd has to be asked for, and what that rests on."""
 
     writes: dict[str, Claim | None]  # name -> None: it goes; {}: only look whether all is known
-    head: str | None  # as of which it was decided, None: nothing is known yet
+    head: str | None  # as of which it was decided, None: etcd has none; or UNREAD
     evicted: Mapping[str, str | None] = {}  # of whom these are: hosts/HOST, which shows its absence
 
 
@@ -951,7 +952,7 @@ class Site:
         self.claims: dict[str, Claim] = {}  # SUBNET, or SUBNET/ADDRESS ->
         self.inside: dict[Network, dict[str, None]] = {}  # subnet -> names of its addresses
         self.taken: dict[Network, AddressSet] = {}  # subnet -> offsets that others have
-        self.head: str | None = None  # as of which all is known, None: it is not
+        self.head: str | None = UNREAD  # as of which all is known; None: etcd has none
         self.hosts: dict[str, tuple[str, int]] = {}  # -> its key, and in how many readings in a row
         self.due: dict[str, None] = {}  # names of which etcd may not say what is held here
         self.leaving: set[str] = set()  # names that etcd may have been asked to let go
@@ -4505,6 +4506,7 @@ class Claimant:
         self._service, self._site, self._etcd = service, site, etcd
         self._token = secrets.token_hex(8)  # of this process
         self._count = self._seen = 0  # of its transactions: asked for, and seen in etcd
+        self._misses = 0  # transactions in a row that found something else than was known
         self._shown: str | None = None  # what etcd has of this host, as far as is known
         self._changes: list[tuple[str, Json]] = []  # as of the head
         self._rival: tuple[str | None, float] = (None, 0.0)  # has this host's name, since then
@@ -4649,7 +4651,7 @@ class Claimant:
         Who was stopped in between may have been evicted.
         """
         site, is_late = self._site, boot_s() - told.sent_s > GRANT_S
-        site.learn(Told(None) if told.won and is_late else told)
+        site.learn(Told(UNREAD) if told.won and is_late else told)
         site.won, site.is_fresh = (not is_late and told.won) or frozenset(), True
         try:
             return again(None)
@@ -4673,11 +4675,13 @@ class Claimant:
 
         Return what is to be learned in a turn. Raises: Unavailable, Refused, BusyError.
         """
-        if time.monotonic() >= end_s:
+        if self._misses > 1:
+            time.sleep(ETCD_PAUSE_S)
+        if time.monotonic() + ETCD_PAUSE_S >= end_s:
             raise Unavailable(self._service.etcd_failure
-                              or "other hosts were faster each time: try again")
+                              or "etcd was too slow, or other hosts faster each time: try again")
         site, head, changes = self._site, need.head, self._changes
-        if site.head is None:
+        if site.head == UNREAD:
             return self._read()
         self._count += 1
         own, news = f"hosts/{site.host}", {name: claim and claim.value()
@@ -4693,8 +4697,9 @@ class Claimant:
         gone = need.evicted if len(news) < MAX_WRITES else {}  # with the last of its claims
         sent_s = boot_s()
         is_done, found = self._ask(
-            self._etcd.transact, {"head": need.head or None, own: self._shown, **need.evicted},
+            self._etcd.transact, {"head": need.head, own: self._shown, **need.evicted},
             {**writes, **dict.fromkeys(gone)}, end_s)
+        self._misses = 0 if is_done else self._misses + 1
         if not is_done:
             return self._catch_up(found)
         self._changes, self._shown, self._seen = changes, text, self._count
@@ -4724,9 +4729,9 @@ class Claimant:
 
     def _catch_up(self, found: dict[str, str]) -> Told:
         """Return what another head, or another key of this host, has to tell."""
-        head, changes = found.get("head", ""), read_changes(found.get("changes"))
-        ats = {**{before: at for at, (before, _) in enumerate(changes)}, head: len(changes)}
-        at = ats.get(self._site.head or "")
+        head, changes = found.get("head"), read_changes(found.get("changes"))
+        ats = {**{before or None: at for at, (before, _) in enumerate(changes)}, head: len(changes)}
+        at = ats.get(self._site.head)
         if not self._see(found) or at is None:
             return self._read()
         self._changes, news = changes, collections.ChainMap(
@@ -4760,7 +4765,7 @@ class Claimant:
         site, revision = self._site, 0
         rest: dict[str, str] = {}  # what is no claim
         start: str | None = ""
-        self._call(lambda: setattr(site, "head", None))
+        self._call(lambda: setattr(site, "head", UNREAD))
         gone: dict[str, Claim | None] = dict.fromkeys(site.claims)
         while start is not None:
             found, start, revision = self._ask(self._etcd.page, start, revision,
@@ -4776,7 +4781,7 @@ class Claimant:
         if not self._see(rest) and self._is_there:
             self._lose()
         self._changes = read_changes(rest.get("changes"))
-        told = Told(rest.get("head", ""), {}, rest)
+        told = Told(rest.get("head"), {}, rest)
         self._call(functools.partial(site.learn, told))
         if not self._is_there:
             self._begin_to_claim([name for name in rest if name not in ("head", "changes")
