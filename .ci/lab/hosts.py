@@ -175,8 +175,8 @@ class HostsTest(unittest.TestCase):
         for host in self.hosts.values():
             until(lambda: host.status()["etcd"] == {"failure": "", "due": 0}, "quiet")  # noqa: B023
             self.assertIn("no difference", host("gipam check --grace 0"))
-            self.assertEqual({seen["host"]: seen["is_present"] for seen in host.status()["hosts"]},
-                             dict.fromkeys(HOSTS, True))
+            until(lambda: {seen["host"]: seen["is_present"] for seen in host.status()["hosts"]}  # noqa: B023
+                  == dict.fromkeys(HOSTS, True), "all to be seen", 40)  # at the next look
         self.assert_all_reach_each_other()
 
     # -- one prefix for all
