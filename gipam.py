@@ -1239,7 +1239,8 @@ class Site:
         present = {host for host, (_, count) in self.hosts.items() if count < ABSENT_READINGS}
         return {"host": self.host, "hosts": [
             {"host": host, "is_present": None if is_away else host in {*present, self.host},
-             "claims": claims[host]} for host in sorted({*claims, *self.hosts})]}
+             "claims": claims[host], "is_own": self.is_own_name(host)}
+            for host in sorted({*claims, *self.hosts})]}
 
 
 UNBOUND = "unbound"  # in place of the token, until Docker sends the id of a pool taken over
@@ -4174,10 +4175,11 @@ def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
     etcd = status.get("etcd", {})
     if etcd.get("failure"):
         yield f"{etcd['failure']}: {etcd['due']} subnets wait for it, and so do new networks"
-    for host, claims in ((it["host"], it["claims"]) for it in status.get("hosts", ())
-                         if it["is_present"] is False):
-        yield (f"host {host} has not been heard of for {ABSENT_READINGS * PULSE_S:.0f} s, and has "
-               f"{claims} claims: if it will never come back, `gipam evict {host}` gives them up")
+    for it in (it for it in status.get("hosts", ()) if it["is_present"] is False):
+        what = ("this machine was that host before, `gipam evict {0}` makes them this host's"
+                if it["is_own"] else "if it will never come back, `gipam evict {0}` gives them up")
+        yield (f"host {it['host']} has not been heard of for {ABSENT_READINGS * PULSE_S:.0f} s, "
+               f"and has {it['claims']} claims: {what.format(it['host'])}")
     if status.get("trouble"):
         yield f"gipam {status['trouble']}: nothing new is granted"
     for version, switch in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):
@@ -5375,13 +5377,16 @@ def ask(question: str) -> bool:
 
 
 def cmd_evict(arguments: argparse.Namespace) -> int:
-    """Give up what a host that will never come back has claimed in etcd."""
+    """Give up what a host that will never come back has claimed, or take it from the old name."""
     status, host = ask_daemon(arguments.settings, "GET", "/status"), arguments.HOST
     claims = [claim["subnet"] for claim in status["claims"] if host in claim["hosts"]]
-    if not arguments.yes and not ask(f"give up {len(claims)} claims of host {host}? [y/N] "):
+    what = f"{len(claims)} claims of host {host}"
+    is_own = any(it["host"] == host and it["is_own"] for it in status.get("hosts", ()))
+    question = f"make {what} this host's" if is_own else f"give up {what}"
+    if not arguments.yes and not ask(f"{question}? [y/N] "):
         return 1
     ask_daemon(arguments.settings, "POST", "/Gipam.Evict", {"Host": host})
-    print(f"gave up {len(claims)} claims of host {host}")
+    print(f"made {what} this host's" if is_own else f"gave up {what}")
     return 0
 
 

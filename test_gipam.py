@@ -445,7 +445,7 @@ class Case(unittest.TestCase):
 
 # === The text of gipam.py =========================================================================
 
-MAX_LINES = 5736  # style.md asks for 5,130 after step 10: the note on the issues says where they are
+MAX_LINES = 5741  # style.md asks for 5,130 after step 10: the note on the issues says where they are
 MAX_FUNCTION_LINES, MAX_COLUMNS = 50, 100
 
 
@@ -5243,8 +5243,10 @@ class CheckTest(OperatedCase):
             self.write(f"proc/sys/net/{name}/lan.7/proxy_{'ndp' if 'conf' in name else 'delay'}", text)
         reject4 = "*\t0000020A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n"
         for etcd, hosts, said in (({"failure": "etcd is away", "due": 2}, {"web": None}, "etcd is away: 2 subnets wait"),
-                                  ({"failure": ""}, {"web": True, "db": False}, "host db .* 3 claims.*evict db")):
-            rows = [{"host": host, "is_present": is_present, "claims": 3} for host, is_present in hosts.items()]
+                                  ({"failure": ""}, {"web": True, "db": False}, "host db .* 3 claims.*evict db` gives"),
+                                  ({"failure": ""}, {"old": False}, "host old .* 3 claims: this machine .*evict old` makes")):
+            rows = [{"host": host, "is_present": is_present, "claims": 3, "is_own": host == "old"}
+                    for host, is_present in hosts.items()]
             note, = gipam.find_notes({"bases": [], "etcd": etcd, "hosts": rows}, [], "/nothing")
             self.assertRegex(note, said)
         route6 = "20010db8000001000000000000000000 38 " + 32 * "0" + " 00 {} 400 1 0 {} {}\n"
@@ -6977,7 +6979,10 @@ class PresenceTest(HostsCase):
         self.assert_refused("this machine was host old before; `gipam evict old`", new.request_address, pool_id)
         self.assertIn("was host old before", new.state()["pools"][0]["claimed_elsewhere"])
         self.assert_refused("host old is there", other.call, "Gipam.Evict", Host="old")
-        new.call("Gipam.Evict", Host="old")
+        self.assertEqual([self.run_main("evict", "old", "-socket", new.place, *words, stdin=Terminal("n\n"))[:2]
+                          for words in ((), ("--yes",))],
+                         [(1, "make 1 claims of host old this host's? [y/N] "),
+                          (0, "made 1 claims of host old this host's\n")])
         self.assertEqual(self.etcd.claims(), {subnet: ["new"]})
         wait_for(lambda: not new.site.conflicts, "it is over")
         new.request_address(pool_id)
