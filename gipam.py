@@ -4177,7 +4177,7 @@ def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
         yield f"{etcd['failure']}: {etcd['due']} subnets wait for it, and so do new networks"
     for it in (it for it in status.get("hosts", ()) if it["is_present"] is False):
         what = ("this machine was that host before, `gipam evict {0}` makes them this host's"
-                if it["is_own"] else "if it will never come back, `gipam evict {0}` gives them up")
+                if it.get("is_own") else "if it will never come back, `gipam evict {0}` gives them up")
         yield (f"host {it['host']} has not been heard of for {ABSENT_READINGS * PULSE_S:.0f} s, "
                f"and has {it['claims']} claims: {what.format(it['host'])}")
     if status.get("trouble"):
@@ -5381,7 +5381,7 @@ def cmd_evict(arguments: argparse.Namespace) -> int:
     status, host = ask_daemon(arguments.settings, "GET", "/status"), arguments.HOST
     claims = [claim["subnet"] for claim in status["claims"] if host in claim["hosts"]]
     what = f"{len(claims)} claims of host {host}"
-    is_own = any(it["host"] == host and it["is_own"] for it in status.get("hosts", ()))
+    is_own = any(it["host"] == host and it.get("is_own") for it in status.get("hosts", ()))
     question = f"make {what} this host's" if is_own else f"give up {what}"
     if not arguments.yes and not ask(f"{question}? [y/N] "):
         return 1
