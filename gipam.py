@@ -959,7 +959,8 @@ class Site:
         self.conflicts: dict[str, str] = {}  # names of what is held here -> who else has claimed it
         self.won: frozenset[str] = frozenset()  # in this turn: see Told
         self.is_fresh = False  # in this turn: etcd has just been asked
-        self.lost_s, self.before = -math.inf, {host}  # etcd has lost claims; who was there
+        self.lost_s = -math.inf  # when etcd had lost claims, or somebody was back since
+        self.awaited: dict[str, str] = {}  # hosts that are not -> their keys as they were then
         self.wake: Callable[[], None] = lambda: None  # whoever compares what is due
         self.attach(state)
 
@@ -1039,6 +1040,16 @@ class Site:
                 if table == "hosts":
                     text, (known, count) = told.keys[f"hosts/{host}"], before.get(host, ("", 0))
                     self.hosts[host] = (text, (count if text == known else 0) + is_reading)
+            for host, text in list(self.awaited.items()):
+                if self.hosts.get(host, (text, 0))[0] != text:
+                    self.lost_s = time.monotonic() if self.calm_s() > 0 else self.lost_s
+                    del self.awaited[host]
+
+    def lose(self, keys: Mapping[str, str]) -> None:
+        """Claim nothing new for a while, since etcd, which has these keys, has lost claims."""
+        self.lost_s = time.monotonic()
+        self.awaited = {host: keys.get(f"hosts/{host}", "")
+                        for host in self.hosts if host != self.host}
 
     def learn_claims(self, news: Mapping[str, Claim | None]) -> None:
         """Take over claims; None: it is gone."""
@@ -1183,10 +1194,9 @@ class Site:
     def calm_s(self) -> float:
         """Return for how long nothing new is claimed, so that all claim again what they hold.
 
-        Each looks every PULSE_S; whoever is there again has begun to.
+        Each looks every PULSE_S, and writes its key anew before it claims: CALM_S from then on.
         """
-        missing = self.before - {*self.hosts, self.host}
-        return self.lost_s + CALM_S + PULSE_S * bool(missing) - time.monotonic()
+        return self.lost_s + CALM_S + PULSE_S * bool(self.awaited) - time.monotonic()
 
     def _note_rival(self, name: str, claim: Claim | None) -> None:
         before, self.conflicts[name] = self.conflicts.get(name), self.describe_claim(claim)
@@ -4177,7 +4187,8 @@ def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
         yield f"{etcd['failure']}: {etcd['due']} subnets wait for it, and so do new networks"
     for it in (it for it in status.get("hosts", ()) if it["is_present"] is False):
         what = ("this machine was that host before, `gipam evict {0}` makes them this host's"
-                if it.get("is_own") else "if it will never come back, `gipam evict {0}` gives them up")
+                if it.get("is_own") else
+                "if it will never come back, `gipam evict {0}` gives them up")
         yield (f"host {it['host']} has not been heard of for {ABSENT_READINGS * PULSE_S:.0f} s, "
                f"and has {it['claims']} claims: {what.format(it['host'])}")
     if status.get("trouble"):
@@ -4781,7 +4792,7 @@ class Claimant:
             for at in range(0, len(items), LEARN_CLAIMS):
                 self._call(functools.partial(site.learn_claims, dict(items[at:at + LEARN_CLAIMS])))
         if not self._see(rest) and self._is_there:
-            self._lose()
+            self._lose(rest)
         self._changes = read_changes(rest.get("changes"))
         told = Told(rest.get("head"), {}, rest)
         self._call(functools.partial(site.learn, told))
@@ -4803,11 +4814,11 @@ class Claimant:
                 if not claim or self._site.host not in claim.hosts:  # Docker may use it
                     self._service.import_is_due.set()
         if is_lost:
-            self._lose()
+            self._lose({f"hosts/{host}": text for host, (text, _) in self._site.hosts.items()})
 
-    def _lose(self) -> None:
+    def _lose(self, keys: Mapping[str, str]) -> None:
         """Note that etcd is not what it was."""
-        self._site.lost_s, self._site.before = time.monotonic(), {*self._site.hosts}
+        self._site.lose(keys)
         self._pulse_s = 0.0
         log.warning("etcd lacks what it had of this host: it was emptied, or restored, or this "
                     "host evicted; claiming again what is held here")
