@@ -3048,6 +3048,10 @@ def show_metrics(service: Service, _: str) -> Iterator[str]:
     bases = [(f'{{base="{base["prefix"]}",family="{base["family"]}"}}', base)
              for base in describe_bases(service.state, {})]
     pools = [*service.state.pools.values()]  # labelled when it is their turn: 15 us each
+
+    def label(pool: Pool) -> str:
+        return f'{{pool="{pool.sub_pool or pool.subnet.network}"}}'
+
     hosts = service.site.describe(False)["hosts"] if service.site else None
     counts = {**{(method, result): 0 for method in (*PATHS, "unknown") for result in RESULTS},
               **service.requests}
@@ -3060,11 +3064,9 @@ def show_metrics(service: Service, _: str) -> Iterator[str]:
         ("base_blocks_excluded", "Blocks of it that are never handed out",
          [(labels, base["blocks_excluded"]) for labels, base in bases]),
         ("pool_addresses", "Addresses of a pool that can be handed out",
-         ((f'{{pool="{pool.sub_pool or pool.subnet.network}"}}', pool.usable())
-          for pool in pools)),
+         ((label(pool), pool.usable()) for pool in pools)),
         ("pool_addresses_used", "Addresses of it that are held",
-         ((f'{{pool="{pool.sub_pool or pool.subnet.network}"}}', len(pool.leases))
-          for pool in pools)),
+         ((label(pool), len(pool.leases)) for pool in pools)),
         ("requests_total", "Requests, by method and result",
          [(f'{{method="{method}",result="{result}"}}', count)
           for (method, result), count in counts.items()]),
