@@ -2087,6 +2087,9 @@ class Store:
                 self._write(fd, data, size)
                 size += len(data)
             self.calls.fsync(fd)
+        except OSError as error:
+            error.filename = self.path  # the kernel names no file of a descriptor
+            raise
         finally:
             self._close(fd)
 
