@@ -352,6 +352,7 @@ class RequestPool(NamedTuple):
     cursor: int  # offset in the subnet of the address to try next
     next_block: int  # number of the block of this length to try next, -1: as it was
     is_shared: bool = False  # with other hosts
+    is_adopted: bool = False  # for a request of Docker's: what else it uses there is not known yet
 
 
 class ReleasePool(NamedTuple):
@@ -402,8 +403,8 @@ CHANGES: dict[str, Any] = {
 }
 CHANGE_NAMES = {kind: name for name, kind in CHANGES.items()}
 FIELDS: dict[str, Any] = {  # the shapes of those that are no text
-    "granted_s": 0, "cursor": 0, "next_block": -1, "is_shared": False, "parts": [],
-    "common": {}}
+    "granted_s": 0, "cursor": 0, "next_block": -1, "is_shared": False, "is_adopted": False,
+    "parts": [], "common": {}}
 
 
 def check_shape(what: str, value: Any, shape: Any) -> None:
@@ -777,6 +778,7 @@ class State:
         self.seq = 0
         self.pools: dict[str, Pool] = {}
         self.lease_count = 0
+        self.has_adopted = False  # since the lease file was written
         self.families = {family.version: family for family in families}
 
     def apply(self, change: Change) -> None:
@@ -805,6 +807,7 @@ class State:
             if kept and kept.network == network:
                 subnet.memory.recall(kept.owners)
             family.remember(pool.name, Kept(network, {}, pool.seq))
+        self.has_adopted |= change.is_adopted
         if not subnet.pools:
             subnet.is_shared = change.is_shared
             family.subnets[network] = subnet
@@ -1492,7 +1495,7 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
                              404) from None
     change, room = grant(subnet, sub_pool, "", now_s), (sub_pool or subnet).num_addresses // 2 - 2
     ahead = 2 + int(token, 16) % max(room, 1)
-    yield change._replace(pool_id=pool_id, cursor=change.cursor + ahead)
+    yield change._replace(pool_id=pool_id, cursor=change.cursor + ahead, is_adopted=True)
     pool = state.pools[pool_id]
     first = pool.subnet.held.next_absent(pool.low)
     if pool.usable() > 1 and first <= pool.high and pool.format(first) != address:
@@ -5531,14 +5534,15 @@ def open_service(config: Config, store: Store, document: Json | None, state: Sta
 
 
 def begin_import(config: Config, service: Service, document: Json | None, call: Call) -> None:
-    """Ask Docker what is in use, if there was no lease file, or an older one, for all etcd knows.
+    """Ask Docker what is in use, where there may be more than is known here.
 
+    There was no lease file, or an older one, for all etcd knows; or a pool was just adopted.
     At once if Docker is alive, else when it answers. (While it starts, it accepts connections, but
     waits for gipam.)
     """
-    if document is None or document.get("Import"):
+    service.is_import_noted = document is None or bool(document.get("Import"))
+    if service.is_import_noted or service.state.has_adopted:
         service.import_is_due.set()
-        service.is_import_noted = True
     if service.import_is_due.is_set() and is_docker_alive():
         try:
             take_over(service, config.driver, IMPORT_PATIENCE_S, call)
