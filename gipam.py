@@ -143,6 +143,7 @@ MAX_DIALS = 64  # accepted in a turn; measured: 0.1 ms each
 MAX_FAILED_TURNS = 10  # in a row
 MAX_LOG_RECORDS, MAX_LOG_CHARS = 1_000, 4_000  # that nobody has read yet; of a line
 TICK_S = 1.0
+MAX_ONLINK_PAUSE_S = 10.0  # while no route is there; a device and its addresses tell themselves
 MAX_PROXIES = 10  # entries in a turn; measured: 60 us each
 START_PATIENCE_S = 300  # asked of the service manager, for a large state
 RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection shut to dial again
@@ -1282,8 +1283,9 @@ def copy_state(state: State) -> tuple[Json, list[Any]]:
         **{f"V{family.version}Idx": family.cursors.get(family.prefixlen, 0) for family in families},
         "Cursors": {f"{family.version}/{length}": number for family in families
                     for length, number in family.cursors.items() if length != family.prefixlen},
-        "Names": names, "Free": [kept.network for _, kept in names if state.families[
-            kept.network.version].is_block(kept.network)]}
+        "Names": names, "Free": [kept.network for family in families
+                                 for kept in family.names.values()
+                                 if kept.network not in family.subnets]}
     pools = []
     gc.disable()  # it would look at all that is copied: 4 ms for 100,000 leases instead of 2
     try:
@@ -1507,7 +1509,7 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
     """Take over what Docker uses and the state does not hold; apply each change before the next.
 
     The pool must still be the one granted as change seq; 0: there must be none. A new one goes on
-    after its endpoints: in what comes next to be taken over, if it is the largest address first.
+    after the first of its endpoints: what comes in further calls may be in use, too.
     Raises: Forbidden, InvalidRequest, as check_subnet(), all before the first change.
     """
     known = state.families[subnet.version].subnets.get(subnet)
@@ -1522,8 +1524,8 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
         offset = parse_offset(view, request.address)
         if not 0 <= offset <= view.subnet.last_offset:
             raise InvalidRequest(f"{request.address} is not in {subnet}")
-        if request.kind == ENDPOINT and offset <= view.high:
-            view.cursor = max(view.cursor, offset + 1)
+        if request.kind == ENDPOINT and view.low <= offset <= view.high and view.cursor == view.low:
+            view.cursor = offset + 1
     if pool is None:
         yield change._replace(cursor=view.cursor)
         pool = state.pools[change.pool_id]
@@ -2179,11 +2181,12 @@ def read_prefix(kind: int, message: bytes) -> tuple[int, int]:
 
 def is_connected(route: bytes, base: Network, device: bytes) -> bool:
     """Return whether a route that is not the default one puts a base on the wire of a device."""
-    first, length = read_prefix(RTM_GETROUTE, route)
-    if not 0 < length <= base.prefixlen or (first ^ int(base[0])) >> BITS[base.version] - length:
+    if ATTRIBUTE.pack(8, RTA_OIF) + device not in route:  # so it is with most of 20,000
         return False
-    found = read_attributes(route)
-    return found.get(RTA_OIF) == device and not found.keys() & {5, 18}  # RTA_GATEWAY, RTA_VIA
+    first, length = read_prefix(RTM_GETROUTE, route)
+    return (0 < length <= base.prefixlen
+            and not (first ^ int(base[0])) >> BITS[base.version] - length
+            and not read_attributes(route).keys() & {5, 18})  # RTA_GATEWAY, RTA_VIA
 
 
 def ask_kernel(kind: int, body: bytes, flags: int = NLM_F_DUMP) -> list[bytes]:
@@ -2247,6 +2250,7 @@ class Proxies:
         self._name = ATTRIBUTE.pack(5 + len(device.encode()), 3) + device.encode()  # IFLA_IFNAME
         self._index, self._onlink = 0, bases  # the number of the device, the bases on its wire
         self._state, self._look_s = State(()), 0.0  # when and with what all is compared anew
+        self._pause_s = TICK_S  # until then, while none is on the wire
         self.due: dict[bytes, bool] = {}  # entry -> whether it is to be there; the newest last
         self.events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
         self.events.bind((0, 0x111))  # RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
@@ -2264,7 +2268,7 @@ class Proxies:
             event = self.events.recv(RECEIVE_BYTES)
             if self._name not in event and event[20:24] != struct.pack("=i", self._index):
                 return
-        self._look_s = 0.0
+        self._look_s, self._pause_s = 0.0, TICK_S  # the route may come right after
 
     def note(self, pool: Pool, change: Change) -> None:
         """Have settle() see to what a change is about."""
@@ -2298,11 +2302,14 @@ class Proxies:
         self._state, self._look_s, self._index, before = state, math.inf, 0, self._onlink
         with contextlib.suppress(OSError):
             self._index = socket.if_nametoindex(self._device)
+        routes = {version: self._ask(RTM_GETROUTE, bytes((SOCKET_FAMILY[version], 0, 0, 0)))
+                  for version in {base.version for base in self._bases}}
         self._onlink = [base for base in self._bases if any(
-            is_connected(route, base, struct.pack("=i", self._index)) for route in
-            self._ask(RTM_GETROUTE, bytes((SOCKET_FAMILY[base.version], 0, 0, 0))))]
+            is_connected(route, base, struct.pack("=i", self._index))
+            for route in routes[base.version])]
         if not self._onlink:
-            self._look_s = time.monotonic() + TICK_S
+            self._look_s = time.monotonic() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, MAX_ONLINK_PAUSE_S)
         if self._onlink != before:
             log.info("-onlink %s: answering there for %s", self._device, ", ".join(
                 map(str, self._onlink)) or "no base: none is in a connected route of it")
@@ -4074,10 +4081,20 @@ def release_request(pool: Json, lease: Json | None = None) -> tuple[str, Json]:
 
 
 def adopt_request(pool: Use, uses: Iterable[Use], seq: int) -> tuple[str, Json]:
-    """Return what adopts addresses in the pool that was granted as change seq; 0: and the pool."""
+    """Return what adopts addresses in the pool that was granted as change seq; 0: and the pool.
+
+    They come in descending order, from below the widest gap on: there the pool goes on, should
+    Docker ask for an address before all are taken over. A gateway that it hides comes last.
+    """
+    (low, high), numbers = span(parse_prefix(pool.sub_pool or pool.subnet)), {
+        use: int(ipaddress.ip_address(use.address)) for use in uses if use.address}
+    inside = sorted({number for number in numbers.values() if low <= number <= high})
+    gaps = [(after - number, number) for number, after in zip(inside, inside[1:])]
+    gaps += [(inside[0] - low + high - inside[-1], inside[-1])] if inside else []
+    _, start = max(gaps, default=(0, high))
     leases = [{"Address": use.address, "Kind": use.kind, "MAC": use.mac, "Name": use.container}
-              for use in sorted(uses, reverse=True, key=lambda use: int(  # see decide_import()
-                  ipaddress.ip_address(use.address or 0)))]
+              for use in sorted(uses, key=lambda use: (
+                  not use.address, (start - numbers.get(use, 0)) % (1 << BITS[6])))]
     return "/Gipam.Adopt", {"Subnet": pool.subnet, "SubPool": pool.sub_pool,
                             "Name": pool.pool_name, "Leases": leases, "Seq": seq}
 
