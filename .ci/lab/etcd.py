@@ -168,7 +168,7 @@ class Etcd:
                         "--key", f"{self.client_tls}/key.pem"]
         if self.has_users:
             options += ["--user", ROOT]
-        return run(*asked.inside, "etcdctl", *options, *arguments)
+        return run(*asked.inside, "etcdctl", *options, *arguments, for_s=20)  # a paused one saves no snapshot, for ever
 
     def keys(self, prefix: str) -> dict[str, Any]:
         """Return every key under the prefix with its value, parsed where it is JSON."""

@@ -116,10 +116,13 @@ class CommandError(Exception):
     """A command failed; str() is what it was and said."""
 
 
-def run(*command: str, env: dict[str, str] | None = None) -> str:
-    """Return what a command prints. Raises: CommandError."""
-    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True,
-                          encoding="utf-8", timeout=DOCKER_DEADLINE_S)
+def run(*command: str, env: dict[str, str] | None = None, for_s: float = DOCKER_DEADLINE_S) -> str:
+    """Return what a command prints. Raises: CommandError, also if it does not end in that time."""
+    try:
+        done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True,
+                              encoding="utf-8", timeout=for_s)
+    except subprocess.TimeoutExpired as error:
+        raise CommandError(str(error)) from None
     if done.returncode != 0:
         raise CommandError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout
