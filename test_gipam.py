@@ -70,7 +70,7 @@ def seeds(count: int) -> list[int]:
     given = os.environ.get("GIPAM_TEST_SEED")
     if given:
         return [int(given)]
-    count *= 50 if IS_LONG else 1
+    count *= 25 if IS_LONG else 1
     return [random.randrange(1 << 32) for _ in range(count)]
 
 
@@ -2852,7 +2852,7 @@ class KillTest(StoreCase):
         served = self.daemon(
             "-v4", "10.2.0.0/16", "-v6", "2001:db8:0:100::/56",
             lines="gipam.MIN_FOLD_BYTES, gipam.FOLD_PATIENCE_S = 2000, 0.01").start()
-        seed, clients, kills = seeds(1)[0], 16 if IS_LONG else 8, 500 if IS_LONG else 20
+        seed, clients, kills = seeds(1)[0], 16 if IS_LONG else 8, 250 if IS_LONG else 20
         rng, load = random.Random(seed), Load(self, served, clients, seed)
         with self.subTest(GIPAM_TEST_SEED=seed):
             for _ in range(kills):
@@ -7795,7 +7795,7 @@ mount -t tmpfs -o mode=755 tmpfs /run
 exec "$@"
 """
 MIN_MEMORY_BYTES, MAX_REPORT_CHARS = 256 << 20, 30_000
-TEST_DEADLINE_S = 1800 if IS_LONG else 600  # KillTest fifty-fold takes more than ten minutes
+TEST_DEADLINE_S = 1800 if IS_LONG else 600  # KillTest so often takes more than ten minutes
 OUTCOMES = {".": "ok", "F": "FAILED", "s": "skipped"}
 
 

@@ -1,6 +1,6 @@
 """The self-check for longer, a soak, full and read-only disks: `python3 .ci/lab/long.py`.
 
-GIPAM_LONG=1 lets test_gipam.py do fifty times as often what it does at random.
+GIPAM_LONG=1 lets test_gipam.py do 25 times as often what it does at random.
 """
 
 from __future__ import annotations
