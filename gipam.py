@@ -2945,7 +2945,8 @@ def request_address(service: Service, fields: Fields) -> tuple[Any, Change]:
     """Grant an address to a gateway, to a container, or aside for the user (auxiliary)."""
     pool_id, address, options = fields.text("PoolID", True), fields.address(), fields.options()
     mac, name = options.text(ENDPOINT_MAC), options.text(ENDPOINT_NAME)
-    kind = ENDPOINT if mac or name or not address else AUXILIARY
+    # without MAC addresses, Docker < 29 asks for an address of a container as for an auxiliary one
+    kind = ENDPOINT if mac or name or not address or not service.has_macs else AUXILIARY
     if options.get("RequestAddressType") == "com.docker.network.gateway":
         kind = GATEWAY
     change, prefixlen = service.request_address(pool_id, AddressRequest(address, kind, mac, name))

@@ -7048,6 +7048,14 @@ class SharedTest(HostsCase):
         wait_for(lambda: f"{self.LAN}/192.168.1.200" not in self.etcd.claims(2), "it is let go")
         self.assertEqual(two.request_address(self.pools[1], "192.168.1.200", **self.WEB), "192.168.1.200/24")
 
+    def test_without_mac_addresses_a_fixed_address_is_one_hosts_though_nobody_says_whose(self) -> None:
+        """As -mac false has it, for ipvlan; before Docker 29 containers have no name either."""
+        one, two = self.hosts
+        one.service.has_macs = two.service.has_macs = False
+        one.request_address(self.pools[0], "192.168.1.130")
+        self.assert_refused("is claimed by host one", two.request_address, self.pools[1], "192.168.1.130")
+        self.assertEqual(one.state()["pools"][0]["addresses"][0]["kind"], gipam.ENDPOINT)
+
     def test_who_has_left_a_shared_subnet_does_not_get_it_for_itself(self) -> None:
         """Nor what contains it or lies in it; not even right after, while nothing has been let go."""
         one, two = self.hosts
