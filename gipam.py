@@ -5134,8 +5134,13 @@ def load(settings: Settings,
 
 
 def ask_daemon(settings: Settings, verb: str, path: str, body: Any = None) -> Any:
-    """Return what the daemon answers, on its socket or its address. Raises: as call()."""
-    places = settings["socket"].value, settings["address"].value
+    """Return what the daemon answers, on its socket or its address. Raises: as call().
+
+    Where only the address is given, somebody else may serve on the socket.
+    """
+    both = settings["socket"], settings["address"]
+    is_tcp = [option.given is not None for option in both] == [False, True]
+    places = [option.value for option in both][is_tcp:]
     for place in places:
         with contextlib.suppress(Absent):
             return call(Connection(place, DAEMON_PATIENCE_S), verb, path, body)

@@ -6037,6 +6037,13 @@ SUBNET               HELD  OF    AGE  RANGE          NETWORK
                 self.assert_fails(self.run_gipam("status"), 2,
                                   f"gipam: the daemon does not answer on {self.socket}: {why}")
 
+    def test_where_only_an_address_is_given_nobody_else_is_asked(self) -> None:
+        self.patch(gipam, OPTIONS=[option._replace(default=self.socket) if option.name == "socket" else option
+                                   for option in gipam.OPTIONS])
+        self.assertEqual(self.run_gipam("config", options=("-unix",)).status, 0)
+        self.assert_fails(self.run_gipam("config", options=("-address=127.0.0.1:1",)), 2,
+                          "gipam: no gipam answers on 127.0.0.1:1: start it, or say where it is with .*")
+
     def test_driver_and_settings_are_what_the_daemon_says(self) -> None:
         """Whatever -socket, -address and -unix lead to it."""
         self.docker.make_network("web")
