@@ -5195,11 +5195,14 @@ def find_pools(pools: list[Json], text: str) -> list[Json]:
     with contextlib.suppress(ValueError):
         text = str(parse_prefix(text, mask=True))
     keys = ("id", "subnet", "sub_pool", "name", "network")
-    return [pool for pool in pools if text in map(pool.get, keys)]
+    return [pool for pool in pools if text in filter(None, map(pool.get, keys))]
 
 
 def select_pools(status: Json, what: str, unnamed: str) -> list[Json]:
-    """Return what find_pools() does, or who has an address, name or MAC. Raises: InvalidRequest."""
+    """Return what find_pools() does, or who has an address, name or MAC. Raises: InvalidRequest.
+
+    What nobody has is shown as free, or as resting, in each range of its subnet.
+    """
     found, wanted, number = find_pools(status["pools"], what), {what, what.lower()}, None
     with contextlib.suppress(ValueError):
         wanted = {normalise_address(what)}
@@ -5207,8 +5210,14 @@ def select_pools(status: Json, what: str, unnamed: str) -> list[Json]:
     for pool in () if found else status["pools"]:
         leases = [lease for lease in pool["addresses"] if wanted & {
             lease["address"], lease["mac"], lease["name"], lease["container"]}]
-        if not leases and number and "/" not in what and number in parse_prefix(pool["subnet"]):
-            leases = [describe_free(status, pool, *wanted)]
+        found += [{**pool, "addresses": leases}] * bool(leases)
+    held = {lease["address"] for pool in status["pools"] for lease in pool["addresses"]}
+    for pool in () if found else status["pools"]:
+        free = [address for owner, address in pool["remembered"].items()
+                if owner in wanted and address not in held]
+        if number and "/" not in what and number in parse_prefix(pool["subnet"]):
+            free = [*wanted]
+        leases = [describe_free(status, pool, address) for address in free]
         found += [{**pool, "addresses": leases}] * bool(leases)
     claims = (f"; {claim['subnet']} is claimed by {', '.join(claim['hosts'])}"
               for claim in status["claims"] if number and number in parse_prefix(claim["subnet"]))
@@ -5396,9 +5405,11 @@ def find_lease(pools: list[Json], name: str, text: str) -> tuple[Json, Json | No
     """Return the one pool of that name, and its lease of an address. Raises: InvalidRequest."""
     found = find_pools(pools, name)
     if len(found) != 1:
-        there = "".join(f"\n  {pool['id']}" for pool in found or pools)
-        raise InvalidRequest(f"{name!r} names {len(found)} pools: give the id of one, as `gipam "
-                             f"status --json` has it{there}")
+        there = [pool["id"] for pool in found or pools]
+        more = [f"and {len(there) - 9} more"] * (len(there) > 9)
+        raise InvalidRequest("\n  ".join((
+            f"{name!r} names {len(found)} pools: give the id of one, as `gipam status --json` has "
+            "it", *there[:9], *more)))
     pool = found[0]
     held = {lease["address"]: lease for lease in pool["addresses"]}
     try:

@@ -5782,10 +5782,11 @@ class ByHandTest(OperatedCase):
                       ("10.2.1.0/24", "a network"))),
                 ("10.77.0.0/24", f"'10.77.0.0/24' names 0 {one}{there}"),
                 ("10.50.0.0/24", f"'10.50.0.0/24' names 2 {one}\n  {low}\n  {high}"),
+                ("", f"'' names 0 {one}{there}"),  # nor are those meant that have no gipam.name
                 *((f"10.2.0.0/24 {text}", f"{text!r} is not held in 10.2.0.0/24, which has "
                    "10.2.0.1, 10.2.0.2") for text in ("10.2.0.9", "10.9.0.9", "one", "10.2.0.2x"))):
             with self.subTest(arguments):
-                self.assertEqual(self.run_gipam("release", *arguments.split(), "--yes"),
+                self.assertEqual(self.run_gipam("release", *arguments.split(" "), "--yes"),
                                  (1, "", f"gipam: {said}\n"))
         self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes", DOCKER_HOST="unix:///nothing").status, 2)
         self.assertEqual(self.status_now(), before)
@@ -5795,6 +5796,8 @@ class ByHandTest(OperatedCase):
                                 ("10.2.0.0/24", "pool with 2 leases, 10.2.0.0/24")):
             self.assert_released(arguments + " --yes --force", "released " + said)
         self.assertEqual(set(self.held()), {"fd00:9::/64", "10.9.0.0/24", "10.2.1.0/24"})
+        with self.assertRaisesRegex(gipam.InvalidRequest, "\n  9\n  and 2991 more$"):
+            gipam.find_lease([{"id": str(number)} for number in range(1, 3001)], "web", "")
 
 
 class StatusTest(OperatedCase):
@@ -5869,13 +5872,15 @@ SUBNET               HELD  OF    AGE  RANGE          NETWORK
         self.docker.start("two", "web")
         self.docker.stop("two")
         rows = [*self.TABLE.splitlines(), "10.2.0.3 - resting 02:42:00:00:00:06", "10.2.0.9 - free -",
-                "10.2.0.0 - reserved -", "2001:db8:0:100::1:0 - free -"]
+                "10.2.0.0 - reserved -", "2001:db8:0:100::1:0 - free -",
+                "2001:db8:0:100::3 - resting 02:42:00:00:00:06"]
         for what, numbers in (
                 ("web", (1, 2, 3, 4, 5, 12, 13, 14)), ("10.2.0.0/24", (1, 2, 3, 4, 5)),
                 ("10.2.0.2", (1, 3)), ("10.2.4.0/25", (6, 7)),
                 ("gateway", (10, 11)),  # the name of a pool, not the kind of an address
                 ("2001:DB8:0:0100:0::/64", (12, 13, 14)), ("2001:db8:0:100:0::2", (12, 14)),
                 ("one", (1, 3, 12, 14)), ("02:42:00:00:00:02", (1, 3, 12, 14)), ("10.2.0.3", (1, 15)),
+                ("02:42:00:00:00:06", (1, 15, 12, 19)),
                 ("10.2.0.9", (1, 16)), ("10.2.0.0", (1, 17)), ("2001:db8:0:100::1:0", (12, 18))):
             with self.subTest(what):
                 self.assertEqual(list(map(str.split, self.status(what).splitlines())),
@@ -5891,6 +5896,21 @@ SUBNET               HELD  OF    AGE  RANGE          NETWORK
             self.assert_fails(self.run_gipam("status", "web", DOCKER_HOST="unix://" + hung), 1, (
                 f"gipam: 'web'{unknown}, and Docker's names are not known: "
                 f"Docker does not answer on {hung}: timed out; .*"))
+
+    def test_address_is_free_only_if_it_is_in_no_range_of_its_subnet(self) -> None:
+        self.make_ranges()
+        for address, ranges in (("10.50.0.1", ["low"]), ("10.50.0.9", ["low", "high"])):
+            shown = self.status_json(address)["pools"]
+            self.assertEqual([pool["network"] for pool in shown], ranges)
+
+    def test_where_an_owner_rested_is_not_shown_once_another_has_it(self) -> None:
+        self.docker.make_network("tiny", "10.60.0.0/30")
+        self.docker.start("one", "tiny")
+        mac = self.docker.endpoint("one", "tiny")["MacAddress"]
+        self.docker.stop("one")
+        self.assertEqual(self.status(mac).split()[-2:], ["resting", mac])
+        self.docker.start("two", "tiny")  # in the only address
+        self.assertEqual(self.run_gipam("status", mac).status, 1)
 
     def test_what_another_host_has_is_said(self) -> None:
         """Of a subnet, and of an address in one that several share."""
