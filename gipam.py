@@ -254,6 +254,13 @@ class Unclaimed(Exception):
         self.need = need
 
 
+def explain(error: Exception) -> str:
+    """Return the text of an error for people: Python's has numbers and quotes in it."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(filter(None, (error.filename, error.strerror)))
+    return str(error)
+
+
 # === Model ========================================================================================
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -2294,7 +2301,7 @@ class Proxies:
                 self._mend(*self.due.popitem())
         except Exception as error:  # noqa: BLE001 - it must not hurt the turn
             if self._look_s > time.monotonic() + TICK_S:  # the first one
-                log.error("-onlink %s: %s; it is tried again", self._device, error)
+                log.error("-onlink %s: %s; it is tried again", self._device, explain(error))
                 self._look_s = time.monotonic() + TICK_S
 
     def _compare(self, state: State) -> None:
@@ -2720,7 +2727,7 @@ class Service:
                     step(store.remove, number)
             return True
         except (OSError, GipamError) as error:
-            log.warning("could not fold the journal into %s: %s", store.path, error)
+            log.warning("could not fold the journal into %s: %s", store.path, explain(error))
             with contextlib.suppress(GipamError):  # then it is gone already
                 step(store.drop_snapshot)
         return False
@@ -3817,7 +3824,7 @@ def show(names: Names, made: contextlib.ExitStack, is_start: bool = False) -> No
         except (GipamError, OSError) as error:
             if is_start:
                 raise
-            log.warning("%s cannot be made: %s", path, error)
+            log.warning("%s cannot be made: %s", path, explain(error))
 
 
 def write_spec(text: str, path: str) -> None:
@@ -3845,7 +3852,7 @@ def load_tls(directory: str) -> ssl.SSLContext:
             context.load_cert_chain(*own)
     except OSError as error:
         raise ConfigError(f"-etcdtls {directory!r}: cannot use ca.pem, cert.pem and key.pem in it: "
-                          f"{error}") from None
+                          f"{explain(error)}") from None
     return context
 
 
@@ -3882,9 +3889,7 @@ def call(connection: Connection, verb: str, path: str, body: Any = None) -> Any:
         response = connection.getresponse()
         reply = json.loads(response.read())
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, (ValueError, RecursionError)):  # the text is another in each Python
-            why = "its answer is not JSON"
+        why = explain(error) if isinstance(error, OSError) else "its answer is not JSON"
         remedy = "run this as root" if isinstance(error, PermissionError) else connection.remedy
         is_absent = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
         kind = Absent if is_absent else Unreachable
@@ -4046,8 +4051,8 @@ def read_uses(path: str, driver: str, timeout_s: float) -> tuple[list[Use], list
         uses = [use for network in networks
                 for use in network_uses(network, inside[network["Id"]], api)]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Unreachable(f"the Docker at {path} answers what gipam does not understand: "
-                          f"{error!r}") from error
+        raise Unreachable(
+            f"the Docker at {path} answers what gipam does not understand") from error
     if any(use.network == "bridge" and not use.routed_option for use in uses):  # --iptables=false
         uses = [use._replace(routed_option="") for use in uses]
     ours = [use for use in uses if use.driver == driver and use.kind != "template"]
@@ -4056,9 +4061,11 @@ def read_uses(path: str, driver: str, timeout_s: float) -> tuple[list[Use], list
 
 def find_stranded(path: str, driver: str) -> Iterator[str]:
     """Yield the containers that Docker gave up, as gipam was not there: protocol.md 11.5."""
+    end = time.monotonic() + DOCKER_PATIENCE_S
     for container in ask_docker(path, DOCKER_PATIENCE_S, STOPPED):
-        with contextlib.suppress(Refused):  # it has been removed meanwhile
-            about = ask_docker(path, DOCKER_PATIENCE_S, f"/containers/{container['Id']}/json")
+        left_s = min(NAMES_PATIENCE_S, max(end - time.monotonic(), 0.001))
+        with contextlib.suppress(Refused, Unreachable):  # it has been removed, or is locked
+            about = ask_docker(path, left_s, f"/containers/{container['Id']}/json")
             if f'plugin "{driver}" not found' in about["State"]["Error"]:
                 name = printable(about["Name"][1:])
                 yield f"gipam was down when container {name} was to start: docker start {name}"
@@ -5195,7 +5202,7 @@ def find_pools(pools: list[Json], text: str) -> list[Json]:
     with contextlib.suppress(ValueError):
         text = str(parse_prefix(text, mask=True))
     keys = ("id", "subnet", "sub_pool", "name", "network")
-    return [pool for pool in pools if text in filter(None, map(pool.get, keys))]
+    return [pool for pool in pools if text and text in map(pool.get, keys)]
 
 
 def select_pools(status: Json, what: str, unnamed: str) -> list[Json]:
@@ -5405,11 +5412,11 @@ def find_lease(pools: list[Json], name: str, text: str) -> tuple[Json, Json | No
     """Return the one pool of that name, and its lease of an address. Raises: InvalidRequest."""
     found = find_pools(pools, name)
     if len(found) != 1:
-        there = [pool["id"] for pool in found or pools]
-        more = [f"and {len(there) - 9} more"] * (len(there) > 9)
-        raise InvalidRequest("\n  ".join((
-            f"{name!r} names {len(found)} pools: give the id of one, as `gipam status --json` has "
-            "it", *there[:9], *more)))
+        ids = [pool["id"] for pool in found or pools]
+        ids[9:] = [f"and {len(ids) - 9} more"] * (len(ids) > 9)
+        there = "".join(f"\n  {each}" for each in ids)
+        raise InvalidRequest(f"{name!r} names {len(found)} pools: give the id of one, as `gipam "
+                             f"status --json` has it{there}")
     pool = found[0]
     held = {lease["address"]: lease for lease in pool["addresses"]}
     try:
@@ -5786,8 +5793,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as error:
         hint = "; run gipam as root, or give it -file, -socket and -spec where it may write"
-        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"gipam: {problem}{hint * isinstance(error, PermissionError)}", file=sys.stderr)
+        print(f"gipam: {explain(error)}{hint * isinstance(error, PermissionError)}",
+              file=sys.stderr)
     return 1
 
 

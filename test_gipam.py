@@ -5079,7 +5079,7 @@ class UsesTest(OperatedCase):
         """`check` says why in a line, and what to do."""
         away, silent = "DOCKER_HOST '{}' is not a UNIX socket .*", "Docker does not answer on {}: "
         remedy = "; start it, or say where it is with DOCKER_HOST"
-        odd = f"the Docker at {self.docker.path} answers what gipam does not understand: .*"
+        odd = f"the Docker at {self.docker.path} answers what gipam does not understand"
         here, nothing = "unix://" + self.docker.path, f"unix://{self.directory}/nothing"
         self.assertLessEqual(gipam.DOCKER_PATIENCE_S, 10)
         self.patch(gipam, DOCKER_PATIENCE_S=0.05)
@@ -5304,11 +5304,17 @@ class CheckTest(OperatedCase):
                 del self.docker.networks["bridge"]
 
     def test_container_that_docker_gave_up_is_noted(self) -> None:
+        """One that Docker does not tell of, as it is about to start or stop it, holds nothing up."""
         self.docker.start("two", "web")
+        self.docker.start("locked", "web")
         error = 'failed to set up: plugin "gipam" not found'
         self.docker.errors.update(one=error, two=error.replace("gipam", "lan"))
-        for name in ("one", "two"):
+        for name in ("one", "two", "locked"):
             self.docker.stop(name)
+        self.patch(gipam, NAMES_PATIENCE_S=0.05)
+        is_over = threading.Event()
+        self.addCleanup(is_over.set)
+        self.docker.before = lambda path: identity("locked") in path and is_over.wait(DEADLINE_S)
         self.assertEqual(re.findall("note: gipam was .*", self.run_gipam("check").out), [
             "note: gipam was down when container one was to start: docker start one"])
 
@@ -6000,14 +6006,18 @@ SUBNET               HELD  OF    AGE  RANGE          NETWORK
             text = self.status(out=Terminal(), NO_COLOR="1", COLUMNS="80", LINES=str(height))
             self.assertEqual(text.splitlines(), [*lines[first:], *lines[:first]])
 
-    def test_reader_that_has_seen_enough(self) -> None:
-        """gipam.py status | head"""
+    def test_reader_that_has_seen_enough_or_has_no_room(self) -> None:
+        """gipam.py status | head, and > /dev/full"""
         class Closed(io.StringIO):
+            code = errno.EPIPE
+
             def write(self, text: str) -> int:
-                raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+                raise OSError(self.code, os.strerror(self.code))
 
         with mock.patch.object(os, "dup2"):  # of the real standard output
             self.assertEqual(self.run_gipam("status", out=Closed()).err, "")
+        Closed.code = errno.ENOSPC
+        self.assertEqual(self.run_gipam("status", out=Closed()).err, "gipam: No space left on device\n")
 
     def test_json(self) -> None:
         """The documented interface: these keys stay; README names them and no other."""
@@ -6052,7 +6062,8 @@ SUBNET               HELD  OF    AGE  RANGE          NETWORK
             self.assert_fails(self.run_gipam("check"), 2, "gipam: .+")
         for error, why in ((PermissionError(errno.EACCES, "Permission denied"),
                             "Permission denied; run this as root"),
-                           (socket.timeout("timed out"), "timed out; start it, or say .*")):
+                           (socket.timeout("timed out"), "timed out; start it, or say .*"),
+                           (http.client.BadStatusLine("SSH-2.0\r\n"), "its answer is not JSON; start it, .*")):
             with mock.patch.object(socket.socket, "connect", side_effect=error):
                 self.assert_fails(self.run_gipam("status"), 2,
                                   f"gipam: the daemon does not answer on {self.socket}: {why}")
