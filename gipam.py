@@ -5705,17 +5705,20 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
             and not any(name.startswith("GIPAM_") for name in os.environ):
         build_parser("serve").print_help()
         sys.exit(2)
-    name = next((word for word in words if not word.startswith("-")), "")
+    name, others = next((word for word in words if not word.startswith("-")), ""), [*COMMANDS]
     if name in COMMANDS:
         words.remove(name)
+        others.clear()  # there is one
     else:
         name = "serve"
     parser, (function, flags) = build_parser(name), COMMANDS[name]
     arguments, unknown = parser.parse_known_args(words, argparse.Namespace(func=function))
     for word in (word.partition("=")[0] for word in unknown):
-        known = [*COMMANDS, *("--" + option.name for option in OPTIONS), *flags]
+        known = [*others, *("--" + option.name for option in OPTIONS), *flags]
         hint = nearest(word, known) or f"; see `{parser.prog} --help`"
-        raise UsageError(f"{word!r} is not an option or command{hint}")
+        is_spare = not others and not word.startswith("-")
+        what = "one word too many" if is_spare else "not an option or command"
+        raise UsageError(f"{word!r} is {what}{hint}")
     return arguments
 
 

@@ -7377,7 +7377,10 @@ class OptionTest(CommandLineCase):
                 ("status -soket=x", f"'--soket' {near}--socket?"), ("--exclud", near + "--exclude?"),
                 ("check --fixx", near + "--fix?"), ("status -metric=:9091", near + "--metrics?"),
                 ("--v4a 26 config", f"'--v4a' {near}--v4ab?"), ("statsu", f"'statsu' {near}status?"),
-                ("chekc --fix", near + "check?"), ("config -colour=red", see.format("config ")),
+                ("chekc --fix", near + "check?"),
+                ("serve status", "'status' is one word too many" + see.format("")),
+                ("check fix", "'fix' is one word too many: do you mean --fix?"),
+                ("config -colour=red", see.format("config ")),
                 ("-v4", "argument --v4: expected one argument" + see.format("")),
                 ("release", "the following arguments are required: POOL" + see.format("release ")),
                 ("config -v4", ""), *((line, "") for wrong in (
