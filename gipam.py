@@ -4990,6 +4990,7 @@ OPTIONS = (
 )
 
 
+NO_HOSTS = [*map(parse_prefix, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "::/127", "ff00::/8"))]
 Settings = Dict[str, Option]  # under their names
 Config = argparse.Namespace  # all options under their names, parsed; and what build_config() adds
 
@@ -5078,7 +5079,7 @@ def build_config(settings: Settings) -> Config:
         for at, base in enumerate(bases):
             if base.version != version:
                 raise given.error(f"{base} is not an IPv{version} prefix")
-            if base.is_loopback or base.is_multicast or is_hint(base):
+            if any(map(base.overlaps, NO_HOSTS)):
                 raise given.error(f"{base} has addresses that no host can have: loopback, "
                                   "multicast or unspecified ones")
             if base.prefixlen > prefixlen:

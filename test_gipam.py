@@ -7559,8 +7559,9 @@ class ConfigurationTest(CommandLineCase):
                 ("metrics", ["9091", "web:9091"], LISTEN),
                 ("address", ["0.0.0.0:9090", "[::]:9090", "10.2.0.1:9090"], "not a loopback "
                  "address: whoever reaches the port could take every address; use :PORT, or -unix"),
-                ("v4", ["127.0.0.0/16", "224.1.0.0/16", "0.0.0.0/0"], "{} " + NO_HOST),
-                ("v6", ["ff00::/12", "::/64"], "{} " + NO_HOST),
+                ("v4", ["127.0.0.0/16", "126.0.0.0/7", "224.1.0.0/16", "192.0.0.0/2", "0.0.0.0/0", "0.1.0.0/16"],
+                 "{} " + NO_HOST),
+                ("v6", ["ff00::/12", "fe00::/7", "::/64"], "{} " + NO_HOST),
                 ("etcd", ["etcd1:2379", "http://", "http://etcd1:port", "http://etcd1:65536",
                           "http://[::1:2379", "http://[web]:1", "http://etcd1/x", "ftp://etcd1",
                           "http://etcd1:2379,"], ENDPOINTS),
