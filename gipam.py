@@ -1229,7 +1229,8 @@ class Site:
         names = sorted((name for name, claim in self.claims.items() if host in claim.hosts),
                        key=lambda name: (-name.count("/"), name))  # addresses go first
         if not names and shown is None:
-            raise InvalidRequest(f"there is no host {host!r} in etcd: see `gipam status`", 404)
+            there = ", ".join(it["host"] for it in self.describe(False)["hosts"])
+            raise InvalidRequest(f"there is no host {host!r} in etcd, only {there}", 404)
         if count < ABSENT_READINGS and not self.is_own_name(host):
             raise Forbidden(f"host {host} is there, or was less than {ABSENT_READINGS} looks of "
                             f"{PULSE_S:.0f} s ago: stop its gipam first, and wait as long")

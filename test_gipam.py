@@ -6979,7 +6979,7 @@ class PresenceTest(HostsCase):
         for host in (one, two):
             host.request_address(host.request_pool("10.8.0.0/24", gipam_shared="true")[0])
         for name, why in (("one", "host one is there"), ("two", "'two' is this host"),
-                          ("three", "there is no host 'three' in etcd")):
+                          ("three", "there is no host 'three' in etcd, only one, two")):
             self.assert_refused(why, two.call, "Gipam.Evict", Host=name)
         one.stop()
         wait_for(lambda: not two.state()["hosts"][0]["is_present"], "it to be seen")
