@@ -1872,7 +1872,8 @@ class Store:
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError) as error:
-            raise self.damage(self.path, f"is not JSON: {error}") from None
+            line = getattr(error, "lineno", 0)  # the text is another in each Python
+            raise self.damage(self.path, "is not JSON" + f" in line {line}" * bool(line)) from None
         if not isinstance(document, dict):
             raise self.damage(self.path, "is not a JSON object")
         return document

@@ -7621,7 +7621,7 @@ class ConfigurationTest(CommandLineCase):
         self.assertEqual(self.run_main("config", GIPAM_FILE=missing), (
             78, "", f"gipam: -file {missing!r} from the environment (GIPAM_FILE): its directory is "
                     "not there\n"))
-        for text, what in ((b"", "is not JSON"), (b"{", "is not JSON"), (b"\xff", "is not JSON"),
+        for text, what in ((b"", "is not JSON in line 1"), (b"{\n,}", "is not JSON in line 2"), (b"\xff", "is not JSON"),
                            (b"[" * 100_000, "is not JSON"), (b"[]", "is not a JSON object"),
                            (b'{"Allocated":[1]}', "has something else than pools in Allocated"),
                            (b'{"Allocated":7}', "has something else than pools in Allocated"),
