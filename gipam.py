@@ -5785,6 +5785,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, or that of the error."""
     handler = LogHandler()
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    sys.stdout = sys.stdout or io.StringIO()  # whoever has started this may have closed it
     try:
         arguments = parse_arguments(normalise_arguments(sys.argv[1:] if argv is None else argv))
         arguments.settings = read_settings(os.environ, arguments)  # the first two stages

@@ -6018,6 +6018,8 @@ SUBNET               HELD  OF    AGE  RANGE          NETWORK
             self.assertEqual(self.run_gipam("status", out=Closed()).err, "")
         Closed.code = errno.ENOSPC
         self.assertEqual(self.run_gipam("status", out=Closed()).err, "gipam: No space left on device\n")
+        with mock.patch.object(sys, "stdout", None), mock.patch.object(logging, "basicConfig"):
+            self.assertEqual(gipam.main(["status", "-socket", self.socket]), 0)  # gipam status >&-
 
     def test_json(self) -> None:
         """The documented interface: these keys stay; README names them and no other."""
