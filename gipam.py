@@ -5796,6 +5796,9 @@ def main(argv: list[str] | None = None) -> int:
     except GipamError as error:
         print(f"gipam: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:  # Ctrl-C: at a question, or while Docker is asked
+        print(file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # `status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as error:

@@ -5761,6 +5761,9 @@ class ByHandTest(OperatedCase):
                 done = self.run_gipam("release", "10.2.0.0/24", "10.2.0.2", stdin=Terminal(answer))
                 self.assertEqual((done.status, done.out.rstrip("\n"), done.err), (1, question, ""))
                 self.assertEqual(len(self.held()["10.2.0.0/24"]), 2)
+        with mock.patch("builtins.input", side_effect=KeyboardInterrupt):
+            done = self.run_gipam("release", "10.2.0.0/24", "10.2.0.2", stdin=Terminal())
+            self.assertEqual(done, (130, "", "\n"))
         self.assert_released("10.2.0.0/24 10.2.0.2", question + "released address 10.2.0.2 of 10.2.0.0/24",
                              stdin=Terminal("yes\n"))
         del self.docker.networks["web"]
