@@ -256,9 +256,8 @@ class Unclaimed(Exception):
 
 def explain(error: Exception) -> str:
     """Return the text of an error for people: Python's has numbers and quotes in it."""
-    if isinstance(error, OSError) and error.strerror:
-        return ": ".join(filter(None, (error.filename, error.strerror)))
-    return str(error)
+    text, path = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
+    return f"{path}: {text}" if path else text
 
 
 # === Model ========================================================================================
@@ -2975,7 +2974,7 @@ def release(service: Service, fields: Fields, has_address: bool = False) -> tupl
 def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
     """Take over what Docker uses; answer how many changes that was, and the last one's Seq."""
     subnet, sub_pool = fields.prefix("Subnet"), fields.prefix("SubPool")
-    leases, kinds = fields.get("Leases"), (GATEWAY, AUXILIARY, ENDPOINT)
+    leases = fields.get("Leases")
     if not subnet or not isinstance(leases, list) \
             or not all(isinstance(lease, dict) for lease in leases):
         raise InvalidRequest("Subnet or the list Leases is missing")
@@ -2985,8 +2984,8 @@ def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
     keys = ("Address", "Kind", "MAC", "Name")
     requests = [AddressRequest(*(Fields(lease).text(key) for key in keys)) for lease in leases]
     for request in requests:
-        if request.kind not in kinds:
-            raise InvalidRequest(f"Kind is none of {', '.join(kinds)}: {request.kind!r}")
+        if request.kind not in KINDS:
+            raise InvalidRequest(f"Kind is none of {', '.join(KINDS)}: {request.kind!r}")
     done = service.adopt(subnet, sub_pool, fields.text("Name"), requests, fields.seq())
     log.info("took over %s as Docker has it: %d changes", sub_pool or subnet, len(done))
     return {"Adopted": len(done), "Seq": done.stop - 1}, None
@@ -4468,10 +4467,10 @@ class Etcd:
                 return reply, {self._name(pair["key"]): decode_bytes(pair.get("value", ""))
                                for found in (reply, *ranges) for pair in found.get("kvs", ())
                                }, int(reply["header"]["revision"])
-            except (OSError, http.client.HTTPException, RecursionError) as error:
-                why = "timed out" if isinstance(error, socket.timeout) else getattr(
-                    error, "strerror", None) or str(error) or type(error).__name__
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except OSError as error:
+                why = "timed out" if isinstance(error, socket.timeout) else explain(error)
+            except (http.client.HTTPException, RecursionError, ValueError, LookupError, TypeError,
+                    AttributeError):
                 why = "what answers there is no etcd"
             if self._connection:
                 self._connection.close()
