@@ -856,7 +856,7 @@ class State:
         if offset in subnet.held:
             raise ValueError(f"address {change.address} of {subnet.network} is held twice")
         if change.kind not in KINDS:
-            raise ValueError(f"{change.kind!r:.40} is no kind of lease")
+            raise ValueError(f"{change.kind!r:.40} is not a kind of lease")
         pool.leases[offset] = Lease(*change[2:6], self.seq + 1)
         subnet.held.add(offset)
         pool.cursor = change.cursor
@@ -1713,8 +1713,8 @@ def decode_lines(data: bytes) -> Iterator[Line]:
             try:
                 seq, records = json.loads(payload)[:2]  # gipam 1.0 also named the next segment
                 check_shape("it", [seq, records], (0, []))
-            except (ValueError, TypeError, LookupError, RecursionError) as error:
-                raise ValueError(f"line {number} at byte {offset} is no turn: {error}") from None
+            except (ValueError, TypeError, LookupError, RecursionError):
+                raise ValueError(f"line {number} at byte {offset} is not a turn") from None
             yield Line(number, offset, end + 1, seq, records)
         elif is_torn(data, offset, end if head else None):
             return
@@ -1904,7 +1904,7 @@ class Store:
                  if name.startswith(prefix) and name[len(prefix):].isdecimal()]
         for text in texts:
             if not re.fullmatch("[1-9][0-9]*", text):
-                raise self.damage(f"{self.path}.journal.{text}", "is no name of gipam's",
+                raise self.damage(f"{self.path}.journal.{text}", "is not a name of gipam's",
                                   "move it away, or give it the name it had")
         return sorted(map(int, texts))
 
@@ -4471,7 +4471,7 @@ class Etcd:
                 why = "timed out" if isinstance(error, socket.timeout) else explain(error)
             except (http.client.HTTPException, RecursionError, ValueError, LookupError, TypeError,
                     AttributeError):
-                why = "what answers there is no etcd"
+                why = "what answers there is not etcd"
             if self._connection:
                 self._connection.close()
             self._connection, self._token = None, ""
@@ -5598,7 +5598,7 @@ def warn_of_surprises(config: Config, proc: str) -> None:
     known = [option.variable for option in OPTIONS]
     for name in sorted(os.environ):
         if name.startswith("GIPAM_") and name not in known:
-            log.warning("%s is no option of gipam%s", printable(name), nearest(name, known))
+            log.warning("%s is not an option of gipam%s", printable(name), nearest(name, known))
     if not config.unix:
         log.warning("on TCP every user of this host can take and release addresses; -unix lets "
                     "only root")

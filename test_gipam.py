@@ -1663,7 +1663,7 @@ class JournalTest(StoreCase):
                     '"endpoint","","","0",0', '"endpoint","","",0,-1', '"endpoint","","",0,0.5')),
                 f'["bind_pool",{pool},""]', f'["bind_pool",{pool},7]', f'["share_pool",{pool},7,{{}}]')),
             *((str(payload[:9]), b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload),
-               place + "is no turn") for payload in (
+               place + "is not a turn;") for payload in (
                    b"[" * 100_000, b"5", b"[]", b'["11",[]]', b"[11,{}]", b"[true,[]]", b"{}")),
         ):
             with self.subTest(what):
@@ -1755,7 +1755,7 @@ class FilesTest(StoreCase):
         for name in ("0", "01", "\u0663"):
             self.write_files({"leases.json": self.snapshot(0, None), f"leases.json.journal.{name}": b""})
             with self.subTest(name):
-                self.assert_refused(f"journal.{name} is no name of gipam's")
+                self.assert_refused(f"journal.{name} is not a name of gipam's")
 
     def test_without_bases_the_message_helps_as_well(self) -> None:
         state = state_after(CHANGE, bases="")
@@ -7551,8 +7551,8 @@ class ConfigurationTest(CommandLineCase):
                 self.assertLogs(gipam.log, "WARNING") as logs:
             gipam.warn_of_surprises(config, self.directory)
         self.assertEqual([record.getMessage() for record in logs.records], [
-            "GIPAM_COLOUR is no option of gipam",
-            "GIPAM_SOKET is no option of gipam: do you mean GIPAM_SOCKET?",
+            "GIPAM_COLOUR is not an option of gipam",
+            "GIPAM_SOKET is not an option of gipam: do you mean GIPAM_SOCKET?",
             *(f"the base {base} is link-local: no router forwards its addresses"
               for base in ("169.254.0.0/16", "fe80::/56"))])
 
