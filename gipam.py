@@ -5387,7 +5387,8 @@ def report(found: dict[str, Finding], left: dict[str, Finding], notes: list[str]
         print(f"{finding.kind}: {finding.text}{mendable if key in left else '; fixed'}")
     for note in notes:
         print(f"note: {note}")
-    print(f"{len(found)} differences, {len(left)} left" if all_found else "no difference")
+    count = f"{len(all_found)} difference{'s' * (len(all_found) > 1)}, {len(left)} left"
+    print(count if all_found else "no difference")
 
 
 def cmd_release(arguments: argparse.Namespace) -> int:

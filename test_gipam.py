@@ -4961,7 +4961,8 @@ class OperatedCase(CommandCase):
         *lines, last = [line for line in done.out.splitlines() if not line.startswith("note: ")]
         left = [line for line in lines if not line.endswith("; fixed")]
         self.assertEqual((done.status, last), (
-            1 if left else 0, f"{len(lines)} differences, {len(left)} left" if lines else "no difference"), done)
+            1 if left else 0, "no difference" if not lines else
+            f"{len(lines)} difference{'' if len(lines) == 1 else 's'}, {len(left)} left"), done)
         return lines
 
 
