@@ -5760,7 +5760,11 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the text of a record; if there are too many, the oldest goes."""
-        self._lines.append(self.format(record).encode() + b"\n")
+        try:
+            text = self.format(record)
+        except Exception as error:  # noqa: BLE001 - for its first traceback, Python opens files
+            text = f"{record.msg}: {error!r}"
+        self._lines.append(text.encode() + b"\n")
         if not self.is_held:
             self.flush()
 

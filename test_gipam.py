@@ -6329,6 +6329,14 @@ class LogTest(Case):
                     client.release_pool(client.request_pool()[0])
                 self.assertEqual(daemon.stop(), 0)
 
+    def test_record_that_cannot_be_formatted_ends_nothing(self) -> None:
+        """Python 3.13 reads a module for its first traceback: at the descriptor limit it cannot."""
+        handler = gipam.LogHandler()
+        handler.is_held = True
+        with mock.patch.object(logging.Formatter, "formatException", side_effect=OSError("EMFILE")):
+            handler.handle(logging.makeLogRecord({"msg": "a bug", "exc_info": (None, None, None)}))
+        self.assertEqual(handler._lines.pop(), b"a bug: OSError('EMFILE')\n")
+
     def test_what_is_kept_is_text_and_not_without_end(self) -> None:
         """A record keeps its exception, and that the body of a request."""
         handler = gipam.LogHandler()
