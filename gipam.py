@@ -5499,10 +5499,10 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         notify("STOPPING=1")
         loop.finish(made.close)
     handler.is_held = False
-    if service.store.loss:
-        raise service.store.loss
-    if claimant and claimant.busy:
-        raise claimant.busy
+    failure = service.store.loss or (claimant and claimant.busy)
+    if failure:
+        log.error("%s", failure)  # not as main() would: nobody may read it, and it must end
+        return failure.exit_status
     service.fold(is_stopping=True)
     log.info("stopped")
     return 0

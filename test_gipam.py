@@ -6314,9 +6314,10 @@ class LogTest(Case):
             self.assertRegex(line, "^<[346]>")
 
     def test_log_that_nobody_reads_holds_nobody_up(self) -> None:
-        for what, (read_end, write_end) in (
-                ("pipe", os.pipe()), ("terminal", os.openpty()),
-                ("socket", [one.detach() for one in socket.socketpair()])):
+        """Neither requests, nor a stop, nor an end because the journal is lost."""
+        for what, (read_end, write_end), is_lost in (
+                ("pipe", os.pipe(), False), ("terminal", os.openpty(), True),
+                ("socket", [one.detach() for one in socket.socketpair()], False)):
             with self.subTest(what):
                 daemon = self.daemon("-v4", "10.2.0.0/16")
                 self.addCleanup(os.close, read_end)
@@ -6327,7 +6328,10 @@ class LogTest(Case):
                 client = daemon.client()
                 for _ in range(1000):
                     client.release_pool(client.request_pool()[0])
-                self.assertEqual(daemon.stop(), 0)
+                if is_lost:
+                    os.unlink(daemon.file + ".journal.1")
+                    self.assertRaises(Refused, client.request_pool)
+                self.assertEqual(daemon.stop(0 if is_lost else signal.SIGTERM), 74 * is_lost)
 
     def test_record_that_cannot_be_formatted_ends_nothing(self) -> None:
         """Python 3.13 reads a module for its first traceback: at the descriptor limit it cannot."""
