@@ -2771,6 +2771,11 @@ class Reply:
         self.page: Iterator[bytes] | None = None  # what follows the body, in portions
 
 
+def show_value(value: Any) -> str:
+    """Return a value of JSON as it may be shown: repr() takes long for what is nested deeply."""
+    return type(value).__name__ if isinstance(value, (list, dict)) else printable(repr(value))
+
+
 class Fields(Dict[str, Any]):
     """The arguments of a call. A method that reads one raises InvalidRequest."""
 
@@ -2779,7 +2784,7 @@ class Fields(Dict[str, Any]):
         value = self.get(key, "")
         if not isinstance(value, str) or (is_needed and not value):
             more = " with something in it" if is_needed else ""
-            raise InvalidRequest(f"{key} is not a string{more}: {printable(repr(value))}")
+            raise InvalidRequest(f"{key} is not a string{more}: {show_value(value)}")
         if len(value) > MAX_TEXT_CHARS:
             raise InvalidRequest(f"{key} is longer than {MAX_TEXT_CHARS} characters")
         if not value.isprintable():
@@ -2798,7 +2803,7 @@ class Fields(Dict[str, Any]):
     def seq(self) -> int:
         """Return the number of a change."""
         if type(self.get("Seq")) is not int:  # nor bool
-            raise InvalidRequest(f"Seq is not a number: {printable(repr(self.get('Seq')))}")
+            raise InvalidRequest(f"Seq is not a number: {show_value(self.get('Seq'))}")
         return int(self["Seq"])
 
     def prefix(self, key: str) -> Network | None:
@@ -2815,7 +2820,7 @@ class Fields(Dict[str, Any]):
         if options is None:
             options = {}
         if not isinstance(options, dict):
-            raise InvalidRequest(f"Options is not a map of strings: {printable(repr(options))}")
+            raise InvalidRequest(f"Options is not a map of strings: {show_value(options)}")
         return Fields(options)
 
 
@@ -2904,7 +2909,7 @@ def read_pool_request(fields: Fields) -> PoolRequest:
     if space not in ("", ADDRESS_SPACE):
         raise InvalidRequest(f"invalid address space: {space!r} is not {ADDRESS_SPACE!r}")
     if not isinstance(is_v6, bool) or (is_v6 and subnet and subnet.version == 4):
-        raise InvalidRequest(f"invalid address pool: {subnet} with V6 {printable(repr(is_v6))}")
+        raise InvalidRequest(f"invalid address pool: {subnet} with V6 {show_value(is_v6)}")
     version = subnet.version if subnet else 6 if is_v6 else 4
     prefixlen = read_prefixlen(options, version)
     if subnet and is_hint(subnet):

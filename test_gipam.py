@@ -3318,7 +3318,8 @@ class RefusalTextTest(StageCases, unittest.TestCase):
             (f"{pool}10.8.0.0/24 with V6 True", {"Pool": "10.8.0.0/24", "V6": True}),
             (f"{pool}the IPv6 bases have blocks of /56 to /128, not of /129",
              {"V6": True, "Options": {"gipam.v6ab": "129"}}),
-            ("Options is not a map of strings: [1]", {"Options": [1]}),
+            ("Options is not a map of strings: list", {"Options": [[1]]}),
+            ("Pool is not a string: dict", {"Pool": {"a": {}}}),
             ("Pool is not a string: 5", {"Pool": 5}),
             *((text, {"Options": options}) for text, options in (
                 (f"unknown option 'gipam.v4': {known}", {"gipam.v4": "24"}),
