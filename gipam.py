@@ -3160,7 +3160,7 @@ PLAIN_REQUEST = re.compile(
     rb"POST (/[A-Za-z.]+) HTTP/1\.1\r\nHost: ([!-~]+)\r\nUser-Agent: [!-~]+\r\n"
     rb"Content-Length: ([0-9]{1,4})\r\nAccept: [!-~]+\r\n(?:Accept-Encoding: gzip\r\n)?\r\n").match
 CLOSE = "Connection: close\r\n"
-HEAD_END = re.compile(rb"\n\r?\n").search
+HEAD_END = re.compile(rb"\n\r?\n|\A[!-~]+ [!-~]+\r?\n").search  # of HTTP/0.9 after one line
 LOCAL_HOST = re.compile(r"(|(plugin\.moby\.)?localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?",
                         re.IGNORECASE).fullmatch
 LISTENER = "gipam"  # name of what the service manager keeps
