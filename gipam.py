@@ -170,7 +170,7 @@ MAX_ETCD_BYTES = 1 << 24  # of one reply
 SWITCH_S = 0.0005  # between threads: what etcd says is read beside the loop
 AUTHENTICATE = "/v3/auth/authenticate"
 BITS = {4: 32, 6: 128}
-CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 SOCKET_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 KINDS = GATEWAY, AUXILIARY, ENDPOINT = "gateway", "auxiliary", "endpoint"  # of lease
 PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)  # try again

@@ -4387,6 +4387,8 @@ class NameTest(unittest.TestCase):
         self.assertEqual(spec.read_text(encoding="ascii"), "tcp://127.0.0.1:2\n")
         self.assertEqual(os.listdir(self.directory), ["gipam.spec"])
         self.assert_modes((str(spec), 0o600))
+        os.mkfifo(f"{spec}.tmp")  # whoever opens it would wait for a reader
+        self.assertRaises(OSError, gipam.write_spec, "", str(spec))
 
     def test_dead_socket_that_hides_the_plugin_file(self) -> None:
         """dockerd looks for NAME.sock first, and does not try whether it lives."""
