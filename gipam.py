@@ -4916,6 +4916,8 @@ VALUES: dict[str, tuple[Callable[[str], Any], str]] = {  # kind -> (how to read 
     "PREFIXES": (lambda text: [parse_prefix(part.strip()) for part in text.split(",") if text], ""),
     "HOST:PORT": (parse_listen, "not HOST:PORT with an address as HOST, such as 127.0.0.1:9090"),
     "FILE": (parse_path, "not the path of a file"),
+    "SOCKET": (lambda text: re.findall(r"\A.{1,107}\Z", parse_path(text))[0],  # unix(7)
+               "not the path of a socket, which has 107 characters at most"),
     "DIR": (parse_directory, "there is no such directory"),
     "DEV": (lambda text: re.findall(r"\A[^\s/]{1,15}\Z", text)[0], "not the name of a device"),
     "NAME": (lambda text: re.findall(r"\A[\w.-]{1,64}\Z", text)[0] if text else
@@ -4979,7 +4981,7 @@ OPTIONS = (
     Option("v6ab", "1..127", "64", "length of IPv6 blocks"),
     Option("v4ab", "1..31", "24", "length of IPv4 blocks"),
     Option("exclude", "PREFIXES", "", "prefixes that are never handed out"),
-    Option("socket", "FILE", PLUGIN_SOCKET_DIR + "/gipam.sock",
+    Option("socket", "SOCKET", PLUGIN_SOCKET_DIR + "/gipam.sock",
            "socket; its base name names the driver"),
     Option("spec", "FILE", "/etc/docker/plugins/gipam.spec", "plugin file of TCP mode; likewise"),
     Option("metrics", "HOST:PORT", "off", "address for GET /metrics and /healthz"),
@@ -5063,7 +5065,7 @@ def describe_daemon(config: Config, place: Any) -> Json:
     """Return what /status tells of the daemon that listens there, without passwords."""
     shown = {}
     for name, option in config.settings.items():
-        text = option.value if option.kind in ("FILE", "NAME") else option.text
+        text = option.value if option.kind in ("FILE", "SOCKET", "NAME") else option.text
         shown[name] = {"value": mask(text), "origin": option.origin}
     return {"driver": config.driver, "listening": format_endpoint(place), "config": shown}
 

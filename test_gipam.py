@@ -7324,7 +7324,7 @@ class OlderFilesTest(HostsCase):
 SAMPLES = {"unix": "true", "address": "127.0.0.1:9191", "file": "/tmp/leases.json",
            "v6": "2001:db8::/56,2001:db8:1::/56", "v4": "10.2.0.0/16", "v6ab": "72", "v4ab": "26",
            "exclude": "10.2.0.0/24", "socket": "/run/web.sock", "spec": "/tmp/web.spec", "mac": "false",
-           "metrics": ":9091", "tls": "/tmp", "onlink": "eth0", "etcdtls": "/tmp", "host": "web-1.example",
+           "metrics": ":9091", "onlink": "eth0", "etcdtls": "/tmp", "host": "web-1.example",
            "etcd": "http://10.0.0.1:2379,http://[2001:db8::1]:2379"}
 V4, V6 = "-v4=10.2.0.0/16", "-v6=2001:db8::/56"
 
@@ -7592,7 +7592,9 @@ class ConfigurationTest(CommandLineCase):
                 ("onlink", ["../eth0", "eth 0", "x" * 16], "not the name of a device"),
                 ("host", ["web 1", "x" * 65], "a name has letters, digits and . _ -, 64 of them "
                                               "at most"),
-                ("file", ["", "/tmp/"], PATH), ("socket", [""], PATH), ("spec", ["/tmp/"], PATH),
+                ("file", ["", "/tmp/"], PATH), ("spec", ["/tmp/"], PATH),
+                ("socket", ["", "/tmp/" + "x" * 103], "not the path of a socket, which has 107 characters "
+                                                      "at most"),
                 ("v4", ["10.2.0.0", "10.2.0.0/255.255.0.0"], "{0!r} " + FORM),
                 ("v4", ["10.2.0.0/16,"], f"'' {FORM}"),
                 ("v4", ["10.2.0.1/16"], f"{{0!r}} {HOST_BITS} 10.2.0.0/16"),
