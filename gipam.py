@@ -3407,6 +3407,7 @@ class Loop:
         self.is_stopping = self.is_over = False
         self._asking: collections.OrderedDict[Handler, None] = collections.OrderedDict()
         self._dialled: list[Server] = []  # in this turn
+        self._has_looked = False  # in this turn, who may do no more
         self._selector = selectors.DefaultSelector()
         self._calls: collections.deque[Any] = collections.deque()  # (future, function) of threads
         self._bell, self._rope = socket.socketpair()
@@ -3471,6 +3472,7 @@ class Loop:
     def _turn(self, wait_s: float) -> None:
         proxies = self.service.proxies
         is_busy = self._asking or self._replies or (proxies and proxies.due)
+        self._has_looked = False
         for key, events in self._selector.select(0 if is_busy else wait_s):  # 1, 2
             key.data(events & key.events)
         self._current = None
@@ -3541,7 +3543,11 @@ class Loop:
                                key=lambda other: other.since_s))
 
     def _move(self, handler: Handler, events: int) -> None:
-        """Let the handler send or receive."""
+        """Let the handler send or receive; of those who only look, one a turn: a page costs ms."""
+        if handler.server.paths:
+            if self._has_looked:
+                return  # it is still ready in the next turn
+            self._has_looked = True
         self._current = handler
         if events & selectors.EVENT_WRITE:
             self._send(handler)

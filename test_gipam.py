@@ -3917,6 +3917,20 @@ class LoopTest(LoopCase):
         self.patch(gipam, REQUEST_PATIENCE_S=0.01)
         wait_for(lambda: not any(handler.outbox for handler in [*self.loop.handlers]), "the end")
 
+    def test_turn_serves_one_of_those_who_only_look_and_docker_each_time(self) -> None:
+        self.listen()
+        server = gipam.Server(("127.0.0.1", 0), self.loop, paths=gipam.PUBLIC_PAGES)
+        self.addCleanup(server.server_close)
+        self.loop.open(server)
+        docker, data = self.peer(), request("metrics", verb="GET")
+        lookers = [Peer(self, server.server_address).send(data) for _ in range(3)]
+        self.turn_until(lambda: len(self.loop.handlers) == 4)
+        for count in range(1, 4):
+            docker.send(ACTIVATE)
+            self.loop.turn(1.0)
+            self.assertEqual((docker.answer().body, [*map(Peer.has_input, lookers)].count(True)),
+                             (ACTIVATED, count))
+
     def test_turn_takes_in_a_limited_number(self) -> None:
         self.listen()
         peers = self.peers(gipam.MAX_DIALS + 9, ACTIVATE)
