@@ -3021,7 +3021,7 @@ def describe_bases(state: State, routes: Mapping[int, list[Range]]) -> list[Json
             "routes": [f"{format_address(first, version)}/"
                        f"{BITS[version] - (last - first).bit_length()}" for first, last in inside],
             "remembered": {name: str(kept.network) for name, kept in family.names.items()
-                           if base.overlaps(kept.network)},
+                           if low <= int(kept.network.network_address) <= high},
         })
     return bases
 
