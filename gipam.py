@@ -3457,9 +3457,7 @@ class Loop:
             self._current = None
             self._turn(wait_s)
             self._failed_turns = 0
-        except Exception as error:
-            if isinstance(error, GipamError) and not self._current:  # a tick's
-                raise
+        except Exception:
             log.exception("this is a bug of gipam")
             self.service.mend()
             if self._current:
@@ -3641,7 +3639,7 @@ class Loop:
                                     lambda _: self._dialled.append(server))
 
     def run(self) -> None:
-        """Serve until stop(), or until nothing can be written any more. Raises: as the ticks."""
+        """Serve until stop(), or until nothing can be written any more."""
         while not (self.is_stopping or self.service.store.loss):
             self.turn(max(self._tick_s - time.monotonic(), 0.0))
             self._fold_if_due()
@@ -5491,7 +5489,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         handler: LogHandler = arguments.log_handler
         loop = Loop(service, handler.flush)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, loop.stop)
+            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
+                signal.signal(number, loop.stop)
         open_servers(config, loop, made)
         unserved.pop_all()
         if claimant:

@@ -4088,11 +4088,23 @@ class StopTest(LoopCase):
                 self.assertEqual(stuck.answers(), [])
                 self.assertLess(now_s[0], 1.5 * gipam.DIAL_PATIENCE_S)
 
+    def test_signal_that_nohup_ignores_is_ignored(self) -> None:
+        daemon = Daemon(self, command=("sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable,
+                                       GIPAM)).start()
+        wait_for(lambda: "serving" in daemon.read_log(), "it to serve")
+        assert daemon.process
+        status = pathlib.Path(f"/proc/{daemon.process.pid}/status").read_text(encoding="ascii")
+        caught = int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16)
+        self.assertEqual([bool(caught & 1 << number - 1) for number in (
+            signal.SIGHUP, signal.SIGTERM)], [False, True])
+
     def test_signal_while_the_disk_hangs_waits_for_it(self) -> None:
         """Each of the three that ask for a stop."""
         directory = make_directory(self)
         hold = os.path.join(directory, "hold")
-        lines = ("def sync(fd, real=os.fdatasync):\n"
+        lines = ("import signal\nfor number in (1, 2):\n"  # whoever runs the tests may ignore them
+                 "  signal.signal(number, signal.SIG_DFL)\n"
+                 "def sync(fd, real=os.fdatasync):\n"
                  f"  os.path.exists({hold!r}) and open({hold!r}).read()\n"
                  "  real(fd)\nos.fdatasync = sync")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
