@@ -3542,10 +3542,11 @@ class Loop:
 
     def _move(self, handler: Handler, events: int) -> None:
         """Let the handler send or receive; of those who only look, one a turn: a page costs ms."""
-        if handler.server.paths:
+        if handler.page or handler.server.paths:
             if self._has_looked:
                 return  # it is still ready in the next turn
             self._has_looked = True
+            self._watch(handler, 0)  # until it is settled: then it is behind the others
         self._current = handler
         if events & selectors.EVENT_WRITE:
             self._send(handler)

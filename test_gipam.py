@@ -3918,7 +3918,11 @@ class LoopTest(LoopCase):
         wait_for(lambda: not any(handler.outbox for handler in [*self.loop.handlers]), "the end")
 
     def test_turn_serves_one_of_those_who_only_look_and_docker_each_time(self) -> None:
+        """In turn: a page that takes long keeps nobody waiting."""
         self.listen()
+        for number in range(2000):
+            self.service.apply(gipam.RequestPool(
+                f"p{number}", f"10.{number >> 8}.{number & 255}.0/24", "", "", 0, 0, -1))
         server = gipam.Server(("127.0.0.1", 0), self.loop, paths=gipam.PUBLIC_PAGES)
         self.addCleanup(server.server_close)
         self.loop.open(server)
@@ -3930,6 +3934,10 @@ class LoopTest(LoopCase):
             self.loop.turn(1.0)
             self.assertEqual((docker.answer().body, [*map(Peer.has_input, lookers)].count(True)),
                              (ACTIVATED, count))
+        for _ in range(9):
+            self.loop.turn(1.0)
+        self.assertLess(3 * gipam.WRITE_BYTES, min(
+            len(looker.socket.recv(1 << 20, socket.MSG_PEEK)) for looker in lookers))
 
     def test_turn_takes_in_a_limited_number(self) -> None:
         self.listen()
