@@ -3168,14 +3168,11 @@ LISTENER = "gipam"  # name of what the service manager keeps
 
 def notify(state: str, *fds: int, patience_s: float = 0.0) -> None:
     """Tell the service manager, if there is one, and if it can be told. Source: sd_notify(3)."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with contextlib.suppress(OSError), \
-                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-            manager.settimeout(patience_s)
-            manager.connect(re.sub("^@", "\0", address))
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            manager.sendmsg([state.encode()], rights)
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(patience_s)
+        manager.connect(re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", "")))
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        manager.sendmsg([state.encode()], rights)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
