@@ -167,7 +167,7 @@ MAX_CHANGES_CHARS = 2000  # of the changes that are kept in etcd
 PAGE_KEYS = 250  # of etcd that are read at a time; measured: json.loads() takes 0.24 ms
 LEARN_CLAIMS = 25  # in one turn; measured: 60 us each
 MAX_ETCD_BYTES = 1 << 24  # of one reply
-SWITCH_S = 0.0005  # between threads: what etcd says is read beside the loop
+SWITCH_S = 0.0005  # between threads: what Docker and etcd say is read beside the loop
 AUTHENTICATE = "/v3/auth/authenticate"
 BITS = {4: 32, 6: 128}
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -4591,7 +4591,6 @@ class Claimant:
 
     def start(self, call: Call, stop: Callable[[], None]) -> None:
         """Go on in a thread; stop() is called if another gipam takes the name of this host."""
-        sys.setswitchinterval(SWITCH_S)
         self._call, self._stop = call, stop
         self._thread = threading.Thread(target=self._repeat, name="etcd", daemon=True)
         self._thread.start()
@@ -5474,6 +5473,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     os.umask(0o077)
     faulthandler.enable()  # the watchdog's SIGABRT then says where it hung
     notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
+    sys.setswitchinterval(SWITCH_S)
     gc.disable()  # it would take a third of the time to load a million leases
     with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
         if "LISTEN_FDS" not in os.environ:

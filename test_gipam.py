@@ -6370,6 +6370,14 @@ class LogTest(Case):
                     self.assertRaises(Refused, client.request_pool)
                 self.assertEqual(daemon.stop(0 if is_lost else signal.SIGTERM), 74 * is_lost)
 
+    def test_thread_beside_the_loop_gives_way_soon(self) -> None:
+        """One that reads what Docker says, at a start, made each call wait for 20 ms."""
+        said = "import atexit; atexit.register(lambda: print(sys.getswitchinterval(), file=sys.stderr))"
+        daemon = self.daemon()
+        daemon.command = launcher(daemon.directory, said)
+        Peer(self, daemon.start().socket).ask()
+        self.assertEqual(self.lines(daemon)[-1], "0.0005")
+
     def test_record_that_cannot_be_formatted_ends_nothing(self) -> None:
         """Python 3.13 reads a module for its first traceback: at the descriptor limit it cannot."""
         handler = gipam.LogHandler()
@@ -6590,7 +6598,6 @@ class HostsCase(CommandCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         self.etcd = FakeEtcd(self)
         self.addCleanup(self.end_threads)
         self.etcd_url = self.etcd.url
