@@ -2588,7 +2588,6 @@ class Service:
             subnet, sub_pool = parse_pool_id(pool_id) or (None, None)
             self._adopt(subnet, sub_pool, decide_adoption(
                 self.state, pool_id, request.address, now_s, secrets.token_hex(8)))
-            self.import_is_due.set()
             log.warning("took over %s, which Docker holds and the lease file does not", pool_id)
             pool = self.state.pools[pool_id]
         network = pool.subnet.network
@@ -2677,6 +2676,8 @@ class Service:
                 seq = self.state.seq
                 if isinstance(change, RequestPool):
                     self._grant(change._replace(is_shared=is_shared))
+                    if change.is_adopted:  # for good, whatever becomes of the request
+                        self.import_is_due.set()
                 else:
                     self.apply(change)
                 self.adopted.update(range(seq + 1, self.state.seq + 1))
@@ -2704,7 +2705,7 @@ class Service:
         small steps; the thread itself only fills the temporary file.
         At a clean stop the lease file is left alone, whole in itself, for people to copy.
         """
-        store, state, is_due = self.store, self.state, self.import_is_due.is_set()
+        store, state = self.store, self.state
 
         def step(function: Callable[..., Any], *arguments: Any) -> Any:
             def turn() -> Any:
@@ -2718,7 +2719,8 @@ class Service:
             if not is_stopping:
                 step(store.begin_segment, ROOM_BYTES)
             named = None if is_stopping else store.segment or None
-            chunks = encode_snapshot(self._config, step(copy_state, state), named, is_due)
+            copy, is_due = step(lambda: (copy_state(state), self.import_is_due.is_set()))
+            chunks = encode_snapshot(self._config, copy, named, is_due)
             step(store.open_snapshot)
             store.fill_snapshot(iter(lambda: step(next, chunks, ""), ""))
             step(store.place_snapshot, named)

@@ -2538,6 +2538,30 @@ class AdoptionTest(ServiceCase):
                 self.assertEqual(document.get("Import"), is_noted)
                 self.assertFalse(self.service.is_fold_due())
 
+    def test_adoption_at_any_moment_of_a_fold_has_docker_asked_after_a_crash(self) -> None:
+        for moment in itertools.count():
+            self.renew()
+            fold = Beside(self)
+            if not all(fold.go_on() for _ in range(moment)):
+                break
+            self.client.request_address(f"10.8.0.0/24#{TOKEN}")
+            while fold.go_on():
+                pass
+            with self.subTest(moment=moment):
+                document = json.loads(self.read_files()["leases.json"])
+                self.assertTrue(document.get("Import") or recover(self.path).has_adopted)
+        self.assertGreater(moment, 5)
+
+    def test_adoption_that_a_full_disk_cuts_short_has_docker_asked(self) -> None:
+        """There is room for the pool, and none for its gateway."""
+        store = self.service.store
+        store._room, made = store.journal_bytes + 220, len(self.calls.made)
+        self.calls.faults = {made: errno.ENOSPC, made + 2: errno.ENOSPC}
+        with self.assertRaisesRegex(Refused, "No space left"):
+            self.client.request_address(f"10.8.0.0/24#{TOKEN}")
+        self.assertEqual(len(self.service.state.pools), 2)
+        self.assertTrue(self.service.import_is_due.is_set())
+
 
 IN_NAMESPACE = """
 ip link set lo name b\u00fcro0 && ip link set b\u00fcro0 up &&
