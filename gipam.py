@@ -1968,17 +1968,21 @@ class Store:
         """Go on where recovery has ended, and sync what it has read: a kill may have come before.
 
         What is torn goes, and the room with it. The last line is written anew: where its sync had
-        failed, the kernel shows it, but takes it for written. Raises: OSError, StoreLost.
+        failed, the kernel shows it, but takes it for written. Raises: StoreLost.
         """
-        if self.segment:
-            fd, self._room = self._fds[self.segment], self.journal_bytes
-            self.calls.ftruncate(fd, self.journal_bytes)
-            with contextlib.suppress(OSError):  # a full disk must not forbid starting
-                self._write(fd, self._last_line, self.journal_bytes - len(self._last_line))
-            self._sync(self.segment)
+        try:
+            if self.segment:
+                fd, self._room = self._fds[self.segment], self.journal_bytes
+                self.calls.ftruncate(fd, self.journal_bytes)
+                with contextlib.suppress(OSError):  # a full disk must not forbid starting
+                    self._write(fd, self._last_line, self.journal_bytes - len(self._last_line))
+                self._sync(self.segment)
+            self._sync_directory()
+        except OSError as error:
+            raise self.lose(f"cannot go on with {self.path} and its journal: "
+                            f"{error.strerror}") from None
         for number in self._fds.keys() - {self.segment}:
             self._close(self._fds.pop(number))
-        self._sync_directory()
 
     def begin_segment(self, needed: int) -> None:
         """Go on in a new segment, or in the blank one that a fold before has left.
@@ -5144,12 +5148,13 @@ def load(settings: Settings,
     try:
         store.hold()
         document = read_lease_file(store)
+        overrule_settings(settings, document or {}, store.path)
+        config = build_config(settings)
+        return config, store, document, read_state(config, store, document)
     except OSError as error:
         kind = StoreLost if error.errno in PASSING else ConfigError  # is another start of use?
-        raise kind(f"cannot read {error.filename or store.path}: {error.strerror}") from None
-    overrule_settings(settings, document or {}, store.path)
-    config = build_config(settings)
-    return config, store, document, read_state(config, store, document)
+        path = error.filename or f"{store.path} or its journal"
+        raise kind(f"cannot read {path}: {error.strerror}") from None
 
 
 def ask_daemon(settings: Settings, verb: str, path: str, body: Any = None) -> Any:

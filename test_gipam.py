@@ -1920,6 +1920,14 @@ class CallsTest(StoreCase):
                 deleted = [call for call in self.calls.made if call.startswith("unlink")]
                 self.assertEqual(self.calls.made[len(self.calls.made) - len(deleted):], deleted)
 
+    def test_start_that_cannot_cut_back_or_sync_says_so_and_is_tried_again(self) -> None:
+        Direct(self.begin()).request_pool()
+        for call in ("ftruncate journal.1", "fdatasync journal.1", "fsync directory"):
+            self.calls.next_fault = call, errno.EIO
+            with self.subTest(call), self.assertRaisesRegex(
+                    gipam.StoreLost, f"cannot .*{self.path}.*: Input/output error"):
+                self.begin()
+
     def test_whatever_fails_memory_disk_and_answers_agree(self) -> None:
         changes = self.live(6)
         files = self.write([changes[:3], changes[3:]])
@@ -7742,6 +7750,10 @@ class ConfigurationTest(CommandLineCase):
 
                 with self.subTest(path, number=number), mock.patch.object(os, "open", fail):
                     self.assert_fails(self.run_config(), 74, f"gipam: cannot read .*{path}: .+")
+        error = OSError(errno.EIO, "bad disk")
+        with mock.patch.object(gipam.Store, "_read_segment", side_effect=error):
+            self.assert_fails(self.run_config(), 78,
+                              f"gipam: cannot read {self.file} or its journal: bad disk")
 
     def test_a_lease_file_with_wrong_types_is_refused_with_the_place(self) -> None:
         """Without a checksum, as people and the Go program write it."""
