@@ -5497,7 +5497,6 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
             if signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
                 signal.signal(number, loop.stop)
         open_servers(config, loop, made)
-        unserved.pop_all()
         if claimant:
             loop.ask_etcd = claimant.ask
             claimant.start(loop.call, loop.stop)
@@ -5509,6 +5508,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         service.about, service.has_macs = describe_daemon(config, places[0]), config.mac
         log.info("serving on %s with %d pools", ", and metrics on ".join(places),
                  len(service.state.pools))
+        unserved.pop_all()
         notify("READY=1")
         handler.is_held = True
         loop.ticks.append(functools.partial(beat, service, store))

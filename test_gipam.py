@@ -7633,6 +7633,10 @@ class ConfigurationTest(CommandLineCase):
                         "-spec", "/proc/gipam.spec", env=NO_DOCKER).start(wait=False)
         self.assertEqual(daemon.stop(0), 1, daemon.read_log())
         self.assertEqual(glob.glob(daemon.file + "*"), [])
+        last = launcher(daemon.directory, "gipam.warn_of_surprises = lambda *_: open('/none')")
+        daemon = Daemon(self, directory=daemon.directory, env=NO_DOCKER, command=last)
+        self.assertEqual(daemon.start(wait=False).stop(0), 1, daemon.read_log())
+        self.assertEqual(os.listdir(daemon.directory), ["log"])
 
     def test_what_will_surprise_is_said_at_start(self) -> None:
         config = gipam.build_config(gipam.read_settings({}, argparse.Namespace(
