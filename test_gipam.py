@@ -2170,6 +2170,7 @@ class TurnTest(ServiceCase):
 
             def scarce(name: str, *arguments: Any, limit: int = limit) -> Any:
                 if name == "pwrite" and len(arguments[1].rstrip(b"\0")) < len(arguments[1]) - limit:
+                    os.pwrite(arguments[0], arguments[1][:99], arguments[2])
                     raise OSError(errno.ENOSPC, "No space left")
                 return call(name, *arguments)
 
@@ -7733,7 +7734,8 @@ class ConfigurationTest(CommandLineCase):
                 self.assert_fails(self.run_config(), 78, f"gipam: {self.file} {what}.*; gipam "
                                   "does not start on a guess: put back a backup.+")
         os.unlink(self.file)
-        for make in (os.mkdir, os.mkfifo, functools.partial(os.symlink, "/dev/null")):
+        self.write("there", "{}")
+        for make in (os.mkdir, os.mkfifo, functools.partial(os.symlink, "there")):
             for path in (self.file, self.file + ".journal.1"):
                 make(path)
                 with self.subTest(path=path, make=make):
