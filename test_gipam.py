@@ -2013,6 +2013,9 @@ class PowerCutTest(StoreCase):
         for step in range(45):
             if step % 10 == 9:
                 service.fold()
+            elif step % 10 == 4:  # a fold leaves a blank segment, and no more
+                service.store.begin_segment(1)
+                service._read_anew(gipam.StoreError("a write has failed"))
             else:
                 tenant.step()
             acknowledged = len(changes)
