@@ -969,7 +969,7 @@ class Site:
         self.conflicts: dict[str, str] = {}  # names of what is held here -> who else has claimed it
         self.won: frozenset[str] = frozenset()  # in this turn: see Told
         self.is_fresh = False  # in this turn: etcd has just been asked
-        self.lost_s = -math.inf  # when etcd had lost claims, or somebody was back since
+        self.lost_s = -math.inf  # when etcd had lost claims, or was seen to lack them still
         self.awaited: dict[str, str] = {}  # hosts that are not -> their keys as they were then
         self.wake: Callable[[], None] = lambda: None  # whoever compares what is due
         self.attach(state)
@@ -1041,7 +1041,7 @@ class Site:
         One that has succeeded voids all that was asked for before, and may still be on its way.
         """
         self.learn_claims(told.news)
-        self.head, before = told.head, self.hosts
+        self.head, before, is_calm = told.head, self.hosts, self.calm_s() > 0 or not self.hosts
         if told.won is not None:
             self.leaving.clear()
         if told.keys is not None:
@@ -1050,16 +1050,17 @@ class Site:
                 if table == "hosts":
                     text, (known, count) = told.keys[f"hosts/{host}"], before.get(host, ("", 0))
                     self.hosts[host] = (text, (count if text == known else 0) + is_reading)
-            for host, text in list(self.awaited.items()):
-                if self.hosts.get(host, (text, 0))[0] != text:
-                    self.lost_s = time.monotonic() if self.calm_s() > 0 else self.lost_s
-                    del self.awaited[host]
+                    is_news = is_calm and text != known and host != self.host
+                    if is_news and parse_object(text).get("is_behind"):
+                        self.lost_s = time.monotonic()
+            self.awaited = {host: text for host, text in self.awaited.items()
+                            if self.hosts.get(host, (text, 0))[0] == text}
 
     def lose(self, keys: Mapping[str, str]) -> None:
         """Claim nothing new for a while, since etcd, which has these keys, has lost claims."""
         self.lost_s = time.monotonic()
         self.awaited = {host: keys.get(f"hosts/{host}", "")
-                        for host in self.hosts if host != self.host}
+                        for host in {*self.hosts, *self.awaited} - {self.host}}
 
     def learn_claims(self, news: Mapping[str, Claim | None]) -> None:
         """Take over claims; None: it is gone."""
@@ -1204,7 +1205,7 @@ class Site:
     def calm_s(self) -> float:
         """Return for how long nothing new is claimed, so that all claim again what they hold.
 
-        Each looks every PULSE_S, and writes its key anew before it claims: CALM_S from then on.
+        Each looks every PULSE_S, and says in its key that it is behind, until it has: CALM_S more.
         """
         return self.lost_s + CALM_S + PULSE_S * bool(self.awaited) - time.monotonic()
 
@@ -4373,7 +4374,8 @@ def take_over_when_due(service: Service, driver: str, call: Call) -> None:
 # What is in etcd, below /gipam/DRIVER/; each value but the head's is JSON:
 #   head                   a random token, new with each change of claims
 #   changes                the last of them: [[the head before, {name: value}], ...]
-#   hosts/HOST             who is there: the machine, the token of its process, a count
+#   hosts/HOST             who is there: the machine, the token of its process, a count; whether it
+#                          has still to claim again what etcd has lost
 #   claims/SUBNET          the hosts that have it, since when, whether it is shared
 #   claims/SUBNET/ADDRESS  of a shared one: the host that has it; of a gateway the hosts; its kind
 
@@ -4566,6 +4568,7 @@ class Claimant:
         self._service, self._site, self._etcd = service, site, etcd
         self._token = secrets.token_hex(8)  # of this process
         self._count = self._seen = 0  # of its transactions: asked for, and seen in etcd
+        self._losses = self._regained = 0  # of claims by etcd: found, and made good
         self._misses = 0  # transactions in a row that found something else than was known
         self._shown: str | None = None  # what etcd has of this host, as far as is known
         self._changes: list[tuple[str, Json]] = []  # as of the head
@@ -4661,18 +4664,25 @@ class Claimant:
         """Serve who asks, show presence when it is time, then see to what is due."""
         self._bell.wait(max(self._pulse_s - time.monotonic(), 0.0))
         self._bell.clear()
-        while self._asks:
-            self._serve(*self._asks.popleft())
+        self._serve_asked()
         now_s, is_calm = time.monotonic(), self._site.calm_s() <= 0
         if now_s >= self._pulse_s:
             is_reading = is_calm and now_s >= self._reading_s  # others show themselves each PULSE_S
             self._pulse_s = now_s + (PULSE_S if is_calm else ETCD_ATTEMPT_S)
             self._pulse(is_reading)
             self._reading_s = now_s + PULSE_S if is_reading else self._reading_s
-        names, is_kept = list(self._site.due), self._service.import_is_due.is_set
-        while names and not self._asks:  # they go first
-            part, names = names[:MAX_WRITES], names[MAX_WRITES:]
+        losses, is_kept = self._losses, self._service.import_is_due.is_set
+        names = list(self._site.due)
+        for at in range(0, len(names), MAX_WRITES):
+            part = names[at:at + MAX_WRITES]
             self.call(lambda: self._site.compare(part, is_kept()))  # noqa: B023 - at once
+            self._serve_asked()
+        self._regained = losses
+
+    def _serve_asked(self) -> None:
+        """Serve who has asked by now: who comes meanwhile is next time's, so that it ends."""
+        for _ in range(len(self._asks)):
+            self._serve(*self._asks.popleft())
 
     def _serve(self, again: Again, need: Need | None, end_s: float,
                done: Callable[[], None]) -> None:
@@ -4745,7 +4755,8 @@ class Claimant:
         self._count += 1
         own, news = f"hosts/{site.host}", {name: claim and claim.value()
                                            for name, claim in need.writes.items()}
-        text = dumps({"machine": site.machine, "token": self._token, "count": self._count})
+        text = dumps({"machine": site.machine, "token": self._token, "count": self._count,
+                      "is_behind": self._regained < self._losses})
         writes: dict[str, str | None] = {own: text, **{
             f"claims/{name}": dumps(value) if value else None for name, value in news.items()}}
         if news:
@@ -4865,7 +4876,7 @@ class Claimant:
     def _lose(self, keys: Mapping[str, str]) -> None:
         """Note that etcd is not what it was."""
         self._site.lose(keys)
-        self._pulse_s = 0.0
+        self._losses, self._pulse_s = self._losses + 1, 0.0
         log.warning("etcd lacks what it had of this host: it was emptied, or restored, or this "
                     "host evicted; claiming again what is held here")
 

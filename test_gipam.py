@@ -6801,6 +6801,46 @@ class ClaimTest(HostsCase):
                 wait_for(lambda: max(one.site.calm_s(), two.site.calm_s()) <= 0, "some time")
                 self.assertNotIn(one.request_pool()[1], subnets)
 
+    def test_calm_lasts_until_hosts_have_claimed_again_all_that_they_hold(self) -> None:
+        """However many claims that are, and whatever they are asked meanwhile."""
+        self.patch(gipam, CALM_S=1.0)
+        one, two = Host(self, "one"), Host(self, "two")
+        held = [one.request_pool(f"10.9.{number}.0/24")[1] for number in range(3 * gipam.MAX_WRITES)]
+        two.request_pool()
+        for host in (one, two):
+            host.settle()
+        compare, end = one.site.compare, threading.Event()
+
+        def be_slow(*arguments: Any) -> None:
+            time.sleep(0.2)
+            compare(*arguments)
+
+        def be_busy() -> None:
+            with contextlib.closing(Client(one.place)) as client:
+                while not end.is_set():
+                    with contextlib.suppress(Refused):
+                        client.release_pool(client.request_pool()[0])
+
+        self.addCleanup(end.set)
+        busy = [threading.Thread(target=be_busy) for _ in range(4)]
+        with mock.patch.object(one.site, "compare", be_slow):
+            self.etcd.values = {}
+            for thread in busy:
+                thread.start()
+            wait_for(lambda: not self.is_unknown(two, held[-1]), "the last is claimed again")
+        end.set()
+        for thread in busy:
+            thread.join()
+        one.settle()
+        self.assertEqual([self.etcd.claims()[subnet] for subnet in held], [["one"]] * len(held))
+
+    def is_unknown(self, host: Host, subnet: str) -> bool:
+        """Have the host look, as it does more often than it is calm; ask for what another holds."""
+        host.hurry()
+        with self.assertRaises(Refused) as caught:
+            host.request_pool(subnet)
+        return "nothing new" in str(caught.exception)
+
     def test_values_that_gipam_did_not_write_stop_nothing(self) -> None:
         odd = ('{"hosts":5}', "true", "[" * 5000, "nothing", '{"hosts":[]}', '{"hosts":[7,{}]}', "null",
                '{"hosts":["two"],"since":{},"shared":1}', "\udcff", '{"hosts":["x\\ny"]}')
@@ -7377,10 +7417,14 @@ class OlderFilesTest(HostsCase):
         self.assertEqual(self.etcd.claims()["192.168.1.0/24"], ["one", "two"])
         self.assertEqual([pool["is_shared"] for pool in host.state()["pools"]], [True, True])
         two = Host(self, "two")
+        wait_for(lambda: two.site.calm_s() <= 0, "the others are claimed")
         pool_id, _ = two.request_pool("192.168.1.0/24", gipam_shared="true")
         self.assertEqual(two.request_address(pool_id, gateway=True), "192.168.1.1/24")
         self.assert_refused("claimed by host one", two.request_address, pool_id, "192.168.1.2", "02:42:00:00:00:01")
-        host.loop.call(lambda: host.service.fold(is_stopping=True))
+        host.loop.stop()
+        host.thread.join()
+        host.loop.finish(lambda: None)  # nor does another fold go on
+        host.service.fold(is_stopping=True)
         self.assertEqual(dump_state(recover(host.store.path)), dump_state(host.service.state))
 
     def test_address_that_is_anothers_by_now_is_named_and_given_to_nobody_new(self) -> None:
