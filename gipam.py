@@ -4947,11 +4947,6 @@ VALUES: dict[str, tuple[Callable[[str], Any], str]] = {  # kind -> (how to read 
 }
 
 
-def mask(text: str) -> str:
-    """Return the text of an option without the credentials in its URLs."""
-    return re.sub("//[^,]*@", "//***@", text)
-
-
 def nearest(word: str, known: list[str]) -> str:
     """Return a hint at what may be meant, if anything is near."""
     near = difflib.get_close_matches(word, known, 1, 0.75)
@@ -4975,6 +4970,12 @@ class Option(NamedTuple):
         return "GIPAM_" + self.name.upper()
 
     @property
+    def shown(self) -> str:
+        """Return the text, of URLs without their credentials, also where it is none."""
+        return self.text if self.kind != "URLS" else re.sub(
+            "(https?://)?((?!, *https?://).)*@", r"\1***@", self.text)
+
+    @property
     def value(self) -> Any:
         """Return what the text says, None for off. Raises: ConfigError."""
         if self.default == "off" and self.text in ("", "off"):
@@ -4987,7 +4988,7 @@ class Option(NamedTuple):
 
     def error(self, rule: object) -> ConfigError:
         """Return the error that names the option, its text, where that is from, and the rule."""
-        return ConfigError(f"-{self.name} {mask(self.text)!r} from the {self.origin}: {rule}")
+        return ConfigError(f"-{self.name} {self.shown!r} from the {self.origin}: {rule}")
 
 
 OPTIONS = (
@@ -5083,8 +5084,8 @@ def describe_daemon(config: Config, place: Any) -> Json:
     """Return what /status tells of the daemon that listens there, without passwords."""
     shown = {}
     for name, option in config.settings.items():
-        text = option.value if option.kind in ("FILE", "SOCKET", "NAME") else option.text
-        shown[name] = {"value": mask(text), "origin": option.origin}
+        text = option.value if option.kind in ("FILE", "SOCKET", "NAME") else option.shown
+        shown[name] = {"value": text, "origin": option.origin}
     return {"driver": config.driver, "listening": format_endpoint(place), "config": shown}
 
 

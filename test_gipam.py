@@ -7585,8 +7585,10 @@ class OptionTest(CommandLineCase):
         rows = self.effective("-socket=x.sock", "-etcd=http://10.0.0.1:1,https://me:secret@etcd2")
         self.assertEqual((rows["socket"][0], rows["etcd"][0]), (
             os.path.join(os.path.realpath("."), "x.sock"), "http://10.0.0.1:1,https://***@etcd2"))
-        self.assert_fails(self.run_config("-etcd=https://me:secret@etcd2,x"), 78,
-                          r"gipam: -etcd 'https://\*\*\*@etcd2,x' .*: not a list of endpoints.*")
+        for given, shown in (("https://me:secret@etcd2,x", "https://***@etcd2,x"), ("me:secret@etcd2", "***@etcd2"),
+                             ("http://a,https://me:sec,ret@etcd2", "http://a,https://***@etcd2")):
+            self.assert_fails(self.run_config(f"-etcd={given}"), 78,
+                              f"gipam: -etcd {re.escape(repr(shown))} .*: not a list of endpoints.*")
 
 
 PATH = "not the path of a file"
