@@ -896,7 +896,7 @@ class Need(NamedTuple):
 
     writes: dict[str, Claim | None]  # name -> None: it goes; {}: only look whether all is known
     head: str | None  # as of which it was decided, None: etcd has none; or UNREAD
-    evicted: Mapping[str, str | None] = {}  # of whom these are: hosts/HOST, which shows its absence
+    going: Mapping[str, str | None] = {}  # keys that must be so, and go: hosts/HOST of the evicted
 
 
 class Told(NamedTuple):
@@ -1121,7 +1121,7 @@ class Site:
             return
         rival = self.rival(name, kind)
         if rival:
-            self.refresh()
+            self.refresh(name)
             raise Forbidden(f"Address already in use: {address} of {network} is claimed by "
                             f"{self.describe_claim(rival)}")
         self.claim({**join, name: self.joined(name, kind)})
@@ -1190,10 +1190,14 @@ class Site:
             self.leaving |= going & writes.keys()
             raise Unclaimed(Need(writes, self.head))
 
-    def refresh(self) -> None:
-        """Have etcd looked at, if that was not done for this turn. Raises: Unclaimed."""
+    def refresh(self, name: str = "") -> None:
+        """Have etcd looked at, if that was not done for this turn. Raises: Unclaimed.
+
+        A claim of this name that gipam did not write may have gone without a word: let all know.
+        """
+        gone = {name: None} if "?" in self.others(self.claims.get(name)) else {}
         if not self.is_fresh:
-            raise Unclaimed(Need({}, self.head))
+            raise Unclaimed(Need({**gone}, self.head, {f"claims/{name}": None for name in gone}))
 
     def claim(self, writes: dict[str, Claim | None]) -> NoReturn:
         """Have something new claimed. Raises: Unclaimed; Unavailable, if etcd has lost claims."""
@@ -1245,7 +1249,7 @@ class Site:
         self.missing([str(network)])  # finds anew whether it is in conflict
         rival = self.conflicts.get(str(network))
         if rival:
-            self.refresh()
+            self.refresh(str(self.state.families[network.version].find_elsewhere(network)))
             raise Forbidden(f"{network} is held here, but claimed by {rival} too: no address of it "
                             "is given out until one of the two networks is removed")
 
@@ -2565,7 +2569,7 @@ class Service:
         except (InvalidRequest, Forbidden, Unavailable):
             rival = subnet and family.find_rival(subnet, sub_pool)
             if site and (rival in family.elsewhere if rival else not subnet and family.elsewhere):
-                site.refresh()
+                site.refresh(str(rival))
             raise
         finally:
             if site and subnet and is_shared:
@@ -4764,10 +4768,10 @@ class Claimant:
             while len(changes) > 1 and len(dumps(changes)) > MAX_CHANGES_CHARS:
                 del changes[0]
             writes.update(head=head, changes=dumps(changes))
-        gone = need.evicted if len(news) < MAX_WRITES else {}  # with the last of its claims
+        gone = need.going if len(news) < MAX_WRITES else {}  # with the last of its claims
         sent_s = boot_s()
         is_done, found = self._ask(
-            self._etcd.transact, {"head": need.head, own: self._shown, **need.evicted},
+            self._etcd.transact, {"head": need.head, own: self._shown, **need.going},
             {**writes, **dict.fromkeys(gone)}, end_s)
         self._misses = 0 if is_done else self._misses + 1
         if not is_done:

@@ -6857,16 +6857,25 @@ class ClaimTest(HostsCase):
         said = [line for line in logged.output if "none of gipam's" in line]
         self.assertEqual(len(said), 1, logged.output)
         self.assertIn(f"{len(names)} keys in etcd", said[0])
-        host.request_pool("10.50.3.0/24")
+        held, _ = host.request_pool("10.50.3.0/24")
         self.etcd.set("claims/10.50.3.0/024", "")
         host.settle()
         self.assertEqual(host.site.claims["10.50.3.0/24"].hosts, ("one",))
         for number in range(len(odd)):
             self.assert_refused("claimed by host", host.request_pool, f"10.9.{number}.0/25")
         self.assertEqual(len(host.state()["claims"]), len(odd) + 1)
-        for number in range(len(odd)):
-            self.etcd.set(f"claims/10.9.{number}.0/24", "")
+        self.etcd.put("claims/10.9.0.0/24", "")  # by etcdctl, which writes no head
         host.request_pool("10.9.0.0/25")
+        lan, _ = host.request_pool("10.8.0.0/24", gipam_shared="true")
+        for name in ("10.50.3.0/24", "10.8.0.0/24/10.8.0.9"):
+            self.etcd.set(f"claims/{name}", odd[0])
+        wait_for(lambda: host.site.conflicts, "it is seen")
+        self.assert_refused("claimed by host ?", host.request_address, held)
+        self.assert_refused("claimed by host ?", host.request_address, lan, "10.8.0.9", "02:42:00:00:00:01")
+        for name in ("10.50.3.0/24", "10.8.0.0/24/10.8.0.9"):
+            self.etcd.put(f"claims/{name}", "")
+        host.request_address(held)
+        host.request_address(lan, "10.8.0.9", "02:42:00:00:00:01")
 
     def test_head_that_is_there_and_empty_is_not_taken_for_none(self) -> None:
         self.patch(gipam, ETCD_PATIENCE_S=0.5)
