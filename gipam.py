@@ -168,6 +168,7 @@ PAGE_KEYS = 250  # of etcd that are read at a time; measured: json.loads() takes
 LEARN_CLAIMS = 25  # in one turn; measured: 60 us each
 MAX_ETCD_BYTES = 1 << 24  # of one reply
 SWITCH_S = 0.0005  # between threads: what Docker and etcd say is read beside the loop
+REFUSALS = 3, 7, 8, 9, 11, 16  # codes of gRPC: wrong, forbidden, too much, not now, old, who?
 AUTHENTICATE = "/v3/auth/authenticate"
 BITS = {4: 32, 6: 128}
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -4523,8 +4524,8 @@ class Etcd:
         text, code = reply["message"], reply["code"]
         if type(code) is not int or not isinstance(text, str):
             raise ValueError("this is no error of etcd's")
-        if code in (4, 14):  # DEADLINE_EXCEEDED, UNAVAILABLE: it has no leader, or is starting
-            raise ConnectionError(text)
+        if code not in REFUSALS:  # it has no leader, or is starting, or is no etcd
+            raise ConnectionError(printable(text))
         if self._token and not is_new:  # it may have expired
             self._token = ""
             return self._post(path, body, end_s)

@@ -7001,6 +7001,7 @@ class EtcdAwayTest(HostsCase):
         rows = {**{f"{status}": b"HTTP/1.1 %d Well\r\nContent-Length: 3\r\nLocation: http://[::1]/\r\n\r\nno\n" % status
                    for status in (200, 302, 404, 502, 503)},
                 **{text: head % len(text) + text.encode() for text in ("{}", "[]", "1", '{"result":1}', "[" * 5000)},
+                "another's error": b"HTTP/1.1 503 No\r\nContent-Length: 27\r\n\r\n" + b'{"code":503,"message":"No"}\n',
                 "no error": b"HTTP/1.1 500 No\r\nContent-Length: 26\r\n\r\n" + b'{"code":5,"message":null}\n',
                 "silent": b"", "dripping": head[:30], "endless": head % (1 << 40) + b"[" * (1 << 20)}
         for number, (what, data) in enumerate(rows.items()):
@@ -7017,11 +7018,11 @@ class EtcdAwayTest(HostsCase):
             while True:
                 connection, _ = server.accept()
                 with contextlib.suppress(OSError), connection:
-                    connection.recv(65536)
-                    connection.sendall(data)
-                    while what in ("silent", "dripping"):
-                        time.sleep(0.02)
-                        connection.sendall(b" " if what == "dripping" else b"")
+                    while connection.recv(65536):  # to the end: nobody takes a reset for an answer
+                        connection.sendall(data)
+                        while what in ("silent", "dripping"):
+                            time.sleep(0.02)
+                            connection.sendall(b" " if what == "dripping" else b"")
 
     def test_call_that_is_not_on_disk_raises_and_leaves_nothing(self) -> None:
         """Also at a start, before the loop runs."""
