@@ -966,7 +966,7 @@ class Site:
         self.head: str | None = UNREAD  # as of which all is known; None: etcd has none
         self.hosts: dict[str, tuple[str, int]] = {}  # -> its key, and in how many readings in a row
         self.due: dict[str, None] = {}  # names of which etcd may not say what is held here
-        self.leaving: set[str] = set()  # names that etcd may have been asked to let go
+        self.leaving: set[str] = set()  # names that etcd may have been asked to let go, or change
         self.conflicts: dict[str, str] = {}  # names of what is held here -> who else has claimed it
         self.won: frozenset[str] = frozenset()  # in this turn: see Told
         self.is_fresh = False  # in this turn: etcd has just been asked
@@ -1125,6 +1125,8 @@ class Site:
             self.refresh(name)
             raise Forbidden(f"Address already in use: {address} of {network} is claimed by "
                             f"{self.describe_claim(rival)}")
+        if not self.has(name, kind):
+            self.leaving.add(name)
         self.claim({**join, name: self.joined(name, kind)})
 
     def find_own(self, pool: Pool, owners: Iterable[str], is_away: bool) -> str:

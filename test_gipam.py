@@ -7341,6 +7341,22 @@ class SharedTest(HostsCase):
                 self.etcd.carry_out(late[0])
             self.assertEqual(self.etcd.claims(2), {f"{self.LAN}/{address}": ["one"]})
 
+    def test_address_that_may_be_a_gateways_by_now_is_not_relied_upon(self) -> None:
+        """Another host may have the same gateway."""
+        self.patch(gipam, ETCD_PATIENCE_S=0.3, PULSE_S=DEADLINE_S)
+        one, (pool_id, _) = self.hosts[0], self.pools
+        one.request_address(pool_id, "192.168.1.9", **self.WEB)
+        with mock.patch.object(one.site, "compare", lambda *_: None):
+            one.release_address(pool_id, "192.168.1.9")
+
+            def lose(body: dict[str, Any]) -> None:
+                self.etcd.go()
+                self.etcd.lose(body)
+
+            self.etcd.twists.append((f"claims/{self.LAN}/192.168.1.9", lose))
+            self.assert_refused("etcd does not answer", one.request_address, pool_id, "192.168.1.9", gateway=True)
+            self.assert_refused("etcd does not answer", one.request_address, pool_id, "192.168.1.9", **self.WEB)
+
     def test_claim_that_is_only_remembered_gives_no_address(self) -> None:
         """Nor its kind: an endpoint's is one host's. It may be of a host that was evicted, and does not know it."""
         self.patch(gipam, PULSE_S=DEADLINE_S)
