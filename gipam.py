@@ -1029,8 +1029,8 @@ class Site:
     def describe_claim(self, claim: Claim | None) -> str:
         """Return who has a claim of what is held here."""
         old = next(filter(self.is_own_name, self.others(claim)), None)
-        return str(claim) + (f": this machine was host {old} before; `gipam evict {old}` makes "
-                             f"what it had host {self.host}'s" if old else "")
+        return str(claim) + (f" (this machine before: `gipam evict {old}` makes it {self.host}'s)"
+                             if old else "")
 
     def is_own_name(self, host: str) -> bool:
         """Return whether a host is this machine under the name that it had before."""
@@ -1222,7 +1222,7 @@ class Site:
             del self.conflicts[name]
         elif self.conflicts[name] != before:
             log.error("claimed_elsewhere: %s is held here, and claimed by %s: no new address of it "
-                      "is given out; remove one of the two networks", name, self.conflicts[name])
+                      "is given out until one of them lets it go", name, self.conflicts[name])
 
     def evict(self, host: str) -> None:
         """Give up what an absent host has claimed, for the machine's old name: make it this host's.
@@ -1254,7 +1254,7 @@ class Site:
         if rival:
             self.refresh(str(self.state.families[network.version].find_elsewhere(network)))
             raise Forbidden(f"{network} is held here, but claimed by {rival} too: no address of it "
-                            "is given out until one of the two networks is removed")
+                            "is given out until one of them lets it go")
 
     def find_conflict(self, network: Network) -> str:
         """Return who has claimed what is held here of a subnet, "" for nobody."""
@@ -4189,8 +4189,9 @@ def compare(status: Json, uses: list[Use], others: list[Use],
                           f"overlaps {subnet} of ours: remove one of the two networks")
                   for subnet in filter(parse_prefix(use.subnet).overlaps, subnets)]
     found += [Finding("claimed_elsewhere", Use("pool", "", pool["subnet"], pool["sub_pool"]),
-                      f"subnet {pool['subnet']} is held here, but {pool['claimed_elsewhere']} has "
-                      "claimed it in etcd: remove one of the two networks")
+                      f"subnet {pool['subnet']} is held here, but claimed in etcd by "
+                      f"{pool['claimed_elsewhere']}" + ": remove one of the two networks"
+                      * ("`" not in pool["claimed_elsewhere"]))  # which says what to do
               for pool in status["pools"] if pool.get("claimed_elsewhere")]
     return {str(finding): finding for finding in found if finding.granted_s <= until_s}
 
@@ -5324,7 +5325,7 @@ def render_status(status: Json, width: int, now_s: int,
 
 def format_table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Yield the lines of a table, none if there is nothing below its heads."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*(row for row in rows if any(row[1:])))]
     for row in rows if rows[1:] else ():
         yield "  ".join(map(str.ljust, row, widths)).rstrip()
 

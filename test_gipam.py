@@ -6743,6 +6743,9 @@ class ClaimTest(HostsCase):
         self.assert_refused("claimed by host two too", one.request_address, pool_id)
         done = self.run_main("status", "-socket", one.place, DOCKER_HOST="unix:///nonexistent")
         self.assertIn("\n  claimed by host two", done.out)
+        found = gipam.compare(one.state(), [], [], time.time()).values()
+        self.assertIn(f"subnet {subnet} is held here, but claimed in etcd by host two: remove one of the two networks",
+                      [finding.text for finding in found])
         self.etcd.set(f"claims/{subnet}", "")
         wait_for(lambda: not one.state()["pools"][0]["claimed_elsewhere"], "it is over")
         one.request_address(pool_id)
@@ -7178,8 +7181,13 @@ class PresenceTest(HostsCase):
         pool_id, subnet = old.request_pool()
         old.stop()
         new = Host(self, "new", old.directory)
-        self.assert_refused("this machine was host old before; `gipam evict old`", new.request_address, pool_id)
-        self.assertIn("was host old before", new.state()["pools"][0]["claimed_elsewhere"])
+        who = "host old (this machine before: `gipam evict old` makes it new's)"
+        self.assert_refused(f"but claimed by {who} too: no address", new.request_address, pool_id)
+        self.assertEqual(new.state()["pools"][0]["claimed_elsewhere"], who)
+        status = new.state()
+        gipam.add_names(status["pools"], [])
+        self.assertEqual([*gipam.render_status({**status, "bases": []}, 80, int(time.time()))][-3:], [
+            "SUBNET         HELD  OF   AGE  RANGE  NETWORK", f"{subnet}  0     254  0s   -      -", f"  claimed by {who}"])
         self.assert_refused("host old is there", other.call, "Gipam.Evict", Host="old")
         self.assertEqual([self.run_main("evict", "old", "-socket", new.place, *words, stdin=Terminal("n\n"))[:2]
                           for words in ((), ("--yes",))],
