@@ -4752,7 +4752,7 @@ class Claimant:
 
         Return what is to be learned in a turn. Raises: Unavailable, Refused, BusyError.
         """
-        if self._misses > 1:
+        if self._misses and self._misses % 2 == 0:  # what is known is old then: only to catch up
             time.sleep(ETCD_PAUSE_S)
         if time.monotonic() + ETCD_PAUSE_S >= end_s:
             raise Unavailable(self._service.etcd_failure
