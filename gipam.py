@@ -5481,7 +5481,8 @@ def cmd_evict(arguments: argparse.Namespace) -> int:
     what = f"{len(claims)} claims of host {host}"
     is_own = any(it["host"] == host and it.get("is_own") for it in status.get("hosts", ()))
     question = f"make {what} this host's" if is_own else f"give up {what}"
-    if not arguments.yes and not ask(f"{question}? [y/N] "):
+    names = textwrap.shorten(" ".join([":", *claims]), 200, placeholder=" ...") * bool(claims)
+    if not arguments.yes and not ask(f"{question}{names}? [y/N] "):
         return 1
     ask_daemon(arguments.settings, "POST", "/Gipam.Evict", {"Host": host})
     print(f"made {what} this host's" if is_own else f"gave up {what}")
