@@ -1370,7 +1370,9 @@ def read_keys(document: Json, keys: Mapping[str, Any], what: str) -> Json:
 def decode_change(record: Any) -> Change:
     """Return the change that a record of the journal is. Raises: as recover() knows it."""
     name, *values = record
-    kind = CHANGES[name]
+    kind = CHANGES.get(str(name))
+    if not kind:
+        raise ValueError(f"{name!r:.40} is not a change that this version knows")
     shape = [FIELDS.get(field, "") for field in kind._fields]
     needed = len(shape) - len(kind._field_defaults)  # older versions had not the others
     check_shape(name, values, tuple(shape[:max(needed, len(values))]))
@@ -4673,10 +4675,10 @@ class Claimant:
         self._bell.wait(max(self._pulse_s - time.monotonic(), 0.0))
         self._bell.clear()
         self._serve_asked()
-        now_s, is_calm = time.monotonic(), self._site.calm_s() <= 0
+        now_s, is_calm = time.monotonic(), self._site.calm_s() > 0
         if now_s >= self._pulse_s:
-            is_reading = is_calm and now_s >= self._reading_s  # others show themselves each PULSE_S
-            self._pulse_s = now_s + (PULSE_S if is_calm else ETCD_ATTEMPT_S)
+            is_reading = not is_calm and now_s >= self._reading_s  # as often as others show up
+            self._pulse_s = now_s + (ETCD_ATTEMPT_S if is_calm else PULSE_S)
             self._pulse(is_reading)
             self._reading_s = now_s + PULSE_S if is_reading else self._reading_s
         losses, is_kept = self._losses, self._service.import_is_due.is_set
