@@ -4224,8 +4224,10 @@ def find_route_notes(base: Network, onlink: str, proc: str) -> Iterator[str]:
     routes = list(read_routes(proc + "/self/net", base))
     links = [device for device, flags in routes if device not in ("lo", "*") and not flags & 2]
     if onlink in links:
-        for switch, value in ("neigh/{}/proxy_delay", "0"), ("conf/{}/proxy_ndp", "1"):
-            path = f"net/ipv{base.version}/{switch.format(onlink)}"  # IPv4 has no proxy_ndp
+        # By proxy_ndp of the device alone, a router that probes what it knows gets no answer; and
+        # systemd-networkd sets that to 0. IPv4 has none.
+        for switch, value in (f"neigh/{onlink}/proxy_delay", "0"), ("conf/all/proxy_ndp", "1"):
+            path = f"net/ipv{base.version}/{switch}"
             if list(read_rows(f"{proc}/sys/{path}")) not in ([], [[value.encode()]]):
                 name = path.translate({46: "/", 47: "."})  # eth0.7 as sysctl(8) has it
                 yield f"-onlink {onlink} needs sysctl -w {name}={value}"

@@ -5315,8 +5315,9 @@ class CheckTest(OperatedCase):
     def test_what_stands_against_being_reached_is_noted(self) -> None:
         status = {"bases": [{"prefix": "10.2.0.0/16"}, {"prefix": "2001:db8:0:100::/56"}],
                   "config": {"onlink": {"value": "lan.7"}}}
-        for name, text in (("ipv4/neigh", "80"), ("ipv6/neigh", "0"), ("ipv6/conf", "0")):
-            self.write(f"proc/sys/net/{name}/lan.7/proxy_{'ndp' if 'conf' in name else 'delay'}", text)
+        for name, text in (("ipv4/neigh/lan.7/proxy_delay", "80"), ("ipv6/neigh/lan.7/proxy_delay", "0"),
+                           ("ipv6/conf/lan.7/proxy_ndp", "1"), ("ipv6/conf/all/proxy_ndp", "0")):
+            self.write("proc/sys/net/" + name, text)
         reject4 = "*\t0000020A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n"
         for etcd, hosts, said in (({"failure": "etcd is away", "due": 2}, {"web": None}, "etcd is away: 2 subnets wait"),
                                   ({"failure": ""}, {"web": True, "db": False}, "host db .* 3 claims.*evict db` gives"),
@@ -5338,7 +5339,7 @@ class CheckTest(OperatedCase):
                 ("1", "1", "eth0" + reject4[1:], reject6, ["base 10.2.0.0/16 is on-link on eth0: .* -onlink eth0"]),
                 ("1", "1", "lan.7" + reject4[1:], link6.replace("eth0", "lan.7"), [
                     "-onlink lan.7 needs sysctl -w net.ipv4.neigh.lan/7.proxy_delay=0",
-                    "-onlink lan.7 needs sysctl -w net.ipv6.conf.lan/7.proxy_ndp=1"]),
+                    "-onlink lan.7 needs sysctl -w net.ipv6.conf.all.proxy_ndp=1"]),
                 ("1", "1", "", via6 + everything6, ["ip route add blackhole 10.2.0.0/16",
                                                     "ip -6 route add blackhole 2001:db8:0:100::/56"]),
                 ("1", "1", reject4, link6, ["is on-link on eth0: .* -onlink eth0"]),

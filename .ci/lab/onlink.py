@@ -96,6 +96,10 @@ class OnLinkTest(DockerCase):
         addresses = self.addresses("three")
         self.assertEqual([self.pings(address) for address in addresses], [True] * len(addresses))
         self.assertLessEqual(set(addresses), self.entries())
+        neighbour = ("ip", "-n", "outside", "neigh")  # a router asks now and then whether it is still there
+        self.docker.run(*neighbour, "change", addresses[0], "dev", "eth0", "nud", "probe")
+        until(lambda: "PROBE" not in self.docker.run(*neighbour, "show", addresses[0]), "the router knows")
+        self.assertIn("REACHABLE", self.docker.run(*neighbour, "show", addresses[0]))
         self.docker("rm", "-f", "three")
         self.docker.run("ip", "-n", "outside", "neigh", "flush", "dev", "eth0")
         self.assertEqual([self.pings(address) for address in addresses], [False] * len(addresses))
@@ -170,8 +174,8 @@ class OnLinkTest(DockerCase):
 
     def test_check_names_each_setting_and_is_quiet_once_all_is_set(self) -> None:
         self.assertEqual(self.missing(), [])
-        self.docker.run_lines("ip link del eth0" + PLUG + ADDRESS)
-        switches = "ipv6.conf.eth0.proxy_ndp=1 ipv6.neigh.eth0.proxy_delay=0" + " ipv4.neigh.eth0.proxy_delay=0" * (SUITE != "trixie")
+        self.docker.run_lines("ip link del eth0" + PLUG + ADDRESS + "echo 0 > /proc/sys/net/ipv6/conf/all/proxy_ndp")
+        switches = "ipv6.conf.all.proxy_ndp=1 ipv6.neigh.eth0.proxy_delay=0" + " ipv4.neigh.eth0.proxy_delay=0" * (SUITE != "trixie")
         self.assertEqual(set(self.missing()), {f"sysctl -w net.{switch}" for switch in switches.split()})
 
     def test_start_without_the_right_says_what_it_needs(self) -> None:
@@ -207,7 +211,7 @@ class ServiceTest(unittest.TestCase):
     SETTINGS = """
 mkdir -p /etc/systemd/system/gipam.service.d
 printf '%s\\n' [Service] CapabilityBoundingSet=CAP_NET_ADMIN PrivateUsers=no > /etc/systemd/system/gipam.service.d/onlink.conf
-printf '%s\\n' net.ipv6.conf.all.forwarding=1 net.ipv6.conf.eth0.proxy_ndp=1 net.ipv6.neigh.eth0.proxy_delay=0 \\
+printf '%s\\n' net.ipv6.conf.all.forwarding=1 net.ipv6.conf.all.proxy_ndp=1 net.ipv6.neigh.eth0.proxy_delay=0 \\
     > /etc/sysctl.d/50-gipam.conf
 sysctl --system > /dev/null; systemctl daemon-reload; systemctl reset-failed gipam; systemctl restart gipam
 """
