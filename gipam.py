@@ -143,7 +143,6 @@ MAX_DIALS = 64  # accepted in a turn; measured: 0.1 ms each
 MAX_FAILED_TURNS = 10  # in a row
 MAX_LOG_RECORDS, MAX_LOG_CHARS = 1_000, 4_000  # that nobody has read yet; of a line
 TICK_S = 1.0
-MAX_ONLINK_PAUSE_S = 10.0  # while no route is there; a device and its addresses tell themselves
 MAX_PROXIES = 10  # entries in a turn; measured: 60 us each
 START_PATIENCE_S = 300  # asked of the service manager, for a large state
 RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection shut to dial again
@@ -2272,10 +2271,9 @@ class Proxies:
         self._name = ATTRIBUTE.pack(5 + len(device.encode()), 3) + device.encode()  # IFLA_IFNAME
         self._index, self._onlink = 0, bases  # the number of the device, the bases on its wire
         self._state, self._look_s = State(()), 0.0  # when and with what all is compared anew
-        self._pause_s = TICK_S  # until then, while none is on the wire
         self.due: dict[bytes, bool] = {}  # entry -> whether it is to be there; the newest last
         self.events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
-        self.events.bind((0, 0x111))  # RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
+        self.events.bind((0, 0x441))  # RTMGRP_LINK, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE
         try:
             ask(RTM_DELNEIGH, NEIGHBOUR.pack(socket.AF_INET, 0, 0, NTF_PROXY, 4, DST), NLM_F_ACK)
         except OSError as error:  # there is no such entry
@@ -2285,12 +2283,15 @@ class Proxies:
                                   ) from None
 
     def hear(self, _: int) -> None:
-        """Take note of an event of the device: going down, it loses all entries."""
+        """Take note of an event of the device, or of a route: going down, it loses all entries."""
         with contextlib.suppress(OSError):  # some were lost
-            event = self.events.recv(RECEIVE_BYTES)
-            if self._name not in event and event[20:24] != struct.pack("=i", self._index):
+            event, index = self.events.recv(RECEIVE_BYTES), struct.pack("=i", self._index)
+            is_near = self._name in event or event[20:24] == index
+            if NETLINK_HEAD.unpack_from(event)[1] in (24, 25):  # RTM_NEWROUTE, RTM_DELROUTE
+                is_near = any(is_connected(event[16:], base, index) for base in self._bases)
+            if not is_near:
                 return
-        self._look_s, self._pause_s = 0.0, TICK_S  # the route may come right after
+        self._look_s = 0.0
 
     def note(self, pool: Pool, change: Change) -> None:
         """Have settle() see to what a change is about."""
@@ -2329,9 +2330,6 @@ class Proxies:
         self._onlink = [base for base in self._bases if any(
             is_connected(route, base, struct.pack("=i", self._index))
             for route in routes[base.version])]
-        if not self._onlink:
-            self._look_s = time.monotonic() + self._pause_s
-            self._pause_s = min(2 * self._pause_s, MAX_ONLINK_PAUSE_S)
         if self._onlink != before:
             log.info("-onlink %s: answering there for %s", self._device, ", ".join(
                 map(str, self._onlink)) or "no base: none is in a connected route of it")

@@ -2763,16 +2763,20 @@ class ProxiesTest(Case):
                 near.send(struct.pack("=20xi", index) + gipam.ATTRIBUTE.pack(9, 3) + name)
                 self.proxies.hear(1)
                 self.assert_answers(*["2001:db8:0:100::7"] * (name == b"eth0"), index=index)
-        near.send(struct.pack("=20xi", 7) + gipam.ATTRIBUTE.pack(10, 3) + b"veth0")
-        self.proxies.hear(1)  # of no concern
         self.wire.devices = {"eth0": 2}
-        self.assert_answers()
-        self.now_s += gipam.TICK_S
-        self.assert_answers("2001:db8:0:100::7")
-        self.wire.connected.clear()
-        near.send(struct.pack("=20xi", 2))  # its address has gone
-        self.proxies.hear(1)
-        self.assert_answers()
+        link, v4, v6 = struct.pack("=20xi", 7), "10.0.0.0/8", "2001:db8:0:100::/56"
+        came, went = (gipam.NETLINK_HEAD.pack(0, kind, 0) + route(v6, 2) for kind in (24, 25))
+        elsewhere = gipam.NETLINK_HEAD.pack(0, 25, 0) + route(v6, 3)
+        for what, event, connected, is_answered in (
+                ("another device", link + gipam.ATTRIBUTE.pack(10, 3) + b"veth0", [v4, v6], False),
+                ("it is back, with IPv4", link + gipam.ATTRIBUTE.pack(9, 3) + b"eth0", [v4], False),
+                ("a route of IPv6, much later", came, [v4, v6], True),
+                ("one of another device goes", elsewhere, [v4], True), ("its own goes", went, [v4], False)):
+            with self.subTest(what):
+                self.wire.connected = connected
+                near.send(event)
+                self.proxies.hear(1)
+                self.assert_answers(*["2001:db8:0:100::7"] * is_answered)
 
     def test_base_is_on_the_wire_by_a_route_without_a_gateway(self) -> None:
         base, gateway = gipam.parse_prefix("10.2.0.0/16"), struct.pack("=HH4x", 8, 5)
