@@ -2268,7 +2268,7 @@ class Proxies:
 
     def __init__(self, device: str, bases: list[Network], ask: Ask) -> None:
         self._device, self._bases, self._ask = device, bases, ask
-        self._name = ATTRIBUTE.pack(5 + len(device.encode()), 3) + device.encode()  # IFLA_IFNAME
+        self._name = ATTRIBUTE.pack(5 + len(os.fsencode(device)), 3) + os.fsencode(device)
         self._index, self._onlink = 0, bases  # the number of the device, the bases on its wire
         self._state, self._look_s = State(()), 0.0  # when and with what all is compared anew
         self.due: dict[bytes, bool] = {}  # entry -> whether it is to be there; the newest last
