@@ -4217,7 +4217,7 @@ def find_differences(look: Callable[[], Json], read_docker: Callable[[], tuple[l
     return found
 
 
-def find_route_notes(base: Network, onlink: str, proc: str) -> Iterator[str]:
+def find_route_notes(base: Network, onlink: str, held: set[str], proc: str) -> Iterator[str]:
     """Yield what the routes to a base lack: somebody who answers on its wire, or an end."""
     routes = list(read_routes(proc + "/self/net", base))
     links = [device for device, flags in routes if device not in ("lo", "*") and not flags & 2]
@@ -4229,12 +4229,15 @@ def find_route_notes(base: Network, onlink: str, proc: str) -> Iterator[str]:
             if list(read_rows(f"{proc}/sys/{path}")) not in ([], [[value.encode()]]):
                 name = path.translate({46: "/", 47: "."})  # eth0.7 as sysctl(8) has it
                 yield f"-onlink {onlink} needs sysctl -w {name}={value}"
+    elif str(base) in held:  # all of it, by one network: there the route leads, and nothing is free
+        return
     elif links:
         yield (f"the base {base} is on-link on {links[0]}: routers there ask for each address; "
                f"let gipam answer with -onlink {links[0]}, or have it routed to this host")
     elif not any(device == "*" or flags & 0x200 for device, flags in routes):  # RTF_REJECT
+        wire = f"; or, if it is on the wire of {onlink}, ip route add {base} dev {onlink}"
         yield (f"packets to free blocks of {base} may loop between this host and its router: "
-               f"ip {'-6 ' * (base.version == 6)}route add blackhole {base}")
+               f"ip route add blackhole {base} metric 9999" + wire * (onlink not in ("", "off")))
 
 
 def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
@@ -4263,8 +4266,9 @@ def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
             yield (f"network {use.network} masquerades {use.subnet}, so that its containers "
                    f"have the address of this host outside: make it with -o {use.routed_option}")
     onlink = status.get("config", {}).get("onlink", {}).get("value", "")
+    held = {pool["subnet"] for pool in status.get("pools", ())}
     for base in bases:
-        yield from find_route_notes(base, onlink, proc)
+        yield from find_route_notes(base, onlink, held, proc)
 
 
 def find_deaf_uplinks(proc: str) -> Iterator[str]:
@@ -5526,7 +5530,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         threading.Thread(target=take_over_when_due, args=(
             service, config.driver, claimant.call if claimant else loop.call),
                          name="import", daemon=True).start()
-        warn_of_surprises(config, "/proc/self/net")
+        warn_of_surprises(config, service.state.families[4].subnets, "/proc/self/net")
         places = [format_endpoint(server.server_address) for server in loop.servers]
         service.about, service.has_macs = describe_daemon(config, places[0]), config.mac
         log.info("serving on %s with %d pools", ", and metrics on ".join(places),
@@ -5634,7 +5638,7 @@ def begin_import(config: Config, service: Service, document: Json | None, call: 
             log.warning("Docker cannot be asked yet what is in use: %s", error)
 
 
-def warn_of_surprises(config: Config, proc: str) -> None:
+def warn_of_surprises(config: Config, held: Container[Network], proc: str) -> None:
     """Log what will surprise: variables, open TCP, no base, an on-link route (protocol.md 3.3)."""
     known = [option.variable for option in OPTIONS]
     for name in sorted(os.environ):
@@ -5647,7 +5651,7 @@ def warn_of_surprises(config: Config, proc: str) -> None:
         log.warning("no base is configured (-v4, -v6): only networks with a --subnet can be made")
     for base in (base for base in config.v4 + config.v6 if base.is_link_local):
         log.warning("the base %s is link-local: no router forwards its addresses", base)
-    for base in config.v4:
+    for base in (base for base in config.v4 if base not in held):
         for device, flags in read_routes(proc, base):
             if device not in ("*", config.onlink) and not flags & 2:  # RTF_GATEWAY
                 log.warning("the base %s is part of an on-link route of %s: Docker up to 26 "

@@ -124,6 +124,8 @@ class ReadmeTest(unittest.TestCase):
             self.boot_again(end)
         self.assert_reached("10.2.0.2", "2001:db8:0:100::2")
         self.assert_free_blocks_do_not_loop()
+        self.machine("ip link add whole up type bridge; ip addr add 10.2.255.1/16 dev whole; systemctl restart gipam\n"
+                     "ip route get 10.2.77.7 | grep 'dev whole'; ip link del whole")  # a network may have the whole base
         self.have_one_family_alone()
         self.use_it_every_day()
         self.have_several_drivers()
