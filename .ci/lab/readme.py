@@ -27,6 +27,7 @@ rm -r "$PWD"
 # The other end knows the device by its address, over boots too. udev, which is not here, sets what sysctl.d has for it.
 WIRE = """ip link set eth0 address 02:00:00:00:00:07; ip addr add 192.0.2.7/24 dev eth0; ip route add default via 192.0.2.1
 for name in conf neigh; do /usr/lib/systemd/systemd-sysctl --prefix=/net/ipv6/$name/eth0; done
+echo 0 > /proc/sys/net/ipv6/conf/eth0/proxy_ndp  # as systemd-networkd does
 """
 WIRE_V6 = "ip addr add 2001:db8:ffff::7/64 dev eth0 nodad; ip -6 route add default via 2001:db8:ffff::1\n"
 FORWARD = "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding\n"
