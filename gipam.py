@@ -2325,11 +2325,9 @@ class Proxies:
         self._state, self._look_s, self._index, before = state, math.inf, 0, self._onlink
         with contextlib.suppress(OSError):
             self._index = socket.if_nametoindex(self._device)
-        routes = {version: self._ask(RTM_GETROUTE, bytes((SOCKET_FAMILY[version], 0, 0, 0)))
-                  for version in {base.version for base in self._bases}}
-        self._onlink = [base for base in self._bases if any(
-            is_connected(route, base, struct.pack("=i", self._index))
-            for route in routes[base.version])]
+        routes, index = self._ask(RTM_GETROUTE, bytes(4)), struct.pack("=i", self._index)
+        self._onlink = [base for base in self._bases
+                        if any(is_connected(route, base, index) for route in routes)]
         if self._onlink != before:
             log.info("-onlink %s: answering there for %s", self._device, ", ".join(
                 map(str, self._onlink)) or "no base: none is in a connected route of it")

@@ -2666,8 +2666,7 @@ class Wire:
 
     def __call__(self, kind: int, body: bytes, flags: int = gipam.NLM_F_DUMP) -> list[bytes]:
         if kind == gipam.RTM_GETROUTE and flags == gipam.NLM_F_DUMP and not self.failure:
-            return [route(text, index) for index in self.devices.values() for text in self.connected
-                    if (":" in text) == (body[0] == socket.AF_INET6)]
+            return [route(text, index) for index in self.devices.values() for text in self.connected]
         size = 12 + struct.unpack_from("=H", body + bytes(2), 12)[0]
         entry, mark = body[:8] + bytes(2) + body[10:size], body[size:]
         if self.failure or size == 16:  # no address
