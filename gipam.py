@@ -4080,13 +4080,14 @@ def read_uses(path: str, driver: str, timeout_s: float) -> tuple[list[Use], list
 
 
 def find_stranded(path: str, driver: str) -> Iterator[str]:
-    """Yield the containers that Docker gave up, as gipam was not there: protocol.md 11.5."""
-    end = time.monotonic() + DOCKER_PATIENCE_S
+    """Yield the containers that Docker gave up, as gipam was not there: protocol.md 1.5, 11.5."""
+    end, driver = time.monotonic() + DOCKER_PATIENCE_S, re.escape(driver)
+    absence = f'plugin "{driver}" not found|IpamDriver.*: dial .*(/{driver}.sock|tcp)'
     for container in ask_docker(path, DOCKER_PATIENCE_S, STOPPED):
         left_s = min(NAMES_PATIENCE_S, max(end - time.monotonic(), 0.001))
         with contextlib.suppress(Refused, Unreachable):  # it has been removed, or is locked
             about = ask_docker(path, left_s, f"/containers/{container['Id']}/json")
-            if f'plugin "{driver}" not found' in about["State"]["Error"]:
+            if re.search(absence, about["State"]["Error"]):
                 name = printable(about["Name"][1:])
                 yield f"gipam was down when container {name} was to start: docker start {name}"
 

@@ -5392,18 +5392,21 @@ class CheckTest(OperatedCase):
 
     def test_container_that_docker_gave_up_is_noted(self) -> None:
         """One that Docker does not tell of, as it is about to start or stop it, holds nothing up."""
-        self.docker.start("two", "web")
-        self.docker.start("locked", "web")
-        error = 'failed to set up: plugin "gipam" not found'
-        self.docker.errors.update(one=error, two=error.replace("gipam", "lan"))
-        for name in ("one", "two", "locked"):
+        call = 'Post "http://plugin.moby.localhost/IpamDriver.RequestAddress": '
+        errors = {"one": 'plugin "gipam" not found', "stopped": call + "dial unix /run/docker/plugins/gipam.sock: connect: no",
+                  "tcp": call + "dial tcp 127.0.0.1:9090: connect: connection refused", "lan": 'plugin "lan" not found',
+                  "lan2": call + "dial unix /run/docker/plugins/lan.sock: connect: no", "full": call + "no addresses"}
+        for name in ("stopped", "tcp", "lan", "lan2", "full", "locked"):
+            self.docker.start(name, "web")
+        self.docker.errors.update(errors)
+        for name in (*errors, "locked"):
             self.docker.stop(name)
         self.patch(gipam, NAMES_PATIENCE_S=0.05)
         is_over = threading.Event()
         self.addCleanup(is_over.set)
         self.docker.before = lambda path: identity("locked") in path and is_over.wait(DEADLINE_S)
-        self.assertEqual(re.findall("note: gipam was .*", self.run_gipam("check").out), [
-            "note: gipam was down when container one was to start: docker start one"])
+        noted = re.findall(r"note: gipam was down when container (\w+) was to start: docker start \1", self.run_gipam("check").out)
+        self.assertEqual(sorted(noted), ["one", "stopped", "tcp"])
 
     def test_notes_do_not_change_the_status(self) -> None:
         self.docker.version = 28
