@@ -896,7 +896,7 @@ class Need(NamedTuple):
 
     writes: dict[str, Claim | None]  # name -> None: it goes; {}: only look whether all is known
     head: str | None  # as of which it was decided, None: etcd has none; or UNREAD
-    going: Mapping[str, str | None] = {}  # keys that must be so, and go: hosts/HOST of the evicted
+    going: Mapping[str, str | None] = {}  # keys that must be so, and go: see evict(), refresh()
 
 
 class Told(NamedTuple):
@@ -905,7 +905,7 @@ class Told(NamedTuple):
     head: str | None
     news: Mapping[str, Claim | None] = {}
     keys: Mapping[str, str] | None = None  # those of etcd, if they were read: hosts/HOST
-    won: frozenset[str] | None = None  # what it has written; None: nothing was the same any more
+    won: frozenset[str] | None = None  # claims it made, keys that went; None: not all was the same
     sent_s: float = 0.0  # on the clock that runs while the machine sleeps, too
 
 
@@ -970,7 +970,7 @@ class Site:
         self.won: frozenset[str] = frozenset()  # in this turn: see Told
         self.is_fresh = False  # in this turn: etcd has just been asked
         self.lost_s = -math.inf  # when etcd had lost claims, or was seen to lack them still
-        self.awaited: dict[str, str] = {}  # hosts that are not -> their keys as they were then
+        self.awaited: dict[str, str] = {}  # hosts not heard of since then -> their keys
         self.wake: Callable[[], None] = lambda: None  # whoever compares what is due
         self.attach(state)
 
@@ -4786,7 +4786,7 @@ class Claimant:
         if not is_done:
             return self._catch_up(found)
         self._changes, self._shown, self._seen = changes, text, self._count
-        return Told(head, need.writes, found, frozenset((*news, *gone)), sent_s)
+        return Told(head, need.writes, found, frozenset((*filter(news.get, news), *gone)), sent_s)
 
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Ask etcd, and note how that went. Raises: Unavailable, Refused."""
