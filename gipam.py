@@ -2205,7 +2205,7 @@ def is_connected(route: bytes, base: Network, device: bytes) -> bool:
     if ATTRIBUTE.pack(8, RTA_OIF) + device not in route:  # so it is with most of 20,000
         return False
     first, length = read_prefix(RTM_GETROUTE, route)
-    return (0 < length <= base.prefixlen
+    return (route[0] == SOCKET_FAMILY[base.version] and 0 < length <= base.prefixlen
             and not (first ^ int(base[0])) >> BITS[base.version] - length
             and not read_attributes(route).keys() & {5, 18})  # RTA_GATEWAY, RTA_VIA
 

@@ -2696,7 +2696,7 @@ def route(text: str, index: int, more: bytes = b"") -> bytes:
     network = ipaddress.ip_network(text)
     packed = network[0].packed if network.prefixlen else b""
     address = struct.pack("=HH", 4 + len(packed), 1) + packed if packed else b""
-    return bytes((0, network.prefixlen, 0, 0, 254, 2, 0, 1, 0, 0, 0, 0)) + address \
+    return bytes((gipam.SOCKET_FAMILY[network.version], network.prefixlen, 0, 0, 254, 2, 0, 1, 0, 0, 0, 0)) + address \
         + more + struct.pack("=HHi", 8, 4, index)
 
 
@@ -2779,14 +2779,15 @@ class ProxiesTest(Case):
                 self.assert_answers(*["2001:db8:0:100::7"] * is_answered)
 
     def test_base_is_on_the_wire_by_a_route_without_a_gateway(self) -> None:
-        base, gateway = gipam.parse_prefix("10.2.0.0/16"), struct.pack("=HH4x", 8, 5)
+        (v4, v6), gateway = prefixes(BASES), struct.pack("=HH4x", 8, 5)
         for text, index, more, expected in (
                 ("10.2.0.0/16", 2, b"", True), ("10.0.0.0/8", 2, b"", True), ("10.2.0.0/17", 2, b"", False),
                 ("10.3.0.0/16", 2, b"", False), ("10.2.0.0/16", 3, b"", False), ("0.0.0.0/0", 2, b"", False),
-                ("10.2.0.0/16", 2, gateway, False)):
+                ("10.2.0.0/16", 2, gateway, False), ("0.0.0.0/1", 2, b"", True), ("::/1", 2, b"", False)):
             with self.subTest(text, index=index, more=more):
                 message = route(text, index, more)
-                self.assertIs(gipam.is_connected(message, base, struct.pack("=i", 2)), expected)
+                self.assertIs(gipam.is_connected(message, v4, struct.pack("=i", 2)), expected)
+                self.assertIs(gipam.is_connected(message, v6, struct.pack("=i", 2)), text == "::/1")
 
     def test_what_fails_is_logged_and_tried_again_at_a_tick(self) -> None:
         self.assert_answers()
