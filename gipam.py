@@ -785,7 +785,7 @@ class State:
         self.seq = 0
         self.pools: dict[str, Pool] = {}
         self.lease_count = 0
-        self.has_adopted = False  # since the lease file was written
+        self.has_adopted = False  # since the lease file that it was read from
         self.families = {family.version: family for family in families}
 
     def apply(self, change: Change) -> None:
@@ -1041,7 +1041,7 @@ class Site:
         One that has succeeded voids all that was asked for before, and may still be on its way.
         """
         self.learn_claims(told.news)
-        self.head, before, is_calm = told.head, self.hosts, self.calm_s() > 0 or not self.hosts
+        self.head, before, is_wary = told.head, self.hosts, self.calm_s() > 0 or not self.hosts
         if told.won is not None:
             self.leaving.clear()
         if told.keys is not None:
@@ -1050,7 +1050,7 @@ class Site:
                 if table == "hosts":
                     text, (known, count) = told.keys[f"hosts/{host}"], before.get(host, ("", 0))
                     self.hosts[host] = (text, (count if text == known else 0) + is_reading)
-                    is_news = is_calm and text != known and host != self.host
+                    is_news = is_wary and text != known and host != self.host
                     if is_news and parse_object(text).get("is_behind"):
                         self.lost_s = time.monotonic()
             self.awaited = {host: text for host, text in self.awaited.items()
@@ -1205,7 +1205,7 @@ class Site:
         """Have something new claimed. Raises: Unclaimed; Unavailable, if etcd has lost claims."""
         if self.calm_s() > 0:
             raise Unavailable("etcd has lost claims, and all hosts claim again what they hold: "
-                              f"nothing new for {self.calm_s():.0f} s: try again")
+                              f"nothing new for at least {self.calm_s():.0f} s: try again")
         raise Unclaimed(Need(writes, self.head))
 
     def calm_s(self) -> float:
