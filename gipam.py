@@ -4219,6 +4219,8 @@ def find_differences(look: Callable[[], Json], read_docker: Callable[[], tuple[l
 def find_route_notes(base: Network, onlink: str, held: set[str], proc: str) -> Iterator[str]:
     """Yield what the routes to a base lack: somebody who answers on its wire, or an end."""
     routes = list(read_routes(proc + "/self/net", base))
+    if str(base) in held and onlink not in dict(routes):  # a network has it all: nothing loops
+        routes = [("*", 0), *read_routes(proc + "/self/net", base.supernet())]  # its own is as long
     links = [device for device, flags in routes if device not in ("lo", "*") and not flags & 2]
     if onlink in links:
         # By proxy_ndp of the device alone, a router that probes what it knows gets no answer; and
@@ -4228,8 +4230,6 @@ def find_route_notes(base: Network, onlink: str, held: set[str], proc: str) -> I
             if list(read_rows(f"{proc}/sys/{path}")) not in ([], [[value.encode()]]):
                 name = path.translate({46: "/", 47: "."})  # eth0.7 as sysctl(8) has it
                 yield f"-onlink {onlink} needs sysctl -w {name}={value}"
-    elif str(base) in held:  # all of it, by one network: there the route leads, and nothing is free
-        return
     elif links:
         yield (f"the base {base} is on-link on {links[0]}: routers there ask for each address; "
                f"let gipam answer with -onlink {links[0]}, or have it routed to this host")

@@ -5362,9 +5362,12 @@ class CheckTest(OperatedCase):
                     self.write("proc/" + name, text)
                 notes = gipam.find_notes(status, [], self.directory + "/proc")
                 self.assertRegex("\n".join(notes), "^" + "\n".join(f".*{word}.*" for word in words) + "$")
-        self.write("proc/self/net/ipv6_route", route6.format(32 * "0", "00000001", "br-web"))  # one network has it all
-        notes = gipam.find_notes({**status, "pools": [{"subnet": "2001:db8:0:100::/56"}]}, [], self.directory + "/proc")
-        self.assertEqual(list(notes), [])
+        status["pools"] = [{"subnet": "2001:db8:0:100::/56"}]  # one network has it all
+        own, wire = route6.format(32 * "0", "00000001", "br-web"), link6.replace(" 38 ", " 30 ")
+        for others, said in (("", "$"), (wire, ".*2001:db8:0:100::/56 is on-link on eth0: .*$"),
+                             (wire.replace("eth0", "lan.7"), "-onlink lan.7 needs .*proxy_ndp=1$")):
+            self.write("proc/self/net/ipv6_route", own + others)
+            self.assertRegex("\n".join(gipam.find_notes(status, [], self.directory + "/proc")), "^" + said)
         off = {"bases": [{"prefix": "10.2.0.0/16"}], "config": {"onlink": {"value": "off"}}}
         self.assertRegex("".join(gipam.find_notes(off, [], "/nothing")), "add blackhole 10.2.0.0/16 metric 9999$")
 
