@@ -5185,11 +5185,11 @@ def load(settings: Settings,
 def ask_daemon(settings: Settings, verb: str, path: str, body: Any = None) -> Any:
     """Return what the daemon answers, on its socket or its address. Raises: as call().
 
-    Where only the address is given, somebody else may serve on the socket.
+    Not on the socket, if the address is given by a later stage than -socket and -unix.
     """
-    both = settings["socket"], settings["address"]
-    is_tcp = [option.given is not None for option in both] == [False, True]
-    places = [option.value for option in both][is_tcp:]
+    stage = {name: "dec".index(option.origin[0]) for name, option in settings.items()}  # by letter
+    is_tcp = stage["address"] > max(stage["socket"], stage["unix"] * settings["unix"].value)
+    places = [settings[name].value for name in ("socket", "address")][is_tcp:]
     for place in places:
         with contextlib.suppress(Absent):
             return call(Connection(place, DAEMON_PATIENCE_S), verb, path, body)

@@ -6167,12 +6167,22 @@ SUBNET               HELD  OF    AGE  RANGE          NETWORK
                 self.assert_fails(self.run_gipam("status"), 2,
                                   f"gipam: the daemon does not answer on {self.socket}: {why}")
 
-    def test_where_only_an_address_is_given_nobody_else_is_asked(self) -> None:
+    def test_where_an_address_is_given_last_nobody_else_is_asked(self) -> None:
+        """By a later stage than the socket and -unix: neither the default socket, nor one of the environment."""
         self.patch(gipam, OPTIONS=[option._replace(default=self.socket) if option.name == "socket" else option
                                    for option in gipam.OPTIONS])
-        self.assertEqual(self.run_gipam("config", options=("-unix",)).status, 0)
-        self.assert_fails(self.run_gipam("config", options=("-address=127.0.0.1:1",)), 2,
-                          "gipam: no gipam answers on 127.0.0.1:1: start it, or say where it is with .*")
+        here, there, address = {"GIPAM_SOCKET": self.socket}, {"GIPAM_ADDRESS": ":1"}, "-address=:1"
+        for options, env, is_socket in (
+                (("-unix",), {}, True), (("-unix", address), {}, True), ((address,), {}, False),
+                (("-v4ab=24",), there, False), (("-v4ab=24",), {**here, **there}, True),
+                (("-v4ab=24",), {"GIPAM_UNIX": "true", **there}, True), (("-unix",), there, True),
+                ((address,), {"GIPAM_UNIX": "true", **here, **there}, False), ((address, "-unix=false"), {}, False)):
+            with self.subTest(options, **env):
+                done = self.run_gipam("config", options=options, **env)
+                if is_socket:
+                    self.assertEqual(done.status, 0, done)
+                else:
+                    self.assert_fails(done, 2, "gipam: no gipam answers on 127.0.0.1:1: start it, or say .*")
 
     def test_driver_and_settings_are_what_the_daemon_says(self) -> None:
         """Whatever -socket, -address and -unix lead to it."""
