@@ -5655,7 +5655,7 @@ def warn_of_surprises(config: Config, held: Container[Network], proc: str) -> No
             if device not in ("*", config.onlink) and not flags & 2:  # RTF_GATEWAY
                 log.warning("the base %s is part of an on-link route of %s: Docker up to 26 "
                             "refuses every block of it; replace the route: ip route add blackhole "
-                            "%s", base, printable(device), base)
+                            "%s metric 9999", base, printable(device), base)
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:
