@@ -4079,15 +4079,15 @@ def read_uses(path: str, driver: str, timeout_s: float) -> tuple[list[Use], list
     return ours, [use for use in uses if use.driver != driver or use.kind == "template"]
 
 
-def find_stranded(path: str, driver: str) -> Iterator[str]:
+def find_stranded(path: str, status: Json) -> Iterator[str]:
     """Yield the containers that Docker gave up, as gipam was not there: protocol.md 1.5, 11.5."""
-    end, driver = time.monotonic() + DOCKER_PATIENCE_S, re.escape(driver)
-    absence = f'plugin "{driver}" not found|IpamDriver.*: dial .*(/{driver}.sock|tcp)'
+    end, names = time.monotonic() + DOCKER_PATIENCE_S, (status["driver"], status["listening"])
+    absence = 'plugin "{0}" not found|IpamDriver.*: dial .*(/{0}.sock|tcp {1}):'
     for container in ask_docker(path, DOCKER_PATIENCE_S, STOPPED):
         left_s = min(NAMES_PATIENCE_S, max(end - time.monotonic(), 0.001))
         with contextlib.suppress(Refused, Unreachable):  # it has been removed, or is locked
             about = ask_docker(path, left_s, f"/containers/{container['Id']}/json")
-            if re.search(absence, about["State"]["Error"]):
+            if re.search(absence.format(*map(re.escape, names)), about["State"]["Error"]):
                 name = printable(about["Name"][1:])
                 yield f"gipam was down when container {name} was to start: docker start {name}"
 
@@ -5406,7 +5406,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         post = functools.partial(ask_daemon, settings, "POST")
         mend(found.values(), set(), read_gipam, read_docker, post)
         left = look()
-    notes = [*find_notes(status, read_docker()[0], "/proc"), *find_stranded(path, driver)]
+    notes = [*find_notes(status, read_docker()[0], "/proc"), *find_stranded(path, status)]
     report(found, left, [*dict.fromkeys(notes)], arguments.json)
     return 1 if left else 0
 

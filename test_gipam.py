@@ -5398,9 +5398,11 @@ class CheckTest(OperatedCase):
         """One that Docker does not tell of, as it is about to start or stop it, holds nothing up."""
         call = 'Post "http://plugin.moby.localhost/IpamDriver.RequestAddress": '
         errors = {"one": 'plugin "gipam" not found', "stopped": call + "dial unix /run/docker/plugins/gipam.sock: connect: no",
-                  "tcp": call + "dial tcp 127.0.0.1:9090: connect: connection refused", "lan": 'plugin "lan" not found',
+                  "tcp": call + "dial tcp [::1]:9090: connect: connection refused",
+                  "tcp2": call + "dial tcp [::1]:90901: connect: connection refused", "lan": 'plugin "lan" not found',
                   "lan2": call + "dial unix /run/docker/plugins/lan.sock: connect: no", "full": call + "no addresses"}
-        for name in ("stopped", "tcp", "lan", "lan2", "full", "locked"):
+        self.service.about["listening"] = "[::1]:9090"
+        for name in ("stopped", "tcp", "tcp2", "lan", "lan2", "full", "locked"):
             self.docker.start(name, "web")
         self.docker.errors.update(errors)
         for name in (*errors, "locked"):
