@@ -3172,7 +3172,7 @@ PLAIN_REQUEST = re.compile(
     rb"POST (/[A-Za-z.]+) HTTP/1\.1\r\nHost: ([!-~]+)\r\nUser-Agent: [!-~]+\r\n"
     rb"Content-Length: ([0-9]{1,4})\r\nAccept: [!-~]+\r\n(?:Accept-Encoding: gzip\r\n)?\r\n").match
 CLOSE = "Connection: close\r\n"
-HEAD_END = re.compile(rb"\n\r?\n|\A[!-~]+ [!-~]+\r?\n").search  # of HTTP/0.9 after one line
+HEAD_END = re.compile(rb"\n\r?\n|\A[!-~]+ [!-~]+\r?\n").search  # \A: of HTTP/0.9, one line
 LOCAL_HOST = re.compile(r"(|(plugin\.moby\.)?localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?",
                         re.IGNORECASE).fullmatch
 LISTENER = "gipam"  # name of what the service manager keeps
@@ -3261,7 +3261,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Let http.server read the head, if it is there; return whether it is."""
         if not self.looked and self.inbox.startswith((b"\r\n", b"\n")):  # RFC 9112 section 2.2
             del self.inbox[:self.inbox.index(b"\n") + 1]
-        end = HEAD_END(self.inbox, max(self.looked - 3, 0))
+        end = HEAD_END(self.inbox, max(self.looked - 3, 0) * (self.inbox.find(b"\n") < self.looked))
         self.looked = len(self.inbox)
         if not end and self.looked <= MAX_HEAD_BYTES and not (self.has_ended and self.inbox):
             return False

@@ -3695,6 +3695,9 @@ class PeerTest(LoopCase):
         for at in range(len(data)):
             peer.send(data[at:at + 1])
         self.assertEqual(peer.answer().status, 200)
+        peer = self.peer(b"GET /met")
+        wait_for(lambda: any(handler.looked == 8 for handler in [*self.loop.handlers]), "the first piece")
+        self.assertEqual(peer.send(b"rics\r\n").statuses(), [505])
 
     def test_what_comes_in_one_piece_is_answered_in_turn(self) -> None:
         """RFC 9112 section 2.2: an empty line before a request should be ignored."""
