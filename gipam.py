@@ -5747,7 +5747,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
 
     Who types nothing else at a terminal, and has nothing set up here, looks for the commands.
     """
-    if not words and sys.stdin and sys.stdin.isatty() and not os.path.lexists("leases.json") \
+    if not words and sys.stdin.isatty() and not os.path.lexists("leases.json") \
             and not any(name.startswith("GIPAM_") for name in os.environ):
         build_parser("serve").print_help()
         sys.exit(2)
@@ -5762,9 +5762,8 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     for word in (word.partition("=")[0] for word in unknown):
         known = [*others, *("--" + option.name for option in OPTIONS), *flags]
         hint = nearest(word, known) or f"; see `{parser.prog} --help`"
-        is_spare = not others and not word.startswith("-")
-        what = "one word too many" if is_spare else "not an option or command"
-        raise UsageError(f"{word!r} is {what}{hint}")
+        spare = "one word too many" * (not others and word[:1] != "-")
+        raise UsageError(f"{word!r} is {spare or 'not an option or command'}{hint}")
     return arguments
 
 
@@ -5832,7 +5831,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, or that of the error."""
     handler = LogHandler()
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    sys.stdout = sys.stdout or io.StringIO()  # whoever has started this may have closed it
+    sys.stdin, sys.stdout, sys.stderr = (  # whoever has started this may have closed some
+        it or open(os.devnull, "r+") for it in (sys.stdin, sys.stdout, sys.stderr))  # noqa: SIM115
     try:
         arguments = parse_arguments(normalise_arguments(sys.argv[1:] if argv is None else argv))
         arguments.settings = read_settings(os.environ, arguments)  # the first two stages

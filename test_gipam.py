@@ -6120,8 +6120,11 @@ SUBNET               HELD  OF    AGE  RANGE          NETWORK
             self.assertEqual(self.run_gipam("status", out=Closed()).err, "")
         Closed.code = errno.ENOSPC
         self.assertEqual(self.run_gipam("status", out=Closed()).err, "gipam: No space left on device\n")
-        with mock.patch.object(sys, "stdout", None), mock.patch.object(logging, "basicConfig"):
-            self.assertEqual(gipam.main(["status", "-socket", self.socket]), 0)  # gipam status >&-
+        daemon = Daemon(self, command=("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, GIPAM)).start()
+        assert daemon.process
+        fds = f"/proc/{daemon.process.pid}/fd/"
+        self.assertEqual([os.readlink(f"{fds}{fd}") for fd in range(3)], [os.devnull] * 3)  # and no file of its own
+        self.assertEqual(daemon.stop(), 0)
 
     def test_json(self) -> None:
         """The documented interface: these keys stay; README names them and no other."""
