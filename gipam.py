@@ -3439,7 +3439,7 @@ class Loop:
 
     def ring(self) -> None:
         """Begin a turn now."""
-        with contextlib.suppress(BlockingIOError):  # it rings already
+        with contextlib.suppress(OSError):  # it rings already, or all is over
             self._rope.send(b"\0")
 
     def call(self, function: Callable[[], Any]) -> Any:
