@@ -146,7 +146,7 @@ TICK_S = 1.0
 MAX_PROXIES = 10  # entries in a turn; measured: 60 us each
 START_PATIENCE_S = 300  # asked of the service manager, for a large state
 RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection shut to dial again
-DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has begun a request to send it all
+DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has dialled to send all of its request
 CHECK_PAUSE_S = 1.0  # between the two looks of a check
 IMPORT_PAUSE_S, MAX_IMPORT_PAUSE_S = 1.0, 60.0
 DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
@@ -3708,11 +3708,12 @@ class Loop:
         self._end_calls()
 
     def _turn_for(self, least_s: float, most_s: float) -> None:
-        """Make turns for so long, and on while somebody is in the middle of a request."""
+        """Make turns for so long, and on while somebody is about to ask, or in the middle of it."""
         started_s = time.monotonic()
         while self.handlers and not self.service.store.loss:
             past_s = time.monotonic() - started_s
-            if past_s >= (most_s if any(map(Handler.is_busy, self.handlers)) else least_s):
+            is_due = any(it.is_busy() or not it.command for it in self.handlers)
+            if past_s >= (most_s if is_due else least_s):
                 break
             self.turn(0.01)
 
