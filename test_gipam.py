@@ -6967,6 +6967,7 @@ class ClaimTest(HostsCase):
         self.assertLess(len(times), 16)
         del times[1:]
         self.etcd.twists[:] = [("head", functools.partial(be_faster, leave_s=0.08))]
+        self.patch(gipam, ETCD_PATIENCE_S=DEADLINE_S)
         host.request_pool()  # after the pause it does not try with what it knew before
 
     def test_many_claims_are_learned_in_portions(self) -> None:
