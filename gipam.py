@@ -925,7 +925,7 @@ def parse_claim(value: Any) -> Claim | None:
     hosts, kind, since_s = (value.get(key) for key in ("hosts", "kind", "since"))
     names = {printable(host) if isinstance(host, str) and host else "?"
              for host in (hosts if isinstance(hosts, list) and hosts else "?")}
-    return Claim(tuple(sorted(names)), kind if kind in (GATEWAY, AUXILIARY, ENDPOINT) else "",
+    return Claim(tuple(sorted(names)), kind if kind in KINDS else "",
                  value.get("shared") is True or "part" in value,  # as older versions have it
                  since_s if type(since_s) is int else 0)
 
@@ -3261,7 +3261,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Let http.server read the head, if it is there; return whether it is."""
         if not self.looked and self.inbox.startswith((b"\r\n", b"\n")):  # RFC 9112 section 2.2
             del self.inbox[:self.inbox.index(b"\n") + 1]
-        end = HEAD_END(self.inbox, max(self.looked - 3, 0) * (self.inbox.find(b"\n") < self.looked))
+        is_first_line = self.inbox.find(b"\n") >= self.looked  # that ends in what has come now
+        end = HEAD_END(self.inbox, 0 if is_first_line else max(self.looked - 3, 0))
         self.looked = len(self.inbox)
         if not end and self.looked <= MAX_HEAD_BYTES and not (self.has_ended and self.inbox):
             return False
@@ -5033,6 +5034,7 @@ OPTIONS = (
 
 NO_HOSTS = [*map(parse_prefix, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "::/127", "ff00::/8"))]
 Settings = Dict[str, Option]  # under their names
+STAGES = "default", "environment", "command line"  # how the origins of the first two begin
 Config = argparse.Namespace  # all options under their names, parsed; and what build_config() adds
 
 
@@ -5188,7 +5190,8 @@ def ask_daemon(settings: Settings, verb: str, path: str, body: Any = None) -> An
 
     Not on the socket, if the address is given by a later stage than -socket and -unix.
     """
-    stage = {name: "dec".index(option.origin[0]) for name, option in settings.items()}  # by letter
+    stage = {name: [*map(option.origin.startswith, STAGES)].index(True)
+             for name, option in settings.items()}
     is_tcp = stage["address"] > max(stage["socket"], stage["unix"] * settings["unix"].value)
     places = [settings[name].value for name in ("socket", "address")][is_tcp:]
     for place in places:
