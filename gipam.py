@@ -11,16 +11,23 @@ The sections, each of which uses only what stands above it (`grep -n '^# ===' gi
 
     Constants   defaults and limits
     Errors      what Docker and the operator are told
-    Model       prefixes, changes, pools, leases, the state and its text form; no I/O
-    Allocator   pure decisions: (state, request) -> change or error
-    Store       the lease file and its journal: bytes and descriptors
-    Kernel      what the kernel of the host has: routes, addresses, proxy neighbours (netlink)
-    Service     decide, apply, one line on disk, answer: the only one that changes the state
-    Protocol    method name -> function; bytes in, bytes out; the pages: status, metrics, health
-    Transport   the loop: HTTP on a UNIX socket or on TCP, signals, systemd
-    Docker      what Docker uses, for check and for a lost lease file
-    Hosts       what the hosts of a site claim in etcd, so that they share bases and subnets
-    Commands    options, configuration in three stages, main
+    Logging     log lines that never wait for their reader
+    Model       prefixes, pools, leases, the state; no I/O
+    Records     journal records and snapshot as text
+    Allocator   pure decisions: (state, request) -> record or error
+    Journal     the lease file, its segments and its lock: bytes and descriptors
+    Netlink     routes, addresses and proxy neighbours of the host
+    Claims      what the hosts of a site have claimed; pure
+    Service     decide, apply, commit: the only one that changes the state
+    API         plugin methods, status, metrics, health: bytes in, bytes out
+    Server      the event loop, its connections and listeners
+    Discovery   socket, link, plugin file, systemd
+    Docker      a client of Docker's API, and what Docker uses
+    Check       differences between gipam and Docker, and their repair
+    Cluster     the etcd client, and the thread that asks etcd
+    Settings    options in three stages
+    Daemon      serve: start, run, stop
+    Commands    the command line
 
 One thread serves all, turn by turn: it reads what has come, decides and applies each request that
 is whole, writes one line with all their changes and syncs it, and only then sends the replies. So
@@ -123,57 +130,57 @@ MAX_BODY_BYTES = 1 << 18  # MAX_ADOPTED leases have 100 kB; measured: 12 ms to r
 MAX_LINE_BYTES = 65536  # of a request line or a header, as http.server has it
 MAX_TEXT_CHARS = 255  # of a name or MAC address that is kept, of what a log line quotes
 BACKLOG = 1024  # with socketserver's 5, parallel connects of dockerd fail with EAGAIN
-MAX_REMEMBERED = 1024  # addresses a subnet, names a family; past it the oldest is forgotten
-MAX_KEPT = 256  # addresses that are remembered of a subnet that is gone
-MIN_FOLD_BYTES = 1 << 20  # a journal is folded once it is longer than this and than the snapshot
-FOLD_PATIENCE_S = 10.0  # after a fold that failed: it is tried for ever, and leaves nothing
-ENCODE_LEASES = 250  # of a snapshot, or for an import, at a time; measured: 0.4 ms
-ENCODE_NAMES = 4  # likewise, each with up to MAX_KEPT owners and their addresses
-MAX_ADOPTED = 250  # leases in one call of /Gipam.Adopt
-WRITE_BYTES = 16384  # of a snapshot, and of a page, at a time
-ROOM_BYTES = 1 << 17  # zeros ahead of the end of the journal: an append then changes no metadata
-LINE_BYTES = 64  # of a line of the journal, beside its records
+MAX_AFFINITIES = 1024  # addresses a subnet, names a family; past it the oldest is forgotten
+MAX_SAVED_AFFINITIES = 256  # addresses that are remembered of a subnet that is gone
+MIN_CHECKPOINT_BYTES = 1 << 20  # a journal is folded once it is longer than this and than the snapshot
+CHECKPOINT_RETRY_S = 10.0  # after a fold that failed: it is tried for ever, and leaves nothing
+LEASES_PER_CHUNK = 250  # of a snapshot, or for an import, at a time; measured: 0.4 ms
+NAMES_PER_CHUNK = 4  # likewise, each with up to MAX_KEPT owners and their addresses
+MAX_IMPORT_LEASES = 250  # leases in one call of /Gipam.Adopt
+CHUNK_BYTES = 16384  # of a snapshot, and of a page, at a time
+PREALLOCATE_BYTES = 1 << 17  # zeros ahead of the end of the journal: an append then changes no metadata
+RECORD_OVERHEAD_BYTES = 64  # of a line of the journal, beside its records
 SECTOR_BYTES = 512  # a disk writes it as a whole or not at all
-LOCK_PATIENCE_S = 2.0  # a predecessor may still be folding
+LOCK_TIMEOUT_S = 2.0  # a predecessor may still be folding
 MAX_HEAD_BYTES = 1 << 18  # of a request
 RECEIVE_BYTES = 65536
-REQUEST_PATIENCE_S = 10.0  # on TCP, for a request that has begun, and for a peer to take a reply
-MAX_TCP_PEERS = 256  # of an address; past it the one goes that has been idle longest
-MAX_DIALS = 64  # accepted in a turn; measured: 0.1 ms each
+REQUEST_TIMEOUT_S = 10.0  # on TCP, for a request that has begun, and for a peer to take a reply
+MAX_TCP_CONNECTIONS = 256  # of an address; past it the one goes that has been idle longest
+MAX_ACCEPTS = 64  # accepted in a turn; measured: 0.1 ms each
 MAX_FAILED_TURNS = 10  # in a row
 MAX_LOG_RECORDS, MAX_LOG_CHARS = 1_000, 4_000  # that nobody has read yet; of a line
-TICK_S = 1.0
-MAX_PROXIES = 10  # entries in a turn; measured: 60 us each
-START_PATIENCE_S = 300  # asked of the service manager, for a large state
-RETIRE_PATIENCE_S = 0.1  # for a peer that finds its connection shut to dial again
-DIAL_PATIENCE_S = 2.0  # at the end, for a peer that has dialled to send all of its request
-CHECK_PAUSE_S = 1.0  # between the two looks of a check
-IMPORT_PAUSE_S, MAX_IMPORT_PAUSE_S = 1.0, 60.0
-DAEMON_PATIENCE_S = 60.0  # of commands, for the daemon
-DOCKER_PATIENCE_S, NAMES_PATIENCE_S = 10.0, 2.0  # of check, and of status, for Docker
-IMPORT_PATIENCE_S = 2.0  # at a start with Docker alive
-ETCD_PATIENCE_S = 3.0  # of a request of Docker's that needs etcd
+TIMER_INTERVAL_S = 1.0
+PROXY_UPDATES_PER_ITERATION = 10  # entries in a turn; measured: 60 us each
+START_TIMEOUT_S = 300  # asked of the service manager, for a large state
+DRAIN_IDLE_S = 0.1  # for a peer that finds its connection shut to dial again
+DRAIN_MAX_S = 2.0  # at the end, for a peer that has dialled to send all of its request
+RECHECK_DELAY_S = 1.0  # between the two looks of a check
+IMPORT_BACKOFF_S, MAX_IMPORT_BACKOFF_S = 1.0, 60.0
+DAEMON_TIMEOUT_S = 60.0  # of commands, for the daemon
+DOCKER_TIMEOUT_S, NAMES_TIMEOUT_S = 10.0, 2.0  # of check, and of status, for Docker
+IMPORT_TIMEOUT_S = 2.0  # at a start with Docker alive
+ETCD_TIMEOUT_S = 3.0  # of a request of Docker's that needs etcd
 ETCD_ATTEMPT_S = 1.0  # for one member of etcd
 ETCD_PAUSE_S = 0.05
-UNREAD = "\ud800"  # in place of etcd's head, which is never this: nothing is known yet
-PULSE_S = 10.0  # from one sign of presence to the next
-ABSENT_READINGS = 4  # in a row that show no sign of a host
-RIVAL_S = 20.0  # for another host of this name to show that it is there
-GRANT_S = 10.0  # from a transaction to what is granted on it: who is stopped may be evicted
-CALM_S = 5.0  # without new claims after etcd has lost some, for all to claim again what they hold
-MAX_WRITES = 40  # claims in one transaction: etcd's --max-txn-ops is 128
-MAX_CHANGES_CHARS = 2000  # of the changes that are kept in etcd
-PAGE_KEYS = 250  # of etcd that are read at a time; measured: json.loads() takes 0.24 ms
-LEARN_CLAIMS = 25  # in one turn; measured: 60 us each
+UNKNOWN_HEAD = "\ud800"  # in place of etcd's head, which is never this: nothing is known yet
+HEARTBEAT_INTERVAL_S = 10.0  # from one sign of presence to the next
+MISSED_HEARTBEATS = 4  # in a row that show no sign of a host
+NAME_TAKEOVER_S = 20.0  # for another host of this name to show that it is there
+TRANSACTION_MAX_AGE_S = 10.0  # from a transaction to what is granted on it: who is stopped may be evicted
+GRACE_PERIOD_S = 5.0  # without new claims after etcd has lost some, for all to claim again what they hold
+CLAIMS_PER_TRANSACTION = 40  # claims in one transaction: etcd's --max-txn-ops is 128
+MAX_CLAIM_LOG_CHARS = 2000  # of the changes that are kept in etcd
+ETCD_PAGE_KEYS = 250  # of etcd that are read at a time; measured: json.loads() takes 0.24 ms
+CLAIMS_PER_ITERATION = 25  # in one turn; measured: 60 us each
 MAX_ETCD_BYTES = 1 << 24  # of one reply
-SWITCH_S = 0.0005  # between threads: what Docker and etcd say is read beside the loop
-REFUSALS = 3, 7, 8, 9, 11, 16  # codes of gRPC: wrong, forbidden, too much, not now, old, who?
-AUTHENTICATE = "/v3/auth/authenticate"
-BITS = {4: 32, 6: 128}
-CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+THREAD_SWITCH_S = 0.0005  # between threads: what Docker and etcd say is read beside the loop
+GRPC_PERMANENT_CODES = 3, 7, 8, 9, 11, 16  # codes of gRPC: wrong, forbidden, too much, not now, old, who?
+ETCD_AUTH_PATH = "/v3/auth/authenticate"
+ADDRESS_BITS = {4: 32, 6: 128}
+CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 SOCKET_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
-KINDS = GATEWAY, AUXILIARY, ENDPOINT = "gateway", "auxiliary", "endpoint"  # of lease
-PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)  # try again
+LEASE_KINDS = GATEWAY, AUXILIARY, ENDPOINT = "gateway", "auxiliary", "endpoint"  # of lease
+TRANSIENT_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)  # try again
 
 log = logging.getLogger("gipam")
 
@@ -210,11 +217,11 @@ class StoreError(GipamError, http_status=503):
     """The change could not be written; state and disk are as before it."""
 
 
-class Stopping(StoreError):
+class ShuttingDown(StoreError):
     """No more turns are made."""
 
 
-class StoreLost(StoreError, exit_status=74):  # EX_IOERR
+class FatalStoreError(StoreError, exit_status=74):  # EX_IOERR
     """Nobody knows what the disk holds: exit, and start again from there."""
 
 
@@ -226,7 +233,7 @@ class UsageError(GipamError, exit_status=2):
     """The command line is none of gipam's."""
 
 
-class DamageError(ConfigError):
+class CorruptionError(ConfigError):
     """What is on disk is not what gipam wrote: it never starts on a guess."""
 
 
@@ -234,30 +241,98 @@ class Unreachable(GipamError, exit_status=2):
     """Docker, or the daemon, does not answer: nothing can be compared."""
 
 
-class Absent(Unreachable):
+class NotListening(Unreachable):
     """Nobody listens where Docker or the daemon should."""
 
 
-class Refused(GipamError, exit_status=2):
+class RemoteError(GipamError, exit_status=2):
     """Docker, or the daemon, answered with an error."""
 
 
-class BusyError(GipamError, exit_status=75):  # EX_TEMPFAIL
+class AlreadyRunning(GipamError, exit_status=75):  # EX_TEMPFAIL
     """Another daemon holds the lease file, the socket, or the name of this host in etcd."""
 
 
-class Unclaimed(Exception):
+class TransactionRequired(Exception):
     """No refusal: etcd must be asked for something first; then the request is looked at again."""
 
-    def __init__(self, need: Need) -> None:
+    def __init__(self, need: Transaction) -> None:
         super().__init__(need)
         self.need = need
 
 
-def explain(error: Exception) -> str:
+def format_os_error(error: Exception) -> str:
     """Return the text of an error for people: Python's has numbers and quotes in it."""
     text, path = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
     return f"{path}: {text}" if path else text
+
+
+# === Logging ======================================================================================
+
+
+def printable(text: str, limit: int = MAX_TEXT_CHARS) -> str:
+    """Return the text as it may be kept and shown: what cannot be printed escaped, and cut."""
+    return (text if text.isprintable() else repr(text)[1:-1])[:limit]
+
+
+def open_stderr() -> Callable[[bytes], int]:
+    """Return what writes to stderr without waiting, while others that share it may wait.
+
+    select() calls a terminal writable that blocks on a longer line.
+    """
+    kind = stat.S_IFMT(os.fstat(2).st_mode)
+    if kind == stat.S_IFSOCK:
+        wire = socket.socket(fileno=os.dup(2))
+        return lambda data: wire.send(data, socket.MSG_DONTWAIT)
+    fd = 2
+    if kind in (stat.S_IFIFO, stat.S_IFCHR):
+        try:
+            fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError:  # it is another user's
+            os.set_blocking(2, False)
+    return functools.partial(os.write, fd)
+
+
+class LogHandler(logging.Handler):
+    """Writes to stderr what it takes, and never waits for it: gipam must go on without a reader.
+
+    Text is kept, nothing else: a record has its exception, and that the body of a request. While
+    it is_held, nothing is written before flush(): the replies of a turn come first.
+    """
+
+    is_buffering = False
+    _write: Callable[[bytes], int] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: collections.deque[bytes] = collections.deque(maxlen=MAX_LOG_RECORDS)
+        self._text, self._writing, self._formatter = b"", threading.Lock(), logging.Formatter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the text of a record; if there are too many, the oldest goes."""
+        try:
+            text = self.format(record)
+        except Exception as error:  # noqa: BLE001 - for its first traceback, Python opens files
+            text = f"{record.msg}: {error!r}"
+        self._lines.append(text.encode() + b"\n")
+        if not self.is_buffering:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write as much as can be written now."""
+        with self._writing, contextlib.suppress(OSError):  # nobody may ever read it
+            while self._text or self._lines:
+                self._text = self._text or self._lines.popleft()
+                self._write = self._write or open_stderr()
+                self._text = self._text[self._write(self._text):]
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return its lines, each with a priority under systemd (sd-daemon(3)), else with a time."""
+        head = {logging.INFO: "<6>", logging.WARNING: "<4>"}.get(record.levelno, "<3>")
+        if "JOURNAL_STREAM" not in os.environ:
+            head = f"{self._formatter.formatTime(record)} {record.levelname} "
+        lines = self._formatter.format(record).split("\n")
+        return "\n".join(head + printable(line, MAX_LOG_CHARS) for line in lines)
 
 
 # === Model ========================================================================================
@@ -292,7 +367,7 @@ def parse_address(text: str, version: int) -> int:
 
 def format_address(number: int, version: int) -> str:
     """Return the bare address as text (RFC 5952)."""
-    return socket.inet_ntop(SOCKET_FAMILY[version], number.to_bytes(BITS[version] // 8, "big"))
+    return socket.inet_ntop(SOCKET_FAMILY[version], number.to_bytes(ADDRESS_BITS[version] // 8, "big"))
 
 
 def format_endpoint(address: Any) -> str:
@@ -303,12 +378,12 @@ def format_endpoint(address: Any) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def span(network: Network) -> Range:
+def address_range(network: Network) -> Range:
     """Return its first and last address as numbers."""
     return int(network.network_address), int(network.broadcast_address)
 
 
-def is_hint(subnet: Network) -> bool:
+def is_size_hint(subnet: Network) -> bool:
     """Return whether it only asks for a length, as 0.0.0.0/26 and ::/72, or not even that: /0."""
     return not int(subnet[0])
 
@@ -329,26 +404,21 @@ def parse_pool_id(pool_id: str) -> tuple[Network, Network | None] | None:
     return None
 
 
-def printable(text: str, limit: int = MAX_TEXT_CHARS) -> str:
-    """Return the text as it may be kept and shown: what cannot be printed escaped, and cut."""
-    return (text if text.isprintable() else repr(text)[1:-1])[:limit]
-
-
 # Made once: json.loads() looks for an encoding, JSONEncoder.encode() makes an encoder each time. A
 # record takes 3.2 us so, 4.5 by JSONEncoder.encode(), 8.6 by json.dumps() (Python 3.11).
 raw_decode = json.JSONDecoder().raw_decode
 json_encoder, encoder = json.JSONEncoder(check_circular=False, separators=(",", ":")), json.encoder
 make_encoder = getattr(encoder, "c_make_encoder", None)  # not every Python has it
-encode_json = json_encoder.iterencode if not make_encoder else make_encoder(
+iterencode_json = json_encoder.iterencode if not make_encoder else make_encoder(
     None, json_encoder.default, encoder.encode_basestring_ascii, None, ":", ",", False, False, True)
 
 
-def dumps(value: Any) -> str:
+def encode_json(value: Any) -> str:
     """Return JSON in the one form that is checksummed."""
-    return "".join(encode_json(value, False))
+    return "".join(iterencode_json(value, False))
 
 
-class RequestPool(NamedTuple):
+class PoolGrant(NamedTuple):
     """Change: a pool is granted: as asked for, from a base, or by adoption of its id."""
 
     pool_id: str
@@ -362,13 +432,13 @@ class RequestPool(NamedTuple):
     is_adopted: bool = False  # for a request of Docker's: what else it uses there is not known yet
 
 
-class ReleasePool(NamedTuple):
+class PoolRelease(NamedTuple):
     """Change: a pool goes, with whatever leases it still has."""
 
     pool_id: str
 
 
-class RequestAddress(NamedTuple):
+class AddressGrant(NamedTuple):
     """Change: an address is granted."""
 
     pool_id: str
@@ -380,21 +450,21 @@ class RequestAddress(NamedTuple):
     cursor: int
 
 
-class ReleaseAddress(NamedTuple):
+class AddressRelease(NamedTuple):
     """Change: an address is free again, and who had it is remembered."""
 
     pool_id: str
     address: str
 
 
-class BindPool(NamedTuple):
+class PoolIdBinding(NamedTuple):
     """Change: a pool that was taken over from Docker's API, which has no ids, gets its id."""
 
     pool_id: str
     new_id: str
 
 
-class SharePool(NamedTuple):
+class LegacySharePool(NamedTuple):
     """Change of older journals: the subnet of a pool is shared with other hosts."""
 
     pool_id: str
@@ -402,32 +472,32 @@ class SharePool(NamedTuple):
     common: dict[str, str]
 
 
-Change = Union[RequestPool, ReleasePool, BindPool, SharePool, RequestAddress, ReleaseAddress]
-CHANGES: dict[str, Any] = {
-    "request_pool": RequestPool, "release_pool": ReleasePool, "bind_pool": BindPool,
-    "share_pool": SharePool, "request_address": RequestAddress,
-    "release_address": ReleaseAddress,
+Record = Union[PoolGrant, PoolRelease, PoolIdBinding, LegacySharePool, AddressGrant, AddressRelease]
+RECORD_TYPES: dict[str, Any] = {
+    "request_pool": PoolGrant, "release_pool": PoolRelease, "bind_pool": PoolIdBinding,
+    "share_pool": LegacySharePool, "request_address": AddressGrant,
+    "release_address": AddressRelease,
 }
-CHANGE_NAMES = {kind: name for name, kind in CHANGES.items()}
-FIELDS: dict[str, Any] = {  # the shapes of those that are no text
+RECORD_NAMES = {kind: name for name, kind in RECORD_TYPES.items()}
+FIELD_SCHEMAS: dict[str, Any] = {  # the shapes of those that are no text
     "granted_s": 0, "cursor": 0, "next_block": -1, "is_shared": False, "is_adopted": False,
     "parts": [], "common": {}}
 
 
-def check_shape(what: str, value: Any, shape: Any) -> None:
+def validate(what: str, value: Any, shape: Any) -> None:
     """Check what the journal or the lease file says. Raises: ValueError.
 
     A shape is "", the least number, [that of each], {"": that of each value}, or a row's (each).
     """
     kind = list if isinstance(shape, tuple) else type(shape)
-    if (type(value) is not kind or (kind is int and not shape <= value <= 1 << BITS[6])
+    if (type(value) is not kind or (kind is int and not shape <= value <= 1 << ADDRESS_BITS[6])
             or (isinstance(shape, tuple) and len(value) != len(shape))):
         raise ValueError(f"{what} is {value!r:.80}, which is none of gipam's")
     if kind is dict:
         value, shape = [*value.values()], [*shape.values()]
     if kind in (dict, list):
         for each, its in zip(value, shape if isinstance(shape, tuple) else shape * len(value)):
-            check_shape(what, each, its)
+            validate(what, each, its)
 
 
 class Lease(NamedTuple):
@@ -445,7 +515,7 @@ class Lease(NamedTuple):
         return tuple(dict.fromkeys(filter(None, (self.name, self.mac))))
 
 
-class AddressSet:
+class OffsetBitmap:
     """A set of numbers that finds the next absent one: bitmaps of 2 Ki numbers each.
 
     A full /16 takes 32 steps, 10 us. Larger ones would make each step, and each number that lies
@@ -473,7 +543,7 @@ class AddressSet:
         if bitmap:
             self._bitmaps[index] = bitmap
 
-    def next_absent(self, number: int, *others: AddressSet) -> int:
+    def next_free(self, number: int, *others: OffsetBitmap) -> int:
         """Return the least number, from this one on, that is not in the set, nor in others."""
         while True:
             rest = self._bitmaps.get(number >> self.SHIFT, 0)
@@ -485,7 +555,7 @@ class AddressSet:
                 return number
 
 
-class Obstacles:
+class BlockedRanges:
     """Ranges that no block may touch: exclusions, routes of the host, its addresses."""
 
     def __init__(self, ranges: Iterable[Range]) -> None:
@@ -533,8 +603,16 @@ class PrefixTree:
         is_covered = any(node >> up in self._covers for up in range(node.bit_length()))
         return 0 if is_covered else self.free(node)[1]
 
-    def cover(self, network: Network, times: int = 1) -> None:
-        """Add the prefix, or with times=-1 take it away once; bring its ancestors up to date."""
+    def add(self, network: Network) -> None:
+        """Add the prefix once more."""
+        self._count(network, 1)
+
+    def remove(self, network: Network) -> None:
+        """Remove the prefix once."""
+        self._count(network, -1)
+
+    def _count(self, network: Network, times: int) -> None:
+        """Change how often the prefix is in; bring its ancestors up to date."""
         node, length = self.node(network), network.prefixlen
         self._covers[node] = self._covers.get(node, 0) + times
         if not self._covers[node]:
@@ -562,7 +640,7 @@ class PrefixTree:
             node = 2 * node if 2 * node in self._free else 2 * node + 1
         return self.network(node)
 
-    def find_free(self, prefixlen: int, low: int, obstacles: Obstacles,
+    def find_free(self, prefixlen: int, low: int, obstacles: BlockedRanges,
                   node: int = 1) -> int | None:
         """Return the least free node of this length, from node low on, inside a node."""
         shift = prefixlen - node.bit_length() + 1
@@ -581,7 +659,7 @@ class PrefixTree:
         return None
 
 
-class Owners(Dict[str, Tuple[int, int]]):
+class Affinity(Dict[str, Tuple[int, int]]):
     """Who had which address of a subnet last: name, and MAC address -> (offset, seq).
 
     There it rests: others get it when nothing else is free. An owner has one address, an address
@@ -591,7 +669,7 @@ class Owners(Dict[str, Tuple[int, int]]):
     def __init__(self) -> None:
         super().__init__()
         self.at: dict[int, tuple[str, ...]] = {}  # offset -> owners, the oldest first
-        self.resting = AddressSet()  # these offsets
+        self.resting = OffsetBitmap()  # these offsets
 
     def remember(self, offset: int, owners: tuple[str, ...], seq: int) -> None:
         """Remember whose the address is from now on, if that is known."""
@@ -602,10 +680,10 @@ class Owners(Dict[str, Tuple[int, int]]):
         self.update(dict.fromkeys(owners, (offset, seq)))
         self.at[offset] = owners
         self.resting.add(offset)
-        if len(self.at) > MAX_REMEMBERED:
+        if len(self.at) > MAX_AFFINITIES:
             self._forget(next(iter(self.at)))
 
-    def recall(self, known: dict[str, tuple[int, int]]) -> None:
+    def restore(self, known: dict[str, tuple[int, int]]) -> None:
         """Remember all that another one knew."""
         by_seq = sorted(known.items(), key=lambda item: item[1][::-1])
         for (offset, seq), items in itertools.groupby(by_seq, key=lambda item: item[1]):
@@ -625,12 +703,12 @@ class Subnet:
         self.version: int = network.version
         self.first = int(network[0])
         self.last_offset = network.num_addresses - 1
-        self.held = AddressSet()  # offsets from first; the reserved ones are always held
-        self.memory = Owners()
+        self.allocated = OffsetBitmap()  # offsets from first; the reserved ones are always held
+        self.affinity = Affinity()
         self.pools: dict[Network | None, Pool] = {}  # by sub_pool
         self.is_shared = False  # with other hosts
         for offset in self.reserved:
-            self.held.add(offset)
+            self.allocated.add(offset)
 
     @property
     def reserved(self) -> set[int]:
@@ -639,9 +717,9 @@ class Subnet:
             return {0}  # the subnet-router anycast address
         return {0, self.last_offset} if self.last_offset >= 3 else set()
 
-    def find_free(self, low: int, high: int, *others: AddressSet) -> int | None:
+    def find_free(self, low: int, high: int, *others: OffsetBitmap) -> int | None:
         """Return the first offset of a range that is free, and in no other set, None: none is."""
-        offset = self.held.next_absent(low, *others)
+        offset = self.allocated.next_free(low, *others)
         return offset if offset <= high else None
 
     def find_lease(self, offset: int) -> Lease | None:
@@ -649,7 +727,7 @@ class Subnet:
         leases = (pool.leases.get(offset) for pool in self.pools.values())
         return next(filter(None, leases), None)
 
-    def find_kind(self, address: str) -> str:
+    def lease_kind(self, address: str) -> str:
         """Return as what an address is held, "" if it is not."""
         lease = self.find_lease(parse_address(address, self.version) - self.first)
         return lease.kind if lease else ""
@@ -658,7 +736,7 @@ class Subnet:
 class Pool:
     """What one Docker network got: a subnet or a range of it, and the leases made there."""
 
-    def __init__(self, change: RequestPool, subnet: Subnet, seq: int) -> None:
+    def __init__(self, change: PoolGrant, subnet: Subnet, seq: int) -> None:
         self.pool_id, self.subnet, self.seq = change.pool_id, subnet, seq
         self.sub_pool = parse_prefix(change.sub_pool) if change.sub_pool else None
         self.name, self.granted_s, self.cursor = change.name, change.granted_s, change.cursor
@@ -687,13 +765,13 @@ class Pool:
             raise ValueError(f"address {address} is outside {self.subnet.network}")
         return offset
 
-    def usable(self) -> int:
+    def capacity(self) -> int:
         """Return how many addresses of its range can be handed out."""
         reserved = sum(self.low <= offset <= self.high for offset in self.subnet.reserved)
         return self.high - self.low + 1 - reserved
 
 
-class Kept(NamedTuple):
+class BlockReservation(NamedTuple):
     """What is remembered of a gipam.name: its block, and who had what there while it is gone."""
 
     network: Network
@@ -708,23 +786,23 @@ class Family:
                  excluded: list[Network]) -> None:
         self.version, self.bases, self.excluded = version, bases, excluded
         self.prefixlen = prefixlen  # of a block, where the network does not ask for another
-        self.held = PrefixTree(BITS[version], prefixlen)  # subnets in use, here and elsewhere
+        self.used = PrefixTree(ADDRESS_BITS[version], prefixlen)  # subnets in use, here and elsewhere
         self.subnets: dict[Network, Subnet] = {}
         self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
-        self.names: dict[str, Kept] = {}  # by gipam.name, the oldest first
-        self.elsewhere: dict[Network, Any] = {}  # held too: what others have claimed -> by whom
+        self.names: dict[str, BlockReservation] = {}  # by gipam.name, the oldest first
+        self.remote_claims: dict[Network, Any] = {}  # held too: what others have claimed -> by whom
 
     def find_block(self, bases: list[Network], prefixlen: int,
-                   obstacles: Obstacles) -> tuple[Network, int] | None:
+                   obstacles: BlockedRanges) -> tuple[Network, int] | None:
         """Return (a free block, its number over all these bases + 1): next-fit from the cursor."""
         counts = [1 << prefixlen - base.prefixlen for base in bases]
         for start in (self.cursors.get(prefixlen, 0) % sum(counts), 0):
             number = 0
             for base, count in zip(bases, counts):
-                first = self.held.node(base) * count
-                found = self.held.find_free(prefixlen, first + max(start - number, 0), obstacles)
+                first = self.used.node(base) * count
+                found = self.used.find_free(prefixlen, first + max(start - number, 0), obstacles)
                 if found and found < first + count:
-                    return self.held.network(found), (number + found - first + 1) % sum(counts)
+                    return self.used.network(found), (number + found - first + 1) % sum(counts)
                 number += count
         return None
 
@@ -734,47 +812,47 @@ class Family:
         What is held or excluded in part counts as a whole.
         """
         total = sum(1 << self.prefixlen - base.prefixlen for base in bases)
-        excluded = (span(network) for network in self.excluded
+        excluded = (address_range(network) for network in self.excluded
                     if any(base.overlaps(network) for base in bases))
-        return total, total - self.count_free(map(span, bases)), self.count_free(excluded)
+        return total, total - self.count_free(map(address_range, bases)), self.count_free(excluded)
 
-    def find_rival(self, network: Network, sub_pool: Network | None) -> Network | None:
+    def find_conflict(self, network: Network, sub_pool: Network | None) -> Network | None:
         """Return a subnet in use that overlaps the prefix, unless both are for other ranges of it.
 
         Source: macvlan networks share theirs, if it is equal (moby TestMacvlanIPAMOverlap).
         """
-        overlap = self.held.find_overlap(network)
+        overlap = self.used.find_overlap(network)
         subnet = self.subnets.get(network) if overlap == network and sub_pool else None
         if subnet and not {None, sub_pool} & subnet.pools.keys():
             return None
         return overlap
 
-    def find_elsewhere(self, network: Network) -> Network | None:
+    def find_remote_conflict(self, network: Network) -> Network | None:
         """Return what another host has claimed and overlaps this subnet, which is held here."""
-        self.held.cover(network, -1)
-        overlap = self.held.find_overlap(network)
-        self.held.cover(network)
+        self.used.remove(network)
+        overlap = self.used.find_overlap(network)
+        self.used.add(network)
         return overlap
 
-    def is_block(self, network: Network) -> bool:
+    def is_free_block(self, network: Network) -> bool:
         """Return whether the prefix lies in a base and is not in use."""
-        return self.held.find_overlap(network) is None and any(
+        return self.used.find_overlap(network) is None and any(
             base.prefixlen <= network.prefixlen and base.overlaps(network) for base in self.bases)
 
     def count_free(self, ranges: Iterable[Range]) -> int:
         """Return how many free blocks of the usual length prefixes, as ranges, touch."""
-        size, end, free = 1 << BITS[self.version] - self.prefixlen, 0, 0
+        size, end, free = 1 << ADDRESS_BITS[self.version] - self.prefixlen, 0, 0
         for first, negated in sorted({(low & -size, -(high | size - 1)) for low, high in ranges}):
             if first >= end:  # not inside the one before
                 end = 1 - negated
-                free += self.held.blocks((1 << BITS[self.version] | first) // (end - first))
+                free += self.used.blocks((1 << ADDRESS_BITS[self.version] | first) // (end - first))
         return free
 
-    def remember(self, name: str, kept: Kept) -> None:
+    def remember(self, name: str, kept: BlockReservation) -> None:
         """Remember this of a name from now on, and forget the oldest name at the limit."""
         self.names.pop(name, None)
         self.names[name] = kept
-        if len(self.names) > MAX_REMEMBERED:
+        if len(self.names) > MAX_AFFINITIES:
             del self.names[next(iter(self.names))]
 
 
@@ -788,20 +866,20 @@ class State:
         self.has_adopted = False  # since the lease file that it was read from
         self.families = {family.version: family for family in families}
 
-    def apply(self, change: Change) -> None:
+    def apply(self, change: Record) -> None:
         """Apply the change as the next one, for good. Raises: ValueError, and all is as before."""
         pool = self.pools.get(change.pool_id)
-        if isinstance(change, RequestPool) == bool(pool) or not change.pool_id:
+        if isinstance(change, PoolGrant) == bool(pool) or not change.pool_id:
             raise ValueError(f"pool {change.pool_id!r} is {'held twice' if pool else 'not held'}")
-        getattr(self, "_" + CHANGE_NAMES[type(change)])(change, pool)
+        getattr(self, "_" + RECORD_NAMES[type(change)])(change, pool)
         self.seq += 1
 
-    def _request_pool(self, change: RequestPool, _: None) -> None:
+    def _request_pool(self, change: PoolGrant, _: None) -> None:
         network = parse_prefix(change.subnet)
         family = self.families[network.version]
         subnet = family.subnets.get(network) or Subnet(network)
         pool = Pool(change, subnet, self.seq + 1)
-        rival = family.find_rival(network, pool.sub_pool)
+        rival = family.find_conflict(network, pool.sub_pool)
         if rival:
             raise ValueError(f"pool {network} overlaps {rival}")
         if (pool.sub_pool or network).version != network.version \
@@ -812,463 +890,68 @@ class State:
         users = block.pools.values() if block else ()
         if pool.name and all(other.name != pool.name for other in users):  # else it stays there
             if kept and kept.network == network:
-                subnet.memory.recall(kept.owners)
-            family.remember(pool.name, Kept(network, {}, pool.seq))
+                subnet.affinity.restore(kept.owners)
+            family.remember(pool.name, BlockReservation(network, {}, pool.seq))
         self.has_adopted |= change.is_adopted
         if not subnet.pools:
             subnet.is_shared = change.is_shared
             family.subnets[network] = subnet
-            family.held.cover(network)
+            family.used.add(network)
         subnet.pools[pool.sub_pool] = self.pools[pool.pool_id] = pool
         if change.next_block >= 0:
             family.cursors[network.prefixlen] = change.next_block
 
-    def _release_pool(self, _: ReleasePool, pool: Pool) -> None:
+    def _release_pool(self, _: PoolRelease, pool: Pool) -> None:
         subnet, family = pool.subnet, self.families[pool.subnet.version]
         del self.pools[pool.pool_id], subnet.pools[pool.sub_pool]
         self.lease_count -= len(pool.leases)
-        latest = itertools.islice(reversed(pool.leases.items()), MAX_KEPT)
+        latest = itertools.islice(reversed(pool.leases.items()), MAX_SAVED_AFFINITIES)
         for offset, lease in sorted(latest):
-            subnet.memory.remember(offset, lease.owners, self.seq + 1)
+            subnet.affinity.remember(offset, lease.owners, self.seq + 1)
         if subnet.pools:
             for offset in pool.leases.keys() - subnet.reserved:
-                subnet.held.discard(offset)
+                subnet.allocated.discard(offset)
             return
         del family.subnets[subnet.network]
-        family.held.cover(subnet.network, -1)
+        family.used.remove(subnet.network)
         kept = family.names.get(pool.name)
         if kept and kept.network == subnet.network:
-            last = itertools.chain(*[*subnet.memory.at.values()][-MAX_KEPT:])
-            owners = {owner: subnet.memory[owner] for owner in last}
-            family.remember(pool.name, Kept(kept.network, owners, self.seq + 1))
+            last = itertools.chain(*[*subnet.affinity.at.values()][-MAX_SAVED_AFFINITIES:])
+            owners = {owner: subnet.affinity[owner] for owner in last}
+            family.remember(pool.name, BlockReservation(kept.network, owners, self.seq + 1))
 
-    def _bind_pool(self, change: BindPool, pool: Pool) -> None:
+    def _bind_pool(self, change: PoolIdBinding, pool: Pool) -> None:
         if not change.new_id or change.new_id in self.pools:
             raise ValueError(f"pool {change.new_id!r} is held twice")
         self.pools[change.new_id] = self.pools.pop(change.pool_id)
         pool.pool_id = change.new_id
 
-    def _share_pool(self, _: SharePool, pool: Pool) -> None:
+    def _share_pool(self, _: LegacySharePool, pool: Pool) -> None:
         pool.subnet.is_shared = True
 
-    def _request_address(self, change: RequestAddress, pool: Pool) -> None:
+    def _request_address(self, change: AddressGrant, pool: Pool) -> None:
         subnet, offset = pool.subnet, pool.inside(change.address)
-        if offset in subnet.held:
+        if offset in subnet.allocated:
             raise ValueError(f"address {change.address} of {subnet.network} is held twice")
-        if change.kind not in KINDS:
+        if change.kind not in LEASE_KINDS:
             raise ValueError(f"{change.kind!r:.40} is not a kind of lease")
         pool.leases[offset] = Lease(*change[2:6], self.seq + 1)
-        subnet.held.add(offset)
+        subnet.allocated.add(offset)
         pool.cursor = change.cursor
         self.lease_count += 1
 
-    def _release_address(self, change: ReleaseAddress, pool: Pool) -> None:
+    def _release_address(self, change: AddressRelease, pool: Pool) -> None:
         offset = pool.offset(change.address)
         if offset not in pool.leases:
             raise ValueError(f"address {change.address} is not held in {pool.subnet.network}")
         lease = pool.leases.pop(offset)
         if offset not in pool.subnet.reserved:  # the Go program gave broadcast addresses out
-            pool.subnet.held.discard(offset)
-        pool.subnet.memory.remember(offset, lease.owners, self.seq + 1)
+            pool.subnet.allocated.discard(offset)
+        pool.subnet.affinity.remember(offset, lease.owners, self.seq + 1)
         self.lease_count -= 1
 
 
-class Claim(NamedTuple):
-    """What etcd has under the name of a subnet, or of an address in a shared one."""
-
-    hosts: tuple[str, ...]  # sorted
-    kind: str = ""  # of an address
-    is_shared: bool = False  # of a subnet
-    since_s: int = 0
-
-    def __str__(self) -> str:
-        return f"host{'s' * (len(self.hosts) > 1)} {', '.join(self.hosts)}"
-
-    def value(self) -> Json:
-        """Return it as etcd has it."""
-        value = {"hosts": self.hosts, "since": self.since_s, "kind": self.kind,
-                 "shared": self.is_shared}
-        return {key: part for key, part in value.items() if part}
-
-
-class Need(NamedTuple):
-    """What etcd has to be asked for, and what that rests on."""
-
-    writes: dict[str, Claim | None]  # name -> None: it goes; {}: only look whether all is known
-    head: str | None  # as of which it was decided, None: etcd has none; or UNREAD
-    going: Mapping[str, str | None] = {}  # keys that must be so, and go: see evict(), refresh()
-
-
-class Told(NamedTuple):
-    """What a transaction has told, to be learned in the turn that decides on it."""
-
-    head: str | None
-    news: Mapping[str, Claim | None] = {}
-    keys: Mapping[str, str] | None = None  # those of etcd, if they were read: hosts/HOST
-    won: frozenset[str] | None = None  # claims it made, keys that went; None: not all was the same
-    sent_s: float = 0.0  # on the clock that runs while the machine sleeps, too
-
-
-def parse_object(text: str | None) -> Json:
-    """Return what etcd has, {} if that is no JSON object."""
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text or "null")
-        return value if isinstance(value, dict) else {}
-    return {}
-
-
-def parse_claim(value: Any) -> Claim | None:
-    """Return the claim that a value makes: what gipam has not written is somebody's, too."""
-    if value is None:
-        return None
-    value = value if isinstance(value, dict) else {}
-    hosts, kind, since_s = (value.get(key) for key in ("hosts", "kind", "since"))
-    names = {printable(host) if isinstance(host, str) and host else "?"
-             for host in (hosts if isinstance(hosts, list) and hosts else "?")}
-    return Claim(tuple(sorted(names)), kind if kind in KINDS else "",
-                 value.get("shared") is True or "part" in value,  # as older versions have it
-                 since_s if type(since_s) is int else 0)
-
-
-@functools.lru_cache(2 * PAGE_KEYS)  # the loop learns what etcd's thread has just read
-def parse_name(name: str) -> tuple[Network, str]:
-    """Return the subnet of a claim, and the address or "". Raises: ValueError, if no host has it.
-
-    Only what gipam writes is meant: 10.2.0.0/024 is another name, and nobody's.
-    """
-    prefix, _, address = name.partition("/")
-    length, _, address = address.partition("/")
-    network = parse_prefix(f"{prefix}/{length}")
-    if address:
-        number = parse_address(address, network.version)
-        address = format_address(number, network.version)
-        if not span(network)[0] <= number <= span(network)[1]:
-            raise ValueError(f"{name!r} is an address outside its subnet")
-    if name != f"{network}/{address}".rstrip("/"):
-        raise ValueError(f"{name!r} is not how gipam writes it")
-    return network, address
-
-
-class Site:
-    """What the hosts of a site have claimed, as of a head. Nothing of it is journalled.
-
-    A claim that names any other host covers what is free here, unless this host holds that very
-    subnet, shared. A claim that names this host alone, and that nothing here holds, is free for
-    this host, but only by a transaction that writes it again.
-    """
-
-    def __init__(self, host: str, machine: str, state: State) -> None:
-        self.host, self.machine = host, machine
-        self.claims: dict[str, Claim] = {}  # SUBNET, or SUBNET/ADDRESS ->
-        self.inside: dict[Network, dict[str, None]] = {}  # subnet -> names of its addresses
-        self.taken: dict[Network, AddressSet] = {}  # subnet -> offsets that others have
-        self.head: str | None = UNREAD  # as of which all is known; None: etcd has none
-        self.hosts: dict[str, tuple[str, int]] = {}  # -> its key, and in how many readings in a row
-        self.due: dict[str, None] = {}  # names of which etcd may not say what is held here
-        self.leaving: set[str] = set()  # names that etcd may have been asked to let go, or change
-        self.conflicts: dict[str, str] = {}  # names of what is held here -> who else has claimed it
-        self.won: frozenset[str] = frozenset()  # in this turn: see Told
-        self.is_fresh = False  # in this turn: etcd has just been asked
-        self.lost_s = -math.inf  # when etcd had lost claims, or was seen to lack them still
-        self.awaited: dict[str, str] = {}  # hosts not heard of since then -> their keys
-        self.wake: Callable[[], None] = lambda: None  # whoever compares what is due
-        self.attach(state)
-
-    def attach(self, state: State) -> None:
-        """Go on with a state that has been read anew: cover what others have, compare all."""
-        self.state = state
-        for name in self.claims:
-            network, address = parse_name(name)
-            if not address:
-                self.cover(network)
-        self.mark(*self.claims)
-        for family in state.families.values():
-            for network, subnet in family.subnets.items():
-                self.mark(str(network))
-                for pool in subnet.pools.values() if subnet.is_shared else ():
-                    self.mark(*(f"{network}/{pool.format(offset)}" for offset in pool.leases))
-
-    def mark(self, *names: str) -> None:
-        """Have what is held and what etcd has under these names compared."""
-        self.due.update(dict.fromkeys(names))
-        self.wake()
-
-    def note(self, change: Change, subnet: Subnet) -> None:
-        """Have compared what a change has touched."""
-        network = subnet.network
-        if isinstance(change, (RequestPool, ReleasePool)):
-            self.cover(network)
-            self.mark(str(network), *self.inside.get(network, ()))
-        elif subnet.is_shared and isinstance(change, (RequestAddress, ReleaseAddress)):
-            self.mark(f"{network}/{change.address}")
-
-    def held(self, network: Network) -> Subnet | None:
-        """Return the subnet, if it is held here."""
-        return self.state.families[network.version].subnets.get(network)
-
-    def others(self, claim: Claim | None) -> tuple[str, ...]:
-        """Return who else has a claim."""
-        return tuple(host for host in claim.hosts if host != self.host) if claim else ()
-
-    def cover(self, network: Network, is_joining: bool = False) -> None:
-        """Cover what is free here with the claim of a subnet, or not any more: see the class."""
-        family, claim, subnet = (self.state.families[network.version],
-                                 self.claims.get(str(network)), self.held(network))
-        is_ours = claim and claim.is_shared and (is_joining or (subnet and subnet.is_shared))
-        is_foreign = bool(self.others(claim)) and not is_ours
-        if is_foreign != (network in family.elsewhere):
-            self.mark(*self.conflicts)
-            if is_foreign and family.held.find_overlap(network):
-                self.mark(*map(str, filter(network.overlaps, family.subnets)))
-            family.held.cover(network, 1 if is_foreign else -1)
-            family.elsewhere.pop(network, None)
-        if claim and is_foreign:
-            family.elsewhere[network] = claim
-
-    def describe_claim(self, claim: Claim | None) -> str:
-        """Return who has a claim of what is held here."""
-        old = next(filter(self.is_own_name, self.others(claim)), None)
-        return str(claim) + (f" (this machine before: `gipam evict {old}` makes it {self.host}'s)"
-                             if old else "")
-
-    def is_own_name(self, host: str) -> bool:
-        """Return whether a host is this machine under the name that it had before."""
-        return parse_object(self.hosts.get(host, ("", 0))[0]).get("machine") == self.machine
-
-    def learn(self, told: Told, is_reading: bool = False) -> None:
-        """Take over what a transaction told; in a reading, count in how many a key was the same.
-
-        One that has succeeded voids all that was asked for before, and may still be on its way.
-        """
-        self.learn_claims(told.news)
-        self.head, before, is_wary = told.head, self.hosts, self.calm_s() > 0 or not self.hosts
-        if told.won is not None:
-            self.leaving.clear()
-        if told.keys is not None:
-            self.hosts = {}
-            for table, _, host in (name.partition("/") for name in told.keys):
-                if table == "hosts":
-                    text, (known, count) = told.keys[f"hosts/{host}"], before.get(host, ("", 0))
-                    self.hosts[host] = (text, (count if text == known else 0) + is_reading)
-                    is_news = is_wary and text != known and host != self.host
-                    if is_news and parse_object(text).get("is_behind"):
-                        self.lost_s = time.monotonic()
-            self.awaited = {host: text for host, text in self.awaited.items()
-                            if self.hosts.get(host, (text, 0))[0] == text}
-
-    def lose(self, keys: Mapping[str, str]) -> None:
-        """Claim nothing new for a while, since etcd, which has these keys, has lost claims."""
-        self.lost_s = time.monotonic()
-        self.awaited = {host: keys.get(f"hosts/{host}", "")
-                        for host in {*self.hosts, *self.awaited} - {self.host}}
-
-    def learn_claims(self, news: Mapping[str, Claim | None]) -> None:
-        """Take over claims; None: it is gone."""
-        for name, claim in news.items():
-            known = self.claims.pop(name, None)
-            if claim:
-                self.claims[name] = claim
-            if claim != known:
-                self._follow(name, known, claim)
-
-    def _follow(self, name: str, known: Claim | None, claim: Claim | None) -> None:
-        """Cover, and have compared, what another claim has an effect on."""
-        network, address = parse_name(name)
-        if address:
-            names, taken = self.inside.setdefault(network, {}), self.taken.setdefault(
-                network, AddressSet())
-            offset = parse_address(address, network.version) - int(network[0])
-            names.pop(name, None)
-            names.update({name: None} if claim else {})
-            (taken.add if self.others(claim) else taken.discard)(offset)
-            if not names:
-                del self.inside[network], self.taken[network]
-        else:
-            self.cover(network)
-        if self.held(network) or any(it and self.host in it.hosts for it in (known, claim)):
-            self.mark(name, str(network))
-
-    def has(self, name: str, kind: str) -> bool:
-        """Return whether this host has an address surely, as a lease of this kind."""
-        claim = self.claims.get(name)
-        if not claim or self.host not in claim.hosts or name in self.leaving:
-            return False
-        return (claim == claim._replace(hosts=(self.host,), kind=kind) if kind == ENDPOINT
-                else claim.kind in (GATEWAY, AUXILIARY))
-
-    def rival(self, name: str, kind: str) -> Claim | None:
-        """Return the claim of others that an address of this kind does not go with."""
-        claim = self.claims.get(name)
-        is_one_hosts = claim and ENDPOINT in (kind, claim.kind or ENDPOINT)
-        return claim if is_one_hosts and self.others(claim) else None
-
-    def joined(self, name: str, kind: str = "", is_shared: bool = False) -> Claim:
-        """Return a claim as it is with this host."""
-        claim = self.claims.get(name)
-        others, since_s = self.others(claim), claim.since_s if claim else int(time.time())
-        return Claim(tuple(sorted((*others, self.host))), claim.kind if claim and others else kind,
-                     is_shared, since_s)
-
-    def check_address(self, network: Network, address: str, kind: str, is_away: bool) -> None:
-        """Check that this host may give an address of a shared subnet.
-
-        It has the address by a transaction of the moment; or still has it, while etcd is away.
-        Gateways and auxiliary addresses are claimed by all hosts that have them, others by one.
-        Raises: Unclaimed, Forbidden.
-        """
-        name, join = f"{network}/{address}", self.missing([str(network)])
-        if name in self.won or (is_away and self.has(name, kind) and not join):
-            return
-        rival = self.rival(name, kind)
-        if rival:
-            self.refresh(name)
-            raise Forbidden(f"Address already in use: {address} of {network} is claimed by "
-                            f"{self.describe_claim(rival)}")
-        if not self.has(name, kind):
-            self.leaving.add(name)
-        self.claim({**join, name: self.joined(name, kind)})
-
-    def find_own(self, pool: Pool, owners: Iterable[str], is_away: bool) -> str:
-        """Return an address of a shared subnet that this host may give, "" if there is none.
-
-        It has just been claimed for this; or is still claimed, while etcd is away.
-        """
-        subnet, own = pool.subnet, []
-        for name in self.inside.get(subnet.network, ()) if is_away else self.won:
-            prefix, _, address = name.rpartition("/")
-            if prefix == str(subnet.network) and (name in self.won or self.has(name, ENDPOINT)):
-                own += [pool.offset(address)]
-        lasts = (subnet.memory.get(owner, (-1, 0))[0] for owner in owners)
-        free = (offset for offset in (*set(lasts).intersection(own), *own)
-                if pool.low <= offset <= pool.high and offset not in subnet.held)
-        return next(map(pool.format, free), "")
-
-    def find_gateway(self, subnet: Subnet) -> str:
-        """Return a gateway that the other hosts of a shared subnet have, "" if there is none."""
-        addresses = (name.rpartition("/")[2] for name in self.inside.get(subnet.network, ())
-                     if self.claims[name].kind == GATEWAY)
-        return min((it for it in addresses if not subnet.find_kind(it)), default="")
-
-    def wanted(self, name: str) -> Claim | None:
-        """Return what etcd should have under a name; note who else has claimed that."""
-        (network, address), claim = parse_name(name), self.claims.get(name)
-        family, subnet, others = (self.state.families[network.version], self.held(network),
-                                  self.others(claim))
-        kind = subnet.find_kind(address) if subnet and subnet.is_shared and address else ""
-        if subnet and not address:
-            overlap = family.find_elsewhere(network)
-            self._note_rival(name, family.elsewhere.get(overlap) if overlap else None)
-            return claim if name in self.conflicts else self.joined(name, "", subnet.is_shared)
-        self._note_rival(name, self.rival(name, kind) if kind else None)
-        if kind:
-            is_barred = not self.conflicts.keys().isdisjoint((name, str(network)))
-            return claim if is_barred else self.joined(name, kind)
-        is_leaving = not address and any(  # it gives up its addresses first
-            self.host in self.claims[other].hosts for other in self.inside.get(network, ()))
-        if not claim or self.host not in claim.hosts or is_leaving:
-            return claim
-        return claim._replace(hosts=others) if others else None
-
-    def missing(self, names: Iterable[str]) -> dict[str, Claim | None]:
-        """Return what etcd should have under these names, and has not; the rest is not due."""
-        wanted = {name: self.wanted(name) for name in names}
-        for name, claim in wanted.items():
-            if claim == self.claims.get(name):
-                self.due.pop(name, None)
-        return {name: claim for name, claim in wanted.items() if claim != self.claims.get(name)}
-
-    def compare(self, names: Iterable[str], is_kept: bool) -> None:
-        """Have etcd say what is held here under these names. Raises: Unclaimed, until it does.
-
-        A claim that nothing here holds is kept while Docker has not told what it uses; it is let go
-        of only right after etcd has answered, and is not relied upon from then on.
-        """
-        writes = self.missing(names)
-        going = {name for name, claim in writes.items() if not (claim and self.host in claim.hosts)}
-        for name in going if is_kept else ():
-            del writes[name]
-        if writes:
-            self.refresh()
-            self.leaving |= going & writes.keys()
-            raise Unclaimed(Need(writes, self.head))
-
-    def refresh(self, name: str = "") -> None:
-        """Have etcd looked at, if that was not done for this turn. Raises: Unclaimed.
-
-        A claim of this name that gipam did not write may have gone without a word: let all know.
-        """
-        gone = {name: None} if "?" in self.others(self.claims.get(name)) else {}
-        if not self.is_fresh:
-            raise Unclaimed(Need({**gone}, self.head, {f"claims/{name}": None for name in gone}))
-
-    def claim(self, writes: dict[str, Claim | None]) -> NoReturn:
-        """Have something new claimed. Raises: Unclaimed; Unavailable, if etcd has lost claims."""
-        if self.calm_s() > 0:
-            raise Unavailable("etcd has lost claims, and all hosts claim again what they hold: "
-                              f"nothing new for at least {self.calm_s():.0f} s: try again")
-        raise Unclaimed(Need(writes, self.head))
-
-    def calm_s(self) -> float:
-        """Return for how long nothing new is claimed, so that all claim again what they hold.
-
-        Each looks every PULSE_S, and says in its key that it is behind, until it has: CALM_S more.
-        """
-        return self.lost_s + CALM_S + PULSE_S * bool(self.awaited) - time.monotonic()
-
-    def _note_rival(self, name: str, claim: Claim | None) -> None:
-        before, self.conflicts[name] = self.conflicts.get(name), self.describe_claim(claim)
-        if not claim:
-            del self.conflicts[name]
-        elif self.conflicts[name] != before:
-            log.error("claimed_elsewhere: %s is held here, and claimed by %s: no new address of it "
-                      "is given out until one of them lets it go", name, self.conflicts[name])
-
-    def evict(self, host: str) -> None:
-        """Give up what an absent host has claimed, for the machine's old name: make it this host's.
-
-        Raises: InvalidRequest, Forbidden; Unclaimed, until it is done.
-        """
-        if f"hosts/{host}" in self.won:
-            return
-        self.refresh()
-        shown, count = self.hosts.get(host, (None, ABSENT_READINGS))
-        names = sorted((name for name, claim in self.claims.items() if host in claim.hosts),
-                       key=lambda name: (-name.count("/"), name))  # addresses go first
-        if not names and shown is None:
-            there = ", ".join(it["host"] for it in self.describe(False)["hosts"])
-            raise InvalidRequest(f"there is no host {host!r} in etcd, only {there}", 404)
-        if count < ABSENT_READINGS and not self.is_own_name(host):
-            raise Forbidden(f"host {host} is there, or was less than {ABSENT_READINGS} looks of "
-                            f"{PULSE_S:.0f} s ago: stop its gipam first, and wait as long")
-        heir, writes = {self.host} if self.is_own_name(host) else {}, {}
-        for name in names[:MAX_WRITES]:
-            hosts = {*heir, *self.claims[name].hosts} - {host}
-            writes[name] = self.claims[name]._replace(hosts=tuple(sorted(hosts))) if hosts else None
-        raise Unclaimed(Need(writes, self.head, {f"hosts/{host}": shown}))
-
-    def check_undisputed(self, network: Network) -> None:
-        """Check that nobody else has claimed what is held here. Raises: Unclaimed, Forbidden."""
-        self.missing([str(network)])  # finds anew whether it is in conflict
-        rival = self.conflicts.get(str(network))
-        if rival:
-            self.refresh(str(self.state.families[network.version].find_elsewhere(network)))
-            raise Forbidden(f"{network} is held here, but claimed by {rival} too: no address of it "
-                            "is given out until one of them lets it go")
-
-    def find_conflict(self, network: Network) -> str:
-        """Return who has claimed what is held here of a subnet, "" for nobody."""
-        return next((rival for name, rival in self.conflicts.items()
-                     if f"{name}/".startswith(f"{network}/")), "")
-
-    def describe(self, is_away: bool) -> Json:
-        """Return what `status --json` shows of the hosts; while etcd is away nobody is heard of."""
-        claims = collections.Counter(host for name, claim in self.claims.items()
-                                     if name.count("/") == 1 for host in claim.hosts)
-        present = {host for host, (_, count) in self.hosts.items() if count < ABSENT_READINGS}
-        return {"host": self.host, "hosts": [
-            {"host": host, "is_present": None if is_away else host in {*present, self.host},
-             "claims": claims[host], "is_own": self.is_own_name(host)}
-            for host in sorted({*claims, *self.hosts})]}
+# === Records ======================================================================================
 
 
 UNBOUND = "unbound"  # in place of the token, until Docker sends the id of a pool taken over
@@ -1280,9 +963,9 @@ POOL_KEYS: dict[str, Any] = {
     "ID": "", "V": 0, "Pool": "", "SubPool": "", "Name": "", "Granted": 0, "Seq": 0, "Idx": 0,
     "Remembered": {"": ("", 0)}, "Free": [], "Shared": [], "Allocated": [], "Leases": [],
 }
-OTHER_NAMES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
-FILE_KEYS = {**OTHER_NAMES, "exclude": "Exclude"}  # option -> its key in the lease file
-FILE_NAMES = (*FILE_KEYS.values(), "Options", *STATE_KEYS, "Journal", "Import", "Checksum")
+KEY_ALIASES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
+OPTION_KEYS = {**KEY_ALIASES, "exclude": "Exclude"}  # option -> its key in the lease file
+LEASE_FILE_KEYS = (*OPTION_KEYS.values(), "Options", *STATE_KEYS, "Journal", "Import", "Checksum")
 
 
 def copy_state(state: State) -> tuple[Json, list[Any]]:
@@ -1305,8 +988,8 @@ def copy_state(state: State) -> tuple[Json, list[Any]]:
     try:
         for pool in state.pools.values():
             is_first = next(iter(pool.subnet.pools.values())) is pool  # it stands for its subnet
-            memory = pool.subnet.memory.copy() if is_first else {}
-            free = {offset for offset, _ in memory.values() if offset not in pool.subnet.held}
+            memory = pool.subnet.affinity.copy() if is_first else {}
+            free = {offset for offset, _ in memory.values() if offset not in pool.subnet.allocated}
             pools.append((pool, pool.pool_id, pool.cursor, dict(pool.leases), memory, free))
     finally:
         gc.enable()
@@ -1317,7 +1000,7 @@ def encode_snapshot(config: Json, copy: Any, segment: int | None,
                     is_import_due: bool = False) -> Iterator[str]:
     """Yield the lease file in portions: configuration, segment that goes on, state, checksum."""
     keys = {**config, "Journal": segment, "Import": is_import_due}
-    yield "{\n" + "".join(f"{dumps(key)}:{dumps(value)},\n" for key, value in keys.items() if value)
+    yield "{\n" + "".join(f"{encode_json(key)}:{encode_json(value)},\n" for key, value in keys.items() if value)
     checksum = 0
     for chunk in encode_state(*copy):
         checksum = zlib.crc32(chunk.encode(), checksum)
@@ -1328,11 +1011,11 @@ def encode_snapshot(config: Json, copy: Any, segment: int | None,
 def encode_state(head: Json, pools: list[Any]) -> Iterator[str]:
     """Yield the state as the JSON text that is checksummed, cut between elements."""
     names, free_blocks = head.pop("Names"), head.pop("Free")
-    yield dumps(head)[1:-1] + ',"Names":['
-    yield from encode_list(([name, str(kept.network), kept.seq, kept.owners]
-                            for name, kept in names), ENCODE_NAMES)
+    yield encode_json(head)[1:-1] + ',"Names":['
+    yield from encode_items(([name, str(kept.network), kept.seq, kept.owners]
+                            for name, kept in names), NAMES_PER_CHUNK)
     yield '],"Free":['
-    yield from encode_list({"V": block.version, "Pool": str(block)} for block in free_blocks)
+    yield from encode_items({"V": block.version, "Pool": str(block)} for block in free_blocks)
     yield '],"Allocated":['
     comma = ""
     for pool, pool_id, cursor, leases, memory, free in pools:
@@ -1340,20 +1023,20 @@ def encode_state(head: Json, pools: list[Any]) -> Iterator[str]:
         values = (pool_id, pool.subnet.version, str(pool.subnet.network), str(pool.sub_pool or ""),
                   pool.name, pool.granted_s, pool.seq, cursor, owners,
                   [pool.format(offset) for offset in sorted(free)], [True] * pool.subnet.is_shared)
-        yield comma + dumps(dict(zip(POOL_KEYS, values)))[:-1] + ',"Allocated":['
-        yield from encode_list(map(pool.format, leases))
+        yield comma + encode_json(dict(zip(POOL_KEYS, values)))[:-1] + ',"Allocated":['
+        yield from encode_items(map(pool.format, leases))
         yield '],"Leases":['
-        yield from encode_list(leases.values())
+        yield from encode_items(leases.values())
         yield "]}"
         comma = ","
     yield "]"
 
 
-def encode_list(values: Iterable[Any], count: int = 0) -> Iterator[str]:
+def encode_items(values: Iterable[Any], count: int = 0) -> Iterator[str]:
     """Yield the inside of a JSON array in portions of so many, 0: as many as of leases."""
     values, comma = iter(values), ""
-    for portion in iter(lambda: list(itertools.islice(values, count or ENCODE_LEASES)), []):
-        yield comma + dumps(portion)[1:-1]
+    for portion in iter(lambda: list(itertools.islice(values, count or LEASES_PER_CHUNK)), []):
+        yield comma + encode_json(portion)[1:-1]
         comma = ","
 
 
@@ -1362,26 +1045,26 @@ def read_keys(document: Json, keys: Mapping[str, Any], what: str) -> Json:
     values = {}
     for key, shape in keys.items():
         values[key] = type(shape)() if document.get(key) is None else document[key]
-        check_shape(f"{key} of {what}", values[key], shape)
+        validate(f"{key} of {what}", values[key], shape)
     return values
 
 
-def decode_change(record: Any) -> Change:
+def decode_record(record: Any) -> Record:
     """Return the change that a record of the journal is. Raises: as recover() knows it."""
     name, *values = record
-    kind = CHANGES.get(str(name))
+    kind = RECORD_TYPES.get(str(name))
     if not kind:
         raise ValueError(f"{name!r:.40} is not a change that this version knows")
-    shape = [FIELDS.get(field, "") for field in kind._fields]
+    shape = [FIELD_SCHEMAS.get(field, "") for field in kind._fields]
     needed = len(shape) - len(kind._field_defaults)  # older versions had not the others
-    check_shape(name, values, tuple(shape[:max(needed, len(values))]))
+    validate(name, values, tuple(shape[:max(needed, len(values))]))
     return kind(*values)  # type: ignore[no-any-return]
 
 
 def decode_snapshot(document: Json, state: State) -> None:
     """Fill the empty state from a lease file. Raises: ValueError with what is wrong there."""
     if "Checksum" in document:  # else it is the Go program's
-        text = dumps({key: document[key] for key in STATE_KEYS})[1:-1]
+        text = encode_json({key: document[key] for key in STATE_KEYS})[1:-1]
         if document["Checksum"] != f"{zlib.crc32(text.encode()):08x}":
             raise ValueError("its checksum does not match what it holds from Seq on")
     values = read_keys(document, STATE_KEYS, "the state")
@@ -1393,20 +1076,20 @@ def decode_snapshot(document: Json, state: State) -> None:
         family.cursors[family.prefixlen] = values[f"V{version}Idx"]
     for key, number in values["Cursors"].items():
         version, _, prefixlen = key.partition("/")
-        if not 0 <= int(prefixlen) <= BITS[int(version)]:
+        if not 0 <= int(prefixlen) <= ADDRESS_BITS[int(version)]:
             raise ValueError(f"Cursors has {key!r}: no length of IPv{version}")
         state.families[int(version)].cursors[int(prefixlen)] = number
     for row in values["Names"]:
         name, text, seq, owners = row if row[3:] else (*row, {})  # once without owners
-        check_shape("Names", [name, text, seq, owners], ("", "", 0, {"": (0, 0)}))
-        kept = Kept(parse_prefix(text), {owner: tuple(last) for owner, last in owners.items()}, seq)
+        validate("Names", [name, text, seq, owners], ("", "", 0, {"": (0, 0)}))
+        kept = BlockReservation(parse_prefix(text), {owner: tuple(last) for owner, last in owners.items()}, seq)
         if any(offset >= kept.network.num_addresses for offset, _ in kept.owners.values()):
             raise ValueError(f"{name} has owners outside {kept.network}")
         state.families[kept.network.version].remember(name, kept)
     state.seq = values["Seq"]
 
 
-def compact_leases(entry: Json) -> Json:
+def convert_leases(entry: Json) -> Json:
     """Make the leases of a pool what they will be while the JSON is still being read (object_hook).
 
     Lists that live longer leave holes: measured, 495 bytes a lease instead of 315.
@@ -1421,7 +1104,7 @@ def decode_pool(entry: Json, state: State) -> None:
     what = f"pool {entry.get('ID')!r:.80}"
     values = read_keys(entry, POOL_KEYS, what)
     pool_id, addresses = values["ID"], values["Allocated"]
-    state.apply(RequestPool(pool_id, values["Pool"], values["SubPool"], "", values["Granted"],
+    state.apply(PoolGrant(pool_id, values["Pool"], values["SubPool"], "", values["Granted"],
                             values["Idx"], -1, bool(values["Shared"])))  # once with its parts
     pool = state.pools[pool_id]
     if values["V"] not in (0, pool.subnet.version):
@@ -1434,20 +1117,20 @@ def decode_pool(entry: Json, state: State) -> None:
         raise ValueError(f"{what} has {len(addresses)} addresses, {len(leases)} leases")
     for address, lease in zip(addresses, leases):
         offset = pool.inside(address)
-        if offset in pool.leases or (offset in subnet.held and offset not in subnet.reserved):
+        if offset in pool.leases or (offset in subnet.allocated and offset not in subnet.reserved):
             raise ValueError(f"address {address} of {subnet.network} is held twice")
-        if [*map(type, lease)] != [str, str, str, int, int] or lease[0] not in KINDS:
+        if [*map(type, lease)] != [str, str, str, int, int] or lease[0] not in LEASE_KINDS:
             raise ValueError(f"address {address} of {subnet.network} has {lease!r:.80}: no lease")
-        subnet.held.add(offset)
+        subnet.allocated.add(offset)
         pool.leases[offset] = lease if isinstance(lease, Lease) else Lease(*lease)
     state.lease_count += len(pool.leases)
-    subnet.memory.recall({owner: (pool.inside(address), seq)
+    subnet.affinity.restore({owner: (pool.inside(address), seq)
                           for owner, (address, seq) in values["Remembered"].items()})
 
 
 def normalise_keys(document: Json, keys: Iterable[str]) -> Json:
     """Return the document with those of its keys that are meant spelt as these."""
-    spelling = {**{key.lower(): key for key in keys}, **OTHER_NAMES}
+    spelling = {**{key.lower(): key for key in keys}, **KEY_ALIASES}
     return {spelling.get(key.lower(), key): value for key, value in document.items()}
 
 
@@ -1475,26 +1158,26 @@ class AddressRequest(NamedTuple):
 
 
 def decide_request_pool(state: State, request: PoolRequest, routes: list[Range], now_s: int,
-                        token: str) -> RequestPool:
+                        token: str) -> PoolGrant:
     """Decide which subnet a network gets. Raises: InvalidRequest, Forbidden, Unavailable."""
     subnet, sub_pool, next_block = request.subnet, request.sub_pool, -1
     if subnet is None:
         subnet, next_block = choose_block(state.families[request.version], request, routes)
     else:
-        check_subnet(state, subnet, sub_pool, now_s)
-    return grant(subnet, sub_pool, token, now_s)._replace(
+        require_grantable(state, subnet, sub_pool, now_s)
+    return make_pool_grant(subnet, sub_pool, token, now_s)._replace(
         name=request.name, next_block=next_block, is_shared=request.is_shared)
 
 
-def grant(subnet: Network, sub_pool: Network | None, token: str, now_s: int) -> RequestPool:
+def make_pool_grant(subnet: Network, sub_pool: Network | None, token: str, now_s: int) -> PoolGrant:
     """Return the change that grants a subnet, or a range of it, from its first address on."""
     cursor = int((sub_pool or subnet)[0]) - int(subnet[0])
-    return RequestPool(make_pool_id(subnet, sub_pool, token), str(subnet), str(sub_pool or ""), "",
+    return PoolGrant(make_pool_id(subnet, sub_pool, token), str(subnet), str(sub_pool or ""), "",
                        now_s, cursor, -1)
 
 
 def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
-                    token: str) -> Iterator[Change]:
+                    token: str) -> Iterator[Record]:
     """Take over a pool that Docker holds and the state does not know, for a request of an address.
 
     Docker does not ask for its gateway again: most likely that is the first address, which is held
@@ -1507,21 +1190,21 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
         raise InvalidRequest(f"cannot find address pool for {pool_id!r}: no pool has this id", 404)
     subnet, sub_pool = parsed
     try:
-        check_subnet(state, subnet, sub_pool, now_s)
+        require_grantable(state, subnet, sub_pool, now_s)
     except GipamError as error:
         raise InvalidRequest(f"cannot find address pool for {pool_id!r}, nor adopt it: {error}",
                              404) from None
-    change, room = grant(subnet, sub_pool, "", now_s), (sub_pool or subnet).num_addresses // 2 - 2
+    change, room = make_pool_grant(subnet, sub_pool, "", now_s), (sub_pool or subnet).num_addresses // 2 - 2
     ahead = 2 + int(token, 16) % max(room, 1)
     yield change._replace(pool_id=pool_id, cursor=change.cursor + ahead, is_adopted=True)
     pool = state.pools[pool_id]
-    first = pool.subnet.held.next_absent(pool.low)
-    if pool.usable() > 1 and first <= pool.high and pool.format(first) != address:
+    first = pool.subnet.allocated.next_free(pool.low)
+    if pool.capacity() > 1 and first <= pool.high and pool.format(first) != address:
         yield decide_request_address(pool, AddressRequest("", GATEWAY, "", ""), now_s)
 
 
 def decide_import(state: State, subnet: Network, sub_pool: Network | None, name: str,
-                  requests: list[AddressRequest], seq: int, now_s: int) -> Iterator[Change]:
+                  requests: list[AddressRequest], seq: int, now_s: int) -> Iterator[Record]:
     """Take over what Docker uses and the state does not hold; apply each change before the next.
 
     The pool must still be the one granted as change seq; 0: there must be none. A new one goes on
@@ -1533,8 +1216,8 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
     if seq != (pool.seq if pool else 0):
         raise Forbidden(f"pool {sub_pool or subnet} is not what it was as change {seq}: look again")
     if pool is None:
-        check_subnet(state, subnet, sub_pool, now_s)
-    change = grant(subnet, sub_pool, UNBOUND, now_s)._replace(name=name)
+        require_grantable(state, subnet, sub_pool, now_s)
+    change = make_pool_grant(subnet, sub_pool, UNBOUND, now_s)._replace(name=name)
     view = Pool(change, Subnet(subnet), 0)
     for request in (request for request in requests if request.address):
         offset = parse_offset(view, request.address)
@@ -1550,19 +1233,19 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
             yield decide_request_address(pool, request, now_s)
 
 
-def check_subnet(state: State, subnet: Network, sub_pool: Network | None, now_s: int) -> None:
+def require_grantable(state: State, subnet: Network, sub_pool: Network | None, now_s: int) -> None:
     """Check that a subnet, or a range of it, may be granted. Raises: InvalidRequest, Forbidden."""
-    if is_hint(subnet):
+    if is_size_hint(subnet):
         raise InvalidRequest(f"invalid address pool: {subnet} means any block of this length")
     if sub_pool and not (sub_pool.overlaps(subnet) and sub_pool.prefixlen >= subnet.prefixlen):
         raise InvalidRequest(f"invalid address subpool: {sub_pool} does not lie in {subnet}")
     family = state.families[subnet.version]
-    rival = family.find_rival(subnet, sub_pool)
+    rival = family.find_conflict(subnet, sub_pool)
     if rival is None:
         return
     what = f"Pool overlaps with other one on this address space: {subnet} with {rival}"
     if rival not in family.subnets:
-        raise Forbidden(f"{what}, claimed by {family.elsewhere[rival]}")
+        raise Forbidden(f"{what}, claimed by {family.remote_claims[rival]}")
     pools = family.subnets[rival].pools
     pool = pools.get(sub_pool) or next(iter(pools.values()))
     raise Forbidden(f"{what}, held by pool {pool.pool_id!r} for "
@@ -1587,12 +1270,12 @@ def choose_block(family: Family, request: PoolRequest,
     """
     prefixlen = family.prefixlen if request.prefixlen is None else request.prefixlen
     bases = choose_bases(family, prefixlen)
-    shut, kept = [*routes, *map(span, family.excluded)], family.names.get(request.name)
-    if kept and kept.network.prefixlen == prefixlen and family.is_block(kept.network) \
-            and Obstacles(shut).find_overlap(*span(kept.network)) is None:
+    shut, kept = [*routes, *map(address_range, family.excluded)], family.names.get(request.name)
+    if kept and kept.network.prefixlen == prefixlen and family.is_free_block(kept.network) \
+            and BlockedRanges(shut).find_overlap(*address_range(kept.network)) is None:
         return kept.network, -1
     for names in (family.names.values(), ()):
-        obstacles = Obstacles([*shut, *(span(other.network) for other in names)])
+        obstacles = BlockedRanges([*shut, *(address_range(other.network) for other in names)])
         found = family.find_block(bases, prefixlen, obstacles)
         if found:
             return found
@@ -1608,7 +1291,7 @@ def choose_bases(family: Family, prefixlen: int) -> list[Network]:
     if not family.bases:
         raise Unavailable(f"no IPv{family.version} base to take a subnet from: start gipam with "
                           f"-v{family.version} PREFIX, or give the network a --subnet")
-    lowest, highest = min(base.prefixlen for base in family.bases), BITS[family.version]
+    lowest, highest = min(base.prefixlen for base in family.bases), ADDRESS_BITS[family.version]
     if not lowest <= prefixlen <= highest:
         raise InvalidRequest(f"invalid address pool: the IPv{family.version} bases have blocks of "
                              f"/{lowest} to /{highest}, not of /{prefixlen}")
@@ -1625,7 +1308,7 @@ def parse_offset(pool: Pool, address: str) -> int:
 
 
 def choose_offset(pool: Pool, owners: Iterable[str], place: int | None = None,
-                  *others: AddressSet) -> tuple[int | None, int]:
+                  *others: OffsetBitmap) -> tuple[int | None, int]:
     """Return (offset, cursor): the owner's last, the next free, then what rests; None: none.
 
     It is next to the cursor, or to a place in a subnet that hosts share; what others have is not.
@@ -1633,10 +1316,10 @@ def choose_offset(pool: Pool, owners: Iterable[str], place: int | None = None,
     subnet = pool.subnet
     place = max(pool.cursor, pool.low) if place is None else place
     for owner in owners:
-        last = subnet.memory.get(owner, (-1, 0))[0]
+        last = subnet.affinity.get(owner, (-1, 0))[0]
         if pool.low <= last <= pool.high and subnet.find_free(last, last, *others) == last:
             return last, pool.cursor
-    for avoided in ((subnet.memory.resting, *others), others):
+    for avoided in ((subnet.affinity.resting, *others), others):
         for start in (place, pool.low):
             offset = subnet.find_free(start, pool.high, *avoided)
             if offset is not None:
@@ -1645,7 +1328,7 @@ def choose_offset(pool: Pool, owners: Iterable[str], place: int | None = None,
 
 
 def decide_request_address(pool: Pool, request: AddressRequest, now_s: int,
-                           place: int | None = None, *others: AddressSet) -> RequestAddress:
+                           place: int | None = None, *others: OffsetBitmap) -> AddressGrant:
     """Decide which address is given, as choose_offset() has it.
 
     Raises: InvalidRequest, Forbidden, Unavailable.
@@ -1653,26 +1336,26 @@ def decide_request_address(pool: Pool, request: AddressRequest, now_s: int,
     subnet, cursor = pool.subnet, pool.cursor
     offset: int | None
     if request.address:  # of the subnet, in the sub_pool or not
-        offset = check_address(pool, request)
+        offset = require_free(pool, request)
     elif request.kind == GATEWAY:
         offset = subnet.find_free(pool.low, pool.high, *others)
     else:
         offset, cursor = choose_offset(pool, (request.name, request.mac), place, *others)
     if offset is None:
-        raise Unavailable(f"no available addresses on this pool: all {pool.usable()} of "
+        raise Unavailable(f"no available addresses on this pool: all {pool.capacity()} of "
                           f"{pool.sub_pool or subnet.network} are held"
                           + (", here or by other hosts" if others else ""))
-    return RequestAddress(pool.pool_id, pool.format(offset), *request[1:], now_s, cursor)
+    return AddressGrant(pool.pool_id, pool.format(offset), *request[1:], now_s, cursor)
 
 
-def check_address(pool: Pool, request: AddressRequest) -> int:
+def require_free(pool: Pool, request: AddressRequest) -> int:
     """Return the offset of an explicit address. Raises: InvalidRequest, Forbidden."""
     subnet, address = pool.subnet, request.address
     offset = parse_offset(pool, address)
     if not 0 <= offset <= subnet.last_offset:
         raise InvalidRequest(f"requested address is out of range: {address} is not in "
                              f"{subnet.network}")
-    if offset in subnet.held:
+    if offset in subnet.allocated:
         lease = subnet.find_lease(offset)
         how = "reserved" if not lease else f"held for {lease.owners[0]}" if lease.owners \
             else f"held as {lease.kind}"
@@ -1680,16 +1363,16 @@ def check_address(pool: Pool, request: AddressRequest) -> int:
     return offset
 
 
-def decide_release_address(pool: Pool, address: str) -> ReleaseAddress | None:
+def decide_release_address(pool: Pool, address: str) -> AddressRelease | None:
     """Release what this very pool holds, None: nothing. Raises: InvalidRequest."""
     offset = parse_offset(pool, address)
-    return ReleaseAddress(pool.pool_id, pool.format(offset)) if offset in pool.leases else None
+    return AddressRelease(pool.pool_id, pool.format(offset)) if offset in pool.leases else None
 
 
-# === Store ========================================================================================
+# === Journal ======================================================================================
 
 
-class Line(NamedTuple):
+class CommitRecord(NamedTuple):
     """One turn of the loop, as a journal segment holds it."""
 
     number: int
@@ -1702,13 +1385,13 @@ class Line(NamedTuple):
 LINE_HEAD = re.compile(rb"([0-9a-f]{8}) ([0-9a-f]{8}) ")
 
 
-def encode_line(seq: int, records: Iterable[str]) -> bytes:
+def encode_record(seq: int, records: Iterable[str]) -> bytes:
     """Return the line: length and CRC-32 of the JSON that follows them, and that."""
     payload = f"[{seq},[{','.join(records)}]]".encode()
     return b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload)
 
 
-def decode_lines(data: bytes) -> Iterator[Line]:
+def decode_records(data: bytes) -> Iterator[CommitRecord]:
     """Yield the lines of a segment, up to the zeros after them: room, or what a crash tore.
 
     Raises: ValueError with the place.
@@ -1721,10 +1404,10 @@ def decode_lines(data: bytes) -> Iterator[Line]:
         if head and data[end:end + 1] == b"\n" and zlib.crc32(payload) == int(head[2], 16):
             try:
                 seq, records = json.loads(payload)[:2]  # gipam 1.0 also named the next segment
-                check_shape("it", [seq, records], (0, []))
+                validate("it", [seq, records], (0, []))
             except (ValueError, TypeError, LookupError, RecursionError):
                 raise ValueError(f"line {number} at byte {offset} is not a turn") from None
-            yield Line(number, offset, end + 1, seq, records)
+            yield CommitRecord(number, offset, end + 1, seq, records)
         elif is_torn(data, offset, end if head else None):
             return
         else:
@@ -1756,7 +1439,7 @@ def join_portions(texts: Iterable[str]) -> Iterator[bytes]:
     portion = ""
     for text in texts:
         portion += text
-        if len(portion) >= WRITE_BYTES:
+        if len(portion) >= CHUNK_BYTES:
             yield portion.encode()
             portion = ""
     yield portion.encode()
@@ -1772,14 +1455,14 @@ class Store:
     """
 
     def __init__(self, path: str, calls: Any = os) -> None:
-        self.path, self.calls = path, calls
+        self.path, self.syscalls = path, calls
         self._directory = os.path.dirname(path) or "."
         self.seq = 0  # of the last change on disk
         self.segment = 0  # number of the one that is written, 0: none yet
-        self.named: int | None = None  # by the snapshot, so that its loss would be noticed
-        self.identity: tuple[int, ...] = ()  # of the snapshot as gipam has read or written it
-        self.loss: StoreLost | None = None  # after it nothing is written any more
-        self.trouble = ""  # why the last write failed
+        self.referenced_segment: int | None = None  # by the snapshot, so that its loss would be noticed
+        self.snapshot_id: tuple[int, ...] = ()  # of the snapshot as gipam has read or written it
+        self.fatal_error: FatalStoreError | None = None  # after it nothing is written any more
+        self.last_error = ""  # why the last write failed
         self._lock_fd = -1
         self._fds: dict[int, int] = {}  # of segments, locked: of all to read, of one to write
         self._made: dict[str, None] = {}  # files that were not there when gipam started
@@ -1791,14 +1474,14 @@ class Store:
     @property
     def snapshot_bytes(self) -> int:
         """Return how long the lease file is."""
-        return self.identity[1] if self.identity else 0
+        return self.snapshot_id[1] if self.snapshot_id else 0
 
-    def lose(self, text: str) -> StoreLost:
+    def lose(self, text: str) -> FatalStoreError:
         """Return the error after which nothing is written any more."""
-        self.loss, self.trouble = StoreLost(text), text
-        return self.loss
+        self.fatal_error, self.last_error = FatalStoreError(text), text
+        return self.fatal_error
 
-    def lock(self, patience_s: float = LOCK_PATIENCE_S) -> None:
+    def lock(self, patience_s: float = LOCK_TIMEOUT_S) -> None:
         """Keep others off the lease file while the process lives. Raises: BusyError, OSError."""
         path, deadline = self.path + ".lock", time.monotonic() + patience_s
         while self._lock_fd < 0:
@@ -1810,7 +1493,7 @@ class Store:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
-                    raise BusyError(f"lease file {self.path} is held by process {holder}: stop it, "
+                    raise AlreadyRunning(f"lease file {self.path} is held by process {holder}: stop it, "
                                     "or give this one another -file") from None
                 time.sleep(0.02)
             finally:
@@ -1820,7 +1503,7 @@ class Store:
             os.ftruncate(self._lock_fd, 0)
             os.pwrite(self._lock_fd, b"%d\n" % os.getpid(), 0)
 
-    def hold(self) -> None:
+    def lock_segments(self) -> None:
         """Lock all segments, so that nobody else writes. Raises: GipamError, OSError."""
         while {*self._fds} != {*self.segments()}:  # until none has come or gone meanwhile
             self.close()
@@ -1836,14 +1519,14 @@ class Store:
     def _is_at(self, fd: int, path: str) -> bool:
         """Return whether the path still names the open file."""
         with contextlib.suppress(OSError):
-            return bool(os.path.samestat(self.calls.fstat(fd), self.calls.stat(path)))
+            return bool(os.path.samestat(self.syscalls.fstat(fd), self.syscalls.stat(path)))
         return False
 
     def _open(self, path: str, flags: int = os.O_RDWR) -> int:
         """Open a file of gipam's, which is neither a FIFO nor a link. Raises: OSError."""
         flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        fd = self.calls.open(path, flags, 0o600)
-        if stat.S_ISREG(self.calls.fstat(fd).st_mode):
+        fd = self.syscalls.open(path, flags, 0o600)
+        if stat.S_ISREG(self.syscalls.fstat(fd).st_mode):
             return int(fd)
         self._close(fd)
         raise OSError(errno.EINVAL, "not a regular file", path)
@@ -1860,10 +1543,10 @@ class Store:
     def _take(self, fd: int) -> int:
         """Lock an open segment: that holds, whatever became of the lock file."""
         try:
-            self.calls.lockf(fd, os.F_TLOCK, 0)
+            self.syscalls.lockf(fd, os.F_TLOCK, 0)
         except BlockingIOError:
             self._close(fd)
-            raise BusyError(f"the journal of {self.path} is written by another gipam: stop it, "
+            raise AlreadyRunning(f"the journal of {self.path} is written by another gipam: stop it, "
                             "or give this one another -file") from None
         return fd
 
@@ -1871,7 +1554,7 @@ class Store:
         """Return the JSON object of the lease file, None without. Raises: DamageError, OSError."""
         try:
             fd = self._open(self.path, os.O_RDONLY)
-            self.identity = self.identity or self.identify()
+            self.snapshot_id = self.snapshot_id or self.snapshot_identity()
             if os.fstat(fd).st_mode & 0o077:
                 log.warning("%s is open to other users: chmod 600 it", self.path)
             text = self._read(fd)
@@ -1881,12 +1564,12 @@ class Store:
             return None
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", 0)  # the text is another in each Python
-            raise self.damage(self.path, "is not JSON" + f" in line {line}" * bool(line)) from None
+            raise self.corruption(self.path, "is not JSON" + f" in line {line}" * bool(line)) from None
         if not isinstance(document, dict):
-            raise self.damage(self.path, "is not a JSON object")
+            raise self.corruption(self.path, "is not a JSON object")
         return document
 
-    def identify(self, path: str = "") -> tuple[int, ...]:
+    def snapshot_identity(self, path: str = "") -> tuple[int, ...]:
         """Return what changes whenever the lease file does, () if there is none."""
         with contextlib.suppress(FileNotFoundError):
             found = os.stat(path or self.path)
@@ -1900,20 +1583,20 @@ class Store:
             if os.path.lexists(path):
                 os.unlink(path)
 
-    def damage(self, place: str, what: str, remedy: str = "") -> DamageError:
+    def corruption(self, place: str, what: str, remedy: str = "") -> CorruptionError:
         """Return the error that names the place, what is wrong there, and what to do."""
         remedy = remedy or (f"put back a backup; or move {self.path}* away: gipam then starts as "
                             "if they were lost, and takes over what Docker uses")
-        return DamageError(f"{place} {what}; gipam does not start on a guess: {remedy}")
+        return CorruptionError(f"{place} {what}; gipam does not start on a guess: {remedy}")
 
     def segments(self) -> list[int]:
         """Return the numbers of the segments that are there, oldest first. Raises: DamageError."""
         prefix = os.path.basename(self.path) + ".journal."
-        texts = [name[len(prefix):] for name in self.calls.listdir(self._directory)
+        texts = [name[len(prefix):] for name in self.syscalls.listdir(self._directory)
                  if name.startswith(prefix) and name[len(prefix):].isdecimal()]
         for text in texts:
             if not re.fullmatch("[1-9][0-9]*", text):
-                raise self.damage(f"{self.path}.journal.{text}", "is not a name of gipam's",
+                raise self.corruption(f"{self.path}.journal.{text}", "is not a name of gipam's",
                                   "move it away, or give it the name it had")
         return sorted(map(int, texts))
 
@@ -1927,13 +1610,13 @@ class Store:
         Raises: DamageError for a damaged line, for a segment that is missing or there twice.
         """
         self.seq, self.journal_bytes, self.segment = seq, 0, 0
-        self.named, numbers = document.get("Journal") if document else None, sorted(self._fds)
-        if self.named is not None and self.named not in numbers:
-            raise self.damage(
-                self.segment_path(self.named), "is missing", "put it back; or give up what it held:"
+        self.referenced_segment, numbers = document.get("Journal") if document else None, sorted(self._fds)
+        if self.referenced_segment is not None and self.referenced_segment not in numbers:
+            raise self.corruption(
+                self.segment_path(self.referenced_segment), "is missing", "put it back; or give up what it held:"
                 f' delete the line "Journal" from {self.path}, start gipam, and run '
                 "`gipam check --fix`")
-        while numbers[1:] and numbers[-1] != self.named \
+        while numbers[1:] and numbers[-1] != self.referenced_segment \
                 and not self._read(self._fds[numbers[-1]]).strip(b"\0"):
             numbers.pop()  # it was made for a fold that never came to be
         for self.segment in numbers:
@@ -1941,9 +1624,9 @@ class Store:
             for line in self._read_segment(path):
                 first = line.seq - len(line.records) + 1
                 if document is None and line.seq:
-                    raise self.damage(path, f"is there without its lease file {self.path}")
+                    raise self.corruption(path, f"is there without its lease file {self.path}")
                 if first > self.seq + 1 or (line.records and seq < first <= self.seq):
-                    raise self.damage(
+                    raise self.corruption(
                         path, f"goes on with change {first}, but {self.seq + 1} is due",
                         "put the missing segment back, or move the surplus one away")
                 for at, record in enumerate(line.records, first):
@@ -1957,15 +1640,15 @@ class Store:
             file.seek(0)
             return file.read()
 
-    def _read_segment(self, path: str) -> Iterator[Line]:
+    def _read_segment(self, path: str) -> Iterator[CommitRecord]:
         data = self._read(self._fds[self.segment])
         self.journal_bytes, self._last_line = 0, b""
         try:
-            for line in decode_lines(data):
+            for line in decode_records(data):
                 self.journal_bytes, self._last_line = line.end, data[line.offset:line.end]
                 yield line
         except (ValueError, RecursionError) as error:
-            raise self.damage(
+            raise self.corruption(
                 path, f"is damaged: {error}", "put back a backup; or give up that line and all "
                 f"after it: truncate -s {self.journal_bytes} {path}, move later segments away, "
                 "start gipam, run `gipam check --fix`") from None
@@ -1982,7 +1665,7 @@ class Store:
         try:
             if self.segment:
                 fd, self._room = self._fds[self.segment], self.journal_bytes
-                self.calls.ftruncate(fd, self.journal_bytes)
+                self.syscalls.ftruncate(fd, self.journal_bytes)
                 with contextlib.suppress(OSError):  # a full disk must not forbid starting
                     self._write(fd, self._last_line, self.journal_bytes - len(self._last_line))
                 self._sync(self.segment)
@@ -1993,7 +1676,7 @@ class Store:
         for number in self._fds.keys() - {self.segment}:
             self._close(self._fds.pop(number))
 
-    def begin_segment(self, needed: int) -> None:
+    def rotate(self, needed: int) -> None:
         """Go on in a new segment, or in the blank one that a fold before has left.
 
         Not, if the lease file does not name the present one: then that fold has failed.
@@ -2001,10 +1684,10 @@ class Store:
         not; BusyError if another gipam has it; StoreLost.
         """
         number, path = self.segment + 1, self.segment_path(self.segment + 1)
-        if self.segment and not (self.journal_bytes and self.segment == self.named):
+        if self.segment and not (self.journal_bytes and self.segment == self.referenced_segment):
             return
-        disk = self.calls.statvfs(self._directory)
-        if needed >= ROOM_BYTES and disk.f_bavail * disk.f_frsize < 2 * ROOM_BYTES:
+        disk = self.syscalls.statvfs(self._directory)
+        if needed >= PREALLOCATE_BYTES and disk.f_bavail * disk.f_frsize < 2 * PREALLOCATE_BYTES:
             raise OSError(errno.ENOSPC, "the last of the disk is left to the requests")
         self._fds[number] = self._take(self._make(path))
         if self._read(self._fds[number]).strip(b"\0"):
@@ -2024,15 +1707,15 @@ class Store:
 
         Raises: StoreError if the disk is full; nothing has changed. StoreLost.
         """
-        needed = self.journal_bytes + self._reserved + size + LINE_BYTES
+        needed = self.journal_bytes + self._reserved + size + RECORD_OVERHEAD_BYTES
         try:
             if not self.segment:
-                self.begin_segment(needed)
+                self.rotate(needed)
             if needed > self._room:
                 self._room = self._extend(self.segment, self._room, needed)
         except OSError as error:
             raise self._fail(error) from None
-        except BusyError as error:
+        except AlreadyRunning as error:
             raise self.lose(str(error)) from None
         self._reserved += size + 1
 
@@ -2041,16 +1724,16 @@ class Store:
 
         Durable: on return. Raises: OSError, and the room is as before; StoreLost.
         """
-        for end in (max(start + ROOM_BYTES, needed), needed):
+        for end in (max(start + PREALLOCATE_BYTES, needed), needed):
             try:
                 self._write(self._fds[number], bytes(end - start), start)
                 break
             except OSError:
-                self.calls.ftruncate(self._fds[number], start)
+                self.syscalls.ftruncate(self._fds[number], start)
                 if end == needed:
                     raise
         self._sync(number)
-        self.trouble = ""
+        self.last_error = ""
         return end
 
     def append(self, records: list[str]) -> None:
@@ -2059,7 +1742,7 @@ class Store:
         Raises: StoreError: recovery has to find out where the journal ends; StoreLost.
         """
         seq, self._reserved = self.seq + len(records), 0
-        data = encode_line(seq, records)
+        data = encode_record(seq, records)
         try:
             self._write(self._fds[self.segment], data, self.journal_bytes)
         except OSError as error:  # a file system that had only promised the room, or a bad disk
@@ -2068,14 +1751,14 @@ class Store:
         self.journal_bytes, self.seq = self.journal_bytes + len(data), seq
 
     def _fail(self, error: OSError) -> StoreError:
-        self.trouble = f"cannot write {self.segment_path(self.segment or 1)}: {error.strerror}"
-        return StoreError(self.trouble + "; nothing has changed")
+        self.last_error = f"cannot write {self.segment_path(self.segment or 1)}: {error.strerror}"
+        return StoreError(self.last_error + "; nothing has changed")
 
     def _sync(self, number: int) -> None:
         """Sync a segment. Raises: StoreLost: after that, nobody knows what the disk holds."""
         path = self.segment_path(number)
         try:
-            self.calls.fdatasync(self._fds[number])
+            self.syscalls.fdatasync(self._fds[number])
         except OSError as error:
             raise self.lose(f"cannot sync {path}: {error.strerror}") from None
         if not self._is_at(self._fds[number], path):
@@ -2084,25 +1767,25 @@ class Store:
     def _close(self, fd: int) -> None:
         with contextlib.suppress(OSError):  # it is synced, or given up
             if fd >= 0:
-                self.calls.close(fd)
+                self.syscalls.close(fd)
 
     def _write(self, fd: int, data: bytes, offset: int) -> None:
         while data:
-            written = self.calls.pwrite(fd, data, offset)
+            written = self.syscalls.pwrite(fd, data, offset)
             data, offset = data[written:], offset + written
 
     def _sync_directory(self) -> None:
-        fd = self.calls.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
+        fd = self.syscalls.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.calls.fsync(fd)
+            self.syscalls.fsync(fd)
         finally:
             self._close(fd)
 
-    def open_snapshot(self) -> None:
+    def create_temp(self) -> None:
         """Make the file that is to replace the lease file, for fill_snapshot(). Raises: OSError."""
         self._close(self._make(self.path + ".tmp"))
 
-    def fill_snapshot(self, chunks: Iterable[str]) -> None:
+    def write_temp(self, chunks: Iterable[str]) -> None:
         """Write that file, in a thread of its own. Durable: its bytes, not its name.
 
         Raises: OSError.
@@ -2112,69 +1795,69 @@ class Store:
             for data in join_portions(chunks):
                 self._write(fd, data, size)
                 size += len(data)
-            self.calls.fsync(fd)
+            self.syscalls.fsync(fd)
         except OSError as error:
             error.filename = self.path  # the kernel names no file of a descriptor
             raise
         finally:
             self._close(fd)
 
-    def place_snapshot(self, named: int | None) -> None:
+    def publish_temp(self, named: int | None) -> None:
         """Let that file be the lease file; one that was edited gets a second name, and stays.
 
         Durable: on return. Raises: OSError; the old one is whole.
         """
-        identity, found = self.identify(self.path + ".tmp"), self.identify()
-        if found not in ((), self.identity):
+        identity, found = self.snapshot_identity(self.path + ".tmp"), self.snapshot_identity()
+        if found not in ((), self.snapshot_id):
             path = next(filter(lambda path: not os.path.lexists(path), (
                 f"{self.path}.edited-{number}" for number in itertools.count(1))))
             os.link(self.path, path, follow_symlinks=False)
-            self.identity = found
+            self.snapshot_id = found
             log.warning("%s was edited while gipam runs: what was there is kept as %s, and has no "
                         "effect; edit it while gipam is down", self.path, path)
-        self.calls.replace(self.path + ".tmp", self.path)
-        self.identity = identity
+        self.syscalls.replace(self.path + ".tmp", self.path)
+        self.snapshot_id = identity
         self._made.update({self.path: None} if not found else {})
         self._sync_directory()
-        self.named = named
+        self.referenced_segment = named
 
-    def drop_snapshot(self) -> None:
+    def remove_temp(self) -> None:
         """Remove what a fold has begun that does not go on."""
         with contextlib.suppress(OSError):  # the next one overwrites it
-            self.calls.unlink(self.path + ".tmp")
+            self.syscalls.unlink(self.path + ".tmp")
 
     def remove(self, number: int) -> None:
         """Remove a segment that the snapshot has made superfluous. Raises: OSError."""
-        self.calls.unlink(self.segment_path(number))
+        self.syscalls.unlink(self.segment_path(number))
         self._made.pop(self.segment_path(number), None)
 
 
-# === Kernel =======================================================================================
+# === Netlink ======================================================================================
 
-Ask = Callable[..., Iterable[bytes]]  # ask_kernel()
+NetlinkRequest = Callable[..., Iterable[bytes]]  # ask_kernel()
 # Source: linux/netlink.h, linux/rtnetlink.h, linux/neighbour.h
 NETLINK_HEAD, ATTRIBUTE = struct.Struct("=IHH8x"), struct.Struct("=HH")
 NEIGHBOUR, DST = struct.Struct("=B3xiHBxHH"), 1  # with the head of an attribute: NDA_DST, RTA_DST
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP, NTF_PROXY = 1, 4, 0x10, 0x300, 8
 NLMSG_ERROR, NLMSG_DONE, RTM_GETADDR, RTM_GETROUTE, RTN_UNICAST, RTN_BROADCAST = 2, 3, 22, 26, 1, 3
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH, NUD_PERMANENT, RTA_OIF = 28, 29, 30, 0x80, 4
-MARK = ATTRIBUTE.pack(5, 12) + b"g\0\0\0"  # NDA_PROTOCOL 103: gipam has made the entry
+GIPAM_PROTOCOL_ATTRIBUTE = ATTRIBUTE.pack(5, 12) + b"g\0\0\0"  # NDA_PROTOCOL 103: gipam has made the entry
 
 
-def read_obstacles(ask: Ask, version: int, bases: list[Network]) -> list[Range]:
+def read_used_ranges(netlink: NetlinkRequest, version: int, bases: list[Network]) -> list[Range]:
     """Return the routes and addresses of this host that lie in a base, as the kernel has them now.
 
     A route that contains a whole base is the routed prefix itself, or the default route. Of 20,000
     only those are taken apart that have the first bytes of a base in them.
     """
-    limits, found = [(*span(base), base.prefixlen) for base in bases], set()
+    limits, found = [(*address_range(base), base.prefixlen) for base in bases], set()
     stems = (re.escape(base.network_address.packed[:base.prefixlen // 8]) for base in bases)
     is_near = re.compile(b"|".join(stems)).search
     for kind in (RTM_GETROUTE, RTM_GETADDR):
-        for message in filter(is_near, ask(kind, bytes((SOCKET_FAMILY[version], 0, 0, 0)))):
+        for message in filter(is_near, netlink(kind, bytes((SOCKET_FAMILY[version], 0, 0, 0)))):
             first, length = read_prefix(kind, message)
             if any(low <= first <= high and length > shortest for low, high, shortest in limits):
-                found.add((first, first | (1 << BITS[version] - length) - 1))
+                found.add((first, first | (1 << ADDRESS_BITS[version] - length) - 1))
     return sorted(found)
 
 
@@ -2206,11 +1889,11 @@ def is_connected(route: bytes, base: Network, device: bytes) -> bool:
         return False
     first, length = read_prefix(RTM_GETROUTE, route)
     return (route[0] == SOCKET_FAMILY[base.version] and 0 < length <= base.prefixlen
-            and not (first ^ int(base[0])) >> BITS[base.version] - length
+            and not (first ^ int(base[0])) >> ADDRESS_BITS[base.version] - length
             and not read_attributes(route).keys() & {5, 18})  # RTA_GATEWAY, RTA_VIA
 
 
-def ask_kernel(kind: int, body: bytes, flags: int = NLM_F_DUMP) -> list[bytes]:
+def netlink_request(kind: int, body: bytes, flags: int = NLM_F_DUMP) -> list[bytes]:
     """Return the messages that answer one, without their heads. Source: netlink(7).
 
     20,000 routes take 12 ms; /proc/net/ipv6_route 280, for the kernel looks for its place anew at
@@ -2237,37 +1920,37 @@ def ask_kernel(kind: int, body: bytes, flags: int = NLM_F_DUMP) -> list[bytes]:
     return messages[:-1]
 
 
-def read_rows(path: str) -> Iterator[list[bytes]]:
+def read_words(path: str) -> Iterator[list[bytes]]:
     """Yield the words of each line; none if there is no such file (IPv6 is off)."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=1 << 16) as file:
         yield from map(bytes.split, file)  # an interface may be called anything, in any encoding
 
 
-def read_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
+def read_covering_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
     """Yield (device, flags) of each route that contains a base, but default ones.
 
     Of IPv4, a blackhole has the device *. Source: linux/route.h, RTF_*.
     """
-    first, _ = span(base)
-    for row in read_rows(proc + "/ipv6_route") if base.version == 6 else ():
+    first, _ = address_range(base)
+    for row in read_words(proc + "/ipv6_route") if base.version == 6 else ():
         length = int(row[1], 16)
         if 0 < length <= base.prefixlen and not (int(row[0], 16) ^ first) >> 128 - length:
             yield os.fsdecode(row[9]), int(row[8], 16)
-    for row in itertools.islice(read_rows(proc + "/route"), 1, None) if base.version == 4 else ():
+    for row in itertools.islice(read_words(proc + "/route"), 1, None) if base.version == 4 else ():
         start, mask = (socket.ntohl(int(row[at], 16)) for at in (1, 7))
         if mask and first & mask == start and bin(mask).count("1") <= base.prefixlen:
             yield os.fsdecode(row[0]), int(row[3], 16)
 
 
-class Proxies:
+class ProxyNeighbours:
     """Proxy neighbours: on the wire of a device, this host answers for its containers.
 
     An entry goes by the message that asks the kernel for it: struct ndmsg, and its address. It is
     looked up before it is changed, so that what others have made stays theirs.
     """
 
-    def __init__(self, device: str, bases: list[Network], ask: Ask) -> None:
-        self._device, self._bases, self._ask = device, bases, ask
+    def __init__(self, device: str, bases: list[Network], netlink: NetlinkRequest) -> None:
+        self._device, self._bases, self._netlink = device, bases, netlink
         self._name = ATTRIBUTE.pack(5 + len(os.fsencode(device)), 3) + os.fsencode(device)
         self._index, self._onlink = 0, bases  # the number of the device, the bases on its wire
         self._state, self._look_s = State(()), 0.0  # when and with what all is compared anew
@@ -2275,7 +1958,7 @@ class Proxies:
         self.events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
         self.events.bind((0, 0x441))  # RTMGRP_LINK, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE
         try:
-            ask(RTM_DELNEIGH, NEIGHBOUR.pack(socket.AF_INET, 0, 0, NTF_PROXY, 4, DST), NLM_F_ACK)
+            netlink(RTM_DELNEIGH, NEIGHBOUR.pack(socket.AF_INET, 0, 0, NTF_PROXY, 4, DST), NLM_F_ACK)
         except OSError as error:  # there is no such entry
             if error.errno == errno.EPERM:
                 raise ConfigError(f"-onlink {device!r} needs CAP_NET_ADMIN: root has it, a service "
@@ -2293,18 +1976,18 @@ class Proxies:
                 return
         self._look_s = 0.0
 
-    def note(self, pool: Pool, change: Change) -> None:
+    def note(self, pool: Pool, change: Record) -> None:
         """Have settle() see to what a change is about."""
         if not any(map(pool.subnet.network.overlaps, self._onlink)):
             return
-        if isinstance(change, (RequestAddress, ReleaseAddress)):
-            is_held = isinstance(change, RequestAddress) and change.kind == ENDPOINT
+        if isinstance(change, (AddressGrant, AddressRelease)):
+            is_held = isinstance(change, AddressGrant) and change.kind == ENDPOINT
             self.due[self._entry(pool.subnet, pool.offset(change.address))] = is_held
         elif pool.leases:
             self._look_s = 0.0
 
     def _entry(self, subnet: Subnet, offset: int) -> bytes:
-        family, size = SOCKET_FAMILY[subnet.version], BITS[subnet.version] // 8
+        family, size = SOCKET_FAMILY[subnet.version], ADDRESS_BITS[subnet.version] // 8
         return NEIGHBOUR.pack(family, self._index, 0, NTF_PROXY, 4 + size, DST) \
             + (subnet.first + offset).to_bytes(size, "big")
 
@@ -2313,19 +1996,19 @@ class Proxies:
         try:
             if time.monotonic() >= self._look_s or state is not self._state:
                 self._compare(state)
-            for _ in range(min(len(self.due), MAX_PROXIES)):
+            for _ in range(min(len(self.due), PROXY_UPDATES_PER_ITERATION)):
                 self._mend(*self.due.popitem())
         except Exception as error:  # noqa: BLE001 - it must not hurt the turn
-            if self._look_s > time.monotonic() + TICK_S:  # the first one
-                log.error("-onlink %s: %s; it is tried again", self._device, explain(error))
-                self._look_s = time.monotonic() + TICK_S
+            if self._look_s > time.monotonic() + TIMER_INTERVAL_S:  # the first one
+                log.error("-onlink %s: %s; it is tried again", self._device, format_os_error(error))
+                self._look_s = time.monotonic() + TIMER_INTERVAL_S
 
     def _compare(self, state: State) -> None:
         """Find all entries that differ from what containers have in the bases on the wire."""
         self._state, self._look_s, self._index, before = state, math.inf, 0, self._onlink
         with contextlib.suppress(OSError):
             self._index = socket.if_nametoindex(self._device)
-        routes, index = self._ask(RTM_GETROUTE, bytes(4)), struct.pack("=i", self._index)
+        routes, index = self._netlink(RTM_GETROUTE, bytes(4)), struct.pack("=i", self._index)
         self._onlink = [base for base in self._bases
                         if any(is_connected(route, base, index) for route in routes)]
         if self._onlink != before:
@@ -2335,29 +2018,430 @@ class Proxies:
                 for subnet in state.families[base.version].subnets.values()
                 if subnet.network.overlaps(base) for pool in subnet.pools.values()
                 for offset, lease in pool.leases.items() if lease.kind == ENDPOINT}
-        entries = self._ask(RTM_GETNEIGH, NEIGHBOUR.pack(0, 0, 0, NTF_PROXY, 4, 0)[:12])
-        own = {entry[:11] + b"\0" + entry[12:-8] for entry in entries if entry.endswith(MARK)}
+        entries = self._netlink(RTM_GETNEIGH, NEIGHBOUR.pack(0, 0, 0, NTF_PROXY, 4, 0)[:12])
+        own = {entry[:11] + b"\0" + entry[12:-8] for entry in entries if entry.endswith(GIPAM_PROTOCOL_ATTRIBUTE)}
         self.due = {entry: entry in held for entry in held ^ own if entry in held or any(
             ipaddress.ip_address(entry[16:]) in base for base in self._bases)}
 
     def _mend(self, entry: bytes, is_held: bool) -> None:
         """Make an entry, or remove it, where the kernel has it otherwise. Raises: OSError."""
         try:
-            found, = self._ask(RTM_GETNEIGH, entry, NLM_F_ACK)
-            if found.endswith(MARK) and not is_held:
-                self._ask(RTM_DELNEIGH, entry, NLM_F_ACK)
+            found, = self._netlink(RTM_GETNEIGH, entry, NLM_F_ACK)
+            if found.endswith(GIPAM_PROTOCOL_ATTRIBUTE) and not is_held:
+                self._netlink(RTM_DELNEIGH, entry, NLM_F_ACK)
         except FileNotFoundError:
             if is_held and self._leads_elsewhere(entry):
-                entry = entry[:8] + struct.pack("=H", NUD_PERMANENT) + entry[10:] + MARK
-                self._ask(RTM_NEWNEIGH, entry, NLM_F_ACK)
+                entry = entry[:8] + struct.pack("=H", NUD_PERMANENT) + entry[10:] + GIPAM_PROTOCOL_ATTRIBUTE
+                self._netlink(RTM_NEWNEIGH, entry, NLM_F_ACK)
 
     def _leads_elsewhere(self, entry: bytes) -> bool:
         """Return whether its address is behind another device: macvlan answers for itself."""
         head = bytes((entry[0], 8 * len(entry[16:]), *bytes(10)))  # struct rtmsg
         with contextlib.suppress(OSError):  # there is no route, or a blackhole
-            route, = self._ask(RTM_GETROUTE, head + entry[12:], NLM_F_ACK)
+            route, = self._netlink(RTM_GETROUTE, head + entry[12:], NLM_F_ACK)
             return route[7] == RTN_UNICAST and ATTRIBUTE.pack(8, RTA_OIF) + entry[4:8] not in route
         return False
+
+
+# === Claims =======================================================================================
+
+
+class Claim(NamedTuple):
+    """What etcd has under the name of a subnet, or of an address in a shared one."""
+
+    hosts: tuple[str, ...]  # sorted
+    kind: str = ""  # of an address
+    is_shared: bool = False  # of a subnet
+    since_s: int = 0
+
+    def __str__(self) -> str:
+        return f"host{'s' * (len(self.hosts) > 1)} {', '.join(self.hosts)}"
+
+    def value(self) -> Json:
+        """Return it as etcd has it."""
+        value = {"hosts": self.hosts, "since": self.since_s, "kind": self.kind,
+                 "shared": self.is_shared}
+        return {key: part for key, part in value.items() if part}
+
+
+class Transaction(NamedTuple):
+    """What etcd has to be asked for, and what that rests on."""
+
+    writes: dict[str, Claim | None]  # name -> None: it goes; {}: only look whether all is known
+    head: str | None  # as of which it was decided, None: etcd has none; or UNREAD
+    going: Mapping[str, str | None] = {}  # keys that must be so, and go: see evict(), refresh()
+
+
+class TransactionResult(NamedTuple):
+    """What a transaction has told, to be learned in the turn that decides on it."""
+
+    head: str | None
+    news: Mapping[str, Claim | None] = {}
+    keys: Mapping[str, str] | None = None  # those of etcd, if they were read: hosts/HOST
+    won: frozenset[str] | None = None  # claims it made, keys that went; None: not all was the same
+    sent_s: float = 0.0  # on the clock that runs while the machine sleeps, too
+
+
+def parse_json_object(text: str | None) -> Json:
+    """Return what etcd has, {} if that is no JSON object."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text or "null")
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def parse_claim(value: Any) -> Claim | None:
+    """Return the claim that a value makes: what gipam has not written is somebody's, too."""
+    if value is None:
+        return None
+    value = value if isinstance(value, dict) else {}
+    hosts, kind, since_s = (value.get(key) for key in ("hosts", "kind", "since"))
+    names = {printable(host) if isinstance(host, str) and host else "?"
+             for host in (hosts if isinstance(hosts, list) and hosts else "?")}
+    return Claim(tuple(sorted(names)), kind if kind in LEASE_KINDS else "",
+                 value.get("shared") is True or "part" in value,  # as older versions have it
+                 since_s if type(since_s) is int else 0)
+
+
+@functools.lru_cache(2 * ETCD_PAGE_KEYS)  # the loop learns what etcd's thread has just read
+def parse_claim_key(name: str) -> tuple[Network, str]:
+    """Return the subnet of a claim, and the address or "". Raises: ValueError, if no host has it.
+
+    Only what gipam writes is meant: 10.2.0.0/024 is another name, and nobody's.
+    """
+    prefix, _, address = name.partition("/")
+    length, _, address = address.partition("/")
+    network = parse_prefix(f"{prefix}/{length}")
+    if address:
+        number = parse_address(address, network.version)
+        address = format_address(number, network.version)
+        if not address_range(network)[0] <= number <= address_range(network)[1]:
+            raise ValueError(f"{name!r} is an address outside its subnet")
+    if name != f"{network}/{address}".rstrip("/"):
+        raise ValueError(f"{name!r} is not how gipam writes it")
+    return network, address
+
+
+class ClaimTable:
+    """What the hosts of a site have claimed, as of a head. Nothing of it is journalled.
+
+    A claim that names any other host covers what is free here, unless this host holds that very
+    subnet, shared. A claim that names this host alone, and that nothing here holds, is free for
+    this host, but only by a transaction that writes it again.
+    """
+
+    def __init__(self, host: str, machine: str, state: State) -> None:
+        self.host, self.machine = host, machine
+        self.claims: dict[str, Claim] = {}  # SUBNET, or SUBNET/ADDRESS ->
+        self.inside: dict[Network, dict[str, None]] = {}  # subnet -> names of its addresses
+        self.taken: dict[Network, OffsetBitmap] = {}  # subnet -> offsets that others have
+        self.head: str | None = UNKNOWN_HEAD  # as of which all is known; None: etcd has none
+        self.hosts: dict[str, tuple[str, int]] = {}  # -> its key, and in how many readings in a row
+        self.due: dict[str, None] = {}  # names of which etcd may not say what is held here
+        self.leaving: set[str] = set()  # names that etcd may have been asked to let go, or change
+        self.conflicts: dict[str, str] = {}  # names of what is held here -> who else has claimed it
+        self.won: frozenset[str] = frozenset()  # in this turn: see Told
+        self.is_fresh = False  # in this turn: etcd has just been asked
+        self.lost_s = -math.inf  # when etcd had lost claims, or was seen to lack them still
+        self.awaited: dict[str, str] = {}  # hosts not heard of since then -> their keys
+        self.wake: Callable[[], None] = lambda: None  # whoever compares what is due
+        self.rebind(state)
+
+    def rebind(self, state: State) -> None:
+        """Go on with a state that has been read anew: cover what others have, compare all."""
+        self.state = state
+        for name in self.claims:
+            network, address = parse_claim_key(name)
+            if not address:
+                self.cover(network)
+        self.mark_dirty(*self.claims)
+        for family in state.families.values():
+            for network, subnet in family.subnets.items():
+                self.mark_dirty(str(network))
+                for pool in subnet.pools.values() if subnet.is_shared else ():
+                    self.mark_dirty(*(f"{network}/{pool.format(offset)}" for offset in pool.leases))
+
+    def mark_dirty(self, *names: str) -> None:
+        """Have what is held and what etcd has under these names compared."""
+        self.due.update(dict.fromkeys(names))
+        self.wake()
+
+    def note(self, change: Record, subnet: Subnet) -> None:
+        """Have compared what a change has touched."""
+        network = subnet.network
+        if isinstance(change, (PoolGrant, PoolRelease)):
+            self.cover(network)
+            self.mark_dirty(str(network), *self.inside.get(network, ()))
+        elif subnet.is_shared and isinstance(change, (AddressGrant, AddressRelease)):
+            self.mark_dirty(f"{network}/{change.address}")
+
+    def held(self, network: Network) -> Subnet | None:
+        """Return the subnet, if it is held here."""
+        return self.state.families[network.version].subnets.get(network)
+
+    def others(self, claim: Claim | None) -> tuple[str, ...]:
+        """Return who else has a claim."""
+        return tuple(host for host in claim.hosts if host != self.host) if claim else ()
+
+    def cover(self, network: Network, is_joining: bool = False) -> None:
+        """Cover what is free here with the claim of a subnet, or not any more: see the class."""
+        family, claim, subnet = (self.state.families[network.version],
+                                 self.claims.get(str(network)), self.held(network))
+        is_ours = claim and claim.is_shared and (is_joining or (subnet and subnet.is_shared))
+        is_foreign = bool(self.others(claim)) and not is_ours
+        if is_foreign != (network in family.remote_claims):
+            self.mark_dirty(*self.conflicts)
+            if is_foreign and family.used.find_overlap(network):
+                self.mark_dirty(*map(str, filter(network.overlaps, family.subnets)))
+            (family.used.add if is_foreign else family.used.remove)(network)
+            family.remote_claims.pop(network, None)
+        if claim and is_foreign:
+            family.remote_claims[network] = claim
+
+    def describe_claim(self, claim: Claim | None) -> str:
+        """Return who has a claim of what is held here."""
+        old = next(filter(self.is_former_name, self.others(claim)), None)
+        return str(claim) + (f" (this machine before: `gipam evict {old}` makes it {self.host}'s)"
+                             if old else "")
+
+    def is_former_name(self, host: str) -> bool:
+        """Return whether a host is this machine under the name that it had before."""
+        return parse_json_object(self.hosts.get(host, ("", 0))[0]).get("machine") == self.machine
+
+    def apply_result(self, told: TransactionResult, is_reading: bool = False) -> None:
+        """Take over what a transaction told; in a reading, count in how many a key was the same.
+
+        One that has succeeded voids all that was asked for before, and may still be on its way.
+        """
+        self.apply_claims(told.news)
+        self.head, before, is_wary = told.head, self.hosts, self.grace_remaining_s() > 0 or not self.hosts
+        if told.won is not None:
+            self.leaving.clear()
+        if told.keys is not None:
+            self.hosts = {}
+            for table, _, host in (name.partition("/") for name in told.keys):
+                if table == "hosts":
+                    text, (known, count) = told.keys[f"hosts/{host}"], before.get(host, ("", 0))
+                    self.hosts[host] = (text, (count if text == known else 0) + is_reading)
+                    is_news = is_wary and text != known and host != self.host
+                    if is_news and parse_json_object(text).get("is_behind"):
+                        self.lost_s = time.monotonic()
+            self.awaited = {host: text for host, text in self.awaited.items()
+                            if self.hosts.get(host, (text, 0))[0] == text}
+
+    def lose(self, keys: Mapping[str, str]) -> None:
+        """Claim nothing new for a while, since etcd, which has these keys, has lost claims."""
+        self.lost_s = time.monotonic()
+        self.awaited = {host: keys.get(f"hosts/{host}", "")
+                        for host in {*self.hosts, *self.awaited} - {self.host}}
+
+    def apply_claims(self, news: Mapping[str, Claim | None]) -> None:
+        """Take over claims; None: it is gone."""
+        for name, claim in news.items():
+            known = self.claims.pop(name, None)
+            if claim:
+                self.claims[name] = claim
+            if claim != known:
+                self._follow(name, known, claim)
+
+    def _follow(self, name: str, known: Claim | None, claim: Claim | None) -> None:
+        """Cover, and have compared, what another claim has an effect on."""
+        network, address = parse_claim_key(name)
+        if address:
+            names, taken = self.inside.setdefault(network, {}), self.taken.setdefault(
+                network, OffsetBitmap())
+            offset = parse_address(address, network.version) - int(network[0])
+            names.pop(name, None)
+            names.update({name: None} if claim else {})
+            (taken.add if self.others(claim) else taken.discard)(offset)
+            if not names:
+                del self.inside[network], self.taken[network]
+        else:
+            self.cover(network)
+        if self.held(network) or any(it and self.host in it.hosts for it in (known, claim)):
+            self.mark_dirty(name, str(network))
+
+    def has(self, name: str, kind: str) -> bool:
+        """Return whether this host has an address surely, as a lease of this kind."""
+        claim = self.claims.get(name)
+        if not claim or self.host not in claim.hosts or name in self.leaving:
+            return False
+        return (claim == claim._replace(hosts=(self.host,), kind=kind) if kind == ENDPOINT
+                else claim.kind in (GATEWAY, AUXILIARY))
+
+    def rival(self, name: str, kind: str) -> Claim | None:
+        """Return the claim of others that an address of this kind does not go with."""
+        claim = self.claims.get(name)
+        is_one_hosts = claim and ENDPOINT in (kind, claim.kind or ENDPOINT)
+        return claim if is_one_hosts and self.others(claim) else None
+
+    def claim_joined(self, name: str, kind: str = "", is_shared: bool = False) -> Claim:
+        """Return a claim as it is with this host."""
+        claim = self.claims.get(name)
+        others, since_s = self.others(claim), claim.since_s if claim else int(time.time())
+        return Claim(tuple(sorted((*others, self.host))), claim.kind if claim and others else kind,
+                     is_shared, since_s)
+
+    def check_address(self, network: Network, address: str, kind: str, is_away: bool) -> None:
+        """Check that this host may give an address of a shared subnet.
+
+        It has the address by a transaction of the moment; or still has it, while etcd is away.
+        Gateways and auxiliary addresses are claimed by all hosts that have them, others by one.
+        Raises: Unclaimed, Forbidden.
+        """
+        name, join = f"{network}/{address}", self.claims_to_write([str(network)])
+        if name in self.won or (is_away and self.has(name, kind) and not join):
+            return
+        rival = self.rival(name, kind)
+        if rival:
+            self.refresh(name)
+            raise Forbidden(f"Address already in use: {address} of {network} is claimed by "
+                            f"{self.describe_claim(rival)}")
+        if not self.has(name, kind):
+            self.leaving.add(name)
+        self.claim({**join, name: self.claim_joined(name, kind)})
+
+    def choose_claimed_address(self, pool: Pool, owners: Iterable[str], is_away: bool) -> str:
+        """Return an address of a shared subnet that this host may give, "" if there is none.
+
+        It has just been claimed for this; or is still claimed, while etcd is away.
+        """
+        subnet, own = pool.subnet, []
+        for name in self.inside.get(subnet.network, ()) if is_away else self.won:
+            prefix, _, address = name.rpartition("/")
+            if prefix == str(subnet.network) and (name in self.won or self.has(name, ENDPOINT)):
+                own += [pool.offset(address)]
+        lasts = (subnet.affinity.get(owner, (-1, 0))[0] for owner in owners)
+        free = (offset for offset in (*set(lasts).intersection(own), *own)
+                if pool.low <= offset <= pool.high and offset not in subnet.allocated)
+        return next(map(pool.format, free), "")
+
+    def choose_remote_gateway(self, subnet: Subnet) -> str:
+        """Return a gateway that the other hosts of a shared subnet have, "" if there is none."""
+        addresses = (name.rpartition("/")[2] for name in self.inside.get(subnet.network, ())
+                     if self.claims[name].kind == GATEWAY)
+        return min((it for it in addresses if not subnet.lease_kind(it)), default="")
+
+    def desired_claim(self, name: str) -> Claim | None:
+        """Return what etcd should have under a name; note who else has claimed that."""
+        (network, address), claim = parse_claim_key(name), self.claims.get(name)
+        family, subnet, others = (self.state.families[network.version], self.held(network),
+                                  self.others(claim))
+        kind = subnet.lease_kind(address) if subnet and subnet.is_shared and address else ""
+        if subnet and not address:
+            overlap = family.find_remote_conflict(network)
+            self._note_rival(name, family.remote_claims.get(overlap) if overlap else None)
+            return claim if name in self.conflicts else self.claim_joined(name, "", subnet.is_shared)
+        self._note_rival(name, self.rival(name, kind) if kind else None)
+        if kind:
+            is_barred = not self.conflicts.keys().isdisjoint((name, str(network)))
+            return claim if is_barred else self.claim_joined(name, kind)
+        is_leaving = not address and any(  # it gives up its addresses first
+            self.host in self.claims[other].hosts for other in self.inside.get(network, ()))
+        if not claim or self.host not in claim.hosts or is_leaving:
+            return claim
+        return claim._replace(hosts=others) if others else None
+
+    def claims_to_write(self, names: Iterable[str]) -> dict[str, Claim | None]:
+        """Return what etcd should have under these names, and has not; the rest is not due."""
+        wanted = {name: self.desired_claim(name) for name in names}
+        for name, claim in wanted.items():
+            if claim == self.claims.get(name):
+                self.due.pop(name, None)
+        return {name: claim for name, claim in wanted.items() if claim != self.claims.get(name)}
+
+    def compare(self, names: Iterable[str], is_kept: bool) -> None:
+        """Have etcd say what is held here under these names. Raises: Unclaimed, until it does.
+
+        A claim that nothing here holds is kept while Docker has not told what it uses; it is let go
+        of only right after etcd has answered, and is not relied upon from then on.
+        """
+        writes = self.claims_to_write(names)
+        going = {name for name, claim in writes.items() if not (claim and self.host in claim.hosts)}
+        for name in going if is_kept else ():
+            del writes[name]
+        if writes:
+            self.refresh()
+            self.leaving |= going & writes.keys()
+            raise TransactionRequired(Transaction(writes, self.head))
+
+    def refresh(self, name: str = "") -> None:
+        """Have etcd looked at, if that was not done for this turn. Raises: Unclaimed.
+
+        A claim of this name that gipam did not write may have gone without a word: let all know.
+        """
+        gone = {name: None} if "?" in self.others(self.claims.get(name)) else {}
+        if not self.is_fresh:
+            raise TransactionRequired(Transaction({**gone}, self.head, {f"claims/{name}": None for name in gone}))
+
+    def claim(self, writes: dict[str, Claim | None]) -> NoReturn:
+        """Have something new claimed. Raises: Unclaimed; Unavailable, if etcd has lost claims."""
+        if self.grace_remaining_s() > 0:
+            raise Unavailable("etcd has lost claims, and all hosts claim again what they hold: "
+                              f"nothing new for at least {self.grace_remaining_s():.0f} s: try again")
+        raise TransactionRequired(Transaction(writes, self.head))
+
+    def grace_remaining_s(self) -> float:
+        """Return for how long nothing new is claimed, so that all claim again what they hold.
+
+        Each looks every PULSE_S, and says in its key that it is behind, until it has: CALM_S more.
+        """
+        return self.lost_s + GRACE_PERIOD_S + HEARTBEAT_INTERVAL_S * bool(self.awaited) - time.monotonic()
+
+    def _note_rival(self, name: str, claim: Claim | None) -> None:
+        before, self.conflicts[name] = self.conflicts.get(name), self.describe_claim(claim)
+        if not claim:
+            del self.conflicts[name]
+        elif self.conflicts[name] != before:
+            log.error("claimed_elsewhere: %s is held here, and claimed by %s: no new address of it "
+                      "is given out until one of them lets it go", name, self.conflicts[name])
+
+    def evict(self, host: str) -> None:
+        """Give up what an absent host has claimed, for the machine's old name: make it this host's.
+
+        Raises: InvalidRequest, Forbidden; Unclaimed, until it is done.
+        """
+        if f"hosts/{host}" in self.won:
+            return
+        self.refresh()
+        shown, count = self.hosts.get(host, (None, MISSED_HEARTBEATS))
+        names = sorted((name for name, claim in self.claims.items() if host in claim.hosts),
+                       key=lambda name: (-name.count("/"), name))  # addresses go first
+        if not names and shown is None:
+            there = ", ".join(it["host"] for it in self.describe(False)["hosts"])
+            raise InvalidRequest(f"there is no host {host!r} in etcd, only {there}", 404)
+        if count < MISSED_HEARTBEATS and not self.is_former_name(host):
+            raise Forbidden(f"host {host} is there, or was less than {MISSED_HEARTBEATS} looks of "
+                            f"{HEARTBEAT_INTERVAL_S:.0f} s ago: stop its gipam first, and wait as long")
+        heir, writes = {self.host} if self.is_former_name(host) else {}, {}
+        for name in names[:CLAIMS_PER_TRANSACTION]:
+            hosts = {*heir, *self.claims[name].hosts} - {host}
+            writes[name] = self.claims[name]._replace(hosts=tuple(sorted(hosts))) if hosts else None
+        raise TransactionRequired(Transaction(writes, self.head, {f"hosts/{host}": shown}))
+
+    def require_no_conflict(self, network: Network) -> None:
+        """Check that nobody else has claimed what is held here. Raises: Unclaimed, Forbidden."""
+        self.claims_to_write([str(network)])  # finds anew whether it is in conflict
+        rival = self.conflicts.get(str(network))
+        if rival:
+            self.refresh(str(self.state.families[network.version].find_remote_conflict(network)))
+            raise Forbidden(f"{network} is held here, but claimed by {rival} too: no address of it "
+                            "is given out until one of them lets it go")
+
+    def find_claim_conflict(self, network: Network) -> str:
+        """Return who has claimed what is held here of a subnet, "" for nobody."""
+        return next((rival for name, rival in self.conflicts.items()
+                     if f"{name}/".startswith(f"{network}/")), "")
+
+    def describe(self, is_away: bool) -> Json:
+        """Return what `status --json` shows of the hosts; while etcd is away nobody is heard of."""
+        claims = collections.Counter(host for name, claim in self.claims.items()
+                                     if name.count("/") == 1 for host in claim.hosts)
+        present = {host for host, (_, count) in self.hosts.items() if count < MISSED_HEARTBEATS}
+        return {"host": self.host, "hosts": [
+            {"host": host, "is_present": None if is_away else host in {*present, self.host},
+             "claims": claims[host], "is_own": self.is_former_name(host)}
+            for host in sorted({*claims, *self.hosts})]}
 
 
 # === Service ======================================================================================
@@ -2384,15 +2468,15 @@ class Histogram:
                 ("_sum", f"{self.sum_s:.6f}"), ("_count", sum(self.counts))]
 
 
-Call = Callable[[Callable[[], Any]], Any]  # runs a function in a turn of the loop, and waits for it
-Again = Callable[[Union[GipamError, None]], Union[Need, None]]  # looks again at what waits for etcd
+RunInLoop = Callable[[Callable[[], Any]], Any]  # runs a function in a turn of the loop, and waits for it
+Attempt = Callable[[Union[GipamError, None]], Union[Transaction, None]]  # looks again at what waits for etcd
 RESULTS = ("ok", "bug", "InvalidRequest", "Forbidden", "Unavailable", "StoreError", "StoreLost")
 
 
-class Done(NamedTuple):
+class AppliedRecord(NamedTuple):
     """A change that has been applied in this turn, and what the journal and the log have of it."""
 
-    change: Change
+    change: Record
     record: str
     seq: int
     pool: Pool
@@ -2401,15 +2485,15 @@ class Done(NamedTuple):
     def describe(self, now_s: float) -> str:
         """Return the line of the log: who got what where, then the numbers."""
         change, where = self.change, self.pool.label
-        if isinstance(change, RequestAddress):
+        if isinstance(change, AddressGrant):
             who = change.name or change.mac or change.kind
             mac = f" ({change.mac})" if change.name and change.mac else ""
             text = f"{who}{mac} got {change.address} in {where}"
-        elif isinstance(change, ReleaseAddress):
+        elif isinstance(change, AddressRelease):
             text = f"{change.address} in {where} is free again"
-        elif isinstance(change, RequestPool):
+        elif isinstance(change, PoolGrant):
             text = f"a network got {change.sub_pool and change.sub_pool + ' of '}{where}"
-        elif isinstance(change, ReleasePool):
+        elif isinstance(change, PoolRelease):
             text = f"{where} is free again"
         else:
             text = f"{where}: {' '.join(map(str, change[1:]))}"
@@ -2424,37 +2508,37 @@ class Service:
     """
 
     def __init__(self, store: Store, state: State, config: Json,
-                 read_state: Callable[[], State], ask: Ask, proxies: Proxies | None = None) -> None:
-        self.state, self.store, self.ask, self.proxies = state, store, ask, proxies
+                 read_state: Callable[[], State], netlink: NetlinkRequest, proxies: ProxyNeighbours | None = None) -> None:
+        self.state, self.store, self.netlink, self.proxies = state, store, netlink, proxies
         store.settle()
         self._config = config  # the keys of the lease file
         self._read_state = read_state
-        self._done: list[Done] = []  # in this turn
-        self._written: list[Done] = []  # what is to be logged
+        self._done: list[AppliedRecord] = []  # in this turn
+        self._written: list[AppliedRecord] = []  # what is to be logged
         self._is_changing = False  # the state: what an exception leaves then is not to be used
-        self.about: Json = {}  # what /status tells of the daemon
+        self.daemon_info: Json = {}  # what /status tells of the daemon
         self.has_macs = True  # of containers: Docker is to tell them
-        self.site: Site | None = None  # where several hosts share etcd
+        self.site: ClaimTable | None = None  # where several hosts share etcd
         self.etcd_s, self.etcd_failure = Histogram(), "it has not been asked yet"  # "": it answers
         self.requests: collections.Counter[tuple[str, str]] = collections.Counter()
         self.request_s, self.sync_s, self.last_write_s = Histogram(), Histogram(), 0.0
-        self.is_import_noted = False  # in the lease file, should gipam crash
+        self.is_import_flag_saved = False  # in the lease file, should gipam crash
         self.import_is_due = threading.Event()  # ask Docker what it uses, once it answers
         self.adopted: set[int] = set()  # changes by adoption, until Docker vouches for the pool
 
     @property
     def failure(self) -> StoreError:
         """Return why what is not durable is not."""
-        return self.store.loss or StoreError(self.store.trouble)
+        return self.store.fatal_error or StoreError(self.store.last_error)
 
-    def apply(self, change: Change) -> None:
+    def apply(self, change: Record) -> None:
         """Apply the change, which is on disk after commit(). Raises: StoreError; all is as before.
 
         There is no way back: whether the disk has room for it is settled first.
         """
-        if self.store.loss:
-            raise self.store.loss
-        asked_s, record = time.perf_counter(), dumps([CHANGE_NAMES[type(change)], *change])
+        if self.store.fatal_error:
+            raise self.store.fatal_error
+        asked_s, record = time.perf_counter(), encode_json([RECORD_NAMES[type(change)], *change])
         self.store.reserve(len(record))
         self._is_changing = True
         pool = self.state.pools.get(change.pool_id)
@@ -2462,7 +2546,7 @@ class Service:
         pool = pool or self.state.pools[change.pool_id]
         if self.proxies:
             self.proxies.note(pool, change)
-        self._done.append(Done(change, record, self.state.seq, pool, asked_s))
+        self._done.append(AppliedRecord(change, record, self.state.seq, pool, asked_s))
         self._is_changing = False
         if self.site:
             self.site.note(change, pool.subnet)
@@ -2473,20 +2557,20 @@ class Service:
         If that fails, the state is read anew from disk, where is_durable() then looks.
         """
         done, self._done = self._done, []
-        if self.store.loss or not done:
+        if self.store.fatal_error or not done:
             return
         started_s = time.perf_counter()
         try:
             self.store.append([entry.record for entry in done])
         except Exception as error:  # noqa: BLE001 - nobody knows what is on disk
-            self._read_anew(error if isinstance(error, StoreError) else
+            self.reload(error if isinstance(error, StoreError) else
                             StoreError(f"cannot write the journal: {error!r}"))
             return
         self.sync_s.observe(time.perf_counter() - started_s)
         self.last_write_s = time.time()
         self._written += done
 
-    def tell(self) -> None:
+    def log_committed(self) -> None:
         """Log the changes that have been written: once the replies have left."""
         if self._written:
             now_s, written, self._written = time.perf_counter(), self._written, []
@@ -2499,21 +2583,21 @@ class Service:
             self.commit()  # the changes before it are whole
             if not self.is_durable(seq):
                 self.store.lose(str(self.failure))
-            self._read_anew(StoreError("a change failed half-way: the state is read anew"))
+            self.reload(StoreError("a change failed half-way: the state is read anew"))
 
-    def _read_anew(self, error: StoreError) -> None:
+    def reload(self, error: StoreError) -> None:
         """Take the state from disk; a fold that is under way has ended: _step() refuses it."""
         log.error("%s", error)
-        self.store.trouble, self._is_changing = str(error), False
+        self.store.last_error, self._is_changing = str(error), False
         try:
-            if not self.store.loss:
-                self.store.drop_snapshot()
-                self.store.hold()
+            if not self.store.fatal_error:
+                self.store.remove_temp()
+                self.store.lock_segments()
                 self.state = self._read_state()
                 self.adopted = {seq for seq in self.adopted if seq <= self.state.seq}
                 self.store.settle()
                 if self.site:
-                    self.site.attach(self.state)
+                    self.site.rebind(self.state)
         except Exception as failure:  # noqa: BLE001 - whatever it is, start again
             self.store.lose(f"cannot read the state anew: {failure!r}")
 
@@ -2528,11 +2612,11 @@ class Service:
         finally:
             seq = self.state.seq
             self.commit()
-            self.tell()
+            self.log_committed()
             if not self.is_durable(seq):
                 raise self.failure
 
-    def request_pool(self, request: PoolRequest) -> RequestPool:
+    def request_pool(self, request: PoolRequest) -> PoolGrant:
         """Grant a subnet. Raises: as decide_request_pool(); Unclaimed; StoreError."""
         subnet, family = request.subnet, self.state.families[request.version]
         routes: list[Range] = []
@@ -2550,7 +2634,7 @@ class Service:
     def read_obstacles(self, family: Family) -> list[Range]:
         """Return what of this host no block may touch. Raises: Unavailable, if it cannot tell."""
         try:
-            return read_obstacles(self.ask, family.version, family.bases)
+            return read_used_ranges(self.netlink, family.version, family.bases)
         except OSError as error:
             raise Unavailable("cannot ask the kernel for the routes of this host: "
                               f"{error.strerror}; try again") from None
@@ -2568,26 +2652,26 @@ class Service:
                 site.cover(subnet, is_joining=True)
             yield
         except (InvalidRequest, Forbidden, Unavailable):
-            rival = subnet and family.find_rival(subnet, sub_pool)
-            if site and (rival in family.elsewhere if rival else not subnet and family.elsewhere):
+            rival = subnet and family.find_conflict(subnet, sub_pool)
+            if site and (rival in family.remote_claims if rival else not subnet and family.remote_claims):
                 site.refresh(str(rival))
             raise
         finally:
             if site and subnet and is_shared:
                 site.cover(subnet)
 
-    def _grant(self, change: RequestPool) -> None:
+    def _grant(self, change: PoolGrant) -> None:
         """Apply a grant that follows a transaction made for it. Raises: Unclaimed; StoreError."""
         site, name = self.site, change.subnet
         if site and name not in site.won:
             network = parse_prefix(name)
             subnet = site.held(network)
             is_shared = subnet.is_shared if subnet else change.is_shared
-            site.check_undisputed(network)
-            site.claim({name: site.joined(name, "", is_shared)})
+            site.require_no_conflict(network)
+            site.claim({name: site.claim_joined(name, "", is_shared)})
         self.apply(change)
 
-    def request_address(self, pool_id: str, request: AddressRequest) -> tuple[RequestAddress, int]:
+    def request_address(self, pool_id: str, request: AddressRequest) -> tuple[AddressGrant, int]:
         """Grant an address; return the prefixlen of its subnet too.
 
         A pool that Docker holds and the state does not know is adopted first, and stays so.
@@ -2602,39 +2686,39 @@ class Service:
             pool = self.state.pools[pool_id]
         network = pool.subnet.network
         if self.site and str(network) in self.site.conflicts:
-            self.site.check_undisputed(network)
+            self.site.require_no_conflict(network)
         decide = self._decide_shared if pool.subnet.is_shared else decide_request_address
         change = decide(pool, request, now_s)
         self.apply(change)
         return change, network.prefixlen
 
-    def _decide_shared(self, pool: Pool, request: AddressRequest, now_s: int) -> RequestAddress:
+    def _decide_shared(self, pool: Pool, request: AddressRequest, now_s: int) -> AddressGrant:
         """Decide which address of a subnet that hosts share is given. Raises: Unclaimed too."""
         site, network, is_away = self.site, pool.subnet.network, bool(self.etcd_failure)
         if not site:
             raise Unavailable(f"{network} is shared with other hosts: start gipam with -etcd")
         if not request.address:
-            address = site.find_gateway(pool.subnet) if request.kind == GATEWAY else \
-                site.find_own(pool, (request.name, request.mac), is_away)
+            address = site.choose_remote_gateway(pool.subnet) if request.kind == GATEWAY else \
+                site.choose_claimed_address(pool, (request.name, request.mac), is_away)
             request = request._replace(address=address)
         try:
             change = decide_request_address(
                 pool, request, now_s, random.randint(pool.low, pool.high),  # noqa: S311 - so that
-                site.taken.get(network) or AddressSet())  # hosts seldom meet
+                site.taken.get(network) or OffsetBitmap())  # hosts seldom meet
         except Unavailable:
             site.refresh()
             raise
         site.check_address(network, change.address, change.kind, is_away)
         return change
 
-    def release(self, pool_id: str, address: str = "") -> Change | None:
+    def release(self, pool_id: str, address: str = "") -> Record | None:
         """Release a pool with its leases, or an address in it; None: it is gone already.
 
         Raises: InvalidRequest, StoreError.
         """
         pool, change = self._find_pool(pool_id), None
         if pool:
-            change = decide_release_address(pool, address) if address else ReleasePool(pool_id)
+            change = decide_release_address(pool, address) if address else PoolRelease(pool_id)
         if change:
             self.apply(change)
         return change
@@ -2645,10 +2729,10 @@ class Service:
             parsed = parse_pool_id(pool_id)
             unbound = make_pool_id(*parsed, UNBOUND) if parsed else ""
             if unbound in self.state.pools:
-                self.apply(BindPool(unbound, pool_id))
+                self.apply(PoolIdBinding(unbound, pool_id))
         return self.state.pools.get(pool_id)
 
-    def release_if(self, pool_id: str, address: str, seq: int) -> Change | None:
+    def release_if_unchanged(self, pool_id: str, address: str, seq: int) -> Record | None:
         """Release the pool, or the address in it, if it still is what was granted as change seq."""
         pool = self.state.pools.get(pool_id)
         lease = pool.leases.get(parse_offset(pool, address)) if pool and address else None
@@ -2657,16 +2741,16 @@ class Service:
                             f"{seq}: look again")
         return self.release(pool_id, address)
 
-    def take_back(self, change: Change | None, seq: int) -> None:
+    def roll_back(self, change: Record | None, seq: int) -> None:
         """Release what a reply granted that never arrived, if that is still the very same."""
-        if isinstance(change, (RequestPool, RequestAddress)):  # a release is never undone
-            address = change.address if isinstance(change, RequestAddress) else ""
+        if isinstance(change, (PoolGrant, AddressGrant)):  # a release is never undone
+            address = change.address if isinstance(change, AddressGrant) else ""
             with contextlib.suppress(Forbidden, StoreError):
-                self.release_if(change.pool_id, address, seq)
+                self.release_if_unchanged(change.pool_id, address, seq)
                 log.warning("took back %s in %s: nobody has read the reply", address or "all",
                             change.pool_id)
 
-    def adopt(self, subnet: Network, sub_pool: Network | None, name: str,
+    def import_pool(self, subnet: Network, sub_pool: Network | None, name: str,
               requests: list[AddressRequest], seq: int) -> range:
         """Adopt, as decide_import(); return the numbers of the changes.
 
@@ -2676,7 +2760,7 @@ class Service:
             self.state, subnet, sub_pool, name, requests, seq, int(time.time())))
 
     def _adopt(self, subnet: Network | None, sub_pool: Network | None,
-               changes: Iterator[Change]) -> range:
+               changes: Iterator[Record]) -> range:
         """Apply the changes, each before the next; return their numbers. Raises: Unclaimed."""
         first, site, version = self.state.seq + 1, self.site, subnet.version if subnet else 4
         claim = site.claims.get(str(subnet)) if site else None
@@ -2684,7 +2768,7 @@ class Service:
         with self._joining(version, subnet, sub_pool, is_shared):
             for change in changes:
                 seq = self.state.seq
-                if isinstance(change, RequestPool):
+                if isinstance(change, PoolGrant):
                     self._grant(change._replace(is_shared=is_shared))
                     if change.is_adopted:  # for good, whatever becomes of the request
                         self.import_is_due.set()
@@ -2701,14 +2785,14 @@ class Service:
             if self.site:
                 self.site.wake()  # what nothing here holds may be let go now
 
-    def is_fold_due(self) -> bool:
+    def needs_checkpoint(self) -> bool:
         """Return whether the journal has outgrown the lease file, or that lacks what it needs."""
-        store, limit_bytes = self.store, max(MIN_FOLD_BYTES, self.store.snapshot_bytes)
-        return not store.loss and (store.segment != (store.named or 0)  # none yet, or it has failed
+        store, limit_bytes = self.store, max(MIN_CHECKPOINT_BYTES, self.store.snapshot_bytes)
+        return not store.fatal_error and (store.segment != (store.referenced_segment or 0)  # none yet, or it has failed
                                    or store.journal_bytes > limit_bytes
-                                   or self.is_import_noted != self.import_is_due.is_set())
+                                   or self.is_import_flag_saved != self.import_is_due.is_set())
 
-    def fold(self, call: Call | None = None, is_stopping: bool = False) -> bool:
+    def checkpoint(self, run_in_loop: RunInLoop | None = None, is_stopping: bool = False) -> bool:
         """Write the state to the lease file, drop the journal that it replaces; False: it failed.
 
         In a thread of its own: what touches the state, or a name on disk, goes through call(), in
@@ -2719,30 +2803,30 @@ class Service:
 
         def step(function: Callable[..., Any], *arguments: Any) -> Any:
             def turn() -> Any:
-                if self.store.loss or state is not self.state:
-                    raise self.store.loss or StoreError("the state has been read anew meanwhile")
+                if self.store.fatal_error or state is not self.state:
+                    raise self.store.fatal_error or StoreError("the state has been read anew meanwhile")
                 return function(*arguments)
 
-            return (call or self.run)(turn)
+            return (run_in_loop or self.run)(turn)
 
         try:
             if not is_stopping:
-                step(store.begin_segment, ROOM_BYTES)
+                step(store.rotate, PREALLOCATE_BYTES)
             named = None if is_stopping else store.segment or None
             copy, is_due = step(lambda: (copy_state(state), self.import_is_due.is_set()))
             chunks = encode_snapshot(self._config, copy, named, is_due)
-            step(store.open_snapshot)
-            store.fill_snapshot(iter(lambda: step(next, chunks, ""), ""))
-            step(store.place_snapshot, named)
-            self.is_import_noted = is_due
+            step(store.create_temp)
+            store.write_temp(iter(lambda: step(next, chunks, ""), ""))
+            step(store.publish_temp, named)
+            self.is_import_flag_saved = is_due
             for number in step(store.segments):
                 if is_stopping or number < store.segment:
                     step(store.remove, number)
             return True
         except (OSError, GipamError) as error:
-            log.warning("could not fold the journal into %s: %s", store.path, explain(error))
+            log.warning("could not fold the journal into %s: %s", store.path, format_os_error(error))
             with contextlib.suppress(GipamError):  # then it is gone already
-                step(store.drop_snapshot)
+                step(store.remove_temp)
         return False
 
 
@@ -2754,13 +2838,13 @@ def recover(store: Store, document: Json | None, state: State) -> None:
             decode_snapshot(document, state)
         for line, record in store.replay(document, state.seq):
             place, what = line, "what stands before it"
-            state.apply(decode_change(record))
+            state.apply(decode_record(record))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         why = str(error) if type(error) is ValueError else repr(error)
-        raise store.damage(place, f"contradicts {what}: {why}") from None
+        raise store.corruption(place, f"contradicts {what}: {why}") from None
 
 
-# === Protocol =====================================================================================
+# === API ==========================================================================================
 
 NAME_OPTION, LENGTH_OPTIONS = "gipam.name", {4: "gipam.v4ab", 6: "gipam.v6ab"}
 SHARED_OPTION = "gipam.shared"
@@ -2773,8 +2857,8 @@ class Reply:
 
     __slots__ = ("body", "change", "content_type", "need", "page", "seq", "status")
 
-    def __init__(self, status: int, body: bytes, change: Change | None = None,
-                 need: Need | None = None) -> None:
+    def __init__(self, status: int, body: bytes, change: Record | None = None,
+                 need: Transaction | None = None) -> None:
         self.status, self.body = status, body
         self.seq = 0  # of the newest change that the decision could see
         self.change = change  # that it made
@@ -2783,12 +2867,12 @@ class Reply:
         self.page: Iterator[bytes] | None = None  # what follows the body, in portions
 
 
-def show_value(value: Any) -> str:
+def quote_value(value: Any) -> str:
     """Return a value of JSON as it may be shown: repr() takes long for what is nested deeply."""
     return type(value).__name__ if isinstance(value, (list, dict)) else printable(repr(value))
 
 
-class Fields(Dict[str, Any]):
+class Arguments(Dict[str, Any]):
     """The arguments of a call. A method that reads one raises InvalidRequest."""
 
     def text(self, key: str, is_needed: bool = False) -> str:
@@ -2796,7 +2880,7 @@ class Fields(Dict[str, Any]):
         value = self.get(key, "")
         if not isinstance(value, str) or (is_needed and not value):
             more = " with something in it" if is_needed else ""
-            raise InvalidRequest(f"{key} is not a string{more}: {show_value(value)}")
+            raise InvalidRequest(f"{key} is not a string{more}: {quote_value(value)}")
         if len(value) > MAX_TEXT_CHARS:
             raise InvalidRequest(f"{key} is longer than {MAX_TEXT_CHARS} characters")
         if not value.isprintable():
@@ -2815,7 +2899,7 @@ class Fields(Dict[str, Any]):
     def seq(self) -> int:
         """Return the number of a change."""
         if type(self.get("Seq")) is not int:  # nor bool
-            raise InvalidRequest(f"Seq is not a number: {show_value(self.get('Seq'))}")
+            raise InvalidRequest(f"Seq is not a number: {quote_value(self.get('Seq'))}")
         return int(self["Seq"])
 
     def prefix(self, key: str) -> Network | None:
@@ -2826,14 +2910,14 @@ class Fields(Dict[str, Any]):
         except ValueError as error:
             raise InvalidRequest(f"invalid address {key.lower()}: {error}") from None
 
-    def options(self) -> Fields:
+    def options(self) -> Arguments:
         """Return the map of options, {} where there is none; those of others are left alone."""
         options = self.get("Options")
         if options is None:
             options = {}
         if not isinstance(options, dict):
-            raise InvalidRequest(f"Options is not a map of strings: {show_value(options)}")
-        return Fields(options)
+            raise InvalidRequest(f"Options is not a map of strings: {quote_value(options)}")
+        return Arguments(options)
 
 
 def dispatch(service: Service, verb: str, target: str, body: bytes,
@@ -2850,36 +2934,36 @@ def dispatch(service: Service, verb: str, target: str, body: bytes,
             raise InvalidRequest(f"{path} is not served here, only {', '.join(sorted(paths))}", 404)
         if failure:
             raise failure
-        reply = answer(service, verb, path, query, body)
-    except Unclaimed as due:
+        reply = route(service, verb, path, query, body)
+    except TransactionRequired as due:
         return Reply(0, b"", need=due.need)
     except GipamError as error:
         log.warning("refused %s: %s", METHODS.get(path, ("a request",))[0], error)
-        reply, result = refuse(error), type(error).__name__
+        reply, result = error_reply(error), type(error).__name__
     except Exception:  # a bug: Docker gets an answer, the operator the traceback
         log.exception("failed at %s, which is a bug of gipam; got %r", printable(path),
                       body[:MAX_TEXT_CHARS])
         service.mend()
-        reply, result = refuse(GipamError("internal error of gipam: see its log")), "bug"
+        reply, result = error_reply(GipamError("internal error of gipam: see its log")), "bug"
     service.requests[path if path in PATHS else "unknown", result] += 1
     service.request_s.observe(time.perf_counter() - started_s)
-    if path not in CONSTANT_ANSWERS:
+    if path not in STATIC_REPLIES:
         reply.seq = service.state.seq
     return reply
 
 
-def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> Reply:
+def route(service: Service, verb: str, path: str, query: str, body: bytes) -> Reply:
     """Find the function for a path, and call it. Raises: GipamError."""
     if verb == "POST" and path in METHODS:
         result, change = METHODS[path][1](service, decode_fields(body))
-        return Reply(200, dumps(result).encode(), change)
+        return Reply(200, encode_json(result).encode(), change)
     if path not in PATHS:
         raise InvalidRequest(f"unknown method {printable(path)!r}: this is an IPAM driver", 404)
     needed = "GET" if path in PAGES else "POST"
     if verb != needed:
         raise InvalidRequest(f"{path} takes {needed}, not {printable(verb)}", 405)
-    if path in CONSTANT_ANSWERS:
-        return Reply(200, (CONSTANT_ANSWERS if service.has_macs else WITHOUT_MACS)[path])
+    if path in STATIC_REPLIES:
+        return Reply(200, (STATIC_REPLIES if service.has_macs else STATIC_REPLIES_WITHOUT_MAC)[path])
     content_type, page = PAGES[path]
     portions = join_portions(page(service, query))
     reply = Reply(200, next(portions, b""))
@@ -2887,17 +2971,17 @@ def answer(service: Service, verb: str, path: str, query: str, body: bytes) -> R
     return reply
 
 
-def refuse(error: GipamError) -> Reply:
+def error_reply(error: GipamError) -> Reply:
     """Turn an error into a reply: dockerd reads Err of a status that is not 200, others Error."""
-    return Reply(error.http_status, dumps({"Err": str(error), "Error": str(error)}).encode())
+    return Reply(error.http_status, encode_json({"Err": str(error), "Error": str(error)}).encode())
 
 
-def settle(service: Service, reply: Reply) -> Reply:
+def durable_reply(service: Service, reply: Reply) -> Reply:
     """Return what may leave after a commit(): an error, if what was decided is not on disk."""
-    return reply if service.is_durable(reply.seq) else refuse(service.failure)
+    return reply if service.is_durable(reply.seq) else error_reply(service.failure)
 
 
-def decode_fields(body: bytes) -> Fields:
+def decode_fields(body: bytes) -> Arguments:
     """Return the arguments of a call. Raises: InvalidRequest."""
     if not body:  # moby#39331: never read it as defaults
         raise InvalidRequest("the request has no body: dockerd lost it in a retry; "
@@ -2911,20 +2995,20 @@ def decode_fields(body: bytes) -> Fields:
         raise InvalidRequest("the body is not JSON") from None
     if not isinstance(fields, dict):
         raise InvalidRequest("the body is not a JSON object")
-    return Fields(fields)
+    return Arguments(fields)
 
 
-def read_pool_request(fields: Fields) -> PoolRequest:
+def parse_pool_request(fields: Arguments) -> PoolRequest:
     """Return what a network asks for. Raises: InvalidRequest."""
     space, is_v6 = fields.text("AddressSpace"), fields.get("V6", False)
     subnet, sub_pool, options = fields.prefix("Pool"), fields.prefix("SubPool"), fields.options()
     if space not in ("", ADDRESS_SPACE):
         raise InvalidRequest(f"invalid address space: {space!r} is not {ADDRESS_SPACE!r}")
     if not isinstance(is_v6, bool) or (is_v6 and subnet and subnet.version == 4):
-        raise InvalidRequest(f"invalid address pool: {subnet} with V6 {show_value(is_v6)}")
+        raise InvalidRequest(f"invalid address pool: {subnet} with V6 {quote_value(is_v6)}")
     version = subnet.version if subnet else 6 if is_v6 else 4
-    prefixlen = read_prefixlen(options, version)
-    if subnet and is_hint(subnet):
+    prefixlen = parse_prefixlen(options, version)
+    if subnet and is_size_hint(subnet):
         prefixlen, subnet = subnet.prefixlen or prefixlen, None
     if sub_pool and not subnet:
         raise InvalidRequest(
@@ -2937,7 +3021,7 @@ def read_pool_request(fields: Fields) -> PoolRequest:
                        text == "true")
 
 
-def read_prefixlen(options: Fields, version: int) -> int | None:
+def parse_prefixlen(options: Arguments, version: int) -> int | None:
     """Return the length of block asked for. Raises: InvalidRequest, also for unknown options."""
     known = (NAME_OPTION, *LENGTH_OPTIONS.values(), SHARED_OPTION)
     for key in options:
@@ -2953,9 +3037,9 @@ def read_prefixlen(options: Fields, version: int) -> int | None:
     return int(text) if text else None
 
 
-def request_pool(service: Service, fields: Fields) -> tuple[Any, Change]:
+def handle_request_pool(service: Service, fields: Arguments) -> tuple[Any, Record]:
     """Grant a network its subnet."""
-    request = read_pool_request(fields)
+    request = parse_pool_request(fields)
     if request.is_shared and not service.site:
         raise InvalidRequest(f"option {SHARED_OPTION} needs -etcd, through which hosts share")
     change = service.request_pool(request)
@@ -2966,7 +3050,7 @@ def request_pool(service: Service, fields: Fields) -> tuple[Any, Change]:
     return {"PoolID": change.pool_id, "Pool": change.subnet, "Data": {}}, change
 
 
-def request_address(service: Service, fields: Fields) -> tuple[Any, Change]:
+def handle_request_address(service: Service, fields: Arguments) -> tuple[Any, Record]:
     """Grant an address to a gateway, to a container, or aside for the user (auxiliary)."""
     pool_id, address, options = fields.text("PoolID", True), fields.address(), fields.options()
     mac, name = options.text(ENDPOINT_MAC), options.text(ENDPOINT_NAME)
@@ -2978,7 +3062,7 @@ def request_address(service: Service, fields: Fields) -> tuple[Any, Change]:
     return {"Address": f"{change.address}/{prefixlen}", "Data": {}}, change
 
 
-def release(service: Service, fields: Fields, has_address: bool = False) -> tuple[Any, Any]:
+def handle_release(service: Service, fields: Arguments, has_address: bool = False) -> tuple[Any, Any]:
     """Release a pool or an address; what is gone already is released."""
     pool_id, address = fields.text("PoolID", True), fields.address(True) if has_address else ""
     change = service.release(pool_id, address)
@@ -2988,27 +3072,27 @@ def release(service: Service, fields: Fields, has_address: bool = False) -> tupl
     return {}, change
 
 
-def adopt_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
+def handle_import(service: Service, fields: Arguments) -> tuple[Any, None]:
     """Take over what Docker uses; answer how many changes that was, and the last one's Seq."""
     subnet, sub_pool = fields.prefix("Subnet"), fields.prefix("SubPool")
     leases = fields.get("Leases")
     if not subnet or not isinstance(leases, list) \
             or not all(isinstance(lease, dict) for lease in leases):
         raise InvalidRequest("Subnet or the list Leases is missing")
-    if len(leases) > MAX_ADOPTED:
-        raise InvalidRequest(f"Leases has {len(leases)} entries, more than {MAX_ADOPTED}: adopt "
+    if len(leases) > MAX_IMPORT_LEASES:
+        raise InvalidRequest(f"Leases has {len(leases)} entries, more than {MAX_IMPORT_LEASES}: adopt "
                              "the others in further calls, with the Seq of the pool")
     keys = ("Address", "Kind", "MAC", "Name")
-    requests = [AddressRequest(*(Fields(lease).text(key) for key in keys)) for lease in leases]
+    requests = [AddressRequest(*(Arguments(lease).text(key) for key in keys)) for lease in leases]
     for request in requests:
-        if request.kind not in KINDS:
-            raise InvalidRequest(f"Kind is none of {', '.join(KINDS)}: {request.kind!r}")
-    done = service.adopt(subnet, sub_pool, fields.text("Name"), requests, fields.seq())
+        if request.kind not in LEASE_KINDS:
+            raise InvalidRequest(f"Kind is none of {', '.join(LEASE_KINDS)}: {request.kind!r}")
+    done = service.import_pool(subnet, sub_pool, fields.text("Name"), requests, fields.seq())
     log.info("took over %s as Docker has it: %d changes", sub_pool or subnet, len(done))
     return {"Adopted": len(done), "Seq": done.stop - 1}, None
 
 
-def evict_by_hand(service: Service, fields: Fields) -> tuple[Any, None]:
+def handle_evict(service: Service, fields: Arguments) -> tuple[Any, None]:
     """Give up what a host that will never come back has claimed."""
     host, site = fields.text("Host", is_needed=True), service.site
     if not site or host == site.host:
@@ -3021,17 +3105,17 @@ def describe_bases(state: State, routes: Mapping[int, list[Range]]) -> list[Json
     """Return what `status --json` shows of the bases, with those routes of the host inside them."""
     bases = []
     for base, family in ((base, its) for its in state.families.values() for base in its.bases):
-        version, (low, high) = family.version, span(base)
+        version, (low, high) = family.version, address_range(base)
         total, used, excluded = family.count(base)
         inside = [route for route in routes.get(version, ()) if low <= route[0] <= high]
         removed = [network for network in family.excluded if base.overlaps(network)]
         bases.append({
             "prefix": str(base), "family": version, "block_prefixlen": family.prefixlen,
             "blocks": total, "blocks_used": used, "blocks_excluded": excluded,
-            "blocks_routed": family.count_free([*inside, *map(span, removed)]) - excluded,
+            "blocks_routed": family.count_free([*inside, *map(address_range, removed)]) - excluded,
             "excluded": [*map(str, removed)],
             "routes": [f"{format_address(first, version)}/"
-                       f"{BITS[version] - (last - first).bit_length()}" for first, last in inside],
+                       f"{ADDRESS_BITS[version] - (last - first).bit_length()}" for first, last in inside],
             "remembered": {name: str(kept.network) for name, kept in family.names.items()
                            if low <= int(kept.network.network_address) <= high},
         })
@@ -3039,42 +3123,42 @@ def describe_bases(state: State, routes: Mapping[int, list[Range]]) -> list[Json
 
 
 def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
-                  site: Site | None = None) -> Iterator[str]:
+                  site: ClaimTable | None = None) -> Iterator[str]:
     """Yield the JSON of `status --json` in portions, of pools as they are when it is their turn."""
-    yield dumps(head)[:-1] + ',"claims":['
+    yield encode_json(head)[:-1] + ',"claims":['
     claims = [(name.split("/"), claim) for name, claim in site.claims.items()] if site else []
-    yield from encode_list({
+    yield from encode_items({
         "subnet": "/".join(name[:2]), "address": "".join(name[2:]), "hosts": claim.hosts,
         "is_shared": claim.is_shared, "since_s": claim.since_s}
         for name, claim in claims if has_leases or len(name) == 2)
     yield '],"pools":['
     comma = ""
     for pool in pools:
-        text = comma + dumps({
+        text = comma + encode_json({
             "id": pool.pool_id, "subnet": str(pool.subnet.network),
             "sub_pool": str(pool.sub_pool or ""), "name": pool.name, "leases": len(pool.leases),
-            "usable": pool.usable(), "granted_s": pool.granted_s, "seq": pool.seq,
+            "usable": pool.capacity(), "granted_s": pool.granted_s, "seq": pool.seq,
             "is_shared": pool.subnet.is_shared,
-            "claimed_elsewhere": site.find_conflict(pool.subnet.network) if site else "",
+            "claimed_elsewhere": site.find_claim_conflict(pool.subnet.network) if site else "",
             **({"remembered": {owner: pool.format(offset) for owner, (offset, _)
-                               in pool.subnet.memory.items()}} if has_leases else {})})
+                               in pool.subnet.affinity.items()}} if has_leases else {})})
         if has_leases:
             leases = ({"address": pool.format(at), **pool.leases[at]._asdict()}
                       for at in list(pool.leases) if at in pool.leases)
             yield text[:-1] + ',"addresses":['
-            yield from encode_list(leases)
+            yield from encode_items(leases)
             text = "]}"
         yield text
         comma = ","
     yield "]}"
 
 
-def show_status(service: Service, query: str) -> Iterator[str]:
+def status_page(service: Service, query: str) -> Iterator[str]:
     """Yield what `status --json` shows."""
     routes = {version: service.read_obstacles(family)
               for version, family in service.state.families.items() if family.bases}
-    status = {**service.about, "version": __version__, "seq": service.state.seq,
-              "bases": describe_bases(service.state, routes), "trouble": service.store.trouble}
+    status = {**service.daemon_info, "version": __version__, "seq": service.state.seq,
+              "bases": describe_bases(service.state, routes), "trouble": service.store.last_error}
     if service.site:
         status.update(service.site.describe(bool(service.etcd_failure)), etcd={
             "failure": service.etcd_failure, "due": len(service.site.due)})
@@ -3082,7 +3166,7 @@ def show_status(service: Service, query: str) -> Iterator[str]:
                          "leases=1" in query.split("&"), service.site)
 
 
-def show_metrics(service: Service, _: str) -> Iterator[str]:
+def metrics_page(service: Service, _: str) -> Iterator[str]:
     """Yield the lines of GET /metrics; the counts of all methods from 0 on (increase())."""
     bases = [(f'{{base="{base["prefix"]}",family="{base["family"]}"}}', base)
              for base in describe_bases(service.state, {})]
@@ -3103,7 +3187,7 @@ def show_metrics(service: Service, _: str) -> Iterator[str]:
         ("base_blocks_excluded", "Blocks of it that are never handed out",
          [(labels, base["blocks_excluded"]) for labels, base in bases]),
         ("pool_addresses", "Addresses of a pool that can be handed out",
-         ((label(pool), pool.usable()) for pool in pools)),
+         ((label(pool), pool.capacity()) for pool in pools)),
         ("pool_addresses_used", "Addresses of it that are held",
          ((label(pool), len(pool.leases)) for pool in pools)),
         ("requests_total", "Requests, by method and result",
@@ -3130,42 +3214,42 @@ def show_metrics(service: Service, _: str) -> Iterator[str]:
             yield from (f"gipam_{name}{labels} {value}\n" for labels, value in series)
 
 
-def show_health(service: Service, _: str) -> list[str]:
+def health_page(service: Service, _: str) -> list[str]:
     """Say whether gipam answers and can write. Raises: StoreError."""
-    if service.store.trouble:
-        raise StoreError(service.store.trouble)
+    if service.store.last_error:
+        raise StoreError(service.store.last_error)
     return ["ok\n"]
 
 
-CONSTANT_ANSWERS = {path: dumps(value).encode() for path, value in {
+STATIC_REPLIES = {path: encode_json(value).encode() for path, value in {
     "/Plugin.Activate": {"Implements": ["IpamDriver"]},
     # MACs tell owners; a replay could make dockerd panic or release live pools (protocol.md 3.6)
     "/IpamDriver.GetCapabilities": {"RequiresMACAddress": True, "RequiresRequestReplay": False},
     "/IpamDriver.GetDefaultAddressSpaces": {"LocalDefaultAddressSpace": ADDRESS_SPACE,
                                             "GlobalDefaultAddressSpace": ADDRESS_SPACE},
 }.items()}
-WITHOUT_MACS = {path: text.replace(b"true", b"false") for path, text in CONSTANT_ANSWERS.items()}
-METHODS: dict[str, tuple[str, Callable[[Service, Fields], tuple[Any, Change | None]]]] = {
-    "/IpamDriver.RequestPool": ("a subnet", request_pool),  # -> what the log calls it, function
-    "/IpamDriver.ReleasePool": ("to release a subnet", release),
-    "/IpamDriver.RequestAddress": ("an address", request_address),
+STATIC_REPLIES_WITHOUT_MAC = {path: text.replace(b"true", b"false") for path, text in STATIC_REPLIES.items()}
+METHODS: dict[str, tuple[str, Callable[[Service, Arguments], tuple[Any, Record | None]]]] = {
+    "/IpamDriver.RequestPool": ("a subnet", handle_request_pool),  # -> what the log calls it, function
+    "/IpamDriver.ReleasePool": ("to release a subnet", handle_release),
+    "/IpamDriver.RequestAddress": ("an address", handle_request_address),
     "/IpamDriver.ReleaseAddress": ("to release an address",
-                                   functools.partial(release, has_address=True)),
+                                   functools.partial(handle_release, has_address=True)),
     "/Gipam.Release": ("to release", lambda service, fields: (  # what `check` or `release` saw
-        {}, service.release_if(fields.text("PoolID", True), fields.address(), fields.seq()))),
-    "/Gipam.Adopt": ("to take over", adopt_by_hand),
-    "/Gipam.Evict": ("to evict", evict_by_hand),
+        {}, service.release_if_unchanged(fields.text("PoolID", True), fields.address(), fields.seq()))),
+    "/Gipam.Adopt": ("to take over", handle_import),
+    "/Gipam.Evict": ("to evict", handle_evict),
 }
 PAGES: dict[str, tuple[str, Callable[[Service, str], Iterable[str]]]] = {  # -> type, text
-    "/status": ("application/json", show_status),
-    "/metrics": ("text/plain; version=0.0.4; charset=utf-8", show_metrics),
-    "/healthz": ("text/plain; charset=utf-8", show_health),
+    "/status": ("application/json", status_page),
+    "/metrics": ("text/plain; version=0.0.4; charset=utf-8", metrics_page),
+    "/healthz": ("text/plain; charset=utf-8", health_page),
 }
-PATHS: set[str] = {*CONSTANT_ANSWERS, *METHODS, *PAGES}
-PUBLIC_PAGES = frozenset(("/metrics", "/healthz"))  # for whoever may reach the -metrics address
+PATHS: set[str] = {*STATIC_REPLIES, *METHODS, *PAGES}
+METRICS_LISTENER_PATHS = frozenset(("/metrics", "/healthz"))  # for whoever may reach the -metrics address
 
 
-# === Transport ====================================================================================
+# === Server =======================================================================================
 
 # What dockerd writes, to the letter (protocol.md 1.6): read in 2 us; http.server's parser takes 20.
 PLAIN_REQUEST = re.compile(
@@ -3175,10 +3259,10 @@ CLOSE = "Connection: close\r\n"
 HEAD_END = re.compile(rb"\n\r?\n|\A[!-~]+ [!-~]+\r?\n").search  # \A: of HTTP/0.9, one line
 LOCAL_HOST = re.compile(r"(|(plugin\.moby\.)?localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?",
                         re.IGNORECASE).fullmatch
-LISTENER = "gipam"  # name of what the service manager keeps
+FDSTORE_NAME = "gipam"  # name of what the service manager keeps
 
 
-def notify(state: str, *fds: int, patience_s: float = 0.0) -> None:
+def sd_notify(state: str, *fds: int, patience_s: float = 0.0) -> None:
     """Tell the service manager, if there is one, and if it can be told. Source: sd_notify(3)."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(patience_s)
@@ -3187,7 +3271,7 @@ def notify(state: str, *fds: int, patience_s: float = 0.0) -> None:
         manager.sendmsg([state.encode()], rights)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class ClientConnection(http.server.BaseHTTPRequestHandler):
     """A connection. It moves bytes when the loop says so, and never waits.
 
     What came and is not a whole request yet is in the inbox, what the socket has not taken yet in
@@ -3201,14 +3285,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def __init__(self, request: socket.socket, _: Any, server: Server) -> None:
         """Begin with nothing read, nothing to send; socketserver would handle all of it here."""
         self.connection, self.server = request, server
-        self.inbox, self.outbox = bytearray(), b""
+        self.received, self.unsent = bytearray(), b""
         self.page: Iterator[bytes] | None = None  # what follows in the outbox
         self.command = ""  # of the last request
         self.looked = 0  # bytes of the inbox in which no head ends
         self.length = -1  # of the body, once the head is read
-        self.has_ended = False  # the peer: it sends no more
-        self.is_last = False
-        self.is_waiting = False  # for etcd
+        self.is_eof = False  # the peer: it sends no more
+        self.closes_after_reply = False
+        self.awaits_etcd = False  # for etcd
         self.reply: Reply | None = None  # the last one, until the peer has shown that it read it
         self.since_s = time.monotonic()  # when it was last idle, or has sent something
         self.events = 0  # what the selector waits for
@@ -3216,18 +3300,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def is_busy(self) -> bool:
         """Return whether it is in the middle of a request or of a reply."""
-        return bool(self.inbox or self.outbox) or self.length >= 0 or self.is_waiting
+        return bool(self.received or self.unsent) or self.length >= 0 or self.awaits_etcd
 
     def receive(self) -> None:
         """Put what has come into the inbox, unless it is full of requests that are due first."""
-        if len(self.inbox) > MAX_HEAD_BYTES + MAX_BODY_BYTES:  # more than any one needs
+        if len(self.received) > MAX_HEAD_BYTES + MAX_BODY_BYTES:  # more than any one needs
             return
-        if not self.inbox and self.length < 0:
+        if not self.received and self.length < 0:
             self.since_s = time.monotonic()
         try:
             data = self.connection.recv(RECEIVE_BYTES)
-            self.inbox += data
-            self.has_ended = not data
+            self.received += data
+            self.is_eof = not data
         except BlockingIOError:
             pass
         except OSError:
@@ -3240,39 +3324,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
         where the next one begins.
         """
         if self.length < 0:
-            plain = PLAIN_REQUEST(self.inbox) if not self.looked else None
-            if plain and not (self.server.is_private and not LOCAL_HOST(plain[2].decode())):
+            plain = PLAIN_REQUEST(self.received) if not self.looked else None
+            if plain and not (self.server.is_loopback and not LOCAL_HOST(plain[2].decode())):
                 self.close_connection, self.command, self.path = False, "POST", plain[1].decode()
                 self.length = int(plain[3])
-                del self.inbox[:plain.end()]
+                del self.received[:plain.end()]
             elif not self._read_head():
                 return None
-        if len(self.inbox) < self.length:
-            if self.has_ended:
-                raise InvalidRequest(f"the body ends after {len(self.inbox)} of {self.length} "
+        if len(self.received) < self.length:
+            if self.is_eof:
+                raise InvalidRequest(f"the body ends after {len(self.received)} of {self.length} "
                                      "bytes")
             return None
-        body = bytes(self.inbox[:self.length])
-        del self.inbox[:self.length]
+        body = bytes(self.received[:self.length])
+        del self.received[:self.length]
         self.length, self.looked, self.reply = -1, 0, None
         return body
 
     def _read_head(self) -> bool:
         """Let http.server read the head, if it is there; return whether it is."""
-        if not self.looked and self.inbox.startswith((b"\r\n", b"\n")):  # RFC 9112 section 2.2
-            del self.inbox[:self.inbox.index(b"\n") + 1]
-        is_first_line = self.inbox.find(b"\n") >= self.looked  # that ends in what has come now
-        end = HEAD_END(self.inbox, 0 if is_first_line else max(self.looked - 3, 0))
-        self.looked = len(self.inbox)
-        if not end and self.looked <= MAX_HEAD_BYTES and not (self.has_ended and self.inbox):
+        if not self.looked and self.received.startswith((b"\r\n", b"\n")):  # RFC 9112 section 2.2
+            del self.received[:self.received.index(b"\n") + 1]
+        is_first_line = self.received.find(b"\n") >= self.looked  # that ends in what has come now
+        end = HEAD_END(self.received, 0 if is_first_line else max(self.looked - 3, 0))
+        self.looked = len(self.received)
+        if not end and self.looked <= MAX_HEAD_BYTES and not (self.is_eof and self.received):
             return False
-        head = bytes(self.inbox[:end.end() if end else self.looked])
-        del self.inbox[:len(head)]
+        head = bytes(self.received[:end.end() if end else self.looked])
+        del self.received[:len(head)]
         self.command, self.rfile = "", io.BytesIO(head)
         self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
         if len(self.raw_requestline) > MAX_LINE_BYTES:
             self.send_error(414)
-        if not end and not self.has_ended:
+        if not end and not self.is_eof:
             self.send_error(431)
         if not self.parse_request():  # it has no word for a line of blanks
             self.send_error(400)
@@ -3284,7 +3368,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _check_head(self) -> int:
         """Return the length of the body. Raises: InvalidRequest; Forbidden for web pages."""
         host = self.headers.get("Host", "")
-        if self.server.is_private and ("Origin" in self.headers or "Sec-Fetch-Site" in self.headers
+        if self.server.is_loopback and ("Origin" in self.headers or "Sec-Fetch-Site" in self.headers
                                        or not LOCAL_HOST(host)):
             raise Forbidden("requests from web pages are not served, nor for another host than "
                             f"this one: {printable(host)!r}")  # they reach loopback
@@ -3305,31 +3389,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_expect_100(self) -> bool:
         """Tell a client that waits for it to go ahead."""
         self.reply = None  # of what the peer leaves unread, this may be all
-        self.outbox += b"HTTP/1.1 100 Continue\r\n\r\n"
+        self.unsent += b"HTTP/1.1 100 Continue\r\n\r\n"
         return True
 
     def refuse(self, error: GipamError) -> Reply:
         """Return the reply to what is not a request; it is the last one."""
         log.warning("refused what is not a request: %s", error)
-        self.close_connection, self.inbox, self.length = True, bytearray(), -1
-        return refuse(error)
+        self.close_connection, self.received, self.length = True, bytearray(), -1
+        return error_reply(error)
 
     def answer(self, reply: Reply) -> None:
         """Put the reply into the outbox: head and body in one piece."""
         self.page, portion = reply.page, next(reply.page, b"") if reply.page else b""
-        self.is_last = self.close_connection or bool(portion) or self.server.loop.is_ending
+        self.closes_after_reply = self.close_connection or bool(portion) or self.server.loop.is_draining
         length = "" if portion else f"Content-Length: {len(reply.body)}\r\n"
         head = (f"HTTP/1.1 {reply.status} {self.responses[reply.status][0]}\r\n"
                 f"Content-Type: {reply.content_type}\r\n{length}"
-                f"{CLOSE if self.is_last else ''}\r\n")
+                f"{CLOSE if self.closes_after_reply else ''}\r\n")
         self.reply = reply
-        self.outbox += head.encode() + (b"" if self.command == "HEAD" else reply.body + portion)
+        self.unsent += head.encode() + (b"" if self.command == "HEAD" else reply.body + portion)
 
     def send(self) -> None:
         """Send what the socket takes now, of a page one portion."""
         try:
-            sent = self.connection.send(self.outbox)
-            self.outbox = self.outbox[sent:] or (next(self.page, b"") if self.page else b"")
+            sent = self.connection.send(self.unsent)
+            self.unsent = self.unsent[sent:] or (next(self.page, b"") if self.page else b"")
             self.since_s = time.monotonic()
         except BlockingIOError:
             pass
@@ -3343,9 +3427,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         that was read must not be taken back: a leak is mended by check, a double address is not.
         """
         if self.reply and is_unread:
-            self.server.loop.service.take_back(self.reply.change, self.reply.seq)
-        self.outbox, self.page, self.is_last = b"", None, True
-        self.inbox.clear()
+            self.server.loop.service.roll_back(self.reply.change, self.reply.seq)
+        self.unsent, self.page, self.closes_after_reply = b"", None, True
+        self.received.clear()
 
 
 class Server(socketserver.TCPServer):
@@ -3354,20 +3438,20 @@ class Server(socketserver.TCPServer):
     allow_reuse_address = True
     request_queue_size = BACKLOG
     is_unix = False
-    is_kept = False  # whether the service manager keeps the socket, for the next process
+    is_fd_stored = False  # whether the service manager keeps the socket, for the next process
 
-    def __init__(self, address: Any, loop: Loop, listener: socket.socket | None = None,
+    def __init__(self, address: Any, loop: EventLoop, listener: socket.socket | None = None,
                  paths: frozenset[str] = frozenset()) -> None:
         self.loop, self.paths = loop, paths  # no paths: all
         if isinstance(address, tuple):
             self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, Handler, bind_and_activate=listener is None)
+        super().__init__(address, ClientConnection, bind_and_activate=listener is None)
         if listener:
             self.socket.close()
             self.socket, self.server_address = listener, listener.getsockname()
         self.socket.setblocking(False)
         # for users of this host, but whose browser anybody may steer
-        self.is_private = not self.is_unix and (
+        self.is_loopback = not self.is_unix and (
             ipaddress.ip_address(str(self.server_address[0])).is_loopback)
 
     def server_bind(self) -> None:
@@ -3396,7 +3480,7 @@ class UnixServer(Server):
     is_unix = True
 
 
-class Loop:
+class EventLoop:
     """Serves all connections in one thread, turn by turn; so nothing needs a lock.
 
     Threads that write the lease file or ask Docker come back by call(), and only by that.
@@ -3406,16 +3490,16 @@ class Loop:
                  flush_log: Callable[[], None] = lambda: None) -> None:
         self.service, self.flush_log, self._failed_turns = service, flush_log, 0
         self.servers: list[Server] = []
-        self.ticks: list[Callable[[], None]] = [self._tick]  # what is done each second
+        self.timers: list[Callable[[], None]] = [self._tick]  # what is done each second
         self._tick_s = 0.0
-        self.handlers: dict[Handler, None] = {}
-        self.ask_etcd: Callable[[Need, Again], None] = lambda *_: None
-        self._replies: collections.deque[tuple[Handler, Reply]] = collections.deque()
+        self.connections: dict[ClientConnection, None] = {}
+        self.ask_etcd: Callable[[Transaction, Attempt], None] = lambda *_: None
+        self._replies: collections.deque[tuple[ClientConnection, Reply]] = collections.deque()
         self._later: list[Callable[[], None]] = []  # what is done when the replies have left
-        self._current: Handler | None = None  # at which the turn is
-        self.is_ending = False  # each reply is the last of its connection
-        self.is_stopping = self.is_over = False
-        self._asking: collections.OrderedDict[Handler, None] = collections.OrderedDict()
+        self._current: ClientConnection | None = None  # at which the turn is
+        self.is_draining = False  # each reply is the last of its connection
+        self.stop_requested = self.is_closed = False
+        self._asking: collections.OrderedDict[ClientConnection, None] = collections.OrderedDict()
         self._dialled: list[Server] = []  # in this turn
         self._has_looked = False  # in this turn, who may do no more
         self._selector = selectors.DefaultSelector()
@@ -3435,10 +3519,10 @@ class Loop:
 
     def stop(self, *_: Any) -> None:
         """Let run() return after the present turn."""
-        self.is_stopping = True
-        self.ring()
+        self.stop_requested = True
+        self.wake_up()
 
-    def ring(self) -> None:
+    def wake_up(self) -> None:
         """Begin a turn now."""
         with contextlib.suppress(OSError):  # it rings already, or all is over
             self._rope.send(b"\0")
@@ -3450,9 +3534,9 @@ class Loop:
         """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._calls.append((future, function))
-        if self.is_over:
-            raise Stopping("gipam is stopping: try again")
-        self.ring()
+        if self.is_closed:
+            raise ShuttingDown("gipam is stopping: try again")
+        self.wake_up()
         return future.result()
 
     # A turn
@@ -3497,16 +3581,16 @@ class Loop:
             proxies.settle(self.service.state)
         while self._replies:  # 6
             self._current, reply = self._replies.popleft()
-            if self._current in self.handlers:  # else it has been given up since
-                self._current.answer(settle(self.service, reply))
+            if self._current in self.connections:  # else it has been given up since
+                self._current.answer(durable_reply(self.service, reply))
                 self._send(self._current)
         self._current = None
-        if time.monotonic() >= self._tick_s and not self.is_ending:
-            self._tick_s = time.monotonic() + TICK_S
-            self._later = self.ticks[::-1] + self._later
+        if time.monotonic() >= self._tick_s and not self.is_draining:
+            self._tick_s = time.monotonic() + TIMER_INTERVAL_S
+            self._later = self.timers[::-1] + self._later
         while self._later:
             self._later.pop()()
-        self.service.tell()
+        self.service.log_committed()
         self.flush_log()
 
     def _run(self, future: concurrent.futures.Future[Any],
@@ -3523,34 +3607,34 @@ class Loop:
     def _accept(self, server: Server) -> bool:
         """Take in who has dialled, a limited number; return whether that was not all."""
         try:
-            for _ in range(MAX_DIALS):
+            for _ in range(MAX_ACCEPTS):
                 server.finish_request(*server.get_request())
             return True
         except BlockingIOError:
             pass
         except OSError as error:
-            if error.errno in PASSING:
+            if error.errno in TRANSIENT_ERRNOS:
                 log.error("cannot accept connections: %s; waiting for some to end",
                           error.strerror)
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(server.socket)  # until the next tick
         return False
 
-    def add(self, handler: Handler) -> None:
+    def add(self, handler: ClientConnection) -> None:
         """Ask the handler from now on; on TCP, past the bound the one goes that is idle longest.
 
         Who is in the middle of something stays: then it is the new one that goes.
         """
-        self.handlers[handler] = None
+        self.connections[handler] = None
         self._watch(handler, selectors.EVENT_READ)
         if not handler.server.is_unix:
-            alike = [other for other in self.handlers if other.server is handler.server]
-            if len(alike) > MAX_TCP_PEERS:
+            alike = [other for other in self.connections if other.server is handler.server]
+            if len(alike) > MAX_TCP_CONNECTIONS:
                 self.close(min((other for other in alike
                                 if not other.is_busy() and other not in self._asking),
                                key=lambda other: other.since_s))
 
-    def _move(self, handler: Handler, events: int) -> None:
+    def _move(self, handler: ClientConnection, events: int) -> None:
         """Let the handler send or receive; of those who only look, one a turn: a page costs ms."""
         if handler.page or handler.server.paths:
             if self._has_looked:
@@ -3564,12 +3648,12 @@ class Loop:
             handler.receive()
             self._asking[handler] = None
 
-    def _ask(self, handler: Handler) -> None:
+    def _ask(self, handler: ClientConnection) -> None:
         """Answer the next request of a handler, if it has one, or put it aside for etcd."""
-        if handler not in self.handlers or handler.is_waiting or handler.outbox:
+        if handler not in self.connections or handler.awaits_etcd or handler.unsent:
             return
         try:
-            body = None if handler.is_last else handler.next_request()
+            body = None if handler.closes_after_reply else handler.next_request()
         except GipamError as error:
             self._replies.append((handler, handler.refuse(error)))
             return
@@ -3578,51 +3662,51 @@ class Loop:
             return
         need = self._answer(handler, body)
         if need:
-            handler.is_waiting = True
+            handler.awaits_etcd = True
             self._watch(handler, 0)
             self.ask_etcd(need, functools.partial(self._again, handler, handler.since_s, body))
 
-    def _again(self, handler: Handler, since_s: float, body: bytes,
-               failure: GipamError | None) -> Need | None:
+    def _again(self, handler: ClientConnection, since_s: float, body: bytes,
+               failure: GipamError | None) -> Transaction | None:
         """Look again at a request that waits for etcd; None: nobody waits for it any more."""
-        is_same = handler in self.handlers and handler.is_waiting and handler.since_s == since_s
+        is_same = handler in self.connections and handler.awaits_etcd and handler.since_s == since_s
         return self._answer(handler, body, failure) if is_same else None
 
-    def _answer(self, handler: Handler, body: bytes,
-                failure: GipamError | None = None) -> Need | None:
+    def _answer(self, handler: ClientConnection, body: bytes,
+                failure: GipamError | None = None) -> Transaction | None:
         """Answer a request, but if it needs something of etcd: then return that."""
         reply = dispatch(self.service, handler.command, handler.path, body, handler.server.paths,
                          failure)
-        handler.is_waiting = bool(reply.need)
+        handler.awaits_etcd = bool(reply.need)
         if not reply.need:
             self._replies.append((handler, reply))
         return reply.need
 
     def _give_up(self, until_s: float, error: GipamError) -> None:
         """Refuse what waits for etcd since then, though whoever asks may be stuck in DNS."""
-        for handler in self.handlers:
-            if handler.is_waiting and handler.since_s <= until_s:
-                handler.is_waiting = False
-                self._replies.append((handler, refuse(error)))
+        for handler in self.connections:
+            if handler.awaits_etcd and handler.since_s <= until_s:
+                handler.awaits_etcd = False
+                self._replies.append((handler, error_reply(error)))
 
-    def _send(self, handler: Handler) -> None:
+    def _send(self, handler: ClientConnection) -> None:
         """Let the handler send; go on with what else it has been asked."""
         handler.send()
-        if not handler.outbox and (handler.inbox or handler.has_ended):
+        if not handler.unsent and (handler.received or handler.is_eof):
             self._asking[handler] = None
         else:
             self._settle(handler)
 
-    def _settle(self, handler: Handler) -> None:
+    def _settle(self, handler: ClientConnection) -> None:
         """End the handler if it has nothing more to do, else wait for what it needs."""
-        events = selectors.EVENT_WRITE if handler.outbox else selectors.EVENT_READ
-        if events == selectors.EVENT_READ and (handler.is_last or handler.has_ended):
+        events = selectors.EVENT_WRITE if handler.unsent else selectors.EVENT_READ
+        if events == selectors.EVENT_READ and (handler.closes_after_reply or handler.is_eof):
             events = 0
-            if handler.is_last or not (self.is_ending and handler.server.is_unix):
+            if handler.closes_after_reply or not (self.is_draining and handler.server.is_unix):
                 self.close(handler)  # else finish() has shut it for reading, and ends it later
         self._watch(handler, events)
 
-    def _watch(self, handler: Handler, events: int) -> None:
+    def _watch(self, handler: ClientConnection, events: int) -> None:
         if events == handler.events:
             return
         if handler.events:
@@ -3632,11 +3716,11 @@ class Loop:
                                     functools.partial(self._move, handler))
         handler.events = events
 
-    def close(self, handler: Handler) -> None:
+    def close(self, handler: ClientConnection) -> None:
         """End a connection. What it has not sent is not taken back: nobody but us has ended it."""
-        if handler in self.handlers:
+        if handler in self.connections:
             self._watch(handler, 0)
-            del self.handlers[handler]
+            del self.connections[handler]
             handler.server.close_request(handler.connection)
 
     # A life
@@ -3651,7 +3735,7 @@ class Loop:
 
     def run(self) -> None:
         """Serve until stop(), or until nothing can be written any more."""
-        while not (self.is_stopping or self.service.store.loss):
+        while not (self.stop_requested or self.service.store.fatal_error):
             self.turn(max(self._tick_s - time.monotonic(), 0.0))
             self._fold_if_due()
 
@@ -3659,16 +3743,16 @@ class Loop:
         now_s = time.monotonic()
         for server in self.servers:
             self.open(server)
-        for handler in [it for it in self.handlers if it.is_busy() and not it.server.is_unix]:
-            if handler.since_s + REQUEST_PATIENCE_S < now_s:
+        for handler in [it for it in self.connections if it.is_busy() and not it.server.is_unix]:
+            if handler.since_s + REQUEST_TIMEOUT_S < now_s:
                 self.close(handler)
-        self._give_up(now_s - ETCD_PATIENCE_S - TICK_S,
+        self._give_up(now_s - ETCD_TIMEOUT_S - TIMER_INTERVAL_S,
                       Unavailable(self.service.etcd_failure or "etcd does not answer"))
 
     def _fold_if_due(self) -> None:
-        if self.service.is_fold_due() and time.monotonic() >= self._fold_after_s \
+        if self.service.needs_checkpoint() and time.monotonic() >= self._fold_after_s \
                 and not (self._folder and self._folder.is_alive()):
-            self._fold_after_s = time.monotonic() + FOLD_PATIENCE_S
+            self._fold_after_s = time.monotonic() + CHECKPOINT_RETRY_S
             folder = threading.Thread(target=self._fold, name="fold", daemon=True)
             try:
                 folder.start()
@@ -3677,7 +3761,7 @@ class Loop:
                 log.warning("cannot fold the journal yet: %s", error)
 
     def _fold(self) -> None:
-        if self.service.fold(self.call):
+        if self.service.checkpoint(self.call):
             self._fold_after_s = 0.0
 
     def finish(self, remove_names: Callable[[], None]) -> None:
@@ -3688,39 +3772,39 @@ class Loop:
         the next one. (A Go client that sees the end of a connection in the moment in which it takes
         it up loses the body: golang/go#22158.) Who has only dialled is about to ask.
         """
-        self.is_ending = True
+        self.is_draining = True
         self.turn(0.0)  # half a request that lies in a socket is one that has begun
-        for handler in self.handlers:
+        for handler in self.connections:
             if handler.server.is_unix and handler.command and not handler.is_busy():
                 with contextlib.suppress(OSError):  # the peer is gone already
                     handler.connection.shutdown(socket.SHUT_RD)
-        self._turn_for(RETIRE_PATIENCE_S, RETIRE_PATIENCE_S)
-        for handler in list(self.handlers):
+        self._turn_for(DRAIN_IDLE_S, DRAIN_IDLE_S)
+        for handler in list(self.connections):
             if handler.command and not handler.is_busy():
                 self.close(handler)
         remove_names()
         while self.servers:
             self.shut(self.servers[0])
-        self._turn_for(RETIRE_PATIENCE_S, DIAL_PATIENCE_S)
-        self._give_up(math.inf, Stopping("gipam is stopping: try again"))
+        self._turn_for(DRAIN_IDLE_S, DRAIN_MAX_S)
+        self._give_up(math.inf, ShuttingDown("gipam is stopping: try again"))
         self.turn(0.0)
-        for handler in list(self.handlers):
+        for handler in list(self.connections):
             self.close(handler)
         self._end_calls()
 
     def _turn_for(self, least_s: float, most_s: float) -> None:
         """Make turns for so long, and on while somebody is about to ask, or in the middle of it."""
         started_s = time.monotonic()
-        while self.handlers and not self.service.store.loss:
+        while self.connections and not self.service.store.fatal_error:
             past_s = time.monotonic() - started_s
-            is_due = any(it.is_busy() or not it.command for it in self.handlers)
+            is_due = any(it.is_busy() or not it.command for it in self.connections)
             if past_s >= (most_s if is_due else least_s):
                 break
             self.turn(0.01)
 
     def shut(self, server: Server) -> None:
         """Close a listener; who waits in the backlog of one that nobody keeps would be reset."""
-        while not server.is_kept and self._accept(server):
+        while not server.is_fd_stored and self._accept(server):
             pass
         self.servers.remove(server)
         with contextlib.suppress(KeyError):  # it waits for descriptors
@@ -3729,31 +3813,34 @@ class Loop:
 
     def _end_calls(self) -> None:
         """Refuse what threads still ask for, and wait for the one that folds."""
-        self.is_over = True
+        self.is_closed = True
         while self._calls:
-            self._calls.popleft()[0].set_exception(Stopping("gipam is stopping: try again"))
+            self._calls.popleft()[0].set_exception(ShuttingDown("gipam is stopping: try again"))
         if self._folder:
             self._folder.join()
 
 
-def listen(kind: type[Server], address: Any, loop: Loop) -> Server:
+# === Discovery ====================================================================================
+
+
+def open_listener(kind: type[Server], address: Any, loop: EventLoop) -> Server:
     """Listen; the service manager keeps the socket, so that a restart never refuses Docker."""
-    found = take_sockets(address)
+    found = inherited_sockets(address)
     if not found and isinstance(address, str):
-        clear_path(address)
+        remove_stale(address)
     server = kind(address, loop, next(iter(found.values()), None))
-    server.is_kept = bool(found) or "FDSTORE" in os.environ
-    if "FDSTORE" in os.environ and LISTENER not in found:  # there is room for one
-        notify(f"FDSTOREREMOVE=1\nFDNAME={LISTENER}", patience_s=TICK_S)
-        notify(f"FDSTORE=1\nFDNAME={LISTENER}", server.socket.fileno(), patience_s=TICK_S)
+    server.is_fd_stored = bool(found) or "FDSTORE" in os.environ
+    if "FDSTORE" in os.environ and FDSTORE_NAME not in found:  # there is room for one
+        sd_notify(f"FDSTOREREMOVE=1\nFDNAME={FDSTORE_NAME}", patience_s=TIMER_INTERVAL_S)
+        sd_notify(f"FDSTORE=1\nFDNAME={FDSTORE_NAME}", server.socket.fileno(), patience_s=TIMER_INTERVAL_S)
     for old in [it for it in loop.servers if it.server_address == server.server_address]:
-        old.is_kept = False  # any more: somebody has deleted its name
+        old.is_fd_stored = False  # any more: somebody has deleted its name
         loop.shut(old)
     loop.open(server)
     return server
 
 
-def take_sockets(address: Any) -> dict[str, socket.socket]:
+def inherited_sockets(address: Any) -> dict[str, socket.socket]:
     """Return the listeners for the address of those handed over, by name (sd_listen_fds(3)).
 
     One may come twice, from a socket unit and from the store: the copy is closed, never shut down,
@@ -3771,66 +3858,66 @@ def take_sockets(address: Any) -> dict[str, socket.socket]:
             found[name] = handed
             continue
         handed.close()
-        if name == LISTENER and isinstance(bound, str) and os.path.lexists(bound):
+        if name == FDSTORE_NAME and isinstance(bound, str) and os.path.lexists(bound):
             os.unlink(bound)
     return found
 
 
-def clear_path(path: str) -> None:
+def remove_stale(path: str) -> None:
     """Make the directory of a socket or link, remove a dead one. Raises: GipamError, OSError."""
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     if os.path.lexists(path):
         if not os.path.islink(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise ConfigError(f"{path} is in the way and is not a socket: "
                               "remove it, or use another name")
-        check_socket(path)
+        require_no_listener(path)
         os.unlink(path)
 
 
-def check_socket(path: str) -> None:
+def require_no_listener(path: str) -> None:
     """Check that nobody listens there. Raises: BusyError."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)  # the other may be stopped, its backlog full: EAGAIN
         if probe.connect_ex(path) in (0, errno.EAGAIN):
-            raise BusyError(f"another daemon listens on {path}: stop it, or use another name")
+            raise AlreadyRunning(f"another daemon listens on {path}: stop it, or use another name")
 
 
-Names = Dict[str, Callable[[str], Any]]  # a path, and what makes it, true: it stays at the end
+PublishedPaths = Dict[str, Callable[[str], Any]]  # a path, and what makes it, true: it stays at the end
 
 
-def unix_names(config: Config, loop: Loop) -> Names:
+def unix_paths(config: Config, loop: EventLoop) -> PublishedPaths:
     """Return the socket, its link where dockerd looks, and the plugin file, if one is asked for."""
     def link(path: str) -> bool:
         try:
             if os.path.realpath(path) != os.path.realpath(config.socket):
-                clear_path(path)
+                remove_stale(path)
                 os.symlink(config.socket, path)
         except PermissionError:
             if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
                 raise
             del names[path]
-        return any(server.is_kept for server in loop.servers if server.is_unix)
+        return any(server.is_fd_stored for server in loop.servers if server.is_unix)
 
-    names: Names = {config.socket: lambda path: listen(UnixServer, path, loop).is_kept}
+    names: PublishedPaths = {config.socket: lambda path: open_listener(UnixServer, path, loop).is_fd_stored}
     names.setdefault(os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket)), link)
     if config.is_spec_given:
-        names[config.spec] = functools.partial(write_spec, f"unix://{config.socket}\n")
+        names[config.spec] = functools.partial(write_plugin_file, f"unix://{config.socket}\n")
     return names
 
 
-def tcp_names(config: Config, loop: Loop) -> Names:
+def tcp_paths(config: Config, loop: EventLoop) -> PublishedPaths:
     """Listen on the address; return the plugin file. Raises: GipamError, OSError."""
-    server = listen(Server, config.address, loop)
+    server = open_listener(Server, config.address, loop)
     shadow = os.path.join(PLUGIN_SOCKET_DIR, config.driver + ".sock")
     if os.path.lexists(shadow):
-        clear_path(shadow)
+        remove_stale(shadow)
         log.warning("removed %s, which hid %s; restart dockerd if it has used it", shadow,
                     config.spec)
     url = f"tcp://{format_endpoint(server.server_address)}\n"
-    return {config.spec: functools.partial(write_spec, url)}
+    return {config.spec: functools.partial(write_plugin_file, url)}
 
 
-def show(names: Names, made: contextlib.ExitStack, is_start: bool = False) -> None:
+def publish(names: PublishedPaths, made: contextlib.ExitStack, is_start: bool = False) -> None:
     """Make what shows Docker where gipam is; at each tick, what somebody has deleted of it.
 
     It goes at the end. Raises: GipamError, OSError, at the start; later it is tried again.
@@ -3846,42 +3933,22 @@ def show(names: Names, made: contextlib.ExitStack, is_start: bool = False) -> No
         except (GipamError, OSError) as error:
             if is_start:
                 raise
-            log.warning("%s cannot be made: %s", path, explain(error))
+            log.warning("%s cannot be made: %s", path, format_os_error(error))
 
 
-def write_spec(text: str, path: str) -> None:
+def write_plugin_file(text: str, path: str) -> None:
     """Write the plugin file, whole or not at all. Raises: OSError."""
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     with open(path + ".tmp", "w", encoding="utf-8",
-              opener=lambda path, _: os.open(path, CREATE, 0o600)) as file:
+              opener=lambda path, _: os.open(path, CREATE_FLAGS, 0o600)) as file:
         file.write(text)
     os.replace(path + ".tmp", path)
-
-
-def load_tls(directory: str) -> ssl.SSLContext:
-    """Return what a client of etcd needs: TLS 1.2, its CA, its own certificate where there is one.
-
-    Raises: ConfigError.
-    """
-    if not directory:
-        return ssl.create_default_context()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    own = [os.path.join(directory, name) for name in ("cert.pem", "key.pem")]
-    try:
-        context.load_verify_locations(os.path.join(directory, "ca.pem"))
-        if any(map(os.path.exists, own)):
-            context.load_cert_chain(*own)
-    except OSError as error:
-        raise ConfigError(f"-etcdtls {directory!r}: cannot use ca.pem, cert.pem and key.pem in it: "
-                          f"{explain(error)}") from None
-    return context
 
 
 # === Docker =======================================================================================
 
 
-class Connection(http.client.HTTPConnection):
+class ApiConnection(http.client.HTTPConnection):
     """HTTP to Docker or to our own daemon: at the path of a socket, or at (host, port)."""
 
     def __init__(self, address: Any, timeout_s: float, tls: ssl.SSLContext | None = None,
@@ -3904,27 +3971,27 @@ class Connection(http.client.HTTPConnection):
             self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
 
 
-def call(connection: Connection, verb: str, path: str, body: Any = None) -> Any:
+def request_json(connection: ApiConnection, verb: str, path: str, body: Any = None) -> Any:
     """Return the JSON reply. Raises: Unreachable; Refused with the text of the other side."""
     try:
-        connection.request(verb, path, dumps(body) if body else None)
+        connection.request(verb, path, encode_json(body) if body else None)
         response = connection.getresponse()
         reply = json.loads(response.read())
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-        why = explain(error) if isinstance(error, OSError) else "its answer is not JSON"
+        why = format_os_error(error) if isinstance(error, OSError) else "its answer is not JSON"
         remedy = "run this as root" if isinstance(error, PermissionError) else connection.remedy
         is_absent = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
-        kind = Absent if is_absent else Unreachable
+        kind = NotListening if is_absent else Unreachable
         raise kind(f"{connection.peer}: {why}; {remedy}") from None
     finally:
         connection.close()  # the next call connects again
     if response.status != 200:
         text = (reply.get("Error") or reply.get("message")) if isinstance(reply, dict) else reply
-        raise Refused(f"{connection.peer.split(' does')[0]} refuses: {printable(str(text))}")
+        raise RemoteError(f"{connection.peer.split(' does')[0]} refuses: {printable(str(text))}")
     return reply
 
 
-def docker_socket() -> str:
+def docker_socket_path() -> str:
     """Return where Docker listens. Raises: Unreachable for a Docker on another host."""
     host = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
     if not host.startswith("unix://"):
@@ -3934,13 +4001,13 @@ def docker_socket() -> str:
     return host[7:]
 
 
-def hints_for(subnet: str) -> set[str]:
+def size_hints_of(subnet: str) -> set[str]:
     """Return the size hints that may have led to it: of its length, or of the default one."""
     return {f"{'::' if ':' in subnet else '0.0.0.0'}/{length}"  # noqa: S104
             for length in (subnet.partition("/")[2], "0")}
 
 
-class Use(NamedTuple):
+class DockerAllocation(NamedTuple):
     """What Docker uses: a subnet (address ""), or an address in it, or in none (subnet "")."""
 
     kind: str  # of an address, as leases have it; else "pool", "template", "hint" (Docker < 29)
@@ -3949,7 +4016,7 @@ class Use(NamedTuple):
     sub_pool: str = ""
     driver: str | None = None
     network: str = ""  # name
-    identity: str = ""  # new whenever Docker makes the network or the endpoint anew
+    docker_id: str = ""  # new whenever Docker makes the network or the endpoint anew
     container: str = ""
     mac: str = ""
     pool_name: str = ""  # gipam.name
@@ -3971,7 +4038,7 @@ def normalise_address(text: str) -> str:
     return format_address(int(address), address.version)
 
 
-def container_uses(container: Json) -> Iterator[tuple[str, Use]]:
+def container_allocations(container: Json) -> Iterator[tuple[str, DockerAllocation]]:
     """Yield each address of a container, and its gateway, with the id of the network."""
     name = printable((container.get("Names") or ["/" + container["Id"][:12]])[0][1:])
     for endpoint in ((container.get("NetworkSettings") or {}).get("Networks") or {}).values():
@@ -3981,19 +4048,19 @@ def container_uses(container: Json) -> Iterator[tuple[str, Use]]:
             address, length, gateway = (endpoint.get(key) or "" for key in keys)
             if address:
                 subnet = str(parse_prefix(f"{address}/{length}", mask=True))
-                yield network, Use(GATEWAY, gateway, subnet)
-                yield network, Use(ENDPOINT, address, subnet, container=name, mac=mac,
-                                   identity=endpoint.get("EndpointID") or container["Id"])
+                yield network, DockerAllocation(GATEWAY, gateway, subnet)
+                yield network, DockerAllocation(ENDPOINT, address, subnet, container=name, mac=mac,
+                                   docker_id=endpoint.get("EndpointID") or container["Id"])
 
 
-def network_uses(network: Json, inside: list[Use], api: tuple[int, ...]) -> Iterator[Use]:
+def network_allocations(network: Json, inside: list[DockerAllocation], api: tuple[int, ...]) -> Iterator[DockerAllocation]:
     """Yield the subnets of a network, and each address that it or a container in it has.
 
     Of a network made with a size hint, Docker < 29 shows only that; its containers tell more.
     """
     ipam, pools, addresses = network.get("IPAM") or {}, [], []
-    about = Use("template" if network.get("ConfigOnly") else "pool", driver=ipam.get("Driver"),
-                network=printable(network["Name"]), identity=network["Id"],
+    template = DockerAllocation("template" if network.get("ConfigOnly") else "pool", driver=ipam.get("Driver"),
+                network=printable(network["Name"]), docker_id=network["Id"],
                 pool_name=printable((ipam.get("Options") or {}).get(NAME_OPTION, "")))
     for config in ipam.get("Config") or ():
         version = 6 if ":" in config.get("Subnet", "") else 4
@@ -4002,10 +4069,10 @@ def network_uses(network: Json, inside: list[Use], api: tuple[int, ...]) -> Iter
         shown, sub_pool = (str(parse_prefix(config[key], mask=True)) if config.get(key) else ""
                            for key in ("Subnet", "IPRange"))
         gateway, auxiliary = config.get("Gateway"), config.get("AuxiliaryAddresses") or {}
-        addresses += [Use(GATEWAY, gateway), *(Use(AUXILIARY, text) for text in auxiliary.values())]
-        told = {use.subnet for use in inside if shown in hints_for(use.subnet)} or {shown}
-        pools += [about._replace(
-            kind="hint" if subnet in hints_for(subnet) else about.kind, subnet=subnet,
+        addresses += [DockerAllocation(GATEWAY, gateway), *(DockerAllocation(AUXILIARY, text) for text in auxiliary.values())]
+        told = {use.subnet for use in inside if shown in size_hints_of(use.subnet)} or {shown}
+        pools += [template._replace(
+            kind="hint" if subnet in size_hints_of(subnet) else template.kind, subnet=subnet,
             sub_pool=sub_pool, routed_option=find_routed_option(network, version, api),
             has_hidden_gateway=not gateway and has_gateway(network, version, api))
                   for subnet in sorted(told)]
@@ -4013,14 +4080,14 @@ def network_uses(network: Json, inside: list[Use], api: tuple[int, ...]) -> Iter
     for use in (use for use in (*addresses, *inside) if use.address and pools):
         address = normalise_address(use.address)
         home = next((pool for pool in pools
-                     if ipaddress.ip_address(address) in parse_prefix(pool.subnet)), about)
+                     if ipaddress.ip_address(address) in parse_prefix(pool.subnet)), template)
         yield home._replace(kind=use.kind, address=address, container=use.container, mac=use.mac,
-                            identity=use.identity or home.identity)
+                            docker_id=use.docker_id or home.docker_id)
 
 
 BRIDGE = "com.docker.network.bridge."  # options of a bridge network
 API_27, API_28, API_29 = (1, 46), (1, 48), (1, 52)  # of Docker 27.0 and so on
-STOPPED = "/containers/json?all=1&filters=%7B%22status%22%3A%5B%22exited%22%5D%7D"
+STOPPED_CONTAINERS_PATH = "/containers/json?all=1&filters=%7B%22status%22%3A%5B%22exited%22%5D%7D"
 
 
 def has_gateway(network: Json, version: int, api: tuple[int, ...]) -> bool:
@@ -4049,29 +4116,29 @@ def find_routed_option(network: Json, version: int, api: tuple[int, ...]) -> str
     return "" if options.get(mode) == "routed" else mode + "=routed"
 
 
-def ask_docker(path: str, patience_s: float, target: str) -> Any:
+def docker_get(path: str, patience_s: float, target: str) -> Any:
     """Return the JSON of a target. Raises: as call()."""
-    return call(Connection(path, patience_s, None, "Docker", "DOCKER_HOST"), "GET", target)
+    return request_json(ApiConnection(path, patience_s, None, "Docker", "DOCKER_HOST"), "GET", target)
 
 
-def read_uses(path: str, driver: str, timeout_s: float) -> tuple[list[Use], list[Use]]:
+def read_docker_allocations(path: str, driver: str, timeout_s: float) -> tuple[list[DockerAllocation], list[DockerAllocation]]:
     """Return (what Docker uses of this driver, all other subnets). Raises: Unreachable."""
     end = time.monotonic() + timeout_s
 
     def get(target: str) -> Any:
-        return ask_docker(path, max(end - time.monotonic(), 0.001), target)
+        return docker_get(path, max(end - time.monotonic(), 0.001), target)
 
     try:
         api = tuple(map(int, get("/version")["ApiVersion"].split(".")))
         networks, inside = get("/networks"), collections.defaultdict(list)
         for container in get("/containers/json"):
-            for network_id, use in container_uses(container):
+            for network_id, use in container_allocations(container):
                 inside[network_id].append(use)
         networks = [get(f"/networks/{network['Id']}")  # the list leaves the IPAM of such a one out
                     if (network.get("ConfigFrom") or {}).get("Network") else network
                     for network in networks]
         uses = [use for network in networks
-                for use in network_uses(network, inside[network["Id"]], api)]
+                for use in network_allocations(network, inside[network["Id"]], api)]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Unreachable(
             f"the Docker at {path} answers what gipam does not understand") from error
@@ -4081,24 +4148,27 @@ def read_uses(path: str, driver: str, timeout_s: float) -> tuple[list[Use], list
     return ours, [use for use in uses if use.driver != driver or use.kind == "template"]
 
 
-def find_stranded(path: str, status: Json) -> Iterator[str]:
+def failed_starts(path: str, status: Json) -> Iterator[str]:
     """Yield the containers that Docker gave up, as gipam was not there: protocol.md 1.5, 11.5."""
-    end, names = time.monotonic() + DOCKER_PATIENCE_S, (status["driver"], status["listening"])
+    end, names = time.monotonic() + DOCKER_TIMEOUT_S, (status["driver"], status["listening"])
     absence = 'plugin "{0}" not found|IpamDriver.*: dial .*(/{0}.sock|tcp {1}):'
-    for container in ask_docker(path, DOCKER_PATIENCE_S, STOPPED):
-        left_s = min(NAMES_PATIENCE_S, max(end - time.monotonic(), 0.001))
-        with contextlib.suppress(Refused, Unreachable):  # it has been removed, or is locked
-            about = ask_docker(path, left_s, f"/containers/{container['Id']}/json")
+    for container in docker_get(path, DOCKER_TIMEOUT_S, STOPPED_CONTAINERS_PATH):
+        left_s = min(NAMES_TIMEOUT_S, max(end - time.monotonic(), 0.001))
+        with contextlib.suppress(RemoteError, Unreachable):  # it has been removed, or is locked
+            about = docker_get(path, left_s, f"/containers/{container['Id']}/json")
             if re.search(absence.format(*map(re.escape, names)), about["State"]["Error"]):
                 name = printable(about["Name"][1:])
                 yield f"gipam was down when container {name} was to start: docker start {name}"
+
+
+# === Check ========================================================================================
 
 
 class Finding(NamedTuple):
     """A difference between gipam and Docker, and the request (path, body) that mends it."""
 
     kind: str
-    about: Use
+    subject: DockerAllocation
     text: str
     request: tuple[str, Json] = ("", {})  # gipam cannot mend it
     granted_s: float = 0.0  # when what has leaked was granted
@@ -4111,13 +4181,13 @@ def release_request(pool: Json, lease: Json | None = None) -> tuple[str, Json]:
                               "Seq": held["seq"]}
 
 
-def adopt_request(pool: Use, uses: Iterable[Use], seq: int) -> tuple[str, Json]:
+def adopt_request(pool: DockerAllocation, uses: Iterable[DockerAllocation], seq: int) -> tuple[str, Json]:
     """Return what adopts addresses in the pool that was granted as change seq; 0: and the pool.
 
     They come in descending order, from below the widest gap on: there the pool goes on, should
     Docker ask for an address before all are taken over. A gateway that it hides comes last.
     """
-    (low, high), numbers = span(parse_prefix(pool.sub_pool or pool.subnet)), {
+    (low, high), numbers = address_range(parse_prefix(pool.sub_pool or pool.subnet)), {
         use: int(ipaddress.ip_address(use.address)) for use in uses if use.address}
     inside = sorted({number for number in numbers.values() if low <= number <= high})
     gaps = [(after - number, number) for number, after in zip(inside, inside[1:])]
@@ -4125,12 +4195,12 @@ def adopt_request(pool: Use, uses: Iterable[Use], seq: int) -> tuple[str, Json]:
     _, start = max(gaps, default=(0, high))
     leases = [{"Address": use.address, "Kind": use.kind, "MAC": use.mac, "Name": use.container}
               for use in sorted(uses, key=lambda use: (
-                  not use.address, (start - numbers.get(use, 0)) % (1 << BITS[6])))]
+                  not use.address, (start - numbers.get(use, 0)) % (1 << ADDRESS_BITS[6])))]
     return "/Gipam.Adopt", {"Subnet": pool.subnet, "SubPool": pool.sub_pool,
                             "Name": pool.pool_name, "Leases": leases, "Seq": seq}
 
 
-def find_leaks(status: Json, uses: list[Use]) -> Iterator[Finding]:
+def find_leaks(status: Json, uses: list[DockerAllocation]) -> Iterator[Finding]:
     """Yield what gipam holds and Docker does not use."""
     used = {use.place: use for use in uses}
     for pool in status["pools"]:
@@ -4144,23 +4214,23 @@ def find_leaks(status: Json, uses: list[Use]) -> Iterator[Finding]:
                         "leaked_address", about, f"address {about.address} of {network} is held "
                         f"for {lease['name'] or lease['mac'] or lease['kind']}, but nothing has it",
                         release_request(pool, lease), lease["granted_s"])
-        if not network and used.keys().isdisjoint((hint, "") for hint in hints_for(subnet)):
-            yield Finding("leaked_pool", Use("pool", "", subnet, sub_pool),
+        if not network and used.keys().isdisjoint((hint, "") for hint in size_hints_of(subnet)):
+            yield Finding("leaked_pool", DockerAllocation("pool", "", subnet, sub_pool),
                           f"subnet {subnet}{sub_pool and ' range ' + sub_pool} is held with "
                           f"{pool['leases']} addresses, but no network has it",
                           release_request(pool), pool["granted_s"])
 
 
-def find_missing(status: Json, uses: list[Use]) -> Iterator[Finding]:
+def find_missing(status: Json, uses: list[DockerAllocation]) -> Iterator[Finding]:
     """Yield what Docker uses and gipam does not hold, or holds only once."""
     held = {(pool["subnet"], one.get("address", pool["sub_pool"])): one["seq"]
             for pool in status["pools"] for one in (pool, *pool["addresses"])}
-    homes: dict[tuple[str, str], dict[str, Use]] = {}
-    users: dict[tuple[str, str], Use] = {}
+    homes: dict[tuple[str, str], dict[str, DockerAllocation]] = {}
+    users: dict[tuple[str, str], DockerAllocation] = {}
     for use in uses:
         homes.setdefault((use.subnet, use.sub_pool), {}).setdefault(use.address, use)
         first = users.setdefault(use.place, use) if use.kind == ENDPOINT else use
-        if first.identity != use.identity:
+        if first.docker_id != use.docker_id:
             yield Finding("address_twice", use, f"address {use.address} is in {first} and {use}: "
                           "restart one of them")
     for home, inside in homes.items():
@@ -4180,7 +4250,7 @@ def find_missing(status: Json, uses: list[Use]) -> Iterator[Finding]:
                               "get it", adopt_request(use, [use], held[home]))
 
 
-def compare(status: Json, uses: list[Use], others: list[Use],
+def diff(status: Json, uses: list[DockerAllocation], others: list[DockerAllocation],
             until_s: float) -> dict[str, Finding]:
     """Return all that differs, or had leaked by that time, and what else has a subnet of ours."""
     found = [*find_leaks(status, uses), *find_missing(status, uses)]
@@ -4189,7 +4259,7 @@ def compare(status: Json, uses: list[Use], others: list[Use],
         found += [Finding("overlap", use, f"subnet {use.subnet} of {use}, of another IPAM driver, "
                           f"overlaps {subnet} of ours: remove one of the two networks")
                   for subnet in filter(parse_prefix(use.subnet).overlaps, subnets)]
-    found += [Finding("claimed_elsewhere", Use("pool", "", pool["subnet"], pool["sub_pool"]),
+    found += [Finding("claimed_elsewhere", DockerAllocation("pool", "", pool["subnet"], pool["sub_pool"]),
                       f"subnet {pool['subnet']} is held here, but claimed in etcd by "
                       f"{pool['claimed_elsewhere']}" + ": remove one of the two networks"
                       * ("`" not in pool["claimed_elsewhere"]))  # which says what to do
@@ -4197,7 +4267,7 @@ def compare(status: Json, uses: list[Use], others: list[Use],
     return {str(finding): finding for finding in found if finding.granted_s <= until_s}
 
 
-def find_differences(look: Callable[[], Json], read_docker: Callable[[], tuple[list[Use], Any]],
+def confirmed_differences(look: Callable[[], Json], read_docker: Callable[[], tuple[list[DockerAllocation], Any]],
                      grace_s: int) -> dict[str, Finding]:
     """Compare gipam with Docker until no passing difference can be left. Raises: Unreachable.
 
@@ -4205,12 +4275,12 @@ def find_differences(look: Callable[[], Json], read_docker: Callable[[], tuple[l
     again a moment later, for Docker shows a container that stops before it releases its address.
     """
     found: dict[str, Finding] = {}
-    for pause_s in (0.0, CHECK_PAUSE_S):
+    for pause_s in (0.0, RECHECK_DELAY_S):
         time.sleep(pause_s)
         status, until_s = look(), int(time.time()) - grace_s
         docker = read_docker()
-        first = compare(status, *docker, until_s)
-        again = compare(look(), *docker, until_s) if first else {}
+        first = diff(status, *docker, until_s)
+        again = diff(look(), *docker, until_s) if first else {}
         kept = again.keys() & (found or again).keys()
         found = {key: finding for key, finding in first.items() if key in kept}
         if not found:
@@ -4218,18 +4288,18 @@ def find_differences(look: Callable[[], Json], read_docker: Callable[[], tuple[l
     return found
 
 
-def find_route_notes(base: Network, onlink: str, held: set[str], proc: str) -> Iterator[str]:
+def route_warnings(base: Network, onlink: str, held: set[str], proc: str) -> Iterator[str]:
     """Yield what the routes to a base lack: somebody who answers on its wire, or an end."""
-    routes = list(read_routes(proc + "/self/net", base))
+    routes = list(read_covering_routes(proc + "/self/net", base))
     if str(base) in held and onlink not in dict(routes):  # a network has it all: nothing loops
-        routes = [("*", 0), *read_routes(proc + "/self/net", base.supernet())]  # its own is as long
+        routes = [("*", 0), *read_covering_routes(proc + "/self/net", base.supernet())]  # its own is as long
     links = [device for device, flags in routes if device not in ("lo", "*") and not flags & 2]
     if onlink in links:
         # By proxy_ndp of the device alone, a router that probes what it knows gets no answer; and
         # systemd-networkd sets that to 0. IPv4 has none.
         for switch, value in (f"neigh/{onlink}/proxy_delay", "0"), ("conf/all/proxy_ndp", "1"):
             path = f"net/ipv{base.version}/{switch}"
-            if list(read_rows(f"{proc}/sys/{path}")) not in ([], [[value.encode()]]):
+            if list(read_words(f"{proc}/sys/{path}")) not in ([], [[value.encode()]]):
                 name = path.translate({46: "/", 47: "."})  # eth0.7 as sysctl(8) has it
                 yield f"-onlink {onlink} needs sysctl -w {name}={value}"
     elif links:
@@ -4241,7 +4311,7 @@ def find_route_notes(base: Network, onlink: str, held: set[str], proc: str) -> I
                f"ip route add blackhole {base} metric 9999" + wire * (onlink not in ("", "off")))
 
 
-def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
+def host_warnings(status: Json, uses: list[DockerAllocation], proc: str) -> Iterator[str]:
     """Yield what on this host stands against containers being reached without NAT."""
     bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
     etcd = status.get("etcd", {})
@@ -4251,16 +4321,16 @@ def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
         what = ("this machine was that host before, `gipam evict {0}` makes them this host's"
                 if it.get("is_own") else
                 "if it will never come back, `gipam evict {0}` gives them up")
-        yield (f"host {it['host']} has not been heard of for {ABSENT_READINGS * PULSE_S:.0f} s, "
+        yield (f"host {it['host']} has not been heard of for {MISSED_HEARTBEATS * HEARTBEAT_INTERVAL_S:.0f} s, "
                f"and has {it['claims']} claims: {what.format(it['host'])}")
     if status.get("trouble"):
         yield f"gipam {status['trouble']}: nothing new is granted"
     for version, switch in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):
         if any(base.version == version for base in bases):
-            if list(read_rows(f"{proc}/sys/{switch.replace('.', '/')}")) == [[b"0"]]:
+            if list(read_words(f"{proc}/sys/{switch.replace('.', '/')}")) == [[b"0"]]:
                 yield f"this host does not forward IPv{version}: sysctl -w {switch}=1"
             elif version == 6:
-                yield from find_deaf_uplinks(proc)
+                yield from uplinks_ignoring_ra(proc)
     for use in uses:
         if not use.address and use.routed_option and (
                 ":" in use.subnet or not parse_prefix(use.subnet).is_private):
@@ -4269,25 +4339,25 @@ def find_notes(status: Json, uses: list[Use], proc: str) -> Iterator[str]:
     onlink = status.get("config", {}).get("onlink", {}).get("value", "")
     held = {pool["subnet"] for pool in status.get("pools", ())}
     for base in bases:
-        yield from find_route_notes(base, onlink, held, proc)
+        yield from route_warnings(base, onlink, held, proc)
 
 
-def find_deaf_uplinks(proc: str) -> Iterator[str]:
+def uplinks_ignoring_ra(proc: str) -> Iterator[str]:
     """Yield why a host that forwards learns no IPv6 default route. Source: protocol.md 11.11."""
-    routes = read_rows(proc + "/self/net/ipv6_route")
+    routes = read_words(proc + "/self/net/ipv6_route")
     if any(row[1] == b"00" and not int(row[8], 16) & 0x200 for row in routes):  # RTF_REJECT
         return
-    for row in read_rows(proc + "/self/net/route"):
+    for row in read_words(proc + "/self/net/route"):
         device = os.fsdecode(row[0])
         switch = f"{proc}/sys/net/ipv6/conf/{device}/accept_ra"
-        if row[1:8:6] == 2 * [b"00000000"] and list(read_rows(switch)) == [[b"1"]]:
+        if row[1:8:6] == 2 * [b"00000000"] and list(read_words(switch)) == [[b"1"]]:
             yield (f"this host has no IPv6 default route: while it forwards, {device} takes none "
                    f"from routers: sysctl -w net.ipv6.conf.{device.replace('.', '/')}.accept_ra=2")
 
 
-def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json],
-         read_docker: Callable[[], tuple[list[Use], Any]],
-         post: Callable[[str, Json], Any]) -> tuple[set[int], list[Use]]:
+def fix(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json],
+         read_docker: Callable[[], tuple[list[DockerAllocation], Any]],
+         post: Callable[[str, Json], Any]) -> tuple[set[int], list[DockerAllocation]]:
     """Mend what can be, unless it has changed since; return (changes by adoption, new uses).
 
     What Docker let go before gipam held it is released: it was adopted, and nobody uses it.
@@ -4296,13 +4366,13 @@ def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json
         path, body = finding.request
         leases = body.get("Leases")
         try:
-            for start in range(0, len(leases or ()) or 1, MAX_ADOPTED):
-                portion = {"Leases": leases[start:start + MAX_ADOPTED]} if leases else {}
+            for start in range(0, len(leases or ()) or 1, MAX_IMPORT_LEASES):
+                portion = {"Leases": leases[start:start + MAX_IMPORT_LEASES]} if leases else {}
                 reply = post(path, {**body, **portion})
                 last, count = reply.get("Seq", 0), reply.get("Adopted", 0)
                 adopted.update(range(last - count + 1, last + 1))
                 body = {**body, "Seq": body["Seq"] or last - count + 1}  # the pool's: it was first
-        except (Refused, Forbidden, InvalidRequest) as error:
+        except (RemoteError, Forbidden, InvalidRequest) as error:
             log.warning("not mended: %s: %s", finding.text, error)
     if not adopted:
         return adopted, []
@@ -4310,39 +4380,39 @@ def mend(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json
     for path, body in (leak.request for leak in find_leaks(look(), uses)):
         is_known = parse_pool_id(body["PoolID"]) is not None  # then Docker releases the pool itself
         if body["Seq"] in adopted and (body["Address"] or not is_known):
-            with contextlib.suppress(Forbidden, Refused):  # Docker has just done so
+            with contextlib.suppress(Forbidden, RemoteError):  # Docker has just done so
                 post(path, body)
     return adopted, uses
 
 
-def take_over(service: Service, driver: str, timeout_s: float, call: Call) -> None:
+def import_from_docker(service: Service, driver: str, timeout_s: float, run_in_loop: RunInLoop) -> None:
     """Adopt all that Docker uses of this driver. Raises: Unreachable; what is adopted stays so.
 
     It is over once Docker has been asked again, and shows each pool that was adopted: before 29, an
     empty network made with a size hint is not shown with its subnet (protocol.md 10.4).
     """
-    path, end = docker_socket(), time.monotonic() + timeout_s
+    path, end = docker_socket_path(), time.monotonic() + timeout_s
 
-    def read_docker() -> tuple[list[Use], Any]:
-        return read_uses(path, driver, max(end - time.monotonic(), 0.001))
+    def read_docker() -> tuple[list[DockerAllocation], Any]:
+        return read_docker_allocations(path, driver, max(end - time.monotonic(), 0.001))
 
     def look() -> Json:
-        portions = call(lambda: join_portions(show_status(service, "leases=1")))
-        text = b"".join(iter(lambda: call(lambda: next(portions, b"")), b""))
+        portions = run_in_loop(lambda: join_portions(status_page(service, "leases=1")))
+        text = b"".join(iter(lambda: run_in_loop(lambda: next(portions, b"")), b""))
         return dict(json.loads(text, object_hook=lambda value: value))  # which lets others run
 
     def post(path: str, body: Json) -> Any:
-        return call(lambda: METHODS[path][1](service, Fields(body))[0])
+        return run_in_loop(lambda: METHODS[path][1](service, Arguments(body))[0])
 
     adopted, (uses, _) = {*service.adopted}, read_docker()
-    adopted, uses = mend(find_missing(look(), uses), adopted, look, read_docker, post)
+    adopted, uses = fix(find_missing(look(), uses), adopted, look, read_docker, post)
     places = {use.place for use in uses}
     adopted -= {held["seq"] for pool in look()["pools"]
                 if (pool["subnet"], pool["sub_pool"]) not in places
                 for held in (pool, *pool["addresses"])}
     seen = list(adopted)
-    for start in range(0, len(seen) or 1, ENCODE_LEASES):
-        call(functools.partial(service.finish_import, seen[start:start + ENCODE_LEASES]))
+    for start in range(0, len(seen) or 1, LEASES_PER_CHUNK):
+        run_in_loop(functools.partial(service.finish_import, seen[start:start + LEASES_PER_CHUNK]))
 
 
 def is_docker_alive() -> bool:
@@ -4355,25 +4425,25 @@ def is_docker_alive() -> bool:
     return True
 
 
-def take_over_when_due(service: Service, driver: str, call: Call) -> None:
+def import_worker(service: Service, driver: str, run_in_loop: RunInLoop) -> None:
     """Wait until the state is not to be trusted, then until Docker tells; for ever, in a thread.
 
     Never in a request: Docker may be waiting for gipam (protocol.md 3.5).
     """
-    pause_s = IMPORT_PAUSE_S
+    pause_s = IMPORT_BACKOFF_S
     while service.import_is_due.wait():
         try:
-            take_over(service, driver, 60.0, call)
-            pause_s = min(2 * pause_s, MAX_IMPORT_PAUSE_S)
+            import_from_docker(service, driver, 60.0, run_in_loop)
+            pause_s = min(2 * pause_s, MAX_IMPORT_BACKOFF_S)
         except GipamError:  # Docker does not answer yet, or the disk is full
-            pause_s = IMPORT_PAUSE_S
+            pause_s = IMPORT_BACKOFF_S
         if service.import_is_due.is_set():
             time.sleep(pause_s)
         else:
-            pause_s = IMPORT_PAUSE_S
+            pause_s = IMPORT_BACKOFF_S
 
 
-# === Hosts ========================================================================================
+# === Cluster ======================================================================================
 
 # Why no address is ever on two hosts. Two rules:
 #   1. Nothing is granted on what was known, only on a transaction of the moment. Each grant of a
@@ -4395,7 +4465,7 @@ def take_over_when_due(service: Service, driver: str, call: Call) -> None:
 #   claims/SUBNET/ADDRESS  of a shared one: the host that has it; of a gateway the hosts; its kind
 
 
-class Endpoint(NamedTuple):
+class EtcdEndpoint(NamedTuple):
     """Where a member of etcd answers, and as whom to ask it."""
 
     scheme: str
@@ -4408,17 +4478,17 @@ class Endpoint(NamedTuple):
         return f"{self.scheme}://{format_endpoint((self.host, self.port))}"
 
 
-def encode_bytes(text: str) -> str:
+def to_base64(text: str) -> str:
     """Return text as the gateway has it: base64."""
     return base64.b64encode(text.encode("utf-8", "surrogateescape")).decode()
 
 
-def decode_bytes(text: str) -> str:
+def from_base64(text: str) -> str:
     """Return the text of a key or a value."""
     return base64.b64decode(text).decode("utf-8", "surrogateescape")
 
 
-class Bounded(io.RawIOBase):
+class DeadlineReader(io.RawIOBase):
     """What a member of etcd sends, up to a moment: a time limit for each read would have no end."""
 
     def __init__(self, sock: socket.socket, end_s: float) -> None:
@@ -4442,20 +4512,20 @@ class Bounded(io.RawIOBase):
         return self._raw.readinto(buffer)
 
 
-class Etcd:
+class EtcdClient:
     """Calls etcd through its JSON gateway, for one thread: the member that answered, else the next.
 
     Source: etcd.io/docs/v3.5/dev-guide/api_grpc_gateway; numbers of 64 bits are strings.
     """
 
-    def __init__(self, endpoints: list[Endpoint], tls: ssl.SSLContext | None, prefix: str) -> None:
+    def __init__(self, endpoints: list[EtcdEndpoint], tls: ssl.SSLContext | None, prefix: str) -> None:
         self._prefix, self._tls = prefix, tls
         self._endpoints = collections.deque(endpoints)
         self._places = ", ".join(map(str, endpoints))
-        self._connection: Connection | None = None
+        self._connection: ApiConnection | None = None
         self._token = ""
 
-    def transact(self, same: dict[str, str | None], writes: dict[str, str | None],
+    def txn(self, same: dict[str, str | None], writes: dict[str, str | None],
                  end_s: float) -> tuple[bool, dict[str, str]]:
         """Write all (None: delete), if these keys are the same (None: absent).
 
@@ -4464,9 +4534,9 @@ class Etcd:
         """
         compare = [{"key": self._key(name), "result": "EQUAL", **(
             {"target": "VERSION", "version": "0"} if text is None else
-            {"target": "VALUE", "value": encode_bytes(text)})} for name, text in same.items()]
+            {"target": "VALUE", "value": to_base64(text)})} for name, text in same.items()]
         puts = [{"request_delete_range": {"key": self._key(name)}} if text is None else
-                {"request_put": {"key": self._key(name), "value": encode_bytes(text)}}
+                {"request_put": {"key": self._key(name), "value": to_base64(text)}}
                 for name, text in writes.items()]
         hosts, *others = ({"request_range": {"key": self._key(name), "range_end": self._key(end)}}
                           for name, end in (("hosts/", "hosts0"), ("changes", "changes\0"),
@@ -4479,8 +4549,8 @@ class Etcd:
              end_s: float) -> tuple[dict[str, str], str | None, int]:
         """Return (some of all keys, from where to go on or None, the revision that all are of)."""
         reply, values, latest = self._ask("/v3/kv/range", {
-            "key": self._key(start), "range_end": encode_bytes(self._prefix[:-1] + "0"),
-            "limit": str(PAGE_KEYS), "revision": str(revision)}, end_s)
+            "key": self._key(start), "range_end": to_base64(self._prefix[:-1] + "0"),
+            "limit": str(ETCD_PAGE_KEYS), "revision": str(revision)}, end_s)
         has_more = reply.get("more") is True and values
         return values, max(values) + "\0" if has_more else None, revision or latest
 
@@ -4494,11 +4564,11 @@ class Etcd:
             try:
                 reply = self._post(path, body, until_s)
                 ranges = [it.get("response_range", {}) for it in reply.get("responses", ())]
-                return reply, {self._name(pair["key"]): decode_bytes(pair.get("value", ""))
+                return reply, {self._name(pair["key"]): from_base64(pair.get("value", ""))
                                for found in (reply, *ranges) for pair in found.get("kvs", ())
                                }, int(reply["header"]["revision"])
             except OSError as error:
-                why = "timed out" if isinstance(error, socket.timeout) else explain(error)
+                why = "timed out" if isinstance(error, socket.timeout) else format_os_error(error)
             except (http.client.HTTPException, RecursionError, ValueError, LookupError, TypeError,
                     AttributeError):
                 why = "what answers there is not etcd"
@@ -4516,17 +4586,17 @@ class Etcd:
         left_s = max(end_s - time.monotonic(), ETCD_PAUSE_S)
         if not (self._connection and self._connection.sock):  # it ends with a reply that says so
             tls = self._tls if endpoint.scheme == "https" else None
-            self._connection = Connection((endpoint.host, endpoint.port), left_s, tls)
+            self._connection = ApiConnection((endpoint.host, endpoint.port), left_s, tls)
             self._connection.connect()
         connection: Any = self._connection
         connection.response_class = lambda sock, **more: http.client.HTTPResponse(
-            cast(Any, Bounded(sock, end_s)), **more)
+            cast(Any, DeadlineReader(sock, end_s)), **more)
         connection.sock.settimeout(left_s)
-        if endpoint.user and is_new and path != AUTHENTICATE:
+        if endpoint.user and is_new and path != ETCD_AUTH_PATH:
             credentials = {"name": endpoint.user, "password": endpoint.password}
-            self._token = str(self._post(AUTHENTICATE, credentials, end_s)["token"])
+            self._token = str(self._post(ETCD_AUTH_PATH, credentials, end_s)["token"])
         headers = {"Authorization": self._token} if self._token else {}
-        connection.request("POST", path, dumps(body), headers)
+        connection.request("POST", path, encode_json(body), headers)
         response = connection.getresponse()
         reply = json.loads(response.read(MAX_ETCD_BYTES))
         if response.status == http.HTTPStatus.OK:
@@ -4534,18 +4604,18 @@ class Etcd:
         text, code = reply["message"], reply["code"]
         if type(code) is not int or not isinstance(text, str):
             raise ValueError("this is no error of etcd's")
-        if code not in REFUSALS:  # it has no leader, or is starting, or is no etcd
+        if code not in GRPC_PERMANENT_CODES:  # it has no leader, or is starting, or is no etcd
             raise ConnectionError(printable(text))
         if self._token and not is_new:  # it may have expired
             self._token = ""
             return self._post(path, body, end_s)
-        raise Refused(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
+        raise RemoteError(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
 
     def _key(self, name: str) -> str:
-        return encode_bytes(self._prefix + name)
+        return to_base64(self._prefix + name)
 
     def _name(self, key: str) -> str:
-        return decode_bytes(key)[len(self._prefix):]
+        return from_base64(key)[len(self._prefix):]
 
 
 def read_changes(text: str | None) -> list[tuple[str, Json]]:
@@ -4557,29 +4627,49 @@ def read_changes(text: str | None) -> list[tuple[str, Json]]:
     return []
 
 
+def load_tls(directory: str) -> ssl.SSLContext:
+    """Return what a client of etcd needs: TLS 1.2, its CA, its own certificate where there is one.
+
+    Raises: ConfigError.
+    """
+    if not directory:
+        return ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    own = [os.path.join(directory, name) for name in ("cert.pem", "key.pem")]
+    try:
+        context.load_verify_locations(os.path.join(directory, "ca.pem"))
+        if any(map(os.path.exists, own)):
+            context.load_cert_chain(*own)
+    except OSError as error:
+        raise ConfigError(f"-etcdtls {directory!r}: cannot use ca.pem, cert.pem and key.pem in it: "
+                          f"{format_os_error(error)}") from None
+    return context
+
+
 def read_claims(found: Mapping[str, Any], known: Container[str]) -> dict[str, Claim | None]:
     """Return the claims among these; under a name that gipam does not write there is none."""
     claims = {}
     for name, value in found.items():
         with contextlib.suppress(ValueError):
             if name not in known:
-                parse_name(name)
+                parse_claim_key(name)
             claims[name] = parse_claim(value)
     return claims
 
 
-def boot_s() -> float:
+def boottime_s() -> float:
     """Return a time that goes on while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-class Claimant:
+class ClusterMember:
     """Keeps etcd and what is held here in step: a thread that comes back by call().
 
     It serves requests that need etcd, shows each PULSE_S that this host is there, and compares.
     """
 
-    def __init__(self, service: Service, site: Site, etcd: Etcd) -> None:
+    def __init__(self, service: Service, site: ClaimTable, etcd: EtcdClient) -> None:
         self._service, self._site, self._etcd = service, site, etcd
         self._token = secrets.token_hex(8)  # of this process
         self._count = self._seen = 0  # of its transactions: asked for, and seen in etcd
@@ -4591,12 +4681,12 @@ class Claimant:
         self._is_there = False
         self._pulse_s = self._reading_s = 0.0  # when the next of them is due
         self._asks: collections.deque[
-            tuple[Again, Need | None, float, Callable[[], None]]] = collections.deque()
+            tuple[Attempt, Transaction | None, float, Callable[[], None]]] = collections.deque()
         self._bell = threading.Event()
-        self._call: Call = service.run
+        self._call: RunInLoop = service.run
         self._stop: Callable[[], None] = lambda: None
         self._thread = threading.current_thread()  # that asks etcd
-        self.busy: BusyError | None = None  # another gipam has the name of this host
+        self.busy: AlreadyRunning | None = None  # another gipam has the name of this host
         site.wake = self._bell.set
 
     def begin(self) -> None:
@@ -4608,23 +4698,23 @@ class Claimant:
         while not self._is_there:
             try:
                 self._pulse(is_reading=False)
-            except (Unavailable, Refused):
+            except (Unavailable, RemoteError):
                 if not self._rival[0]:
                     return
-                time.sleep(RIVAL_S / 20)
+                time.sleep(NAME_TAKEOVER_S / 20)
 
-    def start(self, call: Call, stop: Callable[[], None]) -> None:
+    def start(self, run_in_loop: RunInLoop, stop: Callable[[], None]) -> None:
         """Go on in a thread; stop() is called if another gipam takes the name of this host."""
-        self._call, self._stop = call, stop
+        self._call, self._stop = run_in_loop, stop
         self._thread = threading.Thread(target=self._repeat, name="etcd", daemon=True)
         self._thread.start()
 
-    def ask(self, need: Need | None, again: Again, done: Callable[[], None] = lambda: None) -> None:
+    def ask(self, need: Transaction | None, again: Attempt, done: Callable[[], None] = lambda: None) -> None:
         """Have a request looked at until it needs etcd no more, at most as long as Docker waits.
 
         Then, once the turn that has answered it is over, done() is called.
         """
-        asked = (again, need, time.monotonic() + ETCD_PATIENCE_S, done)
+        asked = (again, need, time.monotonic() + ETCD_TIMEOUT_S, done)
         if threading.current_thread() is self._thread:
             self._serve(*asked)
         else:
@@ -4638,14 +4728,14 @@ class Claimant:
         """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         told: list[Callable[[], None]] = [functools.partial(  # the last of these is what it came to
-            future.set_exception, Stopping("gipam is stopping: try again"))]
+            future.set_exception, ShuttingDown("gipam is stopping: try again"))]
 
-        def again(failure: GipamError | None) -> Need | None:
+        def again(failure: GipamError | None) -> Transaction | None:
             try:
                 if failure:  # it counts, too, if the turn with the result is not on disk
                     raise failure
                 told.append(functools.partial(future.set_result, function()))
-            except Unclaimed as due:
+            except TransactionRequired as due:
                 return due.need
             except Exception as error:  # noqa: BLE001 - it goes to the thread
                 told.append(functools.partial(future.set_exception, error))
@@ -4661,9 +4751,9 @@ class Claimant:
         while True:
             try:
                 self._work()
-            except Stopping:
+            except ShuttingDown:
                 return
-            except BusyError as error:
+            except AlreadyRunning as error:
                 self.busy = error
                 self._stop()
                 return
@@ -4680,16 +4770,16 @@ class Claimant:
         self._bell.wait(max(self._pulse_s - time.monotonic(), 0.0))
         self._bell.clear()
         self._serve_asked()
-        now_s, is_calm = time.monotonic(), self._site.calm_s() > 0
+        now_s, is_calm = time.monotonic(), self._site.grace_remaining_s() > 0
         if now_s >= self._pulse_s:
             is_reading = not is_calm and now_s >= self._reading_s  # as often as others show up
-            self._pulse_s = now_s + (ETCD_ATTEMPT_S if is_calm else PULSE_S)
+            self._pulse_s = now_s + (ETCD_ATTEMPT_S if is_calm else HEARTBEAT_INTERVAL_S)
             self._pulse(is_reading)
-            self._reading_s = now_s + PULSE_S if is_reading else self._reading_s
+            self._reading_s = now_s + HEARTBEAT_INTERVAL_S if is_reading else self._reading_s
         losses, is_kept = self._losses, self._service.import_is_due.is_set
         names = list(self._site.due)
-        for at in range(0, len(names), MAX_WRITES):
-            part = names[at:at + MAX_WRITES]
+        for at in range(0, len(names), CLAIMS_PER_TRANSACTION):
+            part = names[at:at + CLAIMS_PER_TRANSACTION]
             self.call(lambda: self._site.compare(part, is_kept()))  # noqa: B023 - at once
             self._serve_asked()
         self._regained = losses
@@ -4699,12 +4789,12 @@ class Claimant:
         for _ in range(len(self._asks)):
             self._serve(*self._asks.popleft())
 
-    def _serve(self, again: Again, need: Need | None, end_s: float,
+    def _serve(self, again: Attempt, need: Transaction | None, end_s: float,
                done: Callable[[], None]) -> None:
         """Ask for what a request needs, until it has been answered, whatever happens."""
         try:
             self._settle(again, need, end_s)
-        except (Stopping, BusyError):
+        except (ShuttingDown, AlreadyRunning):
             raise
         except StoreError as error:  # what the turn decided is not on disk
             self._call(functools.partial(again, error))
@@ -4715,7 +4805,7 @@ class Claimant:
         finally:
             done()
 
-    def _settle(self, again: Again, need: Need | None, end_s: float) -> None:
+    def _settle(self, again: Attempt, need: Transaction | None, end_s: float) -> None:
         """Ask for what a request needs, until it has been answered. Raises: StoreError."""
         try:
             if need is None or need.head != self._site.head:  # others were before it
@@ -4723,19 +4813,19 @@ class Claimant:
             while need:
                 told = self._transact(need, end_s)
                 need = self._call(functools.partial(self._look, told, again))
-        except (StoreError, BusyError):
+        except (StoreError, AlreadyRunning):
             raise
         except GipamError as error:  # of etcd
             if self._call(functools.partial(again, None)):  # not even while etcd is away
                 self._call(functools.partial(again, error))
 
-    def _look(self, told: Told, again: Again) -> Need | None:
+    def _look(self, told: TransactionResult, again: Attempt) -> Transaction | None:
         """In one turn, learn what a transaction told, and decide on it; too late, nothing is known.
 
         Who was stopped in between may have been evicted.
         """
-        site, is_late = self._site, boot_s() - told.sent_s > GRANT_S
-        site.learn(Told(UNREAD) if told.won and is_late else told)
+        site, is_late = self._site, boottime_s() - told.sent_s > TRANSACTION_MAX_AGE_S
+        site.apply_result(TransactionResult(UNKNOWN_HEAD) if told.won and is_late else told)
         site.won, site.is_fresh = (not is_late and told.won) or frozenset(), True
         try:
             return again(None)
@@ -4747,14 +4837,14 @@ class Claimant:
 
         Raises: Unavailable, Refused, BusyError.
         """
-        end_s, site, is_done = time.monotonic() + ETCD_PATIENCE_S, self._site, False
+        end_s, site, is_done = time.monotonic() + ETCD_TIMEOUT_S, self._site, False
         while not is_done:
-            told = self._transact(Need({}, site.head), end_s)
+            told = self._transact(Transaction({}, site.head), end_s)
             is_done = told.won is not None
-            self._call(functools.partial(site.learn, told, is_reading and is_done))
+            self._call(functools.partial(site.apply_result, told, is_reading and is_done))
         self._is_there = True
 
-    def _transact(self, need: Need, end_s: float) -> Told:
+    def _transact(self, need: Transaction, end_s: float) -> TransactionResult:
         """Write what is needed, if all is as known, and that this host is there.
 
         Return what is to be learned in a turn. Raises: Unavailable, Refused, BusyError.
@@ -4765,30 +4855,30 @@ class Claimant:
             raise Unavailable(self._service.etcd_failure
                               or "etcd was too slow, or other hosts faster each time: try again")
         site, head, changes = self._site, need.head, self._changes
-        if site.head == UNREAD:
+        if site.head == UNKNOWN_HEAD:
             return self._read()
         self._count += 1
         own, news = f"hosts/{site.host}", {name: claim and claim.value()
                                            for name, claim in need.writes.items()}
-        text = dumps({"machine": site.machine, "token": self._token, "count": self._count,
+        text = encode_json({"machine": site.machine, "token": self._token, "count": self._count,
                       "is_behind": self._regained < self._losses})
         writes: dict[str, str | None] = {own: text, **{
-            f"claims/{name}": dumps(value) if value else None for name, value in news.items()}}
+            f"claims/{name}": encode_json(value) if value else None for name, value in news.items()}}
         if news:
             head, changes = secrets.token_hex(8), [*changes, (need.head or "", news)]
-            while len(changes) > 1 and len(dumps(changes)) > MAX_CHANGES_CHARS:
+            while len(changes) > 1 and len(encode_json(changes)) > MAX_CLAIM_LOG_CHARS:
                 del changes[0]
-            writes.update(head=head, changes=dumps(changes))
-        gone = need.going if len(news) < MAX_WRITES else {}  # with the last of its claims
-        sent_s = boot_s()
+            writes.update(head=head, changes=encode_json(changes))
+        gone = need.going if len(news) < CLAIMS_PER_TRANSACTION else {}  # with the last of its claims
+        sent_s = boottime_s()
         is_done, found = self._ask(
-            self._etcd.transact, {"head": need.head, own: self._shown, **need.going},
+            self._etcd.txn, {"head": need.head, own: self._shown, **need.going},
             {**writes, **dict.fromkeys(gone)}, end_s)
         self._misses = 0 if is_done else self._misses + 1
         if not is_done:
             return self._catch_up(found)
         self._changes, self._shown, self._seen = changes, text, self._count
-        return Told(head, need.writes, found, frozenset((*filter(news.get, news), *gone)), sent_s)
+        return TransactionResult(head, need.writes, found, frozenset((*filter(news.get, news), *gone)), sent_s)
 
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Ask etcd, and note how that went. Raises: Unavailable, Refused."""
@@ -4812,7 +4902,7 @@ class Claimant:
         elif before and not failure:
             log.info("etcd answers")
 
-    def _catch_up(self, found: dict[str, str]) -> Told:
+    def _catch_up(self, found: dict[str, str]) -> TransactionResult:
         """Return what another head, or another key of this host, has to tell."""
         head, changes = found.get("head"), read_changes(found.get("changes"))
         ats = {**{before or None: at for at, (before, _) in enumerate(changes)}, head: len(changes)}
@@ -4821,7 +4911,7 @@ class Claimant:
             return self._read()
         self._changes, news = changes, collections.ChainMap(
             *(changed for _, changed in reversed(changes[at:])))  # the last word counts
-        return Told(head, read_claims(news, self._site.claims), found)
+        return TransactionResult(head, read_claims(news, self._site.claims), found)
 
     def _see(self, found: Mapping[str, str]) -> bool:
         """Note what etcd has of this host; return whether this process wrote that.
@@ -4830,44 +4920,44 @@ class Claimant:
         Raises: BusyError, if another gipam is there; Unavailable, while it may have gone.
         """
         shown, (before, since_s) = found.get(f"hosts/{self._site.host}"), self._rival
-        key = parse_object(shown)
+        key = parse_json_object(shown)
         if isinstance(key.get("machine"), str) and key["machine"] != self._site.machine:
             said = (f"another gipam is there as host {self._site.host!r}: "
                     "each needs a -host of its own")
             if self._is_there or (before and before != shown):
-                raise BusyError(said)
+                raise AlreadyRunning(said)
             self._rival = (shown, since_s if before else time.monotonic())
-            if time.monotonic() - self._rival[1] < RIVAL_S:
-                raise Unavailable(f"{said}; one that has gone is forgotten after {RIVAL_S:.0f} s")
+            if time.monotonic() - self._rival[1] < NAME_TAKEOVER_S:
+                raise Unavailable(f"{said}; one that has gone is forgotten after {NAME_TAKEOVER_S:.0f} s")
         self._rival, self._shown, count = (None, 0.0), shown, key.get("count")
         if key.get("token") != self._token or type(count) is not int or count < self._seen:
             return False
         self._seen = count
         return True
 
-    def _read(self) -> Told:
+    def _read(self) -> TransactionResult:
         """Learn all that there is, in portions. Raises: Unavailable, Refused, BusyError."""
         site, revision = self._site, 0
         rest: dict[str, str] = {}  # what is no claim
         start: str | None = ""
-        self._call(lambda: setattr(site, "head", UNREAD))
+        self._call(lambda: setattr(site, "head", UNKNOWN_HEAD))
         gone: dict[str, Claim | None] = dict.fromkeys(site.claims)
         while start is not None:
             found, start, revision = self._ask(self._etcd.page, start, revision,
-                                               time.monotonic() + ETCD_PATIENCE_S)
-            news = read_claims({name[7:]: parse_object(text) for name, text in found.items()
+                                               time.monotonic() + ETCD_TIMEOUT_S)
+            news = read_claims({name[7:]: parse_json_object(text) for name, text in found.items()
                                 if name.startswith("claims/")}, site.claims)
             rest.update((name, text) for name, text in found.items() if name[7:] not in news)
             for name in news:
                 gone.pop(name, None)
             items = [*news.items(), *(gone.items() if start is None else ())]
-            for at in range(0, len(items), LEARN_CLAIMS):
-                self._call(functools.partial(site.learn_claims, dict(items[at:at + LEARN_CLAIMS])))
+            for at in range(0, len(items), CLAIMS_PER_ITERATION):
+                self._call(functools.partial(site.apply_claims, dict(items[at:at + CLAIMS_PER_ITERATION])))
         if not self._see(rest) and self._is_there:
             self._lose(rest)
         self._changes = read_changes(rest.get("changes"))
-        told = Told(rest.get("head"), {}, rest)
-        self._call(functools.partial(site.learn, told))
+        told = TransactionResult(rest.get("head"), {}, rest)
+        self._call(functools.partial(site.apply_result, told))
         if not self._is_there:
             self._begin_to_claim([name for name in rest if name not in ("head", "changes")
                                   and not name.startswith("hosts/")])
@@ -4879,8 +4969,8 @@ class Claimant:
             log.warning("%d keys in etcd are none of gipam's, and ignored, such as %s", len(odd),
                         printable(odd[0]))
         names, is_lost = list(self._site.due), False
-        for at in range(0, len(names), MAX_WRITES):
-            missing = functools.partial(self._site.missing, names[at:at + MAX_WRITES])
+        for at in range(0, len(names), CLAIMS_PER_TRANSACTION):
+            missing = functools.partial(self._site.claims_to_write, names[at:at + CLAIMS_PER_TRANSACTION])
             for claim in self._call(missing).values():
                 is_lost |= bool(claim and self._site.host in claim.hosts)
                 if not claim or self._site.host not in claim.hosts:  # Docker may use it
@@ -4896,7 +4986,7 @@ class Claimant:
                     "host evicted; claiming again what is held here")
 
 
-# === Commands =====================================================================================
+# === Settings =====================================================================================
 
 
 # What these raise only says that a text breaks the rule of its kind. That stands in VALUES; where
@@ -4931,18 +5021,18 @@ def parse_listen(text: str) -> tuple[str, int]:
     return format_address(parse_address(host, version), version), parse_number(0, 65535, port)
 
 
-def parse_endpoint(text: str) -> Endpoint:
+def parse_endpoint(text: str) -> EtcdEndpoint:
     """Return a member of etcd. Raises: ValueError."""
     (scheme, user, host, port), = re.findall(
         r"\A(https?)://(?:([^/]*)@)?(\[[0-9a-f:.]+\]|[\w.-]+)(?::([0-9]+))?/?\Z", text.strip())
     name, _, password = map(urllib.parse.unquote, user.partition(":"))
-    return Endpoint(scheme, host.strip("[]"), parse_number(1, 65535, port or "2379"), name,
+    return EtcdEndpoint(scheme, host.strip("[]"), parse_number(1, 65535, port or "2379"), name,
                     password)
 
 
 BOOLEANS = {**dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
             **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False)}  # Go's ParseBool
-VALUES: dict[str, tuple[Callable[[str], Any], str]] = {  # kind -> (how to read it, rule)
+VALUE_TYPES: dict[str, tuple[Callable[[str], Any], str]] = {  # kind -> (how to read it, rule)
     "BOOL": (BOOLEANS.__getitem__, "not a boolean, such as true or false"),
     "1..31": (functools.partial(parse_number, 1, 31), "not a prefix length from 1 to 31"),
     "1..127": (functools.partial(parse_number, 1, 127), "not a prefix length from 1 to 127"),
@@ -4962,7 +5052,7 @@ VALUES: dict[str, tuple[Callable[[str], Any], str]] = {  # kind -> (how to read 
 }
 
 
-def nearest(word: str, known: list[str]) -> str:
+def suggest(word: str, known: list[str]) -> str:
     """Return a hint at what may be meant, if anything is near."""
     near = difflib.get_close_matches(word, known, 1, 0.75)
     return f": do you mean {near[0]}?" if near else ""
@@ -4977,7 +5067,7 @@ class Option(NamedTuple):
     help: str
     text: str = ""
     origin: str = "default"
-    given: str | None = None  # the text of the first two stages, None: only the default
+    given_text: str | None = None  # the text of the first two stages, None: only the default
 
     @property
     def variable(self) -> str:
@@ -4985,7 +5075,7 @@ class Option(NamedTuple):
         return "GIPAM_" + self.name.upper()
 
     @property
-    def shown(self) -> str:
+    def redacted_text(self) -> str:
         """Return the text, of URLs without their credentials, also where it is none."""
         return self.text if self.kind != "URLS" else re.sub(
             "(https?://)?((?!, *https?://).)*@", r"\1***@", self.text)
@@ -4995,7 +5085,7 @@ class Option(NamedTuple):
         """Return what the text says, None for off. Raises: ConfigError."""
         if self.default == "off" and self.text in ("", "off"):
             return None
-        parse, rule = VALUES[self.kind]
+        parse, rule = VALUE_TYPES[self.kind]
         try:
             return parse(self.text)
         except (ValueError, LookupError) as error:
@@ -5003,7 +5093,7 @@ class Option(NamedTuple):
 
     def error(self, rule: object) -> ConfigError:
         """Return the error that names the option, its text, where that is from, and the rule."""
-        return ConfigError(f"-{self.name} {self.shown!r} from the {self.origin}: {rule}")
+        return ConfigError(f"-{self.name} {self.redacted_text!r} from the {self.origin}: {rule}")
 
 
 OPTIONS = (
@@ -5032,9 +5122,9 @@ OPTIONS = (
 )
 
 
-NO_HOSTS = [*map(parse_prefix, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "::/127", "ff00::/8"))]
+UNUSABLE_PREFIXES = [*map(parse_prefix, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "::/127", "ff00::/8"))]
 Settings = Dict[str, Option]  # under their names
-STAGES = "default", "environment", "command line"  # how the origins of the first two begin
+ORIGINS = "default", "environment", "command line"  # how the origins of the first two begin
 Config = argparse.Namespace  # all options under their names, parsed; and what build_config() adds
 
 
@@ -5046,7 +5136,7 @@ def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace)
                   ("command line", getattr(arguments, option.name, None)))
         for origin, given in stages:
             if given is not None:
-                settings[option.name] = option._replace(text=given, origin=origin, given=given)
+                settings[option.name] = option._replace(text=given, origin=origin, given_text=given)
     return settings
 
 
@@ -5055,17 +5145,17 @@ def digest(text: str | None) -> str | None:
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def overrule_settings(settings: Settings, document: Json, path: str) -> None:
+def apply_lease_file_settings(settings: Settings, document: Json, path: str) -> None:
     """Add the lease file, the third stage: what was changed last wins; say what has changed.
 
     Its key Options has, for each option, digests of what gipam wrote into the file and of what was
     given then (an older gipam noted the texts themselves); what differs from its note is a change.
     """
     notes = document.get("Options")
-    for name, key in FILE_KEYS.items():
+    for name, key in OPTION_KEYS.items():
         option, found = settings[name], str(document.get(key) or "")
         note = notes.get(name) if isinstance(notes, dict) else None
-        written, noted = note if isinstance(note, list) and len(note) == 2 else (None, option.given)
+        written, noted = note if isinstance(note, list) and len(note) == 2 else (None, option.given_text)
         is_edited = written is not None and written not in (found, digest(found))
         there = option._replace(text=found or option.default,
                                 origin=f"lease file ({key} in {path})")
@@ -5074,25 +5164,25 @@ def overrule_settings(settings: Settings, document: Json, path: str) -> None:
             continue
         if is_edited:
             why = "it has been edited there"
-        elif option.given is None:
+        elif option.given_text is None:
             why = ("it is kept though not given any more; to clear it, start once with "
                    f"{option.variable}={option.default}, or edit it there")
-        elif noted in (option.given, digest(option.given)):
+        elif noted in (option.given_text, digest(option.given_text)):
             why = f"the file wins; to change it, edit it there or give -{name} a new value"
         else:
             wins, loses, why = option, there, "pools that are held stay"
         settings[name] = wins
-        if is_edited or {option.given, noted} != {None}:
+        if is_edited or {option.given_text, noted} != {None}:
             log.warning("-%s is %r from the %s, not %r from the %s: %s", name, wins.text,
                         wins.origin, loses.text, loses.origin, why)
 
 
-def config_keys(settings: Settings) -> Json:
+def settings_to_json(settings: Settings) -> Json:
     """Return the settings as the lease file has them, and what overrule_settings() needs later."""
-    chosen = {key: settings[name] for name, key in FILE_KEYS.items()}
+    chosen = {key: settings[name] for name, key in OPTION_KEYS.items()}
     return {**{key: int(option.text) if option.text.isdecimal() else option.text
                for key, option in chosen.items()},
-            "Options": {option.name: [digest(option.text), digest(option.given)]
+            "Options": {option.name: [digest(option.text), digest(option.given_text)]
                         for option in chosen.values()}}
 
 
@@ -5100,7 +5190,7 @@ def describe_daemon(config: Config, place: Any) -> Json:
     """Return what /status tells of the daemon that listens there, without passwords."""
     shown = {}
     for name, option in config.settings.items():
-        text = option.value if option.kind in ("FILE", "SOCKET", "NAME") else option.shown
+        text = option.value if option.kind in ("FILE", "SOCKET", "NAME") else option.redacted_text
         shown[name] = {"value": text, "origin": option.origin}
     return {"driver": config.driver, "listening": format_endpoint(place), "config": shown}
 
@@ -5122,7 +5212,7 @@ def build_config(settings: Settings) -> Config:
         for at, base in enumerate(bases):
             if base.version != version:
                 raise given.error(f"{base} is not an IPv{version} prefix")
-            if any(map(base.overlaps, NO_HOSTS)):
+            if any(map(base.overlaps, UNUSABLE_PREFIXES)):
                 raise given.error(f"{base} has addresses that no host can have: loopback, "
                                   "multicast or unspecified ones")
             if base.prefixlen > prefixlen:
@@ -5138,16 +5228,16 @@ def build_config(settings: Settings) -> Config:
 
 def read_lease_file(store: Store) -> Json | None:
     """Return the snapshot with its keys as gipam spells them."""
-    document = store.read_snapshot(compact_leases)
+    document = store.read_snapshot(convert_leases)
     if document is None:
         return None
-    document = normalise_keys(document, FILE_NAMES)
+    document = normalise_keys(document, LEASE_FILE_KEYS)
     entries = document.get("Allocated")
     entries = [] if entries is None else entries
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise store.damage(store.path, "has something else than pools in Allocated")
+        raise store.corruption(store.path, "has something else than pools in Allocated")
     document["Allocated"] = pools = [normalise_keys(entry, POOL_KEYS) for entry in entries]
-    unknown = (document.keys() - FILE_NAMES).union(*(pool.keys() - POOL_KEYS for pool in pools))
+    unknown = (document.keys() - LEASE_FILE_KEYS).union(*(pool.keys() - POOL_KEYS for pool in pools))
     for key in sorted(unknown):
         log.warning("unknown key %r in %s: dropped", key, store.path)
     return document
@@ -5162,7 +5252,7 @@ def read_state(config: Config, store: Store, document: Json | None) -> State:
     return state
 
 
-def load(settings: Settings,
+def open_store(settings: Settings,
          unserved: contextlib.ExitStack) -> tuple[Config, Store, Json | None, State]:
     """Lock the lease file; add it as third stage; return what is on disk. Raises: GipamError.
 
@@ -5174,48 +5264,211 @@ def load(settings: Settings,
     unserved.callback(store.discard)
     store.lock()
     try:
-        store.hold()
+        store.lock_segments()
         document = read_lease_file(store)
-        overrule_settings(settings, document or {}, store.path)
+        apply_lease_file_settings(settings, document or {}, store.path)
         config = build_config(settings)
         return config, store, document, read_state(config, store, document)
     except OSError as error:
-        kind = StoreLost if error.errno in PASSING else ConfigError  # is another start of use?
+        kind = FatalStoreError if error.errno in TRANSIENT_ERRNOS else ConfigError  # is another start of use?
         path = error.filename or f"{store.path} or its journal"
         raise kind(f"cannot read {path}: {error.strerror}") from None
 
 
-def ask_daemon(settings: Settings, verb: str, path: str, body: Any = None) -> Any:
+# === Daemon =======================================================================================
+
+
+def cmd_serve(arguments: argparse.Namespace) -> int:
+    """Run the driver until SIGTERM, SIGINT or SIGHUP. The default."""
+    os.umask(0o077)
+    faulthandler.enable()  # the watchdog's SIGABRT then says where it hung
+    sd_notify(f"EXTEND_TIMEOUT_USEC={START_TIMEOUT_S * 1_000_000}")
+    sys.setswitchinterval(THREAD_SWITCH_S)
+    gc.disable()  # it would take a third of the time to load a million leases
+    with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
+        if "LISTEN_FDS" not in os.environ:
+            require_addresses_free(arguments.settings)  # a second daemon changes nothing
+        config, store, document, state = open_store(arguments.settings, unserved)
+        service = make_service(config, store, document, state)
+        claimant = join_cluster(config, service, store)
+        start_import(config, service, document, claimant.call if claimant else service.run)
+        gc.freeze()  # nor need it look at them later: 270 ms for a million
+        gc.enable()
+        handler: LogHandler = arguments.log_handler
+        loop = EventLoop(service, handler.flush)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
+                signal.signal(number, loop.stop)
+        start_servers(config, loop, made)
+        if claimant:
+            loop.ask_etcd = claimant.ask
+            claimant.start(loop.call, loop.stop)
+        threading.Thread(target=import_worker, args=(
+            service, config.driver, claimant.call if claimant else loop.call),
+                         name="import", daemon=True).start()
+        log_startup_warnings(config, service.state.families[4].subnets, "/proc/self/net")
+        places = [format_endpoint(server.server_address) for server in loop.servers]
+        service.daemon_info, service.has_macs = describe_daemon(config, places[0]), config.mac
+        log.info("serving on %s with %d pools", ", and metrics on ".join(places),
+                 len(service.state.pools))
+        unserved.pop_all()
+        sd_notify("READY=1")
+        handler.is_buffering = True
+        loop.timers.append(functools.partial(send_watchdog, service, store))
+        loop.run()
+        sd_notify("STOPPING=1")
+        loop.finish(made.close)
+    handler.is_buffering = False
+    failure = service.store.fatal_error or (claimant and claimant.busy)
+    if failure:
+        log.error("%s", failure)  # not as main() would: nobody may read it, and it must end
+        return failure.exit_status
+    service.checkpoint(is_stopping=True)
+    log.info("stopped")
+    return 0
+
+
+def require_addresses_free(settings: Settings) -> None:
+    """Check that nobody serves there, before anything is changed. Raises: BusyError."""
+    is_unix, path = settings["unix"].value, settings["socket"].value
+    if is_unix:
+        require_no_listener(path)
+    name = os.path.basename(path if is_unix else settings["spec"].value)
+    require_no_listener(os.path.join(PLUGIN_SOCKET_DIR, os.path.splitext(name)[0] + ".sock"))
+    for option in (settings[name] for name in ("address", "metrics")[is_unix:]):
+        host, port = option.value or ("127.0.0.1", 0)
+        with socket.socket(SOCKET_FAMILY[ipaddress.ip_address(host).version]) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise AlreadyRunning(str(option.error(error.strerror))) from None
+
+
+def start_servers(config: Config, loop: EventLoop, made: contextlib.ExitStack) -> None:
+    """Listen, and show Docker where; what was made goes at the end. Raises: GipamError, OSError."""
+    names = (unix_paths if config.unix else tcp_paths)(config, loop)
+    publish(names, made, is_start=True)
+    loop.timers.append(functools.partial(publish, names, made))
+    if config.metrics:
+        loop.open(Server(config.metrics, loop, paths=METRICS_LISTENER_PATHS))
+
+
+def send_watchdog(service: Service, store: Store) -> None:
+    """Show the service manager that no turn hangs, what is held, and what is wrong."""
+    pools, leases = len(service.state.pools), service.state.lease_count
+    sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={pools} pools, {leases} leases"
+           + "; " * bool(store.last_error) + store.last_error)
+
+
+def join_cluster(config: Config, service: Service, store: Store) -> ClusterMember | None:
+    """Learn from etcd what other hosts hold, if there is any. Raises: BusyError, ConfigError."""
+    if not config.etcd:
+        return None
+    tls = load_tls(config.etcdtls)
+    home = os.stat(os.path.dirname(os.path.abspath(store.path)))
+    place = f"{[*read_words('/etc/machine-id')]} {store.path} {home.st_dev} {home.st_ino}"
+    machine = hashlib.sha256(place.encode()).hexdigest()[:16]
+    service.site = ClaimTable(config.host, machine, service.state)
+    claimant = ClusterMember(service, service.site, EtcdClient(config.etcd, tls, f"/gipam/{config.driver}/"))
+    claimant.begin()
+    return claimant
+
+
+def make_service(config: Config, store: Store, document: Json | None, state: State) -> Service:
+    """Return the service; at a first start, write the lease file before anything is served.
+
+    Raises: ConfigError, if the kernel may not be asked for its routes; OSError.
+    """
+    try:
+        netlink_request(RTM_GETROUTE, bytes((socket.AF_INET, 0, 0, 0)))
+    except OSError as error:
+        raise ConfigError(f"cannot ask the kernel for routes: {error.strerror}; under systemd, "
+                          "RestrictAddressFamilies has to have AF_NETLINK, as in gipam.service"
+                          ) from None
+    proxies = ProxyNeighbours(config.onlink, config.v6 + config.v4, netlink_request) if config.onlink else None
+    keys = settings_to_json(config.settings)
+    if document is None:
+        chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
+        store.create_temp()
+        store.write_temp(chunks)
+        store.publish_temp(None)
+    return Service(store, state, keys, lambda: read_state(config, store, read_lease_file(store)),
+                   netlink_request, proxies)
+
+
+def start_import(config: Config, service: Service, document: Json | None, run_in_loop: RunInLoop) -> None:
+    """Ask Docker what is in use, where there may be more than is known here.
+
+    There was no lease file, or an older one, for all etcd knows; or a pool was just adopted.
+    At once if Docker is alive, else when it answers. (While it starts, it accepts connections, but
+    waits for gipam.)
+    """
+    service.is_import_flag_saved = document is None or bool(document.get("Import"))
+    if service.is_import_flag_saved or service.state.has_adopted:
+        service.import_is_due.set()
+    if service.import_is_due.is_set() and is_docker_alive():
+        try:
+            import_from_docker(service, config.driver, IMPORT_TIMEOUT_S, run_in_loop)
+        except GipamError as error:
+            log.warning("Docker cannot be asked yet what is in use: %s", error)
+
+
+def log_startup_warnings(config: Config, held: Container[Network], proc: str) -> None:
+    """Log what will surprise: variables, open TCP, no base, an on-link route (protocol.md 3.3)."""
+    known = [option.variable for option in OPTIONS]
+    for name in sorted(os.environ):
+        if name.startswith("GIPAM_") and name not in known:
+            log.warning("%s is not an option of gipam%s", printable(name), suggest(name, known))
+    if not config.unix:
+        log.warning("on TCP every user of this host can take and release addresses; -unix lets "
+                    "only root")
+    if not config.v4 and not config.v6:
+        log.warning("no base is configured (-v4, -v6): only networks with a --subnet can be made")
+    for base in (base for base in config.v4 + config.v6 if base.is_link_local):
+        log.warning("the base %s is link-local: no router forwards its addresses", base)
+    for base in (base for base in config.v4 if base not in held):
+        for device, flags in read_covering_routes(proc, base):
+            if device not in ("*", config.onlink) and not flags & 2:  # RTF_GATEWAY
+                log.warning("the base %s is part of an on-link route of %s: Docker up to 26 "
+                            "refuses every block of it; replace the route: ip route add blackhole "
+                            "%s metric 9999", base, printable(device), base)
+
+
+# === Commands =====================================================================================
+
+
+def daemon_request(settings: Settings, verb: str, path: str, body: Any = None) -> Any:
     """Return what the daemon answers, on its socket or its address. Raises: as call().
 
     Not on the socket, if the address is given by a later stage than -socket and -unix.
     """
-    stage = {name: [*map(option.origin.startswith, STAGES)].index(True)
+    stage = {name: [*map(option.origin.startswith, ORIGINS)].index(True)
              for name, option in settings.items()}
     is_tcp = stage["address"] > max(stage["socket"], stage["unix"] * settings["unix"].value)
     places = [settings[name].value for name in ("socket", "address")][is_tcp:]
     for place in places:
-        with contextlib.suppress(Absent):
-            return call(Connection(place, DAEMON_PATIENCE_S), verb, path, body)
+        with contextlib.suppress(NotListening):
+            return request_json(ApiConnection(place, DAEMON_TIMEOUT_S), verb, path, body)
     where = " or ".join(map(format_endpoint, places))
-    raise Absent(f"no gipam answers on {where}: start it, or say where it is with -socket or "
+    raise NotListening(f"no gipam answers on {where}: start it, or say where it is with -socket or "
                  "-address")
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
     """Show bases, pools and, with --leases, each lease; or just what is asked for."""
     what, has_leases = arguments.WHAT, int(arguments.leases or bool(arguments.WHAT))
-    status = ask_daemon(arguments.settings, "GET", f"/status?leases={has_leases}")
-    uses: list[Use] = []
+    status = daemon_request(arguments.settings, "GET", f"/status?leases={has_leases}")
+    uses: list[DockerAllocation] = []
     unnamed = ""
     try:  # names are welcome, and no reason to wait or to fail
-        uses = read_uses(docker_socket(), status["driver"], NAMES_PATIENCE_S)[0]
+        uses = read_docker_allocations(docker_socket_path(), status["driver"], NAMES_TIMEOUT_S)[0]
     except GipamError as error:
         unnamed = f", and Docker's names are not known: {error}"
-    add_names(status["pools"], uses)
+    add_docker_names(status["pools"], uses)
     if what:
         status.update({key: [] for key in status.keys() & {"bases", "hosts"}},
-                      pools=select_pools(status, what, unnamed))
+                      pools=search_pools(status, what, unnamed))
     if arguments.json:
         print(json.dumps(status, indent=2))
         return 0
@@ -5231,16 +5484,16 @@ def cmd_status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_names(pools: list[Json], uses: list[Use]) -> None:
+def add_docker_names(pools: list[Json], uses: list[DockerAllocation]) -> None:
     """Put pools and leases in order of address; name network and container, where Docker does."""
     used = {use.place: use for use in uses}
     pools.sort(key=lambda pool: read_range(pool["sub_pool"] or pool["subnet"]))
     for pool in pools:
-        pool["network"] = used.get((pool["subnet"], pool["sub_pool"]), Use("")).network
+        pool["network"] = used.get((pool["subnet"], pool["sub_pool"]), DockerAllocation("")).network
         leases = pool.get("addresses", [])
         leases.sort(key=lambda lease: int(ipaddress.ip_address(lease["address"])))
         for lease in leases:
-            lease["container"] = used.get((pool["subnet"], lease["address"]), Use("")).container
+            lease["container"] = used.get((pool["subnet"], lease["address"]), DockerAllocation("")).container
 
 
 def find_pools(pools: list[Json], text: str) -> list[Json]:
@@ -5251,7 +5504,7 @@ def find_pools(pools: list[Json], text: str) -> list[Json]:
     return [pool for pool in pools if text and text in map(pool.get, keys)]
 
 
-def select_pools(status: Json, what: str, unnamed: str) -> list[Json]:
+def search_pools(status: Json, what: str, unnamed: str) -> list[Json]:
     """Return what find_pools() does, or who has an address, name or MAC. Raises: InvalidRequest.
 
     What nobody has is shown as free, or as resting, in each range of its subnet.
@@ -5270,7 +5523,7 @@ def select_pools(status: Json, what: str, unnamed: str) -> list[Json]:
                 if owner in wanted and address not in held]
         if number and "/" not in what and number in parse_prefix(pool["subnet"]):
             free = [*wanted]
-        leases = [describe_free(status, pool, address) for address in free]
+        leases = [free_address_row(status, pool, address) for address in free]
         found += [{**pool, "addresses": leases}] * bool(leases)
     claims = (f"; {claim['subnet']} is claimed by {', '.join(claim['hosts'])}"
               for claim in status["claims"] if number and number in parse_prefix(claim["subnet"]))
@@ -5280,7 +5533,7 @@ def select_pools(status: Json, what: str, unnamed: str) -> list[Json]:
     return found
 
 
-def describe_free(status: Json, pool: Json, address: str) -> Json:
+def free_address_row(status: Json, pool: Json, address: str) -> Json:
     """Return an address that nobody here has as if it were a lease, with whom it rests."""
     subnet = Subnet(parse_prefix(pool["subnet"]))
     owners = [owner for owner, last in pool["remembered"].items() if last == address]
@@ -5292,7 +5545,7 @@ def describe_free(status: Json, pool: Json, address: str) -> Json:
             "container": "", "granted_s": 0}
 
 
-PRESENCE = {True: "there", False: "not there", None: "not heard of"}  # while etcd is away
+PRESENCE_TEXT = {True: "there", False: "not there", None: "not heard of"}  # while etcd is away
 
 
 def render_status(status: Json, width: int, now_s: int,
@@ -5314,7 +5567,7 @@ def render_status(status: Json, width: int, now_s: int,
                                  "r kept for a name", width, subsequent_indent="  ")
         summary += ["  o held by another host"] * bool(elsewhere)
     hosts = [("HOST", "CLAIMS", "ETCD"), *(
-        (host["host"], str(host["claims"]), PRESENCE[host["is_present"]])
+        (host["host"], str(host["claims"]), PRESENCE_TEXT[host["is_present"]])
         for host in status.get("hosts", ()))]
     summary += format_table(hosts)
     if status.get("etcd", {}).get("failure"):
@@ -5343,7 +5596,7 @@ def read_range(text: str) -> tuple[int, int, int]:
     """Return family, first and last address of a prefix as gipam writes it: no check, and fast."""
     version, (address, length) = 6 if ":" in text else 4, text.split("/")
     first = parse_address(address, version)
-    return version, first, first | (1 << BITS[version] - int(length)) - 1
+    return version, first, first | (1 << ADDRESS_BITS[version] - int(length)) - 1
 
 
 def render_base(base: Json, elsewhere: Iterable[str], pools: Iterable[str],
@@ -5394,12 +5647,12 @@ def cmd_check(arguments: argparse.Namespace) -> int:
 
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
-    settings, path = arguments.settings, docker_socket()
-    read_gipam = functools.partial(ask_daemon, settings, "GET", "/status?leases=1")
+    settings, path = arguments.settings, docker_socket_path()
+    read_gipam = functools.partial(daemon_request, settings, "GET", "/status?leases=1")
     status = read_gipam()
     driver = status["driver"]
-    read_docker = functools.partial(read_uses, path, driver, DOCKER_PATIENCE_S)
-    look = functools.partial(find_differences, read_gipam, read_docker, arguments.grace)
+    read_docker = functools.partial(read_docker_allocations, path, driver, DOCKER_TIMEOUT_S)
+    look = functools.partial(confirmed_differences, read_gipam, read_docker, arguments.grace)
     found = left = look()
     if arguments.fix and found:
         held = {pool["subnet"] for pool in status["pools"]}
@@ -5407,22 +5660,22 @@ def cmd_check(arguments: argparse.Namespace) -> int:
         if held and held.isdisjoint(known) and not arguments.force:
             raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one "
                               "that gipam serves? If so, use --force")
-        post = functools.partial(ask_daemon, settings, "POST")
-        mend(found.values(), set(), read_gipam, read_docker, post)
+        post = functools.partial(daemon_request, settings, "POST")
+        fix(found.values(), set(), read_gipam, read_docker, post)
         left = look()
-    notes = [*find_notes(status, read_docker()[0], "/proc"), *find_stranded(path, status)]
-    report(found, left, [*dict.fromkeys(notes)], arguments.json)
+    notes = [*host_warnings(status, read_docker()[0], "/proc"), *failed_starts(path, status)]
+    print_report(found, left, [*dict.fromkeys(notes)], arguments.json)
     return 1 if left else 0
 
 
-def report(found: dict[str, Finding], left: dict[str, Finding], notes: list[str],
+def print_report(found: dict[str, Finding], left: dict[str, Finding], notes: list[str],
            as_json: bool) -> None:
     """Print what was found and is left, or has come up meanwhile."""
     all_found = {**found, **left}
     if as_json:
         print(json.dumps({"findings": [
             {"kind": finding.kind, "text": finding.text, "is_fixed": key not in left,
-             **{name: getattr(finding.about, name)
+             **{name: getattr(finding.subject, name)
                 for name in ("subnet", "address", "network", "container")}}
             for key, finding in all_found.items()], "notes": notes}, indent=2))
         return
@@ -5437,20 +5690,20 @@ def report(found: dict[str, Finding], left: dict[str, Finding], notes: list[str]
 
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
-    status = ask_daemon(arguments.settings, "GET", "/status?leases=1")
+    status = daemon_request(arguments.settings, "GET", "/status?leases=1")
     pool, lease = find_lease(status["pools"], arguments.POOL, arguments.ADDRESS)
     request, address = release_request(pool, lease), lease["address"] if lease else ""
     if not arguments.force:
-        uses, _ = read_uses(docker_socket(), status["driver"], DOCKER_PATIENCE_S)
+        uses, _ = read_docker_allocations(docker_socket_path(), status["driver"], DOCKER_TIMEOUT_S)
         leaks = [finding.request for finding in find_leaks(status, uses)]
         if request not in leaks and release_request(pool) not in leaks:
             user = next((str(use) for use in uses
                          if (use.subnet, use.address) == (pool["subnet"], address)), "a network")
             raise Forbidden(f"{user} of Docker uses it: remove that first, or use --force")
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
-    if not arguments.yes and not ask(f"release {what} {pool['subnet']}? [y/N] "):
+    if not arguments.yes and not confirm(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
-    ask_daemon(arguments.settings, "POST", *request)
+    daemon_request(arguments.settings, "POST", *request)
     print(f"released {what} {pool['subnet']}")
     return 0
 
@@ -5473,7 +5726,7 @@ def find_lease(pools: list[Json], name: str, text: str) -> tuple[Json, Json | No
                              f"{', '.join([*held][:9]) or 'nothing'}") from None
 
 
-def ask(question: str) -> bool:
+def confirm(question: str) -> bool:
     """Return whether somebody is there who says yes. Raises: InvalidRequest without a terminal."""
     if not sys.stdin.isatty():
         raise InvalidRequest("there is no terminal to ask at: give --yes to go on without")
@@ -5485,181 +5738,24 @@ def ask(question: str) -> bool:
 
 def cmd_evict(arguments: argparse.Namespace) -> int:
     """Give up what a host that will never come back has claimed, or take it from the old name."""
-    status, host = ask_daemon(arguments.settings, "GET", "/status"), arguments.HOST
+    status, host = daemon_request(arguments.settings, "GET", "/status"), arguments.HOST
     claims = [claim["subnet"] for claim in status["claims"] if host in claim["hosts"]]
     what = f"{len(claims)} claims of host {host}"
     is_own = any(it["host"] == host and it.get("is_own") for it in status.get("hosts", ()))
     question = f"make {what} this host's" if is_own else f"give up {what}"
     names = textwrap.shorten(" ".join([":", *claims]), 200, placeholder=" ...") * bool(claims)
-    if not arguments.yes and not ask(f"{question}{names}? [y/N] "):
+    if not arguments.yes and not confirm(f"{question}{names}? [y/N] "):
         return 1
-    ask_daemon(arguments.settings, "POST", "/Gipam.Evict", {"Host": host})
+    daemon_request(arguments.settings, "POST", "/Gipam.Evict", {"Host": host})
     print(f"made {what} this host's" if is_own else f"gave up {what}")
     return 0
 
 
 def cmd_config(arguments: argparse.Namespace) -> int:
     """Print each effective value of the daemon with its origin."""
-    for name, setting in ask_daemon(arguments.settings, "GET", "/status")["config"].items():
+    for name, setting in daemon_request(arguments.settings, "GET", "/status")["config"].items():
         print(f"{name:8} {setting['value'] or 'none':34} {setting['origin']}")
     return 0
-
-
-def cmd_serve(arguments: argparse.Namespace) -> int:
-    """Run the driver until SIGTERM, SIGINT or SIGHUP. The default."""
-    os.umask(0o077)
-    faulthandler.enable()  # the watchdog's SIGABRT then says where it hung
-    notify(f"EXTEND_TIMEOUT_USEC={START_PATIENCE_S * 1_000_000}")
-    sys.setswitchinterval(SWITCH_S)
-    gc.disable()  # it would take a third of the time to load a million leases
-    with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
-        if "LISTEN_FDS" not in os.environ:
-            check_places(arguments.settings)  # a second daemon changes nothing
-        config, store, document, state = load(arguments.settings, unserved)
-        service = open_service(config, store, document, state)
-        claimant = open_claimant(config, service, store)
-        begin_import(config, service, document, claimant.call if claimant else service.run)
-        gc.freeze()  # nor need it look at them later: 270 ms for a million
-        gc.enable()
-        handler: LogHandler = arguments.log_handler
-        loop = Loop(service, handler.flush)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
-                signal.signal(number, loop.stop)
-        open_servers(config, loop, made)
-        if claimant:
-            loop.ask_etcd = claimant.ask
-            claimant.start(loop.call, loop.stop)
-        threading.Thread(target=take_over_when_due, args=(
-            service, config.driver, claimant.call if claimant else loop.call),
-                         name="import", daemon=True).start()
-        warn_of_surprises(config, service.state.families[4].subnets, "/proc/self/net")
-        places = [format_endpoint(server.server_address) for server in loop.servers]
-        service.about, service.has_macs = describe_daemon(config, places[0]), config.mac
-        log.info("serving on %s with %d pools", ", and metrics on ".join(places),
-                 len(service.state.pools))
-        unserved.pop_all()
-        notify("READY=1")
-        handler.is_held = True
-        loop.ticks.append(functools.partial(beat, service, store))
-        loop.run()
-        notify("STOPPING=1")
-        loop.finish(made.close)
-    handler.is_held = False
-    failure = service.store.loss or (claimant and claimant.busy)
-    if failure:
-        log.error("%s", failure)  # not as main() would: nobody may read it, and it must end
-        return failure.exit_status
-    service.fold(is_stopping=True)
-    log.info("stopped")
-    return 0
-
-
-def check_places(settings: Settings) -> None:
-    """Check that nobody serves there, before anything is changed. Raises: BusyError."""
-    is_unix, path = settings["unix"].value, settings["socket"].value
-    if is_unix:
-        check_socket(path)
-    name = os.path.basename(path if is_unix else settings["spec"].value)
-    check_socket(os.path.join(PLUGIN_SOCKET_DIR, os.path.splitext(name)[0] + ".sock"))
-    for option in (settings[name] for name in ("address", "metrics")[is_unix:]):
-        host, port = option.value or ("127.0.0.1", 0)
-        with socket.socket(SOCKET_FAMILY[ipaddress.ip_address(host).version]) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise BusyError(str(option.error(error.strerror))) from None
-
-
-def open_servers(config: Config, loop: Loop, made: contextlib.ExitStack) -> None:
-    """Listen, and show Docker where; what was made goes at the end. Raises: GipamError, OSError."""
-    names = (unix_names if config.unix else tcp_names)(config, loop)
-    show(names, made, is_start=True)
-    loop.ticks.append(functools.partial(show, names, made))
-    if config.metrics:
-        loop.open(Server(config.metrics, loop, paths=PUBLIC_PAGES))
-
-
-def beat(service: Service, store: Store) -> None:
-    """Show the service manager that no turn hangs, what is held, and what is wrong."""
-    pools, leases = len(service.state.pools), service.state.lease_count
-    notify(f"READY=1\nWATCHDOG=1\nSTATUS={pools} pools, {leases} leases"
-           + "; " * bool(store.trouble) + store.trouble)
-
-
-def open_claimant(config: Config, service: Service, store: Store) -> Claimant | None:
-    """Learn from etcd what other hosts hold, if there is any. Raises: BusyError, ConfigError."""
-    if not config.etcd:
-        return None
-    tls = load_tls(config.etcdtls)
-    home = os.stat(os.path.dirname(os.path.abspath(store.path)))
-    place = f"{[*read_rows('/etc/machine-id')]} {store.path} {home.st_dev} {home.st_ino}"
-    machine = hashlib.sha256(place.encode()).hexdigest()[:16]
-    service.site = Site(config.host, machine, service.state)
-    claimant = Claimant(service, service.site, Etcd(config.etcd, tls, f"/gipam/{config.driver}/"))
-    claimant.begin()
-    return claimant
-
-
-def open_service(config: Config, store: Store, document: Json | None, state: State) -> Service:
-    """Return the service; at a first start, write the lease file before anything is served.
-
-    Raises: ConfigError, if the kernel may not be asked for its routes; OSError.
-    """
-    try:
-        ask_kernel(RTM_GETROUTE, bytes((socket.AF_INET, 0, 0, 0)))
-    except OSError as error:
-        raise ConfigError(f"cannot ask the kernel for routes: {error.strerror}; under systemd, "
-                          "RestrictAddressFamilies has to have AF_NETLINK, as in gipam.service"
-                          ) from None
-    proxies = Proxies(config.onlink, config.v6 + config.v4, ask_kernel) if config.onlink else None
-    keys = config_keys(config.settings)
-    if document is None:
-        chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
-        store.open_snapshot()
-        store.fill_snapshot(chunks)
-        store.place_snapshot(None)
-    return Service(store, state, keys, lambda: read_state(config, store, read_lease_file(store)),
-                   ask_kernel, proxies)
-
-
-def begin_import(config: Config, service: Service, document: Json | None, call: Call) -> None:
-    """Ask Docker what is in use, where there may be more than is known here.
-
-    There was no lease file, or an older one, for all etcd knows; or a pool was just adopted.
-    At once if Docker is alive, else when it answers. (While it starts, it accepts connections, but
-    waits for gipam.)
-    """
-    service.is_import_noted = document is None or bool(document.get("Import"))
-    if service.is_import_noted or service.state.has_adopted:
-        service.import_is_due.set()
-    if service.import_is_due.is_set() and is_docker_alive():
-        try:
-            take_over(service, config.driver, IMPORT_PATIENCE_S, call)
-        except GipamError as error:
-            log.warning("Docker cannot be asked yet what is in use: %s", error)
-
-
-def warn_of_surprises(config: Config, held: Container[Network], proc: str) -> None:
-    """Log what will surprise: variables, open TCP, no base, an on-link route (protocol.md 3.3)."""
-    known = [option.variable for option in OPTIONS]
-    for name in sorted(os.environ):
-        if name.startswith("GIPAM_") and name not in known:
-            log.warning("%s is not an option of gipam%s", printable(name), nearest(name, known))
-    if not config.unix:
-        log.warning("on TCP every user of this host can take and release addresses; -unix lets "
-                    "only root")
-    if not config.v4 and not config.v6:
-        log.warning("no base is configured (-v4, -v6): only networks with a --subnet can be made")
-    for base in (base for base in config.v4 + config.v6 if base.is_link_local):
-        log.warning("the base %s is link-local: no router forwards its addresses", base)
-    for base in (base for base in config.v4 if base not in held):
-        for device, flags in read_routes(proc, base):
-            if device not in ("*", config.onlink) and not flags & 2:  # RTF_GATEWAY
-                log.warning("the base %s is part of an on-link route of %s: Docker up to 26 "
-                            "refuses every block of it; replace the route: ip route add blackhole "
-                            "%s metric 9999", base, printable(device), base)
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:
@@ -5690,7 +5786,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], dict[str, str]]] 
     "evict": (cmd_evict, {"HOST": "as `gipam status` shows it", "--yes": "do not ask"}),
     "config": (cmd_config, {}),
 }
-SHAPES: dict[str, Json] = {  # the arguments of commands that are no switches
+ARGUMENT_SPECS: dict[str, Json] = {  # the arguments of commands that are no switches
     "--grace": {"type": int, "default": 60, "metavar": "SECONDS"}, "POOL": {}, "HOST": {},
     "ADDRESS": {"nargs": "?", "default": ""}, "WHAT": {"nargs": "?", "default": ""},
 }
@@ -5742,7 +5838,7 @@ def build_parser(name: str) -> Parser:
         group.add_argument("--" + option.name, metavar=option.kind,
                            help=text if is_serve else argparse.SUPPRESS)
     for flag, text in flags.items():
-        group.add_argument(flag, help=text, **SHAPES.get(flag, {"action": "store_true"}))
+        group.add_argument(flag, help=text, **ARGUMENT_SPECS.get(flag, {"action": "store_true"}))
     return parser
 
 
@@ -5765,70 +5861,10 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(words, argparse.Namespace(func=function))
     for word in (word.partition("=")[0] for word in unknown):
         known = [*others, *("--" + option.name for option in OPTIONS), *flags]
-        hint = nearest(word, known) or f"; see `{parser.prog} --help`"
+        hint = suggest(word, known) or f"; see `{parser.prog} --help`"
         spare = "one word too many" * (not others and word[:1] != "-")
         raise UsageError(f"{word!r} is {spare or 'not an option or command'}{hint}")
     return arguments
-
-
-def open_stderr() -> Callable[[bytes], int]:
-    """Return what writes to stderr without waiting, while others that share it may wait.
-
-    select() calls a terminal writable that blocks on a longer line.
-    """
-    kind = stat.S_IFMT(os.fstat(2).st_mode)
-    if kind == stat.S_IFSOCK:
-        wire = socket.socket(fileno=os.dup(2))
-        return lambda data: wire.send(data, socket.MSG_DONTWAIT)
-    fd = 2
-    if kind in (stat.S_IFIFO, stat.S_IFCHR):
-        try:
-            fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        except OSError:  # it is another user's
-            os.set_blocking(2, False)
-    return functools.partial(os.write, fd)
-
-
-class LogHandler(logging.Handler):
-    """Writes to stderr what it takes, and never waits for it: gipam must go on without a reader.
-
-    Text is kept, nothing else: a record has its exception, and that the body of a request. While
-    it is_held, nothing is written before flush(): the replies of a turn come first.
-    """
-
-    is_held = False
-    _write: Callable[[bytes], int] | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lines: collections.deque[bytes] = collections.deque(maxlen=MAX_LOG_RECORDS)
-        self._text, self._writing, self._formatter = b"", threading.Lock(), logging.Formatter()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the text of a record; if there are too many, the oldest goes."""
-        try:
-            text = self.format(record)
-        except Exception as error:  # noqa: BLE001 - for its first traceback, Python opens files
-            text = f"{record.msg}: {error!r}"
-        self._lines.append(text.encode() + b"\n")
-        if not self.is_held:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write as much as can be written now."""
-        with self._writing, contextlib.suppress(OSError):  # nobody may ever read it
-            while self._text or self._lines:
-                self._text = self._text or self._lines.popleft()
-                self._write = self._write or open_stderr()
-                self._text = self._text[self._write(self._text):]
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return its lines, each with a priority under systemd (sd-daemon(3)), else with a time."""
-        head = {logging.INFO: "<6>", logging.WARNING: "<4>"}.get(record.levelno, "<3>")
-        if "JOURNAL_STREAM" not in os.environ:
-            head = f"{self._formatter.formatTime(record)} {record.levelname} "
-        lines = self._formatter.format(record).split("\n")
-        return "\n".join(head + printable(line, MAX_LOG_CHARS) for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -5854,7 +5890,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as error:
         hint = "; run gipam as root, or give it -file, -socket and -spec where it may write"
-        print(f"gipam: {explain(error)}{hint * isinstance(error, PermissionError)}",
+        print(f"gipam: {format_os_error(error)}{hint * isinstance(error, PermissionError)}",
               file=sys.stderr)
     return 1
 

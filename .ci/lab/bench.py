@@ -38,7 +38,7 @@ from test_gipam import Daemon, Refused, dial, launcher, request
 ONE_SYNC_A_REQUEST = """
 class Store(gipam.Store):
     def reserve(self, size):
-        super().reserve(size + gipam.LINE_BYTES)
+        super().reserve(size + gipam.RECORD_OVERHEAD_BYTES)
     def append(self, records):
         for record in records:
             super().append([record])
@@ -165,9 +165,9 @@ class Gateway:
 
     def put(self, *keys: str, is_there: bool = True) -> float:
         """Write claims of another host, or take them away; return how long that took."""
-        value = {"value": gipam.encode_bytes('{"hosts":["other"],"since":1795510069}')} if is_there else {}
+        value = {"value": gipam.to_base64('{"hosts":["other"],"since":1795510069}')} if is_there else {}
         kind = "request_put" if is_there else "request_delete_range"
-        body = json.dumps({"success": [{kind: {"key": gipam.encode_bytes(key), **value}} for key in keys]})
+        body = json.dumps({"success": [{kind: {"key": gipam.to_base64(key), **value}} for key in keys]})
         started = time.perf_counter()
         self.connection.request("POST", "/v3/kv/txn", body)
         self.connection.getresponse().read()
@@ -584,7 +584,7 @@ class Bench(unittest.TestCase):
         self.row("memory a claim of another host", [(full[1] - empty[1]) / count], "B")
         wires = [Wire(daemon.socket) for _ in range(2)]
         its, pools, p99 = addresses(wires[0].request_pool("172.16.0.0/16")), networks(), []
-        sys.setswitchinterval(gipam.SWITCH_S)  # whoever measures does not wait for whoever disturbs
+        sys.setswitchinterval(gipam.THREAD_SWITCH_S)  # whoever measures does not wait for whoever disturbs
         for is_read, changing in ((False, 0), (True, 0), (True, count // 2)):
             end = threading.Event()
 

@@ -49,13 +49,13 @@ def lans(number: int) -> list[str]:
 # gipam stops itself between its claim and its reply, once, when the file named there has been made.
 STOP = """
 import signal
-look = gipam.Claimant._look
+look = gipam.ClusterMember._look
 def stop(self, told, again):
     if told.won and os.path.exists({0!r}):
         os.unlink({0!r})
         os.kill(os.getpid(), signal.SIGSTOP)
     return look(self, told, again)
-gipam.Claimant._look = stop
+gipam.ClusterMember._look = stop
 """
 # In front of a member of etcd: 6 % of the replies are lost, 6 % of the requests run 1 to 2.5 s late.
 PROXY = """

@@ -114,7 +114,7 @@ class SoakTest(StoreCase):
     def test_nothing_grows_that_should_not(self) -> None:
         seed, clients, for_s = seeds(1)[0], 8, 120.0
         self.served = self.daemon("-v4", "10.2.0.0/16", "-v6", "2001:db8:0:100::/56",
-                                  lines="gipam.MIN_FOLD_BYTES, gipam.FOLD_PATIENCE_S = 2000, 0.01").start()
+                                  lines="gipam.MIN_CHECKPOINT_BYTES, gipam.CHECKPOINT_RETRY_S = 2000, 0.01").start()
         load = Load(self, self.served, clients, seed)
         load.start()
         figures, started = [], time.monotonic()
