@@ -1,63 +1,65 @@
 #!/usr/bin/env python3
-"""gipam: a Docker IPAM driver. Every network gets its own prefix, every container an address in it.
+"""A Docker IPAM driver: it gives every Docker network its own prefix and every container an address.
 
-A prefix is routed to this host. Docker networks made with `--ipam-driver gipam` get the next block
-of it, so that their containers can be reached from outside without NAT. To run it, and to test it:
+A prefix is routed to this host, or is on-link there. Every Docker network created with
+`--ipam-driver gipam` gets the next free block of that prefix, so its containers are reachable from
+outside without NAT. To run and to test it:
 
     sudo python3 gipam.py -unix -v6 2001:db8:0:100::/56 -v4 10.2.0.0/16
     python3 test_gipam.py
 
-The sections, each of which uses only what stands above it (`grep -n '^# ===' gipam.py`):
+The sections. Each uses only what stands above it (`grep -n '^# ===' gipam.py` lists them):
 
     Constants   defaults and limits
-    Errors      what Docker and the operator are told
-    Logging     log lines that never wait for their reader
-    Model       prefixes, pools, leases, the state; no I/O
-    Records     journal records and snapshot as text
-    Allocator   pure decisions: (state, request) -> record or error
-    Journal     the lease file, its segments and its lock: bytes and descriptors
-    Netlink     routes, addresses and proxy neighbours of the host
-    Claims      what the hosts of a site have claimed; pure
-    Service     decide, apply, commit: the only one that changes the state
-    API         plugin methods, status, metrics, health: bytes in, bytes out
-    Server      the event loop, its connections and listeners
-    Discovery   socket, link, plugin file, systemd
+    Errors      one class for each kind of error, with its HTTP and its exit status
+    Logging     a log handler that never waits for a reader
+    Model       prefixes, pools, leases and the state; no I/O
+    Records     journal records and the snapshot as text
+    Allocator   pure decisions: (state, request) -> record, or an error
+    Journal     the lease file, its journal segments and its lock
+    Netlink     routes, addresses and proxy neighbours of this host
+    Claims      what the hosts of a site have claimed in etcd; no I/O
+    Service     applies records and commits them; the only code that changes the state
+    API         plugin methods, status, metrics and health: bytes in, bytes out
+    Server      the event loop, its connections and its listeners
+    Discovery   the socket, the plugin file and systemd: how Docker finds gipam
     Docker      a client of Docker's API, and what Docker uses
-    Check       differences between gipam and Docker, and their repair
-    Cluster     the etcd client, and the thread that asks etcd
-    Settings    options in three stages
-    Daemon      serve: start, run, stop
+    Check       differences between gipam and Docker, their repair, and the import
+    Cluster     a client of etcd, and the thread that runs transactions
+    Settings    options from the command line, the environment and the lease file
+    Daemon      `gipam serve`: start, run, stop
     Commands    the command line
 
-One thread serves all, turn by turn: it reads what has come, decides and applies each request that
-is whole, writes one line with all their changes and syncs it, and only then sends the replies. So
-nothing needs a lock. What has to wait for others (the lease file being written, Docker or etcd
-being asked) runs in threads, which come back by Loop.call() to have a function run in a turn.
+One thread serves all connections in an event loop. Each iteration reads what has arrived, decides
+and applies every complete request, appends one journal record with all their changes, syncs it,
+and only then sends the replies. No locks are needed. Work that blocks (writing a snapshot, calling
+Docker or etcd) runs in other threads, which use EventLoop.run_in_loop() to run code in the loop.
 
-Several hosts share their bases through etcd. What others have claimed covers the free space here
-like anything held. Each grant of a subnet, and of an address that hosts share, follows a
-transaction made for it; what is released is let go after it. So a crash leaves a claim too many,
-which is put right, and never a subnet on two hosts. No container of an ordinary subnet waits for
-etcd.
+Several hosts share prefixes through etcd. A claim of another host blocks that space here, exactly
+as a local pool would. Every grant of a subnet, and of an address in a shared subnet, is made only
+after an etcd transaction has claimed it; a claim is deleted only after the local release is on
+disk. A crash can therefore leave a surplus claim, which is cleaned up later, but never one subnet
+on two hosts. Containers in ordinary (unshared) subnets never wait for etcd.
 
-On disk. The lease file is a JSON document for people: the configuration (of it and the options wins
-what was changed last), each pool under Allocated with its addresses, and a checksum over the state.
-It is a snapshot; what happened since is beside it in a journal segment (leases.json.journal.1).
-There, one turn is one line: length and CRC-32 of the JSON that follows, and in it the sequence
-number of the last change, and the changes. Zeros after the last line are room for more. A real one:
+On disk. The lease file is human-readable JSON: the configuration, the pools (Allocated) with their
+leases, and a checksum. If the configuration in it and the command line disagree, the one that
+changed last wins. The lease file is a snapshot; later changes are in a journal segment beside it
+(leases.json.journal.1). Each iteration appends one line to the segment: the length and the CRC-32
+of a JSON text, then that text, which holds the sequence number of its last change and the changes.
+The file is preallocated: zeros follow the last line. For example (one line in the file):
 
     00000076 93771baa [4,[["request_address","10.2.0.0/24#1f0c27ab5e94d386","10.2.0.2","endpoint",
     "02:42:0a:02:00:02","web1",1795510069,3]]]
 
-(in the file it is one line). Recovery locks the segments, reads the snapshot, then them in order,
-and skips what the snapshot already holds. A last line that is short, or of which sectors are zeros
-to their end, was never acknowledged and is dropped; whatever else does not add up stops gipam, with
-a message that says what to do. Names on disk change only in a turn.
+Recovery locks the segments, loads the snapshot, and replays the segments in order, skipping changes
+that the snapshot already contains. A torn last line (truncated, or with zeroed sectors) was never
+acknowledged and is dropped. Any other inconsistency stops gipam with an error that says what to do.
+Files are created, renamed and removed only in the loop thread.
 
-What survives. A reply that Docker has read is on disk: it survives SIGKILL and, where the disk
-keeps what fdatasync promised, a power cut. A full disk costs an error, never a lease. What does
-not survive is what Docker and gipam never told each other: a reply lost in a crash of dockerd, a
-release sent while gipam was down. Such an address or pool stays held until somebody releases it.
+Durability. A reply that Docker has read is on disk: it survives SIGKILL and, if the disk honours
+fdatasync, a power cut. A full disk causes errors but never loses a lease. What cannot be recovered
+is what Docker and gipam never told each other: a reply lost when dockerd crashed, a release sent
+while gipam was down. Such an address stays allocated until somebody releases it.
 """
 
 from __future__ import annotations
