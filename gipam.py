@@ -3265,7 +3265,10 @@ FDSTORE_NAME = "gipam"  # name of what the service manager keeps
 
 
 def sd_notify(state: str, *fds: int, patience_s: float = 0.0) -> None:
-    """Tell the service manager, if there is one, and if it can be told. Source: sd_notify(3)."""
+    """Send a state to the service manager, if there is one and it takes it.
+
+    Source: sd_notify(3).
+    """
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(patience_s)
         manager.connect(re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", "")))
