@@ -2147,6 +2147,7 @@ class ClaimTable:
         self.lost_s = -math.inf  # when etcd had lost claims, or was seen to lack them still
         self.awaited: dict[str, str] = {}  # hosts not heard of since then -> their keys
         self.wake: Callable[[], None] = lambda: None  # whoever compares what is due
+        self.seen_s: float | None = None  # when etcd last answered, on the monotonic clock
         self.rebind(state)
 
     def rebind(self, state: State) -> None:
@@ -2215,6 +2216,7 @@ class ClaimTable:
 
         One that has succeeded voids all that was asked for before, and may still be on its way.
         """
+        self.seen_s = time.monotonic()
         self.apply_claims(told.news)
         self.head, before, is_wary = told.head, self.hosts, self.grace_remaining_s() > 0 or not self.hosts
         if told.won is not None:
@@ -2434,6 +2436,10 @@ class ClaimTable:
         """Return who has claimed what is held here of a subnet, "" for nobody."""
         return next((rival for name, rival in self.conflicts.items()
                      if f"{name}/".startswith(f"{network}/")), "")
+
+    def age_s(self) -> float | None:
+        """Return how old this view of the claims is, None if etcd has never answered."""
+        return None if self.seen_s is None else round(time.monotonic() - self.seen_s, 1)
 
     def describe(self, is_away: bool) -> Json:
         """Return what `status --json` shows of the hosts; while etcd is away nobody is heard of."""
@@ -3163,7 +3169,8 @@ def status_page(service: Service, query: str) -> Iterator[str]:
               "bases": describe_bases(service.state, routes), "trouble": service.store.last_error}
     if service.site:
         status.update(service.site.describe(bool(service.etcd_failure)), etcd={
-            "failure": service.etcd_failure, "due": len(service.site.due)})
+            "failure": service.etcd_failure, "due": len(service.site.due),
+            "age_s": service.site.age_s()})
     return encode_status(status, list(service.state.pools.values()),
                          "leases=1" in query.split("&"), service.site)
 
