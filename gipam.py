@@ -152,7 +152,9 @@ MAX_ACCEPTS = 64  # accepted in a turn; measured: 0.1 ms each
 MAX_FAILED_TURNS = 10  # in a row
 MAX_LOG_RECORDS, MAX_LOG_CHARS = 1_000, 4_000  # that nobody has read yet; of a line
 TIMER_INTERVAL_S = 1.0
-PROXY_UPDATES_PER_ITERATION = 10  # entries in a turn; measured: 60 us each
+PROXY_UPDATES_PER_ITERATION = 10  # measured: 60 us each
+MAX_NETLINK_EVENTS = 100  # read in an iteration
+RESYNC_INTERVAL_S = 0.25  # between two comparisons of all proxy entries
 START_TIMEOUT_S = 300  # asked of the service manager, for a large state
 DRAIN_IDLE_S = 0.1  # for a peer that finds its connection shut to dial again
 DRAIN_MAX_S = 2.0  # at the end, for a peer that has dialled to send all of its request
@@ -1835,214 +1837,416 @@ class Store:
 
 
 # === Netlink ======================================================================================
+#
+# What the kernel knows and does about addresses: the routes and addresses of this host, which no
+# pool may overlap, and the proxy neighbour entries that make it answer for containers on a link.
+# A netlink message is a fixed part (struct rtmsg, ifaddrmsg or ndmsg) and attributes behind it.
+# ProxyNeighbours keeps one rule: the entries that gipam has made (NDA_PROTOCOL 103) are those of
+# the containers in bases on the link of its device, and entries of others are never touched.
+# Source: linux/netlink.h, linux/rtnetlink.h, linux/neighbour.h, rtnetlink(7).
 
-NetlinkRequest = Callable[..., Iterable[bytes]]  # ask_kernel()
-# Source: linux/netlink.h, linux/rtnetlink.h, linux/neighbour.h
-NETLINK_HEAD, ATTRIBUTE = struct.Struct("=IHH8x"), struct.Struct("=HH")
-NEIGHBOUR, DST = struct.Struct("=B3xiHBxHH"), 1  # with the head of an attribute: NDA_DST, RTA_DST
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP, NTF_PROXY = 1, 4, 0x10, 0x300, 8
-NLMSG_ERROR, NLMSG_DONE, RTM_GETADDR, RTM_GETROUTE, RTN_UNICAST, RTN_BROADCAST = 2, 3, 22, 26, 1, 3
-RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH, NUD_PERMANENT, RTA_OIF = 28, 29, 30, 0x80, 4
-GIPAM_PROTOCOL_ATTRIBUTE = ATTRIBUTE.pack(5, 12) + b"g\0\0\0"  # NDA_PROTOCOL 103: gipam has made the entry
+NetlinkRequest = Callable[..., Iterable[bytes]]  # netlink_request()
+NLMSGHDR = struct.Struct("=IHH8x")  # length, type, flags
+ATTRIBUTE = struct.Struct("=HH")  # length with this header, type
+RTMSG = struct.Struct("=BB10x")  # family, prefix length
+NDMSG = struct.Struct("=B3xiHBx")  # family, device, state, flags
+IFINFOMSG = struct.Struct("=4xi8x")  # device
+
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+RTM_GETADDR, RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 22, 24, 25, 26
+RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+RTMGRP_LINK, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE = 0x1, 0x40, 0x400
+RTN_UNICAST, RTN_BROADCAST = 1, 3
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_VIA = 1, 4, 5, 18
+RTF_GATEWAY, RTF_REJECT = 0x2, 0x200
+IFLA_IFNAME = 3
+NDA_DST, NDA_PROTOCOL = 1, 12
+NTF_PROXY, NUD_PERMANENT = 0x8, 0x80
+GIPAM_PROTOCOL = 103  # in NDA_PROTOCOL, for `ip neigh show proxy`
+
+
+def nlmsg_align(length: int) -> int:
+    """Return the length rounded up to a multiple of four, as netlink pads what it sends."""
+    return (length + 3) & ~3
+
+
+def pack_attribute(attribute_type: int, payload: bytes) -> bytes:
+    """Return an attribute, padded."""
+    length = ATTRIBUTE.size + len(payload)
+    return (ATTRIBUTE.pack(length, attribute_type) + payload).ljust(nlmsg_align(length), b"\0")
+
+
+def read_attributes(message: bytes, offset: int = RTMSG.size) -> dict[int, bytes]:
+    """Return the attributes of a message by type; they begin behind its fixed part."""
+    attributes = {}
+    while offset < len(message):
+        length, attribute_type = ATTRIBUTE.unpack_from(message, offset)
+        attributes[attribute_type] = message[offset + ATTRIBUTE.size:offset + length]
+        offset += nlmsg_align(length)
+    return attributes
+
+
+def netlink_request(message_type: int, body: bytes, flags: int = NLM_F_DUMP) -> list[bytes]:
+    """Send a netlink request and return the payloads of its replies. Source: netlink(7).
+
+    Dumping 20,000 routes takes 12 ms (/proc/net/ipv6_route: 280 ms, since each read() searches its
+    position again). The dump is repeated while the kernel reports that it was inconsistent.
+    Raises: OSError.
+    """
+    payloads: list[bytes] = []
+    for _attempt in range(5):
+        payloads, reply_flags = _exchange(message_type, body, flags)
+        code = -int.from_bytes(payloads[-1][:4], sys.byteorder, signed=True)
+        if code:
+            raise OSError(code, os.strerror(code))
+        if not reply_flags & NLM_F_DUMP_INTR:
+            break
+    return payloads[:-1]
+
+
+def _exchange(message_type: int, body: bytes, flags: int) -> tuple[list[bytes], int]:
+    """Return the payloads of all replies, the last of which has the error code, and their flags."""
+    payloads = []
+    all_flags = 0
+    reply_type = 0
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as kernel:
+        header = NLMSGHDR.pack(NLMSGHDR.size + len(body), message_type, NLM_F_REQUEST | flags)
+        kernel.send(header + body)
+
+        while reply_type not in (NLMSG_DONE, NLMSG_ERROR):
+            data = kernel.recv(RECEIVE_BYTES)
+            offset = 0
+            while offset < len(data):
+                length, reply_type, reply_flags = NLMSGHDR.unpack_from(data, offset)
+                payloads.append(data[offset + NLMSGHDR.size:offset + length])
+                all_flags |= reply_flags
+                offset += nlmsg_align(length)
+    return payloads, all_flags
 
 
 def read_used_ranges(netlink: NetlinkRequest, version: int, bases: list[Network]) -> list[Range]:
     """Return the routes and addresses of this host that lie in a base, as the kernel has them now.
 
-    A route that contains a whole base is the routed prefix itself, or the default route. Of 20,000
-    only those are taken apart that have the first bytes of a base in them.
-    """
-    limits, found = [(*address_range(base), base.prefixlen) for base in bases], set()
-    stems = (re.escape(base.network_address.packed[:base.prefixlen // 8]) for base in bases)
-    is_near = re.compile(b"|".join(stems)).search
-    for kind in (RTM_GETROUTE, RTM_GETADDR):
-        for message in filter(is_near, netlink(kind, bytes((SOCKET_FAMILY[version], 0, 0, 0)))):
-            first, length = read_prefix(kind, message)
-            if any(low <= first <= high and length > shortest for low, high, shortest in limits):
-                found.add((first, first | (1 << ADDRESS_BITS[version] - length) - 1))
-    return sorted(found)
-
-
-def read_attributes(message: bytes, at: int = 12) -> dict[int, bytes]:
-    """Return the attributes of a message behind its fixed part, that of a route."""
-    found = {}
-    while at < len(message):
-        size, what = ATTRIBUTE.unpack_from(message, at)
-        found[what] = message[at + ATTRIBUTE.size:at + size]
-        at += size + 3 & ~3
-    return found
-
-
-def read_prefix(kind: int, message: bytes) -> tuple[int, int]:
-    """Return (address, prefixlen) of a route, or of an own address; (0, 0) for a broadcast route.
-
-    Source: rtnetlink(7), struct rtmsg and ifaddrmsg; IFA_ADDRESS is 1, as RTA_DST.
-    """
-    is_route = kind == RTM_GETROUTE
-    if is_route and message[7] == RTN_BROADCAST:
-        return 0, 0
-    address = read_attributes(message, 12 if is_route else 8).get(DST, b"")
-    return int.from_bytes(address, "big"), message[1] if is_route else 8 * len(address)
-
-
-def is_connected(route: bytes, base: Network, device: bytes) -> bool:
-    """Return whether a route that is not the default one puts a base on the wire of a device."""
-    if ATTRIBUTE.pack(8, RTA_OIF) + device not in route:  # so it is with most of 20,000
-        return False
-    first, length = read_prefix(RTM_GETROUTE, route)
-    return (route[0] == SOCKET_FAMILY[base.version] and 0 < length <= base.prefixlen
-            and not (first ^ int(base[0])) >> ADDRESS_BITS[base.version] - length
-            and not read_attributes(route).keys() & {5, 18})  # RTA_GATEWAY, RTA_VIA
-
-
-def netlink_request(kind: int, body: bytes, flags: int = NLM_F_DUMP) -> list[bytes]:
-    """Return the messages that answer one, without their heads. Source: netlink(7).
-
-    20,000 routes take 12 ms; /proc/net/ipv6_route 280, for the kernel looks for its place anew at
-    each page. It is asked again while it says that the table has changed under the dump.
+    A route that contains a whole base is the routed prefix itself, or the default route.
     Raises: OSError.
     """
-    messages: list[bytes] = []
-    for _attempt in range(5):
-        messages, all_flags, what = [], 0, 0
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as kernel:
-            kernel.send(NETLINK_HEAD.pack(16 + len(body), kind, NLM_F_REQUEST | flags) + body)
-            while what not in (NLMSG_DONE, NLMSG_ERROR):
-                data, at = kernel.recv(RECEIVE_BYTES), 0
-                while at < len(data):
-                    size, what, more = NETLINK_HEAD.unpack_from(data, at)
-                    messages.append(data[at + NETLINK_HEAD.size:at + size])
-                    all_flags |= more
-                    at += size + 3 & ~3
-        code = -int.from_bytes(messages[-1][:4], sys.byteorder, signed=True)
-        if code:
-            raise OSError(code, os.strerror(code))
-        if not all_flags & NLM_F_DUMP_INTR:
-            break
-    return messages[:-1]
+    # Of 20,000 messages only those are parsed that contain the first bytes of a base.
+    stems = [base.network_address.packed[:base.prefixlen // 8] for base in bases]
+    has_stem = re.compile(b"|".join(map(re.escape, stems))).search
+    ranges = set()
+    for message_type in (RTM_GETROUTE, RTM_GETADDR):
+        for message in netlink(message_type, bytes((SOCKET_FAMILY[version], 0, 0, 0))):
+            if not has_stem(message):
+                continue
+
+            address, prefixlen = read_prefix(message_type, message)
+            for base in bases:
+                first, last = address_range(base)
+                if first <= address <= last and prefixlen > base.prefixlen:
+                    host_bits = ADDRESS_BITS[version] - prefixlen
+                    ranges.add((address, address | ((1 << host_bits) - 1)))
+    return sorted(ranges)
+
+
+def read_prefix(message_type: int, message: bytes) -> tuple[int, int]:
+    """Return (address, prefixlen) of a route, or of an own address; (0, 0) for a broadcast route."""
+    if message_type == RTM_GETADDR:
+        # IFA_ADDRESS has the number of RTA_DST, and struct ifaddrmsg eight bytes.
+        address = read_attributes(message, 8).get(RTA_DST, b"")
+        return int.from_bytes(address, "big"), 8 * len(address)
+
+    route_type = message[7]
+    if route_type == RTN_BROADCAST:
+        return 0, 0
+    address = read_attributes(message).get(RTA_DST, b"")
+    return int.from_bytes(address, "big"), message[1]
+
+
+def is_on_link(base: Network, routes: Iterable[bytes], device: int) -> bool:
+    """Return whether a connected route of the device contains the base; a default route is none."""
+    packed = base.network_address.packed
+    output_device = pack_attribute(RTA_OIF, struct.pack("=i", device))
+    for route in routes:
+        family, prefixlen = RTMSG.unpack_from(route)
+        # All of 20,000 routes may use this device: the cheap tests come first.
+        if family != SOCKET_FAMILY[base.version] or not 0 < prefixlen <= base.prefixlen:
+            continue
+        if output_device not in route or packed[:prefixlen // 8] not in route:
+            continue
+
+        address, _ = read_prefix(RTM_GETROUTE, route)
+        host_bits = base.max_prefixlen - prefixlen
+        has_gateway = read_attributes(route).keys() & {RTA_GATEWAY, RTA_VIA}
+        if not has_gateway and address >> host_bits == int(base[0]) >> host_bits:
+            return True
+    return False
 
 
 def read_words(path: str) -> Iterator[list[bytes]]:
-    """Yield the words of each line; none if there is no such file (IPv6 is off)."""
+    """Yield the words of each line; none if there is no such file (IPv6 is off).
+
+    They are bytes, since the name of an interface may have any encoding.
+    """
     with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=1 << 16) as file:
-        yield from map(bytes.split, file)  # an interface may be called anything, in any encoding
+        for line in file:
+            yield line.split()
 
 
 def read_covering_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
-    """Yield (device, flags) of each route that contains a base, but default ones.
+    """Yield (device, flags) of each route that contains a base, except default routes.
 
-    Of IPv4, a blackhole has the device *. Source: linux/route.h, RTF_*.
+    An IPv4 blackhole has the device *. Source: linux/route.h, RTF_*.
     """
-    first, _ = address_range(base)
-    for row in read_words(proc + "/ipv6_route") if base.version == 6 else ():
-        length = int(row[1], 16)
-        if 0 < length <= base.prefixlen and not (int(row[0], 16) ^ first) >> 128 - length:
+    if base.version == 6:
+        yield from _read_covering_ipv6_routes(proc, base)
+    else:
+        yield from _read_covering_ipv4_routes(proc, base)
+
+
+def _read_covering_ipv6_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
+    for row in read_words(proc + "/ipv6_route"):
+        address = int(row[0], 16)
+        prefixlen = int(row[1], 16)
+        host_bits = 128 - prefixlen
+        if 0 < prefixlen <= base.prefixlen and address >> host_bits == int(base[0]) >> host_bits:
             yield os.fsdecode(row[9]), int(row[8], 16)
-    for row in itertools.islice(read_words(proc + "/route"), 1, None) if base.version == 4 else ():
-        start, mask = (socket.ntohl(int(row[at], 16)) for at in (1, 7))
-        if mask and first & mask == start and bin(mask).count("1") <= base.prefixlen:
+
+
+def _read_covering_ipv4_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
+    for row in read_words(proc + "/route"):
+        if row[0] == b"Iface":
+            continue
+        address = socket.ntohl(int(row[1], 16))
+        mask = socket.ntohl(int(row[7], 16))
+        prefixlen = bin(mask).count("1")
+        if 0 < prefixlen <= base.prefixlen and int(base[0]) & mask == address:
             yield os.fsdecode(row[0]), int(row[3], 16)
 
 
-class ProxyNeighbours:
-    """Proxy neighbours: on the wire of a device, this host answers for its containers.
+def find_missing_device(device: str) -> str:
+    """Return a warning if the device of -onlink does not exist on this host, else ""."""
+    try:
+        socket.if_nametoindex(device)
+    except OSError:
+        return (f"-onlink {printable(device)}: this host has no such device, so gipam answers for "
+                "nothing until there is one")
+    return ""
 
-    An entry goes by the message that asks the kernel for it: struct ndmsg, and its address. It is
-    looked up before it is changed, so that what others have made stays theirs.
+
+def is_container(lease: Lease | AddressGrant) -> bool:
+    """Return whether a lease is known to be a container's.
+
+    With -mac=false, Docker before 29 sends neither name nor MAC address, so that an auxiliary
+    address looks like a container's.
+    """
+    return lease.kind == ENDPOINT and bool(lease.name or lease.mac)
+
+
+class NeighbourEntry(NamedTuple):
+    """A proxy neighbour entry: the device on whose link the kernel answers for the address."""
+
+    device: int
+    version: int
+    address: int
+
+    def pack(self, state: int = 0) -> bytes:
+        """Return the request about this entry: struct ndmsg and the address."""
+        ndmsg = NDMSG.pack(SOCKET_FAMILY[self.version], self.device, state, NTF_PROXY)
+        return ndmsg + pack_attribute(NDA_DST, self.packed_address)
+
+    @property
+    def packed_address(self) -> bytes:
+        """Return the bytes of the address, in network order."""
+        return self.address.to_bytes(ADDRESS_BITS[self.version] // 8, "big")
+
+
+def parse_neighbour(message: bytes) -> tuple[NeighbourEntry, bool]:
+    """Return a proxy neighbour entry, and whether gipam has made it."""
+    _, device, _, _ = NDMSG.unpack_from(message)
+    attributes = read_attributes(message, NDMSG.size)
+    packed = attributes.get(NDA_DST, b"")
+    version = 4 if len(packed) == 4 else 6
+    entry = NeighbourEntry(device, version, int.from_bytes(packed, "big"))
+    return entry, attributes.get(NDA_PROTOCOL, b"")[:1] == bytes((GIPAM_PROTOCOL,))
+
+
+class ProxyNeighbours:
+    """Proxy neighbour entries: on the link of a device, this host answers for its containers.
+
+    on_record() notes entries that have to change, sync() changes a few of them in each iteration.
+    A comparison of all entries with all leases follows a start, an event of the device or of its
+    routes, and a failure.
     """
 
     def __init__(self, device: str, bases: list[Network], netlink: NetlinkRequest) -> None:
-        self._device, self._bases, self._netlink = device, bases, netlink
-        self._name = ATTRIBUTE.pack(5 + len(os.fsencode(device)), 3) + os.fsencode(device)
-        self._index, self._onlink = 0, bases  # the number of the device, the bases on its wire
-        self._state, self._look_s = State(()), 0.0  # when and with what all is compared anew
-        self.due: dict[bytes, bool] = {}  # entry -> whether it is to be there; the newest last
-        self.events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
-        self.events.bind((0, 0x441))  # RTMGRP_LINK, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE
+        """Listen to the events of the kernel. Raises: ConfigError without CAP_NET_ADMIN."""
+        self._device = device
+        self._device_index = 0
+        self._bases = bases
+        self._onlink = bases
+        self._netlink = netlink
+        self._state = State(())  # as last compared
+        self._next_resync_s = 0.0
+        self._min_resync_s = 0.0
+        self._is_failing = False
+        self._last_report = ""
+        self.pending: dict[NeighbourEntry, bool] = {}  # whether it is wanted
+        self.event_socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
+        self.event_socket.bind((0, RTMGRP_LINK | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE))
+        self._require_permission()
+
+    def _require_permission(self) -> None:
+        """Delete an entry that cannot exist. Raises: ConfigError, if that is not permitted."""
+        no_address = NDMSG.pack(socket.AF_INET, 0, 0, NTF_PROXY) + pack_attribute(NDA_DST, b"")
         try:
-            netlink(RTM_DELNEIGH, NEIGHBOUR.pack(socket.AF_INET, 0, 0, NTF_PROXY, 4, DST), NLM_F_ACK)
-        except OSError as error:  # there is no such entry
+            self._netlink(RTM_DELNEIGH, no_address, NLM_F_ACK)
+        except OSError as error:
             if error.errno == errno.EPERM:
-                raise ConfigError(f"-onlink {device!r} needs CAP_NET_ADMIN: root has it, a service "
-                                  "with the drop-in gipam.service.d/onlink.conf of README.md"
-                                  ) from None
+                raise ConfigError(f"-onlink {self._device!r} needs CAP_NET_ADMIN: root has it, a "
+                                  "service with the drop-in gipam.service.d/onlink.conf of "
+                                  "README.md") from None
 
-    def hear(self, _: int) -> None:
-        """Take note of an event of the device, or of a route: going down, it loses all entries."""
-        with contextlib.suppress(OSError):  # some were lost
-            event, index = self.events.recv(RECEIVE_BYTES), struct.pack("=i", self._index)
-            is_near = self._name in event or event[20:24] == index
-            if NETLINK_HEAD.unpack_from(event)[1] in (24, 25):  # RTM_NEWROUTE, RTM_DELROUTE
-                is_near = any(is_connected(event[16:], base, index) for base in self._bases)
-            if not is_near:
+    def on_event(self, _: int) -> None:
+        """Handle events of devices and routes: a device that goes down loses all its entries."""
+        for _attempt in range(MAX_NETLINK_EVENTS):
+            try:
+                event = self.event_socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
                 return
-        self._look_s = 0.0
+            except OSError:
+                # ENOBUFS: the kernel has dropped events.
+                self._request_resync()
+                return
+            if self._concerns_device(event):
+                self._request_resync()
 
-    def note(self, pool: Pool, change: Record) -> None:
-        """Have settle() see to what a change is about."""
-        if not any(map(pool.subnet.network.overlaps, self._onlink)):
+    def _concerns_device(self, event: bytes) -> bool:
+        """Return whether an event is about the device, or a connected route of it to a base."""
+        _, message_type, _ = NLMSGHDR.unpack_from(event)
+        payload = event[NLMSGHDR.size:]
+        if message_type in (RTM_NEWROUTE, RTM_DELROUTE):
+            return any(is_on_link(base, [payload], self._device_index) for base in self._bases)
+
+        (device,) = IFINFOMSG.unpack_from(payload)
+        name = pack_attribute(IFLA_IFNAME, os.fsencode(self._device) + b"\0")
+        return device == self._device_index or name in payload
+
+    def _request_resync(self) -> None:
+        """Have sync() compare all entries, but not more often than each RESYNC_INTERVAL_S."""
+        self._next_resync_s = min(self._next_resync_s, self._min_resync_s)
+
+    def on_record(self, pool: Pool, record: Record) -> None:
+        """Note what a record changes about the entries; the pool is the one that it is about."""
+        subnet = pool.subnet
+        if not any(subnet.network.overlaps(base) for base in self._onlink):
             return
-        if isinstance(change, (AddressGrant, AddressRelease)):
-            is_held = isinstance(change, AddressGrant) and change.kind == ENDPOINT
-            self.due[self._entry(pool.subnet, pool.offset(change.address))] = is_held
+        if isinstance(record, (AddressGrant, AddressRelease)):
+            address = parse_address(record.address, subnet.version)
+            entry = NeighbourEntry(self._device_index, subnet.version, address)
+            self.pending[entry] = isinstance(record, AddressGrant) and is_container(record)
         elif pool.leases:
-            self._look_s = 0.0
+            self._request_resync()
 
-    def _entry(self, subnet: Subnet, offset: int) -> bytes:
-        family, size = SOCKET_FAMILY[subnet.version], ADDRESS_BITS[subnet.version] // 8
-        return NEIGHBOUR.pack(family, self._index, 0, NTF_PROXY, 4 + size, DST) \
-            + (subnet.first + offset).to_bytes(size, "big")
+    def sync(self, state: State) -> None:
+        """Apply a limited number of pending entries.
 
-    def settle(self, state: State) -> None:
-        """Make some entries what they are to be. What fails is logged, and tried at a tick."""
+        Nothing is raised: a failure is logged once, and followed by a comparison at the next tick.
+        """
+        now_s = time.monotonic()
         try:
-            if time.monotonic() >= self._look_s or state is not self._state:
-                self._compare(state)
-            for _ in range(min(len(self.due), PROXY_UPDATES_PER_ITERATION)):
-                self._mend(*self.due.popitem())
-        except Exception as error:  # noqa: BLE001 - it must not hurt the turn
-            if self._look_s > time.monotonic() + TIMER_INTERVAL_S:  # the first one
-                log.error("-onlink %s: %s; it is tried again", self._device, format_os_error(error))
-                self._look_s = time.monotonic() + TIMER_INTERVAL_S
+            if state is not self._state or now_s >= self._next_resync_s:
+                self._resync(state)
+            for _ in range(min(len(self.pending), PROXY_UPDATES_PER_ITERATION)):
+                entry, is_wanted = self.pending.popitem()
+                self._set_entry(entry, is_wanted)
+        except Exception as error:  # noqa: BLE001 - requests must be answered all the same
+            if not self._is_failing:
+                log.error("-onlink %s: %s; retrying", self._device, format_os_error(error))
+            self._is_failing = True
+            self.pending.clear()
+            self._next_resync_s = now_s + TIMER_INTERVAL_S
+        else:
+            if not self.pending and self._next_resync_s == math.inf:
+                self._is_failing = False
 
-    def _compare(self, state: State) -> None:
-        """Find all entries that differ from what containers have in the bases on the wire."""
-        self._state, self._look_s, self._index, before = state, math.inf, 0, self._onlink
+    def _resync(self, state: State) -> None:
+        """Find all entries that differ from what containers have in bases on the link."""
+        self._state = state
+        self._next_resync_s = math.inf
+        self._device_index = 0
         with contextlib.suppress(OSError):
-            self._index = socket.if_nametoindex(self._device)
-        routes, index = self._netlink(RTM_GETROUTE, bytes(4)), struct.pack("=i", self._index)
+            self._device_index = socket.if_nametoindex(self._device)
+        routes = list(self._netlink(RTM_GETROUTE, bytes(RTMSG.size)))
         self._onlink = [base for base in self._bases
-                        if any(is_connected(route, base, index) for route in routes)]
-        if self._onlink != before:
-            log.info("-onlink %s: answering there for %s", self._device, ", ".join(
-                map(str, self._onlink)) or "no base: none is in a connected route of it")
-        held = {self._entry(subnet, offset) for base in self._onlink
-                for subnet in state.families[base.version].subnets.values()
-                if subnet.network.overlaps(base) for pool in subnet.pools.values()
-                for offset, lease in pool.leases.items() if lease.kind == ENDPOINT}
-        entries = self._netlink(RTM_GETNEIGH, NEIGHBOUR.pack(0, 0, 0, NTF_PROXY, 4, 0)[:12])
-        own = {entry[:11] + b"\0" + entry[12:-8] for entry in entries if entry.endswith(GIPAM_PROTOCOL_ATTRIBUTE)}
-        self.due = {entry: entry in held for entry in held ^ own if entry in held or any(
-            ipaddress.ip_address(entry[16:]) in base for base in self._bases)}
+                        if is_on_link(base, routes, self._device_index)]
+        self._report()
 
-    def _mend(self, entry: bytes, is_held: bool) -> None:
-        """Make an entry, or remove it, where the kernel has it otherwise. Raises: OSError."""
+        wanted = set(self._wanted_entries(state))
+        dump = self._netlink(RTM_GETNEIGH, NDMSG.pack(0, 0, 0, NTF_PROXY))
+        present = {entry for entry, is_own in map(parse_neighbour, dump) if is_own}
+        self.pending = {entry: False for entry in present - wanted if self._is_in_base(entry)}
+        self.pending.update(dict.fromkeys(wanted - present, True))
+        self._min_resync_s = time.monotonic() + RESYNC_INTERVAL_S
+
+    def _report(self) -> None:
+        """Log what gipam answers for, when that has changed."""
+        report = find_missing_device(self._device)
+        level = logging.WARNING
+        if self._onlink:
+            level = logging.INFO
+            prefixes = ", ".join(map(str, self._onlink))
+            report = f"-onlink {self._device}: answering for {prefixes}"
+        elif not report:
+            report = (f"-onlink {self._device}: no base is on-link there, so gipam answers for "
+                      "nothing")
+        if report != self._last_report:
+            log.log(level, "%s", report)
+        self._last_report = report
+
+    def _wanted_entries(self, state: State) -> Iterator[NeighbourEntry]:
+        for base in self._onlink:
+            for subnet in state.families[base.version].subnets.values():
+                if not subnet.network.overlaps(base):
+                    continue
+                for pool in subnet.pools.values():
+                    for offset, lease in pool.leases.items():
+                        if is_container(lease):
+                            address = subnet.first + offset
+                            yield NeighbourEntry(self._device_index, base.version, address)
+
+    def _is_in_base(self, entry: NeighbourEntry) -> bool:
+        address = ipaddress.ip_address(entry.packed_address)
+        return any(address in base for base in self._bases)
+
+    def _set_entry(self, entry: NeighbourEntry, is_wanted: bool) -> None:
+        """Create or delete an entry, unless it is there, or another's. Raises: OSError."""
         try:
-            found, = self._netlink(RTM_GETNEIGH, entry, NLM_F_ACK)
-            if found.endswith(GIPAM_PROTOCOL_ATTRIBUTE) and not is_held:
-                self._netlink(RTM_DELNEIGH, entry, NLM_F_ACK)
+            (message,) = self._netlink(RTM_GETNEIGH, entry.pack(), NLM_F_ACK)
         except FileNotFoundError:
-            if is_held and self._leads_elsewhere(entry):
-                entry = entry[:8] + struct.pack("=H", NUD_PERMANENT) + entry[10:] + GIPAM_PROTOCOL_ATTRIBUTE
-                self._netlink(RTM_NEWNEIGH, entry, NLM_F_ACK)
+            if is_wanted and self._is_behind_another_device(entry):
+                protocol = pack_attribute(NDA_PROTOCOL, bytes((GIPAM_PROTOCOL,)))
+                self._netlink(RTM_NEWNEIGH, entry.pack(NUD_PERMANENT) + protocol, NLM_F_ACK)
+            return
 
-    def _leads_elsewhere(self, entry: bytes) -> bool:
-        """Return whether its address is behind another device: macvlan answers for itself."""
-        head = bytes((entry[0], 8 * len(entry[16:]), *bytes(10)))  # struct rtmsg
-        with contextlib.suppress(OSError):  # there is no route, or a blackhole
-            route, = self._netlink(RTM_GETROUTE, head + entry[12:], NLM_F_ACK)
-            return route[7] == RTN_UNICAST and ATTRIBUTE.pack(8, RTA_OIF) + entry[4:8] not in route
-        return False
+        _, is_own = parse_neighbour(message)
+        if is_own and not is_wanted:
+            self._netlink(RTM_DELNEIGH, entry.pack(), NLM_F_ACK)
+
+    def _is_behind_another_device(self, entry: NeighbourEntry) -> bool:
+        """Return whether the address is routed to another device: macvlan answers for itself."""
+        packed = entry.packed_address
+        rtmsg = RTMSG.pack(SOCKET_FAMILY[entry.version], 8 * len(packed))
+        try:
+            (route,) = self._netlink(RTM_GETROUTE, rtmsg + pack_attribute(RTA_DST, packed),
+                                     NLM_F_ACK)
+        except OSError:
+            # There is no route, or a blackhole.
+            return False
+
+        route_type = route[7]
+        device = read_attributes(route).get(RTA_OIF)
+        return route_type == RTN_UNICAST and device != struct.pack("=i", entry.device)
 
 
 # === Claims =======================================================================================
@@ -2553,7 +2757,7 @@ class Service:
         self.state.apply(change)
         pool = pool or self.state.pools[change.pool_id]
         if self.proxies:
-            self.proxies.note(pool, change)
+            self.proxies.on_record(pool, change)
         self._done.append(AppliedRecord(change, record, self.state.seq, pool, asked_s))
         self._is_changing = False
         if self.site:
@@ -3522,8 +3726,8 @@ class EventLoop:
         self._selector.register(self._bell, selectors.EVENT_READ,
                                 lambda _: self._bell.recv(4096))
         if service.proxies:
-            self._selector.register(service.proxies.events, selectors.EVENT_READ,
-                                    service.proxies.hear)
+            self._selector.register(service.proxies.event_socket, selectors.EVENT_READ,
+                                    service.proxies.on_event)
         self._folder: threading.Thread | None = None
         self._fold_after_s = 0.0
 
@@ -3575,7 +3779,7 @@ class EventLoop:
 
     def _turn(self, wait_s: float) -> None:
         proxies = self.service.proxies
-        is_busy = self._asking or self._replies or (proxies and proxies.due)
+        is_busy = self._asking or self._replies or (proxies and proxies.pending)
         self._has_looked = False
         for key, events in self._selector.select(0 if is_busy else wait_s):  # 1, 2
             key.data(events & key.events)
@@ -3590,7 +3794,7 @@ class EventLoop:
         self._current = None
         self.service.commit()  # 5
         if proxies:
-            proxies.settle(self.service.state)
+            proxies.sync(self.service.state)
         while self._replies:  # 6
             self._current, reply = self._replies.popleft()
             if self._current in self.connections:  # else it has been given up since

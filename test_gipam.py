@@ -2636,6 +2636,375 @@ class LostDiskTest(StoreCase):
         self.assertEqual(len(recover(os.path.join(gone, "leases.json")).pools), 1)
 
 
+# === Netlink ======================================================================================
+
+IN_NAMESPACE = """
+ip link set lo name b\u00fcro0 && ip link set b\u00fcro0 up &&
+ip addr add 10.2.9.1/24 dev b\u00fcro0 && ip addr add 2001:db8:0:105::1/64 dev b\u00fcro0 nodad &&
+ip route add blackhole 10.2.0.0/16 && ip route add 10.2.3.0/24 dev b\u00fcro0 table 220 &&
+ip route add 10.2.8.0/24 dev b\u00fcro0 &&
+ip route add local 0.0.0.0/0 dev b\u00fcro0 table 100 && ip route add unreachable 10.2.4.0/26 &&
+ip -6 route add 2001:db8:0:103::/64 dev b\u00fcro0 table 51820 &&
+python3 -c 'for at in range(20000): print(f"route add blackhole 172.16.{at >> 8}.{at & 255}")' |
+ip -batch - && $1 && exec python3 -c '
+import gipam
+for version, base in (4, "10.2.0.0/16"), (6, "2001:db8:0:100::/56"):
+    for route in gipam.read_used_ranges(gipam.netlink_request, version, [gipam.parse_prefix(base)]):
+        ends = (gipam.format_address(at, version) for at in route)
+        print(*gipam.ipaddress.summarize_address_range(*map(gipam.ipaddress.ip_address, ends)))
+config = gipam.argparse.Namespace(v4=[gipam.parse_prefix("10.2.8.0/25")], v6=[], unix=True, onlink="", mac=True)
+gipam.log_startup_warnings(config, (), "/proc/self/net")
+gipam.log_startup_warnings(config, config.v4, "/proc/self/net")'
+"""
+
+
+class HostRoutesTest(Case):
+    """Ranges that containers must not take, because this host or its networks use them."""
+
+    ROWS = (  # name, routes, own addresses, ranges that are used
+        ("none", "", "", ""),
+        ("default, the base itself, and what contains it",
+         "0.0.0.0/0 10.0.0.0/8 10.2.0.0/16 10.2.0.0/16=BLACKHOLE ::/0 2001:db8:0:100::/56", "", ""),
+        ("outside", "10.1.255.0/24 10.3.0.0/24 192.0.2.7/32 192.10.2.0/24", "", ""),
+        ("a VPN, twice", "10.2.3.0/24 10.2.3.0/24", "", "10.2.3.0/24"),
+        ("any type but broadcast",
+         "10.2.4.0/26=UNREACHABLE 10.2.9.0/32=BROADCAST 10.2.9.1/32=LOCAL",
+         "10.2.9.1/24 10.9.2.1/24", "10.2.4.0/26 10.2.9.1/32"),
+        ("IPv6", "2001:db8:0:103::/64", "2001:db8:0:105::1/64 ::1/128",
+         "2001:db8:0:103::/64 2001:db8:0:105::1/128"))
+
+    def test_routes_and_own_addresses_in_a_base_are_used(self) -> None:
+        for name, routes, addresses, expected in self.ROWS:
+            for base in prefixes(BASES):
+                with self.subTest(name, base=base):
+                    used = gipam.read_used_ranges(Kernel(routes, addresses), base.version, [base])
+                    of_family = [network for network in prefixes(expected)
+                                 if network.version == base.version]
+                    self.assertEqual(used, ranges(of_family))
+
+    def dump(self, *datagrams: list[tuple[int, int, bytes]]) -> list[bytes]:
+        """Return what netlink_request() does if the kernel sends these (type, flags, payload)."""
+        packed = []
+        for messages in datagrams:
+            packed.append(b"".join(
+                gipam.NLMSGHDR.pack(16 + len(payload), message_type, flags) + payload
+                for message_type, flags, payload in messages))
+        with mock.patch.object(socket, "socket") as made:
+            made.return_value.__enter__.return_value.recv.side_effect = packed
+            payloads = gipam.netlink_request(gipam.RTM_GETROUTE, bytes(4))
+            self.assertEqual(made.return_value.__enter__.return_value.recv.call_count, len(packed))
+        return payloads
+
+    def test_dump_goes_on_until_it_is_done(self) -> None:
+        done = (gipam.NLMSG_DONE, 0, bytes(4))
+        first, second, third = ((gipam.RTM_NEWROUTE, 0, text) for text in (b"one.", b"two.", b"end."))
+        self.assertEqual(self.dump([first, second], [third], [done]), [b"one.", b"two.", b"end."])
+
+    def test_inconsistent_dump_is_repeated(self) -> None:
+        done = (gipam.NLMSG_DONE, 0, bytes(4))
+        torn = (gipam.RTM_NEWROUTE, gipam.NLM_F_DUMP_INTR, b"one.")
+        whole = (gipam.RTM_NEWROUTE, 0, b"two.")
+        self.assertEqual(self.dump([torn], [done], [whole, done]), [b"two."])
+
+    def test_error_in_a_dump_is_raised(self) -> None:
+        message = (gipam.RTM_NEWROUTE, 0, b"one.")
+        for message_type in (gipam.NLMSG_ERROR, gipam.NLMSG_DONE):
+            with self.assertRaisesRegex(OSError, "Operation not permitted"):
+                self.dump([message, (message_type, 0, struct.pack("=i", -errno.EPERM))])
+
+    def test_on_a_real_host(self) -> None:
+        """With a VPN in a table of its own, and an interface whose name is not ASCII."""
+        expected = ["10.2.3.0/24", "10.2.4.0/26", "10.2.8.0/24", "10.2.9.0/24", "10.2.9.1/32"]
+        splits_local_from_main = "ip rule add from 10.2.9.1 lookup 220"
+        for rule in (":", splits_local_from_main):
+            done = subprocess.run(["unshare", "-rn", "bash", "-ec", IN_NAMESPACE, "bash", rule],
+                                  cwd=os.path.dirname(GIPAM), capture_output=True, encoding="utf-8",
+                                  env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, check=False)
+            if "unshare" in done.stderr or "ip: command not found" in done.stderr:
+                raise unittest.SkipTest(f"no network namespace: {done.stderr.strip()}")
+            with self.subTest(rule):
+                warning = "10.2.8.0/25 is part of an on-link route of b\u00fcro0"
+                self.assertEqual(done.stderr.count(warning), 1)
+                used = set(done.stdout.split())
+                self.assertEqual(sorted(route for route in used if "." in route), expected)
+                self.assertLessEqual({"2001:db8:0:103::/64", "2001:db8:0:105::/64",
+                                      "2001:db8:0:105::1/128"}, used)
+
+
+class Link:
+    """The kernel of a host with a device eth0: its proxy entries, and routes to other devices."""
+
+    def __init__(self) -> None:
+        self.devices = {"eth0": 2}
+        self.routes = {"2001:db8:0:100::/64": 3, "10.2.0.0/24": 3, "fd00::/64": 3, "::/0": 2}
+        self.connected = ["10.0.0.0/8", "2001:db8:0:100::/56"]  # of each device
+        self.entries: dict[gipam.NeighbourEntry, bytes] = {}  # protocol attribute of each
+        self.failure: OSError | None = None
+        self.dumps = 0
+
+    def find_device(self, name: str) -> int:
+        if name not in self.devices:
+            raise OSError(errno.ENODEV, "No such device")
+        return self.devices[name]
+
+    def __call__(self, message_type: int, body: bytes, flags: int = gipam.NLM_F_DUMP) -> list[bytes]:
+        if self.failure:
+            raise self.failure
+        if message_type == gipam.RTM_GETROUTE and flags == gipam.NLM_F_DUMP:
+            self.dumps += 1
+            return [route(text, device) for device in self.devices.values()
+                    for text in self.connected]
+        if message_type == gipam.RTM_GETROUTE:
+            return [self.find_route(body)]
+        if flags == gipam.NLM_F_DUMP:
+            return [entry.pack(0x80) + protocol for entry, protocol in self.entries.items()]
+        return self.on_neighbour(message_type, body)
+
+    def find_route(self, body: bytes) -> bytes:
+        address = ipaddress.ip_address(gipam.read_attributes(body)[gipam.RTA_DST])
+        for text, device in self.routes.items():
+            if address in ipaddress.ip_network(text):
+                return route(text, device)
+        return route("0.0.0.0/0", 1, route_type=Kernel.TYPES["BLACKHOLE"])
+
+    def on_neighbour(self, message_type: int, body: bytes) -> list[bytes]:
+        attributes = gipam.read_attributes(body, gipam.NDMSG.size)
+        if not attributes[gipam.NDA_DST]:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        entry, _ = gipam.parse_neighbour(body)
+        if message_type == gipam.RTM_NEWNEIGH:
+            self.entries[entry] = body[len(entry.pack()):]
+        elif entry not in self.entries:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        elif message_type == gipam.RTM_DELNEIGH:
+            return [entry.pack() + self.entries.pop(entry)]
+        return [entry.pack() + self.entries[entry]]
+
+
+OWN = gipam.pack_attribute(gipam.NDA_PROTOCOL, b"g")  # of an entry that gipam has made
+
+
+def entry_of(address: str, device: int = 2) -> gipam.NeighbourEntry:
+    version = 6 if ":" in address else 4
+    return gipam.NeighbourEntry(device, version, gipam.parse_address(address, version))
+
+
+def route(text: str, device: int, more: bytes = b"", route_type: int = 1) -> bytes:
+    """Return the message of a route to a device, as the kernel lists it."""
+    network = ipaddress.ip_network(text)
+    rtmsg = struct.pack("=8BI", gipam.SOCKET_FAMILY[network.version], network.prefixlen,
+                        0, 0, 254, 2, 0, route_type, 0)
+    destination = b""
+    if network.prefixlen:
+        destination = gipam.pack_attribute(gipam.RTA_DST, network[0].packed)
+    output_device = gipam.pack_attribute(gipam.RTA_OIF, struct.pack("=i", device))
+    return rtmsg + destination + more + output_device
+
+
+def link_event(name: str, device: int) -> bytes:
+    """Return the event of a device that has changed."""
+    ifname = gipam.pack_attribute(gipam.IFLA_IFNAME, name.encode() + b"\0")
+    return gipam.NLMSGHDR.pack(0, 16, 0) + gipam.IFINFOMSG.pack(device) + ifname
+
+
+def route_event(message_type: int, text: str, device: int) -> bytes:
+    return gipam.NLMSGHDR.pack(0, message_type, 0) + route(text, device)
+
+
+class ProxiesTest(Case):
+    """On the link of a device the kernel answers for addresses of containers, and for no others."""
+
+    ONE = "2001:db8:0:100::7"
+
+    def setUp(self) -> None:
+        self.link = Link()
+        self.now_s = 1.0
+        self.events: list[bytes | OSError] = []
+        self.patch(socket, if_nametoindex=self.link.find_device)
+        self.patch(time, monotonic=lambda: self.now_s)
+        self.client = Alone()
+        self.proxies = gipam.ProxyNeighbours("eth0", prefixes(BASES), self.link)
+        self.proxies.event_socket.close()
+        self.proxies.event_socket = mock.Mock(recv=self.next_event)
+        self.client.service.proxies = self.proxies
+        self.pool_id, _ = self.client.request_pool(v6=True)
+
+    def next_event(self, _: int, flags: int) -> bytes:
+        self.assertEqual(flags, socket.MSG_DONTWAIT)
+        if not self.events:
+            raise BlockingIOError
+        event = self.events.pop(0)
+        if isinstance(event, OSError):
+            raise event
+        return event
+
+    def hear(self, event: bytes | OSError) -> None:
+        """Deliver an event, longer after the last comparison than two have to be apart."""
+        self.now_s += gipam.RESYNC_INTERVAL_S
+        self.events.append(event)
+        self.proxies.on_event(1)
+
+    def sync(self) -> None:
+        """Run as many iterations as the entries of a test need."""
+        for _ in range(3):
+            self.proxies.sync(self.client.service.state)
+
+    def assert_answers(self, *addresses: str, device: int = 2) -> None:
+        self.sync()
+        own = {entry for entry, protocol in self.link.entries.items() if protocol}
+        self.assertEqual(own, {entry_of(address, device) for address in addresses})
+
+    def take(self, *addresses: str, pool_id: str = "") -> None:
+        """Let a container have each address."""
+        for address in addresses:
+            self.client.request_address(pool_id or self.pool_id, address, "02:42:00:00:00:09")
+
+    def test_entries_come_and_go_with_containers(self) -> None:
+        self.assert_answers()
+        self.client.request_address(self.pool_id, gateway=True)
+        containers = [f"2001:db8:0:100::{number}" for number in range(11, 20)]
+        self.take(*containers)
+        lan, _ = self.client.request_pool()
+        self.take("10.2.0.9", pool_id=lan)
+        self.assert_answers("10.2.0.9", *containers)
+        self.client.release_address(lan, "10.2.0.9")
+        self.assert_answers(*containers)
+        self.now_s += gipam.RESYNC_INTERVAL_S
+        self.client.release_pool(self.pool_id)
+        self.assert_answers()
+
+    def test_no_entry_outside_the_bases_or_for_macvlan(self) -> None:
+        """An address of a macvlan network is routed to the device itself."""
+        for subnet, address in (("2001:db8:0:177::/64", "2001:db8:0:177::7"),
+                                ("fd00::/64", "fd00::9")):
+            pool_id, _ = self.client.request_pool(subnet, v6=True)
+            self.take(address, pool_id=pool_id)
+        self.assert_answers()
+
+    def test_no_entry_for_an_auxiliary_address_that_looks_like_a_container(self) -> None:
+        """Docker before 29 names neither, and with -mac=false it sends no MAC address."""
+        self.client.service.has_macs = False
+        self.client.request_address(self.pool_id, self.ONE)
+        (pool,) = self.client.state()["pools"]
+        self.assertEqual(pool["addresses"][0]["kind"], gipam.ENDPOINT)
+        self.assert_answers()
+        self.hear(link_event("eth0", 2))
+        self.assert_answers()
+        self.client.request_address(self.pool_id, "2001:db8:0:100::8", name="web1")
+        self.assert_answers("2001:db8:0:100::8")
+
+    def test_entries_of_others_stay(self) -> None:
+        others = {entry_of(self.ONE): b"", entry_of("2001:db8:5::1"): OWN}
+        obsolete = {entry_of("2001:db8:0:100::8", 9): OWN, entry_of("10.2.0.1"): OWN}
+        self.link.entries = {**others, **obsolete}
+        self.take(self.ONE, "2001:db8:0:100::9")
+        self.assert_answers("2001:db8:5::1", "2001:db8:0:100::9")
+        self.client.release_address(self.pool_id, self.ONE)
+        self.client.release_address(self.pool_id, "2001:db8:0:100::9")
+        self.assert_answers("2001:db8:5::1")
+        self.assertEqual(self.link.entries, others)
+
+    def test_entries_follow_the_device(self) -> None:
+        self.link.devices.clear()
+        self.take(self.ONE)
+        self.assert_answers()
+        for name, device, index, addresses in (
+                ("it appears", "eth0", 2, [self.ONE]),
+                ("it goes down and up", "eth0", 2, [self.ONE]),
+                ("another of the name", "eth0", 5, [self.ONE]),
+                ("it has another name", "eth9", 5, [])):
+            with self.subTest(name):
+                self.link.devices = {device: index}
+                self.link.entries.clear()
+                self.hear(link_event(device, index))
+                self.assert_answers(*addresses, device=index)
+
+    def test_entries_follow_connected_routes(self) -> None:
+        self.take(self.ONE)
+        self.assert_answers(self.ONE)
+        v4, v6 = self.link.connected
+        came, went = gipam.RTM_NEWROUTE, gipam.RTM_DELROUTE
+        for name, event, connected, addresses in (
+                ("one of another device goes", route_event(went, v6, 3), [v4], [self.ONE]),
+                ("its own goes", route_event(went, v6, 2), [v4], []),
+                ("another device changes", link_event("veth0", 7), [v4, v6], []),
+                ("its own is back", route_event(came, v6, 2), [v4, v6], [self.ONE]),
+                ("events were lost", OSError(errno.ENOBUFS, "No buffer space"), [v4], [])):
+            with self.subTest(name):
+                self.link.connected = connected
+                self.hear(event)
+                self.assert_answers(*addresses)
+
+    def test_flood_of_events_costs_few_comparisons(self) -> None:
+        self.assert_answers()
+        for elapsed_s, dumps in ((0, 1), (gipam.RESYNC_INTERVAL_S, 2), (0, 2)):
+            self.now_s += elapsed_s
+            for _ in range(50):
+                self.events = [link_event("eth0", 2), route_event(24, "10.0.0.0/8", 2)]
+                self.proxies.on_event(1)
+                self.sync()
+            self.assertEqual(self.link.dumps, dumps)
+
+    def test_flood_of_events_is_read_in_portions(self) -> None:
+        self.events = [link_event("veth0", 7)] * (gipam.MAX_NETLINK_EVENTS + 1)
+        self.proxies.on_event(1)
+        self.assertEqual(len(self.events), 1)
+
+    def test_base_is_on_the_link_by_a_route_without_a_gateway(self) -> None:
+        gateway = gipam.pack_attribute(gipam.RTA_GATEWAY, bytes(4))
+        for text, device, more, expected in (
+                ("10.2.0.0/16", 2, b"", [True, False]), ("10.0.0.0/8", 2, b"", [True, False]),
+                ("0.0.0.0/1", 2, b"", [True, False]), ("::/1", 2, b"", [False, True]),
+                ("10.2.0.0/17", 2, b"", [False, False]), ("10.3.0.0/16", 2, b"", [False, False]),
+                ("10.2.0.0/16", 3, b"", [False, False]), ("0.0.0.0/0", 2, b"", [False, False]),
+                ("10.2.0.0/16", 2, gateway, [False, False])):
+            with self.subTest(text, device=device, more=more):
+                routes = [route(text, device, more)]
+                are_on_link = [gipam.is_on_link(base, routes, 2) for base in prefixes(BASES)]
+                self.assertEqual(are_on_link, expected)
+
+    def test_log_says_what_is_answered_for(self) -> None:
+        steps = (
+            ({}, "WARNING:gipam:-onlink eth0: this host has no such device, so gipam answers for "
+                 "nothing until there is one"),
+            ({"eth0": 3}, "INFO:gipam:-onlink eth0: answering for 10.2.0.0/16, 2001:db8:0:100::/56"),
+            ({"eth0": 2}, ""))
+        for devices, expected in steps:
+            self.link.devices = devices
+            with self.assertLogs("gipam", "INFO") as logged:
+                gipam.log.info("-")
+                self.hear(link_event("eth0", 2))
+                self.sync()
+            self.assertEqual(logged.output[1:], [expected] if expected else [])
+        self.link.connected = []
+        with self.assertLogs("gipam", "WARNING") as logged:
+            self.hear(link_event("eth0", 2))
+            self.sync()
+        self.assertEqual(logged.output, ["WARNING:gipam:-onlink eth0: no base is on-link there, so "
+                                         "gipam answers for nothing"])
+
+    def test_failure_is_logged_once_and_repaired_at_a_tick(self) -> None:
+        self.assert_answers()
+        self.take(self.ONE, "2001:db8:0:100::8")
+        self.link.failure = OSError(errno.ENOBUFS, "No buffer space available")
+        with self.assertLogs("gipam", "ERROR") as logged:
+            for _ in range(3):
+                self.assert_answers()
+                self.now_s += gipam.TIMER_INTERVAL_S
+        self.assertEqual(logged.output,
+                         ["ERROR:gipam:-onlink eth0: No buffer space available; retrying"])
+        self.link.failure = None
+        self.assert_answers(self.ONE, "2001:db8:0:100::8")
+        self.client.service.state = make_state()  # as after a reload
+        self.assert_answers()
+
+    def test_start_needs_a_capability(self) -> None:
+        self.link.failure = PermissionError(errno.EPERM, "Operation not permitted")
+        pattern = "^-onlink 'eth0' needs CAP_NET_ADMIN: .*onlink.conf"
+        with self.assertRaisesRegex(gipam.ConfigError, pattern):
+            gipam.ProxyNeighbours("eth0", [], self.link)
+
+
 # === Service ======================================================================================
 
 
@@ -3128,241 +3497,6 @@ class AdoptionTest(ServiceCase):
             self.client.request_address(f"10.8.0.0/24#{TOKEN}")
         self.assertEqual(len(self.service.state.pools), 2)
         self.assertTrue(self.service.import_is_due.is_set())
-
-
-IN_NAMESPACE = """
-ip link set lo name b\u00fcro0 && ip link set b\u00fcro0 up &&
-ip addr add 10.2.9.1/24 dev b\u00fcro0 && ip addr add 2001:db8:0:105::1/64 dev b\u00fcro0 nodad &&
-ip route add blackhole 10.2.0.0/16 && ip route add 10.2.3.0/24 dev b\u00fcro0 table 220 &&
-ip route add 10.2.8.0/24 dev b\u00fcro0 &&
-ip route add local 0.0.0.0/0 dev b\u00fcro0 table 100 && ip route add unreachable 10.2.4.0/26 &&
-ip -6 route add 2001:db8:0:103::/64 dev b\u00fcro0 table 51820 &&
-python3 -c 'for at in range(20000): print(f"route add blackhole 172.16.{at >> 8}.{at & 255}")' |
-ip -batch - && $1 && exec python3 -c '
-import gipam
-for version, base in (4, "10.2.0.0/16"), (6, "2001:db8:0:100::/56"):
-    for route in gipam.read_used_ranges(gipam.netlink_request, version, [gipam.parse_prefix(base)]):
-        ends = (gipam.format_address(at, version) for at in route)
-        print(*gipam.ipaddress.summarize_address_range(*map(gipam.ipaddress.ip_address, ends)))
-config = gipam.argparse.Namespace(v4=[gipam.parse_prefix("10.2.8.0/25")], v6=[], unix=True, onlink="")
-gipam.log_startup_warnings(config, (), "/proc/self/net")
-gipam.log_startup_warnings(config, config.v4, "/proc/self/net")'
-"""
-
-
-class HostRoutesTest(unittest.TestCase):
-    """Where containers would take addresses that this host or its networks have."""
-
-    def test_routes_and_own_addresses_in_a_base_are_obstacles(self) -> None:
-        for what, routes, addresses, expected in (
-                ("none", "", "", ""),
-                ("default, the base itself, and what it lies in", "0.0.0.0/0 10.0.0.0/8 "
-                 "10.2.0.0/16 10.2.0.0/16=BLACKHOLE ::/0 2001:db8:0:100::/56", "", ""),
-                ("outside", "10.1.255.0/24 10.3.0.0/24 192.0.2.7/32 192.10.2.0/24", "", ""),
-                ("a VPN, twice", "10.2.3.0/24 10.2.3.0/24", "", "10.2.3.0/24"),
-                ("whatever becomes of packets", "10.2.4.0/26=UNREACHABLE 10.2.9.0/32=BROADCAST "
-                 "10.2.9.1/32=LOCAL", "10.2.9.1/24 10.9.2.1/24", "10.2.4.0/26 10.2.9.1/32"),
-                ("IPv6", "2001:db8:0:103::/64", "2001:db8:0:105::1/64 ::1/128",
-                 "2001:db8:0:103::/64 2001:db8:0:105::1/128")):
-            with self.subTest(what):
-                for version, base in ((4, "10.2.0.0/16"), (6, "2001:db8:0:100::/56")):
-                    found = gipam.read_used_ranges(Kernel(routes, addresses), version, prefixes(base))
-                    self.assertEqual(found, ranges(network for network in prefixes(expected)
-                                                   if network.version == version))
-
-    def test_dump_that_changed_meanwhile_is_made_again(self) -> None:
-        def answer(*dumps: list[tuple[int, int, bytes]]) -> list[bytes]:
-            datagrams = iter([b"".join(gipam.NETLINK_HEAD.pack(16 + len(text), kind, flags) + text
-                                       for kind, flags, text in dump) for dump in dumps])
-            with mock.patch.object(socket, "socket") as made:
-                made.return_value.__enter__.return_value.recv = lambda _: next(datagrams)
-                found = gipam.netlink_request(gipam.RTM_GETROUTE, bytes(4))
-            self.assertEqual(list(datagrams), [])
-            return found
-
-        done, torn = (gipam.NLMSG_DONE, 0, b"\0" * 4), gipam.NLM_F_DUMP_INTR
-        self.assertEqual(answer([(24, 0, b"one."), (24, 0, b"two.")], [(24, 0, b"end.")], [done]),
-                         [b"one.", b"two.", b"end."])
-        self.assertEqual(answer([(24, torn, b"one.")], [done], [(24, 0, b"two."), done]), [b"two."])
-        for kind in (gipam.NLMSG_ERROR, gipam.NLMSG_DONE):
-            with self.assertRaisesRegex(OSError, "Operation not permitted"):
-                answer([(24, 0, b"one."), (kind, 0, struct.pack("=i", -1))])
-
-    def test_on_a_real_host(self) -> None:
-        """With a VPN in a table of its own, and an interface whose name is not ASCII."""
-        expected = ["10.2.3.0/24", "10.2.4.0/26", "10.2.8.0/24", "10.2.9.0/24", "10.2.9.1/32"]
-        for rule in (":", "ip rule add from 10.2.9.1 lookup 220"):  # which splits Local from Main
-            done = subprocess.run(["unshare", "-rn", "bash", "-ec", IN_NAMESPACE, "bash", rule],
-                                  cwd=os.path.dirname(GIPAM), capture_output=True, encoding="utf-8",
-                                  env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, check=False)
-            if "unshare" in done.stderr or "ip: command not found" in done.stderr:
-                raise unittest.SkipTest(f"no network namespace: {done.stderr.strip()}")
-            with self.subTest(rule):
-                self.assertEqual(done.stderr.count("10.2.8.0/25 is part of an on-link route of b\u00fcro0"), 1)
-                found = set(done.stdout.split())
-                self.assertEqual(sorted(route for route in found if "." in route), expected)
-                self.assertLessEqual({"2001:db8:0:103::/64", "2001:db8:0:105::/64",
-                                      "2001:db8:0:105::1/128"}, found)
-
-
-class Wire:
-    """The kernel of a host: its proxy entries, and the devices behind which prefixes are."""
-
-    def __init__(self) -> None:
-        self.devices, self.ways = {"eth0": 2}, {"2001:db8:0:100::/64": 3, "10.2.0.0/24": 3, "fd00::/64": 3, "::/0": 2}
-        self.connected = ["10.0.0.0/8", "2001:db8:0:100::/56"]  # by whatever devices there are
-        self.entries: dict[bytes, bytes] = {}  # as asked for -> mark
-        self.failure: OSError | None = None
-
-    def find(self, name: str) -> int:
-        if name not in self.devices:
-            raise OSError(errno.ENODEV, "No such device")
-        return self.devices[name]
-
-    def __call__(self, kind: int, body: bytes, flags: int = gipam.NLM_F_DUMP) -> list[bytes]:
-        if kind == gipam.RTM_GETROUTE and flags == gipam.NLM_F_DUMP and not self.failure:
-            return [route(text, index) for index in self.devices.values() for text in self.connected]
-        size = 12 + struct.unpack_from("=H", body + bytes(2), 12)[0]
-        entry, mark = body[:8] + bytes(2) + body[10:size], body[size:]
-        if self.failure or size == 16:  # no address
-            raise self.failure or OSError(errno.EINVAL, "Invalid argument")
-        if flags == gipam.NLM_F_DUMP:
-            return [at[:11] + b"\1" + at[12:] + mark for at, mark in self.entries.items()]
-        if kind == gipam.RTM_GETROUTE:
-            near = [index for way, index in self.ways.items()
-                    if ipaddress.ip_address(body[16:]) in ipaddress.ip_network(way)]
-            return [bytes(7) + bytes((1 if near else 6,)) + bytes(4) + struct.pack("=HHi", 8, 4, *near[:1] or [1])]
-        if kind == gipam.RTM_NEWNEIGH:
-            self.entries[entry] = mark
-        elif entry not in self.entries:
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
-        return [entry + (self.entries.pop if kind == gipam.RTM_DELNEIGH else self.entries.get)(entry, b"")]
-
-
-def entry(address: str, index: int = 2) -> bytes:
-    """Return what asks for the proxy entry of an address on a device."""
-    packed = ipaddress.ip_address(address).packed
-    return gipam.NEIGHBOUR.pack(socket.AF_INET6 if ":" in address else socket.AF_INET, index, 0,
-                                gipam.NTF_PROXY, 4 + len(packed), 1) + packed
-
-
-def route(text: str, index: int, more: bytes = b"") -> bytes:
-    """Return the message of a route to a device, as the kernel lists it."""
-    network = ipaddress.ip_network(text)
-    packed = network[0].packed if network.prefixlen else b""
-    address = struct.pack("=HH", 4 + len(packed), 1) + packed if packed else b""
-    return bytes((gipam.SOCKET_FAMILY[network.version], network.prefixlen, 0, 0, 254, 2, 0, 1, 0, 0, 0, 0)) + address \
-        + more + struct.pack("=HHi", 8, 4, index)
-
-
-class ProxiesTest(Case):
-    """On a wire the kernel answers for what containers have, and for nothing else."""
-
-    def setUp(self) -> None:
-        self.wire, self.now_s = Wire(), 1.0
-        self.patch(socket, if_nametoindex=self.wire.find)
-        self.patch(time, monotonic=lambda: self.now_s)
-        self.client = Alone()
-        self.proxies = self.client.service.proxies = gipam.ProxyNeighbours("eth0", prefixes(BASES), self.wire)
-        self.addCleanup(self.proxies.events.close)
-        self.pool_id, _ = self.client.request_pool(v6=True)
-
-    def assert_answers(self, *addresses: str, index: int = 2) -> None:
-        """For these alone, once all is done; so many entries in a turn."""
-        for _ in range(3):
-            self.proxies.settle(self.client.service.state)
-        self.assertEqual({at for at, mark in self.wire.entries.items() if mark},
-                         {entry(address, index) for address in addresses})
-
-    def take(self, *addresses: str, pool_id: str = "") -> None:
-        for address in addresses:
-            self.client.request_address(pool_id or self.pool_id, address, "02:42:00:00:00:09")
-
-    def test_entries_come_and_go_with_what_containers_have(self) -> None:
-        self.assert_answers()
-        self.client.request_address(self.pool_id, gateway=True)
-        self.take(*(f"2001:db8:0:100::{number}" for number in range(11, 20)))
-        for subnet, address in (("2001:db8:0:177::/64", "2001:db8:0:177::7"), ("fd00::/64", "fd00::9")):
-            self.take(address, pool_id=self.client.request_pool(subnet, v6=True)[0])  # macvlan; no base
-        lan, _ = self.client.request_pool()
-        self.take("10.2.0.9", pool_id=lan)
-        others = [f"2001:db8:0:100::{number}" for number in range(11, 20)]
-        self.assert_answers("10.2.0.9", *others)
-        self.client.release_address(lan, "10.2.0.9")
-        self.assert_answers(*others)
-        self.client.release_pool(self.pool_id)
-        self.assert_answers()
-
-    def test_entries_of_others_stay(self) -> None:
-        others = {entry("2001:db8:0:100::7"): b"", entry("2001:db8:5::1"): gipam.GIPAM_PROTOCOL_ATTRIBUTE}
-        self.wire.entries = {**others, entry("2001:db8:0:100::8", 9): gipam.GIPAM_PROTOCOL_ATTRIBUTE, entry("10.2.0.1"): gipam.GIPAM_PROTOCOL_ATTRIBUTE}
-        self.take("2001:db8:0:100::7", "2001:db8:0:100::9")
-        self.assert_answers("2001:db8:5::1", "2001:db8:0:100::9")
-        self.client.release_address(self.pool_id, "2001:db8:0:100::7")
-        self.client.release_address(self.pool_id, "2001:db8:0:100::9")
-        self.assert_answers("2001:db8:5::1")
-        self.assertEqual(self.wire.entries, others)
-
-    def test_entries_follow_the_device(self) -> None:
-        self.wire.devices.clear()
-        self.take("2001:db8:0:100::7")
-        self.client.request_address(self.pool_id, gateway=True)
-        self.assert_answers()
-        near, self.proxies.events = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.addCleanup(near.close)
-        for what, name, index in (("it appears", b"eth0", 2), ("it goes down and up", b"eth0", 2),
-                                  ("another of the name", b"eth0", 5), ("it has another name", b"eth9", 5)):
-            with self.subTest(what):
-                self.wire.devices = {name.decode(): index}
-                self.wire.entries.clear()
-                near.send(struct.pack("=20xi", index) + gipam.ATTRIBUTE.pack(9, 3) + name)
-                self.proxies.hear(1)
-                self.assert_answers(*["2001:db8:0:100::7"] * (name == b"eth0"), index=index)
-        self.wire.devices = {"eth0": 2}
-        link, v4, v6 = struct.pack("=20xi", 7), "10.0.0.0/8", "2001:db8:0:100::/56"
-        came, went = (gipam.NETLINK_HEAD.pack(0, kind, 0) + route(v6, 2) for kind in (24, 25))
-        elsewhere = gipam.NETLINK_HEAD.pack(0, 25, 0) + route(v6, 3)
-        for what, event, connected, is_answered in (
-                ("another device", link + gipam.ATTRIBUTE.pack(10, 3) + b"veth0", [v4, v6], False),
-                ("it is back, with IPv4", link + gipam.ATTRIBUTE.pack(9, 3) + b"eth0", [v4], False),
-                ("a route of IPv6, much later", came, [v4, v6], True),
-                ("one of another device goes", elsewhere, [v4], True), ("its own goes", went, [v4], False)):
-            with self.subTest(what):
-                self.wire.connected = connected
-                near.send(event)
-                self.proxies.hear(1)
-                self.assert_answers(*["2001:db8:0:100::7"] * is_answered)
-
-    def test_base_is_on_the_wire_by_a_route_without_a_gateway(self) -> None:
-        (v4, v6), gateway = prefixes(BASES), struct.pack("=HH4x", 8, 5)
-        for text, index, more, expected in (
-                ("10.2.0.0/16", 2, b"", True), ("10.0.0.0/8", 2, b"", True), ("10.2.0.0/17", 2, b"", False),
-                ("10.3.0.0/16", 2, b"", False), ("10.2.0.0/16", 3, b"", False), ("0.0.0.0/0", 2, b"", False),
-                ("10.2.0.0/16", 2, gateway, False), ("0.0.0.0/1", 2, b"", True), ("::/1", 2, b"", False)):
-            with self.subTest(text, index=index, more=more):
-                message = route(text, index, more)
-                self.assertIs(gipam.is_connected(message, v4, struct.pack("=i", 2)), expected)
-                self.assertIs(gipam.is_connected(message, v6, struct.pack("=i", 2)), text == "::/1")
-
-    def test_what_fails_is_logged_and_tried_again_at_a_tick(self) -> None:
-        self.assert_answers()
-        self.take("2001:db8:0:100::7", "2001:db8:0:100::8")
-        self.wire.failure = OSError(errno.ENOBUFS, "No buffer space available")
-        with self.assertLogs("gipam", "ERROR") as logged:
-            self.assert_answers()
-            self.assert_answers()
-        self.assertEqual(len(logged.output), 1)
-        self.wire.failure = None
-        self.assert_answers()
-        self.now_s += gipam.TIMER_INTERVAL_S
-        self.assert_answers("2001:db8:0:100::7", "2001:db8:0:100::8")
-        self.client.service.state = make_state()  # it was read anew
-        self.assert_answers()
-
-    def test_start_needs_the_right(self) -> None:
-        self.wire.failure = PermissionError(errno.EPERM, "Operation not permitted")
-        with self.assertRaisesRegex(gipam.ConfigError, "^-onlink 'eth0' needs CAP_NET_ADMIN: .*onlink.conf"):
-            gipam.ProxyNeighbours("eth0", [], self.wire)
 
 
 class Load:
