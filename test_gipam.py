@@ -2964,7 +2964,7 @@ class ProxiesTest(Case):
                 self.assertEqual(are_on_link, expected)
 
     def test_log_says_what_is_answered_for(self) -> None:
-        steps = (
+        steps: tuple[tuple[dict[str, int], str], ...] = (
             ({}, "WARNING:gipam:-onlink eth0: this host has no such device, so gipam answers for "
                  "nothing until there is one"),
             ({"eth0": 3}, "INFO:gipam:-onlink eth0: answering for 10.2.0.0/16, 2001:db8:0:100::/56"),
