@@ -4597,15 +4597,15 @@ class LoopTest(LoopCase):
         self.assertEqual([len(call[0][0]) for call in append.call_args_list], [9])
         self.assertEqual([peer.answer().status for peer in peers], [200] * 9)
 
-    def test_wire_is_settled_when_a_turn_is_on_disk_and_before_it_is_answered(self) -> None:
+    def test_proxy_entries_are_synced_after_the_commit_and_before_the_reply(self) -> None:
         seen: list[bool] = []
 
-        def settle(state: gipam.State) -> None:
+        def sync(state: gipam.State) -> None:
             if state.seq:
                 seen.extend([self.service.is_durable(state.seq), peer.has_input()])
 
         self.listen()
-        self.service.proxies = mock.Mock(due={}, settle=settle)
+        self.service.proxies = mock.Mock(pending={}, sync=sync)
         peer = self.peer(NEW_POOL)
         self.turn_until(peer.has_input)
         self.assertEqual(seen[:2], [True, False])
