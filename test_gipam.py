@@ -579,7 +579,7 @@ record = record_changes
 # Sections that keep the limits; the others are still being rewritten. "all" is a whole file.
 PLAIN_SECTIONS = {
     "gipam.py": "",
-    "test_gipam.py": "Helpers Style",
+    "test_gipam.py": "Helpers Style Running",
 }
 MAX_COLUMNS = 100
 MAX_FUNCTION_LINES = 60
@@ -8774,143 +8774,224 @@ class OptionsTableTest(unittest.TestCase):
 
 # === Running ======================================================================================
 #
-# The tests run in as many processes as there are processors, a class at a time. Each process has a
-# network, a /run and an /etc/docker of its own, where the host permits it, so that no test meets
-# the host's gipam, Docker or routes, and a session of its own, so that all it has started ends with
-# it. `python3 -m unittest test_gipam.StyleTest` runs tests where a debugger is attached.
+# The tests run in several worker processes, one class at a time. Each worker has a network, a /run
+# and an /etc/docker of its own if the host permits it, so that no test meets the host's gipam,
+# Docker or routes. It also has a session of its own, so that all it has started ends with it.
+# `python3 -m unittest test_gipam.StyleTest` runs tests where a debugger can be attached.
 
-ISOLATION = """
+ISOLATE = """
 mount -t tmpfs -o mode=755 tmpfs /run
 [ ! -d /etc/docker ] || mount -t tmpfs -o mode=755 tmpfs /etc/docker
 exec "$@"
 """
-MIN_MEMORY_BYTES, MAX_REPORT_CHARS = 256 << 20, 30_000
-TEST_DEADLINE_S = 1800 if IS_LONG else 600  # KillTest so often takes more than ten minutes
-OUTCOMES = {".": "ok", "F": "FAILED", "s": "skipped"}
+SIOCSIFFLAGS = 0x8914
+IFF_UP = 1
+MIN_MEMORY_BYTES = 256 << 20
+MAX_REPORT_CHARS = 30_000
+MAX_REPORT_BYTES = 256 << 10
+MAX_WORKERS = 4
+TEST_DEADLINE_S = 1800 if IS_LONG else 600  # KillTest's long form takes ten minutes
+PASSED = "."
+FAILED = "F"
+SKIPPED = "s"
+OUTCOMES = {PASSED: "ok", FAILED: "FAILED", SKIPPED: "skipped"}
 
 
 class Report(NamedTuple):
-    """What became of a test."""
+    """The result of a test: a key of OUTCOMES, and the traceback or the reason of a skip."""
 
     test: str
-    outcome: str  # a key of OUTCOMES
-    text: str  # traceback or reason
+    outcome: str
+    text: str
     seconds: float = 0.0
 
 
 class Reporter(unittest.TestResult):
-    """Sends the parent process a report of each test."""
+    """Sends the parent process a report of each test, and ends one that takes too long."""
 
     def __init__(self, parent: socket.socket) -> None:
         super().__init__()
-        self.parent, self.started = parent, time.monotonic()
-        signal.signal(signal.SIGALRM, self.end)
+        self.parent = parent
+        self.started_s = time.monotonic()
+        signal.signal(signal.SIGALRM, self.end_test)
         signal.alarm(TEST_DEADLINE_S)
 
-    def end(self, *_: Any) -> None:
-        """Fail the test that runs: whatever it waits for or repeats, the next one has its turn."""
+    def end_test(self, *_: Any) -> None:
+        """Fail the running test, whatever it waits for or repeats, so that the next one runs."""
         raise AssertionError(f"the test has not ended within {TEST_DEADLINE_S} s")
 
     def stopTest(self, test: unittest.TestCase) -> None:
         super().stopTest(test)
         self.report(test.id().replace("__main__.", ""))
-        self.errors, self.failures, self.skipped = [], [], []
-        self.started = time.monotonic()
+        self.errors = []
+        self.failures = []
+        self.skipped = []
+        self.started_s = time.monotonic()
         signal.alarm(TEST_DEADLINE_S)
 
     def report(self, test: str) -> None:
         failed = [f"{part}\n{text}" for part, text in self.errors + self.failures]
-        text = "\n".join(failed or [reason for _, reason in self.skipped])[-MAX_REPORT_CHARS:]
-        outcome = "F" if failed else "s" if self.skipped else "."
-        report = Report(test, outcome, text, time.monotonic() - self.started)
+        outcome = PASSED
+        texts = failed
+        if failed:
+            outcome = FAILED
+        elif self.skipped:
+            outcome = SKIPPED
+            texts = [reason for _, reason in self.skipped]
+
+        text = "\n".join(texts)[-MAX_REPORT_CHARS:]
+        report = Report(test, outcome, text, time.monotonic() - self.started_s)
         self.parent.sendall(json.dumps(report).encode())
 
 
-def work(classes: list[list[str]], todo: int, parent: int) -> None:
-    """Run the classes whose numbers come out of a pipe that all processes read."""
+def set_loopback_up() -> None:
+    request = struct.pack("16sh", b"lo", IFF_UP)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, request)
+
+
+def run_worker(classes: list[list[str]], queue_fd: int, parent_fd: int) -> None:
+    """Run classes; their numbers come out of a pipe that all workers read."""
     if os.environ["GIPAM_ISOLATED"] == "yes":
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:  # ip link set lo up
-            fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh", b"lo", 1))    # SIOCSIFFLAGS, IFF_UP
-    connection = socket.socket(fileno=parent)
-    for number in iter(lambda: os.read(todo, 1), b""):
-        names, reporter = classes[number[0]], Reporter(connection)
-        unittest.defaultTestLoader.loadTestsFromNames(names, sys.modules[__name__]).run(reporter)
-        for name in names if reporter.errors or reporter.skipped else ():  # in setUpClass()
+        set_loopback_up()
+    connection = socket.socket(fileno=parent_fd)
+    number = os.read(queue_fd, 1)
+    while number:
+        run_class(classes[number[0]], connection)
+        number = os.read(queue_fd, 1)
+
+    # The connection ends with the process, which first writes the data of coverage.
+    connection.detach()
+
+
+def run_class(names: list[str], connection: socket.socket) -> None:
+    """Run the tests of a class, and report all of them if its setUpClass() fails or skips."""
+    reporter = Reporter(connection)
+    suite = unittest.defaultTestLoader.loadTestsFromNames(names, sys.modules[__name__])
+    suite.run(reporter)
+    if reporter.errors or reporter.skipped:
+        for name in names:
             reporter.report(name)
-    connection.detach()  # it ends with the process, which first writes what coverage has seen
 
 
 def find_isolation() -> tuple[list[str], str]:
-    """Return the command that gives a process a network and a /run of its own, or why not."""
-    user = ["--user", "--map-root-user"] if os.geteuid() else []
-    command = ["unshare", *user, "--net", "--mount", "--propagation", "private", "sh", "-ec",
-               ISOLATION, "sh"]
+    """Return the command that isolates a worker, and "yes", or why there is none."""
+    command = ["unshare", "--net", "--mount", "--propagation", "private"]
+    hint = "in a privileged container"
+    if os.geteuid():
+        command += ["--user", "--map-root-user"]
+        hint = "as root"
+    command += ["sh", "-ec", ISOLATE, "sh"]
+
     try:
         subprocess.run([*command, "test", "-r", os.path.abspath(__file__)], stderr=subprocess.PIPE,
                        encoding="utf-8", check=True)
     except FileNotFoundError:
         return [], "unshare is missing: apt-get install util-linux"
     except subprocess.CalledProcessError as error:
-        hint = "as root" if user else "in a privileged container"
         return [], f"gets no network of its own ({error.stderr.strip()}): try it {hint}"
     return command, "yes"
 
 
+def list_tests(patterns: list[str] | None) -> dict[str, list[str]]:
+    """Return the names of the tests of each class that match a pattern."""
+    loader = unittest.TestLoader()
+    if patterns:
+        loader.testNamePatterns = [pattern if "*" in pattern else f"*{pattern}*"
+                                   for pattern in patterns]
+    classes = {}
+    for name, value in vars(sys.modules[__name__]).items():
+        if isinstance(value, type) and issubclass(value, unittest.TestCase):
+            classes[name] = [f"{name}.{test}" for test in loader.getTestCaseNames(value)]
+    return classes
+
+
 def choose_tests(arguments: argparse.Namespace) -> list[list[str]]:
     """Return the names of the chosen tests, a list for each class. Raises: SystemExit."""
-    loader, wanted = unittest.TestLoader(), arguments.tests
-    if arguments.k:
-        loader.testNamePatterns = [pattern if "*" in pattern else f"*{pattern}*"
-                                   for pattern in arguments.k]
-    classes = {name: [f"{name}.{test}" for test in loader.getTestCaseNames(kind)]
-               for name, kind in vars(sys.modules[__name__]).items()
-               if isinstance(kind, type) and issubclass(kind, unittest.TestCase)}
-    tests = [[test for test in classes[name] if not wanted or {name, test} & {*wanted}]
-             for name in classes]
-    unknown = {*wanted}.difference(classes, *classes.values())
-    if unknown or not any(tests):
-        sys.exit("no test has such a name: " + " ".join(sorted(unknown) or arguments.k))
-    return list(filter(None, tests))
+    classes = list_tests(arguments.k)
+    wanted = set(arguments.tests)
+    if wanted:
+        unknown = wanted.difference(classes, *classes.values())
+        if unknown:
+            sys.exit("no test has such a name: " + " ".join(sorted(unknown)))
+        for name, tests in classes.items():
+            if name not in wanted:
+                classes[name] = [test for test in tests if test in wanted]
+
+    chosen = [tests for tests in classes.values() if tests]
+    if not chosen:
+        sys.exit("no test has such a name: " + " ".join(arguments.k or []))
+    return chosen
 
 
-def run_all(classes: list[list[str]], is_verbose: bool) -> Iterator[Report]:
-    """Run the tests and yield what becomes of them; nothing they started or wrote is left."""
-    command, isolated = find_isolation()
-    memory = os.access("/dev/shm", os.W_OK) and \
-        shutil.disk_usage("/dev/shm").free > MIN_MEMORY_BYTES  # where fsync costs nothing
-    scratch = tempfile.mkdtemp(prefix="gipam-", dir="/dev/shm" if memory else None)
-    os.environ.update(TMPDIR=scratch, GIPAM_ISOLATED=isolated, PYTHONDONTWRITEBYTECODE="1")
-    count = min(max(2, min(os.cpu_count() or 1, 4)), len(classes))  # most tests mostly wait
-    print(f"{sum(map(len, classes))} tests of gipam {gipam.__version__} with Python "
-          f"{platform.python_version()} in {count} processes, all files in {scratch}; all tests "
-          "take about a minute on two processors", flush=True)
-    if isolated != "yes":
-        print(f"without a network and a /run of their own: {isolated}", flush=True)
-    todo, numbers = os.pipe()
-    os.write(numbers, bytes(range(len(classes))))
-    os.close(numbers)
-    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    fds, left = (todo, there.fileno()), {name for names in classes for name in names}
-    command += [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--work", *map(str, fds)]
-    processes = []
-    try:
-        for _ in range(count):  # standard output is for the reports
-            processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2,
-                                              pass_fds=fds, start_new_session=True))
-        there.close()
-        for message in iter(lambda: here.recv(1 << 18), b""):
-            report = Report(*json.loads(message))
-            line = f"{report.test} ... {OUTCOMES[report.outcome]} ({report.seconds:.2f} s)\n"
-            print(line if is_verbose else report.outcome, end="", flush=True)
-            left.discard(report.test)
-            yield report
-        yield from (Report(name, "F", "its process has ended before it") for name in sorted(left))
-    finally:
-        for process in processes:
+def make_scratch_directory() -> str:
+    """Return a directory for all files of the tests, in memory if that has room."""
+    memory = "/dev/shm"
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > MIN_MEMORY_BYTES:
+        return tempfile.mkdtemp(prefix="gipam-", dir=memory)  # fsync costs nothing there
+    return tempfile.mkdtemp(prefix="gipam-")
+
+
+class Workers:
+    """The worker processes of a run. Closing them leaves nothing that the tests started or wrote."""
+
+    def __init__(self, classes: list[list[str]]) -> None:
+        self.count = min(MAX_WORKERS, len(classes))
+        self.command, self.isolated = find_isolation()
+        self.scratch = make_scratch_directory()
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.connection, self.worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.queue_fd, numbers_fd = os.pipe()
+        os.write(numbers_fd, bytes(range(len(classes))))
+        os.close(numbers_fd)
+
+    def start(self) -> None:
+        fds = (self.queue_fd, self.worker_end.fileno())
+        command = [*self.command, sys.executable, os.path.abspath(__file__), *sys.argv[1:]]
+        command += ["--work", *map(str, fds)]
+        environment = dict(os.environ, TMPDIR=self.scratch, GIPAM_ISOLATED=self.isolated,
+                           PYTHONDONTWRITEBYTECODE="1")
+        for _ in range(self.count):
+            # What a test prints goes to stderr, since stdout is for the reports.
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL,
+                                       stdout=2, pass_fds=fds, start_new_session=True)
+            self.processes.append(process)
+        self.worker_end.close()
+
+    def reports(self) -> Iterator[Report]:
+        """Yield the reports until all workers have ended."""
+        message = self.connection.recv(MAX_REPORT_BYTES)
+        while message:
+            yield Report(*json.loads(message))
+            message = self.connection.recv(MAX_REPORT_BYTES)
+
+    def close(self) -> None:
+        for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def run_all(classes: list[list[str]], is_verbose: bool) -> Iterator[Report]:
+    """Run the tests, print their outcomes and yield their reports."""
+    remaining = set().union(*classes)
+    with contextlib.closing(Workers(classes)) as workers:
+        print(f"{len(remaining)} tests of gipam {gipam.__version__} with Python "
+              f"{platform.python_version()} in {workers.count} processes, all files in "
+              f"{workers.scratch}; all tests take about a minute on two processors", flush=True)
+        if workers.isolated != "yes":
+            print(f"without a network and a /run of their own: {workers.isolated}", flush=True)
+        workers.start()
+        for report in workers.reports():
+            line = report.outcome
+            if is_verbose:
+                line = f"{report.test} ... {OUTCOMES[report.outcome]} ({report.seconds:.2f} s)\n"
+            print(line, end="", flush=True)
+            remaining.discard(report.test)
+            yield report
+        for name in sorted(remaining):
+            yield Report(name, FAILED, "its process ended before it")
 
 
 def conclude(passed: int, failed: int, skipped: int) -> int:
@@ -8919,38 +9000,55 @@ def conclude(passed: int, failed: int, skipped: int) -> int:
     return 1 if failed or not passed else 0
 
 
+def print_results(reports: list[Report]) -> None:
+    """Print the text of each failure, and each reason of skips with the tests it concerns."""
+    skipped: dict[str, list[str]] = {}
+    for report in reports:
+        if report.outcome == FAILED:
+            print(f"\n\nFAILED: {report.test}\n{report.text}", end="")
+        elif report.outcome == SKIPPED:
+            skipped.setdefault(report.text, []).append(report.test)
+
+    print("\n")
+    for reason, tests in sorted(skipped.items()):
+        print(f"skipped: {', '.join(tests)}: {reason}")
+
+
 def stop(number: int, _: Any) -> None:
-    """End with all clean-ups at a signal."""
+    """Exit with all clean-ups at a signal."""
     signal.signal(number, signal.SIG_IGN)
     print(f"\nended by {signal.Signals(number).name}", flush=True)
     sys.exit(128 + number)
 
 
-def main() -> int:
-    """Run the tests that the arguments choose; say what failed, and why what was skipped was."""
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The self-check of gipam.")
     parser.add_argument("tests", nargs="*", metavar="CLASS[.TEST]", help="what to run, if not all")
     parser.add_argument("-k", action="append", metavar="PATTERN",
-                        help="run only tests whose name has this in it")
+                        help="run only tests whose name contains this")
     parser.add_argument("-v", action="store_true", help="name each test, and how long it took")
     parser.add_argument("--work", nargs=2, type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    classes, started = choose_tests(arguments), time.monotonic()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the tests that the arguments choose; print why some failed or were skipped."""
+    arguments = parse_arguments()
+    classes = choose_tests(arguments)
     if arguments.work:
-        work(classes, *arguments.work)
+        queue_fd, parent_fd = arguments.work
+        run_worker(classes, queue_fd, parent_fd)
         return 0
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
-    done = list(run_all(classes, arguments.v))
-    sorted_out = {key: [report for report in done if report.outcome == key] for key in OUTCOMES}
-    for report in sorted_out["F"]:
-        print(f"\n\nFAILED: {report.test}\n{report.text}", end="")
-    print(f"\n\n{time.monotonic() - started:.0f} s")
-    for reason in sorted({report.text for report in sorted_out["s"]}):
-        names = ", ".join(report.test for report in sorted_out["s"] if report.text == reason)
-        print(f"skipped: {names}: {reason}")
-    return conclude(*(len(sorted_out[key]) for key in OUTCOMES))
+    started_s = time.monotonic()
+    reports = list(run_all(classes, arguments.v))
+    print_results(reports)
+    print(f"{time.monotonic() - started_s:.0f} s")
+    outcomes = [report.outcome for report in reports]
+    return conclude(*map(outcomes.count, OUTCOMES))
 
 
 if __name__ == "__main__":
