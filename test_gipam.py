@@ -121,9 +121,12 @@ def choose_seeds(count: int) -> list[int]:
     return [random.randrange(1 << 32) for _ in range(count)]
 
 
-def seeded(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+TestFunction = Callable[..., None]
+
+
+def seeded(count: int) -> Callable[[TestFunction], TestFunction]:
     """Run the decorated test with a random generator for each seed; a failure names the seed."""
-    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+    def decorate(test: TestFunction) -> TestFunction:
         @functools.wraps(test)
         def run(self: unittest.TestCase) -> None:
             for seed in choose_seeds(count):
@@ -142,14 +145,18 @@ def parse_prefixes(text: str) -> list[gipam.Network]:
 
 def integer_ranges(networks: Iterable[gipam.Network]) -> list[gipam.Range]:
     """Return the first and the last address of each network, as integers."""
-    return [(int(network[0]), int(network[-1])) for network in networks]
+    ranges = []
+    for network in networks:
+        ranges.append((int(network[0]), int(network[-1])))
+    return ranges
 
 
 # Each has 1,024 addresses, which a naive model can list.
 WORLDS = parse_prefixes("10.0.0.0/22 2001:db8::/118")
 
 
-def random_prefix(rng: random.Random, world: gipam.Network, extra_bits: int = 0) -> gipam.Network:
+def random_prefix(rng: random.Random, world: gipam.Network,
+                  extra_bits: int = 0) -> gipam.Network:
     """Return a prefix in the world that is at least extra_bits longer."""
     prefixlen = rng.randint(world.prefixlen + extra_bits, world.max_prefixlen)
     address = int(world[0]) + rng.randrange(world.num_addresses)
@@ -236,7 +243,9 @@ class Client:
     def request_pool(self, pool: str = "", sub_pool: str = "", v6: bool = False,
                      **options: str) -> tuple[str, str]:
         """Return the pool id and the subnet. The dot of an option is written _: gipam_name."""
-        named = {name.replace("_", ".", 1): value for name, value in options.items()}
+        named = {}
+        for name, value in options.items():
+            named[name.replace("_", ".", 1)] = value
         reply = self.call("IpamDriver.RequestPool", AddressSpace="gipam", Pool=pool,
                           SubPool=sub_pool, V6=v6, Options=named)
         return reply["PoolID"], reply["Pool"]
@@ -244,8 +253,8 @@ class Client:
     def release_pool(self, pool_id: str) -> None:
         self.call("IpamDriver.ReleasePool", PoolID=pool_id)
 
-    def request_address(self, pool_id: str, address: str = "", mac: str = "", name: str = "",
-                        gateway: bool = False) -> str:
+    def request_address(self, pool_id: str, address: str = "", mac: str = "",
+                        name: str = "", gateway: bool = False) -> str:
         """Return the address in CIDR form."""
         options = {}
         if gateway:
@@ -274,7 +283,8 @@ class DirectClient(Client):
 
     def ask(self, method: str, **arguments: Any) -> gipam.Reply:
         """Return the reply as it is before the commit."""
-        return gipam.dispatch(self.service, "POST", "/" + method, json.dumps(arguments).encode())
+        body = json.dumps(arguments).encode()
+        return gipam.dispatch(self.service, "POST", "/" + method, body)
 
     def post(self, path: str, body: bytes, verb: str = "POST") -> tuple[int, Any]:
         reply = gipam.dispatch(self.service, verb, path, body)
@@ -349,9 +359,11 @@ class Tenant:
 
         pool_id = self.rng.choice(list(self.pools))
         action = self.rng.choices(self.ACTIONS, self.WEIGHTS)[0]
-        if action == "request_pool" and len(self.pools) >= self.MAX_POOLS + len(self.shared):
+        max_pools = self.MAX_POOLS + len(self.shared)
+        if action == "request_pool" and len(self.pools) >= max_pools:
             action = "request_address"
-        if action == "request_address" and len(self.pools[pool_id]) >= self.MAX_ADDRESSES:
+        addresses = self.pools[pool_id]
+        if action == "request_address" and len(addresses) >= self.MAX_ADDRESSES:
             action = "release_address"
         return pool_id, action
 
@@ -441,7 +453,8 @@ class Daemon:
     has_spec = bool(os.geteuid())  # root's plugin file is in /etc/docker
     pass_fds: Sequence[int] = ()
 
-    def __init__(self, test: unittest.TestCase, *options: str, directory: str | None = None,
+    def __init__(self, test: unittest.TestCase, *options: str,
+                 directory: str | None = None,
                  env: dict[str, str] | None = None,
                  command: tuple[str, ...] = (sys.executable, GIPAM)) -> None:
         self.test = test
@@ -461,7 +474,8 @@ class Daemon:
         self.spec = values.get("-spec", "")
         self.env = {name: value for name, value in os.environ.items()
                     if not name.startswith("GIPAM_")}
-        self.env.update(env or {})
+        if env:
+            self.env.update(env)
         self.process: subprocess.Popen[bytes] | None = None
         test.addCleanup(self.kill)
 
@@ -477,8 +491,8 @@ class Daemon:
         """Start the process and, unless told otherwise, wait until it accepts connections."""
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [*self.command, *self.options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=self.env, pass_fds=self.pass_fds)
+                [*self.command, *self.options], stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, env=self.env, pass_fds=self.pass_fds)
         if wait:
             wait_until("gipam to serve or end", self.has_started)
             if self.process.poll() is not None:
@@ -538,7 +552,8 @@ class Kernel:
             network = gipam.parse_prefix(cidr, mask=True)
             if gipam.SOCKET_FAMILY[network.version] != family:
                 continue
-            payload = bytes((family, network.prefixlen, 0, 0, 254, 3, 0, self.TYPES[type_name]))
+            route_type = self.TYPES[type_name]
+            payload = bytes((family, network.prefixlen, 0, 0, 254, 3, 0, route_type))
             if is_route:
                 payload += struct.pack("=4xHHI", 8, 15, 254)  # RTA_TABLE: main
             address = ipaddress.ip_address(cidr.partition("/")[0]).packed
@@ -626,7 +641,8 @@ def multiplies_condition(node: ast.BinOp) -> bool:
     sides = (node.left, node.right)
     if any(map(is_condition, sides)):
         return True
-    return any(map(is_repeatable, sides)) and not any(map(is_integer, sides))
+    repeats = any(map(is_repeatable, sides))
+    return repeats and not any(map(is_integer, sides))
 
 
 def indexes_by_condition(node: ast.Subscript) -> bool:
@@ -636,8 +652,10 @@ def indexes_by_condition(node: ast.Subscript) -> bool:
     parts = [index]
     if isinstance(index, ast.Slice):
         parts = [index.lower, index.upper]
-    is_chosen = any(is_condition(part) or isinstance(part, ast.IfExp) for part in parts)
-    return is_chosen or isinstance(node.value, (ast.IfExp, ast.Tuple, ast.Dict))
+    for part in parts:
+        if is_condition(part) or isinstance(part, ast.IfExp):
+            return True
+    return isinstance(node.value, (ast.IfExp, ast.Tuple, ast.Dict))
 
 
 def calls_expression(node: ast.Call) -> bool:
@@ -660,7 +678,8 @@ def is_partial(node: ast.Call) -> bool:
 
 
 def nests_conditionals(node: ast.IfExp) -> bool:
-    return any(isinstance(part, ast.IfExp) for part in (node.body, node.orelse, node.test))
+    parts = (node.body, node.orelse, node.test)
+    return any(isinstance(part, ast.IfExp) for part in parts)
 
 
 def spans_lines(node: Any) -> bool:
@@ -696,9 +715,10 @@ def assigns_several(node: ast.Assign) -> bool:
     if not isinstance(target, ast.Tuple) or not isinstance(node.value, ast.Tuple):
         return False
     values = node.value.elts
-    names = {ast.dump(name).replace("Store", "Load") for name in target.elts}
-    is_swap = names == set(map(ast.dump, values))
-    return not is_swap and not all(isinstance(value, ast.Constant) for value in values)
+    targets = [ast.dump(name).replace("Store", "Load") for name in target.elts]
+    if sorted(targets) == sorted(map(ast.dump, values)):
+        return False
+    return not all(isinstance(value, ast.Constant) for value in values)
 
 
 def has_two_loops(node: Any) -> bool:
@@ -779,17 +799,18 @@ def find_dense(source: str) -> list[str]:
     """Return the expressions that have to be decoded, as "kind: line"."""
     lines = source.splitlines()
     tree = ast.parse(source)
-    nodes = list(ast.walk(tree))
-    keys = [node.value for node in nodes if isinstance(node, ast.keyword) and node.arg == "key"]
-    found = []
-    for node in nodes:
+    keys = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "key":
+            keys.append(node.value)
         if node in keys:
             continue
         for kind in DENSE_KINDS:
             if isinstance(node, kind.nodes) and kind.is_dense(node):
                 place: Any = getattr(node, "iter", node)
-                found.append(f"{kind.name}: {lines[place.lineno - 1].strip()}")
-    return sorted(set(found))
+                found.add(f"{kind.name}: {lines[place.lineno - 1].strip()}")
+    return sorted(found)
 
 
 class Density(NamedTuple):
@@ -804,6 +825,11 @@ LAYOUT_TOKENS = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT
                  tokenize.ENDMARKER)
 
 
+def line_numbers(node: Any) -> range:
+    """Return the numbers of the lines that a statement fills."""
+    return range(node.lineno, node.end_lineno + 1)
+
+
 def docstring_lines(tree: ast.Module) -> set[int]:
     """Return the numbers of the lines that docstrings fill."""
     numbers: set[int] = set()
@@ -811,8 +837,7 @@ def docstring_lines(tree: ast.Module) -> set[int]:
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             continue
         if ast.get_docstring(node) is not None:
-            first = node.body[0]
-            numbers.update(range(first.lineno, (first.end_lineno or 0) + 1))
+            numbers.update(line_numbers(node.body[0]))
     return numbers
 
 
@@ -853,14 +878,15 @@ def measure_density(source: str) -> Density:
 
 
 def find_functions(tree: ast.Module) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    nodes = ast.walk(tree)
+    return [node for node in nodes if isinstance(node, ast.FunctionDef)]
 
 
 def measure_functions(source: str) -> dict[str, int]:
     """Return the number of lines of each function, by its name and line."""
     sizes = {}
     for node in find_functions(ast.parse(source)):
-        sizes[f"{node.name}:{node.lineno}"] = (node.end_lineno or 0) - node.lineno + 1
+        sizes[f"{node.name}:{node.lineno}"] = len(line_numbers(node))
     return sizes
 
 
@@ -937,14 +963,15 @@ class StyleChecksTest(unittest.TestCase):
 
     def test_density_of_a_small_text(self) -> None:
         source = "def f():\n    '''Text.'''\n    # why\n    x = 1\n\n    return x  # what\n"
-        self.assertEqual(measure_density(source), Density(10 / 3, 1 / 3, 1 / 5))
+        expected = Density(tokens=10 / 3, comments=1 / 3, blank=1 / 5)
+        self.assertEqual(measure_density(source), expected)
         self.assertEqual(measure_functions(source), {"f:1": 6})
 
     def test_sections_and_their_prose(self) -> None:
         source = "x = 1\n# === A ===\n#\n# one\n# two\n\n# more\n# === B ===\ny = 2\n"
         sections = split_sections(source)
         self.assertEqual(list(sections), ["", "A", "B"])
-        self.assertEqual(list(map(count_prose, sections.values())), [0, 2, 0])
+        self.assertEqual(count_prose(sections["A"]), 2)
 
     def test_name_of_a_later_section_is_found(self) -> None:
         source = "# === A ===\ndef f():\n    return g()\n# === B ===\ndef g():\n    return f()\n"
@@ -974,7 +1001,7 @@ def read_sources() -> list[Source]:
     for path in [GIPAM, os.path.abspath(__file__), *lab]:
         text = pathlib.Path(path).read_text(encoding="utf-8")
         name = os.path.basename(path)
-        limits = Limits(8.5, 0.04, 0.04) if path == GIPAM else Limits(10.2, 0.0, 0.0)
+        limits = Limits(8.5, 0.04, 0.04) if path == GIPAM else Limits(9.5, 0.0, 0.0)
         plain = PLAIN_SECTIONS.get(name, "").split()
         if plain != ["all"]:
             sections = split_sections(text)
@@ -1013,20 +1040,22 @@ class StyleTest(unittest.TestCase):
         sizes = measure_functions(self.sources[0].text)
         if not sizes:
             self.skipTest("no section is plain yet")
-        self.assertEqual([name for name in sizes if sizes[name] > MAX_FUNCTION_LINES], [])
+        for name, size in sizes.items():
+            self.assertLessEqual(size, MAX_FUNCTION_LINES, name)
         self.assertLessEqual(statistics.median(sizes.values()), 11)
-        self.assertLess(sorted(sizes.values())[len(sizes) * 9 // 10], 35)
+        deciles = statistics.quantiles(sizes.values(), n=10)
+        self.assertLess(deciles[8], 35)
 
     def test_tests_are_short(self) -> None:
         for source in self.sources[1:]:
-            with self.subTest(source.name):
-                sizes = measure_functions(source.text)
-                tests = [name for name in sizes if name.startswith("test_")]
-                self.assertEqual([name for name in tests if sizes[name] > MAX_TEST_LINES], [])
+            for name, size in measure_functions(source.text).items():
+                if name.startswith("test_"):
+                    with self.subTest(source.name, name=name):
+                        self.assertLessEqual(size, MAX_TEST_LINES)
 
     def test_lines_fit_a_window(self) -> None:
-        lines = self.sources[0].text.splitlines()
-        self.assertEqual([line for line in lines if len(line) > MAX_COLUMNS], [])
+        for line in self.sources[0].text.splitlines():
+            self.assertLessEqual(len(line), MAX_COLUMNS, line)
 
     def test_no_file_outside_the_repository_is_cited(self) -> None:
         for source in self.sources:
@@ -1053,8 +1082,9 @@ class StyleTest(unittest.TestCase):
         for node in list(nodes):
             if isinstance(node, ast.ClassDef):
                 nodes += [member for member in node.body if isinstance(member, kinds)]
-        public = [node for node in nodes if not node.name.startswith("_")]
-        self.assertEqual([node.name for node in public if not ast.get_docstring(node)], [])
+        for node in nodes:
+            if not node.name.startswith("_"):
+                self.assertTrue(ast.get_docstring(node), node.name)
 
     def test_sections_use_only_what_stands_above_them(self) -> None:
         self.assertEqual(find_late_names(self.source), set())
@@ -1692,8 +1722,8 @@ class Naive:
                 self.kept[key] = dict([*owned.items()][-gipam.MAX_SAVED_AFFINITIES:])
                 self.remember_name(key, subnet)
 
-    def request_address(self, pool_id: str, address: str = "", mac: str = "", name: str = "",
-                        gateway: bool = False) -> str:
+    def request_address(self, pool_id: str, address: str = "", mac: str = "",
+                        name: str = "", gateway: bool = False) -> str:
         subnet, part = self.pools[pool_id]
         owners, everything = (name,) * bool(name) + (mac,) * bool(mac), [*map(str, subnet)]
         taken = {held for network, held in self.leases if network == subnet}
