@@ -87,17 +87,19 @@ gipam.log.addHandler(TracebackHandler())
 
 
 def sleeping_retry(condition: str, deadline_s: float = DEADLINE_S) -> Iterator[None]:
-    """Yield every few milliseconds, for a loop that breaks when the named condition holds.
+    """Yield at growing intervals, for a loop that breaks when the named condition holds.
 
     Raises: AssertionError if the loop still runs after the deadline.
     Source: test.support.sleeping_retry of CPython.
     """
     end_s = time.monotonic() + deadline_s
+    pause_s = 0.005
     while True:
         yield
         if time.monotonic() > end_s:
             raise AssertionError(f"waited {deadline_s:g} s for {condition}")
-        time.sleep(0.005)
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, 0.05)
 
 
 def wait_until(condition: str, function: Callable[..., Any], *arguments: Any,
@@ -595,6 +597,8 @@ record = record_changes
 PLAIN_SECTIONS = {
     "gipam.py": "",
     "test_gipam.py": "Helpers Style Running",
+    "engine.py": "all",
+    "machines.py": "all",
 }
 MAX_COLUMNS = 100
 MAX_FUNCTION_LINES = 60

@@ -29,8 +29,9 @@ import time
 import unittest
 from typing import Any, Callable, Iterator, Sequence
 
+from engine import Docker
 from etcd import CLIENT_PORT, Etcd, loopback
-from machines import Docker, Namespaces, until
+from machines import Namespaces, until
 
 import gipam
 from test_gipam import Daemon, Refused, dial, launcher, request

@@ -19,7 +19,8 @@ import threading
 import time
 from typing import Any
 
-from machines import DOCKER, ROUTED, SOCKET, DockerCase, endpoint_addresses, main, until
+from engine import DOCKER, ROUTED, SOCKET, DockerCase, endpoint_addresses
+from machines import main, until
 
 from test_gipam import ENDPOINT, Client, FakeDocker
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from machines import DockerCase, main
+from engine import DockerCase
+from machines import main
 
 FIXED_MAC = '{mac_address: "02:42:00:00:00:09"}'
 FIXED_ADDRESSES = '{ipv4_address: 10.2.9.10, ipv6_address: "2001:db8:0:109::10"}'

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from typing import Callable
 
-from machines import BASE_V4, BASE_V6, DOCKER, ROUTED, DockerCase, Router, main, until, works
+from engine import BASE_V4, BASE_V6, DOCKER, ROUTED, DockerCase
+from machines import Router, main, until, works
 
 
 class NetworkTest(DockerCase):

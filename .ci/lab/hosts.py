@@ -16,7 +16,8 @@ import threading
 import unittest
 from typing import Any, Iterable
 
-from machines import DOCKER, FILES, Block, Machine, main, make_tree, read_blocks, until
+from engine import DOCKER
+from machines import FILES, Block, Machine, main, make_tree, read_blocks, until
 from readme import EQUIP
 
 HOSTS = {"host1": 7, "host2": 8, "host3": 9}  # name: last part of its addresses

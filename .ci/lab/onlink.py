@@ -11,11 +11,11 @@ import time
 import unittest
 from typing import Callable
 
+from engine import DockerCase
 from machines import (
     FILES,
     MAKE_IMAGE,
     SUITE,
-    DockerCase,
     Machine,
     Router,
     cable,
