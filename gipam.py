@@ -279,6 +279,12 @@ def printable(text: str, limit: int = MAX_TEXT_CHARS) -> str:
     return (text if text.isprintable() else repr(text)[1:-1])[:limit]
 
 
+def plural(count: int, noun: str) -> str:
+    """Return "1 pool" or "2 pools"."""
+    ending = "" if count == 1 else "s"
+    return f"{count} {noun}{ending}"
+
+
 def open_stderr() -> Callable[[bytes], int]:
     """Return what writes to stderr without waiting, while others that share it may wait.
 
