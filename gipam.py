@@ -439,7 +439,6 @@ class PoolGrant(NamedTuple):
     cursor: int  # offset in the subnet of the address to try next
     next_block: int  # number of the block of this length to try next, -1: as it was
     is_shared: bool = False  # with other hosts
-    is_adopted: bool = False  # for a request of Docker's: what else it uses there is not known yet
 
 
 class PoolRelease(NamedTuple):
@@ -490,7 +489,7 @@ RECORD_TYPES: dict[str, Any] = {
 }
 RECORD_NAMES = {kind: name for name, kind in RECORD_TYPES.items()}
 FIELD_SCHEMAS: dict[str, Any] = {  # the shapes of those that are no text
-    "granted_s": 0, "cursor": 0, "next_block": -1, "is_shared": False, "is_adopted": False,
+    "granted_s": 0, "cursor": 0, "next_block": -1, "is_shared": False,
     "parts": [], "common": {}}
 
 
@@ -873,7 +872,6 @@ class State:
         self.seq = 0
         self.pools: dict[str, Pool] = {}
         self.lease_count = 0
-        self.has_adopted = False  # since the lease file that it was read from
         self.families = {family.version: family for family in families}
 
     def apply(self, change: Record) -> None:
@@ -902,7 +900,6 @@ class State:
             if kept and kept.network == network:
                 subnet.affinity.restore(kept.owners)
             family.remember(pool.name, BlockReservation(network, {}, pool.seq))
-        self.has_adopted |= change.is_adopted
         if not subnet.pools:
             subnet.is_shared = change.is_shared
             family.subnets[network] = subnet
@@ -975,7 +972,7 @@ POOL_KEYS: dict[str, Any] = {
 }
 KEY_ALIASES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
 OPTION_KEYS = {**KEY_ALIASES, "exclude": "Exclude"}  # option -> its key in the lease file
-LEASE_FILE_KEYS = (*OPTION_KEYS.values(), "Options", *STATE_KEYS, "Journal", "Import", "Checksum")
+LEASE_FILE_KEYS = (*OPTION_KEYS.values(), "Options", *STATE_KEYS, "Journal", "Checksum")
 
 
 def copy_state(state: State) -> tuple[Json, list[Any]]:
@@ -1006,10 +1003,9 @@ def copy_state(state: State) -> tuple[Json, list[Any]]:
     return head, pools
 
 
-def encode_snapshot(config: Json, copy: Any, segment: int | None,
-                    is_import_due: bool = False) -> Iterator[str]:
+def encode_snapshot(config: Json, copy: Any, segment: int | None) -> Iterator[str]:
     """Yield the lease file in portions: configuration, segment that goes on, state, checksum."""
-    keys = {**config, "Journal": segment, "Import": is_import_due}
+    keys = {**config, "Journal": segment}
     yield "{\n" + "".join(f"{encode_json(key)}:{encode_json(value)},\n" for key, value in keys.items() if value)
     checksum = 0
     for chunk in encode_state(*copy):
@@ -1206,7 +1202,7 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
                              404) from None
     change, room = make_pool_grant(subnet, sub_pool, "", now_s), (sub_pool or subnet).num_addresses // 2 - 2
     ahead = 2 + int(token, 16) % max(room, 1)
-    yield change._replace(pool_id=pool_id, cursor=change.cursor + ahead, is_adopted=True)
+    yield change._replace(pool_id=pool_id, cursor=change.cursor + ahead)
     pool = state.pools[pool_id]
     first = pool.subnet.allocated.next_free(pool.low)
     if pool.capacity() > 1 and first <= pool.high and pool.format(first) != address:
@@ -2718,6 +2714,38 @@ class AppliedRecord(NamedTuple):
         return f"{text} seq={self.seq} ms={(now_s - self.asked_s) * 1e3:.2f}"
 
 
+class DockerImport:
+    """How far this process has compared itself with Docker.
+
+    That is due after each start and each adoption, so nothing of it is saved. Only the thread of
+    the loop changes it. A claim in etcd that nothing here holds may be deleted only once
+    has_asked is true: until then Docker may use that subnet.
+    """
+
+    def __init__(self) -> None:
+        self.is_due = True
+        self.has_asked = False  # since the start: all that Docker uses is held
+        self.unconfirmed: set[int] = set()  # imported records that Docker has yet to show again
+        self.requested = threading.Event()  # wakes the import thread
+        self.requested.set()
+
+    def request(self, adopted: Iterable[int]) -> None:
+        """Have Docker asked soon, since these records adopted a pool."""
+        self.unconfirmed.update(adopted)
+        self.is_due = True
+        self.requested.set()
+
+    def confirm(self, confirmed: Iterable[int]) -> None:
+        """Note what Docker's second answer has settled; the rest has it asked again."""
+        self.unconfirmed.difference_update(confirmed)
+        self.has_asked = True
+        self.is_due = bool(self.unconfirmed)
+
+    def forget_after(self, seq: int) -> None:
+        """Forget records that were lost when the state was read again from disk."""
+        self.unconfirmed = {known for known in self.unconfirmed if known <= seq}
+
+
 class Service:
     """The driver. It decides, applies, and at the end of a turn writes one line for all changes.
 
@@ -2740,9 +2768,7 @@ class Service:
         self.etcd_s, self.etcd_failure = Histogram(), "it has not been asked yet"  # "": it answers
         self.requests: collections.Counter[tuple[str, str]] = collections.Counter()
         self.request_s, self.sync_s, self.last_write_s = Histogram(), Histogram(), 0.0
-        self.is_import_flag_saved = False  # in the lease file, should gipam crash
-        self.import_is_due = threading.Event()  # ask Docker what it uses, once it answers
-        self.adopted: set[int] = set()  # changes by adoption, until Docker vouches for the pool
+        self.docker_import = DockerImport()
 
     @property
     def failure(self) -> StoreError:
@@ -2812,7 +2838,7 @@ class Service:
                 self.store.remove_temp()
                 self.store.lock_segments()
                 self.state = self._read_state()
-                self.adopted = {seq for seq in self.adopted if seq <= self.state.seq}
+                self.docker_import.forget_after(self.state.seq)
                 self.store.settle()
                 if self.site:
                     self.site.rebind(self.state)
@@ -2897,11 +2923,7 @@ class Service:
         """
         now_s, pool = int(time.time()), self._find_pool(pool_id)
         if not pool:
-            subnet, sub_pool = parse_pool_id(pool_id) or (None, None)
-            self._adopt(subnet, sub_pool, decide_adoption(
-                self.state, pool_id, request.address, now_s, secrets.token_hex(8)))
-            log.warning("took over %s, which Docker holds and the lease file does not", pool_id)
-            pool = self.state.pools[pool_id]
+            pool = self._adopt_pool(pool_id, request.address, now_s)
         network = pool.subnet.network
         if self.site and str(network) in self.site.conflicts:
             self.site.require_no_conflict(network)
@@ -2968,47 +2990,60 @@ class Service:
                 log.warning("took back %s in %s: nobody has read the reply", address or "all",
                             change.pool_id)
 
-    def import_pool(self, subnet: Network, sub_pool: Network | None, name: str,
-              requests: list[AddressRequest], seq: int) -> range:
-        """Adopt, as decide_import(); return the numbers of the changes.
+    def _adopt_pool(self, pool_id: str, address: str, now_s: int) -> Pool:
+        """Adopt the pool of an id that Docker has and the state has not; have Docker asked soon.
 
-        Raises: as decide_import(), and nothing is taken over; StoreError.
+        The adoption stays, whatever becomes of the request for this address in it.
+        Raises: as decide_adoption(); TransactionRequired; StoreError.
         """
-        return self._adopt(subnet, sub_pool, decide_import(
-            self.state, subnet, sub_pool, name, requests, seq, int(time.time())))
+        subnet, sub_pool = parse_pool_id(pool_id) or (None, None)
+        records = decide_adoption(self.state, pool_id, address, now_s, secrets.token_hex(8))
+        last_seq = self.state.seq
+        try:
+            self._apply_import(subnet, sub_pool, records)
+        finally:
+            adopted = range(last_seq + 1, self.state.seq + 1)
+            if adopted:
+                self.docker_import.request(adopted)
+        log.warning("adopted %s, which Docker uses and the lease file lacks", subnet)
+        return self.state.pools[pool_id]
 
-    def _adopt(self, subnet: Network | None, sub_pool: Network | None,
-               changes: Iterator[Record]) -> range:
-        """Apply the changes, each before the next; return their numbers. Raises: Unclaimed."""
-        first, site, version = self.state.seq + 1, self.site, subnet.version if subnet else 4
+    def import_pool(self, subnet: Network, sub_pool: Network | None, name: str,
+                    requests: list[AddressRequest], seq: int) -> range:
+        """Import what Docker uses, as decide_import() has it; return the numbers of the records.
+
+        Raises: as decide_import(), and nothing is imported; TransactionRequired; StoreError.
+        """
+        last_seq = self.state.seq
+        records = decide_import(self.state, subnet, sub_pool, name, requests, seq,
+                                int(time.time()))
+        self._apply_import(subnet, sub_pool, records)
+        return range(last_seq + 1, self.state.seq + 1)
+
+    def _apply_import(self, subnet: Network | None, sub_pool: Network | None,
+                      records: Iterator[Record]) -> None:
+        """Apply each record before the next is decided; the pool of a shared claim is shared."""
+        site, version = self.site, subnet.version if subnet else 4
         claim = site.claims.get(str(subnet)) if site else None
         is_shared = bool(site and claim and claim.is_shared and site.host in claim.hosts)
         with self._joining(version, subnet, sub_pool, is_shared):
-            for change in changes:
-                seq = self.state.seq
-                if isinstance(change, PoolGrant):
-                    self._grant(change._replace(is_shared=is_shared))
-                    if change.is_adopted:  # for good, whatever becomes of the request
-                        self.import_is_due.set()
+            for record in records:
+                if isinstance(record, PoolGrant):
+                    self._grant(record._replace(is_shared=is_shared))
                 else:
-                    self.apply(change)
-                self.adopted.update(range(seq + 1, self.state.seq + 1))
-        return range(first, self.state.seq + 1)
+                    self.apply(record)
 
-    def finish_import(self, seen: Iterable[int]) -> None:
-        """Note what Docker has vouched for; once that is all, it need not be asked again."""
-        self.adopted.difference_update(seen)
-        if not self.adopted:
-            self.import_is_due.clear()
-            if self.site:
-                self.site.wake()  # what nothing here holds may be let go now
+    def confirm_import(self, confirmed: Iterable[int]) -> None:
+        """Note that all that Docker uses is held, and which imported records it has shown again."""
+        self.docker_import.confirm(confirmed)
+        if self.site:
+            self.site.wake()  # claims that nothing here holds may be deleted now
 
     def needs_checkpoint(self) -> bool:
         """Return whether the journal has outgrown the lease file, or that lacks what it needs."""
         store, limit_bytes = self.store, max(MIN_CHECKPOINT_BYTES, self.store.snapshot_bytes)
         return not store.fatal_error and (store.segment != (store.referenced_segment or 0)  # none yet, or it has failed
-                                   or store.journal_bytes > limit_bytes
-                                   or self.is_import_flag_saved != self.import_is_due.is_set())
+                                   or store.journal_bytes > limit_bytes)
 
     def checkpoint(self, run_in_loop: RunInLoop | None = None, is_stopping: bool = False) -> bool:
         """Write the state to the lease file, drop the journal that it replaces; False: it failed.
@@ -3031,12 +3066,10 @@ class Service:
             if not is_stopping:
                 step(store.rotate, PREALLOCATE_BYTES)
             named = None if is_stopping else store.segment or None
-            copy, is_due = step(lambda: (copy_state(state), self.import_is_due.is_set()))
-            chunks = encode_snapshot(self._config, copy, named, is_due)
+            chunks = encode_snapshot(self._config, step(copy_state, state), named)
             step(store.create_temp)
             store.write_temp(iter(lambda: step(next, chunks, ""), ""))
             step(store.publish_temp, named)
-            self.is_import_flag_saved = is_due
             for number in step(store.segments):
                 if is_stopping or number < store.segment:
                     step(store.remove, number)
@@ -4623,18 +4656,25 @@ def import_from_docker(service: Service, driver: str, timeout_s: float, run_in_l
         text = b"".join(iter(lambda: run_in_loop(lambda: next(portions, b"")), b""))
         return dict(json.loads(text, object_hook=lambda value: value))  # which lets others run
 
-    def post(path: str, body: Json) -> Any:
-        return run_in_loop(lambda: METHODS[path][1](service, Arguments(body))[0])
+    def import_body(path: str, body: Json) -> Any:
+        reply = METHODS[path][1](service, Arguments(body))[0]
+        if reply:
+            last = reply["Seq"]
+            service.docker_import.unconfirmed.update(range(last - reply["Adopted"] + 1, last + 1))
+        return reply
 
-    adopted, (uses, _) = {*service.adopted}, read_docker()
-    adopted, uses = fix(find_missing(look(), uses), adopted, look, read_docker, post)
+    def post(path: str, body: Json) -> Any:
+        return run_in_loop(lambda: import_body(path, body))
+
+    uses, _ = read_docker()
+    _, uses = fix(find_missing(look(), uses), service.docker_import.unconfirmed, look, read_docker, post)
     places = {use.place for use in uses}
-    adopted -= {held["seq"] for pool in look()["pools"]
-                if (pool["subnet"], pool["sub_pool"]) not in places
-                for held in (pool, *pool["addresses"])}
-    seen = list(adopted)
-    for start in range(0, len(seen) or 1, LEASES_PER_CHUNK):
-        run_in_loop(functools.partial(service.finish_import, seen[start:start + LEASES_PER_CHUNK]))
+    unconfirmed = {held["seq"] for pool in look()["pools"]
+                   if (pool["subnet"], pool["sub_pool"]) not in places
+                   for held in (pool, *pool["addresses"])}
+    confirmed = service.docker_import.unconfirmed - unconfirmed
+    run_in_loop(lambda: service.confirm_import(confirmed))
+    log.info("compared with Docker")
 
 
 def is_docker_alive() -> bool:
@@ -4648,21 +4688,28 @@ def is_docker_alive() -> bool:
 
 
 def import_worker(service: Service, driver: str, run_in_loop: RunInLoop) -> None:
-    """Wait until the state is not to be trusted, then until Docker tells; for ever, in a thread.
+    """Compare gipam with Docker whenever that is due, until Docker answers. Runs in a thread.
 
-    Never in a request: Docker may be waiting for gipam (protocol.md 3.5).
+    Never in a request, because Docker may hold a lock until gipam replies.
     """
+    docker_import = service.docker_import
     pause_s = IMPORT_BACKOFF_S
-    while service.import_is_due.wait():
+    while True:
+        if docker_import.is_due:
+            docker_import.requested.wait(pause_s)
+            pause_s = min(2 * pause_s, MAX_IMPORT_BACKOFF_S)
+        else:
+            docker_import.requested.wait()
+            pause_s = IMPORT_BACKOFF_S
+        docker_import.requested.clear()
         try:
             import_from_docker(service, driver, 60.0, run_in_loop)
-            pause_s = min(2 * pause_s, MAX_IMPORT_BACKOFF_S)
+        except ShuttingDown:
+            return
         except GipamError:  # Docker does not answer yet, or the disk is full
-            pause_s = IMPORT_BACKOFF_S
-        if service.import_is_due.is_set():
-            time.sleep(pause_s)
-        else:
-            pause_s = IMPORT_BACKOFF_S
+            pass
+        except Exception:
+            log.exception("this is a bug of gipam")
 
 
 # === Cluster ======================================================================================
@@ -4998,11 +5045,11 @@ class ClusterMember:
             self._pulse_s = now_s + (ETCD_ATTEMPT_S if is_calm else HEARTBEAT_INTERVAL_S)
             self._pulse(is_reading)
             self._reading_s = now_s + HEARTBEAT_INTERVAL_S if is_reading else self._reading_s
-        losses, is_kept = self._losses, self._service.import_is_due.is_set
+        losses, docker_import = self._losses, self._service.docker_import
         names = list(self._site.due)
         for at in range(0, len(names), CLAIMS_PER_TRANSACTION):
             part = names[at:at + CLAIMS_PER_TRANSACTION]
-            self.call(lambda: self._site.compare(part, is_kept()))  # noqa: B023 - at once
+            self.call(lambda: self._site.compare(part, not docker_import.has_asked))  # noqa: B023 - at once
             self._serve_asked()
         self._regained = losses
 
@@ -5195,8 +5242,6 @@ class ClusterMember:
             missing = functools.partial(self._site.claims_to_write, names[at:at + CLAIMS_PER_TRANSACTION])
             for claim in self._call(missing).values():
                 is_lost |= bool(claim and self._site.host in claim.hosts)
-                if not claim or self._site.host not in claim.hosts:  # Docker may use it
-                    self._service.import_is_due.set()
         if is_lost:
             self._lose({f"hosts/{host}": text for host, (text, _) in self._site.hosts.items()})
 
@@ -5611,7 +5656,7 @@ def make_service(config: Config, store: Store, document: Json | None, state: Sta
     proxies = ProxyNeighbours(config.onlink, config.v6 + config.v4, netlink_request) if config.onlink else None
     keys = settings_to_json(config.settings)
     if document is None:
-        chunks = encode_snapshot(keys, copy_state(state), None, is_import_due=True)
+        chunks = encode_snapshot(keys, copy_state(state), None)
         store.create_temp()
         store.write_temp(chunks)
         store.publish_temp(None)
@@ -5620,16 +5665,12 @@ def make_service(config: Config, store: Store, document: Json | None, state: Sta
 
 
 def start_import(config: Config, service: Service, document: Json | None, run_in_loop: RunInLoop) -> None:
-    """Ask Docker what is in use, where there may be more than is known here.
+    """Ask Docker what is in use before anything is served, if there was no lease file.
 
-    There was no lease file, or an older one, for all etcd knows; or a pool was just adopted.
-    At once if Docker is alive, else when it answers. (While it starts, it accepts connections, but
-    waits for gipam.)
+    But only if dockerd is alive: while it starts, its socket accepts connections, but dockerd waits
+    for gipam. All other starts compare in the background, in import_worker().
     """
-    service.is_import_flag_saved = document is None or bool(document.get("Import"))
-    if service.is_import_flag_saved or service.state.has_adopted:
-        service.import_is_due.set()
-    if service.import_is_due.is_set() and is_docker_alive():
+    if document is None and is_docker_alive():
         try:
             import_from_docker(service, config.driver, IMPORT_TIMEOUT_S, run_in_loop)
         except GipamError as error:

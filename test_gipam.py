@@ -3433,7 +3433,7 @@ class AdoptionTest(ServiceCase):
         """Else the import would release what is granted later under the same numbers."""
         self.fail_next("pwrite journal.1", errno.EIO)
         self.assertRaises(Refused, self.client.request_address, f"10.6.0.0/24#{TOKEN}")
-        self.assertEqual(self.service.adopted, set())
+        self.assertEqual(self.service.docker_import.unconfirmed, set())
 
     def test_unknown_pool_is_adopted_with_its_address_in_one_line(self) -> None:
         """Docker does not ask for the gateway again, so the first address is kept back as it, ...
@@ -3494,34 +3494,6 @@ class AdoptionTest(ServiceCase):
                 self.assert_agreed()
                 self.client.release_pool(pool_id)
 
-    def test_that_docker_is_to_be_asked_is_soon_on_disk(self) -> None:
-        """Else a crash in between would leave the addresses of an adopted pool unknown."""
-        for what, step, is_noted in (
-                ("nothing", lambda: None, None),
-                ("adopted", lambda: self.client.request_address(f"10.8.0.0/24#{TOKEN}"), True),
-                ("asked", lambda: self.service.finish_import(self.service.adopted.copy()), None)):
-            with self.subTest(what):
-                step()
-                self.assertTrue(self.service.needs_checkpoint())
-                self.assertTrue(self.service.checkpoint())
-                document = json.loads(self.read_files()["leases.json"])
-                self.assertEqual(document.get("Import"), is_noted)
-                self.assertFalse(self.service.needs_checkpoint())
-
-    def test_adoption_at_any_moment_of_a_fold_has_docker_asked_after_a_crash(self) -> None:
-        for moment in itertools.count():
-            self.renew()
-            fold = Beside(self)
-            if not all(fold.go_on() for _ in range(moment)):
-                break
-            self.client.request_address(f"10.8.0.0/24#{TOKEN}")
-            while fold.go_on():
-                pass
-            with self.subTest(moment=moment):
-                document = json.loads(self.read_files()["leases.json"])
-                self.assertTrue(document.get("Import") or recover(self.path).has_adopted)
-        self.assertGreater(moment, 5)
-
     def test_adoption_that_a_full_disk_cuts_short_has_docker_asked(self) -> None:
         """There is room for the pool, and none for its gateway."""
         store = self.service.store
@@ -3530,7 +3502,7 @@ class AdoptionTest(ServiceCase):
         with self.assertRaisesRegex(Refused, "No space left"):
             self.client.request_address(f"10.8.0.0/24#{TOKEN}")
         self.assertEqual(len(self.service.state.pools), 2)
-        self.assertTrue(self.service.import_is_due.is_set())
+        self.assertTrue(self.service.docker_import.is_due)
 
 
 class Load:
@@ -6297,18 +6269,17 @@ class ImportTest(OperatedCase):
             gipam.start_import(config, self.service, document, self.service.run)
         self.loop.service = self.service  # not before: two threads would use it
         self.service.daemon_info = gipam.describe_daemon(config, self.socket)
-        self.addCleanup(self.service.import_is_due.clear)  # else its thread would ask on for ever
         threading.Thread(target=gipam.import_worker, args=(self.service, "gipam", self.loop.call),
                          daemon=True).start()
         return self.service
 
     def wait_for_import(self) -> None:
-        wait_for(lambda: not self.service.import_is_due.is_set(), "the import")
+        wait_for(lambda: not self.service.docker_import.is_due, "the import")
 
     def wait_until_docker_is_asked_in_vain(self) -> None:
         asked = len(self.docker.asked)
         wait_for(lambda: len(self.docker.asked) > asked + 12, "Docker is asked again and again")
-        self.assertTrue(self.service.import_is_due.is_set())
+        self.assertTrue(self.service.docker_import.is_due)
 
     def await_answers(self) -> None:
         """Let Docker be silent."""
@@ -6328,7 +6299,7 @@ class ImportTest(OperatedCase):
         self.docker.show_network("six", {"Subnet": "fd00:7::/64"}, EnableIPv6=False)
         self.docker.show_network("hint", {"Subnet": "0.0.0.0/28"})
         self.start()
-        self.assertFalse(self.service.import_is_due.is_set())
+        self.assertFalse(self.service.docker_import.is_due)
         self.assert_all_taken_over()
 
     def test_no_turn_has_more_than_a_few_hundred_leases_of_it(self) -> None:
@@ -6354,7 +6325,7 @@ class ImportTest(OperatedCase):
         self.assertNotIn(given, used)
         self.assertIn(given, self.held()["10.8.0.0/22"])  # though Docker does not show it yet
         self.assertLess(max(turns), 500)
-        self.assertFalse(self.service.import_is_due.is_set())
+        self.assertFalse(self.service.docker_import.is_due)
 
     def test_what_docker_releases_between_reading_and_adoption_is_let_go(self) -> None:
         """gipam does not hold it then, so that the release passes by; nobody would release it again.
@@ -6381,7 +6352,7 @@ class ImportTest(OperatedCase):
                 self.lose_file()
                 self.docker.make_network("old", "10.8.0.0/24")
                 self.start()
-                self.assertEqual([self.service.import_is_due.is_set(), "10.8.0.0/24" in self.held()], 2 * [is_late])
+                self.assertEqual([self.service.docker_import.is_due, "10.8.0.0/24" in self.held()], 2 * [is_late])
                 self.docker.before = lambda path: None
                 self.wait_for_import()
                 self.assertNotIn("10.8.0.0/24", self.held())
@@ -6447,43 +6418,13 @@ class ImportTest(OperatedCase):
                 self.lose_file()
                 with mock.patch.object(gipam, "IMPORT_TIMEOUT_S", 0.05):
                     self.start(is_alive)  # comes back, though Docker is silent
-                self.assertTrue(self.service.import_is_due.is_set())
+                self.assertTrue(self.service.docker_import.is_due)
                 self.assertEqual(self.held(), {})
                 self.docker.start("adopted", "web")  # and so does a request
                 self.answers.set()
                 self.wait_for_import()
                 self.assertLess({"10.2.0.0/24", "10.9.0.64/26"}, set(self.held()))
                 self.docker.stop("adopted")
-
-    def test_marker_survives_restarts_until_docker_has_answered(self) -> None:
-        path, self.docker.path = self.docker.path, self.directory + "/nothing.sock"
-        with mock.patch.object(self.loop, "_fold_if_due"):  # of one that has ended
-            for is_clean in (False, True):
-                service = self.start()
-                if is_clean:
-                    self.loop.call(functools.partial(service.checkpoint, is_stopping=True))
-                service.import_is_due.clear()
-                self.assertIs(self.lease_file()["Import"], True)
-            self.docker.path = path
-            self.start()
-        self.assert_all_taken_over()
-        wait_for(lambda: "Import" not in self.lease_file(), "the marker to go")
-        asked = len(self.docker.asked)
-        self.start()
-        self.assertEqual(len(self.docker.asked), asked)
-        self.assert_all_taken_over()
-
-    def test_adoption_right_before_a_crash_has_docker_asked(self) -> None:
-        """It is in the journal, before the lease file has the marker."""
-        self.start()
-        self.wait_for_import()
-        self.docker.path = self.directory + "/nothing.sock"
-        with mock.patch.object(self.loop, "_fold_if_due"):
-            self.service.checkpoint(self.loop.call)
-            self.call("IpamDriver.RequestAddress", PoolID=f"10.8.0.0/24#{TOKEN}")
-            self.service.import_is_due.clear()
-            self.assertNotIn("Import", self.lease_file())
-            self.assertTrue(self.start().import_is_due.is_set())
 
     def test_first_parseable_id_is_bound_to_a_pool_taken_over(self) -> None:
         pool_id, unbound = self.docker.pool_ids["lan", 4], "10.9.0.0/24,10.9.0.64/26#unbound"
@@ -6496,15 +6437,6 @@ class ImportTest(OperatedCase):
         self.call("IpamDriver.ReleasePool", PoolID=late)
         self.assertIn(pool_id, self.service.state.pools)
         self.assertEqual(set(recover(self.file).pools), set(self.service.state.pools))
-
-    def test_pauses_begin_anew_once_an_import_is_over(self) -> None:
-        service = mock.Mock()
-        service.import_is_due.wait.side_effect = [True, True, True, True, False]
-        service.import_is_due.is_set.side_effect = [True, False, True, True]
-        with mock.patch.object(gipam, "import_from_docker"), mock.patch.object(gipam, "IMPORT_BACKOFF_S", 1.0), \
-                mock.patch.object(time, "sleep") as sleep:
-            gipam.import_worker(service, "gipam", self.loop.call)
-        self.assertEqual([call.args[0] for call in sleep.mock_calls], [2.0, 2.0, 4.0])
 
     def test_docker_is_alive_if_its_pid_file_names_a_process(self) -> None:
         for text, error, is_alive in ((str(os.getpid()), None, True), ("1", PermissionError(), True),
@@ -7352,7 +7284,7 @@ class FakeEtcd(socketserver.ThreadingMixIn, socketserver.TCPServer):
 class Host(Unix):
     """A gipam in this process, which shares an etcd with others."""
 
-    def __init__(self, test: HostsCase, name: str, directory: str = "") -> None:
+    def __init__(self, test: HostsCase, name: str, directory: str = "", has_asked_docker: bool = True) -> None:
         self.name, self.directory = name, directory or make_directory(test)
         settings = gipam.read_settings({}, argparse.Namespace(
             file=os.path.join(self.directory, "leases.json"), v4=CASES_V4, v6=CASES_V6, v4ab="24",
@@ -7361,6 +7293,7 @@ class Host(Unix):
         test.addCleanup(self.unlock)
         self.service = gipam.make_service(config, self.store, document, state)
         claimant = gipam.join_cluster(config, self.service, self.store)
+        self.service.docker_import.has_asked = has_asked_docker
         assert claimant and self.service.site
         self.claimant, self.site = claimant, self.service.site
         self.loop = gipam.EventLoop(self.service)
@@ -7494,15 +7427,14 @@ class ClaimTest(HostsCase):
             Direct(service).request_pool(f"10.9.{number}.0/24")
         service.checkpoint(is_stopping=True)
         self.etcd.set("claims/10.8.0.0/24", {"hosts": ["one"]})
-        host = Host(self, "one", directory)
+        host = Host(self, "one", directory, has_asked_docker=False)
         held = {f"10.9.{number}.0/24": ["one"] for number in sorted(numbers, key=str)}
         self.wait_for_claims({"10.8.0.0/24": ["one"], **held})
-        self.assertTrue(host.service.import_is_due.is_set(), "Docker may use what the file lacks")
+        self.assertTrue(host.service.docker_import.is_due, "Docker may use what the file lacks")
         host.hurry()
         wait_for(lambda: len(host.site.due) == 1, "it had the time")
         self.assertEqual(len(self.etcd.claims()), 101)
-        host.service.adopted.clear()
-        host.loop.call(lambda: host.service.finish_import(()))
+        host.loop.call(lambda: host.service.confirm_import(()))
         self.wait_for_claims(held)
 
     def test_what_another_has_claimed_meanwhile_is_named_and_shut_for_as_long(self) -> None:

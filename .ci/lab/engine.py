@@ -329,8 +329,8 @@ class DockerCase(unittest.TestCase):
         wait_until("the end of the import", self.is_import_done)
 
     def is_import_done(self) -> bool:
-        with open(self.docker.leases, encoding="utf-8") as file:
-            return "Import" not in json.load(file)
+        assert self.docker.gipam is not None
+        return "compared with Docker" in self.docker.gipam.read_log()
 
     def leave_nothing_behind(self) -> None:
         self.docker.remove_everything()
