@@ -8120,7 +8120,7 @@ class SharedTest(HostsCase):
         one.stop()
         for name in os.listdir(one.directory):
             os.unlink(os.path.join(one.directory, name))
-        one = Host(self, "one", one.directory)
+        one = Host(self, "one", one.directory, has_asked_docker=False)
         one.call("Gipam.Adopt", Subnet=self.LAN, SubPool="", Name="", Seq=0, Leases=[
             {"Address": "192.168.1.2", "Kind": "endpoint", "MAC": "", "Name": "web"}])
         self.assertTrue(one.state()["pools"][0]["is_shared"])
