@@ -82,7 +82,7 @@ class BootTest(unittest.TestCase):
         cls.addClassCleanup(machine.remove)
         machine.boot(*FILES, end="poweroff")
         machine.follow("Install", 0, directory="/root/gipam")
-        machine.follow("A routed prefix", 0)
+        machine.follow("A routed prefix", 1)
         machine(SET_UP)
         cls.subnets = machine.subnets()
         machine.end()
@@ -182,7 +182,7 @@ class BootTest(unittest.TestCase):
         machine = self.machine()
         with self.load(machine) as load:
             for _ in range(DISTURBANCES):
-                machine.follow("Upgrade, and back", 0, directory="/root/gipam")
+                machine.follow("Upgrade and roll back", 0, directory="/root/gipam")
                 machine("systemctl restart gipam; systemctl restart gipam; systemctl reset-failed gipam")
                 load.go_on()
         self.assert_all_is_well(machine)

@@ -225,7 +225,7 @@ sysctl --system > /dev/null; systemctl daemon-reload; systemctl reset-failed gip
         machine(cable("ip addr add 192.0.2.7/24 dev eth0; ip addr add 2001:db8:ffff::7/64 dev eth0 nodad\n"))
         machine("systemctl start cable")
         machine.follow("Install", 0, directory="/root/gipam")
-        machine.follow("A routed prefix", 0)
+        machine.follow("A routed prefix", 1)
         machine("printf '%s\\n' GIPAM_V6=2001:db8:ffff:0:c00::/72 GIPAM_V6AB=80 GIPAM_ONLINK=eth0 >> /opt/gipam/.env\n"
                 "systemctl restart gipam || true")
         self.assertRegex(machine.log("gipam"), "needs CAP_NET_ADMIN: .*gipam.service.d/onlink.conf")

@@ -1,8 +1,9 @@
 """The commands of README.md, word for word and in order, on machines that boot: `python3 .ci/lab/readme.py`.
 
-Each of its ways gets from a fresh machine to a container that answers outside and reaches out, over a reboot and a
-power cut: a routed prefix, from "Try it" back to a host without a trace, and one address and one /64, both on Docker
-28; the rules for Docker 26. What the README shows as output has to come. hosts.py has "Several hosts".
+Each setup gets from a fresh machine to a container that answers outside and reaches out, over a reboot and a
+power cut: a routed prefix, from "Try it" back to a host without a trace; one address and one /64, and the same
+with a /128; a prefix that changes; and the rules for Docker 26. All but the last are on Docker 28. What the
+README shows as output has to come. hosts.py has "Several hosts".
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import unittest
 
 import machines
-from machines import FILES, ROUTER, Block, Machine, Router, cable, main, make_tree, read_blocks
+from machines import FILES, ROUTER, Block, Machine, Process, Router, cable, main, make_tree, read_blocks
 
 from test_gipam import HERE
 
@@ -30,27 +31,73 @@ for name in conf neigh; do /usr/lib/systemd/systemd-sysctl --prefix=/net/ipv6/$n
 echo 0 > /proc/sys/net/ipv6/conf/eth0/proxy_ndp  # as systemd-networkd does
 """
 WIRE_V6 = "ip addr add 2001:db8:ffff::7/64 dev eth0 nodad; ip -6 route add default via 2001:db8:ffff::1\n"
+WIRE_128 = "ip addr add 2001:db8:0:1::7/128 dev eth0 nodad; ip -6 route add default via 2001:db8:0:1::1 dev eth0 onlink\n"
 FORWARD = "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding\n"
 ON_WIRE = ROUTER.replace("2001:db8:ffff::1/64", "2001:db8:0:1::1/64")  # one /64, not routed
+NETWORKD = """printf '%s\\n' > /etc/systemd/network/10-eth0.network '[Match]' Name=eth0 '[Network]' Address=192.0.2.7/24 \
+  Gateway=192.0.2.1
+systemctl enable --now systemd-networkd
+"""
 OUTSIDE = ("198.51.100.2", "2001:db8:eeee::2")  # beyond the router
 LIST_FILES = "find /etc /opt /usr /var/lib /root -xdev ! -path '/var/lib/docker/*' ! -path '/var/lib/containerd/*' " \
              "! -name '.*' | sort"
 AGE = re.compile(r"(?<= )[0-9]+s(?= )")
 WEB1 = "docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}}{{end}}' web1"
+FETCH = ("curl", "-sS", "-g", "-m", "2")
+HELLO = "hello from nginx"
 
-# It tries a port that nobody may reach, again and again, and says so when it is open.
+# It tries port 81 of these addresses, which nobody may reach, again and again, and says so when it is open.
 PROBE = """if True:
-    import socket
+    import socket, sys
     while True:
-        for family, address in ((socket.AF_INET, "10.2.0.2"), (socket.AF_INET6, "2001:db8:0:100::2")):
-            with socket.socket(family) as client:
+        for address in sys.argv[1:]:
+            with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as client:
                 client.settimeout(0.03)
                 if client.connect_ex((address, 81)) == 0:
                     print("open:", address, flush=True)"""
 
+# Beyond the router: it tells each UDP packet and each line of a TCP connection from which address it came.
+ECHO = """if True:
+    import socket, threading
+    udp, tcp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM), socket.create_server(("::", 9), family=socket.AF_INET6)
+    udp.bind(("2001:db8:eeee::2", 9))
+    def serve_udp():
+        while True:
+            client = udp.recvfrom(9)[1]
+            udp.sendto(client[0].encode(), client)
+    threading.Thread(target=serve_udp, daemon=True).start()
+    while True:
+        connection, client = tcp.accept()
+        def serve(connection=connection, client=client):
+            while connection.recv(9):
+                connection.send(client[0].encode())
+        threading.Thread(target=serve, daemon=True).start()"""
+
+# In a container: it keeps a UDP flow and a TCP connection open and prints what it is told on each.
+FLOWS = """if True:
+    import socket, time
+    flows = {"udp": socket.socket(socket.AF_INET6, socket.SOCK_DGRAM), "tcp": socket.socket(socket.AF_INET6)}
+    for flow in flows.values():
+        flow.settimeout(1)
+        flow.connect(("2001:db8:eeee::2", 9))
+    while True:
+        for name, flow in list(flows.items()):
+            try:
+                flow.send(b"?")
+                print(name, flow.recv(99).decode(), flush=True)
+            except TimeoutError:
+                pass
+            except OSError as error:
+                print(name, type(error).__name__, flush=True)
+                if name == "tcp":
+                    del flows["tcp"]
+        time.sleep(0.2)"""
+
 
 def url(address: str, port: int) -> str:
-    return f"http://[{address}]:{port}/" if ":" in address else f"http://{address}:{port}/"
+    if ":" in address:
+        return f"http://[{address}]:{port}/"
+    return f"http://{address}:{port}/"
 
 
 class ReadmeTest(unittest.TestCase):
@@ -60,14 +107,20 @@ class ReadmeTest(unittest.TestCase):
 
     def start(self, suite: str, setup: str, wire: str, *advertised: str) -> None:
         """Have a fresh machine with Docker, and a router, which may advertise itself and these prefixes."""
-        self.router = Router(setup)
-        self.addCleanup(self.router.close)
+        self.start_router(setup)
         if advertised:
             self.router.advertise(*advertised)
+        self.start_machine(suite, cable(wire) + "systemctl start cable")
+
+    def start_router(self, setup: str) -> None:
+        self.router = Router(setup)
+        self.addCleanup(self.router.close)
+
+    def start_machine(self, suite: str, script: str) -> None:
         self.machine = Machine(make_tree(suite), router=self.router)
         self.addCleanup(self.machine.remove)
         self.machine.boot(*FILES, end="poweroff")
-        self.machine(EQUIP + cable(wire) + "systemctl start cable")
+        self.machine(EQUIP + script)
 
     def boot_again(self, end: str) -> None:
         """Shut down, or let the power fail, as boot() was told; boot, and wait for all containers."""
@@ -75,12 +128,23 @@ class ReadmeTest(unittest.TestCase):
         self.machine.boot(end=end)
         self.machine.wait_for_containers()
 
+    def blocks_of(self, chapter: str, *kinds: str) -> list[Block]:
+        blocks = [block for block in self.blocks if block.chapter == chapter and block.kind in kinds]
+        self.assertTrue(blocks, chapter)
+        return blocks
+
     def follow(self, chapter: str, *which: int) -> str:
         """Run the commands of this chapter, all or those blocks, on the host and outside; return what they say."""
-        blocks = [block for block in self.blocks if block.chapter == chapter and block.kind.startswith("sh")]
-        self.assertTrue(blocks, chapter)
-        return "\n".join(self.outside(block.text) if block.kind == "sh outside" else self.machine(block.script())
-                         for block in (blocks[at] for at in which or range(len(blocks))))
+        blocks = self.blocks_of(chapter, "sh", "sh outside")
+        if which:
+            blocks = [blocks[index] for index in which]
+        outputs = []
+        for block in blocks:
+            if block.kind == "sh outside":
+                outputs.append(self.outside(block.text))
+            else:
+                outputs.append(self.machine(block.script()))
+        return "\n".join(outputs)
 
     def outside(self, script: str) -> str:
         return self.router.run("bash", "-ec", script)
@@ -88,19 +152,28 @@ class ReadmeTest(unittest.TestCase):
     def quoted(self, command: str) -> str:
         """Return a command that the README has in its text."""
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            self.assertTrue(f"`{command}`" in " ".join(file.read().split()), command)
+            text = " ".join(file.read().split())
+        self.assertTrue(f"`{command}`" in text, command)
         return command
+
+    def fetch(self, address: str, port: int) -> str:
+        return self.router.run(*FETCH, url(address, port))
+
+    def wait_until_reached(self, address: str) -> None:
+        def is_reached() -> bool:
+            return machines.works(self.fetch, address, 80)
+
+        machines.until(is_reached, address)
 
     def assert_reached(self, *addresses: str) -> None:
         """Port 80 of these answers outside, 81 does not; web1 reaches out and is seen there under the same."""
         for address in addresses:
             with self.subTest(address):
-                fetch = ("curl", "-sS", "-g", "-m", "2")
-                machines.until(lambda: machines.works(self.router.run, *fetch, url(address, 80)), address)  # noqa: B023
-                self.assertEqual(self.router.run(*fetch, url(address, 80)), "hello from nginx\n")
+                self.wait_until_reached(address)
+                self.assertEqual(self.fetch(address, 80), HELLO + "\n")
                 self.machine.wait_until("docker exec web1 wget -q -O - http://127.0.0.1:81/ > /dev/null")
                 with self.assertRaisesRegex(machines.CommandError, "timed out|Could not connect"):
-                    self.router.run(*fetch, url(address, 81))
+                    self.fetch(address, 81)
         for address, own in zip(OUTSIDE, addresses):
             with self.subTest(address):
                 who = f"docker exec web1 wget -q -T 2 -O - {url(address, 80)}cgi-bin/who"
@@ -110,6 +183,14 @@ class ReadmeTest(unittest.TestCase):
         """gipam check has nothing to say, not even a note."""
         self.assertEqual(self.machine("gipam check --grace 0"), "no difference")
 
+    def assert_reached_over_boots(self, *addresses: str) -> None:
+        """It stays so after a power cut and a reboot."""
+        for end in ("cut", "poweroff"):
+            self.assert_reached(*addresses)
+            self.assert_at_peace()
+            self.boot_again(end)
+        self.assert_reached(*addresses)
+
     # -- a routed prefix, and everything else that the guide has
 
     def test_routed_prefix_from_a_first_try_to_no_trace(self) -> None:
@@ -118,28 +199,27 @@ class ReadmeTest(unittest.TestCase):
         self.try_it()
         self.assertEqual(self.machine(LIST_FILES), before)
         self.follow("Install")
-        self.assertEqual(self.follow("A routed prefix").count("hello from nginx"), 2)
-        for end in ("cut", "poweroff"):  # what ends the next one
-            self.assert_reached("10.2.0.2", "2001:db8:0:100::2")
-            self.assert_at_peace()
-            self.boot_again(end)
-        self.assert_reached("10.2.0.2", "2001:db8:0:100::2")
+        self.assertEqual(self.follow("A routed prefix").count(HELLO), 2)
+        self.assertIn(self.quoted("0.0.0.0:0->80/tcp"), self.machine("docker ps"))
+        self.assert_reached_over_boots("10.2.0.2", "2001:db8:0:100::2")
         self.assert_free_blocks_do_not_loop()
+        # One network may have the whole base.
         self.machine("ip link add whole up type bridge; ip addr add 10.2.255.1/16 dev whole; systemctl restart gipam\n"
-                     "ip route get 10.2.77.7 | grep 'dev whole'; ip link del whole")  # a network may have the whole base
+                     "ip route get 10.2.77.7 | grep 'dev whole'; ip link del whole")
         self.have_one_family_alone()
         self.use_it_every_day()
         self.have_several_drivers()
+        self.follow("Docker 29 with nftables")
         self.uninstall(before)
 
     def try_it(self) -> None:
         """gipam runs in one terminal, the commands in another; Ctrl-C comes where the text says so."""
         machine = self.machine
-        start, use, shown = (block.text for block in self.blocks if block.chapter == "Try it")
-        gipam = machine.begin("cd /root/gipam; echo $$ > /run/try.pid; exec " + start)
+        start, use, shown = self.blocks_of("Try it", "sh", "")
+        gipam = machine.begin("cd /root/gipam; echo $$ > /run/try.pid; exec " + start.text)
         machine.wait_until("[ -S /run/docker/plugins/gipam.sock ]")
-        said = machine("cd /root/gipam\n" + use)
-        self.assertTrue(AGE.sub("", said).endswith(AGE.sub("", shown.strip())), said)
+        said = AGE.sub("", machine(use.script()))
+        self.assertTrue(said.endswith(AGE.sub("", shown.text.strip())), said)
         machine(self.quoted("docker rm -f web1; docker network rm web") + "; kill -INT $(cat /run/try.pid)")
         self.assertIn("stopped", gipam.communicate(timeout=30)[0])
         machine("cd /root/gipam; " + self.quoted("rm leases.json*"))
@@ -151,30 +231,29 @@ class ReadmeTest(unittest.TestCase):
             self.assertNotRegex(said, "(?i)exceeded")
 
     def have_one_family_alone(self) -> None:
-        """The rows of "Which bases?" for who has no IPv4, or no IPv6."""
+        """The row of "Which bases?" for a host with only one family."""
         for family, options in (("6", "--ipv6 --ipv4=false"), ("4", "")):
             self.machine(f"docker network create --ipam-driver gipam {options} "
                          f"-o com.docker.network.bridge.gateway_mode_ipv{family}=routed alone\n"
                          "docker run -d --name alone --network alone -p 80 nginx")
-            address = self.machine(WEB1.replace("web1", "alone"))
-            machines.until(lambda: machines.works(self.router.run, "curl", "-sfg", "-m", "2", url(address, 80)), address)  # noqa: B023
+            self.wait_until_reached(self.machine(WEB1.replace("web1", "alone")))
             self.machine("docker rm -f alone; docker network rm alone")
 
     def use_it_every_day(self) -> None:
         machine = self.machine
-        address = machine(WEB1)
+        addresses = machine(WEB1)
         machine("docker rm -f web1; docker network rm web")
-        self.follow("A routed prefix", 1, 2)
-        self.assertEqual(machine(WEB1), address)
-        self.assertRegex(self.follow("Upgrade, and back"), r"\d+\.\d+\.\d+")
+        self.follow("A routed prefix", 2, 3)
+        self.assertEqual(machine(WEB1), addresses)
+        self.assertRegex(self.follow("Upgrade and roll back"), r"\d+\.\d+\.\d+")
         machine(self.quoted("install -m 755 /opt/gipam/gipam.py.old /opt/gipam/gipam.py && systemctl restart gipam"))
         machine(self.quoted("tar -C /opt -czf /root/gipam.tar.gz gipam"))
         self.assertIn("no difference", self.follow("Back up and restore"))
         self.follow("Check once a week")
         self.assertIn("no difference", machine.log("gipam-check@gipam"))
-        self.follow("Watch it")
+        self.follow("Metrics")
         self.assertIn("gipam_base_blocks", self.outside("curl -sS http://192.0.2.7:9091/metrics"))
-        self.assertEqual(machine(WEB1), address)
+        self.assertEqual(machine(WEB1), addresses)
 
     def have_several_drivers(self) -> None:
         """The weekly check is each driver's own, and so are files and sockets."""
@@ -204,59 +283,133 @@ class ReadmeTest(unittest.TestCase):
         self.start("forky", ON_WIRE, WIRE, "2001:db8:0:1::/64")
         self.machine.wait_until("ip -6 route show default | grep -q 'proto ra'")
         self.follow("Install")
-        self.assertEqual(self.follow("One IPv4 address and one /64").count("hello from nginx"), 2)
-        own = ("192.0.2.7", "2001:db8:0:1:c00::2")
-        for end in ("cut", "poweroff"):
-            self.assert_reached(*own)
-            self.assert_at_peace()
-            self.boot_again(end)
-        self.assert_reached(*own)
-        self.machine(r"echo 0 > /proc/sys/net/ipv6/conf/all/forwarding; echo 1 > /proc/sys/net/ipv6/conf/eth0/accept_ra"
-                     "\n" + FORWARD)  # the control: without accept_ra=2 the route goes, and web1 is cut off
+        self.assertEqual(self.follow("One IPv4 address and one /64").count(HELLO), 2)
+        self.assert_reached_over_boots("192.0.2.7", "2001:db8:0:1:c00::2")
+        # The control: without accept_ra=2 the route goes, and web1 is cut off.
+        self.machine("echo 0 > /proc/sys/net/ipv6/conf/all/forwarding; echo 1 > /proc/sys/net/ipv6/conf/eth0/accept_ra\n"
+                     + FORWARD)
         self.machine.wait_until('[ -z "$(ip -6 route show default)" ]')
+
+    def test_one_address_and_one_64_of_which_the_host_has_a_128(self) -> None:
+        self.start("forky", ON_WIRE, WIRE + WIRE_128)
+        self.follow("Install")
+        self.follow("One IPv4 address and one /64", 0, 1)
+        self.machine(self.quoted("echo 'ExecStartPre=+ip route replace 2001:db8:0:1:c00::/72 dev eth0 proto kernel' >> "
+                                 "/etc/systemd/system/gipam.service.d/onlink.conf"))
+        self.assertEqual(self.follow("One IPv4 address and one /64", 2, 3, 4, 5).count(HELLO), 2)
+        self.assert_reached_over_boots("192.0.2.7", "2001:db8:0:1:c00::2")
+
+    # -- a prefix that changes
+
+    def test_prefix_that_changes(self) -> None:
+        """A home router delegates a prefix, then others; an open UDP flow goes on, a TCP connection is reset."""
+        self.start_router(ROUTER)
+        self.router.advertise("2001:db8:ffff::/64")
+        self.delegate("2001:db8:0:1230::/60")
+        delegation = os.path.join(HERE, ".ci", "lab", "delegation.py")
+        self.router.spawn("python3", delegation, "lan", "/etc/delegated", "2")
+        self.start_machine("forky", NETWORKD)
+        before = self.machine(LIST_FILES)
+        self.have_a_delegated_prefix()
+        self.change_the_prefix()
+        self.assert_reached_over_boots("192.0.2.7", "2001:db8:0:9a00::2")
+        self.assertEqual(self.machine("nft flush ruleset; systemctl restart docker gipam-prefix; docker start web1"), "web1")
+        self.assert_reached("192.0.2.7", "2001:db8:0:9a00::2")
+        self.machine("docker rm -f web1; docker network rm web")
+        self.follow("A prefix that changes", 7)
+        self.follow("Uninstall")
+        self.assertEqual(set(self.machine(LIST_FILES).splitlines()) - set(before.splitlines()), set())
+        self.assertEqual(self.machine("nft list tables | grep gipam", 1), "")
+
+    def delegate(self, prefix: str) -> None:
+        with open(self.router.path("/etc/delegated"), "w", encoding="ascii") as file:
+            file.write(prefix)
+
+    def have_a_delegated_prefix(self) -> None:
+        chapter = "A prefix that changes"
+        self.follow("Install")
+        self.follow(chapter, 0)
+        self.machine.wait_until('[ -n "$(ip -6 route show type unreachable proto dhcp)" ]')
+        (shown,) = self.blocks_of(chapter, "")
+        self.assertEqual(self.follow(chapter, 1), shown.text.strip())
+        self.assertEqual(self.follow(chapter, 2, 3, 4, 5, 6).count(HELLO), 1)
+        self.assert_reached("192.0.2.7", "2001:db8:0:1230::2")
+
+    def change_the_prefix(self) -> None:
+        """The second one is larger than the base. One that is too small is named in the log and changes nothing."""
+        self.router.spawn("env", "python3", "-c", ECHO)
+        probe = self.begin_probe("192.0.2.7", "2001:db8:0:1230::2", "2001:db8:0:5670::2", "2001:db8:0:9a00::2")
+        self.machine("nsenter -t $(docker inspect -f '{{.State.Pid}}' web1) -n python3 -c '" + FLOWS + "' > /run/flows 2>&1 &")
+        self.machine.wait_until("grep -q 'udp 2001:db8:0:1230::2' /run/flows")
+        self.machine.wait_until("grep -q 'tcp 2001:db8:0:1230::2' /run/flows")
+        self.delegate("2001:db8:0:5670::/60")
+        self.machine.wait_until("grep -q 'udp 2001:db8:0:5670::2' /run/flows")
+        self.machine.wait_until("grep -q 'tcp ConnectionResetError' /run/flows")
+        self.assert_reached("192.0.2.7", "2001:db8:0:5670::2")
+        self.delegate("2001:db8:0:7890::/62")
+        self.machine.wait_until("journalctl -u gipam-prefix | grep -q '7890::/62 is smaller than'")
+        self.delegate("2001:db8:0:9a00::/56")
+        self.assert_reached("192.0.2.7", "2001:db8:0:9a00::2")
+        self.assert_closed(probe, "while the prefix changed")
+
+    def begin_probe(self, *addresses: str) -> Process:
+        return self.router.spawn("env", "python3", "-c", PROBE, *addresses)
+
+    def assert_closed(self, probe: Process, when: str) -> None:
+        self.assertEqual((probe.is_running(), probe.read_log()[:100]), (True, ""), when)
 
     # -- Docker 26
 
     def test_rules_for_docker_26_are_never_away(self) -> None:
         """A port that they do not have is closed at shutdown, at boot, at a reload and after a mistake in them."""
-        self.start("trixie", ROUTER, WIRE + WIRE_V6 + FORWARD)  # who forwards first has no filter of Docker's
-        machine, own = self.machine, ("10.2.0.2", "2001:db8:0:100::2")
+        chapter = "Docker 26 and 27"
+        self.start("trixie", ROUTER, WIRE + WIRE_V6 + FORWARD)  # a host that forwards first has no filter of Docker's
         self.follow("Install")
-        self.follow("A routed prefix", 0)
-        self.follow("Docker 26 and 27", 0, 1)
-        self.follow("A routed prefix", 2, 3)
-        self.assert_reached(*own)
-        probe = self.router.spawn("env", "python3", "-c", PROBE)
-
-        def assert_closed(when: str) -> None:
-            machine.wait_for_containers()
-            self.assert_reached(*own)
-            self.assertEqual((probe.is_running(), probe.read_log()[:100]), (True, ""), when)
-
+        self.assertEqual(self.follow(chapter, 0, 1, 2, 3, 4, 5, 6).count(HELLO), 2)
+        self.assert_reached("10.2.0.2", "2001:db8:0:100::2")
+        self.assert_at_peace()
+        probe = self.begin_probe("10.2.0.2", "2001:db8:0:100::2")
         for end in ("cut", "poweroff"):
             self.boot_again(end)
-            assert_closed("after a boot")
-            self.assertIn("-P FORWARD ACCEPT", machine("iptables -S FORWARD"))
-        self.assertEqual(self.follow("A routed prefix", 4).count("hello from nginx"), 2)
-        self.assert_at_peace()
+            self.assert_still_closed(probe, "after a boot")
+            self.assertIn("-P FORWARD ACCEPT", self.machine("iptables -S FORWARD"))
+        self.replace_rules(probe)
+        self.boot_with_a_mistake(probe)
+        self.follow(chapter, 7)
+
+        def is_open() -> bool:  # the control: without the rules the probe finds open ports
+            said = probe.read_log()
+            return "open: 10.2.0.2\n" in said and "open: 2001:db8:0:100::2\n" in said
+
+        machines.until(is_open, "an open port")
+
+    def assert_still_closed(self, probe: Process, when: str) -> None:
+        self.machine.wait_for_containers()
+        self.assert_reached("10.2.0.2", "2001:db8:0:100::2")
+        self.assert_closed(probe, when)
+
+    def replace_rules(self, probe: Process) -> None:
         replace = self.quoted("nft -f /etc/docker/gipam.nft")
-        machine(f"for _ in $(seq 50); do {replace}; done; systemctl restart docker; systemctl restart gipam")
-        assert_closed("after they were replaced, and restarts")
-        machine(f"cp /etc/docker/gipam.nft /root; sed -i s/dport/dprot/ /etc/docker/gipam.nft; {replace}", 1)
-        assert_closed("after a mistake")
+        self.machine(f"for _ in $(seq 50); do {replace}; done; systemctl restart docker; systemctl restart gipam")
+        self.assert_still_closed(probe, "after they were replaced, and restarts")
+        self.machine(f"cp /etc/docker/gipam.nft /root; sed -i s/dport/dprot/ /etc/docker/gipam.nft; {replace}", 1)
+        self.assert_still_closed(probe, "after a mistake")
+
+    def boot_with_a_mistake(self, probe: Process) -> None:
+        """Docker does not start without the rules."""
+        machine = self.machine
         machine.end()
         machine.boot(end="poweroff")
         machine.wait_until("systemctl is-failed -q docker")
         machine("mv /root/gipam.nft /etc/docker/gipam.nft; systemctl reset-failed docker; systemctl start docker")
-        assert_closed("after a boot with the mistake")
-        self.follow("Docker 26 and 27", 2)  # the control: without them the probe finds open ports
-        machines.until(lambda: all(f"open: {address}\n" in probe.read_log() for address in own), "an open port")
+        self.assert_still_closed(probe, "after a boot with the mistake")
 
     def test_every_chapter_is_followed(self) -> None:
         with open(__file__, encoding="utf-8") as file:
             text = file.read()
-        chapters = {block.chapter for block in self.blocks if block.kind.startswith("sh") and block.part != "Several hosts"}
-        self.assertEqual([chapter for chapter in chapters if f'"{chapter}"' not in text], [])
+        for block in self.blocks:
+            if block.kind.startswith("sh") and block.part != "Several hosts":
+                self.assertIn(f'"{block.chapter}"', text)
 
 
 if __name__ == "__main__":
