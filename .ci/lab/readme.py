@@ -58,13 +58,14 @@ PROBE = """if True:
 
 # Beyond the router: it tells each UDP packet and each line of a TCP connection from which address it came.
 ECHO = """if True:
-    import socket, threading
+    import contextlib, socket, threading
     udp, tcp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM), socket.create_server(("::", 9), family=socket.AF_INET6)
     udp.bind(("2001:db8:eeee::2", 9))
     def serve_udp():
         while True:
             client = udp.recvfrom(9)[1]
-            udp.sendto(client[0].encode(), client)
+            with contextlib.suppress(OSError):  # the router has no route any more
+                udp.sendto(client[0].encode(), client)
     threading.Thread(target=serve_udp, daemon=True).start()
     while True:
         connection, client = tcp.accept()
@@ -337,7 +338,8 @@ class ReadmeTest(unittest.TestCase):
 
     def change_the_prefix(self) -> None:
         """The second one is larger than the base. One that is too small is named in the log and changes nothing."""
-        self.router.spawn("env", "python3", "-c", ECHO)
+        self.router.spawn("nice", "python3", "-c", ECHO)  # so named, its log is its own
+        self.outside("until ss -Hltn 'sport = 9' | grep -q .; do sleep 0.05; done")
         probe = self.begin_probe("192.0.2.7", "2001:db8:0:1230::2", "2001:db8:0:5670::2", "2001:db8:0:9a00::2")
         self.machine("nsenter -t $(docker inspect -f '{{.State.Pid}}' web1) -n python3 -c '" + FLOWS + "' > /run/flows 2>&1 &")
         self.machine.wait_until("grep -q 'udp 2001:db8:0:1230::2' /run/flows")
