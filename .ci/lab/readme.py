@@ -14,7 +14,7 @@ import sys
 import unittest
 
 import machines
-from machines import FILES, ROUTER, Block, Machine, Process, Router, cable, main, make_tree, read_blocks
+from machines import FILES, ROUTER, Block, Machine, Router, cable, main, make_tree, read_blocks
 
 from test_gipam import HERE
 
@@ -354,10 +354,10 @@ class ReadmeTest(unittest.TestCase):
         self.assert_reached("192.0.2.7", "2001:db8:0:9a00::2")
         self.assert_closed(probe, "while the prefix changed")
 
-    def begin_probe(self, *addresses: str) -> Process:
+    def begin_probe(self, *addresses: str) -> machines.Process:
         return self.router.spawn("env", "python3", "-c", PROBE, *addresses)
 
-    def assert_closed(self, probe: Process, when: str) -> None:
+    def assert_closed(self, probe: machines.Process, when: str) -> None:
         self.assertEqual((probe.is_running(), probe.read_log()[:100]), (True, ""), when)
 
     # -- Docker 26
@@ -385,19 +385,19 @@ class ReadmeTest(unittest.TestCase):
 
         machines.until(is_open, "an open port")
 
-    def assert_still_closed(self, probe: Process, when: str) -> None:
+    def assert_still_closed(self, probe: machines.Process, when: str) -> None:
         self.machine.wait_for_containers()
         self.assert_reached("10.2.0.2", "2001:db8:0:100::2")
         self.assert_closed(probe, when)
 
-    def replace_rules(self, probe: Process) -> None:
+    def replace_rules(self, probe: machines.Process) -> None:
         replace = self.quoted("nft -f /etc/docker/gipam.nft")
         self.machine(f"for _ in $(seq 50); do {replace}; done; systemctl restart docker; systemctl restart gipam")
         self.assert_still_closed(probe, "after they were replaced, and restarts")
         self.machine(f"cp /etc/docker/gipam.nft /root; sed -i s/dport/dprot/ /etc/docker/gipam.nft; {replace}", 1)
         self.assert_still_closed(probe, "after a mistake")
 
-    def boot_with_a_mistake(self, probe: Process) -> None:
+    def boot_with_a_mistake(self, probe: machines.Process) -> None:
         """Docker does not start without the rules."""
         machine = self.machine
         machine.end()
