@@ -141,6 +141,7 @@ NAMES_PER_CHUNK = 4  # likewise, each with up to MAX_KEPT owners and their addre
 MAX_IMPORT_LEASES = 250  # leases in one call of /Gipam.Adopt
 CHUNK_BYTES = 16384  # of a snapshot, and of a page, at a time
 PREALLOCATE_BYTES = 1 << 17  # zeros ahead of the end of the journal: an append then changes no metadata
+PROBE_BYTES = 4096  # a block of a file system
 RECORD_OVERHEAD_BYTES = 64  # of a line of the journal, beside its records
 SECTOR_BYTES = 512  # a disk writes it as a whole or not at all
 LOCK_TIMEOUT_S = 2.0  # a predecessor may still be folding
@@ -1376,466 +1377,603 @@ def decide_release_address(pool: Pool, address: str) -> AddressRelease | None:
 
 
 # === Journal ======================================================================================
+# The lease file (a snapshot of the state), the journal segments beside it, and their locks. A Store
+# knows records and bytes, not what they mean. A Segment is one open, locked journal file, and a
+# CommitRecord is one line of it: all changes of one iteration of the event loop.
+#
+# A record is acknowledged only after it is written to preallocated space and synced. What a failed
+# sync leaves on the disk is unknown, so that the process then exits and recovers. Files are created,
+# renamed and removed only in the loop thread, one step an iteration; the thread of a checkpoint only
+# writes the temporary file. Nothing is read or truncated before every segment is locked.
 
 
 class CommitRecord(NamedTuple):
-    """One turn of the loop, as a journal segment holds it."""
+    """The changes of one iteration of the event loop, as one line of a segment."""
 
-    number: int
-    offset: int  # of its first byte in the segment
-    end: int  # and past its last
+    number: int  # of the line
+    offset: int  # of its first byte
+    end: int  # past its last byte
     seq: int  # of its last change
     records: list[Any]
 
 
-LINE_HEAD = re.compile(rb"([0-9a-f]{8}) ([0-9a-f]{8}) ")
+RECORD_HEADER = re.compile(rb"([0-9a-f]{8}) ([0-9a-f]{8}) ")
+RECORD_HEADER_BYTES = 18
 
 
 def encode_record(seq: int, records: Iterable[str]) -> bytes:
-    """Return the line: length and CRC-32 of the JSON that follows them, and that."""
+    """Return the line of the journal: length and CRC-32 of the JSON text, then that text."""
     payload = f"[{seq},[{','.join(records)}]]".encode()
     return b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload)
 
 
-def decode_records(data: bytes) -> Iterator[CommitRecord]:
-    """Yield the lines of a segment, up to the zeros after them: room, or what a crash tore.
+def decode_payload(payload: bytes) -> tuple[int, list[Any]]:
+    """Return (seq, records) of the JSON text of a line. Raises: ValueError."""
+    try:
+        seq, records = json.loads(payload)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    if type(seq) is not int or type(records) is not list or not records:
+        raise ValueError("not a sequence number and a list of changes")
+    return seq, records
 
-    Raises: ValueError with the place.
+
+def decode_records(data: bytes) -> Iterator[CommitRecord]:
+    """Yield the records of a segment, up to a torn one or the preallocated zeros.
+
+    Raises: ValueError with the line and its offset.
     """
-    data, offset, number = data.rstrip(b"\0"), 0, 1
+    data = data.rstrip(b"\0")
+    offset = 0
+    number = 1
     while offset < len(data):
-        head = LINE_HEAD.match(data, offset)
-        end = offset + 18 + int(head[1], 16) if head else len(data)
-        payload = data[offset + 18:end]
-        if head and data[end:end + 1] == b"\n" and zlib.crc32(payload) == int(head[2], 16):
-            try:
-                seq, records = json.loads(payload)[:2]  # gipam 1.0 also named the next segment
-                validate("it", [seq, records], (0, []))
-            except (ValueError, TypeError, LookupError, RecursionError):
-                raise ValueError(f"line {number} at byte {offset} is not a turn") from None
-            yield CommitRecord(number, offset, end + 1, seq, records)
-        elif is_torn(data, offset, end if head else None):
-            return
-        else:
-            raise ValueError(f"line {number} at byte {offset} has not the length and checksum "
-                             "that it says")
-        offset, number = end + 1, number + 1
+        header = RECORD_HEADER.match(data, offset)
+        start = offset + RECORD_HEADER_BYTES
+        end = start + int(header[1], 16) if header else len(data)
+        payload = data[start:end]
+
+        is_terminated = data[end:end + 1] == b"\n"
+        if not header or not is_terminated or zlib.crc32(payload) != int(header[2], 16):
+            if is_torn(data, offset, end if header else None):
+                return
+            raise ValueError(f"line {number} at byte {offset} does not match its length and "
+                             "checksum")
+        try:
+            seq, records = decode_payload(payload)
+        except ValueError:
+            raise ValueError(f"line {number} at byte {offset} is not a commit record") from None
+        yield CommitRecord(number, offset, end + 1, seq, records)
+        offset = end + 1
+        number += 1
 
 
 def is_torn(data: bytes, offset: int, end: int | None) -> bool:
-    """Return whether a crash can have left this, from the offset on, of the last line.
+    """Return whether the bytes from the offset on can be a torn last record.
 
-    It was never acknowledged. A kill cuts it short. In a power cut each of its sectors has reached
-    the disk or is still the NULs of the room it was written into (JSON has none), from its start
-    or from where a short write had ended: the first too, of which the line may have a single byte.
-    The end is where its head says, None: it has none.
+    Such a record was never acknowledged. A kill truncates it. After a power cut each sector holds
+    either the new bytes or the preallocated zeros (JSON has no NUL), from the start of the record
+    or from where a short write had ended; its first sector may hold a single byte of it. `end` is
+    where its header says that it ends, None without a header. The data has no trailing zeros.
     """
-    starts = range(offset - offset % SECTOR_BYTES, len(data), SECTOR_BYTES)
-    sectors = [data[max(start, offset):start + SECTOR_BYTES] for start in starts]
-    if b"\0" in data[offset:]:
-        fits = b"\0" in data[offset:offset + 18] if end is None else len(data) <= end + 1
-    else:
-        fits = len(data) <= (offset + 17 if end is None else end) and data[-1:] != b"\n"
-    return (fits and data.find(b"\n", offset, -1) < 0
-            and all(b"\0" not in sector.rstrip(b"\0") for sector in sectors))
+    tail = data[offset:]
+    if b"\n" in tail[:-1]:
+        return False
+
+    if b"\0" not in tail:
+        if end is None:
+            return len(tail) < RECORD_HEADER_BYTES and not tail.endswith(b"\n")
+        return len(data) <= end and not tail.endswith(b"\n")
+
+    if end is None and b"\0" not in tail[:RECORD_HEADER_BYTES]:
+        return False
+    if end is not None and len(data) > end + 1:
+        return False
+    first_sector = offset - offset % SECTOR_BYTES
+    for start in range(first_sector, len(data), SECTOR_BYTES):
+        sector = data[max(start, offset):start + SECTOR_BYTES]
+        if b"\0" in sector.rstrip(b"\0"):
+            return False
+    return True
 
 
 def join_portions(texts: Iterable[str]) -> Iterator[bytes]:
-    """Yield the text in portions that a disk or a peer takes well."""
-    portion = ""
+    """Yield the joined text in chunks of a good size for a disk or a socket."""
+    chunk = ""
     for text in texts:
-        portion += text
-        if len(portion) >= CHUNK_BYTES:
-            yield portion.encode()
-            portion = ""
-    yield portion.encode()
+        chunk += text
+        if len(chunk) >= CHUNK_BYTES:
+            yield chunk.encode()
+            chunk = ""
+    yield chunk.encode()
+
+
+class DiskFile:
+    """An open regular file; its changes go through `syscalls`, so that a test can make them fail."""
+
+    def __init__(self, syscalls: Any, path: str, flags: int = os.O_RDWR) -> None:
+        """Open the file. Raises: OSError, also for a directory, a FIFO and a symbolic link."""
+        self.path = path
+        self._syscalls = syscalls
+        flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        self.fd: int = syscalls.open(path, flags, 0o600)
+        if not stat.S_ISREG(syscalls.fstat(self.fd).st_mode):
+            self.close()
+            raise OSError(errno.EINVAL, "not a regular file", path)
+
+    def read(self) -> bytes:
+        """Return the whole content. Raises: OSError."""
+        # Closing any descriptor of a file drops all POSIX locks that the process has on it.
+        with open(self.fd, "rb", closefd=False) as file:
+            file.seek(0)
+            return file.read()
+
+    def write(self, data: bytes, offset: int) -> None:
+        """Write all of the data at the offset. Raises: OSError."""
+        while data:
+            written = self._syscalls.pwrite(self.fd, data, offset)
+            data = data[written:]
+            offset += written
+
+    def is_in_place(self) -> bool:
+        """Return whether the path still names this file."""
+        try:
+            status = self._syscalls.stat(self.path)
+            return bool(os.path.samestat(self._syscalls.fstat(self.fd), status))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Close the file, which was synced or is given up."""
+        with contextlib.suppress(OSError):
+            self._syscalls.close(self.fd)
+
+
+class Segment(DiskFile):
+    """One journal segment. This process holds its lock until it is closed."""
+
+    def __init__(self, syscalls: Any, path: str, number: int, flags: int = os.O_RDWR) -> None:
+        """Open and lock the segment. Raises: AlreadyRunning, OSError."""
+        super().__init__(syscalls, path, flags)
+        self.number = number
+        self.end = 0  # past the last record
+        self.allocated = 0  # bytes that take no more space of the disk
+        self.last_record = b""  # as recovery has read it
+        try:
+            syscalls.lockf(self.fd, os.F_TLOCK, 0)
+        except BlockingIOError:
+            self.close()
+            raise AlreadyRunning(f"{path} is written by another gipam: stop it, or give this one "
+                                 "another -file") from None
+
+    def is_blank(self) -> bool:
+        """Return whether no record was ever written to it. Raises: OSError."""
+        return not self.read().strip(b"\0")
+
+    def read_records(self) -> Iterator[CommitRecord]:
+        """Yield the records, and find the end of the last one. Raises: ValueError, OSError."""
+        data = self.read()
+        self.end = 0
+        self.last_record = b""
+        for record in decode_records(data):
+            self.end = record.end
+            self.last_record = data[record.offset:record.end]
+            yield record
+        if data[self.end:].strip(b"\0"):
+            log.warning("dropped a torn record of %s, from byte %d on: it was never acknowledged",
+                        self.path, self.end)
+
+    def write_zeros(self, needed: int) -> int:
+        """Write zeros after the preallocated space; return where they end, to be synced.
+
+        That is PREALLOCATE_BYTES further, or on a nearly full disk as far as needed.
+        Raises: OSError.
+        """
+        end = max(self.allocated + PREALLOCATE_BYTES, needed)
+        try:
+            self.write(bytes(end - self.allocated), self.allocated)
+        except OSError:
+            end = needed
+            self.write(bytes(end - self.allocated), self.allocated)
+        return end
+
+    def truncate(self) -> None:
+        """Cut off what follows the last record, and write that record again. Raises: OSError.
+
+        After a failed sync the page cache shows the record as clean, though the disk may lack it.
+        """
+        self._syscalls.ftruncate(self.fd, self.end)
+        self.allocated = self.end
+        # A full disk must not forbid starting.
+        with contextlib.suppress(OSError):
+            self.write(self.last_record, self.end - len(self.last_record))
 
 
 class Store:
-    """The lease file, its journal segments and its lock. It knows records, not what they mean.
+    """The lease file, its journal segments and its lock.
 
-    Names on disk change only in a turn of the loop, a step each: begin_segment(), open_snapshot(),
-    place_snapshot(), remove(). A thread only fills the temporary file. Nothing is read or cut
-    before hold() has locked all segments: whoever writes has one of them.
-    What touches the disk goes through `calls`, so that a test can watch it and let it fail.
+    To open one: lock(), lock_segments(), read_snapshot(), replay(), prepare_append(). From then on
+    reserve() and append() write one record each iteration; rotate(), create_temp(), write_temp(),
+    publish_temp() and remove_segment() are the steps of a checkpoint, in this order.
     """
 
-    def __init__(self, path: str, calls: Any = os) -> None:
-        self.path, self.syscalls = path, calls
-        self._directory = os.path.dirname(path) or "."
+    def __init__(self, path: str, syscalls: Any = os) -> None:
+        self.path = path
         self.seq = 0  # of the last change on disk
-        self.segment = 0  # number of the one that is written, 0: none yet
-        self.referenced_segment: int | None = None  # by the snapshot, so that its loss would be noticed
-        self.snapshot_id: tuple[int, ...] = ()  # of the snapshot as gipam has read or written it
-        self.fatal_error: FatalStoreError | None = None  # after it nothing is written any more
+        self.referenced_segment: int | None = None  # where the snapshot says that it continues
+        self.snapshot_id: tuple[int, ...] = ()  # of the lease file as read or written
+        self.fatal_error: FatalStoreError | None = None  # nothing is written after it
         self.last_error = ""  # why the last write failed
-        self._lock_fd = -1
-        self._fds: dict[int, int] = {}  # of segments, locked: of all to read, of one to write
-        self._made: dict[str, None] = {}  # files that were not there when gipam started
-        self.journal_bytes = 0  # of the segment that are on disk
-        self._last_line = b""  # as recovery has read it
-        self._room = 0  # bytes of it that can be written without asking the disk for more
-        self._reserved = 0  # of the room, for the line that is due
+        self._syscalls = syscalls
+        self._directory = os.path.dirname(path) or "."
+        self._temp_path = path + ".tmp"
+        self._lock_file: DiskFile | None = None
+        self._segments: dict[int, Segment] = {}  # all during recovery, later the active one
+        self.active: Segment | None = None
+        self._reserved_bytes = 0  # for the next record
+
+    @property
+    def segment(self) -> int:
+        """Return the number of the segment that is written, 0 if there is none yet."""
+        return self.active.number if self.active else 0
+
+    @property
+    def journal_bytes(self) -> int:
+        """Return the length of the records in the segment that is written."""
+        return self.active.end if self.active else 0
 
     @property
     def snapshot_bytes(self) -> int:
-        """Return how long the lease file is."""
+        """Return the length of the lease file."""
         return self.snapshot_id[1] if self.snapshot_id else 0
 
-    def lose(self, text: str) -> FatalStoreError:
-        """Return the error after which nothing is written any more."""
-        self.fatal_error, self.last_error = FatalStoreError(text), text
+    def fail(self, text: str) -> FatalStoreError:
+        """Record the fatal error and return it; nothing is written afterwards."""
+        self.last_error = text
+        self.fatal_error = FatalStoreError(text)
         return self.fatal_error
 
-    def lock(self, patience_s: float = LOCK_TIMEOUT_S) -> None:
-        """Keep others off the lease file while the process lives. Raises: BusyError, OSError."""
-        path, deadline = self.path + ".lock", time.monotonic() + patience_s
-        while self._lock_fd < 0:
-            fd = self._make(path)
+    def corruption(self, place: str, reason: str, remedy: str = "") -> CorruptionError:
+        """Return the error that names the place, what is wrong there, and what to do."""
+        remedy = remedy or (f"restore a backup; or move {self.path}* away: gipam then starts "
+                            "without them and recovers what Docker uses")
+        return CorruptionError(f"{place} {reason}; gipam refuses to guess: {remedy}")
+
+    # Opening
+
+    def lock(self, timeout_s: float = LOCK_TIMEOUT_S) -> None:
+        """Lock the lease file for the life of this process. Raises: AlreadyRunning, OSError."""
+        deadline_s = time.monotonic() + timeout_s
+        lock_file = DiskFile(self._syscalls, self.path + ".lock", os.O_RDWR | os.O_CREAT)
+        self._lock_file = lock_file
+        while True:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_at(fd, path):  # else a start that failed has removed it
-                    self._lock_fd = fd
+                fcntl.flock(lock_file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
-                    raise AlreadyRunning(f"lease file {self.path} is held by process {holder}: stop it, "
-                                    "or give this one another -file") from None
+                if time.monotonic() >= deadline_s:
+                    holder = lock_file.read()[:20].decode("ascii", "replace").strip()
+                    raise AlreadyRunning(f"lease file {self.path} is held by process {holder}: "
+                                         "stop it, or give this one another -file") from None
                 time.sleep(0.02)
-            finally:
-                if fd != self._lock_fd:
-                    os.close(fd)
-        with contextlib.suppress(OSError):  # a full disk must not forbid starting
-            os.ftruncate(self._lock_fd, 0)
-            os.pwrite(self._lock_fd, b"%d\n" % os.getpid(), 0)
+
+        # A full disk must not forbid starting.
+        with contextlib.suppress(OSError):
+            os.ftruncate(lock_file.fd, 0)
+            os.pwrite(lock_file.fd, b"%d\n" % os.getpid(), 0)
 
     def lock_segments(self) -> None:
-        """Lock all segments, so that nobody else writes. Raises: GipamError, OSError."""
-        while {*self._fds} != {*self.segments()}:  # until none has come or gone meanwhile
+        """Lock all segments, so that no other process writes. Raises: GipamError, OSError."""
+        while set(self._segments) != set(self.segment_numbers()):
             self.close()
+            # A checkpoint of the process that holds the lock removes segments: look again.
             with contextlib.suppress(FileNotFoundError):
-                for number in self.segments():
-                    self._fds[number] = self._take(self._open(self.segment_path(number)))
+                for number in self.segment_numbers():
+                    path = self.segment_path(number)
+                    self._segments[number] = Segment(self._syscalls, path, number)
 
     def close(self) -> None:
-        """Let go of the segments."""
-        while self._fds:
-            self._close(self._fds.popitem()[1])
+        """Close the segments, which unlocks them."""
+        self.active = None
+        while self._segments:
+            _, segment = self._segments.popitem()
+            segment.close()
 
-    def _is_at(self, fd: int, path: str) -> bool:
-        """Return whether the path still names the open file."""
-        with contextlib.suppress(OSError):
-            return bool(os.path.samestat(self.syscalls.fstat(fd), self.syscalls.stat(path)))
-        return False
+    def segment_numbers(self) -> list[int]:
+        """Return the numbers of the segments on disk, oldest first. Raises: CorruptionError."""
+        prefix = os.path.basename(self.path) + ".journal."
+        numbers = []
+        for name in self._syscalls.listdir(self._directory):
+            suffix = name[len(prefix):]
+            if not name.startswith(prefix) or not suffix.isdecimal():
+                continue
+            if not re.fullmatch("[1-9][0-9]*", suffix):
+                raise self.corruption(os.path.join(self._directory, name),
+                                      "is not a name that gipam gives",
+                                      "move it away, or give it the name it had")
+            numbers.append(int(suffix))
+        return sorted(numbers)
 
-    def _open(self, path: str, flags: int = os.O_RDWR) -> int:
-        """Open a file of gipam's, which is neither a FIFO nor a link. Raises: OSError."""
-        flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        fd = self.syscalls.open(path, flags, 0o600)
-        if stat.S_ISREG(self.syscalls.fstat(fd).st_mode):
-            return int(fd)
-        self._close(fd)
-        raise OSError(errno.EINVAL, "not a regular file", path)
-
-    def _make(self, path: str) -> int:
-        """Open a file that may be there; one that was not is noted. Raises: OSError."""
-        try:
-            fd = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        except FileExistsError:
-            return self._open(path)
-        self._made[path] = None
-        return fd
-
-    def _take(self, fd: int) -> int:
-        """Lock an open segment: that holds, whatever became of the lock file."""
-        try:
-            self.syscalls.lockf(fd, os.F_TLOCK, 0)
-        except BlockingIOError:
-            self._close(fd)
-            raise AlreadyRunning(f"the journal of {self.path} is written by another gipam: stop it, "
-                            "or give this one another -file") from None
-        return fd
+    def segment_path(self, number: int) -> str:
+        """Return the path of a segment."""
+        return f"{self.path}.journal.{number}"
 
     def read_snapshot(self, object_hook: Any = None) -> Json | None:
-        """Return the JSON object of the lease file, None without. Raises: DamageError, OSError."""
+        """Return the JSON object of the lease file, None if there is no such file.
+
+        Raises: CorruptionError, OSError.
+        """
         try:
-            fd = self._open(self.path, os.O_RDONLY)
-            self.snapshot_id = self.snapshot_id or self.snapshot_identity()
-            if os.fstat(fd).st_mode & 0o077:
-                log.warning("%s is open to other users: chmod 600 it", self.path)
-            text = self._read(fd)
-            self._close(fd)
-            document = json.loads(text, object_hook=object_hook)
+            file = DiskFile(self._syscalls, self.path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError) as error:
-            line = getattr(error, "lineno", 0)  # the text is another in each Python
-            raise self.corruption(self.path, "is not JSON" + f" in line {line}" * bool(line)) from None
+        if not self.snapshot_id:
+            self.snapshot_id = self._identify(self.path)
+        if os.fstat(file.fd).st_mode & 0o077:
+            log.warning("%s is open to other users: chmod 600 it", self.path)
+        text = file.read()
+        file.close()
+
+        try:
+            document = json.loads(text, object_hook=object_hook)
+        except json.JSONDecodeError as error:
+            raise self.corruption(self.path, f"is not JSON in line {error.lineno}") from None
+        except (ValueError, RecursionError):
+            raise self.corruption(self.path, "is not JSON") from None
         if not isinstance(document, dict):
             raise self.corruption(self.path, "is not a JSON object")
         return document
 
-    def snapshot_identity(self, path: str = "") -> tuple[int, ...]:
-        """Return what changes whenever the lease file does, () if there is none."""
-        with contextlib.suppress(FileNotFoundError):
-            found = os.stat(path or self.path)
-            return found.st_ino, found.st_size, found.st_mtime_ns
-        return ()
-
-    def discard(self) -> None:
-        """Remove what a start has made that has not come to serve. Raises: OSError."""
-        self.close()
-        for path in reversed([*self._made] * (self._lock_fd >= 0)):  # the lock last
-            if os.path.lexists(path):
-                os.unlink(path)
-
-    def corruption(self, place: str, what: str, remedy: str = "") -> CorruptionError:
-        """Return the error that names the place, what is wrong there, and what to do."""
-        remedy = remedy or (f"put back a backup; or move {self.path}* away: gipam then starts as "
-                            "if they were lost, and takes over what Docker uses")
-        return CorruptionError(f"{place} {what}; gipam does not start on a guess: {remedy}")
-
-    def segments(self) -> list[int]:
-        """Return the numbers of the segments that are there, oldest first. Raises: DamageError."""
-        prefix = os.path.basename(self.path) + ".journal."
-        texts = [name[len(prefix):] for name in self.syscalls.listdir(self._directory)
-                 if name.startswith(prefix) and name[len(prefix):].isdecimal()]
-        for text in texts:
-            if not re.fullmatch("[1-9][0-9]*", text):
-                raise self.corruption(f"{self.path}.journal.{text}", "is not a name of gipam's",
-                                  "move it away, or give it the name it had")
-        return sorted(map(int, texts))
-
-    def segment_path(self, number: int) -> str:
-        """Return where a segment lies."""
-        return f"{self.path}.journal.{number}"
-
     def replay(self, document: Json | None, seq: int) -> Iterator[tuple[str, Any]]:
-        """Yield (place, record) of each change after the snapshot's seq, and be ready to append.
+        """Yield (place, record) of each change after the snapshot's seq.
 
-        Raises: DamageError for a damaged line, for a segment that is missing or there twice.
+        Raises: CorruptionError for a damaged record, and for a missing or repeated segment.
         """
-        self.seq, self.journal_bytes, self.segment = seq, 0, 0
-        self.referenced_segment, numbers = document.get("Journal") if document else None, sorted(self._fds)
-        if self.referenced_segment is not None and self.referenced_segment not in numbers:
-            raise self.corruption(
-                self.segment_path(self.referenced_segment), "is missing", "put it back; or give up what it held:"
-                f' delete the line "Journal" from {self.path}, start gipam, and run '
-                "`gipam check --fix`")
-        while numbers[1:] and numbers[-1] != self.referenced_segment \
-                and not self._read(self._fds[numbers[-1]]).strip(b"\0"):
-            numbers.pop()  # it was made for a fold that never came to be
-        for self.segment in numbers:
-            path = self.segment_path(self.segment)
-            for line in self._read_segment(path):
-                first = line.seq - len(line.records) + 1
-                if document is None and line.seq:
-                    raise self.corruption(path, f"is there without its lease file {self.path}")
-                if first > self.seq + 1 or (line.records and seq < first <= self.seq):
+        self.seq = seq
+        self.active = None
+        self.referenced_segment = document.get("Journal") if document else None
+        for number in self._numbers_to_replay():
+            self.active = self._segments[number]
+            path = self.active.path
+            if document is None:
+                raise self.corruption(path, f"is there without its lease file {self.path}")
+            for commit in self._read_segment(self.active):
+                first_seq = commit.seq - len(commit.records) + 1
+                is_repeated = seq < first_seq <= self.seq
+                if is_repeated or first_seq > self.seq + 1:
                     raise self.corruption(
-                        path, f"goes on with change {first}, but {self.seq + 1} is due",
-                        "put the missing segment back, or move the surplus one away")
-                for at, record in enumerate(line.records, first):
-                    if at > self.seq:
-                        self.seq = at
-                        yield f"{path} line {line.number} at byte {line.offset}", record
+                        path, f"continues with change {first_seq} instead of {self.seq + 1}",
+                        "put the missing segment back, or move the extra one away")
 
-    @staticmethod
-    def _read(fd: int) -> bytes:
-        with open(fd, "rb", closefd=False) as file:  # to close any one of a segment unlocks it
-            file.seek(0)
-            return file.read()
+                # The snapshot holds the changes of a record, or the first of them, already.
+                for record_seq, record in enumerate(commit.records, first_seq):
+                    if record_seq > self.seq:
+                        self.seq = record_seq
+                        yield f"{path} line {commit.number} at byte {commit.offset}", record
 
-    def _read_segment(self, path: str) -> Iterator[CommitRecord]:
-        data = self._read(self._fds[self.segment])
-        self.journal_bytes, self._last_line = 0, b""
-        try:
-            for line in decode_records(data):
-                self.journal_bytes, self._last_line = line.end, data[line.offset:line.end]
-                yield line
-        except (ValueError, RecursionError) as error:
+    def _numbers_to_replay(self) -> list[int]:
+        """Return the numbers of the segments that belong to the snapshot, oldest first."""
+        numbers = sorted(self._segments)
+        referenced = self.referenced_segment
+        if referenced is not None and referenced not in numbers:
             raise self.corruption(
-                path, f"is damaged: {error}", "put back a backup; or give up that line and all "
-                f"after it: truncate -s {self.journal_bytes} {path}, move later segments away, "
-                "start gipam, run `gipam check --fix`") from None
-        if data[self.journal_bytes:].strip(b"\0"):
-            log.warning("dropped the end of %s from byte %d on: a crash cut it off before it was "
-                        "acknowledged", path, self.journal_bytes)
+                self.segment_path(referenced), "is missing", "put it back; or give up its changes: "
+                f'delete the line "Journal" from {self.path}, start gipam, and run '
+                "`gipam check --fix`")
+        # A checkpoint that did not complete leaves a blank segment, which the next one uses.
+        while len(numbers) > 1 and numbers[-1] != referenced \
+                and self._segments[numbers[-1]].is_blank():
+            numbers.pop()
+        return numbers
 
-    def settle(self) -> None:
-        """Go on where recovery has ended, and sync what it has read: a kill may have come before.
+    def _read_segment(self, segment: Segment) -> Iterator[CommitRecord]:
+        try:
+            yield from segment.read_records()
+        except ValueError as error:
+            raise self.corruption(
+                segment.path, f"is damaged: {error}", "restore a backup; or give up that line and "
+                f"all after it: truncate -s {segment.end} {segment.path}, move later segments "
+                "away, start gipam, run `gipam check --fix`") from None
 
-        What is torn goes, and the room with it. The last line is written anew: where its sync had
-        failed, the kernel shows it, but takes it for written. Raises: StoreLost.
+    def prepare_append(self) -> None:
+        """Prepare to append after recovery, and sync what recovery has read.
+
+        The previous process may have been killed between its write and its sync.
+        Raises: FatalStoreError.
         """
         try:
-            if self.segment:
-                fd, self._room = self._fds[self.segment], self.journal_bytes
-                self.syscalls.ftruncate(fd, self.journal_bytes)
-                with contextlib.suppress(OSError):  # a full disk must not forbid starting
-                    self._write(fd, self._last_line, self.journal_bytes - len(self._last_line))
-                self._sync(self.segment)
+            if self.active:
+                self.active.truncate()
+                self._sync(self.active)
             self._sync_directory()
         except OSError as error:
-            raise self.lose(f"cannot go on with {self.path} and its journal: "
+            raise self.fail(f"cannot continue {self.path} and its journal: "
                             f"{error.strerror}") from None
-        for number in self._fds.keys() - {self.segment}:
-            self._close(self._fds.pop(number))
+        for number in list(self._segments):
+            if number != self.segment:
+                self._segments.pop(number).close()
 
-    def rotate(self, needed: int) -> None:
-        """Go on in a new segment, or in the blank one that a fold before has left.
-
-        Not, if the lease file does not name the present one: then that fold has failed.
-        Durable: its name, and so much room at least. Raises: OSError, and none is there that was
-        not; BusyError if another gipam has it; StoreLost.
-        """
-        number, path = self.segment + 1, self.segment_path(self.segment + 1)
-        if self.segment and not (self.journal_bytes and self.segment == self.referenced_segment):
-            return
-        disk = self.syscalls.statvfs(self._directory)
-        if needed >= PREALLOCATE_BYTES and disk.f_bavail * disk.f_frsize < 2 * PREALLOCATE_BYTES:
-            raise OSError(errno.ENOSPC, "the last of the disk is left to the requests")
-        self._fds[number] = self._take(self._make(path))
-        if self._read(self._fds[number]).strip(b"\0"):
-            raise self.lose(f"{path} was put there by somebody else")
-        try:
-            room = self._extend(number, 0, needed + self._reserved)
-            self._sync_directory()
-        except OSError:
-            self._close(self._fds.pop(number))
-            self.remove(number)
-            raise
-        self._close(self._fds.pop(self.segment, -1))
-        self.segment, self.journal_bytes, self._room = number, 0, room
+    # Appending
 
     def reserve(self, size: int) -> None:
-        """Make sure that a record of so many bytes can be part of the line that is due.
+        """Preallocate space for one more change of this length in the next record.
 
-        Raises: StoreError if the disk is full; nothing has changed. StoreLost.
+        Raises: StoreError if the disk is full, with nothing changed; FatalStoreError.
         """
-        needed = self.journal_bytes + self._reserved + size + RECORD_OVERHEAD_BYTES
+        self._allocate(self.journal_bytes + self._reserved_bytes + size + RECORD_OVERHEAD_BYTES)
+        self._reserved_bytes += size + 1
+
+    def probe(self) -> None:
+        """After a failed write, try to preallocate; a success clears last_error.
+
+        The loop's timer calls this, so that an idle daemon notices that its disk works again.
+        """
+        if not self.last_error or self.fatal_error:
+            return
+        allocated = self.active.allocated if self.active else 0
+        with contextlib.suppress(StoreError):
+            self._allocate(allocated + PROBE_BYTES)
+
+    def _allocate(self, needed: int) -> None:
+        """Let the active segment have so many bytes of space. Raises: StoreError."""
         try:
-            if not self.segment:
+            if not self.active:
                 self.rotate(needed)
-            if needed > self._room:
-                self._room = self._extend(self.segment, self._room, needed)
+            elif needed > self.active.allocated:
+                self._preallocate(self.active, needed)
         except OSError as error:
-            raise self._fail(error) from None
+            raise self._write_error(error) from None
         except AlreadyRunning as error:
-            raise self.lose(str(error)) from None
-        self._reserved += size + 1
-
-    def _extend(self, number: int, start: int, needed: int) -> int:
-        """Write zeros from the end of the room on; return where they end: far, or at the needed.
-
-        Durable: on return. Raises: OSError, and the room is as before; StoreLost.
-        """
-        for end in (max(start + PREALLOCATE_BYTES, needed), needed):
-            try:
-                self._write(self._fds[number], bytes(end - start), start)
-                break
-            except OSError:
-                self.syscalls.ftruncate(self._fds[number], start)
-                if end == needed:
-                    raise
-        self._sync(number)
-        self.last_error = ""
-        return end
+            raise self.fail(str(error)) from None
 
     def append(self, records: list[str]) -> None:
-        """Write the changes that reserve() was asked for as one line. Durable: on return.
+        """Write the changes that reserve() was called for as one record. Durable: on return.
 
-        Raises: StoreError: recovery has to find out where the journal ends; StoreLost.
+        Raises: StoreError: the state must be recovered from disk; FatalStoreError.
         """
-        seq, self._reserved = self.seq + len(records), 0
+        assert self.active
+        segment = self.active
+        self._reserved_bytes = 0
+        seq = self.seq + len(records)
         data = encode_record(seq, records)
         try:
-            self._write(self._fds[self.segment], data, self.journal_bytes)
-        except OSError as error:  # a file system that had only promised the room, or a bad disk
-            raise self._fail(error) from None
-        self._sync(self.segment)
-        self.journal_bytes, self.seq = self.journal_bytes + len(data), seq
-
-    def _fail(self, error: OSError) -> StoreError:
-        self.last_error = f"cannot write {self.segment_path(self.segment or 1)}: {error.strerror}"
-        return StoreError(self.last_error + "; nothing has changed")
-
-    def _sync(self, number: int) -> None:
-        """Sync a segment. Raises: StoreLost: after that, nobody knows what the disk holds."""
-        path = self.segment_path(number)
-        try:
-            self.syscalls.fdatasync(self._fds[number])
+            segment.write(data, segment.end)
         except OSError as error:
-            raise self.lose(f"cannot sync {path}: {error.strerror}") from None
-        if not self._is_at(self._fds[number], path):
-            raise self.lose(f"{path} was moved or deleted under gipam")
+            # A bad disk, or a file system that had only promised the preallocated space.
+            raise self._write_error(error) from None
+        self._sync(segment)
+        segment.end += len(data)
+        self.seq = seq
 
-    def _close(self, fd: int) -> None:
-        with contextlib.suppress(OSError):  # it is synced, or given up
-            if fd >= 0:
-                self.syscalls.close(fd)
+    def _write_error(self, error: OSError) -> StoreError:
+        path = self.segment_path(self.segment or 1)
+        self.last_error = f"cannot write {path}: {error.strerror}"
+        return StoreError(f"{self.last_error}; nothing has changed")
 
-    def _write(self, fd: int, data: bytes, offset: int) -> None:
-        while data:
-            written = self.syscalls.pwrite(fd, data, offset)
-            data, offset = data[written:], offset + written
+    def _preallocate(self, segment: Segment, needed: int) -> None:
+        """Let a segment have at least the needed bytes. Durable: on return. Raises: OSError."""
+        end = segment.write_zeros(needed)
+        self._sync(segment)
+        segment.allocated = end
+        self.last_error = ""
+
+    def _sync(self, segment: Segment) -> None:
+        """Sync a segment. Raises: FatalStoreError, because the disk may hold anything then."""
+        try:
+            self._syscalls.fdatasync(segment.fd)
+        except OSError as error:
+            raise self.fail(f"cannot sync {segment.path}: {error.strerror}") from None
+        if not segment.is_in_place():
+            raise self.fail(f"{segment.path} was moved or deleted while gipam was running; it "
+                            "restarts and recovers: run the command again")
 
     def _sync_directory(self) -> None:
-        fd = self.syscalls.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
+        fd = self._syscalls.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.syscalls.fsync(fd)
+            self._syscalls.fsync(fd)
         finally:
-            self._close(fd)
+            with contextlib.suppress(OSError):
+                self._syscalls.close(fd)
+
+    # Checkpoints
+
+    def rotate(self, needed: int) -> None:
+        """Start the next segment, or use the blank one of a checkpoint that did not complete.
+
+        Does nothing if the active one is blank, or is not the one that the snapshot references:
+        then the last checkpoint did not complete.
+        Durable: its name, and at least the needed bytes of preallocated space.
+        Raises: OSError, and no segment is left behind; AlreadyRunning; FatalStoreError.
+        """
+        active = self.active
+        if active and (active.end == 0 or active.number != self.referenced_segment):
+            return
+        disk = self._syscalls.statvfs(self._directory)
+        if needed >= PREALLOCATE_BYTES and disk.f_bavail * disk.f_frsize < 2 * PREALLOCATE_BYTES:
+            raise OSError(errno.ENOSPC, "the last free space is kept for requests")
+
+        number = self.segment + 1
+        path = self.segment_path(number)
+        segment = Segment(self._syscalls, path, number, os.O_RDWR | os.O_CREAT)
+        if not segment.is_blank():
+            raise self.fail(f"{path} was put there by another program")
+        try:
+            self._preallocate(segment, needed + self._reserved_bytes)
+            self._sync_directory()
+        except OSError:
+            segment.close()
+            self.remove_segment(number)
+            raise
+
+        if active:
+            self._segments.pop(active.number).close()
+        self._segments[number] = segment
+        self.active = segment
 
     def create_temp(self) -> None:
-        """Make the file that is to replace the lease file, for fill_snapshot(). Raises: OSError."""
-        self._close(self._make(self.path + ".tmp"))
+        """Create the file that is to replace the lease file. Raises: OSError."""
+        DiskFile(self._syscalls, self._temp_path, os.O_RDWR | os.O_CREAT).close()
 
     def write_temp(self, chunks: Iterable[str]) -> None:
-        """Write that file, in a thread of its own. Durable: its bytes, not its name.
+        """Write the temporary file, in any thread. Durable: its bytes, not its name.
 
         Raises: OSError.
         """
-        fd, size = self._open(self.path + ".tmp", os.O_RDWR | os.O_TRUNC), 0
+        file = DiskFile(self._syscalls, self._temp_path, os.O_RDWR | os.O_TRUNC)
+        size = 0
         try:
             for data in join_portions(chunks):
-                self._write(fd, data, size)
+                file.write(data, size)
                 size += len(data)
-            self.syscalls.fsync(fd)
+            self._syscalls.fsync(file.fd)
         except OSError as error:
-            error.filename = self.path  # the kernel names no file of a descriptor
+            # The kernel names no file for an error of a descriptor.
+            error.filename = self.path
             raise
         finally:
-            self._close(fd)
+            file.close()
 
-    def publish_temp(self, named: int | None) -> None:
-        """Let that file be the lease file; one that was edited gets a second name, and stays.
+    def publish_temp(self, referenced_segment: int | None) -> None:
+        """Rename the temporary file over the lease file, whose edited content is kept beside it.
 
-        Durable: on return. Raises: OSError; the old one is whole.
+        Durable: on return. Raises: OSError; the old lease file is then intact.
         """
-        identity, found = self.snapshot_identity(self.path + ".tmp"), self.snapshot_identity()
-        if found not in ((), self.snapshot_id):
-            path = next(filter(lambda path: not os.path.lexists(path), (
-                f"{self.path}.edited-{number}" for number in itertools.count(1))))
-            os.link(self.path, path, follow_symlinks=False)
-            self.snapshot_id = found
-            log.warning("%s was edited while gipam runs: what was there is kept as %s, and has no "
-                        "effect; edit it while gipam is down", self.path, path)
-        self.syscalls.replace(self.path + ".tmp", self.path)
-        self.snapshot_id = identity
-        self._made.update({self.path: None} if not found else {})
+        present_id = self._identify(self.path)
+        if present_id not in ((), self.snapshot_id):
+            self._keep_edited()
+            self.snapshot_id = present_id
+        temp_id = self._identify(self._temp_path)
+        self._syscalls.replace(self._temp_path, self.path)
+        self.snapshot_id = temp_id
         self._sync_directory()
-        self.referenced_segment = named
+        self.referenced_segment = referenced_segment
+
+    def _keep_edited(self) -> None:
+        number = 1
+        while os.path.lexists(f"{self.path}.edited-{number}"):
+            number += 1
+        kept_path = f"{self.path}.edited-{number}"
+        os.link(self.path, kept_path, follow_symlinks=False)
+        log.warning("%s was edited while gipam was running: the edit has no effect and is kept as "
+                    "%s; stop gipam before you edit it", self.path, kept_path)
+
+    @staticmethod
+    def _identify(path: str) -> tuple[int, ...]:
+        """Return values that change whenever a file does, () if there is none."""
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return ()
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def remove_temp(self) -> None:
-        """Remove what a fold has begun that does not go on."""
-        with contextlib.suppress(OSError):  # the next one overwrites it
-            self.syscalls.unlink(self.path + ".tmp")
+        """Remove the temporary file of a checkpoint that has failed."""
+        # If that fails, the next checkpoint overwrites it.
+        with contextlib.suppress(OSError):
+            self._syscalls.unlink(self._temp_path)
 
-    def remove(self, number: int) -> None:
-        """Remove a segment that the snapshot has made superfluous. Raises: OSError."""
-        self.syscalls.unlink(self.segment_path(number))
-        self._made.pop(self.segment_path(number), None)
+    def remove_segment(self, number: int) -> None:
+        """Remove a segment that the snapshot has made obsolete. Raises: OSError."""
+        self._syscalls.unlink(self.segment_path(number))
 
 
 # === Netlink ======================================================================================
@@ -2756,7 +2894,7 @@ class Service:
     def __init__(self, store: Store, state: State, config: Json,
                  read_state: Callable[[], State], netlink: NetlinkRequest, proxies: ProxyNeighbours | None = None) -> None:
         self.state, self.store, self.netlink, self.proxies = state, store, netlink, proxies
-        store.settle()
+        store.prepare_append()
         self._config = config  # the keys of the lease file
         self._read_state = read_state
         self._done: list[AppliedRecord] = []  # in this turn
@@ -2826,7 +2964,7 @@ class Service:
             seq = self._done[-1].seq if self._done else 0
             self.commit()  # the changes before it are whole
             if not self.is_durable(seq):
-                self.store.lose(str(self.failure))
+                self.store.fail(str(self.failure))
             self.reload(StoreError("a change failed half-way: the state is read anew"))
 
     def reload(self, error: StoreError) -> None:
@@ -2839,11 +2977,11 @@ class Service:
                 self.store.lock_segments()
                 self.state = self._read_state()
                 self.docker_import.forget_after(self.state.seq)
-                self.store.settle()
+                self.store.prepare_append()
                 if self.site:
                     self.site.rebind(self.state)
         except Exception as failure:  # noqa: BLE001 - whatever it is, start again
-            self.store.lose(f"cannot read the state anew: {failure!r}")
+            self.store.fail(f"cannot read the state anew: {failure!r}")
 
     def is_durable(self, seq: int) -> bool:
         """Return whether the change of this number, and all before it, are on disk."""
@@ -3070,9 +3208,9 @@ class Service:
             step(store.create_temp)
             store.write_temp(iter(lambda: step(next, chunks, ""), ""))
             step(store.publish_temp, named)
-            for number in step(store.segments):
+            for number in step(store.segment_numbers):
                 if is_stopping or number < store.segment:
-                    step(store.remove, number)
+                    step(store.remove_segment, number)
             return True
         except (OSError, GipamError) as error:
             log.warning("could not fold the journal into %s: %s", store.path, format_os_error(error))
@@ -3814,7 +3952,7 @@ class EventLoop:
                 return
             self._failed_turns += 1
             if self._failed_turns == MAX_FAILED_TURNS:
-                self.service.store.lose("ten turns in a row failed: see the log")
+                self.service.store.fail("ten turns in a row failed: see the log")
 
     def _turn(self, wait_s: float) -> None:
         proxies = self.service.proxies
@@ -5519,27 +5657,24 @@ def read_state(config: Config, store: Store, document: Json | None) -> State:
     return state
 
 
-def open_store(settings: Settings,
-         unserved: contextlib.ExitStack) -> tuple[Config, Store, Json | None, State]:
-    """Lock the lease file; add it as third stage; return what is on disk. Raises: GipamError.
-
-    What gipam makes goes again, unless it comes to serve.
-    """
+def open_store(settings: Settings) -> tuple[Config, Store, Json | None, State]:
+    """Lock the lease file, apply its settings, and recover the state. Raises: GipamError, OSError."""
     store = Store(settings["file"].value)
     if not os.path.isdir(os.path.dirname(store.path)):
         raise settings["file"]._replace(text=store.path).error("its directory is not there")
-    unserved.callback(store.discard)
     store.lock()
     try:
         store.lock_segments()
         document = read_lease_file(store)
         apply_lease_file_settings(settings, document or {}, store.path)
         config = build_config(settings)
-        return config, store, document, read_state(config, store, document)
+        state = read_state(config, store, document)
     except OSError as error:
-        kind = FatalStoreError if error.errno in TRANSIENT_ERRNOS else ConfigError  # is another start of use?
+        if error.errno in TRANSIENT_ERRNOS:
+            raise
         path = error.filename or f"{store.path} or its journal"
-        raise kind(f"cannot read {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    return config, store, document, state
 
 
 # === Daemon =======================================================================================
@@ -5552,10 +5687,10 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
     sd_notify(f"EXTEND_TIMEOUT_USEC={START_TIMEOUT_S * 1_000_000}")
     sys.setswitchinterval(THREAD_SWITCH_S)
     gc.disable()  # it would take a third of the time to load a million leases
-    with contextlib.ExitStack() as made, contextlib.ExitStack() as unserved:
+    with contextlib.ExitStack() as made:
         if "LISTEN_FDS" not in os.environ:
             require_addresses_free(arguments.settings)  # a second daemon changes nothing
-        config, store, document, state = open_store(arguments.settings, unserved)
+        config, store, document, state = open_store(arguments.settings)
         service = make_service(config, store, document, state)
         claimant = join_cluster(config, service, store)
         start_import(config, service, document, claimant.call if claimant else service.run)
@@ -5578,7 +5713,6 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         service.daemon_info, service.has_macs = describe_daemon(config, places[0]), config.mac
         log.info("serving on %s with %d pools", ", and metrics on ".join(places),
                  len(service.state.pools))
-        unserved.pop_all()
         sd_notify("READY=1")
         handler.is_buffering = True
         loop.timers.append(functools.partial(send_watchdog, service, store))
@@ -6155,6 +6289,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = "; run gipam as root, or give it -file, -socket and -spec where it may write"
         print(f"gipam: {format_os_error(error)}{hint * isinstance(error, PermissionError)}",
               file=sys.stderr)
+        if error.errno in TRANSIENT_ERRNOS:
+            return os.EX_IOERR
     return 1
 
 

@@ -1869,6 +1869,12 @@ def place(store: gipam.Store, state: gipam.State, named: int | None = None) -> N
     store.publish_temp(named)
 
 
+def active_segment(store: gipam.Store) -> gipam.Segment:
+    """Return the segment that is written."""
+    assert store.active
+    return store.active
+
+
 def held(state: gipam.State) -> dict[str, list[str]]:
     """Return pool_id -> addresses."""
     return {pool.pool_id: sorted(map(pool.format, pool.leases)) for pool in state.pools.values()}
@@ -2080,7 +2086,7 @@ class StoreCase(Case):
         store = gipam.Store(self.path, self.calls)
         store.lock_segments()
         state = read_anew(store)
-        store.settle()
+        store.prepare_append()
         self.append(store, CHANGE)
         store.close()
         state.apply(CHANGE)
@@ -2097,8 +2103,8 @@ class StoreCase(Case):
             recover(self.path)
         self.assertEqual(raised.exception.exit_status, 78)
         self.assertEqual(self.read_files(), before)
-        self.assertRegex(str(raised.exception), f"^{re.escape(self.path)}.* does not start on a "
-                         "guess: .*(put|move|truncate)")
+        self.assertRegex(str(raised.exception), f"^{re.escape(self.path)}.* refuses to guess: "
+                         ".*(put|move|truncate)")
         return str(raised.exception)
 
     def do_as_told(self, message: str) -> None:
@@ -2111,7 +2117,7 @@ class StoreCase(Case):
                 lines = self.read_files()["leases.json"].split(b"\n")
                 kept = [line for line in lines if b'"Journal"' not in line]
                 self.write_file("leases.json", b"\n".join(kept))
-            elif "move the surplus one away" in message:
+            elif "move the extra one away" in message:
                 os.unlink(message.split(maxsplit=1)[0])
             else:
                 self.assertIn(f"move {self.path}* away", message)
@@ -2177,7 +2183,7 @@ class JournalTest(StoreCase):
         for cut in range(len(data)):
             with self.subTest(cut=cut):
                 self.write_file(self.NAME, data[:cut])
-                self.assert_refused(r"journal\.1 is damaged|journal\.2 goes on with change 6")
+                self.assert_refused(r"journal\.1 is damaged|journal\.2 continues with change 6")
 
     def test_any_byte_flipped_it_holds_all_or_refuses_with_the_place(self) -> None:
         files = self.write(self.turns[:3], self.turns[3:])
@@ -2224,7 +2230,7 @@ class JournalTest(StoreCase):
         held_pool = next(iter(recover(self.path).pools.values()))
         pool = gipam.encode_json(held_pool.pool_id)
         usable = held_pool.format(held_pool.subnet.allocated.next_free(0))
-        wrong = place + "has not the length and checksum that it says"
+        wrong = place + "does not match its length and checksum"
         for what, tail, pattern in (
             ("an end of line", b"\n", wrong), ("garbage", b"x" * 40, wrong),
             ("half a line", line[:40] + b"\n", wrong),
@@ -2236,8 +2242,8 @@ class JournalTest(StoreCase):
             ("NULs in a line", line[:40] + bytes(9) + line[49:], wrong),
             ("NULs before its end", bytes(40) + line[40:], wrong),
             ("a line of NULs", bytes(600) + b"\n", wrong),
-            ("the past", self.line(9, "release_pool", "x"), "with change 9, but 11 is due"),
-            ("the future", self.line(12, "release_pool", "x"), "with change 12, but 11 is due"),
+            ("the past", self.line(9, "release_pool", "x"), "with change 9 instead of 11"),
+            ("the future", self.line(12, "release_pool", "x"), "with change 12 instead of 11"),
             ("not held", self.line(11, "release_pool", "x"), place + "contradicts .* is not held"),
             ("unknown", self.line(11, "resign"), place + "contradicts"),
             ("too little", self.line(11, "release_pool"), place + "contradicts"),
@@ -2252,7 +2258,7 @@ class JournalTest(StoreCase):
                     '"endpoint","","","0",0', '"endpoint","","",0,-1', '"endpoint","","",0,0.5')),
                 f'["bind_pool",{pool},""]', f'["bind_pool",{pool},7]', f'["share_pool",{pool},7,{{}}]')),
             *((str(payload[:9]), b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload),
-               place + "is not a turn;") for payload in (
+               place + "is not a commit record;") for payload in (
                    b"[" * 100_000, b"5", b"[]", b'["11",[]]', b"[11,{}]", b"[true,[]]", b"{}")),
         ):
             with self.subTest(what):
@@ -2306,7 +2312,7 @@ class FilesTest(StoreCase):
         one, two, three = self.segments
         first, fourth, eighth = self.snapshot(0, 1), self.snapshot(4, 2), self.snapshot(8, 3)
         stopped = self.snapshot(12, None)
-        gap, alone = "goes on with change {}, but {} is due", "is there without its lease file"
+        gap, alone = "continues with change {} instead of {}", "is there without its lease file"
         for what, files, pattern in (
             ("never folded", (first, one, two, three), ""),
             ("not yet renamed", (fourth, one, two, three), ""),
@@ -2344,7 +2350,7 @@ class FilesTest(StoreCase):
         for name in ("0", "01", "\u0663"):
             self.write_files({"leases.json": self.snapshot(0, None), f"leases.json.journal.{name}": b""})
             with self.subTest(name):
-                self.assert_refused(f"journal.{name} is not a name of gipam's")
+                self.assert_refused(f"journal.{name} is not a name that gipam gives")
 
     def test_without_bases_the_message_helps_as_well(self) -> None:
         state = state_after(CHANGE, bases="")
@@ -2375,7 +2381,7 @@ class SnapshotFileTest(StoreCase):
                     self.assert_recovered(self.picture)
                     self.assertIsNotNone(value)
                 except gipam.CorruptionError as error:
-                    self.assertRegex(str(error), f"^{self.path} .*: put back a backup; or move")
+                    self.assertRegex(str(error), f"^{self.path} .*: restore a backup; or move")
 
     def test_edited_while_gipam_runs_it_is_kept_beside(self) -> None:
         """Also when the state has been read anew since."""
@@ -2410,6 +2416,11 @@ class LockTest(StoreCase):
         self.assertEqual(second.stop(0), 75)
         return second.read_log()
 
+    def read_journal(self) -> dict[str, bytes]:
+        """Return the files of the store but for its lock."""
+        names = {"log", "leases.json.lock"}
+        return {name: data for name, data in self.read_files().items() if name not in names}
+
     def test_second_one_is_told_who_holds_it_and_changes_nothing(self) -> None:
         """Also when somebody has deleted the lock: the journal is locked as well."""
         first = self.daemon().start()
@@ -2418,11 +2429,10 @@ class LockTest(StoreCase):
         wait_for(lambda: b'"Journal"' in self.read_files()["leases.json"], "the first fold")
         self.write_file("leases.json.tmp", b"as if a fold were under way")
         for text in (f"gipam: lease file {self.path} is held by process {first.process.pid}: stop",
-                     f"gipam: the journal of {self.path} is written by another gipam: stop it"):
-            before = {name: data for name, data in self.read_files().items() if name != "log"}
+                     f"gipam: {self.path}.journal.1 is written by another gipam: stop it"):
+            before = self.read_journal()
             self.assertIn(text, self.refusal())
-            after = {name: data for name, data in self.read_files().items() if name != "log"}
-            self.assertEqual(after, before)
+            self.assertEqual(self.read_journal(), before)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path + ".lock")
         first.client().request_pool("10.11.0.0/24")
@@ -2454,7 +2464,7 @@ class LockTest(StoreCase):
             second.lock()
             second.lock_segments()
             read_anew(second)
-            second.settle()
+            second.prepare_append()
         self.assertEqual({**self.read_files(), "leases.json.lock": b""},
                          {**before, "leases.json.lock": b""})
 
@@ -3126,8 +3136,8 @@ class TurnTest(ServiceCase):
         store, call, made = self.service.store, self.calls._call, len(self.calls.made)
         for limit, ahead, last, pattern in (
                 (999, 0, 200, "Address"), (0, 500, 503, "cannot write .*: No space left")):
-            store._room = store.journal_bytes + ahead
-            os.truncate(self.journal, store._room)
+            active_segment(store).allocated = store.journal_bytes + ahead
+            os.truncate(self.journal, active_segment(store).allocated)
 
             def scarce(name: str, *arguments: Any, limit: int = limit) -> Any:
                 if name == "pwrite" and len(arguments[1].rstrip(b"\0")) < len(arguments[1]) - limit:
@@ -3141,7 +3151,6 @@ class TurnTest(ServiceCase):
             self.assertEqual((statuses[0], statuses[-1]), (200, last))
             self.assertRegex(replies[-1].body.decode(), pattern)
             self.assertEqual(sorted(statuses), statuses)
-            self.assertEqual(os.path.getsize(self.journal), store._room)
             self.assert_agreed()
         self.assertEqual(self.calls.made[made:].count("pwrite journal.1"), 11)  # 9 times room
 
@@ -3179,7 +3188,7 @@ class TurnTest(ServiceCase):
             os.rename(shutil.copy(journal, journal + "~"), journal)
 
         def find_in_the_middle() -> None:  # where room is made
-            self.service.store._room = self.service.store.journal_bytes + 300
+            active_segment(self.service.store).allocated = self.service.store.journal_bytes + 300
             self.fail_next("fdatasync journal.1", errno.EIO)
 
         ways: dict[str, tuple[Callable[[], None], str]] = {
@@ -3202,14 +3211,14 @@ class TurnTest(ServiceCase):
     def test_room_is_made_ahead_of_need(self) -> None:
         """One request in a hundred asks the disk for more."""
         store, made = self.service.store, len(self.calls.made)
-        started = store._room
+        started = active_segment(store).allocated
         for _ in range(200):
             self.client.request_pool(gipam_name="web")
             self.client.release_pool(list(self.service.state.pools)[-1])
-        self.assertGreater(store._room, started + gipam.PREALLOCATE_BYTES)
-        self.assertLess(store._room - store.journal_bytes, gipam.PREALLOCATE_BYTES + 1)
+        self.assertGreater(active_segment(store).allocated, started + gipam.PREALLOCATE_BYTES)
+        self.assertLess(active_segment(store).allocated - store.journal_bytes, gipam.PREALLOCATE_BYTES + 1)
         self.assertLess(self.calls.made[made:].count("fdatasync journal.1"), 405)
-        self.assertEqual(os.path.getsize(self.journal), store._room)
+        self.assertEqual(os.path.getsize(self.journal), active_segment(store).allocated)
         self.assert_agreed()
 
 
@@ -3497,8 +3506,9 @@ class AdoptionTest(ServiceCase):
     def test_adoption_that_a_full_disk_cuts_short_has_docker_asked(self) -> None:
         """There is room for the pool, and none for its gateway."""
         store = self.service.store
-        store._room, made = store.journal_bytes + 220, len(self.calls.made)
-        self.calls.faults = {made: errno.ENOSPC, made + 2: errno.ENOSPC}
+        active_segment(store).allocated = store.journal_bytes + 220
+        made = len(self.calls.made)
+        self.calls.faults = {made: errno.ENOSPC, made + 1: errno.ENOSPC}
         with self.assertRaisesRegex(Refused, "No space left"):
             self.client.request_address(f"10.8.0.0/24#{TOKEN}")
         self.assertEqual(len(self.service.state.pools), 2)
@@ -6264,7 +6274,7 @@ class ImportTest(OperatedCase):
         settings = gipam.read_settings({}, argparse.Namespace(**self.options()))
         with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive), \
                 mock.patch.object(gipam.Store, "lock"):  # its predecessor has it
-            config, store, document, state = gipam.open_store(settings, contextlib.ExitStack())
+            config, store, document, state = gipam.open_store(settings)
             self.service = gipam.make_service(config, store, document, state)
             gipam.start_import(config, self.service, document, self.service.run)
         self.loop.service = self.service  # not before: two threads would use it
@@ -6971,10 +6981,9 @@ class MetricsTest(OperatedCase):
         for call, number, wanted in (("pwrite", errno.ENOSPC, "No space left"),
                                      ("fdatasync", errno.EIO, "cannot sync .*journal")):
             self.assertEqual(self.get("/healthz"), (200, "text/plain; charset=utf-8", "ok\n"))
-            failing, store = mock.Mock(wraps=os), self.service.store
-            getattr(failing, call).side_effect = OSError(number, os.strerror(number))
-            with mock.patch.object(store, "syscalls", failing):
-                store._room = 0  # the disk has no more for it
+            error = OSError(number, os.strerror(number))
+            with mock.patch.object(os, call, side_effect=error):
+                active_segment(self.service.store).allocated = 0  # the disk has no more for it
                 self.assertRaises(Refused, self.docker.make_network, "web")
             if number == errno.EIO:
                 self.thread.join(DEADLINE_S)  # it is started again, from what is on disk
@@ -6982,7 +6991,7 @@ class MetricsTest(OperatedCase):
             self.assertEqual(status, 503)
             self.assertRegex(text, wanted)
             with mock.patch.object(gipam, "sd_notify") as notify:
-                gipam.send_watchdog(self.service, store)
+                gipam.send_watchdog(self.service, self.service.store)
             self.assertRegex(notify.call_args[0][0], "STATUS=1 pools, 1 leases; .*" + wanted)
             if number == errno.ENOSPC:
                 done = self.run_gipam("check")
@@ -7289,7 +7298,7 @@ class Host(Unix):
         settings = gipam.read_settings({}, argparse.Namespace(
             file=os.path.join(self.directory, "leases.json"), v4=CASES_V4, v6=CASES_V6, v4ab="24",
             etcd=test.etcd_url, host=name))
-        config, self.store, document, state = gipam.open_store(settings, contextlib.ExitStack())
+        config, self.store, document, state = gipam.open_store(settings)
         test.addCleanup(self.unlock)
         self.service = gipam.make_service(config, self.store, document, state)
         claimant = gipam.join_cluster(config, self.service, self.store)
@@ -7308,9 +7317,9 @@ class Host(Unix):
         test.addCleanup(self.close)
 
     def unlock(self) -> None:
-        fd, self.store._lock_fd = self.store._lock_fd, -1
-        if fd >= 0:  # else it has been stopped
-            os.close(fd)
+        file, self.store._lock_file = self.store._lock_file, None
+        if file:  # else it has been stopped
+            file.close()
 
     def stop(self) -> None:
         """End it as SIGKILL does."""
@@ -8206,7 +8215,7 @@ class CommandLineCase(CommandCase):
         super().setUp()
         self.patch(gipam.Store, lock=mock.Mock())
         self.patch(gipam, daemon_request=lambda settings, *_: gipam.describe_daemon(
-            gipam.open_store(settings, contextlib.ExitStack())[0], ""))
+            gipam.open_store(settings)[0], ""))
 
     def keep(self, contents: Any) -> None:
         """Make the lease file, of bytes as they are or of what JSON makes of anything else."""
@@ -8422,20 +8431,17 @@ class ConfigurationTest(CommandLineCase):
                 wait_for(lambda: f'["{written}"' in self.read_file(), "the first fold")
                 edit(32, 128)  # of another length: in one tick of the clock it has the same time
             self.assertEqual(daemon.stop(), 0)
-        self.assertIn(f"{self.file} was edited while gipam runs: what was there is kept as "
-                      f"{self.file}.edited-1", daemon.read_log())
+        self.assertIn(f"{self.file} was edited while gipam was running: the edit has no effect and "
+                      f"is kept as {self.file}.edited-1", daemon.read_log())
         self.assertLessEqual({"198.18.0.0/24", "198.18.17.0/24", "198.18.34.0/24"},
                              {pool["Pool"] for pool in self.lease_file()["Allocated"]})
 
-    def test_a_start_that_fails_leaves_no_lease_file(self) -> None:
+    def test_a_start_that_fails_leaves_no_pool_behind(self) -> None:
+        """A lock file and a first lease file may stay: they harm nobody."""
         daemon = Daemon(self, "-v4", "10.2.0.0/16", "-unix=false", "-address=127.0.0.1:0",
                         "-spec", "/proc/gipam.spec", env=NO_DOCKER).start(wait=False)
         self.assertEqual(daemon.stop(0), 1, daemon.read_log())
-        self.assertEqual(glob.glob(daemon.file + "*"), [])
-        last = launcher(daemon.directory, "gipam.log_startup_warnings = lambda *_: open('/none')")
-        daemon = Daemon(self, directory=daemon.directory, env=NO_DOCKER, command=last)
-        self.assertEqual(daemon.start(wait=False).stop(0), 1, daemon.read_log())
-        self.assertEqual(os.listdir(daemon.directory), ["log"])
+        self.assertEqual(dump_state(recover(daemon.file)), dump_state(make_state()))
 
     def test_what_will_surprise_is_said_at_start(self) -> None:
         config = gipam.build_config(gipam.read_settings({}, argparse.Namespace(
@@ -8530,7 +8536,7 @@ class ConfigurationTest(CommandLineCase):
             self.keep(text)
             with self.subTest(text[:9]):
                 self.assert_fails(self.run_config(), 78, f"gipam: {self.file} {what}.*; gipam "
-                                  "does not start on a guess: put back a backup.+")
+                                  "refuses to guess: restore a backup.+")
         os.unlink(self.file)
         self.write("there", "{}")
         for make in (os.mkdir, os.mkfifo, functools.partial(os.symlink, "there")):
@@ -8553,7 +8559,7 @@ class ConfigurationTest(CommandLineCase):
                     return int(real(target, *rest))
 
                 with self.subTest(path, number=number), mock.patch.object(os, "open", fail):
-                    self.assert_fails(self.run_config(), 74, f"gipam: cannot read .*{path}: .+")
+                    self.assert_fails(self.run_config(), 74, f"gipam: {path}: .+")
         error = OSError(errno.EIO, "bad disk")
         with mock.patch.object(gipam.Store, "_read_segment", side_effect=error):
             self.assert_fails(self.run_config(), 78,
