@@ -201,7 +201,7 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(self.machine(LIST_FILES), before)
         self.follow("Install")
         self.assertEqual(self.follow("A routed prefix").count(HELLO), 2)
-        self.assertIn(self.quoted("0.0.0.0:0->80/tcp"), self.machine("docker ps"))
+        self.assertIn(self.quoted("0.0.0.0:0->80/tcp, [::]:0->80/tcp"), self.machine("docker ps"))
         self.assert_reached_over_boots("10.2.0.2", "2001:db8:0:100::2")
         self.assert_free_blocks_do_not_loop()
         # One network may have the whole base.
