@@ -83,6 +83,19 @@ class TracebackHandler(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
 
 
+class WarningHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes the warnings of this thread, not those of a daemon that runs in another."""
+
+    def __init__(self, stream: io.StringIO) -> None:
+        super().__init__(stream)
+        self.thread = threading.get_ident()
+        self.setLevel(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self.thread:
+            super().emit(record)
+
+
 gipam.log.addHandler(TracebackHandler())
 
 
@@ -573,6 +586,70 @@ class Case(unittest.TestCase):
             patch = mock.patch.object(target, name, value)
             patch.start()
             self.addCleanup(patch.stop)
+
+
+class Finished(NamedTuple):
+    """The result of a command line."""
+
+    status: int
+    out: str
+    err: str  # with log records at WARNING and above
+
+
+class Terminal(io.StringIO):
+    """Standard output or input of a person."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class CommandCase(Case):
+    """A lease file in a directory of its own, and command lines in this process."""
+
+    @functools.cached_property
+    def directory(self) -> str:
+        return make_directory(self)
+
+    @functools.cached_property
+    def file(self) -> str:
+        return os.path.join(self.directory, "leases.json")
+
+    def run_main(self, *words: str, out: io.StringIO | None = None,
+                 stdin: io.StringIO | None = None, **variables: str) -> Finished:
+        """Run a command line with no other environment than the variables."""
+        out = out or io.StringIO()
+        err = io.StringIO()
+        handlers = [*gipam.log.handlers, WarningHandler(err)]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(os.environ, variables, clear=True))
+            stack.enter_context(mock.patch.object(logging, "basicConfig"))
+            stack.enter_context(mock.patch.object(sys, "stdin", stdin or io.StringIO()))
+            stack.enter_context(mock.patch.object(gipam.log, "handlers", handlers))
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            try:
+                status = gipam.main(list(words))
+            except SystemExit as error:
+                status = int(error.code or 0)
+        return Finished(status, out.getvalue(), err.getvalue())
+
+    def assert_fails(self, done: Finished, status: int, pattern: str) -> None:
+        """Check that a command line printed nothing but why it fails, in one message."""
+        self.assertEqual((done.status, done.out), (status, ""), done)
+        self.assertRegex(done.err, f"^{pattern}\n$")
+
+    def write(self, name: str, contents: bytes | str) -> None:
+        """Write a file that only its owner can read, and make its directories."""
+        path = os.path.join(self.directory, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if isinstance(contents, str):
+            contents = contents.encode()
+        pathlib.Path(path).write_bytes(contents)
+        os.chmod(path, 0o600)
+
+    def lease_file(self) -> Any:
+        with open(self.file, encoding="utf-8") as file:
+            return json.load(file)
 
 
 # Former names, until all sections use those above.
@@ -5621,66 +5698,6 @@ class FakeDocker:
 
     make_network, remove_network = whole(making_network), whole(removing_network)
     start, stop = whole(starting), whole(stopping)
-
-
-class Finished(NamedTuple):
-    """What a command line led to."""
-
-    status: int
-    out: str
-    err: str  # with what is logged at WARNING and above
-
-
-class Terminal(io.StringIO):
-    """Standard output or input of a person."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-class CommandCase(Case):
-    """A lease file in a directory of its own, and command lines in this process."""
-
-    def setUp(self) -> None:
-        self.directory = make_directory(self)
-        self.file = os.path.join(self.directory, "leases.json")
-        self.patch(gipam.log, handlers=[Tracebacks()])  # what is refused is expected
-
-    def run_main(self, *words: str, out: io.StringIO | None = None, stdin: io.StringIO | None = None,
-                 **variables: str) -> Finished:
-        """Run a command line with no other environment than the variables."""
-        out, err, here = out or io.StringIO(), io.StringIO(), threading.get_ident()
-        handler = logging.StreamHandler(err)
-        handler.setLevel(logging.WARNING)
-        handler.addFilter(lambda record: record.thread == here)  # not what a daemon says
-        gipam.log.addHandler(handler)
-        try:
-            with mock.patch.dict(os.environ, variables, clear=True), mock.patch.object(logging, "basicConfig"), \
-                    mock.patch.object(sys, "stdin", stdin or io.StringIO()), \
-                    contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                status = gipam.main(list(words))
-        except SystemExit as leaving:
-            status = int(leaving.code or 0)
-        finally:
-            gipam.log.removeHandler(handler)
-        return Finished(status, out.getvalue(), err.getvalue())
-
-    def assert_fails(self, done: Finished, status: int, pattern: str) -> None:
-        """Check that a command line has only said why it fails, in one message."""
-        self.assertEqual((done.status, done.out), (status, ""), done)
-        self.assertRegex(done.err, f"^{pattern}\n$")
-
-    def write(self, name: str, contents: bytes | str) -> None:
-        """Write a file that is the user's alone, where needed with its directories."""
-        path = os.path.join(self.directory, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(contents if isinstance(contents, bytes) else contents.encode())
-        os.chmod(path, 0o600)
-
-    def lease_file(self) -> Any:
-        with open(self.file, encoding="utf-8") as file:
-            return json.load(file)
 
 
 class OperatedCase(CommandCase):
