@@ -261,9 +261,9 @@ class AlreadyRunning(GipamError, exit_status=75):  # EX_TEMPFAIL
 class TransactionRequired(Exception):
     """No refusal: etcd must be asked for something first; then the request is looked at again."""
 
-    def __init__(self, need: Transaction) -> None:
-        super().__init__(need)
-        self.need = need
+    def __init__(self, transaction: Transaction) -> None:
+        super().__init__(transaction)
+        self.transaction = transaction
 
 
 def format_os_error(error: Exception) -> str:
@@ -2428,6 +2428,39 @@ class TransactionResult(NamedTuple):
     sent_s: float = 0.0  # on the clock that runs while the machine sleeps, too
 
 
+class Outcome(NamedTuple):
+    """What a transaction came to; an argument of the decision that needed it, never stored."""
+
+    is_committed: bool = False
+    granted: frozenset[str] = frozenset()  # claims written by it
+    is_fresh: bool = False  # etcd was read for this attempt
+    error: GipamError | None = None
+
+
+NO_OUTCOME = Outcome()
+
+
+class PendingRequest:
+    """A request that waits for etcd. The thread that asks etcd runs attempt() in the loop."""
+
+    def __init__(self, decide: Callable[[Outcome], Any],
+                 on_done: Callable[[PendingRequest], None] | None = None,
+                 transaction: Transaction | None = None) -> None:
+        self._decide = decide
+        self.on_done = on_done
+        self.transaction = transaction  # that it needs next, as of the last attempt
+        self.result: Any = None
+
+    def attempt(self, outcome: Outcome) -> Transaction | None:
+        """Decide; return the transaction that is needed first, None once it is decided."""
+        self.transaction = None
+        try:
+            self.result = self._decide(outcome)
+        except TransactionRequired as required:
+            self.transaction = required.transaction
+        return self.transaction
+
+
 def parse_json_object(text: str | None) -> Json:
     """Return what etcd has, {} if that is no JSON object."""
     with contextlib.suppress(ValueError, RecursionError):
@@ -2797,6 +2830,17 @@ class ClaimTable:
 
 
 # === Service ======================================================================================
+#
+# Service is the driver, and the only code that changes the state. A request is decided by the
+# Allocator, apply() changes the state in memory, and commit() writes everything that was applied
+# since the last time as one journal record. Checkpoint writes the lease file in the background;
+# Metrics counts.
+#
+# The rule: apply() only goes forward. Room for the record is reserved before anything changes, and
+# if the record cannot be written all the same, the state is read again from disk.
+
+RunInLoop = Callable[..., Any]  # EventLoop.run_in_loop, or Service.run_once where no loop runs
+Attempt = Callable[[Union[GipamError, None]], Union[Transaction, None]]  # decides again
 
 
 class Histogram:
@@ -2809,47 +2853,70 @@ class Histogram:
         self.sum_s = 0.0
 
     def observe(self, duration_s: float) -> None:
-        """Count one."""
+        """Count one duration."""
         self.counts[bisect.bisect_left(self.BOUNDS_S, duration_s)] += 1
         self.sum_s += duration_s
 
-    def series(self) -> list[tuple[str, Any]]:
-        """Return what follows the name, and the value, of each."""
-        totals = zip((*self.BOUNDS_S, "+Inf"), itertools.accumulate(self.counts))
-        return [*((f'_bucket{{le="{bound}"}}', total) for bound, total in totals),
-                ("_sum", f"{self.sum_s:.6f}"), ("_count", sum(self.counts))]
+    def samples(self) -> Iterator[tuple[str, Any]]:
+        """Yield what follows the name of the metric, and the value, of each series."""
+        total = 0
+        for bound, count in zip((*self.BOUNDS_S, "+Inf"), self.counts):
+            total += count
+            yield f'_bucket{{le="{bound}"}}', total
+        yield "_sum", f"{self.sum_s:.6f}"
+        yield "_count", total
 
 
-RunInLoop = Callable[[Callable[[], Any]], Any]  # runs a function in a turn of the loop, and waits for it
-Attempt = Callable[[Union[GipamError, None]], Union[Transaction, None]]  # looks again at what waits for etcd
-RESULTS = ("ok", "bug", "InvalidRequest", "Forbidden", "Unavailable", "StoreError", "StoreLost")
+class Metrics:
+    """Counters for GET /metrics."""
+
+    def __init__(self) -> None:
+        self.requests: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.request_s = Histogram()
+        self.sync_s = Histogram()
+        self.last_write_s = 0.0  # Unix time
+
+    def count_request(self, method: str, result: str, duration_s: float) -> None:
+        """Count a request as what was delivered."""
+        self.requests[method, result] += 1
+        self.request_s.observe(duration_s)
+
+    def count_commit(self, duration_s: float) -> None:
+        """Count a journal record that has been written and synced."""
+        self.sync_s.observe(duration_s)
+        self.last_write_s = time.time()
 
 
 class AppliedRecord(NamedTuple):
-    """A change that has been applied in this turn, and what the journal and the log have of it."""
+    """A record that was applied in this iteration, for the journal and for the log."""
 
     change: Record
-    record: str
+    text: str  # JSON
     seq: int
     pool: Pool
-    asked_s: float
+    started_s: float
 
     def describe(self, now_s: float) -> str:
-        """Return the line of the log: who got what where, then the numbers."""
-        change, where = self.change, self.pool.label
+        """Return the log line: who got what where, then the numbers."""
+        return f"{self._describe_change()} seq={self.seq} ms={(now_s - self.started_s) * 1e3:.2f}"
+
+    def _describe_change(self) -> str:
+        change = self.change
+        label = self.pool.label
         if isinstance(change, AddressGrant):
-            who = change.name or change.mac or change.kind
-            mac = f" ({change.mac})" if change.name and change.mac else ""
-            text = f"{who}{mac} got {change.address} in {where}"
-        elif isinstance(change, AddressRelease):
-            text = f"{change.address} in {where} is free again"
-        elif isinstance(change, PoolGrant):
-            text = f"a network got {change.sub_pool and change.sub_pool + ' of '}{where}"
-        elif isinstance(change, PoolRelease):
-            text = f"{where} is free again"
-        else:
-            text = f"{where}: {' '.join(map(str, change[1:]))}"
-        return f"{text} seq={self.seq} ms={(now_s - self.asked_s) * 1e3:.2f}"
+            owner = change.name or change.mac or change.kind
+            if change.name and change.mac:
+                owner += f" ({change.mac})"
+            return f"{owner} got {change.address} in {label}"
+        if isinstance(change, AddressRelease):
+            return f"{change.address} in {label} is free again"
+        if isinstance(change, PoolGrant):
+            if change.sub_pool:
+                label = f"{change.sub_pool} of {label}"
+            return f"a network got {label}"
+        if isinstance(change, PoolRelease):
+            return f"{label} is free again"
+        return f"{label}: {' '.join(map(str, change[1:]))}"
 
 
 class DockerImport:
@@ -2885,92 +2952,107 @@ class DockerImport:
 
 
 class Service:
-    """The driver. It decides, applies, and at the end of a turn writes one line for all changes.
+    """The driver: it decides and applies, and commits one journal record an iteration.
 
-    Only one thread at a time calls it, the loop's while it serves, so that it needs no lock.
+    Only one thread at a time calls it, the loop's while that serves, so that it needs no lock.
     Nothing here waits, but for the disk.
     """
 
-    def __init__(self, store: Store, state: State, config: Json,
-                 read_state: Callable[[], State], netlink: NetlinkRequest, proxies: ProxyNeighbours | None = None) -> None:
-        self.state, self.store, self.netlink, self.proxies = state, store, netlink, proxies
-        store.prepare_append()
-        self._config = config  # the keys of the lease file
-        self._read_state = read_state
-        self._done: list[AppliedRecord] = []  # in this turn
-        self._written: list[AppliedRecord] = []  # what is to be logged
-        self._is_changing = False  # the state: what an exception leaves then is not to be used
+    def __init__(self, store: Store, state: State, config: Json, read_state: Callable[[], State],
+                 netlink: NetlinkRequest, proxies: ProxyNeighbours | None = None) -> None:
+        self.state = state
+        self.store = store
+        self.netlink = netlink
+        self.proxies = proxies
+        self.metrics = Metrics()
+        self.config = config  # the keys of the lease file
         self.daemon_info: Json = {}  # what /status tells of the daemon
-        self.has_macs = True  # of containers: Docker is to tell them
-        self.site: ClaimTable | None = None  # where several hosts share etcd
-        self.etcd_s, self.etcd_failure = Histogram(), "it has not been asked yet"  # "": it answers
-        self.requests: collections.Counter[tuple[str, str]] = collections.Counter()
-        self.request_s, self.sync_s, self.last_write_s = Histogram(), Histogram(), 0.0
-        self.docker_import = DockerImport()
+        self.has_macs = True  # whether Docker is asked to tell those of containers
+        self._read_state = read_state
+        self._uncommitted: list[AppliedRecord] = []
+        self._unlogged: list[AppliedRecord] = []
+        self._is_applying = False  # if an exception leaves it set, the state is not to be used
 
-    @property
-    def failure(self) -> StoreError:
-        """Return why what is not durable is not."""
-        return self.store.fatal_error or StoreError(self.store.last_error)
+        self.site: ClaimTable | None = None  # where several hosts share etcd
+        self.etcd_s = Histogram()
+        self.etcd_failure = "it has not been asked yet"  # "": it answers
+        self.docker_import = DockerImport()
+        store.prepare_append()
 
     def apply(self, change: Record) -> None:
-        """Apply the change, which is on disk after commit(). Raises: StoreError; all is as before.
+        """Apply a change, which is on disk after commit().
 
-        There is no way back: whether the disk has room for it is settled first.
+        Raises: StoreError if the disk has no room for it; nothing has changed.
         """
         if self.store.fatal_error:
             raise self.store.fatal_error
-        asked_s, record = time.perf_counter(), encode_json([RECORD_NAMES[type(change)], *change])
-        self.store.reserve(len(record))
-        self._is_changing = True
+        started_s = time.perf_counter()
+        text = encode_json([RECORD_NAMES[type(change)], *change])
+        self.store.reserve(len(text))
+
+        # From here on there is no way back.
+        self._is_applying = True
         pool = self.state.pools.get(change.pool_id)
         self.state.apply(change)
         pool = pool or self.state.pools[change.pool_id]
         if self.proxies:
             self.proxies.on_record(pool, change)
-        self._done.append(AppliedRecord(change, record, self.state.seq, pool, asked_s))
-        self._is_changing = False
+        self._uncommitted.append(AppliedRecord(change, text, self.state.seq, pool, started_s))
+        self._is_applying = False
         if self.site:
             self.site.note(change, pool.subnet)
 
-    def commit(self) -> None:
-        """Write what has been applied since the last time, as one line. Durable: on return.
+    def commit(self) -> StoreError | None:
+        """Write what was applied since the last commit as one record; return why that failed.
 
-        If that fails, the state is read anew from disk, where is_durable() then looks.
+        Durable: on return of None, all that was ever applied. On failure, the state is read again
+        from disk, and nothing that was decided since the last commit may be told to anybody.
         """
-        done, self._done = self._done, []
-        if self.store.fatal_error or not done:
-            return
+        applied = self._uncommitted
+        if self.store.fatal_error:
+            return self.store.fatal_error
+        if not applied:
+            return None
+
+        self._uncommitted = []
         started_s = time.perf_counter()
         try:
-            self.store.append([entry.record for entry in done])
+            self.store.append([record.text for record in applied])
         except Exception as error:  # noqa: BLE001 - nobody knows what is on disk
-            self.reload(error if isinstance(error, StoreError) else
-                            StoreError(f"cannot write the journal: {error!r}"))
-            return
-        self.sync_s.observe(time.perf_counter() - started_s)
-        self.last_write_s = time.time()
-        self._written += done
+            return self.reload(error if isinstance(error, StoreError) else
+                               StoreError(f"cannot write the journal: {error!r}"))
+        self.metrics.count_commit(time.perf_counter() - started_s)
+        self._unlogged += applied
+        return None
 
     def log_committed(self) -> None:
-        """Log the changes that have been written: once the replies have left."""
-        if self._written:
-            now_s, written, self._written = time.perf_counter(), self._written, []
-            log.info("\n".join([done.describe(now_s) for done in written]))
+        """Log the changes that were committed; after the replies, since this takes time."""
+        if self._unlogged:
+            now_s = time.perf_counter()
+            log.info("\n".join([record.describe(now_s) for record in self._unlogged]))
+            self._unlogged = []
 
-    def mend(self) -> None:
-        """After an unforeseen error: if it hit in the middle of a change, read the state anew."""
-        if self._is_changing:
-            seq = self._done[-1].seq if self._done else 0
-            self.commit()  # the changes before it are whole
-            if not self.is_durable(seq):
-                self.store.fail(str(self.failure))
-            self.reload(StoreError("a change failed half-way: the state is read anew"))
+    def recover_from_exception(self) -> None:
+        """After an unexpected exception: if it came in the middle of a change, reload the state.
 
-    def reload(self, error: StoreError) -> None:
-        """Take the state from disk; a fold that is under way has ended: _step() refuses it."""
+        The changes before it are whole, and are committed first. If they cannot be, gipam ends: too
+        much depends on them that has been decided already.
+        """
+        if not self._is_applying:
+            return
+        error = self.commit()
+        if error and not self.store.fatal_error:
+            self.store.fail(str(error))
+        self.reload(StoreError("a change failed half-way: the state is read again from disk"))
+
+    def reload(self, error: StoreError) -> StoreError:
+        """Read the state again from disk, after this error; return it, or the fatal one.
+
+        A checkpoint that is under way ends at its next step.
+        """
         log.error("%s", error)
-        self.store.last_error, self._is_changing = str(error), False
+        self.store.last_error = str(error)
+        self._is_applying = False
         try:
             if not self.store.fatal_error:
                 self.store.remove_temp()
@@ -2981,22 +3063,21 @@ class Service:
                 if self.site:
                     self.site.rebind(self.state)
         except Exception as failure:  # noqa: BLE001 - whatever it is, start again
-            self.store.fail(f"cannot read the state anew: {failure!r}")
+            self.store.fail(f"cannot read the state again: {failure!r}")
+        return self.store.fatal_error or error
 
-    def is_durable(self, seq: int) -> bool:
-        """Return whether the change of this number, and all before it, are on disk."""
-        return seq <= self.store.seq
+    def run_once(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run function(*args) as an iteration of its own, where no loop runs; return its result.
 
-    def run(self, function: Callable[[], Any]) -> Any:
-        """Call the function as a turn of its own: where no loop runs. Raises: as it; StoreError."""
+        Durable: on return, what it changed. Raises: as the function; StoreError.
+        """
         try:
-            return function()
+            return function(*args)
         finally:
-            seq = self.state.seq
-            self.commit()
+            error = self.commit()
             self.log_committed()
-            if not self.is_durable(seq):
-                raise self.failure
+            if error:
+                raise error
 
     def request_pool(self, request: PoolRequest) -> PoolGrant:
         """Grant a subnet. Raises: as decide_request_pool(); Unclaimed; StoreError."""
@@ -3179,44 +3260,85 @@ class Service:
 
     def needs_checkpoint(self) -> bool:
         """Return whether the journal has outgrown the lease file, or that lacks what it needs."""
-        store, limit_bytes = self.store, max(MIN_CHECKPOINT_BYTES, self.store.snapshot_bytes)
-        return not store.fatal_error and (store.segment != (store.referenced_segment or 0)  # none yet, or it has failed
-                                   or store.journal_bytes > limit_bytes)
+        store = self.store
+        if store.fatal_error:
+            return False
+        # The lease file does not name the segment yet, or a checkpoint has failed.
+        is_unnamed = store.segment != (store.referenced_segment or 0)
+        limit_bytes = max(MIN_CHECKPOINT_BYTES, store.snapshot_bytes)
+        return is_unnamed or store.journal_bytes > limit_bytes
 
-    def checkpoint(self, run_in_loop: RunInLoop | None = None, is_stopping: bool = False) -> bool:
-        """Write the state to the lease file, drop the journal that it replaces; False: it failed.
 
-        In a thread of its own: what touches the state, or a name on disk, goes through call(), in
-        small steps; the thread itself only fills the temporary file.
-        At a clean stop the lease file is left alone, whole in itself, for people to copy.
-        """
-        store, state = self.store, self.state
+class Checkpoint:
+    """Writes the state to the lease file, and removes the journal segments that this replaces.
 
-        def step(function: Callable[..., Any], *arguments: Any) -> Any:
-            def turn() -> Any:
-                if self.store.fatal_error or state is not self.state:
-                    raise self.store.fatal_error or StoreError("the state has been read anew meanwhile")
-                return function(*arguments)
+    It runs in a thread of its own. That thread only fills the temporary file: each step that
+    touches the state, or a name on disk, is small and runs in the loop, so that no request waits
+    long. No change is lost: a new segment is begun before the state is copied, and the old ones
+    go after the lease file that holds their changes has its name.
+    """
 
-            return (run_in_loop or self.run)(turn)
+    def __init__(self, service: Service, run_in_loop: RunInLoop) -> None:
+        self._service = service
+        self._store = service.store
+        self._run_in_loop = run_in_loop
+        self._state = service.state
 
+    def run(self) -> bool:
+        """Make a checkpoint; return whether that worked. Raises: nothing."""
+        return self._run(is_stopping=False)
+
+    def run_at_stop(self) -> bool:
+        """Make one without a journal, so that the lease file stands alone, to be copied."""
+        return self._run(is_stopping=True)
+
+    def _run(self, is_stopping: bool) -> bool:
         try:
-            if not is_stopping:
-                step(store.rotate, PREALLOCATE_BYTES)
-            named = None if is_stopping else store.segment or None
-            chunks = encode_snapshot(self._config, step(copy_state, state), named)
-            step(store.create_temp)
-            store.write_temp(iter(lambda: step(next, chunks, ""), ""))
-            step(store.publish_temp, named)
-            for number in step(store.segment_numbers):
-                if is_stopping or number < store.segment:
-                    step(store.remove_segment, number)
+            self._write_lease_file(is_stopping)
             return True
         except (OSError, GipamError) as error:
-            log.warning("could not fold the journal into %s: %s", store.path, format_os_error(error))
-            with contextlib.suppress(GipamError):  # then it is gone already
-                step(store.remove_temp)
+            log.warning("could not make a checkpoint in %s: %s", self._store.path,
+                        format_os_error(error))
+        except Exception:
+            log.exception("a checkpoint failed, which is a bug of gipam")
+        # If the state has been reloaded, the file is gone already, or another checkpoint's.
+        with contextlib.suppress(GipamError):
+            self._step(self._store.remove_temp)
         return False
+
+    def _write_lease_file(self, is_stopping: bool) -> None:
+        store = self._store
+        segment = None
+        if not is_stopping:
+            self._step(store.rotate, PREALLOCATE_BYTES)
+            segment = store.segment or None
+        state = self._step(copy_state, self._state)
+        chunks = encode_snapshot(self._service.config, state, segment)
+        self._step(store.create_temp)
+        store.write_temp(self._chunks_in_loop(chunks))
+        self._step(store.publish_temp, segment)
+        for number in self._step(store.segment_numbers):
+            if is_stopping or number < store.segment:
+                self._step(store.remove_segment, number)
+
+    def _chunks_in_loop(self, chunks: Iterator[str]) -> Iterator[str]:
+        """Yield chunks, each made in an iteration: what they encode is part of the state."""
+        while True:
+            chunk = self._step(next, chunks, None)
+            if chunk is None:
+                return
+            yield chunk
+
+    def _step(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a step in the loop. Raises: as it; StoreError."""
+        return self._run_in_loop(self._run_step, function, *args)
+
+    def _run_step(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self._store.fatal_error:
+            raise self._store.fatal_error
+        if self._state is not self._service.state:
+            raise StoreError("the state has been read again meanwhile")
+        return function(*args)
 
 
 def recover(store: Store, document: Json | None, state: State) -> None:
@@ -3234,73 +3356,92 @@ def recover(store: Store, document: Json | None, state: State) -> None:
 
 
 # === API ==========================================================================================
+#
+# What Docker, the commands and Prometheus ask: the plugin methods (METHODS), and the pages /status,
+# /metrics and /healthz (PAGES). dispatch() turns a request into a Reply, bytes in and bytes out;
+# Arguments reads and checks what a method was given. Wire keys such as PoolID stand only here.
+#
+# The rule: bad input is answered with an error that says what was wrong, and changes nothing.
 
-NAME_OPTION, LENGTH_OPTIONS = "gipam.name", {4: "gipam.v4ab", 6: "gipam.v6ab"}
+NAME_OPTION = "gipam.name"
+LENGTH_OPTIONS = {4: "gipam.v4ab", 6: "gipam.v6ab"}
 SHARED_OPTION = "gipam.shared"
 ENDPOINT_NAME = "com.docker.network.endpoint.name"
 ENDPOINT_MAC = "com.docker.network.endpoint.macaddress"
 
+RESULTS = ("ok", "bug", "InvalidRequest", "Forbidden", "Unavailable", "StoreError", "StoreLost")
+RESULT_LABELS = {FatalStoreError: "StoreLost", ShuttingDown: "Stopping", RemoteError: "Refused"}
+
 
 class Reply:
-    """What goes back, and what must be undone should it never arrive."""
+    """What goes back to a client, and what to roll back if it never arrives."""
 
-    __slots__ = ("body", "change", "content_type", "need", "page", "seq", "status")
+    __slots__ = ("body", "change", "content_type", "page", "result", "seq", "status")
 
-    def __init__(self, status: int, body: bytes, change: Record | None = None,
-                 need: Transaction | None = None) -> None:
-        self.status, self.body = status, body
-        self.seq = 0  # of the newest change that the decision could see
-        self.change = change  # that it made
-        self.need = need  # no reply yet: etcd must be asked first
+    def __init__(self, status: int, body: bytes, result: str = "ok",
+                 change: Record | None = None) -> None:
+        self.status = status
+        self.body = body
+        self.result = result  # for the metrics
+        self.change = change  # made by the request
+        self.seq = 0  # of the change
         self.content_type = REPLY_TYPE
-        self.page: Iterator[bytes] | None = None  # what follows the body, in portions
+        self.page: Iterator[bytes] | None = None  # chunks that follow the body
 
 
 def quote_value(value: Any) -> str:
-    """Return a value of JSON as it may be shown: repr() takes long for what is nested deeply."""
-    return type(value).__name__ if isinstance(value, (list, dict)) else printable(repr(value))
+    """Return a JSON value for a message; of nested ones the type, since repr() takes long."""
+    if isinstance(value, (list, dict)):
+        return type(value).__name__
+    return printable(repr(value))
 
 
 class Arguments(Dict[str, Any]):
-    """The arguments of a call. A method that reads one raises InvalidRequest."""
+    """The arguments of an API call. A method that reads one raises InvalidRequest."""
 
     def text(self, key: str, is_needed: bool = False) -> str:
-        """Return a string that may be kept and printed, "" where there is none."""
+        """Return a string that may be stored and printed, "" if there is none."""
         value = self.get(key, "")
-        if not isinstance(value, str) or (is_needed and not value):
-            more = " with something in it" if is_needed else ""
-            raise InvalidRequest(f"{key} is not a string{more}: {quote_value(value)}")
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{key} is not a string: {quote_value(value)}")
+        if is_needed and not value:
+            raise InvalidRequest(f"{key} is empty or missing")
         if len(value) > MAX_TEXT_CHARS:
             raise InvalidRequest(f"{key} is longer than {MAX_TEXT_CHARS} characters")
         if not value.isprintable():
-            raise InvalidRequest(f"{key} has characters that cannot be printed: {value!r}")
+            raise InvalidRequest(f"{key} has unprintable characters: {value!r}")
         return value
 
     def address(self, is_needed: bool = False) -> str:
-        """Return a bare address of either family, "" where there is none."""
+        """Return a bare address of either family, "" if there is none."""
         text = self.text("Address", is_needed)
+        if not text:
+            return ""
         version = 6 if ":" in text else 4
         try:
-            return text and format_address(parse_address(text, version), version)
+            return format_address(parse_address(text, version), version)
         except ValueError:
             raise InvalidRequest(f"invalid address: {text!r} is not a bare IP address") from None
 
     def seq(self) -> int:
-        """Return the number of a change."""
-        if type(self.get("Seq")) is not int:  # nor bool
-            raise InvalidRequest(f"Seq is not a number: {quote_value(self.get('Seq'))}")
-        return int(self["Seq"])
+        """Return the sequence number of a change."""
+        value = self.get("Seq")
+        if type(value) is not int:  # bool is a subclass of int
+            raise InvalidRequest(f"Seq is not a number: {quote_value(value)}")
+        return value
 
     def prefix(self, key: str) -> Network | None:
-        """Return a prefix, its host bits cleared: Docker <= 24 passes them."""
+        """Return a prefix with its host bits cleared, since Docker <= 24 does not clear them."""
         text = self.text(key)
+        if not text:
+            return None
         try:
-            return parse_prefix(text, mask=True) if text else None
+            return parse_prefix(text, mask=True)
         except ValueError as error:
             raise InvalidRequest(f"invalid address {key.lower()}: {error}") from None
 
     def options(self) -> Arguments:
-        """Return the map of options, {} where there is none; those of others are left alone."""
+        """Return the map of driver options, {} if there is none."""
         options = self.get("Options")
         if options is None:
             options = {}
@@ -3309,116 +3450,136 @@ class Arguments(Dict[str, Any]):
         return Arguments(options)
 
 
-def dispatch(service: Service, verb: str, target: str, body: bytes,
-             paths: frozenset[str] = frozenset(), failure: GipamError | None = None) -> Reply:
-    """Answer a request, only for these paths if there are any. Never raises.
+def dispatch(service: Service, verb: str, target: str, body: bytes, outcome: Outcome = NO_OUTCOME,
+             paths: frozenset[str] = frozenset()) -> Reply:
+    """Decide a request; if there are paths, only they are served.
 
-    What it changed is not on disk before commit(); if it is refused, nothing has changed (but that
-    a pool may have been adopted on the way). The failure is that of etcd, asked for its need.
+    What it changes is not on disk before Service.commit(). If it is refused, nothing has changed,
+    except that a pool may have been adopted on the way.
+    Raises: TransactionRequired: to be decided again with the outcome of the transaction.
     """
-    started_s, result = time.perf_counter(), "ok"
     path, _, query = target.partition("?")
     try:
         if paths and path not in paths:
             raise InvalidRequest(f"{path} is not served here, only {', '.join(sorted(paths))}", 404)
-        if failure:
-            raise failure
-        reply = route(service, verb, path, query, body)
-    except TransactionRequired as due:
-        return Reply(0, b"", need=due.need)
+        if outcome.error:
+            raise outcome.error
+        return route(service, verb, path, query, body, outcome)
+    except TransactionRequired:
+        raise
     except GipamError as error:
-        log.warning("refused %s: %s", METHODS.get(path, ("a request",))[0], error)
-        reply, result = error_reply(error), type(error).__name__
-    except Exception:  # a bug: Docker gets an answer, the operator the traceback
+        label = METHODS[path].label if path in METHODS else "a request"
+        log.warning("refused %s: %s", label, error)
+        return error_reply(error)
+    except Exception:
         log.exception("failed at %s, which is a bug of gipam; got %r", printable(path),
                       body[:MAX_TEXT_CHARS])
-        service.mend()
-        reply, result = error_reply(GipamError("internal error of gipam: see its log")), "bug"
-    service.requests[path if path in PATHS else "unknown", result] += 1
-    service.request_s.observe(time.perf_counter() - started_s)
-    if path not in STATIC_REPLIES:
-        reply.seq = service.state.seq
-    return reply
+        service.recover_from_exception()
+        reply = error_reply(GipamError("internal error of gipam: see its log"))
+        reply.result = "bug"
+        return reply
 
 
-def route(service: Service, verb: str, path: str, query: str, body: bytes) -> Reply:
-    """Find the function for a path, and call it. Raises: GipamError."""
+def route(service: Service, verb: str, path: str, query: str, body: bytes,
+          outcome: Outcome) -> Reply:
+    """Find the function of a path, and call it. Raises: GipamError, TransactionRequired."""
     if verb == "POST" and path in METHODS:
-        result, change = METHODS[path][1](service, decode_fields(body))
-        return Reply(200, encode_json(result).encode(), change)
+        method = METHODS[path]
+        result, change = method.function(service, decode_arguments(body), outcome)
+        reply = Reply(200, encode_json(result).encode(), "ok", change)
+        reply.seq = service.state.seq
+        return reply
     if path not in PATHS:
         raise InvalidRequest(f"unknown method {printable(path)!r}: this is an IPAM driver", 404)
     needed = "GET" if path in PAGES else "POST"
     if verb != needed:
         raise InvalidRequest(f"{path} takes {needed}, not {printable(verb)}", 405)
     if path in STATIC_REPLIES:
-        return Reply(200, (STATIC_REPLIES if service.has_macs else STATIC_REPLIES_WITHOUT_MAC)[path])
-    content_type, page = PAGES[path]
-    portions = join_portions(page(service, query))
-    reply = Reply(200, next(portions, b""))
-    reply.content_type, reply.page = content_type, portions
+        replies = STATIC_REPLIES if service.has_macs else STATIC_REPLIES_WITHOUT_MAC
+        return Reply(200, replies[path])
+
+    page = PAGES[path]
+    chunks = join_portions(page.function(service, query))
+    reply = Reply(200, next(chunks, b""))
+    reply.content_type = page.content_type
+    reply.page = chunks
     return reply
 
 
 def error_reply(error: GipamError) -> Reply:
-    """Turn an error into a reply: dockerd reads Err of a status that is not 200, others Error."""
-    return Reply(error.http_status, encode_json({"Err": str(error), "Error": str(error)}).encode())
+    """Turn an error into a reply. dockerd reads Err if the status is not 200, others Error."""
+    text = str(error)
+    body = encode_json({"Err": text, "Error": text}).encode()
+    result = RESULT_LABELS.get(type(error), type(error).__name__)
+    return Reply(error.http_status, body, result)
 
 
-def durable_reply(service: Service, reply: Reply) -> Reply:
-    """Return what may leave after a commit(): an error, if what was decided is not on disk."""
-    return reply if service.is_durable(reply.seq) else error_reply(service.failure)
+def method_label(target: str) -> str:
+    """Return the label of a request in the metrics: its path, or "unknown"."""
+    if target in PATHS:
+        return target
+    path = target.partition("?")[0]
+    return path if path in PATHS else "unknown"
 
 
-def decode_fields(body: bytes) -> Arguments:
-    """Return the arguments of a call. Raises: InvalidRequest."""
-    if not body:  # moby#39331: never read it as defaults
+def decode_arguments(body: bytes) -> Arguments:
+    """Return the arguments of an API call. Raises: InvalidRequest."""
+    # moby#39331: dockerd retries a request without its body. That is no request with defaults.
+    if not body:
         raise InvalidRequest("the request has no body: dockerd lost it in a retry; "
                              "run the command again")
     try:
         text = body.decode().strip()
-        fields, end = raw_decode(text)
-        if end < len(text):
-            raise ValueError
-    except (ValueError, RecursionError):  # whose text is another in each Python
+        arguments, end = raw_decode(text)
+    except (ValueError, RecursionError):  # their texts differ between versions of Python
         raise InvalidRequest("the body is not JSON") from None
-    if not isinstance(fields, dict):
+    if end < len(text):
+        raise InvalidRequest("the body is not JSON")
+    if not isinstance(arguments, dict):
         raise InvalidRequest("the body is not a JSON object")
-    return Arguments(fields)
+    return Arguments(arguments)
 
 
-def parse_pool_request(fields: Arguments) -> PoolRequest:
+def parse_pool_request(arguments: Arguments) -> PoolRequest:
     """Return what a network asks for. Raises: InvalidRequest."""
-    space, is_v6 = fields.text("AddressSpace"), fields.get("V6", False)
-    subnet, sub_pool, options = fields.prefix("Pool"), fields.prefix("SubPool"), fields.options()
+    space = arguments.text("AddressSpace")
     if space not in ("", ADDRESS_SPACE):
         raise InvalidRequest(f"invalid address space: {space!r} is not {ADDRESS_SPACE!r}")
+    subnet = arguments.prefix("Pool")
+    sub_pool = arguments.prefix("SubPool")
+    options = arguments.options()
+
+    is_v6 = arguments.get("V6", False)
     if not isinstance(is_v6, bool) or (is_v6 and subnet and subnet.version == 4):
         raise InvalidRequest(f"invalid address pool: {subnet} with V6 {quote_value(is_v6)}")
-    version = subnet.version if subnet else 6 if is_v6 else 4
+    version = 6 if is_v6 else 4
+    if subnet:
+        version = subnet.version
     prefixlen = parse_prefixlen(options, version)
     if subnet and is_size_hint(subnet):
-        prefixlen, subnet = subnet.prefixlen or prefixlen, None
+        prefixlen = subnet.prefixlen or prefixlen
+        subnet = None
+
     if sub_pool and not subnet:
         raise InvalidRequest(
             f"invalid address subpool: {sub_pool} comes without the subnet it is in")
-    text = options.text(SHARED_OPTION) or "false"
-    if text not in ("true", "false") or (text == "true" and not subnet):
+    shared = options.text(SHARED_OPTION) or "false"
+    if shared not in ("true", "false") or (shared == "true" and not subnet):
         raise InvalidRequest(f"option {SHARED_OPTION} is true or false, and takes a --subnet: "
-                             f"{text!r}")
+                             f"{shared!r}")
     return PoolRequest(version, subnet, sub_pool, prefixlen, options.text(NAME_OPTION),
-                       text == "true")
+                       shared == "true")
 
 
 def parse_prefixlen(options: Arguments, version: int) -> int | None:
-    """Return the length of block asked for. Raises: InvalidRequest, also for unknown options."""
+    """Return the prefix length asked for. Raises: InvalidRequest, also for unknown options."""
     known = (NAME_OPTION, *LENGTH_OPTIONS.values(), SHARED_OPTION)
     for key in options:
         if key.startswith("gipam.") and key not in known:
             raise InvalidRequest(f"unknown option {printable(repr(key))}: "
                                  f"gipam has {', '.join(known)}")
         if "gipam." + key in known:
-            log.warning("option %r does nothing: is 'gipam.%s' meant?", key, key)
+            log.warning("option %r does nothing: did you mean 'gipam.%s'?", key, key)
     for key in LENGTH_OPTIONS.values():
         if key in options and not re.fullmatch("[0-9]{1,3}", options.text(key)):
             raise InvalidRequest(f"option {key} is not a prefix length: {options[key]!r}")
@@ -3426,9 +3587,10 @@ def parse_prefixlen(options: Arguments, version: int) -> int | None:
     return int(text) if text else None
 
 
-def handle_request_pool(service: Service, fields: Arguments) -> tuple[Any, Record]:
+def handle_request_pool(service: Service, arguments: Arguments,
+                        outcome: Outcome) -> tuple[Json, Record]:
     """Grant a network its subnet."""
-    request = parse_pool_request(fields)
+    request = parse_pool_request(arguments)
     if request.is_shared and not service.site:
         raise InvalidRequest(f"option {SHARED_OPTION} needs -etcd, through which hosts share")
     change = service.request_pool(request)
@@ -3439,32 +3601,58 @@ def handle_request_pool(service: Service, fields: Arguments) -> tuple[Any, Recor
     return {"PoolID": change.pool_id, "Pool": change.subnet, "Data": {}}, change
 
 
-def handle_request_address(service: Service, fields: Arguments) -> tuple[Any, Record]:
-    """Grant an address to a gateway, to a container, or aside for the user (auxiliary)."""
-    pool_id, address, options = fields.text("PoolID", True), fields.address(), fields.options()
-    mac, name = options.text(ENDPOINT_MAC), options.text(ENDPOINT_NAME)
-    # without MAC addresses, Docker < 29 asks for an address of a container as for an auxiliary one
-    kind = ENDPOINT if mac or name or not address or not service.has_macs else AUXILIARY
+def handle_request_address(service: Service, arguments: Arguments,
+                           outcome: Outcome) -> tuple[Json, Record]:
+    """Grant an address to a gateway, to a container, or to nobody (auxiliary)."""
+    pool_id = arguments.text("PoolID", is_needed=True)
+    address = arguments.address()
+    options = arguments.options()
+    mac = options.text(ENDPOINT_MAC)
+    name = options.text(ENDPOINT_NAME)
+    # An auxiliary address is asked for by its text alone. Without MAC addresses, Docker < 29 asks
+    # so for the address of a container, too.
+    kind = AUXILIARY
+    if mac or name or not address or not service.has_macs:
+        kind = ENDPOINT
     if options.get("RequestAddressType") == "com.docker.network.gateway":
         kind = GATEWAY
     change, prefixlen = service.request_address(pool_id, AddressRequest(address, kind, mac, name))
     return {"Address": f"{change.address}/{prefixlen}", "Data": {}}, change
 
 
-def handle_release(service: Service, fields: Arguments, has_address: bool = False) -> tuple[Any, Any]:
-    """Release a pool or an address; what is gone already is released."""
-    pool_id, address = fields.text("PoolID", True), fields.address(True) if has_address else ""
-    change = service.release(pool_id, address)
+def handle_release_pool(service: Service, arguments: Arguments,
+                        _: Outcome) -> tuple[Json, Record | None]:
+    """Release a pool; success also if it is not held."""
+    pool_id = arguments.text("PoolID", is_needed=True)
+    change = service.release(pool_id)
     if change is None:
-        log.warning("nothing to release: %s is not held", f"{address} in {pool_id}"
-                    if address else pool_id)
+        log.warning("nothing to release: %s is not held", pool_id)
     return {}, change
 
 
-def handle_import(service: Service, fields: Arguments) -> tuple[Any, None]:
+def handle_release_address(service: Service, arguments: Arguments,
+                           _: Outcome) -> tuple[Json, Record | None]:
+    """Release an address; success also if it is not held."""
+    pool_id = arguments.text("PoolID", is_needed=True)
+    address = arguments.address(is_needed=True)
+    change = service.release(pool_id, address)
+    if change is None:
+        log.warning("nothing to release: %s in %s is not held", address, pool_id)
+    return {}, change
+
+
+def handle_release_if_unchanged(service: Service, arguments: Arguments,
+                                _: Outcome) -> tuple[Json, Record | None]:
+    """Release what `check` or `release` has seen, if it is still the same."""
+    pool_id = arguments.text("PoolID", is_needed=True)
+    change = service.release_if_unchanged(pool_id, arguments.address(), arguments.seq())
+    return {}, change
+
+
+def handle_import(service: Service, arguments: Arguments, outcome: Outcome) -> tuple[Json, None]:
     """Take over what Docker uses; answer how many changes that was, and the last one's Seq."""
-    subnet, sub_pool = fields.prefix("Subnet"), fields.prefix("SubPool")
-    leases = fields.get("Leases")
+    subnet, sub_pool = arguments.prefix("Subnet"), arguments.prefix("SubPool")
+    leases = arguments.get("Leases")
     if not subnet or not isinstance(leases, list) \
             or not all(isinstance(lease, dict) for lease in leases):
         raise InvalidRequest("Subnet or the list Leases is missing")
@@ -3476,14 +3664,14 @@ def handle_import(service: Service, fields: Arguments) -> tuple[Any, None]:
     for request in requests:
         if request.kind not in LEASE_KINDS:
             raise InvalidRequest(f"Kind is none of {', '.join(LEASE_KINDS)}: {request.kind!r}")
-    done = service.import_pool(subnet, sub_pool, fields.text("Name"), requests, fields.seq())
+    done = service.import_pool(subnet, sub_pool, arguments.text("Name"), requests, arguments.seq())
     log.info("took over %s as Docker has it: %d changes", sub_pool or subnet, len(done))
     return {"Adopted": len(done), "Seq": done.stop - 1}, None
 
 
-def handle_evict(service: Service, fields: Arguments) -> tuple[Any, None]:
+def handle_evict(service: Service, arguments: Arguments, outcome: Outcome) -> tuple[Json, None]:
     """Give up what a host that will never come back has claimed."""
-    host, site = fields.text("Host", is_needed=True), service.site
+    host, site = arguments.text("Host", is_needed=True), service.site
     if not site or host == site.host:
         raise InvalidRequest(f"{host!r} is this host" if site else "this gipam has no -etcd")
     site.evict(host)
@@ -3492,58 +3680,55 @@ def handle_evict(service: Service, fields: Arguments) -> tuple[Any, None]:
 
 def describe_bases(state: State, routes: Mapping[int, list[Range]]) -> list[Json]:
     """Return what `status --json` shows of the bases, with those routes of the host inside them."""
-    bases = []
-    for base, family in ((base, its) for its in state.families.values() for base in its.bases):
-        version, (low, high) = family.version, address_range(base)
-        total, used, excluded = family.count(base)
-        inside = [route for route in routes.get(version, ()) if low <= route[0] <= high]
-        removed = [network for network in family.excluded if base.overlaps(network)]
-        bases.append({
-            "prefix": str(base), "family": version, "block_prefixlen": family.prefixlen,
-            "blocks": total, "blocks_used": used, "blocks_excluded": excluded,
-            "blocks_routed": family.count_free([*inside, *map(address_range, removed)]) - excluded,
-            "excluded": [*map(str, removed)],
-            "routes": [f"{format_address(first, version)}/"
-                       f"{ADDRESS_BITS[version] - (last - first).bit_length()}" for first, last in inside],
-            "remembered": {name: str(kept.network) for name, kept in family.names.items()
-                           if low <= int(kept.network.network_address) <= high},
-        })
-    return bases
+    descriptions = []
+    for version, family in state.families.items():
+        for base in family.bases:
+            descriptions.append(describe_base(family, base, routes.get(version, [])))
+    return descriptions
 
 
-def encode_status(head: Json, pools: Iterable[Pool], has_leases: bool,
-                  site: ClaimTable | None = None) -> Iterator[str]:
-    """Yield the JSON of `status --json` in portions, of pools as they are when it is their turn."""
-    yield encode_json(head)[:-1] + ',"claims":['
-    claims = [(name.split("/"), claim) for name, claim in site.claims.items()] if site else []
-    yield from encode_items({
-        "subnet": "/".join(name[:2]), "address": "".join(name[2:]), "hosts": claim.hosts,
-        "is_shared": claim.is_shared, "since_s": claim.since_s}
-        for name, claim in claims if has_leases or len(name) == 2)
+def describe_base(family: Family, base: Network, routes: list[Range]) -> Json:
+    """Return what `status --json` shows of a base."""
+    version = family.version
+    low, high = address_range(base)
+    total, used, excluded = family.count(base)
+    removed = [network for network in family.excluded if base.overlaps(network)]
+    routes = [route for route in routes if low <= route[0] <= high]
+    routed_or_excluded = family.count_free([*routes, *map(address_range, removed)])
+    remembered = {name: str(kept.network) for name, kept in family.names.items()
+                  if low <= int(kept.network.network_address) <= high}
+    return {
+        "prefix": str(base), "family": version, "block_prefixlen": family.prefixlen,
+        "blocks": total, "blocks_used": used, "blocks_excluded": excluded,
+        "blocks_routed": routed_or_excluded - excluded, "excluded": list(map(str, removed)),
+        "routes": [format_range(first, last, version) for first, last in routes],
+        "remembered": remembered,
+    }
+
+
+def format_range(first: int, last: int, version: int) -> str:
+    """Return the CIDR form of a range of addresses that is a prefix."""
+    prefixlen = ADDRESS_BITS[version] - (last - first).bit_length()
+    return f"{format_address(first, version)}/{prefixlen}"
+
+
+def status_page(service: Service, query: str) -> Iterator[str]:
+    """Yield the JSON of the status, of pools as they are when it is their turn."""
+    has_leases = "leases=1" in query.split("&")
+    yield encode_json(describe_service(service))[:-1] + ',"claims":['
+    if service.site:
+        yield from encode_items(describe_claims(service.site, has_leases))
     yield '],"pools":['
     comma = ""
-    for pool in pools:
-        text = comma + encode_json({
-            "id": pool.pool_id, "subnet": str(pool.subnet.network),
-            "sub_pool": str(pool.sub_pool or ""), "name": pool.name, "leases": len(pool.leases),
-            "usable": pool.capacity(), "granted_s": pool.granted_s, "seq": pool.seq,
-            "is_shared": pool.subnet.is_shared,
-            "claimed_elsewhere": site.find_claim_conflict(pool.subnet.network) if site else "",
-            **({"remembered": {owner: pool.format(offset) for owner, (offset, _)
-                               in pool.subnet.affinity.items()}} if has_leases else {})})
-        if has_leases:
-            leases = ({"address": pool.format(at), **pool.leases[at]._asdict()}
-                      for at in list(pool.leases) if at in pool.leases)
-            yield text[:-1] + ',"addresses":['
-            yield from encode_items(leases)
-            text = "]}"
-        yield text
+    for pool in list(service.state.pools.values()):
+        yield comma
+        yield from encode_pool_status(service, pool, has_leases)
         comma = ","
     yield "]}"
 
 
-def status_page(service: Service, query: str) -> Iterator[str]:
-    """Yield what `status --json` shows."""
+def describe_service(service: Service) -> Json:
+    """Return the part of the status that is not about a pool or a claim."""
     routes = {version: service.read_obstacles(family)
               for version, family in service.state.families.items() if family.bases}
     status = {**service.daemon_info, "version": __version__, "seq": service.state.seq,
@@ -3552,56 +3737,181 @@ def status_page(service: Service, query: str) -> Iterator[str]:
         status.update(service.site.describe(bool(service.etcd_failure)), etcd={
             "failure": service.etcd_failure, "due": len(service.site.due),
             "age_s": service.site.age_s()})
-    return encode_status(status, list(service.state.pools.values()),
-                         "leases=1" in query.split("&"), service.site)
+    return status
+
+
+def describe_claims(site: ClaimTable, has_addresses: bool) -> Iterator[Json]:
+    """Yield what the status shows of the claims, on subnets only or on addresses, too."""
+    for key, claim in list(site.claims.items()):
+        network, address = parse_claim_key(key)
+        if has_addresses or not address:
+            yield {"subnet": str(network), "address": address, "hosts": claim.hosts,
+                   "is_shared": claim.is_shared, "since_s": claim.since_s}
+
+
+def encode_pool_status(service: Service, pool: Pool, has_leases: bool) -> Iterator[str]:
+    """Yield the JSON of a pool in the status, in portions."""
+    network = pool.subnet.network
+    status = {
+        "id": pool.pool_id, "subnet": str(network), "sub_pool": str(pool.sub_pool or ""),
+        "name": pool.name, "leases": len(pool.leases), "usable": pool.capacity(),
+        "granted_s": pool.granted_s, "seq": pool.seq, "is_shared": pool.subnet.is_shared,
+        "claimed_elsewhere": service.site.find_claim_conflict(network) if service.site else "",
+    }
+    if not has_leases:
+        yield encode_json(status)
+        return
+    status["remembered"] = {owner: pool.format(offset)
+                            for owner, (offset, _) in pool.subnet.affinity.items()}
+    yield encode_json(status)[:-1] + ',"addresses":['
+    yield from encode_items(describe_leases(pool))
+    yield "]}"
+
+
+def describe_leases(pool: Pool) -> Iterator[Json]:
+    """Yield what the status shows of the leases; of those that go meanwhile, nothing."""
+    for offset in list(pool.leases):
+        lease = pool.leases.get(offset)
+        if lease:
+            yield {"address": pool.format(offset), **lease._asdict()}
+
+
+Samples = Iterator[Tuple[str, Any]]  # of a metric: suffix and labels of a series, and its value
+
+
+class Metric(NamedTuple):
+    """A metric of GET /metrics. If it has no samples, it is left out."""
+
+    name: str
+    metric_type: str
+    help: str
+    samples: Callable[[Service], Samples]
+
+
+def base_samples(service: Service, key: str) -> Samples:
+    """Yield a figure of each base, by its key in the status."""
+    for base in describe_bases(service.state, {}):
+        yield f'{{base="{base["prefix"]}",family="{base["family"]}"}}', base[key]
+
+
+def block_samples(service: Service) -> Samples:
+    """Yield how many blocks each base has."""
+    return base_samples(service, "blocks")
+
+
+def used_block_samples(service: Service) -> Samples:
+    """Yield how many blocks of each base are held."""
+    return base_samples(service, "blocks_used")
+
+
+def excluded_block_samples(service: Service) -> Samples:
+    """Yield how many blocks of each base are excluded."""
+    return base_samples(service, "blocks_excluded")
+
+
+def pool_label(pool: Pool) -> str:
+    """Return the labels of a pool."""
+    return f'{{pool="{pool.sub_pool or pool.subnet.network}"}}'
+
+
+def capacity_samples(service: Service) -> Samples:
+    """Yield how many addresses each pool has."""
+    for pool in list(service.state.pools.values()):
+        yield pool_label(pool), pool.capacity()
+
+
+def lease_samples(service: Service) -> Samples:
+    """Yield how many addresses of each pool are held."""
+    for pool in list(service.state.pools.values()):
+        yield pool_label(pool), len(pool.leases)
+
+
+def build_samples(_: Service) -> Samples:
+    """Yield the version."""
+    yield f'{{version="{__version__}"}}', 1
+
+
+def request_samples(service: Service) -> Samples:
+    """Yield the counts of requests, those that are 0 too, so that increase() sees the first."""
+    counts = {(method, result): 0 for method in sorted(PATHS | {"unknown"}) for result in RESULTS}
+    counts.update(service.metrics.requests)
+    for (method, result), count in counts.items():
+        yield f'{{method="{method}",result="{result}"}}', count
+
+
+def request_duration_samples(service: Service) -> Samples:
+    """Yield the histogram of request durations."""
+    return service.metrics.request_s.samples()
+
+
+def sync_duration_samples(service: Service) -> Samples:
+    """Yield the histogram of commit durations."""
+    return service.metrics.sync_s.samples()
+
+
+def journal_samples(service: Service) -> Samples:
+    """Yield the length of the journal."""
+    yield "", service.store.journal_bytes
+
+
+def last_write_samples(service: Service) -> Samples:
+    """Yield when the journal was last written, nothing before the first time."""
+    if service.metrics.last_write_s:
+        yield "", service.metrics.last_write_s
+
+
+def etcd_up_samples(service: Service) -> Samples:
+    """Yield whether etcd answers, nothing without -etcd."""
+    if service.site:
+        yield "", int(not service.etcd_failure)
+
+
+def etcd_duration_samples(service: Service) -> Samples:
+    """Yield the histogram of calls to etcd, nothing without -etcd."""
+    if service.site:
+        yield from service.etcd_s.samples()
+
+
+def claim_samples(service: Service) -> Samples:
+    """Yield how many subnets each host has claimed, nothing without -etcd."""
+    if service.site:
+        for host in service.site.describe(False)["hosts"]:
+            yield f'{{host="{host["host"]}"}}', host["claims"]
+
+
+METRICS = (
+    Metric("build_info", "gauge", "1, with the version of gipam", build_samples),
+    Metric("base_blocks", "gauge", "Blocks of the default length in a base", block_samples),
+    Metric("base_blocks_used", "gauge", "Blocks of a base that are held", used_block_samples),
+    Metric("base_blocks_excluded", "gauge", "Blocks of a base that are never handed out",
+           excluded_block_samples),
+    Metric("pool_addresses", "gauge", "Addresses of a pool that can be handed out",
+           capacity_samples),
+    Metric("pool_addresses_used", "gauge", "Addresses of a pool that are held", lease_samples),
+    Metric("requests_total", "counter", "Requests, by method and result", request_samples),
+    Metric("request_duration_seconds", "histogram",
+           "Time from a complete request to its reply, with the commit and etcd",
+           request_duration_samples),
+    Metric("journal_sync_duration_seconds", "histogram",
+           "Time of one write and sync of the journal", sync_duration_samples),
+    Metric("journal_bytes", "gauge", "Length of the journal", journal_samples),
+    Metric("etcd_up", "gauge", "1 if the last call to etcd was answered", etcd_up_samples),
+    Metric("etcd_request_duration_seconds", "histogram", "Time of one call to etcd",
+           etcd_duration_samples),
+    Metric("claims", "gauge", "Subnets that a host has claimed", claim_samples),
+    Metric("last_write_timestamp_seconds", "gauge", "When the journal was last written",
+           last_write_samples),
+)
 
 
 def metrics_page(service: Service, _: str) -> Iterator[str]:
-    """Yield the lines of GET /metrics; the counts of all methods from 0 on (increase())."""
-    bases = [(f'{{base="{base["prefix"]}",family="{base["family"]}"}}', base)
-             for base in describe_bases(service.state, {})]
-    pools = [*service.state.pools.values()]  # labelled when it is their turn: 15 us each
-
-    def label(pool: Pool) -> str:
-        return f'{{pool="{pool.sub_pool or pool.subnet.network}"}}'
-
-    hosts = service.site.describe(False)["hosts"] if service.site else None
-    counts = {**{(method, result): 0 for method in (*PATHS, "unknown") for result in RESULTS},
-              **service.requests}
-    for name, text, series in (  # labels and value of each; None or 0: there is nothing to tell
-        ("build_info", "1, with the version of gipam", [(f'{{version="{__version__}"}}', 1)]),
-        ("base_blocks", "Blocks of the usual length in a base",
-         [(labels, base["blocks"]) for labels, base in bases]),
-        ("base_blocks_used", "Blocks of it that are held",
-         [(labels, base["blocks_used"]) for labels, base in bases]),
-        ("base_blocks_excluded", "Blocks of it that are never handed out",
-         [(labels, base["blocks_excluded"]) for labels, base in bases]),
-        ("pool_addresses", "Addresses of a pool that can be handed out",
-         ((label(pool), pool.capacity()) for pool in pools)),
-        ("pool_addresses_used", "Addresses of it that are held",
-         ((label(pool), len(pool.leases)) for pool in pools)),
-        ("requests_total", "Requests, by method and result",
-         [(f'{{method="{method}",result="{result}"}}', count)
-          for (method, result), count in counts.items()]),
-        ("request_duration_seconds", "Time from a request to its reply",
-         service.request_s.series()),
-        ("journal_sync_duration_seconds", "Time of one write and sync of the journal",
-         service.sync_s.series()),
-        ("journal_bytes", "Length of the journal", [("", service.store.journal_bytes)]),
-        ("etcd_up", "1 if etcd has answered the last time",
-         hosts and [("", int(not service.etcd_failure))]),
-        ("etcd_request_duration_seconds", "Time of one request to etcd",
-         hosts and service.etcd_s.series()),
-        ("claims", "Subnets that a host has claimed",
-         hosts and [(f'{{host="{host["host"]}"}}', host["claims"]) for host in hosts]),
-        ("last_write_timestamp_seconds", "When the journal was last written",
-         service.last_write_s and [("", service.last_write_s)]),
-    ):
-        if series:  # the name tells the kind. Source: the naming conventions of Prometheus
-            kind = ("counter" if name.endswith("_total") else
-                    "histogram" if name.endswith("_duration_seconds") else "gauge")
-            yield f"# HELP gipam_{name} {text}\n# TYPE gipam_{name} {kind}\n"
-            yield from (f"gipam_{name}{labels} {value}\n" for labels, value in series)
+    """Yield the lines of GET /metrics."""
+    for metric in METRICS:
+        header = (f"# HELP gipam_{metric.name} {metric.help}\n"
+                  f"# TYPE gipam_{metric.name} {metric.metric_type}\n")
+        for suffix, value in metric.samples(service):
+            yield f"{header}gipam_{metric.name}{suffix} {value}\n"
+            header = ""
 
 
 def health_page(service: Service, _: str) -> list[str]:
@@ -3611,45 +3921,75 @@ def health_page(service: Service, _: str) -> list[str]:
     return ["ok\n"]
 
 
-STATIC_REPLIES = {path: encode_json(value).encode() for path, value in {
-    "/Plugin.Activate": {"Implements": ["IpamDriver"]},
-    # MACs tell owners; a replay could make dockerd panic or release live pools (protocol.md 3.6)
-    "/IpamDriver.GetCapabilities": {"RequiresMACAddress": True, "RequiresRequestReplay": False},
-    "/IpamDriver.GetDefaultAddressSpaces": {"LocalDefaultAddressSpace": ADDRESS_SPACE,
-                                            "GlobalDefaultAddressSpace": ADDRESS_SPACE},
-}.items()}
-STATIC_REPLIES_WITHOUT_MAC = {path: text.replace(b"true", b"false") for path, text in STATIC_REPLIES.items()}
-METHODS: dict[str, tuple[str, Callable[[Service, Arguments], tuple[Any, Record | None]]]] = {
-    "/IpamDriver.RequestPool": ("a subnet", handle_request_pool),  # -> what the log calls it, function
-    "/IpamDriver.ReleasePool": ("to release a subnet", handle_release),
-    "/IpamDriver.RequestAddress": ("an address", handle_request_address),
-    "/IpamDriver.ReleaseAddress": ("to release an address",
-                                   functools.partial(handle_release, has_address=True)),
-    "/Gipam.Release": ("to release", lambda service, fields: (  # what `check` or `release` saw
-        {}, service.release_if_unchanged(fields.text("PoolID", True), fields.address(), fields.seq()))),
-    "/Gipam.Adopt": ("to take over", handle_import),
-    "/Gipam.Evict": ("to evict", handle_evict),
+def make_static_replies(has_macs: bool) -> dict[str, bytes]:
+    """Return the replies that do not depend on the request or on the state."""
+    replies = {
+        "/Plugin.Activate": {"Implements": ["IpamDriver"]},
+        # A replay of requests that fails makes dockerd up to 28 panic, or releases live pools
+        # (moby libnetwork/controller.go); the MAC address identifies an owner before Docker 29.
+        "/IpamDriver.GetCapabilities": {"RequiresMACAddress": has_macs,
+                                        "RequiresRequestReplay": False},
+        "/IpamDriver.GetDefaultAddressSpaces": {"LocalDefaultAddressSpace": ADDRESS_SPACE,
+                                                "GlobalDefaultAddressSpace": ADDRESS_SPACE},
+    }
+    return {path: encode_json(reply).encode() for path, reply in replies.items()}
+
+
+class Method(NamedTuple):
+    """A plugin method that takes arguments."""
+
+    label: str  # for the log: "refused an address"
+    function: Callable[[Service, Arguments, Outcome], tuple[Json, Record | None]]
+
+
+class Page(NamedTuple):
+    """A page that is read with GET."""
+
+    content_type: str
+    function: Callable[[Service, str], Iterable[str]]
+
+
+STATIC_REPLIES = make_static_replies(has_macs=True)
+STATIC_REPLIES_WITHOUT_MAC = make_static_replies(has_macs=False)
+METHODS = {
+    "/IpamDriver.RequestPool": Method("a subnet", handle_request_pool),
+    "/IpamDriver.ReleasePool": Method("to release a subnet", handle_release_pool),
+    "/IpamDriver.RequestAddress": Method("an address", handle_request_address),
+    "/IpamDriver.ReleaseAddress": Method("to release an address", handle_release_address),
+    "/Gipam.Release": Method("to release", handle_release_if_unchanged),
+    "/Gipam.Adopt": Method("to take over", handle_import),
+    "/Gipam.Evict": Method("to evict", handle_evict),
 }
-PAGES: dict[str, tuple[str, Callable[[Service, str], Iterable[str]]]] = {  # -> type, text
-    "/status": ("application/json", status_page),
-    "/metrics": ("text/plain; version=0.0.4; charset=utf-8", metrics_page),
-    "/healthz": ("text/plain; charset=utf-8", health_page),
+PAGES = {
+    "/status": Page("application/json", status_page),
+    "/metrics": Page("text/plain; version=0.0.4; charset=utf-8", metrics_page),
+    "/healthz": Page("text/plain; charset=utf-8", health_page),
 }
-PATHS: set[str] = {*STATIC_REPLIES, *METHODS, *PAGES}
-METRICS_LISTENER_PATHS = frozenset(("/metrics", "/healthz"))  # for whoever may reach the -metrics address
+PATHS = frozenset((*STATIC_REPLIES, *METHODS, *PAGES))
+METRICS_LISTENER_PATHS = frozenset(("/metrics", "/healthz"))  # served on the -metrics address
 
 
 # === Server =======================================================================================
+#
+# An event loop in one thread serves all connections, so that nothing needs a lock. EventLoop has
+# the phases of an iteration (run_once) and the only way in for other threads, run_in_loop(). A
+# Server is a listener, a ClientConnection one connection; its RequestReader splits what the client
+# has sent into requests. A Delivery is something that an iteration decided: a Request with its
+# reply, or a Callback with the result for its thread.
+#
+# The rule: nothing that an iteration decided leaves before commit() has returned. Then everything
+# leaves at once, in EventLoop._deliver(): as it was decided, or as the error of commit().
 
-# What dockerd writes, to the letter (protocol.md 1.6): read in 2 us; http.server's parser takes 20.
-PLAIN_REQUEST = re.compile(
+# What dockerd sends, to the letter (moby pkg/plugins/client.go). It is read in 2 us; the parser of
+# http.server takes 20.
+match_plain_head = re.compile(
     rb"POST (/[A-Za-z.]+) HTTP/1\.1\r\nHost: ([!-~]+)\r\nUser-Agent: [!-~]+\r\n"
     rb"Content-Length: ([0-9]{1,4})\r\nAccept: [!-~]+\r\n(?:Accept-Encoding: gzip\r\n)?\r\n").match
-CLOSE = "Connection: close\r\n"
-HEAD_END = re.compile(rb"\n\r?\n|\A[!-~]+ [!-~]+\r?\n").search  # \A: of HTTP/0.9, one line
-LOCAL_HOST = re.compile(r"(|(plugin\.moby\.)?localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?",
-                        re.IGNORECASE).fullmatch
-FDSTORE_NAME = "gipam"  # name of what the service manager keeps
+# An empty line; or the one line of an HTTP/0.9 request, which has no headers.
+search_head_end = re.compile(rb"\n\r?\n|\A[!-~]+ [!-~]+\r?\n").search
+match_local_host = re.compile(
+    r"(|(plugin\.moby\.)?localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?", re.IGNORECASE).fullmatch
+FDSTORE_NAME = "gipam"  # name of the socket in the descriptor store of systemd
 
 
 def sd_notify(state: str, *fds: int, patience_s: float = 0.0) -> None:
@@ -3664,11 +4004,168 @@ def sd_notify(state: str, *fds: int, patience_s: float = 0.0) -> None:
         manager.sendmsg([state.encode()], rights)
 
 
-class ClientConnection(http.server.BaseHTTPRequestHandler):
-    """A connection. It moves bytes when the loop says so, and never waits.
+class RequestReader:
+    """Splits the bytes that a client has sent into the heads and bodies of requests."""
 
-    What came and is not a whole request yet is in the inbox, what the socket has not taken yet in
-    the outbox; as long as that is not empty, nothing more is read from the peer.
+    __slots__ = ("body_length", "is_eof", "received", "scanned")
+
+    def __init__(self) -> None:
+        self.received = bytearray()  # neither taken as a head nor as a body yet
+        self.scanned = 0  # bytes of it in which no head ends
+        self.body_length = -1  # of the request whose head was taken last
+        self.is_eof = False  # the client has shut down its side
+
+    def has_begun(self) -> bool:
+        """Return whether part of a request has arrived."""
+        return bool(self.received) or self.body_length >= 0
+
+    def take_head(self) -> bytes | None:
+        """Return the head of the next request, None while it is incomplete.
+
+        At the end of the stream, an incomplete head is returned as it is. Raises: InvalidRequest.
+        """
+        received = self.received
+        # RFC 9112 section 2.2: a server should ignore an empty line before a request.
+        if not self.scanned and received.startswith((b"\r\n", b"\n")):
+            del received[:received.index(b"\n") + 1]
+
+        # An empty line may have begun in the last three bytes that were scanned before. The one
+        # line of HTTP/0.9 is only found from the start.
+        start = max(self.scanned - 3, 0)
+        if received.find(b"\n") >= self.scanned:
+            start = 0
+        end = search_head_end(received, start)
+        if end:
+            length = end.end()
+        elif self.is_eof and received:
+            length = len(received)
+        elif len(received) > MAX_HEAD_BYTES:
+            raise InvalidRequest("Request Header Fields Too Large", 431)
+        else:
+            self.scanned = len(received)
+            return None
+
+        self.scanned = 0
+        head = bytes(received[:length])
+        del received[:length]
+        return head
+
+    def take_body(self) -> bytes | None:
+        """Return the body, None while it is incomplete. Raises: InvalidRequest: it is cut off."""
+        length = self.body_length
+        if len(self.received) < length:
+            if self.is_eof:
+                raise InvalidRequest(f"the body ends after {len(self.received)} of {length} bytes")
+            return None
+
+        body = bytes(self.received[:length])
+        del self.received[:length]
+        self.body_length = -1
+        return body
+
+    def clear(self) -> None:
+        """Drop what has arrived, because nobody can tell where the next request begins."""
+        self.received.clear()
+        self.body_length = -1
+        self.scanned = 0
+
+
+class Delivery:
+    """Something that an iteration decided, which leaves after the commit of this iteration."""
+
+    __slots__ = ()
+
+    def deliver(self, error: GipamError | None) -> None:
+        """Deliver what was decided, or the error."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Give up after an unexpected exception."""
+
+
+class Request(Delivery):
+    """A request of a connection, from its last byte to the delivery of its reply."""
+
+    __slots__ = ("awaits_etcd", "body", "connection", "reply", "started_s", "target", "verb")
+
+    def __init__(self, connection: ClientConnection, verb: str, target: str, body: bytes) -> None:
+        self.connection = connection
+        self.verb = verb
+        self.target = target
+        self.body = body
+        self.started_s = time.perf_counter()
+        self.awaits_etcd = False
+        self.reply: Reply | None = None
+
+    def decide(self, outcome: Outcome = NO_OUTCOME) -> None:
+        """Decide it, unless its connection does not wait for it any more.
+
+        Raises: TransactionRequired; then it is decided again with the outcome of the transaction.
+        """
+        server = self.connection.server
+        if self.connection.current_request is self:
+            self.reply = dispatch(server.loop.service, self.verb, self.target, self.body, outcome,
+                                  server.paths)
+            server.loop.deliveries.append(self)
+
+    def deliver(self, error: GipamError | None) -> None:
+        """Count the request as what it became, and send its reply."""
+        connection = self.connection
+        if connection.current_request is not self:
+            return
+        connection.current_request = None
+        reply = self.reply
+        if error or not reply:
+            reply = error_reply(error or GipamError("internal error of gipam: see its log"))
+        loop = connection.server.loop
+        loop.service.metrics.count_request(method_label(self.target), reply.result,
+                                           time.perf_counter() - self.started_s)
+        connection.queue_reply(reply)
+        loop.send(connection)
+
+    def abort(self) -> None:
+        """Close the connection."""
+        self.connection.abort()
+
+
+class Callback(Delivery):
+    """A function that another thread runs in the loop thread, and its result."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self._function = function
+        self._args = args
+        self._result: Any = None
+        self._error: Exception | None = None
+        self._future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run(self) -> None:
+        """Call the function. Raises: nothing; its exception is delivered."""
+        try:
+            self._result = self._function(*self._args)
+        except Exception as error:  # noqa: BLE001 - the other thread raises it
+            self._error = error
+
+    def has_failed(self) -> bool:
+        """Return whether the function has raised an exception."""
+        return self._error is not None
+
+    def deliver(self, error: GipamError | None) -> None:
+        """Let the thread go on with the result, or with the exception."""
+        reason = error or self._error
+        if reason:
+            self._future.set_exception(reason)
+        else:
+            self._future.set_result(self._result)
+
+    def wait(self) -> Any:
+        """Return the result, in the other thread. Raises: as the function; the error of commit."""
+        return self._future.result()
+
+
+class ClientConnection(http.server.BaseHTTPRequestHandler):
+    """A connection. It moves bytes when the loop tells it to, and never waits.
+
+    While unsent is not empty, nothing more is read from the client.
     """
 
     protocol_version = "HTTP/1.1"
@@ -3676,174 +4173,206 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
     headers: http.client.HTTPMessage
 
     def __init__(self, request: socket.socket, _: Any, server: Server) -> None:
-        """Begin with nothing read, nothing to send; socketserver would handle all of it here."""
-        self.connection, self.server = request, server
-        self.received, self.unsent = bytearray(), b""
-        self.page: Iterator[bytes] | None = None  # what follows in the outbox
+        """Add the connection to the loop; socketserver's own constructor would serve it here."""
+        self.connection = request
+        self.server = server
+        self.reader = RequestReader()
+        self.unsent = b""
+        self.page: Iterator[bytes] | None = None  # chunks that follow what is unsent
         self.command = ""  # of the last request
-        self.looked = 0  # bytes of the inbox in which no head ends
-        self.length = -1  # of the body, once the head is read
-        self.is_eof = False  # the peer: it sends no more
+        self.current_request: Request | None = None  # until its reply is delivered
         self.closes_after_reply = False
-        self.awaits_etcd = False  # for etcd
-        self.reply: Reply | None = None  # the last one, until the peer has shown that it read it
-        self.since_s = time.monotonic()  # when it was last idle, or has sent something
-        self.events = 0  # what the selector waits for
-        server.loop.add(self)
+        # The last reply, until the client's next request proves that it has been read.
+        self.last_reply: Reply | None = None
+        self.active_s = time.monotonic()  # when it became idle or made progress
+        self.events = 0  # of the selector
+        server.loop.add_connection(self)
 
     def is_busy(self) -> bool:
-        """Return whether it is in the middle of a request or of a reply."""
-        return bool(self.received or self.unsent) or self.length >= 0 or self.awaits_etcd
+        """Return whether the connection is in the middle of a request or of a reply."""
+        return bool(self.unsent or self.current_request) or self.reader.has_begun()
 
     def receive(self) -> None:
-        """Put what has come into the inbox, unless it is full of requests that are due first."""
-        if len(self.received) > MAX_HEAD_BYTES + MAX_BODY_BYTES:  # more than any one needs
+        """Read what has arrived, unless more than one request of any size is there already."""
+        reader = self.reader
+        if len(reader.received) > MAX_HEAD_BYTES + MAX_BODY_BYTES:
             return
-        if not self.received and self.length < 0:
-            self.since_s = time.monotonic()
+        if not reader.has_begun():
+            self.active_s = time.monotonic()
         try:
             data = self.connection.recv(RECEIVE_BYTES)
-            self.received += data
-            self.is_eof = not data
         except BlockingIOError:
-            pass
+            return
         except OSError:
-            self.lose(is_unread=self.server.is_unix)
+            self._on_disconnect(is_unread=self.server.is_unix)
+            return
+        reader.received += data
+        reader.is_eof = not data
 
-    def next_request(self) -> bytes | None:
-        """Return the body of a request that is there as a whole, None: there is none.
+    def next_request(self) -> Request | None:
+        """Return the next request that is complete, None if there is none.
 
-        Its head is then in command, path and headers. Raises: GipamError: nobody knows any more
-        where the next one begins.
+        Raises: GipamError: nobody can tell where the next one would begin.
         """
-        if self.length < 0:
-            plain = PLAIN_REQUEST(self.received) if not self.looked else None
-            if plain and not (self.server.is_loopback and not LOCAL_HOST(plain[2].decode())):
-                self.close_connection, self.command, self.path = False, "POST", plain[1].decode()
-                self.length = int(plain[3])
-                del self.received[:plain.end()]
-            elif not self._read_head():
-                return None
-        if len(self.received) < self.length:
-            if self.is_eof:
-                raise InvalidRequest(f"the body ends after {len(self.received)} of {self.length} "
-                                     "bytes")
-            return None
-        body = bytes(self.received[:self.length])
-        del self.received[:self.length]
-        self.length, self.looked, self.reply = -1, 0, None
-        return body
+        reader = self.reader
+        if reader.body_length < 0:
+            plain = None if reader.scanned else match_plain_head(reader.received)
+            if plain and (not self.server.is_loopback or match_local_host(plain[2].decode())):
+                self.close_connection = False
+                self.command = "POST"
+                self.path = plain[1].decode()
+                reader.body_length = int(plain[3])
+                del reader.received[:plain.end()]
+            else:
+                head = reader.take_head()
+                if head is None:
+                    return None
+                reader.body_length = self._parse_head(head)
 
-    def _read_head(self) -> bool:
-        """Let http.server read the head, if it is there; return whether it is."""
-        if not self.looked and self.received.startswith((b"\r\n", b"\n")):  # RFC 9112 section 2.2
-            del self.received[:self.received.index(b"\n") + 1]
-        is_first_line = self.received.find(b"\n") >= self.looked  # that ends in what has come now
-        end = HEAD_END(self.received, 0 if is_first_line else max(self.looked - 3, 0))
-        self.looked = len(self.received)
-        if not end and self.looked <= MAX_HEAD_BYTES and not (self.is_eof and self.received):
-            return False
-        head = bytes(self.received[:end.end() if end else self.looked])
-        del self.received[:len(head)]
-        self.command, self.rfile = "", io.BytesIO(head)
+        body = reader.take_body()
+        if body is None:
+            return None
+        self.last_reply = None
+        return Request(self, self.command, self.path, body)
+
+    def _parse_head(self, head: bytes) -> int:
+        """Let http.server parse a head; return the length of the body. Raises: GipamError."""
+        self.command = ""
+        self.rfile = io.BytesIO(head)
         self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
         if len(self.raw_requestline) > MAX_LINE_BYTES:
             self.send_error(414)
-        if not end and not self.is_eof:
-            self.send_error(431)
-        if not self.parse_request():  # it has no word for a line of blanks
+        # For a line of blanks, parse_request() returns False without an error.
+        if not self.parse_request():
             self.send_error(400)
-        if self.request_version == "HTTP/0.9":  # it has no headers, and no status for an answer
+        # HTTP/0.9 has no headers, and no status in its replies.
+        if self.request_version == "HTTP/0.9":
             self.send_error(505)
-        self.length = self._check_head()
-        return True
+        self._check_origin()
+        return self._parse_body_length()
 
-    def _check_head(self) -> int:
-        """Return the length of the body. Raises: InvalidRequest; Forbidden for web pages."""
+    def _check_origin(self) -> None:
+        """Refuse requests of web pages, which reach loopback addresses too. Raises: Forbidden."""
+        if not self.server.is_loopback:
+            return
         host = self.headers.get("Host", "")
-        if self.server.is_loopback and ("Origin" in self.headers or "Sec-Fetch-Site" in self.headers
-                                       or not LOCAL_HOST(host)):
+        is_web_page = "Origin" in self.headers or "Sec-Fetch-Site" in self.headers
+        if is_web_page or not match_local_host(host):
             raise Forbidden("requests from web pages are not served, nor for another host than "
-                            f"this one: {printable(host)!r}")  # they reach loopback
+                            f"this one: {printable(host)!r}")
+
+    def _parse_body_length(self) -> int:
+        """Return the length of the body as the headers have it. Raises: InvalidRequest."""
         lengths = self.headers.get_all("Content-Length", [])
-        if "Transfer-Encoding" in self.headers and not lengths:
+        is_encoded = "Transfer-Encoding" in self.headers
+        if is_encoded and not lengths:
             raise InvalidRequest("a body is served only with Content-Length", 411)
         length = ", ".join(text.strip() for text in lengths or ["0"])
-        if not re.fullmatch("[0-9]{1,19}", length) or "Transfer-Encoding" in self.headers:
+        if is_encoded or not re.fullmatch("[0-9]{1,19}", length):
             raise InvalidRequest(f"Content-Length is not one number: {printable(length)}")
         if int(length) > MAX_BODY_BYTES:
             raise InvalidRequest(f"the body is longer than {MAX_BODY_BYTES} bytes", 413)
         return int(length)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuse what is not a request. Raises: InvalidRequest."""
+        """Reject a head that http.server cannot parse. Raises: InvalidRequest."""
         raise InvalidRequest(message or self.responses[code][0], code)
 
     def handle_expect_100(self) -> bool:
-        """Tell a client that waits for it to go ahead."""
-        self.reply = None  # of what the peer leaves unread, this may be all
+        """Tell a client to send the body that it holds back."""
+        # If this line is all that the client leaves unread, it has read the reply before it.
+        self.last_reply = None
         self.unsent += b"HTTP/1.1 100 Continue\r\n\r\n"
         return True
 
-    def refuse(self, error: GipamError) -> Reply:
-        """Return the reply to what is not a request; it is the last one."""
+    def reject(self, error: GipamError) -> Request:
+        """Return the delivery of an error for what is no request; it ends the connection."""
         log.warning("refused what is not a request: %s", error)
-        self.close_connection, self.received, self.length = True, bytearray(), -1
-        return error_reply(error)
+        self.close_connection = True
+        self.reader.clear()
+        request = Request(self, "", "", b"")
+        request.reply = error_reply(error)
+        self.current_request = request
+        return request
 
-    def answer(self, reply: Reply) -> None:
-        """Put the reply into the outbox: head and body in one piece."""
-        self.page, portion = reply.page, next(reply.page, b"") if reply.page else b""
-        self.closes_after_reply = self.close_connection or bool(portion) or self.server.loop.is_draining
-        length = "" if portion else f"Content-Length: {len(reply.body)}\r\n"
+    def queue_reply(self, reply: Reply) -> None:
+        """Put a reply into what is unsent, head and body in one piece."""
+        self.page = reply.page
+        chunk = self._next_chunk()
+        self.closes_after_reply = (self.close_connection or bool(chunk)
+                                   or self.server.loop.is_draining)
+        # A reply in several chunks ends with the connection.
+        length = "" if chunk else f"Content-Length: {len(reply.body)}\r\n"
+        close = "Connection: close\r\n" if self.closes_after_reply else ""
         head = (f"HTTP/1.1 {reply.status} {self.responses[reply.status][0]}\r\n"
-                f"Content-Type: {reply.content_type}\r\n{length}"
-                f"{CLOSE if self.closes_after_reply else ''}\r\n")
-        self.reply = reply
-        self.unsent += head.encode() + (b"" if self.command == "HEAD" else reply.body + portion)
+                f"Content-Type: {reply.content_type}\r\n{length}{close}\r\n")
+        self.last_reply = reply
+        self.unsent += head.encode()
+        if self.command != "HEAD":
+            self.unsent += reply.body + chunk
+
+    def _next_chunk(self) -> bytes:
+        """Return the next chunk of the page, b"" if there is none."""
+        chunk = next(self.page, b"") if self.page else b""
+        if not chunk:
+            self.page = None
+        return chunk
 
     def send(self) -> None:
-        """Send what the socket takes now, of a page one portion."""
+        """Send what the socket takes now; of a page, prepare one chunk more."""
         try:
             sent = self.connection.send(self.unsent)
-            self.unsent = self.unsent[sent:] or (next(self.page, b"") if self.page else b"")
-            self.since_s = time.monotonic()
         except BlockingIOError:
-            pass
+            return
         except OSError:
-            self.lose(is_unread=True)
+            self._on_disconnect(is_unread=True)
+            return
+        self.active_s = time.monotonic()
+        self.unsent = self.unsent[sent:]
+        if self.page and not self.unsent:
+            self.unsent = self._next_chunk()
 
-    def lose(self, is_unread: bool) -> None:
-        """End a connection that broke; take back what its last reply granted, if nobody read it.
+    def _on_disconnect(self, is_unread: bool) -> None:
+        """End a broken connection; if its last reply was not read, roll back what that granted.
 
-        Only on a UNIX socket does a reset tell that. On TCP a firewall makes one too, and a reply
-        that was read must not be taken back: a leak is mended by check, a double address is not.
+        Only a reset on a UNIX socket proves this. On TCP a firewall can cause one, and rolling back
+        a reply that was read would allow a duplicate address. `check` repairs a leak, but not a
+        duplicate.
         """
-        if self.reply and is_unread:
-            self.server.loop.service.roll_back(self.reply.change, self.reply.seq)
-        self.unsent, self.page, self.closes_after_reply = b"", None, True
-        self.received.clear()
+        if self.last_reply and is_unread:
+            self.server.loop.lost_replies.append(self.last_reply)
+        self.unsent = b""
+        self.page = None
+        self.closes_after_reply = True
+        self.reader.clear()
+
+    def abort(self) -> None:
+        """Close the connection after an unexpected exception."""
+        self.server.loop.close(self)
 
 
 class Server(socketserver.TCPServer):
-    """The plugin on TCP; HTTPServer would look up the host's name."""
+    """A listener on TCP, without HTTPServer, which would look up the name of the host."""
 
     allow_reuse_address = True
     request_queue_size = BACKLOG
     is_unix = False
-    is_fd_stored = False  # whether the service manager keeps the socket, for the next process
+    is_fd_stored = False  # whether systemd keeps the socket for the next process
 
     def __init__(self, address: Any, loop: EventLoop, listener: socket.socket | None = None,
                  paths: frozenset[str] = frozenset()) -> None:
-        self.loop, self.paths = loop, paths  # no paths: all
+        """Listen on an address, or use a listener. If there are paths, only these are served."""
+        self.loop = loop
+        self.paths = paths
         if isinstance(address, tuple):
             self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, ClientConnection, bind_and_activate=listener is None)
         if listener:
             self.socket.close()
-            self.socket, self.server_address = listener, listener.getsockname()
+            self.socket = listener
+            self.server_address = listener.getsockname()
         self.socket.setblocking(False)
-        # for users of this host, but whose browser anybody may steer
+        # Only users of this host reach it, but a web page can make their browser do so.
         self.is_loopback = not self.is_unix and (
             ipaddress.ip_address(str(self.server_address[0])).is_loopback)
 
@@ -3858,147 +4387,152 @@ class Server(socketserver.TCPServer):
             os.chmod(self.socket.getsockname(), 0o600)
 
     def get_request(self) -> Any:
-        """Accept, a connection that never waits."""
+        """Accept a connection, and make it non-blocking."""
         request, client_address = super().get_request()
         request.setblocking(False)
-        if not self.is_unix:  # Nagle's algorithm could hold a reply for 40 ms
+        # Nagle's algorithm could hold back a reply for 40 ms.
+        if not self.is_unix:
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return request, client_address
 
 
 class UnixServer(Server):
-    """The plugin on a UNIX socket."""
+    """A listener on a UNIX socket."""
 
     address_family = socket.AF_UNIX
     is_unix = True
 
 
+def refuse_pending(pending: PendingRequest) -> None:
+    """Refuse a request that needs etcd where there is none."""
+    pending.attempt(Outcome(error=Unavailable("gipam runs without -etcd")))
+
+
 class EventLoop:
-    """Serves all connections in one thread, turn by turn; so nothing needs a lock.
+    """Serves all connections in one thread. Other threads use run_in_loop(), and nothing else."""
 
-    Threads that write the lease file or ask Docker come back by call(), and only by that.
-    """
-
-    def __init__(self, service: Service,
-                 flush_log: Callable[[], None] = lambda: None) -> None:
-        self.service, self.flush_log, self._failed_turns = service, flush_log, 0
+    def __init__(self, service: Service, flush_log: Callable[[], None] | None = None) -> None:
+        self.service = service
+        self._flush_log = flush_log
         self.servers: list[Server] = []
-        self.timers: list[Callable[[], None]] = [self._tick]  # what is done each second
-        self._tick_s = 0.0
         self.connections: dict[ClientConnection, None] = {}
-        self.ask_etcd: Callable[[Transaction, Attempt], None] = lambda *_: None
-        self._replies: collections.deque[tuple[ClientConnection, Reply]] = collections.deque()
-        self._later: list[Callable[[], None]] = []  # what is done when the replies have left
-        self._current: ClientConnection | None = None  # at which the turn is
+        # What to do each second: functions and their arguments.
+        self.timers: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._next_timers_s = 0.0
+        self.submit_to_etcd: Callable[[PendingRequest], None] = refuse_pending
         self.is_draining = False  # each reply is the last of its connection
-        self.stop_requested = self.is_closed = False
-        self._asking: collections.OrderedDict[ClientConnection, None] = collections.OrderedDict()
-        self._dialled: list[Server] = []  # in this turn
-        self._has_looked = False  # in this turn, who may do no more
+        self.is_closed = False
+        self.stop_requested = False
+
+        # What the phases hand on to each other
+        self._acceptable: list[Server] = []
+        self._readable: collections.deque[ClientConnection] = collections.deque()
+        self._callbacks: collections.deque[Callback] = collections.deque()
+        self.deliveries: collections.deque[Delivery] = collections.deque()
+        self.lost_replies: collections.deque[Reply] = collections.deque()  # to be rolled back
+        self._page_queue: collections.deque[ClientConnection] = collections.deque()
+
         self._selector = selectors.DefaultSelector()
-        self._calls: collections.deque[Any] = collections.deque()  # (future, function) of threads
-        self._bell, self._rope = socket.socketpair()
-        for end in (self._bell, self._rope):
+        self._wakeup_receiver, self._wakeup_sender = socket.socketpair()
+        for end in (self._wakeup_receiver, self._wakeup_sender):
             end.setblocking(False)
-        self._selector.register(self._bell, selectors.EVENT_READ,
-                                lambda _: self._bell.recv(4096))
+        self._selector.register(self._wakeup_receiver, selectors.EVENT_READ, self._on_wake_up)
         if service.proxies:
             self._selector.register(service.proxies.event_socket, selectors.EVENT_READ,
                                     service.proxies.on_event)
-        self._folder: threading.Thread | None = None
-        self._fold_after_s = 0.0
 
-    # What others may call: signal handlers and threads
+        self._checkpoint_thread: threading.Thread | None = None
+        self._next_checkpoint_s = 0.0
+        self.add_timer(self._resume_accepting)
+        self.add_timer(self._close_overdue)
+        self.add_timer(self._probe_disk)
+        self.add_timer(self._start_checkpoint)
+
+    # For signal handlers and other threads
 
     def stop(self, *_: Any) -> None:
-        """Let run() return after the present turn."""
+        """Let run_forever() return after the present iteration."""
         self.stop_requested = True
         self.wake_up()
 
     def wake_up(self) -> None:
-        """Begin a turn now."""
-        with contextlib.suppress(OSError):  # it rings already, or all is over
-            self._rope.send(b"\0")
+        """Begin an iteration now."""
+        with contextlib.suppress(OSError):  # full, or closed
+            self._wakeup_sender.send(b"\0")
 
-    def call(self, function: Callable[[], Any]) -> Any:
-        """Run the function in a turn, from another thread; return what it returns.
+    def run_in_loop(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run function(*args) in an iteration of the loop, from another thread; return its result.
 
-        Durable: what it changed, on return. Raises: as the function; StoreError.
+        Durable: on return, what it changed. Raises: as the function; StoreError if the commit of
+        the iteration failed; ShuttingDown.
         """
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self._calls.append((future, function))
+        callback = Callback(function, args)
+        self._callbacks.append(callback)
         if self.is_closed:
             raise ShuttingDown("gipam is stopping: try again")
         self.wake_up()
-        return future.result()
+        return callback.wait()
 
-    # A turn
+    # An iteration
 
-    def turn(self, wait_s: float) -> None:
-        """Wait until there is something to do, at most so long, and do it; see design.md 7.
+    def run_once(self, timeout_s: float) -> None:
+        """Run one iteration, which waits at most timeout_s for something to do.
 
-        What nobody foresaw ends the connection, the call or the tick at which the turn was; the
-        next turn goes on from there. Ten that fail in a row for another reason end the loop.
+        An unexpected exception ends the connection, callback or timer that has raised it, and
+        nothing else. Any other ends gipam with status 74, so that it starts again from the disk.
         """
         try:
-            self._current = None
-            self._turn(wait_s)
-            self._failed_turns = 0
+            self._poll(timeout_s)
+            self._accept_connections()
+            self._run_callbacks()
+            self._process_requests()
+            error = self.service.commit()
+            self._sync_proxy_neighbours()
+            self._deliver(error)
+            self._serve_next_page()
+            self._run_timers()
+            self.service.log_committed()
+            if self._flush_log:
+                self._flush_log()
         except Exception:
-            log.exception("this is a bug of gipam")
-            self.service.mend()
-            if self._current:
-                self.close(self._current)
-                return
-            self._failed_turns += 1
-            if self._failed_turns == MAX_FAILED_TURNS:
-                self.service.store.fail("ten turns in a row failed: see the log")
+            log.exception("the event loop failed, which is a bug of gipam")
+            self.service.store.fail("the event loop failed: see the log")
 
-    def _turn(self, wait_s: float) -> None:
+    def _poll(self, timeout_s: float) -> None:
+        """Wait for something to do; find out which connections and listeners are ready."""
         proxies = self.service.proxies
-        is_busy = self._asking or self._replies or (proxies and proxies.pending)
-        self._has_looked = False
-        for key, events in self._selector.select(0 if is_busy else wait_s):  # 1, 2
-            key.data(events & key.events)
-        self._current = None
-        while self._dialled:  # last: who asks in this turn is not pushed out in it
-            self._accept(self._dialled.pop())
-        for _ in range(len(self._calls)):  # 3
-            self._later.append(self._run(*self._calls.popleft()))
-        while self._asking:  # 4
-            self._current, _ = self._asking.popitem(last=False)
-            self._ask(self._current)
-        self._current = None
-        self.service.commit()  # 5
-        if proxies:
-            proxies.sync(self.service.state)
-        while self._replies:  # 6
-            self._current, reply = self._replies.popleft()
-            if self._current in self.connections:  # else it has been given up since
-                self._current.answer(durable_reply(self.service, reply))
-                self._send(self._current)
-        self._current = None
-        if time.monotonic() >= self._tick_s and not self.is_draining:
-            self._tick_s = time.monotonic() + TIMER_INTERVAL_S
-            self._later = self.timers[::-1] + self._later
-        while self._later:
-            self._later.pop()()
-        self.service.log_committed()
-        self.flush_log()
+        if (self._readable or self._page_queue or self.lost_replies
+                or (proxies and proxies.pending)):
+            timeout_s = 0.0
+        for key, events in self._selector.select(timeout_s):
+            source = key.data
+            if isinstance(source, ClientConnection):
+                self._on_ready(source, events)
+            elif isinstance(source, Server):
+                self._acceptable.append(source)
+            else:
+                source(events)
 
-    def _run(self, future: concurrent.futures.Future[Any],
-             function: Callable[[], Any]) -> Callable[[], None]:
-        """Call the function; return what tells its thread, once the turn is on disk."""
-        try:
-            result, seq = function(), self.service.state.seq
-        except Exception as error:  # noqa: BLE001 - it goes to the thread
-            self.service.mend()
-            return functools.partial(future.set_exception, error)
-        return lambda: (future.set_result(result) if self.service.is_durable(seq)
-                        else future.set_exception(self.service.failure))
+    def _on_ready(self, connection: ClientConnection, events: int) -> None:
+        """Note that a connection can be read or written, each in its phase."""
+        if connection.page or connection.server.paths:
+            # Out of the selector until its turn, so that it is not noted twice.
+            self._page_queue.append(connection)
+            self._set_events(connection, 0)
+        elif events & selectors.EVENT_WRITE:
+            self._guard(self.send, connection)
+        else:
+            self._readable.append(connection)
+
+    def _on_wake_up(self, _: int) -> None:
+        self._wakeup_receiver.recv(4096)
+
+    def _accept_connections(self) -> None:
+        while self._acceptable:
+            self._accept(self._acceptable.pop())
 
     def _accept(self, server: Server) -> bool:
-        """Take in who has dialled, a limited number; return whether that was not all."""
+        """Accept a limited number of connections; return whether more may be waiting."""
         try:
             for _ in range(MAX_ACCEPTS):
                 server.finish_request(*server.get_request())
@@ -4010,207 +4544,326 @@ class EventLoop:
                 log.error("cannot accept connections: %s; waiting for some to end",
                           error.strerror)
                 with contextlib.suppress(KeyError):
-                    self._selector.unregister(server.socket)  # until the next tick
+                    self._selector.unregister(server.socket)  # until the next timer
         return False
 
-    def add(self, handler: ClientConnection) -> None:
-        """Ask the handler from now on; on TCP, past the bound the one goes that is idle longest.
+    def add_connection(self, connection: ClientConnection) -> None:
+        """Register a connection. On TCP, if there are too many, close the longest idle one.
 
-        Who is in the middle of something stays: then it is the new one that goes.
+        A busy connection is kept, so that the new one may be it.
         """
-        self.connections[handler] = None
-        self._watch(handler, selectors.EVENT_READ)
-        if not handler.server.is_unix:
-            alike = [other for other in self.connections if other.server is handler.server]
-            if len(alike) > MAX_TCP_CONNECTIONS:
-                self.close(min((other for other in alike
-                                if not other.is_busy() and other not in self._asking),
-                               key=lambda other: other.since_s))
+        self.connections[connection] = None
+        self._set_events(connection, selectors.EVENT_READ)
+        server = connection.server
+        alike = [other for other in self.connections if other.server is server]
+        if server.is_unix or len(alike) <= MAX_TCP_CONNECTIONS:
+            return
 
-    def _move(self, handler: ClientConnection, events: int) -> None:
-        """Let the handler send or receive; of those who only look, one a turn: a page costs ms."""
-        if handler.page or handler.server.paths:
-            if self._has_looked:
-                return  # it is still ready in the next turn
-            self._has_looked = True
-            self._watch(handler, 0)  # until it is settled: then it is behind the others
-        self._current = handler
-        if events & selectors.EVENT_WRITE:
-            self._send(handler)
+        active = {*self._readable, *self._page_queue}
+        idle = [other for other in alike if not other.is_busy() and other not in active]
+        self.close(min(idle, key=lambda other: other.active_s))
+
+    def _run_callbacks(self) -> None:
+        """Run what other threads have asked for by now."""
+        for _ in range(len(self._callbacks)):
+            callback = self._callbacks.popleft()
+            callback.run()
+            if callback.has_failed():
+                self.service.recover_from_exception()
+            self.deliveries.append(callback)
+
+    def _process_requests(self) -> None:
+        """Roll back replies that were lost; decide the next request of each readable connection."""
+        while self.lost_replies:
+            self._roll_back(self.lost_replies.popleft())
+        while self._readable:
+            connection = self._readable.popleft()
+            try:
+                self._process(connection)
+            except Exception:  # noqa: BLE001 - _on_exception() logs it
+                self._on_exception(connection)
+
+    def _roll_back(self, reply: Reply) -> None:
+        try:
+            self.service.roll_back(reply.change, reply.seq)
+        except Exception:
+            log.exception("cannot roll back a reply, which is a bug of gipam")
+            self.service.recover_from_exception()
+
+    def _process(self, connection: ClientConnection) -> None:
+        """Read from a connection, and decide its next request."""
+        if connection not in self.connections:
+            return
+        connection.receive()
+        # The last reply leaves first, and a request that waits for etcd keeps those behind it
+        # waiting.
+        if connection.unsent or connection.current_request:
+            return
+        request = self._next_request(connection)
+        if request and request.verb == "GET":
+            self._page_queue.append(connection)
+            self._set_events(connection, 0)
+        elif request:
+            self._decide(request)
+
+    def _next_request(self, connection: ClientConnection) -> Request | None:
+        """Return the next request, None if there is none; an error goes back to the client."""
+        request = None
+        try:
+            if not connection.closes_after_reply:
+                request = connection.next_request()
+        except GipamError as error:
+            self.deliveries.append(connection.reject(error))
+            return None
+        connection.current_request = request
+        if not request:
+            self._update_interest(connection)
+        return request
+
+    def _decide(self, request: Request) -> None:
+        """Decide a request, or hand it to the cluster until etcd lets it be decided."""
+        try:
+            request.decide()
+        except TransactionRequired as required:
+            request.awaits_etcd = True
+            self._set_events(request.connection, 0)
+            self.submit_to_etcd(PendingRequest(request.decide,
+                                               transaction=required.transaction))
+
+    def _sync_proxy_neighbours(self) -> None:
+        """Let the kernel answer for new containers before Docker hears of them."""
+        if self.service.proxies:
+            self.service.proxies.sync(self.service.state)
+
+    def _deliver(self, error: StoreError | None) -> None:
+        """Deliver everything that this iteration has decided; the error is that of its commit.
+
+        This is the only place where a reply or a result leaves.
+        """
+        while self.deliveries:
+            delivery = self.deliveries.popleft()
+            try:
+                delivery.deliver(error)
+            except Exception:  # noqa: BLE001 - _on_exception() logs it
+                self._on_exception(delivery)
+
+    def send(self, connection: ClientConnection) -> None:
+        """Send what is unsent; go on with the requests that have arrived behind it."""
+        connection.send()
+        if not connection.unsent and (connection.reader.received or connection.reader.is_eof):
+            self._readable.append(connection)
         else:
-            handler.receive()
-            self._asking[handler] = None
+            self._update_interest(connection)
 
-    def _ask(self, handler: ClientConnection) -> None:
-        """Answer the next request of a handler, if it has one, or put it aside for etcd."""
-        if handler not in self.connections or handler.awaits_etcd or handler.unsent:
+    def _serve_next_page(self) -> None:
+        """Serve one of the clients that only look, because a page or a chunk of it costs a ms.
+
+        This comes after the commit, so that a page shows nothing that is not on disk.
+        """
+        if self._page_queue:
+            self._guard(self._serve_page, self._page_queue.popleft())
+
+    def _serve_page(self, connection: ClientConnection) -> None:
+        if connection not in self.connections:
+            return
+        if connection.unsent:
+            self.send(connection)
+            return
+        request = connection.current_request
+        if not request:
+            connection.receive()
+            request = self._next_request(connection)
+        if request:
+            request.decide()
+        self._deliver(None)
+
+    def _run_timers(self) -> None:
+        if time.monotonic() < self._next_timers_s or self.is_draining:
+            return
+        self._next_timers_s = time.monotonic() + TIMER_INTERVAL_S
+        for function, args in self.timers:
+            try:
+                function(*args)
+            except Exception:
+                log.exception("a timer failed, which is a bug of gipam")
+                self.service.recover_from_exception()
+
+    def _guard(self, function: Callable[[ClientConnection], None],
+               connection: ClientConnection) -> None:
+        """Call the function; an unexpected exception ends the connection."""
+        try:
+            function(connection)
+        except Exception:  # noqa: BLE001 - _on_exception() logs it
+            self._on_exception(connection)
+
+    def _on_exception(self, culprit: ClientConnection | Delivery) -> None:
+        """End the connection or callback that has raised the present exception."""
+        log.exception("this is a bug of gipam")  # noqa: LOG004 - in a handler of its callers
+        self.service.recover_from_exception()
+        culprit.abort()
+
+    # Connections
+
+    def _update_interest(self, connection: ClientConnection) -> None:
+        """Close a connection that has nothing more to do, else wait for what it needs."""
+        if connection.unsent:
+            self._set_events(connection, selectors.EVENT_WRITE)
+        elif connection.closes_after_reply:
+            self.close(connection)
+        elif not connection.reader.is_eof:
+            self._set_events(connection, selectors.EVENT_READ)
+        elif self.is_draining and connection.server.is_unix:
+            self._set_events(connection, 0)  # drain() has shut it, and closes it later
+        else:
+            self.close(connection)
+
+    def _set_events(self, connection: ClientConnection, events: int) -> None:
+        """Let the selector watch a connection for these events; if it cannot, close it."""
+        if events == connection.events:
+            return
+        if connection.events:
+            self._selector.unregister(connection.connection)
+        connection.events = 0
+        if not events:
             return
         try:
-            body = None if handler.closes_after_reply else handler.next_request()
-        except GipamError as error:
-            self._replies.append((handler, handler.refuse(error)))
+            self._selector.register(connection.connection, events, connection)
+            connection.events = events
+        except OSError as error:
+            log.error("closed a connection that the kernel does not watch: %s", error.strerror)
+            self.close(connection)
+
+    def close(self, connection: ClientConnection) -> None:
+        """Close a connection. A reply that it has not sent is not rolled back."""
+        if connection in self.connections:
+            del self.connections[connection]
+            connection.current_request = None
+            self._set_events(connection, 0)
+            connection.server.close_request(connection.connection)
+
+    # Timers
+
+    def add_timer(self, function: Callable[..., None], *args: Any) -> None:
+        """Call function(*args) each second, in the loop."""
+        self.timers.append((function, args))
+
+    def _resume_accepting(self) -> None:
+        for server in self.servers:
+            self.add_listener(server)
+
+    def _close_overdue(self) -> None:
+        """Close slow TCP clients; fail requests for which the etcd thread has found no time."""
+        now_s = time.monotonic()
+        for connection in list(self.connections):
+            is_overdue = connection.active_s + REQUEST_TIMEOUT_S < now_s
+            if is_overdue and connection.is_busy() and not connection.server.is_unix:
+                self.close(connection)
+        self._expire_etcd_waits(ETCD_TIMEOUT_S + TIMER_INTERVAL_S, Unavailable(
+            self.service.etcd_failure or "etcd does not answer"))
+
+    def _expire_etcd_waits(self, age_s: float, error: GipamError) -> None:
+        """Fail requests that have waited so long for etcd: its thread may be stuck, as in DNS."""
+        started_before_s = time.perf_counter() - age_s
+        for connection in list(self.connections):
+            request = connection.current_request
+            if request and request.awaits_etcd and request.started_s <= started_before_s:
+                request.deliver(error)
+
+    def _probe_disk(self) -> None:
+        """Find out whether the disk takes writes again, although nobody asks for a change."""
+        self.service.store.probe()
+
+    def _start_checkpoint(self) -> None:
+        """Start a checkpoint in a thread, if the journal has outgrown the lease file."""
+        thread = self._checkpoint_thread
+        now_s = time.monotonic()
+        if (now_s < self._next_checkpoint_s or (thread and thread.is_alive())
+                or not self.service.needs_checkpoint()):
             return
-        if body is None:
-            self._settle(handler)
-            return
-        need = self._answer(handler, body)
-        if need:
-            handler.awaits_etcd = True
-            self._watch(handler, 0)
-            self.ask_etcd(need, functools.partial(self._again, handler, handler.since_s, body))
+        self._next_checkpoint_s = now_s + CHECKPOINT_RETRY_S
+        thread = threading.Thread(target=self._run_checkpoint, name="checkpoint", daemon=True)
+        try:
+            thread.start()
+            self._checkpoint_thread = thread
+        except RuntimeError as error:
+            log.warning("cannot start a checkpoint yet: %s", error)
 
-    def _again(self, handler: ClientConnection, since_s: float, body: bytes,
-               failure: GipamError | None) -> Transaction | None:
-        """Look again at a request that waits for etcd; None: nobody waits for it any more."""
-        is_same = handler in self.connections and handler.awaits_etcd and handler.since_s == since_s
-        return self._answer(handler, body, failure) if is_same else None
+    def _run_checkpoint(self) -> None:
+        if Checkpoint(self.service, self.run_in_loop).run():
+            self._next_checkpoint_s = 0.0
 
-    def _answer(self, handler: ClientConnection, body: bytes,
-                failure: GipamError | None = None) -> Transaction | None:
-        """Answer a request, but if it needs something of etcd: then return that."""
-        reply = dispatch(self.service, handler.command, handler.path, body, handler.server.paths,
-                         failure)
-        handler.awaits_etcd = bool(reply.need)
-        if not reply.need:
-            self._replies.append((handler, reply))
-        return reply.need
+    # Start and stop
 
-    def _give_up(self, until_s: float, error: GipamError) -> None:
-        """Refuse what waits for etcd since then, though whoever asks may be stuck in DNS."""
-        for handler in self.connections:
-            if handler.awaits_etcd and handler.since_s <= until_s:
-                handler.awaits_etcd = False
-                self._replies.append((handler, error_reply(error)))
-
-    def _send(self, handler: ClientConnection) -> None:
-        """Let the handler send; go on with what else it has been asked."""
-        handler.send()
-        if not handler.unsent and (handler.received or handler.is_eof):
-            self._asking[handler] = None
-        else:
-            self._settle(handler)
-
-    def _settle(self, handler: ClientConnection) -> None:
-        """End the handler if it has nothing more to do, else wait for what it needs."""
-        events = selectors.EVENT_WRITE if handler.unsent else selectors.EVENT_READ
-        if events == selectors.EVENT_READ and (handler.closes_after_reply or handler.is_eof):
-            events = 0
-            if handler.closes_after_reply or not (self.is_draining and handler.server.is_unix):
-                self.close(handler)  # else finish() has shut it for reading, and ends it later
-        self._watch(handler, events)
-
-    def _watch(self, handler: ClientConnection, events: int) -> None:
-        if events == handler.events:
-            return
-        if handler.events:
-            self._selector.unregister(handler.connection)
-        if events:
-            self._selector.register(handler.connection, events,
-                                    functools.partial(self._move, handler))
-        handler.events = events
-
-    def close(self, handler: ClientConnection) -> None:
-        """End a connection. What it has not sent is not taken back: nobody but us has ended it."""
-        if handler in self.connections:
-            self._watch(handler, 0)
-            del self.connections[handler]
-            handler.server.close_request(handler.connection)
-
-    # A life
-
-    def open(self, server: Server) -> None:
-        """Serve those who dial the server; also again, after a pause."""
+    def add_listener(self, server: Server) -> None:
+        """Accept connections of a server; also again, after a shortage of descriptors."""
         if server not in self.servers:
             self.servers.append(server)
         if server.socket.fileno() not in self._selector.get_map():
-            self._selector.register(server.socket, selectors.EVENT_READ,
-                                    lambda _: self._dialled.append(server))
+            self._selector.register(server.socket, selectors.EVENT_READ, server)
 
-    def run(self) -> None:
-        """Serve until stop(), or until nothing can be written any more."""
+    def run_forever(self) -> None:
+        """Serve until stop() is called, or until nothing can be written any more."""
         while not (self.stop_requested or self.service.store.fatal_error):
-            self.turn(max(self._tick_s - time.monotonic(), 0.0))
-            self._fold_if_due()
+            self.run_once(max(self._next_timers_s - time.monotonic(), 0.0))
 
-    def _tick(self) -> None:
-        now_s = time.monotonic()
-        for server in self.servers:
-            self.open(server)
-        for handler in [it for it in self.connections if it.is_busy() and not it.server.is_unix]:
-            if handler.since_s + REQUEST_TIMEOUT_S < now_s:
-                self.close(handler)
-        self._give_up(now_s - ETCD_TIMEOUT_S - TIMER_INTERVAL_S,
-                      Unavailable(self.service.etcd_failure or "etcd does not answer"))
+    def drain(self, remove_names: Callable[[], None]) -> None:
+        """Answer every request that was sent, then close all connections so that Docker loses none.
 
-    def _fold_if_due(self) -> None:
-        if self.service.needs_checkpoint() and time.monotonic() >= self._fold_after_s \
-                and not (self._folder and self._folder.is_alive()):
-            self._fold_after_s = time.monotonic() + CHECKPOINT_RETRY_S
-            folder = threading.Thread(target=self._fold, name="fold", daemon=True)
-            try:
-                folder.start()
-                self._folder = folder
-            except RuntimeError as error:
-                log.warning("cannot fold the journal yet: %s", error)
-
-    def _fold(self) -> None:
-        if self.service.checkpoint(self.call):
-            self._fold_after_s = 0.0
-
-    def finish(self, remove_names: Callable[[], None]) -> None:
-        """Answer what has been asked, and let go of all connections so that Docker loses nothing.
-
-        Those on the UNIX socket are shut for reading: whoever cannot write to one dials anew, with
-        the body at hand, and somebody has to listen then: this process, or the service manager for
-        the next one. (A Go client that sees the end of a connection in the moment in which it takes
-        it up loses the body: golang/go#22158.) Who has only dialled is about to ask.
+        Idle UNIX connections are shut for reading first: a client whose write fails connects anew
+        and sends its request again, to this listener or to the next process. (A Go client that sees
+        the end of a connection just as it uses it again loses the body: golang/go#22158.) A client
+        that has connected, but sent nothing yet, is about to.
         """
         self.is_draining = True
-        self.turn(0.0)  # half a request that lies in a socket is one that has begun
-        for handler in self.connections:
-            if handler.server.is_unix and handler.command and not handler.is_busy():
-                with contextlib.suppress(OSError):  # the peer is gone already
-                    handler.connection.shutdown(socket.SHUT_RD)
-        self._turn_for(DRAIN_IDLE_S, DRAIN_IDLE_S)
-        for handler in list(self.connections):
-            if handler.command and not handler.is_busy():
-                self.close(handler)
+        self.run_once(0.0)  # so that a request that lies in a socket counts as begun
+        for connection in self.connections:
+            if connection.server.is_unix and connection.command and not connection.is_busy():
+                with contextlib.suppress(OSError):  # the client has gone
+                    connection.connection.shutdown(socket.SHUT_RD)
+        self._run_for(DRAIN_IDLE_S, DRAIN_IDLE_S)
+        for connection in list(self.connections):
+            if connection.command and not connection.is_busy():
+                self.close(connection)
+
         remove_names()
         while self.servers:
-            self.shut(self.servers[0])
-        self._turn_for(DRAIN_IDLE_S, DRAIN_MAX_S)
-        self._give_up(math.inf, ShuttingDown("gipam is stopping: try again"))
-        self.turn(0.0)
-        for handler in list(self.connections):
-            self.close(handler)
-        self._end_calls()
+            self.close_listener(self.servers[0])
+        self._run_for(DRAIN_IDLE_S, DRAIN_MAX_S)
+        self._expire_etcd_waits(0.0, ShuttingDown("gipam is stopping: try again"))
+        self.run_once(0.0)
+        for connection in list(self.connections):
+            self.close(connection)
+        self.close_callbacks()
 
-    def _turn_for(self, least_s: float, most_s: float) -> None:
-        """Make turns for so long, and on while somebody is about to ask, or in the middle of it."""
+    def _run_for(self, min_s: float, max_s: float) -> None:
+        """Run iterations for min_s, and up to max_s while a client is about to send a request."""
         started_s = time.monotonic()
         while self.connections and not self.service.store.fatal_error:
-            past_s = time.monotonic() - started_s
-            is_due = any(it.is_busy() or not it.command for it in self.connections)
-            if past_s >= (most_s if is_due else least_s):
+            elapsed_s = time.monotonic() - started_s
+            is_awaited = any(it.is_busy() or not it.command for it in self.connections)
+            if elapsed_s >= (max_s if is_awaited else min_s):
                 break
-            self.turn(0.01)
+            self.run_once(0.01)
 
-    def shut(self, server: Server) -> None:
-        """Close a listener; who waits in the backlog of one that nobody keeps would be reset."""
-        while not server.is_fd_stored and self._accept(server):
-            pass
+    def close_listener(self, server: Server) -> None:
+        """Close a listener. Unless systemd keeps it, accept its backlog, which would be reset."""
+        if not server.is_fd_stored:
+            while self._accept(server):
+                pass
         self.servers.remove(server)
-        with contextlib.suppress(KeyError):  # it waits for descriptors
+        with contextlib.suppress(KeyError):  # not registered, for want of descriptors
             self._selector.unregister(server.socket)
         server.server_close()
 
-    def _end_calls(self) -> None:
-        """Refuse what threads still ask for, and wait for the one that folds."""
+    def close_callbacks(self) -> None:
+        """Refuse what other threads ask for from now on, and wait for a checkpoint to end."""
         self.is_closed = True
-        while self._calls:
-            self._calls.popleft()[0].set_exception(ShuttingDown("gipam is stopping: try again"))
-        if self._folder:
-            self._folder.join()
+        error = self.service.store.fatal_error or ShuttingDown("gipam is stopping: try again")
+        while self._callbacks:
+            self.deliveries.append(self._callbacks.popleft())
+        self._deliver(error)
+        if self._checkpoint_thread:
+            self._checkpoint_thread.join()
 
 
 # === Discovery ====================================================================================
@@ -4228,8 +4881,8 @@ def open_listener(kind: type[Server], address: Any, loop: EventLoop) -> Server:
         sd_notify(f"FDSTORE=1\nFDNAME={FDSTORE_NAME}", server.socket.fileno(), patience_s=TIMER_INTERVAL_S)
     for old in [it for it in loop.servers if it.server_address == server.server_address]:
         old.is_fd_stored = False  # any more: somebody has deleted its name
-        loop.shut(old)
-    loop.open(server)
+        loop.close_listener(old)
+    loop.add_listener(server)
     return server
 
 
@@ -4795,7 +5448,7 @@ def import_from_docker(service: Service, driver: str, timeout_s: float, run_in_l
         return dict(json.loads(text, object_hook=lambda value: value))  # which lets others run
 
     def import_body(path: str, body: Json) -> Any:
-        reply = METHODS[path][1](service, Arguments(body))[0]
+        reply = METHODS[path].function(service, Arguments(body), NO_OUTCOME)[0]
         if reply:
             last = reply["Seq"]
             service.docker_import.unconfirmed.update(range(last - reply["Adopted"] + 1, last + 1))
@@ -5090,7 +5743,7 @@ class ClusterMember:
         self._asks: collections.deque[
             tuple[Attempt, Transaction | None, float, Callable[[], None]]] = collections.deque()
         self._bell = threading.Event()
-        self._call: RunInLoop = service.run
+        self._call: RunInLoop = service.run_once
         self._stop: Callable[[], None] = lambda: None
         self._thread = threading.current_thread()  # that asks etcd
         self.busy: AlreadyRunning | None = None  # another gipam has the name of this host
@@ -5128,7 +5781,14 @@ class ClusterMember:
             self._asks.append(asked)
             self._bell.set()
 
-    def call(self, function: Callable[[], Any]) -> Any:
+    def submit(self, pending: PendingRequest) -> None:
+        """Have a request of the loop decided until it needs etcd no more."""
+        def again(failure: GipamError | None) -> Transaction | None:
+            return pending.attempt(Outcome(error=failure))
+
+        self.ask(pending.transaction, again)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run the function in a turn, once etcd has been asked for what it needs.
 
         Durable: what it changed, on return. Raises: as the function; StoreError.
@@ -5141,9 +5801,9 @@ class ClusterMember:
             try:
                 if failure:  # it counts, too, if the turn with the result is not on disk
                     raise failure
-                told.append(functools.partial(future.set_result, function()))
+                told.append(functools.partial(future.set_result, function(*args)))
             except TransactionRequired as due:
-                return due.need
+                return due.transaction
             except Exception as error:  # noqa: BLE001 - it goes to the thread
                 told.append(functools.partial(future.set_exception, error))
             return None
@@ -5693,7 +6353,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         config, store, document, state = open_store(arguments.settings)
         service = make_service(config, store, document, state)
         claimant = join_cluster(config, service, store)
-        start_import(config, service, document, claimant.call if claimant else service.run)
+        start_import(config, service, document, claimant.call if claimant else service.run_once)
         gc.freeze()  # nor need it look at them later: 270 ms for a million
         gc.enable()
         handler: LogHandler = arguments.log_handler
@@ -5703,10 +6363,10 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
                 signal.signal(number, loop.stop)
         start_servers(config, loop, made)
         if claimant:
-            loop.ask_etcd = claimant.ask
-            claimant.start(loop.call, loop.stop)
+            loop.submit_to_etcd = claimant.submit
+            claimant.start(loop.run_in_loop, loop.stop)
         threading.Thread(target=import_worker, args=(
-            service, config.driver, claimant.call if claimant else loop.call),
+            service, config.driver, claimant.call if claimant else loop.run_in_loop),
                          name="import", daemon=True).start()
         log_startup_warnings(config, service.state.families[4].subnets, "/proc/self/net")
         places = [format_endpoint(server.server_address) for server in loop.servers]
@@ -5715,16 +6375,16 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
                  len(service.state.pools))
         sd_notify("READY=1")
         handler.is_buffering = True
-        loop.timers.append(functools.partial(send_watchdog, service, store))
-        loop.run()
+        loop.add_timer(send_watchdog, service, store)
+        loop.run_forever()
         sd_notify("STOPPING=1")
-        loop.finish(made.close)
+        loop.drain(made.close)
     handler.is_buffering = False
     failure = service.store.fatal_error or (claimant and claimant.busy)
     if failure:
         log.error("%s", failure)  # not as main() would: nobody may read it, and it must end
         return failure.exit_status
-    service.checkpoint(is_stopping=True)
+    Checkpoint(service, service.run_once).run_at_stop()
     log.info("stopped")
     return 0
 
@@ -5750,9 +6410,9 @@ def start_servers(config: Config, loop: EventLoop, made: contextlib.ExitStack) -
     """Listen, and show Docker where; what was made goes at the end. Raises: GipamError, OSError."""
     names = (unix_paths if config.unix else tcp_paths)(config, loop)
     publish(names, made, is_start=True)
-    loop.timers.append(functools.partial(publish, names, made))
+    loop.add_timer(publish, names, made)
     if config.metrics:
-        loop.open(Server(config.metrics, loop, paths=METRICS_LISTENER_PATHS))
+        loop.add_listener(Server(config.metrics, loop, paths=METRICS_LISTENER_PATHS))
 
 
 def send_watchdog(service: Service, store: Store) -> None:
