@@ -52,7 +52,16 @@ import types
 import unittest
 import weakref
 import zlib
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ContextManager,
+    Iterable,
+    Iterator,
+    NamedTuple,
+    Sequence,
+)
 from unittest import mock
 
 HERE = os.environ.get("GIPAM_TREE") or os.path.dirname(os.path.abspath(__file__))
@@ -345,9 +354,14 @@ class Tenant:
     About a fifth of its calls ask for what must be refused.
     """
 
-    ACTIONS = ("request_pool", "release_pool", "request_address", "release_address",
-               "request_any", "release_any")
-    WEIGHTS = (4, 2, 6, 5, 3, 1)
+    ACTIONS = {
+        "request_pool": 4,
+        "release_pool": 2,
+        "request_address": 6,
+        "release_address": 5,
+        "request_any": 3,
+        "release_any": 1,
+    }
     NAMES = ("", "", "web", "db", "mail")
 
     # Bounds, so that a long life does not fill the state.
@@ -387,7 +401,9 @@ class Tenant:
             return "", "request_pool"
 
         pool_id = self.rng.choice(list(self.pools))
-        action = self.rng.choices(self.ACTIONS, self.WEIGHTS)[0]
+        actions = list(self.ACTIONS)
+        weights = list(self.ACTIONS.values())
+        action = self.rng.choices(actions, weights)[0]
         max_pools = self.MAX_POOLS + len(self.shared)
         if action == "request_pool" and len(self.pools) >= max_pools:
             action = "request_address"
@@ -566,7 +582,14 @@ class Daemon:
 class Kernel:
     """Answers netlink dumps with the given routes (PREFIX or PREFIX=TYPE) and addresses."""
 
-    TYPES = {"": 1, "LOCAL": 2, "BROADCAST": 3, "BLACKHOLE": 6, "UNREACHABLE": 7}  # rtnetlink.h
+    # Numbers of rtnetlink.h.
+    TYPES = {
+        "": 1,
+        "LOCAL": 2,
+        "BROADCAST": 3,
+        "BLACKHOLE": 6,
+        "UNREACHABLE": 7,
+    }
 
     def __init__(self, routes: str = "", addresses: str = "") -> None:
         self.routes = routes
@@ -628,19 +651,25 @@ class CommandCase(Case):
     def file(self) -> str:
         return os.path.join(self.directory, "leases.json")
 
-    def run_main(self, *words: str, out: io.StringIO | None = None,
-                 stdin: io.StringIO | None = None, **variables: str) -> Finished:
+    def run_main(self, *words: str,
+                 out: io.StringIO | None = None,
+                 stdin: io.StringIO | None = None,
+                 **variables: str) -> Finished:
         """Run a command line with no other environment than the variables."""
         out = out or io.StringIO()
         err = io.StringIO()
         handlers = [*gipam.log.handlers, WarningHandler(err)]
+        replacements: list[ContextManager[Any]] = [
+            mock.patch.dict(os.environ, variables, clear=True),
+            mock.patch.object(logging, "basicConfig"),
+            mock.patch.object(sys, "stdin", stdin or io.StringIO()),
+            mock.patch.object(gipam.log, "handlers", handlers),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.dict(os.environ, variables, clear=True))
-            stack.enter_context(mock.patch.object(logging, "basicConfig"))
-            stack.enter_context(mock.patch.object(sys, "stdin", stdin or io.StringIO()))
-            stack.enter_context(mock.patch.object(gipam.log, "handlers", handlers))
-            stack.enter_context(contextlib.redirect_stdout(out))
-            stack.enter_context(contextlib.redirect_stderr(err))
+            for replacement in replacements:
+                stack.enter_context(replacement)
             try:
                 status = gipam.main(list(words))
             except SystemExit as error:
@@ -649,7 +678,8 @@ class CommandCase(Case):
 
     def assert_fails(self, done: Finished, status: int, pattern: str) -> None:
         """Check that a command line printed nothing but why it fails, in one message."""
-        self.assertEqual((done.status, done.out), (status, ""), done)
+        self.assertEqual(done.status, status, done)
+        self.assertEqual(done.out, "")
         self.assertRegex(done.err, f"^{pattern}\n$")
 
     def write(self, name: str, contents: bytes | str) -> None:
