@@ -1178,6 +1178,14 @@ class StyleTest(unittest.TestCase):
                     with self.subTest(source.name, name=name):
                         self.assertLessEqual(size, MAX_TEST_LINES)
 
+    def test_fixtures_nest_at_most_two_deep(self) -> None:
+        for name, value in globals().items():
+            if isinstance(value, type) and issubclass(value, unittest.TestCase):
+                fixtures = [base for base in value.__mro__ if "setUp" in vars(base)]
+                fixtures.remove(unittest.TestCase)
+                with self.subTest(name):
+                    self.assertLessEqual(len(fixtures), 2)
+
     def test_lines_fit_a_window(self) -> None:
         for line in self.sources[0].text.splitlines():
             self.assertLessEqual(len(line), MAX_COLUMNS, line)
