@@ -33,6 +33,7 @@ import platform
 import queue
 import random
 import re
+import secrets
 import select
 import shutil
 import signal
@@ -3179,10 +3180,30 @@ class ProxiesTest(Case):
 
 
 # === Service ======================================================================================
+#
+# The Service on a watched disk, without sockets. CommitTest has the rules of a commit: one record
+# an iteration, room before changes, all or nothing. CheckpointTest writes the lease file step by
+# step, with requests and failures between any two steps. RollBackServiceTest releases grants whose
+# reply was lost, AdoptionTest adopts pools by their ids, and KillTest kills a real daemon.
+
+
+@contextlib.contextmanager
+def failing_once(target: Any, name: str, error: Exception) -> Iterator[None]:
+    """Let the next call of a function raise the error."""
+    errors = [error]
+    function = getattr(target, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return function(*arguments, **options)
+
+    with mock.patch.object(target, name, call):
+        yield
 
 
 class ServiceCase(StoreCase):
-    """A service on watched calls."""
+    """A service on watched system calls."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -3190,17 +3211,17 @@ class ServiceCase(StoreCase):
         self.renew()
 
     def renew(self) -> None:
-        """Begin anew, with one pool and three leases in it."""
+        """Begin again, with one pool and three leases in it."""
         self.calls.close_all()
         self.write_files({})
         self.service = self.begin()
-        self.client = Direct(self.service)
+        self.client = DirectClient(self.service)
         self.pool_id, _ = self.client.request_pool("10.9.0.0/24")
         for _ in range(3):
             self.client.request_address(self.pool_id)
 
     def fail_next(self, note: str, fault: int) -> None:
-        """Let the next such call fail."""
+        """Let the next such system call fail."""
         self.calls.next_fault = note, fault
 
     def assert_agreed(self) -> None:
@@ -3208,77 +3229,113 @@ class ServiceCase(StoreCase):
         self.assert_recovered(dump_state(self.service.state))
 
     def assert_lost(self) -> None:
-        """Check that it answers no more, and with which status it ends."""
-        self.assertRaises(Refused, self.client.request_pool, "10.77.0.0/24")
-        self.assertEqual(self.service.store.fatal_error and self.service.store.fatal_error.exit_status, 74)
+        """Check that it grants nothing more, and with which status it ends."""
+        self.assertRaises(ErrorReply, self.client.request_pool, "10.77.0.0/24")
+        error = self.service.store.fatal_error
+        self.assertEqual(error and error.exit_status, 74)
 
 
-class TurnTest(ServiceCase):
-    """A turn of the loop, without sockets: decide all, one line, then all replies."""
+class ApiCall(NamedTuple):
+    """A plugin method and its arguments."""
 
-    def ask(self, *requests: tuple[str, dict[str, Any]]) -> list[gipam.Reply]:
-        """Return the replies of one turn, as they would leave after its commit()."""
-        replies = [self.client.ask("IpamDriver." + method, **arguments)
-                   for method, arguments in requests]
+    method: str
+    arguments: dict[str, Any]
+
+
+class CommitTest(ServiceCase):
+    """An iteration: decide and apply each request, commit one record, then all replies."""
+
+    def run_iteration(self, *calls: ApiCall) -> list[gipam.Reply]:
+        """Return the replies of one iteration, as they would leave after its commit."""
+        replies = []
+        for method, arguments in calls:
+            replies.append(self.client.ask("IpamDriver." + method, **arguments))
         error = self.service.commit()
-        return [gipam.error_reply(error) if error else reply for reply in replies]
+        if error:
+            return [gipam.error_reply(error) for _ in replies]
+        return replies
 
-    def a_life(self) -> list[tuple[str, dict[str, Any]]]:
+    def address_calls(self, count: int) -> list[ApiCall]:
+        """Return so many requests for an address."""
+        return [ApiCall("RequestAddress", {"PoolID": self.pool_id}) for _ in range(count)]
+
+    def dependent_calls(self) -> list[ApiCall]:
         """Return requests of which each can only be granted after those before it."""
         lease = {"PoolID": self.pool_id, "Address": "10.9.0.3"}
-        named = {"Pool": "10.8.0.0/24", "Options": {"gipam.name": "web"}}
-        ranges = [{"Pool": "10.10.0.0/24", "SubPool": f"10.10.0.{at}/28"} for at in (0, 16)]
-        return [("ReleaseAddress", lease), ("RequestAddress", lease), ("RequestPool", named),
-                ("RequestPool", ranges[0]), ("RequestPool", ranges[1]),
-                ("ReleasePool", {"PoolID": self.pool_id}), ("RequestPool", {"Pool": "10.9.0.0/24"}),
-                ("RequestPool", {"Pool": ""}),
-                ("RequestAddress", {"PoolID": f"10.7.0.0/24#{TOKEN}"})]  # which is adopted
+        return [
+            ApiCall("ReleaseAddress", lease),
+            ApiCall("RequestAddress", lease),
+            ApiCall("RequestPool", {"Pool": "10.8.0.0/24", "Options": {"gipam.name": "web"}}),
+            ApiCall("RequestPool", {"Pool": "10.10.0.0/24", "SubPool": "10.10.0.0/28"}),
+            ApiCall("RequestPool", {"Pool": "10.10.0.0/24", "SubPool": "10.10.0.16/28"}),
+            ApiCall("ReleasePool", {"PoolID": self.pool_id}),
+            ApiCall("RequestPool", {"Pool": "10.9.0.0/24"}),
+            ApiCall("RequestPool", {"Pool": ""}),
+            # This adopts a pool.
+            ApiCall("RequestAddress", {"PoolID": f"10.7.0.0/24#{TOKEN}"}),
+        ]
 
-    def test_turn_that_changes_nothing_writes_nothing(self) -> None:
-        made = len(self.calls.made)
-        replies = self.ask(("ReleasePool", {"PoolID": "none"}), ("RequestPool", {"Pool": 1}),
-                           ("RequestAddress", {"PoolID": self.pool_id, "Address": "10.9.0.2"}))
+    def test_iteration_that_changes_nothing_writes_nothing(self) -> None:
+        count = len(self.calls.made)
+        replies = self.run_iteration(
+            ApiCall("ReleasePool", {"PoolID": "none"}),
+            ApiCall("RequestPool", {"Pool": 1}),
+            ApiCall("RequestAddress", {"PoolID": self.pool_id, "Address": "10.9.0.2"}))
         self.assertEqual([reply.status for reply in replies], [200, 400, 403])
-        self.assertEqual(self.calls.made[made:], [])
+        self.assertEqual(self.calls.made[count:], [])
 
-    def test_failed_write_costs_the_turn_and_nothing_else(self) -> None:
-        """What was decided after the first change has seen it: refusals and successes alike."""
+    def test_failed_write_fails_the_iteration_and_nothing_else(self) -> None:
+        """Grants, refusals and idempotent successes alike, since each may have seen a change."""
         before = dump_state(self.service.state)
         self.fail_next("pwrite journal.1", errno.EIO)
-        held = ("RequestAddress", {"PoolID": self.pool_id, "Address": "10.9.0.2"})
-        nothing = ("ReleasePool", {"PoolID": "none"})
-        replies = self.ask(nothing, *self.a_life(), nothing, held, ("GetCapabilities", {}))
-        for reply in replies:
+        held_address = {"PoolID": self.pool_id, "Address": "10.9.0.2"}
+        unchanging = [ApiCall("ReleasePool", {"PoolID": "none"}),
+                      ApiCall("RequestAddress", held_address),
+                      ApiCall("GetCapabilities", {})]
+        for reply in self.run_iteration(*unchanging, *self.dependent_calls(), *unchanging):
             self.assertEqual(reply.status, 503)
-            self.assertRegex(json.loads(reply.body)["Error"],
+            self.assertRegex(reply.body.decode(),
                              "cannot write .*: Input/output error; nothing has changed")
         self.assertEqual(dump_state(self.service.state), before)
         self.assert_agreed()
-        self.assertEqual({reply.status for reply in self.ask(*self.a_life())}, {200})
+        for reply in self.run_iteration(*self.dependent_calls()):
+            self.assertEqual(reply.status, 200)
         self.assert_agreed()
 
-    def test_full_disk_gives_what_it_has_and_refuses_before_anything_is_changed(self) -> None:
-        """The room ends in the middle of a turn: what came before is granted."""
-        store, call, made = self.service.store, self.calls._call, len(self.calls.made)
-        for limit, ahead, last, pattern in (
-                (999, 0, 200, "Address"), (0, 500, 503, "cannot write .*: No space left")):
-            active_segment(store).allocated = store.journal_bytes + ahead
-            os.truncate(self.journal, active_segment(store).allocated)
+    def run_on_full_disk(self, spare_bytes: int, limit_bytes: int) -> list[gipam.Reply]:
+        """Run an iteration with little preallocated, on a disk that takes only short writes."""
+        segment = active_segment(self.service.store)
+        segment.allocated = self.service.store.journal_bytes + spare_bytes
+        os.truncate(self.journal, segment.allocated)
+        call = self.calls._call
 
-            def scarce(name: str, *arguments: Any, limit: int = limit) -> Any:
-                if name == "pwrite" and len(arguments[1].rstrip(b"\0")) < len(arguments[1]) - limit:
-                    os.pwrite(arguments[0], arguments[1][:99], arguments[2])
+        def call_on_full_disk(name: str, *arguments: Any) -> Any:
+            if name == "pwrite":
+                fd, data, offset = arguments
+                zeros = len(data) - len(data.rstrip(b"\0"))
+                if zeros > limit_bytes:
+                    os.pwrite(fd, data[:99], offset)
                     raise OSError(errno.ENOSPC, "No space left")
-                return call(name, *arguments)
+            return call(name, *arguments)
 
-            with mock.patch.object(self.calls, "_call", scarce):
-                replies = self.ask(*[("RequestAddress", {"PoolID": self.pool_id})] * 9)
-            statuses = [reply.status for reply in replies]
-            self.assertEqual((statuses[0], statuses[-1]), (200, last))
-            self.assertRegex(replies[-1].body.decode(), pattern)
-            self.assertEqual(sorted(statuses), statuses)
-            self.assert_agreed()
-        self.assertEqual(self.calls.made[made:].count("pwrite journal.1"), 11)  # 9 times room
+        with mock.patch.object(self.calls, "_call", call_on_full_disk):
+            return self.run_iteration(*self.address_calls(9))
+
+    def test_full_disk_with_room_for_single_records(self) -> None:
+        count = len(self.calls.made)
+        replies = self.run_on_full_disk(0, 999)
+        self.assertEqual([reply.status for reply in replies], [200] * 9)
+        # Preallocated nine times, and the record itself.
+        self.assertEqual(self.calls.made[count:].count("pwrite journal.1"), 10)
+        self.assert_agreed()
+
+    def test_full_disk_refuses_before_anything_is_changed(self) -> None:
+        """It gets full in the middle of an iteration: what came before is granted."""
+        replies = self.run_on_full_disk(500, 0)
+        statuses = [reply.status for reply in replies]
+        self.assertEqual((statuses[0], statuses[-1], statuses), (200, 503, sorted(statuses)))
+        self.assertRegex(replies[-1].body.decode(), "cannot write .*: No space left")
+        self.assert_agreed()
 
     def test_exception_in_the_middle_of_a_change_loses_nothing(self) -> None:
         """A MemoryError can come anywhere; the state that it leaves is not used."""
@@ -3287,204 +3344,242 @@ class TurnTest(ServiceCase):
                 (gipam.Affinity, "remember", "ReleaseAddress", "10.9.0.3"),
                 (gipam, "AppliedRecord", "RequestAddress", "")):
             with self.subTest(name):
-                before = len(self.service.state.pools[self.pool_id].leases)
-                errors, real = [MemoryError()], getattr(target, name)
-
-                def once(*arguments: Any, errors: Any = errors, real: Any = real) -> Any:
-                    if errors:
-                        raise errors.pop()
-                    return real(*arguments)
-
+                leases = self.service.state.pools[self.pool_id].leases
+                count = len(leases)
                 first = self.client.ask("IpamDriver.RequestAddress", PoolID=self.pool_id)
-                with mock.patch.object(target, name, once), self.assertLogs("gipam", "ERROR"):
+                with failing_once(target, name, MemoryError()), self.assertLogs("gipam", "ERROR"):
                     broken = self.client.ask("IpamDriver." + method, PoolID=self.pool_id,
                                              Address=address)
-                (last,) = self.ask(("RequestAddress", {"PoolID": self.pool_id}))
-                self.assertEqual([reply.status for reply in (first, broken, last)], [200, 500, 200])
-                self.assertEqual(len(self.service.state.pools[self.pool_id].leases), before + 2)
+                (last,) = self.run_iteration(*self.address_calls(1))
+                self.assertEqual([reply.status for reply in (first, broken, last)],
+                                 [200, 500, 200])
+                leases = self.service.state.pools[self.pool_id].leases
+                self.assertEqual(len(leases), count + 2)
                 self.assert_agreed()
-                self.client.release_address(self.pool_id, "10.9.0.3")  # it serves on
+                # It goes on serving.
+                self.client.release_address(self.pool_id, "10.9.0.3")
                 self.client.request_address(self.pool_id, "10.9.0.3", name="web")
 
-    def test_journal_that_may_be_lost_fails_all_and_whatever_comes_later(self) -> None:
-        journal = self.journal
-
-        def replace() -> None:
-            os.rename(shutil.copy(journal, journal + "~"), journal)
-
-        def find_in_the_middle() -> None:  # where room is made
-            active_segment(self.service.store).allocated = self.service.store.journal_bytes + 300
-            self.fail_next("fdatasync journal.1", errno.EIO)
-
-        ways: dict[str, tuple[Callable[[], None], str]] = {
-            "found in the middle of a turn": (find_in_the_middle,
-                                              "cannot sync .*: Input/output error"),
-            "not synced": (lambda: self.fail_next("fdatasync journal.1", errno.EIO),
-                           "cannot sync .*: Input/output error"),
-            "deleted": (lambda: os.unlink(journal), "journal.1 was moved or deleted"),
-            "moved": (lambda: os.rename(journal, journal + "~"), "journal.1 was moved or deleted"),
-            "replaced": (replace, "journal.1 was moved or deleted")}
-        for what, (lose, pattern) in ways.items():
-            with self.subTest(what):
+    def test_journal_that_may_be_lost_fails_all_for_ever(self) -> None:
+        for loss, pattern in (
+                ("sync_failed", "cannot sync .*: Input/output error"),
+                ("sync_of_preallocation_failed", "cannot sync .*: Input/output error"),
+                ("deleted", "journal.1 was moved or deleted"),
+                ("moved", "journal.1 was moved or deleted"),
+                ("replaced", "journal.1 was moved or deleted")):
+            with self.subTest(loss):
                 self.renew()
-                lose()
-                for requests in (self.a_life(), [("RequestPool", {"Pool": "10.77.0.0/24"})]):
-                    for reply in self.ask(*requests):
+                self.lose_journal(loss)
+                later = [ApiCall("RequestPool", {"Pool": "10.77.0.0/24"})]
+                for calls in (self.dependent_calls(), later):
+                    for reply in self.run_iteration(*calls):
                         self.assertRegex(json.loads(reply.body)["Error"], pattern)
                 self.assert_lost()
 
-    def test_room_is_made_ahead_of_need(self) -> None:
+    def lose_journal(self, loss: str) -> None:
+        """Let what the disk holds be unknown from the next sync on."""
+        copy_path = self.journal + "~"
+        if loss == "deleted":
+            os.unlink(self.journal)
+        elif loss == "moved":
+            os.rename(self.journal, copy_path)
+        elif loss == "replaced":
+            os.rename(shutil.copy(self.journal, copy_path), self.journal)
+        else:
+            self.fail_next("fdatasync journal.1", errno.EIO)
+        if loss == "sync_of_preallocation_failed":
+            store = self.service.store
+            active_segment(store).allocated = store.journal_bytes + 300
+
+    def test_space_is_preallocated_ahead_of_need(self) -> None:
         """One request in a hundred asks the disk for more."""
-        store, made = self.service.store, len(self.calls.made)
+        store = self.service.store
+        count = len(self.calls.made)
         started = active_segment(store).allocated
         for _ in range(200):
-            self.client.request_pool(gipam_name="web")
-            self.client.release_pool(list(self.service.state.pools)[-1])
-        self.assertGreater(active_segment(store).allocated, started + gipam.PREALLOCATE_BYTES)
-        self.assertLess(active_segment(store).allocated - store.journal_bytes, gipam.PREALLOCATE_BYTES + 1)
-        self.assertLess(self.calls.made[made:].count("fdatasync journal.1"), 405)
-        self.assertEqual(os.path.getsize(self.journal), active_segment(store).allocated)
+            pool_id, _ = self.client.request_pool(gipam_name="web")
+            self.client.release_pool(pool_id)
+        allocated = active_segment(store).allocated
+        self.assertGreater(allocated, started + gipam.PREALLOCATE_BYTES)
+        self.assertLessEqual(allocated - store.journal_bytes, gipam.PREALLOCATE_BYTES)
+        self.assertLess(self.calls.made[count:].count("fdatasync journal.1"), 405)
+        self.assertEqual(os.path.getsize(self.journal), allocated)
         self.assert_agreed()
 
 
-class Beside:
-    """A fold in a thread, which stops where it waits for a turn, and before it changes the disk."""
+class Stop(NamedTuple):
+    """Where a checkpoint waits: for an iteration with this callback, else before a system call."""
+
+    future: concurrent.futures.Future[Any]
+    function: Callable[..., Any] | None
+    arguments: tuple[Any, ...]
+
+
+class SteppedCheckpoint:
+    """A checkpoint in a thread that stops at each step, until go_on() is called."""
 
     def __init__(self, case: ServiceCase) -> None:
         self.service = case.service
-        self.stops: queue.Queue[Any] = queue.Queue()
-        self.thread = threading.Thread(target=self.live, daemon=True)
-        self.is_done = False
+        self.stops: queue.Queue[Stop | None] = queue.Queue()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.has_succeeded = False
         case.calls.watch = self.watch
         self.thread.start()
         self.stop = self.stops.get(timeout=DEADLINE_S)
 
-    def live(self) -> None:
+    def run(self) -> None:
+        """Make the checkpoint, in the thread."""
         self.wait()
-        self.is_done = gipam.Checkpoint(self.service, self.wait).run()
+        self.has_succeeded = gipam.Checkpoint(self.service, self.wait).run()
         self.stops.put(None)
 
-    def wait(self, function: Callable[..., Any] | None = None, *args: Any) -> Any:
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self.stops.put((future, function, args))
-        return future.result(DEADLINE_S)
+    def wait(self, function: Callable[..., Any] | None = None, *arguments: Any) -> Any:
+        """Stop, in the thread."""
+        stop = Stop(concurrent.futures.Future(), function, arguments)
+        self.stops.put(stop)
+        return stop.future.result(DEADLINE_S)
 
     def watch(self) -> None:
+        """Stop before a system call of the thread."""
         if threading.current_thread() is self.thread:
             self.wait()
 
     def go_on(self) -> bool:
-        """Let it do one thing, in a turn if it needs one; False: it has ended."""
+        """Let the thread do one step, in an iteration if it needs one; False: it has ended."""
         if self.stop:
-            future, function, args = self.stop
+            future, function, arguments = self.stop
+            result = None
             try:
-                future.set_result(self.service.run_once(function, *args) if function else None)
+                if function:
+                    result = self.service.run_once(function, *arguments)
+                future.set_result(result)
             except (OSError, gipam.GipamError) as error:
                 future.set_exception(error)
             self.stop = self.stops.get(timeout=DEADLINE_S)
-        return bool(self.stop)
+        return self.stop is not None
+
+    def go_on_times(self, count: int) -> bool:
+        """Let it do so many steps; False: it has ended before."""
+        return all(self.go_on() for _ in range(count))
 
     def run_free(self) -> None:
-        """Let it do all that needs no turn."""
-        while self.stop and not self.stop[1]:
+        """Let it do all that needs no iteration."""
+        while self.stop and not self.stop.function:
             self.go_on()
 
+    def finish(self) -> None:
+        """Let it do all that is left."""
+        while self.go_on():
+            pass
 
-class FoldTest(ServiceCase):
-    """Folding the journal into the lease file, while requests go on."""
 
-    def journals(self) -> list[str]:
-        return sorted(name.rpartition(".")[2] for name in glob.glob(self.path + ".journal.*"))
+class CheckpointTest(ServiceCase):
+    """Writing the lease file while requests go on."""
+
+    def journal_numbers(self) -> list[str]:
+        """Return the numbers of the segments that are there."""
+        return sorted(path.rpartition(".")[2] for path in glob.glob(self.path + ".journal.*"))
 
     def test_requests_go_on_beside_it(self) -> None:
-        """What comes while it is written is in the next journal, and not in the lease file."""
+        """What comes while it is written is in the next segment, and not in the lease file."""
         tenant = Tenant(self.client, random.Random(self.seed), 1, (self.pool_id,))
         tenant.pools.update(held(self.service.state))
         with self.subTest():
             for number in range(300 if IS_LONG else 60):
-                fold = Beside(self)
-                while fold.go_on():
+                stepped = SteppedCheckpoint(self)
+                while stepped.go_on():
                     tenant.step()
-                self.assertTrue(fold.is_done)
+                self.assertTrue(stepped.has_succeeded)
                 tenant.step()
-                self.assertEqual(self.journals(), [str(number + 1)])
+                self.assertEqual(self.journal_numbers(), [str(number + 1)])
                 self.assert_agreed()
             self.assertEqual(held(self.service.state), tenant.held())
 
-    def test_turn_that_fails_with_a_step_of_it_leaves_nothing_open(self) -> None:
+    def fails_at(self, moment: int) -> bool:
+        """Make a checkpoint whose step of this number is in an iteration that fails."""
+        steps = itertools.count()
+
+        def run_in_loop(function: Callable[..., Any], *arguments: Any) -> Any:
+            self.client.ask("IpamDriver.RequestAddress", PoolID=self.pool_id)
+            if next(steps) != moment:
+                return self.service.run_once(function, *arguments)
+            with failing_once(self.service.store, "append", gipam.StoreError("no")):
+                return self.service.run_once(function, *arguments)
+
+        return not gipam.Checkpoint(self.service, run_in_loop).run()
+
+    def test_iteration_that_fails_with_a_step_of_it_leaves_nothing_open(self) -> None:
         """Whatever the step was, it cannot hand on what it has opened."""
-        for moment in itertools.count():
-            self.renew()
-            steps = itertools.count()
-
-            def call(function: Callable[..., Any], *args: Any, moment: int = moment,
-                     steps: Iterator[int] = steps) -> Any:
-                self.client.ask("IpamDriver.RequestAddress", PoolID=self.pool_id)
-                fault = gipam.StoreError("no") if next(steps) == moment else None
-                with mock.patch.object(self.service.store, "append", side_effect=fault,
-                                       wraps=self.service.store.append):
-                    return self.service.run_once(function, *args)
-
-            is_done = gipam.Checkpoint(self.service, call).run()
+        moment = 0
+        while self.fails_at(moment):
             with self.subTest(moment=moment):
                 self.assertEqual(self.calls.open_files(), [self.journal])
                 self.assertEqual(glob.glob(self.path + ".tmp"), [])
                 self.assert_agreed()
-            if is_done:
-                break
+            self.renew()
+            moment += 1
         self.assertGreater(moment, 5)
 
-    def test_state_read_anew_at_any_moment_ends_it_and_loses_nothing(self) -> None:
-        """A write fails; while the state is read, all goes on that needs no turn."""
-        recover, decode = gipam.recover, gipam.decode_records
-        hooks: dict[str, Callable[[Callable[[], Any]], Any]] = {
-            "recover": lambda free: lambda *rest: (free(), recover(*rest)),
-            "decode_records": lambda free: lambda data: (
-                line for part in (decode, lambda _: free() or ()) for line in part(data))}
+    def leave_two_segments(self) -> None:
+        """Let the rename of a checkpoint fail, after a request."""
+        for fault in ("", "replace tmp"):
+            checkpoint(self.service)
+            self.client.request_address(self.pool_id)
+            self.fail_next(fault, errno.EBUSY)
+        checkpoint(self.service)
+        self.client.request_address(self.pool_id)
+
+    def reload_beside(self, stepped: SteppedCheckpoint, hook: str) -> None:
+        """Let a write fail; while the state is read again, all goes on that needs no iteration."""
+        function = getattr(gipam, hook)
+
+        def call(*arguments: Any) -> Any:
+            stepped.run_free()
+            return function(*arguments)
+
+        self.fail_next(f"pwrite journal.{self.service.store.segment}", errno.EIO)
+        with mock.patch.object(gipam, hook, call), \
+                self.assertRaisesRegex(ErrorReply, "Input/output error"):
+            self.client.request_address(self.pool_id)
+
+    def test_reload_at_any_moment_ends_it_and_loses_nothing(self) -> None:
         for hook in ("recover", "decode_records"):
             for moment in itertools.count():
+                self.renew()
+                self.leave_two_segments()
+                granted = held(self.service.state)
+                stepped = SteppedCheckpoint(self)
+                if not stepped.go_on_times(moment):
+                    break
                 with self.subTest(hook=hook, moment=moment):
-                    self.renew()
-                    for fault in ("", "replace tmp"):  # which leaves two segments
-                        checkpoint(self.service)
-                        self.client.request_address(self.pool_id)
-                        self.fail_next(fault, errno.EBUSY)
-                    checkpoint(self.service)
-                    self.client.request_address(self.pool_id)
-                    answered, fold = held(self.service.state), Beside(self)
-                    if not all(fold.go_on() for _ in range(moment)):
-                        break
-                    self.fail_next(f"pwrite journal.{self.service.store.segment}", errno.EIO)
-                    with mock.patch.object(gipam, hook, hooks[hook](fold.run_free)), \
-                            self.assertRaisesRegex(Refused, "Input/output error"):
-                        self.client.request_address(self.pool_id)
-                    while fold.go_on():
-                        pass
-                    self.assertEqual(held(self.service.state), answered)
+                    self.reload_beside(stepped, hook)
+                    stepped.finish()
+                    self.assertEqual(held(self.service.state), granted)
                     self.assert_agreed()
                     self.assertEqual(glob.glob(self.path + ".tmp"), [])
                     self.assertTrue(checkpoint(self.service))
             self.assertGreater(moment, 5)
 
-    def test_turn_that_is_longer_than_the_room_of_the_new_segment_is_whole(self) -> None:
+    def test_record_longer_than_the_preallocation_of_the_new_segment(self) -> None:
         checkpoint(self.service)
         self.client.request_address(self.pool_id)
-        fold = Beside(self)
-        fold.go_on()
+        stepped = SteppedCheckpoint(self)
+        stepped.go_on()
         for _ in range(200):
             self.client.ask("IpamDriver.RequestAddress", PoolID=self.pool_id)
-        fold.go_on()  # in the same turn
+        stepped.go_on()  # the segment, in the same iteration
         self.assertEqual(self.service.store.segment, 2)
         self.assertGreater(self.service.store.journal_bytes, gipam.PREALLOCATE_BYTES)
-        while fold.go_on():
-            pass
+        stepped.finish()
         self.client.request_address(self.pool_id)
         self.assert_agreed()
 
-    def test_it_is_due_when_the_journal_is_longer_than_the_snapshot(self) -> None:
-        for is_due in (True, False):  # the first: the lease file knows no journal
-            self.assertEqual(self.service.needs_checkpoint(), is_due)
-            checkpoint(self.service)
+    def test_it_is_needed_when_the_journal_is_longer_than_the_snapshot(self) -> None:
+        # The lease file does not name the segment yet.
+        self.assertTrue(self.service.needs_checkpoint())
+        checkpoint(self.service)
+        self.assertFalse(self.service.needs_checkpoint())
+        checkpoint(self.service)
         with mock.patch.object(gipam, "MIN_CHECKPOINT_BYTES", 1000):
             written = 0
             while not self.service.needs_checkpoint():
@@ -3496,10 +3591,10 @@ class FoldTest(ServiceCase):
         self.assertFalse(self.service.needs_checkpoint())
 
     def test_at_a_clean_stop_the_lease_file_stands_alone(self) -> None:
-        """Before that, a journal that holds nothing yet is kept by the next fold."""
+        """Before that, a segment that holds nothing yet is used by the next checkpoint."""
         for number in ("1", "2", "2"):
             self.assertTrue(checkpoint(self.service))
-            self.assertEqual(self.journals(), [number])
+            self.assertEqual(self.journal_numbers(), [number])
         self.assertTrue(checkpoint_at_stop(self.service))
         self.assertEqual(os.listdir(self.directory), ["leases.json"])
         self.assertNotIn(b'"Journal"', self.read_files()["leases.json"])
@@ -3507,56 +3602,70 @@ class FoldTest(ServiceCase):
 
     def test_rename_that_never_works_leaves_nothing_at_each_try(self) -> None:
         """A lease file that is bind-mounted alone is busy."""
+        names = ["leases.json", "leases.json.journal.1", "leases.json.journal.2"]
         checkpoint(self.service)
         for _ in range(3):
             self.fail_next("replace tmp", errno.EBUSY)
             self.assertFalse(checkpoint(self.service))
             self.client.request_address(self.pool_id)
-            self.assertEqual(sorted(os.listdir(self.directory)), ["leases.json"] + [
-                f"leases.json.journal.{number}" for number in (1, 2)])
+            self.assertEqual(sorted(os.listdir(self.directory)), names)
         self.assertTrue(checkpoint(self.service))
-        self.assertEqual(self.journals(), ["2"])
+        self.assertEqual(self.journal_numbers(), ["2"])
         self.assert_agreed()
 
     def test_last_of_a_disk_is_left_to_the_requests(self) -> None:
-        """A fold does not take it, be it for a moment."""
         checkpoint(self.service)
         full = os.statvfs_result((4096, 4096, 1 << 20, 7, 7, 0, 0, 0, 0, 255))
         with mock.patch.object(os, "statvfs", return_value=full):
             self.assertFalse(checkpoint(self.service))
-        self.assertEqual(self.journals(), ["1"])
+        self.assertEqual(self.journal_numbers(), ["1"])
         self.client.request_address(self.pool_id)
         self.assert_agreed()
 
 
-class TakeBackTest(ServiceCase):
-    """A reply that never arrived is undone by sequence number: a successor is not touched."""
+class LostReplyTest(ServiceCase):
+    """A grant whose reply was lost is rolled back by sequence number: no successor is touched."""
 
-    @mock.patch("gipam.secrets.token_hex", lambda _: TOKEN)
+    POOL_ID = f"10.8.0.0/24#{TOKEN}"  # so that a lease can adopt the pool
+    ADDRESS = "10.8.0.7"
+
+    def take_step(self, step: str) -> gipam.Reply:
+        """Request or release the pool or the lease; return the reply."""
+        if step == "pool":
+            self.client.request_pool("10.8.0.0/24")
+        elif step == "-pool":
+            self.client.release_pool(self.POOL_ID)
+        elif step == "lease":
+            self.client.request_address(self.POOL_ID, self.ADDRESS)
+        else:
+            self.client.release_address(self.POOL_ID, self.ADDRESS)
+        return self.client.reply
+
+    @mock.patch.object(secrets, "token_hex", mock.Mock(return_value=TOKEN))
     def test_only_what_is_still_the_very_same_is_released(self) -> None:
-        """The reply to the first step of a story is lost; what had been there was made before."""
-        pool_id, address = f"10.8.0.0/24#{TOKEN}", "10.8.0.7"  # so that a lease can adopt the pool
-        for there, story, is_released in (
-                ("", "pool", True), ("pool", "lease", True), ("pool lease", "-lease", False),
-                ("", "pool -pool", False), ("", "pool -pool lease", False), ("pool", "lease -lease", False),
-                ("pool", "lease -lease lease", False), ("pool", "lease -pool lease", False)):
-            with self.subTest(there, story=story):
+        """The reply to the first step of each story is lost."""
+        for steps_before, story, is_released in (
+                ("", "pool", True),
+                ("pool", "lease", True),
+                ("pool lease", "-lease", False),
+                ("", "pool -pool", False),
+                ("", "pool -pool lease", False),
+                ("pool", "lease -lease", False),
+                ("pool", "lease -lease lease", False),
+                ("pool", "lease -pool lease", False)):
+            with self.subTest(steps_before, story=story):
                 self.renew()
-                client = self.client
-                steps: dict[str, Callable[[], Any]] = {
-                    "pool": functools.partial(client.request_pool, "10.8.0.0/24"),
-                    "-pool": functools.partial(client.release_pool, pool_id),
-                    "lease": functools.partial(client.request_address, pool_id, address),
-                    "-lease": functools.partial(client.release_address, pool_id, address)}
-                for step in there.split():
-                    steps[step]()
-                before = held(self.service.state)
-                replies = [(steps[step](), client.reply)[1] for step in story.split()]
-                seq, after = self.service.state.seq, held(self.service.state)
+                for step in steps_before.split():
+                    self.take_step(step)
+                expected = held(self.service.state)
+                lost, *_ = [self.take_step(step) for step in story.split()]
+                seq = self.service.state.seq
+                if not is_released:
+                    expected = held(self.service.state)
                 for _ in range(2):
-                    self.service.run_once(functools.partial(self.service.roll_back, replies[0].change, replies[0].seq))
-                self.assertEqual(self.service.state.seq, seq + is_released)
-                self.assertEqual(held(self.service.state), before if is_released else after)
+                    self.service.run_once(self.service.roll_back, lost.change, lost.seq)
+                self.assertEqual(self.service.state.seq, seq + int(is_released))
+                self.assertEqual(held(self.service.state), expected)
                 self.assert_agreed()
 
 
@@ -3644,40 +3753,49 @@ class Load:
     """Tenants on a daemon, each in a thread with a connection of its own."""
 
     def __init__(self, test: StoreCase, daemon: Daemon, clients: int, seed: int) -> None:
-        self.test, self.daemon = test, daemon
+        self.test = test
+        self.daemon = daemon
         client = daemon.client()
         shared = (client.request_pool()[0], client.request_pool(v6=True)[0])
         self.tenants = [Tenant(client, random.Random(seed + number), number, shared)
                         for number in range(clients)]
-        self.stop, self.is_dying = threading.Event(), threading.Event()
+        self.stop = threading.Event()
+        self.is_dying = threading.Event()
         self.threads = concurrent.futures.ThreadPoolExecutor(clients)
         test.addCleanup(self.threads.shutdown)
         test.addCleanup(self.stop.set)
         self.lives: list[concurrent.futures.Future[None]] = []
 
     def start(self) -> None:
+        """Let the tenants go on."""
         self.stop.clear()
         self.is_dying.clear()
-        self.lives = [self.threads.submit(self._live, tenant) for tenant in self.tenants]
+        self.lives = [self.threads.submit(self.live, tenant) for tenant in self.tenants]
 
     def wait_for(self, replies: int) -> None:
-        """Wait for so many replies more, or until somebody gives up."""
-        deadline, goal = time.monotonic() + DEADLINE_S, self.replies() + replies
-        while self.replies() < goal and self.is_well() and time.monotonic() < deadline:
+        """Wait for so many replies more, or until a tenant gives up."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        goal = self.replies() + replies
+        while self.replies() < goal and self.is_well() and time.monotonic() < deadline_s:
             time.sleep(0.001)
 
     def is_well(self) -> bool:
+        """Return whether all tenants are alive."""
         return not any(life.done() for life in self.lives)
 
     def replies(self) -> int:
+        """Return how many replies there were."""
         return sum(tenant.replies for tenant in self.tenants)
 
     def join(self) -> None:
+        """Wait until all tenants have ended."""
         for life in self.lives:
             life.result(DEADLINE_S)
 
-    def _live(self, tenant: Tenant) -> None:
-        tenant.client = client = Client(self.daemon.socket)
+    def live(self, tenant: Tenant) -> None:
+        """Make calls, in a thread."""
+        client = Client(self.daemon.socket)
+        tenant.client = client
         try:
             while not self.stop.is_set():
                 tenant.step()
@@ -3687,58 +3805,78 @@ class Load:
         finally:
             client.close()
 
-    def reconcile(self, state: gipam.State) -> None:
-        """Check that each has what it was answered, but for the call that was not answered.
-
-        The MAC address tells whose a lease is. What that call has done, the tenants learn of.
-        """
-        found: dict[int, set[tuple[str, str]]] = {tenant.number: set() for tenant in self.tenants}
+    def leases_by_tenant(self, state: gipam.State) -> dict[int, set[tuple[str, str]]]:
+        """Return (pool_id, address) of what each tenant holds; its MAC addresses tell."""
+        leases: dict[int, set[tuple[str, str]]] = {tenant.number: set() for tenant in self.tenants}
         for pool in state.pools.values():
             for offset, lease in pool.leases.items():
                 number = int(lease.mac.split(":")[4], 16)
-                found[number].add((pool.pool_id, pool.format(offset)))
+                leases[number].add((pool.pool_id, pool.format(offset)))
+        return leases
+
+    def reconcile(self, state: gipam.State) -> None:
+        """Check that each tenant has what it was answered, but for the call without an answer.
+
+        What that call has done, the tenants learn now.
+        """
+        leases = self.leases_by_tenant(state)
         unknown = set(state.pools).difference(*(tenant.pools for tenant in self.tenants))
         for tenant in self.tenants:
-            action, pool_id, address = (*tenant.pending, "", "", "")[:3]
-            there, gone = found[tenant.number], tenant.pools.keys() - state.pools.keys()
-            known = {(its, at) for its in tenant.pools.keys() - gone for at in tenant.pools[its]}
-            new = {its for its, _ in there - known}
-            for change, found_so, may_be in (
-                    ("release_pool", gone, {pool_id}), ("request_address", new, {pool_id}),
-                    ("release_address", known - there, {(pool_id, address)})):
-                self.test.assertLessEqual(found_so, may_be if change == action else set(), change)
-            self.test.assertLessEqual(len(there - known), 1)
-            tenant.pools = {its: [at for other, at in there if other == its]
-                            for its in tenant.pools if its not in gone}
-            if action == "request_pool" and unknown:
+            self.reconcile_tenant(tenant, state, leases[tenant.number])
+            if tenant.pending[:1] == ("request_pool",) and unknown:
                 tenant.pools[unknown.pop()] = []
             tenant.pending = ()
         self.test.assertEqual(unknown, set(), "nobody asked for these")
 
+    def reconcile_tenant(self, tenant: Tenant, state: gipam.State,
+                         leases: set[tuple[str, str]]) -> None:
+        """Check what one tenant has; let it know."""
+        action, pool_id, address = (*tenant.pending, "", "", "")[:3]
+        gone = tenant.pools.keys() - state.pools.keys()
+        known: set[tuple[str, str]] = set()
+        for known_id in tenant.pools.keys() - gone:
+            known.update((known_id, known_address) for known_address in tenant.pools[known_id])
+        surplus = leases - known
+
+        self.test.assertLessEqual(gone, {pool_id} if action == "release_pool" else set())
+        self.test.assertLessEqual({surplus_id for surplus_id, _ in surplus},
+                                  {pool_id} if action == "request_address" else set())
+        self.test.assertLessEqual(known - leases, {(pool_id, address)}
+                                  if action == "release_address" else set())
+        self.test.assertLessEqual(len(surplus), 1)
+
+        pool_ids = [tenant_id for tenant_id in tenant.pools if tenant_id not in gone]
+        tenant.pools = {tenant_id: [] for tenant_id in pool_ids}
+        for lease_id, lease_address in leases:
+            tenant.pools[lease_id].append(lease_address)
+
 
 class KillTest(StoreCase):
-    """A real daemon under load, which folds each few dozen requests."""
+    """A real daemon under load, which makes a checkpoint each few dozen requests."""
 
     def test_no_kill_under_load_loses_or_doubles_a_lease(self) -> None:
-        served = self.daemon(
-            "-v4", "10.2.0.0/16", "-v6", "2001:db8:0:100::/56",
-            lines="gipam.MIN_CHECKPOINT_BYTES, gipam.CHECKPOINT_RETRY_S = 2000, 0.01").start()
-        seed, clients, kills = seeds(1)[0], 16 if IS_LONG else 8, 250 if IS_LONG else 20
-        rng, load = random.Random(seed), Load(self, served, clients, seed)
+        lines = ("gipam.MIN_CHECKPOINT_BYTES = 2000\ngipam.CHECKPOINT_RETRY_S = 0.01\n"
+                 "gipam.TIMER_INTERVAL_S = 0.01")
+        daemon = self.daemon("-v4", "10.2.0.0/16", "-v6", "2001:db8:0:100::/56", lines=lines)
+        daemon.start()
+        seed = choose_seeds(1)[0]
+        rng = random.Random(seed)
+        load = Load(self, daemon, 16 if IS_LONG else 8, seed)
         with self.subTest(GIPAM_TEST_SEED=seed):
-            for _ in range(kills):
+            for _ in range(250 if IS_LONG else 20):
                 load.start()
                 load.wait_for(rng.randrange(400))
                 load.is_dying.set()
-                served.kill()
+                daemon.kill()
                 load.join()
                 load.reconcile(recover(self.path))
-                served.start()
+                daemon.start()
             load.start()
             load.wait_for(200)
             load.stop.set()
             load.join()
-            self.assertEqual(served.stop(), 0)  # now the lease file has what was in memory
+            # Now the lease file has what was in memory.
+            self.assertEqual(daemon.stop(), 0)
             self.assertEqual(sorted(os.listdir(self.directory)),
                              ["leases.json", "leases.json.lock", "log"])
             load.reconcile(recover(self.path))
@@ -4553,21 +4691,6 @@ class ServedLoop:
             self.loop._checkpoint_thread.join()
         self.caller.open()
         return self.caller.state()
-
-
-@contextlib.contextmanager
-def failing_once(target: Any, name: str, error: Exception) -> Iterator[None]:
-    """Let the next call of a function raise the error."""
-    errors = [error]
-    function = getattr(target, name)
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        if errors:
-            raise errors.pop()
-        return function(*arguments, **options)
-
-    with mock.patch.object(target, name, call):
-        yield
 
 
 NO_MEMORY = OSError(errno.ENOMEM, "Cannot allocate memory")
