@@ -3019,8 +3019,9 @@ class Service:
         try:
             self.store.append([record.text for record in applied])
         except Exception as error:  # noqa: BLE001 - nobody knows what is on disk
-            return self.reload(error if isinstance(error, StoreError) else
-                               StoreError(f"cannot write the journal: {error!r}"))
+            if not isinstance(error, StoreError):
+                error = StoreError(f"cannot write the journal: {error!r}")
+            return self.reload(error)
         self.metrics.count_commit(time.perf_counter() - started_s)
         self._unlogged += applied
         return None
@@ -3649,21 +3650,34 @@ def handle_release_if_unchanged(service: Service, arguments: Arguments,
     return {}, change
 
 
+def parse_leases(leases: Any) -> list[AddressRequest]:
+    """Return the leases of an import. Raises: InvalidRequest."""
+    if not isinstance(leases, list):
+        raise InvalidRequest("the list Leases is missing")
+    if len(leases) > MAX_IMPORT_LEASES:
+        raise InvalidRequest(f"Leases has {len(leases)} entries, more than {MAX_IMPORT_LEASES}: "
+                             "import the others in further calls, with the Seq of the pool")
+
+    requests = []
+    for lease in leases:
+        if not isinstance(lease, dict):
+            raise InvalidRequest(f"a lease is not an object: {quote_value(lease)}")
+        fields = Arguments(lease)
+        kind = fields.text("Kind")
+        if kind not in LEASE_KINDS:
+            raise InvalidRequest(f"Kind is none of {', '.join(LEASE_KINDS)}: {kind!r}")
+        requests.append(AddressRequest(fields.text("Address"), kind, fields.text("MAC"),
+                                       fields.text("Name")))
+    return requests
+
+
 def handle_import(service: Service, arguments: Arguments, outcome: Outcome) -> tuple[Json, None]:
     """Take over what Docker uses; answer how many changes that was, and the last one's Seq."""
-    subnet, sub_pool = arguments.prefix("Subnet"), arguments.prefix("SubPool")
-    leases = arguments.get("Leases")
-    if not subnet or not isinstance(leases, list) \
-            or not all(isinstance(lease, dict) for lease in leases):
-        raise InvalidRequest("Subnet or the list Leases is missing")
-    if len(leases) > MAX_IMPORT_LEASES:
-        raise InvalidRequest(f"Leases has {len(leases)} entries, more than {MAX_IMPORT_LEASES}: adopt "
-                             "the others in further calls, with the Seq of the pool")
-    keys = ("Address", "Kind", "MAC", "Name")
-    requests = [AddressRequest(*(Arguments(lease).text(key) for key in keys)) for lease in leases]
-    for request in requests:
-        if request.kind not in LEASE_KINDS:
-            raise InvalidRequest(f"Kind is none of {', '.join(LEASE_KINDS)}: {request.kind!r}")
+    subnet = arguments.prefix("Subnet")
+    sub_pool = arguments.prefix("SubPool")
+    if not subnet:
+        raise InvalidRequest("Subnet is missing")
+    requests = parse_leases(arguments.get("Leases"))
     done = service.import_pool(subnet, sub_pool, arguments.text("Name"), requests, arguments.seq())
     log.info("took over %s as Docker has it: %d changes", sub_pool or subnet, len(done))
     return {"Adopted": len(done), "Seq": done.stop - 1}, None
@@ -3671,9 +3685,12 @@ def handle_import(service: Service, arguments: Arguments, outcome: Outcome) -> t
 
 def handle_evict(service: Service, arguments: Arguments, outcome: Outcome) -> tuple[Json, None]:
     """Give up what a host that will never come back has claimed."""
-    host, site = arguments.text("Host", is_needed=True), service.site
-    if not site or host == site.host:
-        raise InvalidRequest(f"{host!r} is this host" if site else "this gipam has no -etcd")
+    host = arguments.text("Host", is_needed=True)
+    site = service.site
+    if not site:
+        raise InvalidRequest("cannot evict: -etcd is not set")
+    if host == site.host:
+        raise InvalidRequest(f"{host!r} is this host")
     site.evict(host)
     return {"Host": host}, None
 
@@ -3695,12 +3712,20 @@ def describe_base(family: Family, base: Network, routes: list[Range]) -> Json:
     removed = [network for network in family.excluded if base.overlaps(network)]
     routes = [route for route in routes if low <= route[0] <= high]
     routed_or_excluded = family.count_free([*routes, *map(address_range, removed)])
-    remembered = {name: str(kept.network) for name, kept in family.names.items()
-                  if low <= int(kept.network.network_address) <= high}
+    remembered = {}
+    for name, kept in family.names.items():
+        if low <= int(kept.network.network_address) <= high:
+            remembered[name] = str(kept.network)
+
     return {
-        "prefix": str(base), "family": version, "block_prefixlen": family.prefixlen,
-        "blocks": total, "blocks_used": used, "blocks_excluded": excluded,
-        "blocks_routed": routed_or_excluded - excluded, "excluded": list(map(str, removed)),
+        "prefix": str(base),
+        "family": version,
+        "block_prefixlen": family.prefixlen,
+        "blocks": total,
+        "blocks_used": used,
+        "blocks_excluded": excluded,
+        "blocks_routed": routed_or_excluded - excluded,
+        "excluded": list(map(str, removed)),
         "routes": [format_range(first, last, version) for first, last in routes],
         "remembered": remembered,
     }
@@ -3745,17 +3770,28 @@ def describe_claims(site: ClaimTable, has_addresses: bool) -> Iterator[Json]:
     for key, claim in list(site.claims.items()):
         network, address = parse_claim_key(key)
         if has_addresses or not address:
-            yield {"subnet": str(network), "address": address, "hosts": claim.hosts,
-                   "is_shared": claim.is_shared, "since_s": claim.since_s}
+            yield {
+                "subnet": str(network),
+                "address": address,
+                "hosts": claim.hosts,
+                "is_shared": claim.is_shared,
+                "since_s": claim.since_s,
+            }
 
 
 def encode_pool_status(service: Service, pool: Pool, has_leases: bool) -> Iterator[str]:
     """Yield the JSON of a pool in the status, in portions."""
     network = pool.subnet.network
-    status = {
-        "id": pool.pool_id, "subnet": str(network), "sub_pool": str(pool.sub_pool or ""),
-        "name": pool.name, "leases": len(pool.leases), "usable": pool.capacity(),
-        "granted_s": pool.granted_s, "seq": pool.seq, "is_shared": pool.subnet.is_shared,
+    status: Json = {
+        "id": pool.pool_id,
+        "subnet": str(network),
+        "sub_pool": str(pool.sub_pool or ""),
+        "name": pool.name,
+        "leases": len(pool.leases),
+        "usable": pool.capacity(),
+        "granted_s": pool.granted_s,
+        "seq": pool.seq,
+        "is_shared": pool.subnet.is_shared,
         "claimed_elsewhere": service.site.find_claim_conflict(network) if service.site else "",
     }
     if not has_leases:
@@ -3833,10 +3869,12 @@ def build_samples(_: Service) -> Samples:
 
 def request_samples(service: Service) -> Samples:
     """Yield the counts of requests, those that are 0 too, so that increase() sees the first."""
-    counts = {(method, result): 0 for method in sorted(PATHS | {"unknown"}) for result in RESULTS}
-    counts.update(service.metrics.requests)
-    for (method, result), count in counts.items():
-        yield f'{{method="{method}",result="{result}"}}', count
+    counts = service.metrics.requests.copy()
+    for method in (*PATHS, "unknown"):
+        for result in RESULTS:
+            counts.setdefault((method, result), 0)
+    for method, result in sorted(counts):
+        yield f'{{method="{method}",result="{result}"}}', counts[method, result]
 
 
 def request_duration_samples(service: Service) -> Samples:
@@ -4074,19 +4112,20 @@ class Delivery:
     """Something that an iteration decided, which leaves after the commit of this iteration."""
 
     __slots__ = ()
+    connection: ClientConnection | None = None  # closed if the delivery fails unexpectedly
 
     def deliver(self, error: GipamError | None) -> None:
         """Deliver what was decided, or the error."""
         raise NotImplementedError
-
-    def abort(self) -> None:
-        """Give up after an unexpected exception."""
 
 
 class Request(Delivery):
     """A request of a connection, from its last byte to the delivery of its reply."""
 
     __slots__ = ("awaits_etcd", "body", "connection", "reply", "started_s", "target", "verb")
+
+    connection: ClientConnection
+    reply: Reply
 
     def __init__(self, connection: ClientConnection, verb: str, target: str, body: bytes) -> None:
         self.connection = connection
@@ -4095,7 +4134,6 @@ class Request(Delivery):
         self.body = body
         self.started_s = time.perf_counter()
         self.awaits_etcd = False
-        self.reply: Reply | None = None
 
     def decide(self, outcome: Outcome = NO_OUTCOME) -> None:
         """Decide it, unless its connection does not wait for it any more.
@@ -4114,18 +4152,12 @@ class Request(Delivery):
         if connection.current_request is not self:
             return
         connection.current_request = None
-        reply = self.reply
-        if error or not reply:
-            reply = error_reply(error or GipamError("internal error of gipam: see its log"))
         loop = connection.server.loop
+        reply = error_reply(error) if error else self.reply
         loop.service.metrics.count_request(method_label(self.target), reply.result,
                                            time.perf_counter() - self.started_s)
         connection.queue_reply(reply)
         loop.send(connection)
-
-    def abort(self) -> None:
-        """Close the connection."""
-        self.connection.abort()
 
 
 class Callback(Delivery):
@@ -4135,31 +4167,23 @@ class Callback(Delivery):
         self._function = function
         self._args = args
         self._result: Any = None
-        self._error: Exception | None = None
-        self._future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.error: Exception | None = None
+        self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def run(self) -> None:
-        """Call the function. Raises: nothing; its exception is delivered."""
+        """Call the function. Its exception is delivered, too."""
         try:
             self._result = self._function(*self._args)
         except Exception as error:  # noqa: BLE001 - the other thread raises it
-            self._error = error
-
-    def has_failed(self) -> bool:
-        """Return whether the function has raised an exception."""
-        return self._error is not None
+            self.error = error
 
     def deliver(self, error: GipamError | None) -> None:
         """Let the thread go on with the result, or with the exception."""
-        reason = error or self._error
+        reason = error or self.error
         if reason:
-            self._future.set_exception(reason)
+            self.future.set_exception(reason)
         else:
-            self._future.set_result(self._result)
-
-    def wait(self) -> Any:
-        """Return the result, in the other thread. Raises: as the function; the error of commit."""
-        return self._future.result()
+            self.future.set_result(self._result)
 
 
 class ClientConnection(http.server.BaseHTTPRequestHandler):
@@ -4263,11 +4287,11 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
 
     def _parse_body_length(self) -> int:
         """Return the length of the body as the headers have it. Raises: InvalidRequest."""
-        lengths = self.headers.get_all("Content-Length", [])
         is_encoded = "Transfer-Encoding" in self.headers
-        if is_encoded and not lengths:
+        if is_encoded and "Content-Length" not in self.headers:
             raise InvalidRequest("a body is served only with Content-Length", 411)
-        length = ", ".join(text.strip() for text in lengths or ["0"])
+        lengths = self.headers.get_all("Content-Length", ["0"])
+        length = ", ".join(map(str.strip, lengths))
         if is_encoded or not re.fullmatch("[0-9]{1,19}", length):
             raise InvalidRequest(f"Content-Length is not one number: {printable(length)}")
         if int(length) > MAX_BODY_BYTES:
@@ -4346,10 +4370,6 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         self.closes_after_reply = True
         self.reader.clear()
 
-    def abort(self) -> None:
-        """Close the connection after an unexpected exception."""
-        self.server.loop.close(self)
-
 
 class Server(socketserver.TCPServer):
     """A listener on TCP, without HTTPServer, which would look up the name of the host."""
@@ -4426,7 +4446,7 @@ class EventLoop:
 
         # What the phases hand on to each other
         self._acceptable: list[Server] = []
-        self._readable: collections.deque[ClientConnection] = collections.deque()
+        self._ready: collections.deque[ClientConnection] = collections.deque()
         self._callbacks: collections.deque[Callback] = collections.deque()
         self.deliveries: collections.deque[Delivery] = collections.deque()
         self.lost_replies: collections.deque[Reply] = collections.deque()  # to be rolled back
@@ -4471,7 +4491,7 @@ class EventLoop:
         if self.is_closed:
             raise ShuttingDown("gipam is stopping: try again")
         self.wake_up()
-        return callback.wait()
+        return callback.future.result()
 
     # An iteration
 
@@ -4501,28 +4521,26 @@ class EventLoop:
     def _poll(self, timeout_s: float) -> None:
         """Wait for something to do; find out which connections and listeners are ready."""
         proxies = self.service.proxies
-        if (self._readable or self._page_queue or self.lost_replies
+        if (self._ready or self._page_queue or self.lost_replies
                 or (proxies and proxies.pending)):
             timeout_s = 0.0
         for key, events in self._selector.select(timeout_s):
             source = key.data
             if isinstance(source, ClientConnection):
-                self._on_ready(source, events)
+                self._on_ready(source)
             elif isinstance(source, Server):
                 self._acceptable.append(source)
             else:
                 source(events)
 
-    def _on_ready(self, connection: ClientConnection, events: int) -> None:
-        """Note that a connection can be read or written, each in its phase."""
+    def _on_ready(self, connection: ClientConnection) -> None:
+        """Note that a connection can be read, or written if something is unsent."""
         if connection.page or connection.server.paths:
             # Out of the selector until its turn, so that it is not noted twice.
             self._page_queue.append(connection)
             self._set_events(connection, 0)
-        elif events & selectors.EVENT_WRITE:
-            self._guard(self.send, connection)
         else:
-            self._readable.append(connection)
+            self._ready.append(connection)
 
     def _on_wake_up(self, _: int) -> None:
         self._wakeup_receiver.recv(4096)
@@ -4559,7 +4577,7 @@ class EventLoop:
         if server.is_unix or len(alike) <= MAX_TCP_CONNECTIONS:
             return
 
-        active = {*self._readable, *self._page_queue}
+        active = {*self._ready, *self._page_queue}
         idle = [other for other in alike if not other.is_busy() and other not in active]
         self.close(min(idle, key=lambda other: other.active_s))
 
@@ -4568,16 +4586,16 @@ class EventLoop:
         for _ in range(len(self._callbacks)):
             callback = self._callbacks.popleft()
             callback.run()
-            if callback.has_failed():
+            if callback.error:
                 self.service.recover_from_exception()
             self.deliveries.append(callback)
 
     def _process_requests(self) -> None:
-        """Roll back replies that were lost; decide the next request of each readable connection."""
+        """Roll back replies that were lost; decide the next request of each connection."""
         while self.lost_replies:
             self._roll_back(self.lost_replies.popleft())
-        while self._readable:
-            connection = self._readable.popleft()
+        while self._ready:
+            connection = self._ready.popleft()
             try:
                 self._process(connection)
             except Exception:  # noqa: BLE001 - _on_exception() logs it
@@ -4586,18 +4604,19 @@ class EventLoop:
     def _roll_back(self, reply: Reply) -> None:
         try:
             self.service.roll_back(reply.change, reply.seq)
-        except Exception:
-            log.exception("cannot roll back a reply, which is a bug of gipam")
-            self.service.recover_from_exception()
+        except Exception:  # noqa: BLE001 - _on_exception() logs it
+            self._on_exception(None)
 
     def _process(self, connection: ClientConnection) -> None:
-        """Read from a connection, and decide its next request."""
+        """Send what is left to a connection; else read from it, and decide its next request."""
         if connection not in self.connections:
             return
+        if connection.unsent:
+            self.send(connection)
+            return
         connection.receive()
-        # The last reply leaves first, and a request that waits for etcd keeps those behind it
-        # waiting.
-        if connection.unsent or connection.current_request:
+        # Those behind a request that waits for etcd wait, too.
+        if connection.current_request:
             return
         request = self._next_request(connection)
         if request and request.verb == "GET":
@@ -4645,13 +4664,13 @@ class EventLoop:
             try:
                 delivery.deliver(error)
             except Exception:  # noqa: BLE001 - _on_exception() logs it
-                self._on_exception(delivery)
+                self._on_exception(delivery.connection)
 
     def send(self, connection: ClientConnection) -> None:
         """Send what is unsent; go on with the requests that have arrived behind it."""
         connection.send()
         if not connection.unsent and (connection.reader.received or connection.reader.is_eof):
-            self._readable.append(connection)
+            self._ready.append(connection)
         else:
             self._update_interest(connection)
 
@@ -4661,7 +4680,11 @@ class EventLoop:
         This comes after the commit, so that a page shows nothing that is not on disk.
         """
         if self._page_queue:
-            self._guard(self._serve_page, self._page_queue.popleft())
+            connection = self._page_queue.popleft()
+            try:
+                self._serve_page(connection)
+            except Exception:  # noqa: BLE001 - _on_exception() logs it
+                self._on_exception(connection)
 
     def _serve_page(self, connection: ClientConnection) -> None:
         if connection not in self.connections:
@@ -4684,23 +4707,15 @@ class EventLoop:
         for function, args in self.timers:
             try:
                 function(*args)
-            except Exception:
-                log.exception("a timer failed, which is a bug of gipam")
-                self.service.recover_from_exception()
+            except Exception:  # noqa: BLE001 - _on_exception() logs it
+                self._on_exception(None)
 
-    def _guard(self, function: Callable[[ClientConnection], None],
-               connection: ClientConnection) -> None:
-        """Call the function; an unexpected exception ends the connection."""
-        try:
-            function(connection)
-        except Exception:  # noqa: BLE001 - _on_exception() logs it
-            self._on_exception(connection)
-
-    def _on_exception(self, culprit: ClientConnection | Delivery) -> None:
-        """End the connection or callback that has raised the present exception."""
+    def _on_exception(self, connection: ClientConnection | None) -> None:
+        """Log the present exception, and close the connection that it belongs to."""
         log.exception("this is a bug of gipam")  # noqa: LOG004 - in a handler of its callers
         self.service.recover_from_exception()
-        culprit.abort()
+        if connection:
+            self.close(connection)
 
     # Connections
 
