@@ -62,6 +62,7 @@ from typing import (
     Iterator,
     NamedTuple,
     Sequence,
+    Union,
 )
 from unittest import mock
 
@@ -3882,36 +3883,43 @@ class KillTest(StoreCase):
             load.reconcile(recover(self.path))
 
 
-# === Protocol =====================================================================================
+# === API ==========================================================================================
 #
 # One contract, several stages: the same cases run on dispatch() in memory, on dispatch() with the
-# lease file opened anew all the time, and on a real daemon over its UNIX socket and over TCP.
-# Where a test of moby stands behind a case, its name opens the docstring; built-in is its IPAM.
+# lease file opened again all the time, and on a real daemon over its UNIX socket and over TCP.
+# Each story of STORIES is a tuple of named steps. Where a test of moby stands behind a case, its
+# name opens the docstring; "built-in" is moby's own IPAM.
 
-CASES_V4, CASES_V6 = "198.18.0.0/16", "2001:db8:0:100::/56"  # RFC 2544, 3849: no route of the host
+CASES_V4 = "198.18.0.0/16"  # RFC 2544: no host has a route to it
+CASES_V6 = "2001:db8:0:100::/56"  # RFC 3849
 if TYPE_CHECKING:
     Mixin = unittest.TestCase
 else:
     Mixin = object
 
 
-class InMemory(Direct):
+class InMemory(DirectClient):
     """A service on a lease file, without a socket."""
 
     def __init__(self, test: unittest.TestCase, **options: str) -> None:
         self.path = options.pop("file", "") or os.path.join(make_directory(test), "leases.json")
         self.kernel = Kernel()
-        with open(self.path, "w", encoding="ascii") as file:
-            file.write("{}")  # of the Go program, which held nothing
+        # The Go program has left an empty lease file like this.
+        pathlib.Path(self.path).write_text("{}", encoding="ascii")
         options = options or {"v4": CASES_V4, "v6": CASES_V6}
-        self.settings = gipam.read_settings({}, argparse.Namespace(file=self.path, **options))
+        arguments = argparse.Namespace(file=self.path, **options)
+        self.settings = gipam.read_settings({}, arguments)
         self.open()
 
     def open(self) -> None:
-        store = gipam.Store(self.path)
-        store.lock_segments()
-        read = functools.partial(read_anew, store, self.settings)
-        self.service = gipam.Service(store, read(), {}, read, self.kernel)
+        """Start the service, from what is on disk."""
+        self.store = gipam.Store(self.path)
+        self.store.lock_segments()
+        self.service = gipam.Service(self.store, self.read(), {}, self.read, self.kernel)
+
+    def read(self) -> gipam.State:
+        """Return the state that is on disk."""
+        return read_anew(self.store, self.settings)
 
 
 class Reopened(InMemory):
@@ -3921,9 +3929,9 @@ class Reopened(InMemory):
 
     def post(self, path: str, body: bytes, verb: str = "POST") -> tuple[int, Any]:
         self.calls += 1
+        if self.calls % 10 == 0:
+            checkpoint_at_stop(self.service)
         if self.calls % 5 == 0:
-            if self.calls % 10 == 0:
-                checkpoint_at_stop(self.service)
             self.open()
         return super().post(path, body, verb)
 
@@ -3939,23 +3947,27 @@ class TcpDaemon(Daemon):
     @property
     def address(self) -> Any:
         """Return where it listens, as its plugin file says."""
-        with open(self.spec, encoding="ascii") as file:
-            found = re.findall(r"://\[?([^\]]+)\]?:([0-9]+)\n", file.read())
-        return (found[0][0], int(found[0][1])) if found else ("not yet", 0)
+        text = pathlib.Path(self.spec).read_text(encoding="ascii")
+        match = re.search(r"://\[?([^\]]+)\]?:([0-9]+)\n", text)
+        if not match:
+            return ("not yet", 0)
+        return (match[1], int(match[2]))
 
 
 class Unix(Client):
     """A real daemon, over one kept connection."""
 
-    kind: type[Daemon] = Daemon
+    daemon_class: type[Daemon] = Daemon
 
     def __init__(self, test: unittest.TestCase) -> None:
-        self.daemon = self.kind(test, "-v4", CASES_V4, "-v6", CASES_V6).start()
+        self.daemon = self.daemon_class(test, "-v4", CASES_V4, "-v6", CASES_V6).start()
         super().__init__(self.daemon.address)
 
 
 class Tcp(Unix):
-    kind = TcpDaemon
+    """The same over TCP."""
+
+    daemon_class = TcpDaemon
 
 
 class StageCases(Mixin):
@@ -3971,26 +3983,25 @@ class StageCases(Mixin):
         cls.caller = cls.stage(keeper)
         cls.addClassCleanup(cls.caller.close)
 
-    def setUp(self) -> None:
-        self.call, self.state = self.caller.call, self.caller.state
-        self.request_address = self.caller.request_address
-        self.release_address = self.caller.release_address
-        self.release_pool = self.caller.release_pool
+    def state(self) -> Any:
+        """Return all that the driver holds."""
+        return self.caller.state()
 
     def request_pool(self, *arguments: Any, **options: Any) -> Any:
         """Return (id, subnet) of a pool that goes with the test."""
         pool = self.caller.request_pool(*arguments, **options)
-        self.addCleanup(self.release_pool, pool[0])
+        self.addCleanup(self.caller.release_pool, pool[0])
         return pool
 
     def pool(self, *arguments: Any, **options: Any) -> str:
+        """Return the id of such a pool."""
         return str(self.request_pool(*arguments, **options)[0])
 
     def assert_refused(self, text: str, function: Callable[..., Any], *arguments: Any,
                        **named: Any) -> None:
         """Check that the call is refused with this beginning, and changes nothing."""
         before = self.state()
-        with self.assertRaises(Refused) as caught:
+        with self.assertRaises(ErrorReply) as caught:
             function(*arguments, **named)
         self.assertEqual(str(caught.exception)[:len(text)], text)
         self.assertEqual(self.state(), before)
@@ -4001,177 +4012,559 @@ def on(*stages: type[Client]) -> Callable[[type[StageCases]], type[StageCases]]:
     def make(cases: type[StageCases]) -> type[StageCases]:
         for stage in stages:
             name = cases.__name__.replace("Cases", stage.__name__ + "Test")
-            globals()[name] = type(name, (cases, unittest.TestCase),
-                                   {"stage": stage, "__module__": __name__})
+            members = {"stage": stage, "__module__": __name__}
+            globals()[name] = type(name, (cases, unittest.TestCase), members)
         return cases
     return make
 
 
 OVERLAPPING = "Pool overlaps with other one on this address space: "  # moby ipamapi/contract.go
-IN_USE, OUT_OF_RANGE = "Address already in use: ", "requested address is out of range: "
+IN_USE = "Address already in use: "
+OUT_OF_RANGE = "requested address is out of range: "
 USED_UP = "no available addresses on this pool: "
 
 OWNERS: dict[str, dict[str, Any]] = {
-    "": {}, "gw": {"gateway": True}, "web1": {"name": "web1"}, "web2": {"name": "web2"},
-    "mac": {"mac": "02:42:0a:02:00:02"}, "web1,mac": {"name": "web1", "mac": "02:42:0a:02:00:02"},
-    "new": {"name": "new"}}
-STEP = re.compile(r"(?:([a-z])=)?([-~]?)(?:([a-z0-9,]+)@)?([^=!?]+)([!?]?)=?(.*)").fullmatch
-STORIES = {  # of networks and their addresses: see ConformanceCases.tell()
-    "TestGetSameAddress: an address is given once; gateways included, a repeated one too": (
-        "a=192.168.100.0/24 250 250! gw@*=1 1! gw@1! *=2 -1 gw@*=1 *=3",),
-    "TestSerializeRequestReleaseAddressFromSubPool: it rests (in the built-in for swarm only)": (
-        "a=10.2.0.0/16,10.2.0.64/29 65 *=64 *=66 -64 *=67 -65 *=68 *=69 *=70 *=71 *=64 *=65 *!",
-        "a=10.2.0.0/29 *=1 *=2 *=3 -2 -3 *=4 *=5 *=6 *=2 *=3 *!",
-        "a=2001:db8::/125 *=1 *=2 *=3 -2 -3 *=4 *=5 *=6 *=7 *=2 *=3 *!"),
-    "TestRelease: what a full subnet frees comes next": (
-        "a=10.2.0.0/29 *=1 *=2 *=3 *=4 *=5 *=6 *! -5 *=5 -1 *=1 *!",),
-    "TestGetAddressSubPoolEqualPool: a range that is its whole subnet": (
-        "a=172.18.0.0/16,172.18.0.0/16 *=1",),
-    "TestUnusualSubnets: which addresses a small subnet has (RFC 3021, protocol.md 5.3)": (
-        "a=192.168.0.2/31 192.168.0.1? 192.168.0.4? 192.168.0.100? *=0 *=1 *!",
-        "a=10.7.0.0/30 *=1 *=2 *!", "a=10.7.0.0/32 *=0 *!", "a=fd07::/126 *=1 *=2 *=3 *!",
-        "a=fd07::/127 *=1 *!", "a=fd07::/128 *!"),
-    "addresses come from the range, whose ends are ordinary but for those of the subnet, as any .0": (
-        "a=10.2.0.0/22,10.2.0.254/31 *=254 *=255 *! 0! 1023!", "a=10.2.0.0/22,10.2.1.0/31 *=256 *=257 *!",
-        "a=10.2.0.0/24,10.2.0.252/30 *=252 *=253 *=254 *! -253 *=253 *!",
-        "a=10.3.0.0/24,10.3.0.64/30 *=64 *=65 *=66 *=67 *! -65 *=65"),
-    "the owner gets its last address again while it is free": tuple(
-        f"a=10.2.0.0/29 {owner}*=1 -1 {other}*=2 {owner}*=1 {owner}*=3 -1 *=4 *=5 *=6 *=1 {owner}*!"
-        for owner, other in (("web1@", "web2@"), ("mac@", ""), ("web1,mac@", "web2@"))),
-    "who releases is known under name and MAC: upgrade to 29, and import on 26": (
-        *(f"a=10.2.0.0/29 {first}@*=1 -1 *=2 {again}@*=1" for first, again in (
-            ("mac", "web1,mac"), ("web1,mac", "mac"), ("web1,mac", "web1"))),
-        "a=10.2.0.0/29 web1@*=1 mac@*=2 -2 -1 web1,mac@*=1 *=3"),  # the name's goes first
-    "an address rests with its last owner while another is free": (
-        "a=10.2.0.0/29 web1@*=1 -1 web2@4 -4 *=2 *=3 *=5 *=6 *=1 *=4 *! -4 -1 -6 *=6 web2@*=4 1",
-        "a=10.2.0.0/29 web1@*=1 -1 web1@2 -2 *=3 *=4 *=5 *=6 *=1 *=2",  # no more with what it had
-        "a=10.2.0.0/24,10.2.0.4/31 web1@5 -5 *=4 -4 *=4 *=5 *!"),
-    "the owner's last address must lie in the range": (
-        "a=10.2.0.0/24,10.2.0.128/25 web1@9 -9 web1@*=128",),
-    "the gateway is the first free address and leaves the cursor": (
-        "a=10.2.0.0/24 gw@*=1 *=2 *=3 *=4 -2 -3 gw@*=2 *=5",
-        "a=10.3.0.0/24,10.3.0.252/30 gw@*=252 *=253 gw@1"),
-    "an explicit address may lie outside the range and leaves the cursor": (
-        "a=10.2.0.0/24,10.2.0.64/26 200 200! 65 65! 1 1! *=64 *=66",),
-    "TestAuxAddresses: they are in the range or not, but in the subnet": (
-        "a=172.20.0.0/16,172.20.2.0/24 172.20.2.3 172.20.0.3 172.20.255.254 172.21.0.3? "
-        "172.20.0.0! 172.20.255.255!",),
-    "what is not held is released without an error": (
-        "a=10.35.0.0/24 9 -9 ~9 ~200 ~0 ~10.36.0.1",),
-    "TestAddSubnets, moby#46756: no range of a subnet that is held whole (protocol.md 4.9)": (
-        "a=10.0.0.0/8 gw@*=1 10.0.0.0/8! 10.128.0.0/9! 10.20.2.0/24! "
-        "10.0.0.0/8,10.128.0.0/9! b=1003:1:2:3:4:5:6::/112 1003:1:2:3::/64!",),
-    "TestDoublePoolRelease: it succeeds, also late; the built-in refuses it, dockerd logs that": (
-        "a=172.27.0.0/16 -a ~a b=172.27.0.0/16 ~a *=1 -b ~b",),
-    "TestAddReleasePoolID: a subnet goes with its last range, none of which stands alone": (
-        "a=10.0.0.0/8,10.0.0.0/16 b=10.0.0.0/8,10.1.0.0/16 10.0.0.0/8! -a 10.0.0.0/8! -b "
-        "c=10.0.0.0/8 -c d=10.0.0.0/8,10.0.0.0/16 10.0.0.0/16,10.0.0.0/24!",),
-    "TestRequestFromSamePool: no address is held in two ranges (protocol.md 5.2)": (
-        "a=10.0.0.0/8,10.10.0.0/16 10.0.0.0/8,10.10.0.0/16! b=10.0.0.0/8,10.10.0.0/17 "
-        "c=10.0.0.0/8,10.11.0.0/16 a *=10.10.0.0 *=10.10.0.1 b *=10.10.0.2 *=10.10.0.3 "
-        "c *=10.11.0.0 10.10.0.0!",),
-    "TestIpamReleaseOnNetDriverFailures: pool, gateway, release of the pool, and again": (
-        "a=10.34.0.0/16 gw@10.34.255.254 *=1 -a ~a b=10.34.0.0/16 gw@10.34.255.254 *=1",),
-    "TestOverlappingRequests: host bits are cleared; what begins at zero is a size hint": (
-        "a=10.0.0.0/8 10.0.0.0/8! 8.0.0.0/6! 10.0.0.0/6! 10.255.255.255/30!",
-        "a=16.0.0.0/4 17.11.66.0/23!", "a=128.0.0.0/1 182.16.0.0/15!", "a=128.0.0.0/2 128.0.0.0/1!",
-        "a=64.0.0.0/6 64.0.0.0/3!", "a=112.0.0.0/6 112.0.0.0/4!", "a=192.0.0.0/2 128.0.0.0/1!",
-        "a=95.0.0.0/8 92.0.0.0/6!", "a=10.3.255.255/32 10.3.0.0/16!",
-        "a=25.173.144.0/20 16.0.0.0/4!", "a=10.4.0.0/31 10.4.0.1/32!",
-        "a=8000::/1 8fe8:e7c4:5779::/49!", "a=f000::/4 ffc7:6000::/19!", "a=4000::/3 4000::/2!",
-        "a=c000::/2 8000::/1!", "a=cf80::/9 c000::/4!", "a=fc00::1/128 fc00::/7!",
-        "a=9287:2e20:5134:fab6:9061:a0c6:bfe3:9400/119 8000::/1!",
-        "a=2001:db8::/48 2001:db8::1/48!", "a=10.0.0.0/8 b=11.0.0.0/8",
-        "a=74.0.0.0/7 b=9.111.99.72/30", "a=110.192.0.0/10 b=16.0.0.0/10",
-        "a=10.5.0.0/31 b=10.5.0.2/31",
-        "a=10.6.0.0/32 b=10.6.0.1/32", "a=128.0.0.0/1 b=96.0.0.0/3", "a=8000::/1 b=4000::/2",
-        "a=2001:db8::1/48 b=2001:db8:1::/48", "a=fd00::/64 b=fd00:0:0:1::/64"),
+    "": {},
+    "gw": {"gateway": True},
+    "web1": {"name": "web1"},
+    "web2": {"name": "web2"},
+    "mac": {"mac": "02:42:0a:02:00:02"},
+    "web1,mac": {"name": "web1", "mac": "02:42:0a:02:00:02"},
+    "new": {"name": "new"},
 }
+Address = Union[int, str]  # how far into the subnet, or the address itself
 
+
+class Story:
+    """Networks and their addresses; each step of a story is a method."""
+
+    def __init__(self, case: StageCases) -> None:
+        self.case = case
+        self.caller = case.caller
+        self.pools: dict[str, str] = {}
+        self.pool_id = ""  # of the network that the next steps are about
+
+    def add_network(self, name: str, *prefixes: str) -> None:
+        """Request a pool, by its subnet and range. The id tells both (TestKeyString)."""
+        pool_id, subnet = self.caller.request_pool(*prefixes)
+        self.pools[name] = self.pool_id = pool_id
+        networks = [gipam.parse_prefix(text, mask=True) for text in prefixes]
+        self.case.assertEqual(subnet, str(networks[0]))
+        sub_pool = networks[1] if len(networks) > 1 else None
+        self.case.assertEqual(gipam.parse_pool_id(pool_id), (networks[0], sub_pool))
+
+    def select_network(self, name: str) -> None:
+        """Let the next steps be about this network."""
+        self.pool_id = self.pools[name]
+
+    def remove_network(self, name: str, is_held: bool) -> None:
+        """Release a pool, which changes something if it is held."""
+        before = self.case.state()
+        self.caller.release_pool(self.pools[name])
+        self.case.assertEqual(self.case.state() != before, is_held)
+
+    def refuse_network(self, *prefixes: str) -> None:
+        """Request a pool that overlaps another."""
+        self.case.assert_refused(OVERLAPPING, self.caller.request_pool, *prefixes)
+
+    def text_of(self, address: Address) -> str:
+        """Return the text form of an address."""
+        if isinstance(address, int):
+            return str(subnet_of(self.pool_id)[address])
+        return address
+
+    def request(self, requested: str, granted: str, owner: str) -> None:
+        """Request an address, or any; check which one is granted."""
+        cidr = self.caller.request_address(self.pool_id, requested, **OWNERS[owner])
+        # The prefix length is that of the subnet, not of the range.
+        self.case.assertEqual(cidr, f"{granted}/{subnet_of(self.pool_id).prefixlen}")
+
+    def request_fixed(self, *addresses: Address, owner: str) -> None:
+        """Request these very addresses."""
+        for text in map(self.text_of, addresses):
+            self.request(text, text, owner)
+
+    def request_dynamic(self, *addresses: Address, owner: str) -> None:
+        """Request any address, as often; these are granted."""
+        for text in map(self.text_of, addresses):
+            self.request("", text, owner)
+
+    def refuse_address(self, error: str, *addresses: Address, owner: str) -> None:
+        """Request addresses that are refused with this error."""
+        for text in map(self.text_of, addresses):
+            self.case.assert_refused(error, self.caller.request_address, self.pool_id, text,
+                                     **OWNERS[owner])
+
+    def release(self, *addresses: Address, is_held: bool) -> None:
+        """Release addresses, which changes something if they are held."""
+        for text in map(self.text_of, addresses):
+            before = self.case.state()
+            self.caller.release_address(self.pool_id, text)
+            self.case.assertEqual(self.case.state() != before, is_held)
+
+    def end(self) -> None:
+        """Release all pools; nothing is left (TestRemoveSubnet)."""
+        for pool_id in self.pools.values():
+            self.caller.release_pool(pool_id)
+        self.case.assertEqual(self.case.state()["pools"], [])
+
+
+class Step(NamedTuple):
+    """One step of a story."""
+
+    method: Callable[..., None]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def network(name: str, *prefixes: str) -> Step:
+    """A network is made, with this subnet, and perhaps a range in it."""
+    return Step(Story.add_network, (name, *prefixes), {})
+
+
+def switch_to(name: str) -> Step:
+    """What follows is about this network."""
+    return Step(Story.select_network, (name,), {})
+
+
+def remove(name: str) -> Step:
+    """A network is removed."""
+    return Step(Story.remove_network, (name, True), {})
+
+
+def remove_again(name: str) -> Step:
+    """A network is removed that has gone already."""
+    return Step(Story.remove_network, (name, False), {})
+
+
+def overlap(*prefixes: str) -> Step:
+    """A subnet, or a range in it, is refused."""
+    return Step(Story.refuse_network, prefixes, {})
+
+
+def fixed(*addresses: Address, owner: str = "") -> Step:
+    """Addresses are asked for, and granted."""
+    return Step(Story.request_fixed, addresses, {"owner": owner})
+
+
+def dynamic(*addresses: Address, owner: str = "") -> Step:
+    """Any address is asked for, as often, and these are granted in turn."""
+    return Step(Story.request_dynamic, addresses, {"owner": owner})
+
+
+def in_use(*addresses: Address, owner: str = "") -> Step:
+    """Addresses are refused since they are held or reserved."""
+    return Step(Story.refuse_address, (IN_USE, *addresses), {"owner": owner})
+
+
+def out_of_range(*addresses: Address) -> Step:
+    """Addresses are refused since they are outside the subnet."""
+    return Step(Story.refuse_address, (OUT_OF_RANGE, *addresses), {"owner": ""})
+
+
+def none_left(owner: str = "") -> Step:
+    """Any address is asked for, and there is none."""
+    return Step(Story.refuse_address, (USED_UP, ""), {"owner": owner})
+
+
+def release(*addresses: Address) -> Step:
+    """Addresses are released."""
+    return Step(Story.release, addresses, {"is_held": True})
+
+
+def release_again(*addresses: Address) -> Step:
+    """Addresses are released that are not held."""
+    return Step(Story.release, addresses, {"is_held": False})
+
+
+STORIES: dict[str, tuple[tuple[Step, ...], ...]] = {
+    "TestGetSameAddress: an address is given once; gateways included, a repeated one too": (
+        (
+            network("a", "192.168.100.0/24"),
+            fixed(250),
+            in_use(250),
+            dynamic(1, owner="gw"),
+            in_use(1),
+            in_use(1, owner="gw"),
+            dynamic(2),
+            release(1),
+            dynamic(1, owner="gw"),
+            dynamic(3),
+        ),
+    ),
+    "TestSerializeRequestReleaseAddressFromSubPool: it rests (in the built-in for swarm only)": (
+        (
+            network("a", "10.2.0.0/16", "10.2.0.64/29"),
+            fixed(65),
+            dynamic(64, 66),
+            release(64),
+            dynamic(67),
+            release(65),
+            dynamic(68, 69, 70, 71, 64, 65),
+            none_left(),
+        ),
+        (
+            network("a", "10.2.0.0/29"),
+            dynamic(1, 2, 3),
+            release(2, 3),
+            dynamic(4, 5, 6, 2, 3),
+            none_left(),
+        ),
+        (
+            network("a", "2001:db8::/125"),
+            dynamic(1, 2, 3),
+            release(2, 3),
+            dynamic(4, 5, 6, 7, 2, 3),
+            none_left(),
+        ),
+    ),
+    "TestRelease: what a full subnet frees comes next": (
+        (
+            network("a", "10.2.0.0/29"),
+            dynamic(1, 2, 3, 4, 5, 6),
+            none_left(),
+            release(5),
+            dynamic(5),
+            release(1),
+            dynamic(1),
+            none_left(),
+        ),
+    ),
+    "TestGetAddressSubPoolEqualPool: a range that is its whole subnet": (
+        (network("a", "172.18.0.0/16", "172.18.0.0/16"), dynamic(1)),
+    ),
+    "TestUnusualSubnets: which addresses a small subnet has (RFC 3021)": (
+        (
+            network("a", "192.168.0.2/31"),
+            out_of_range("192.168.0.1", "192.168.0.4", "192.168.0.100"),
+            dynamic(0, 1),
+            none_left(),
+        ),
+        (network("a", "10.7.0.0/30"), dynamic(1, 2), none_left()),
+        (network("a", "10.7.0.0/32"), dynamic(0), none_left()),
+        (network("a", "fd07::/126"), dynamic(1, 2, 3), none_left()),
+        (network("a", "fd07::/127"), dynamic(1), none_left()),
+        (network("a", "fd07::/128"), none_left()),
+    ),
+    "addresses come from the range, whose ends are ordinary but for those of the subnet, as any .0": (
+        (
+            network("a", "10.2.0.0/22", "10.2.0.254/31"),
+            dynamic(254, 255),
+            none_left(),
+            in_use(0, 1023),
+        ),
+        (network("a", "10.2.0.0/22", "10.2.1.0/31"), dynamic(256, 257), none_left()),
+        (
+            network("a", "10.2.0.0/24", "10.2.0.252/30"),
+            dynamic(252, 253, 254),
+            none_left(),
+            release(253),
+            dynamic(253),
+            none_left(),
+        ),
+        (
+            network("a", "10.3.0.0/24", "10.3.0.64/30"),
+            dynamic(64, 65, 66, 67),
+            none_left(),
+            release(65),
+            dynamic(65),
+        ),
+    ),
+    "the owner gets its last address again while it is free": (
+        (
+            network("a", "10.2.0.0/29"),
+            dynamic(1, owner="web1"),
+            release(1),
+            dynamic(2, owner="web2"),
+            dynamic(1, 3, owner="web1"),
+            release(1),
+            dynamic(4, 5, 6, 1),
+            none_left(owner="web1"),
+        ),
+        (
+            network("a", "10.2.0.0/29"),
+            dynamic(1, owner="mac"),
+            release(1),
+            dynamic(2),
+            dynamic(1, 3, owner="mac"),
+            release(1),
+            dynamic(4, 5, 6, 1),
+            none_left(owner="mac"),
+        ),
+        (
+            network("a", "10.2.0.0/29"),
+            dynamic(1, owner="web1,mac"),
+            release(1),
+            dynamic(2, owner="web2"),
+            dynamic(1, 3, owner="web1,mac"),
+            release(1),
+            dynamic(4, 5, 6, 1),
+            none_left(owner="web1,mac"),
+        ),
+    ),
+    "who releases is known under name and MAC: upgrade to 29, and import on 26": (
+        (
+            network("a", "10.2.0.0/29"),
+            dynamic(1, owner="mac"),
+            release(1),
+            dynamic(2),
+            dynamic(1, owner="web1,mac"),
+        ),
+        (
+            network("a", "10.2.0.0/29"),
+            dynamic(1, owner="web1,mac"),
+            release(1),
+            dynamic(2),
+            dynamic(1, owner="mac"),
+        ),
+        (
+            network("a", "10.2.0.0/29"),
+            dynamic(1, owner="web1,mac"),
+            release(1),
+            dynamic(2),
+            dynamic(1, owner="web1"),
+        ),
+        (
+            network("a", "10.2.0.0/29"),
+            dynamic(1, owner="web1"),
+            dynamic(2, owner="mac"),
+            release(2, 1),
+            dynamic(1, owner="web1,mac"),
+            dynamic(3),
+        ),
+    ),
+    "an address rests with its last owner while another is free": (
+        (
+            network("a", "10.2.0.0/29"),
+            dynamic(1, owner="web1"),
+            release(1),
+            fixed(4, owner="web2"),
+            release(4),
+            dynamic(2, 3, 5, 6, 1, 4),
+            none_left(),
+            release(4, 1, 6),
+            dynamic(6),
+            dynamic(4, owner="web2"),
+            fixed(1),
+        ),
+        (
+            network("a", "10.2.0.0/29"),
+            dynamic(1, owner="web1"),
+            release(1),
+            fixed(2, owner="web1"),
+            release(2),
+            dynamic(3, 4, 5, 6, 1, 2),
+        ),
+        (
+            network("a", "10.2.0.0/24", "10.2.0.4/31"),
+            fixed(5, owner="web1"),
+            release(5),
+            dynamic(4),
+            release(4),
+            dynamic(4, 5),
+            none_left(),
+        ),
+    ),
+    "the owner's last address must lie in the range": (
+        (
+            network("a", "10.2.0.0/24", "10.2.0.128/25"),
+            fixed(9, owner="web1"),
+            release(9),
+            dynamic(128, owner="web1"),
+        ),
+    ),
+    "the gateway is the first free address and leaves the cursor": (
+        (
+            network("a", "10.2.0.0/24"),
+            dynamic(1, owner="gw"),
+            dynamic(2, 3, 4),
+            release(2, 3),
+            dynamic(2, owner="gw"),
+            dynamic(5),
+        ),
+        (
+            network("a", "10.3.0.0/24", "10.3.0.252/30"),
+            dynamic(252, owner="gw"),
+            dynamic(253),
+            fixed(1, owner="gw"),
+        ),
+    ),
+    "an explicit address may lie outside the range and leaves the cursor": (
+        (
+            network("a", "10.2.0.0/24", "10.2.0.64/26"),
+            fixed(200),
+            in_use(200),
+            fixed(65),
+            in_use(65),
+            fixed(1),
+            in_use(1),
+            dynamic(64, 66),
+        ),
+    ),
+    "TestAuxAddresses: they are in the range or not, but in the subnet": (
+        (
+            network("a", "172.20.0.0/16", "172.20.2.0/24"),
+            fixed("172.20.2.3", "172.20.0.3", "172.20.255.254"),
+            out_of_range("172.21.0.3"),
+            in_use("172.20.0.0", "172.20.255.255"),
+        ),
+    ),
+    "what is not held is released without an error": (
+        (
+            network("a", "10.35.0.0/24"),
+            fixed(9),
+            release(9),
+            release_again(9, 200, 0, "10.36.0.1"),
+        ),
+    ),
+    "TestAddSubnets, moby#46756: no range of a subnet that is held whole": (
+        (
+            network("a", "10.0.0.0/8"),
+            dynamic(1, owner="gw"),
+            overlap("10.0.0.0/8"),
+            overlap("10.128.0.0/9"),
+            overlap("10.20.2.0/24"),
+            overlap("10.0.0.0/8", "10.128.0.0/9"),
+            network("b", "1003:1:2:3:4:5:6::/112"),
+            overlap("1003:1:2:3::/64"),
+        ),
+    ),
+    "TestDoublePoolRelease: it succeeds, also late; the built-in refuses it, dockerd logs that": (
+        (
+            network("a", "172.27.0.0/16"),
+            remove("a"),
+            remove_again("a"),
+            network("b", "172.27.0.0/16"),
+            remove_again("a"),
+            dynamic(1),
+            remove("b"),
+            remove_again("b"),
+        ),
+    ),
+    "TestAddReleasePoolID: a subnet goes with its last range, none of which stands alone": (
+        (
+            network("a", "10.0.0.0/8", "10.0.0.0/16"),
+            network("b", "10.0.0.0/8", "10.1.0.0/16"),
+            overlap("10.0.0.0/8"),
+            remove("a"),
+            overlap("10.0.0.0/8"),
+            remove("b"),
+            network("c", "10.0.0.0/8"),
+            remove("c"),
+            network("d", "10.0.0.0/8", "10.0.0.0/16"),
+            overlap("10.0.0.0/16", "10.0.0.0/24"),
+        ),
+    ),
+    "TestRequestFromSamePool: no address is held in two ranges": (
+        (
+            network("a", "10.0.0.0/8", "10.10.0.0/16"),
+            overlap("10.0.0.0/8", "10.10.0.0/16"),
+            network("b", "10.0.0.0/8", "10.10.0.0/17"),
+            network("c", "10.0.0.0/8", "10.11.0.0/16"),
+            switch_to("a"),
+            dynamic("10.10.0.0", "10.10.0.1"),
+            switch_to("b"),
+            dynamic("10.10.0.2", "10.10.0.3"),
+            switch_to("c"),
+            dynamic("10.11.0.0"),
+            in_use("10.10.0.0"),
+        ),
+    ),
+    "TestIpamReleaseOnNetDriverFailures: pool, gateway, release of the pool, and again": (
+        (
+            network("a", "10.34.0.0/16"),
+            fixed("10.34.255.254", owner="gw"),
+            dynamic(1),
+            remove("a"),
+            remove_again("a"),
+            network("b", "10.34.0.0/16"),
+            fixed("10.34.255.254", owner="gw"),
+            dynamic(1),
+        ),
+    ),
+    "TestOverlappingRequests: host bits are cleared; what begins at zero is a size hint": (
+        (
+            network("a", "10.0.0.0/8"),
+            overlap("10.0.0.0/8"),
+            overlap("8.0.0.0/6"),
+            overlap("10.0.0.0/6"),
+            overlap("10.255.255.255/30"),
+        ),
+        (network("a", "16.0.0.0/4"), overlap("17.11.66.0/23")),
+        (network("a", "128.0.0.0/1"), overlap("182.16.0.0/15")),
+        (network("a", "128.0.0.0/2"), overlap("128.0.0.0/1")),
+        (network("a", "64.0.0.0/6"), overlap("64.0.0.0/3")),
+        (network("a", "112.0.0.0/6"), overlap("112.0.0.0/4")),
+        (network("a", "192.0.0.0/2"), overlap("128.0.0.0/1")),
+        (network("a", "95.0.0.0/8"), overlap("92.0.0.0/6")),
+        (network("a", "10.3.255.255/32"), overlap("10.3.0.0/16")),
+        (network("a", "25.173.144.0/20"), overlap("16.0.0.0/4")),
+        (network("a", "10.4.0.0/31"), overlap("10.4.0.1/32")),
+        (network("a", "8000::/1"), overlap("8fe8:e7c4:5779::/49")),
+        (network("a", "f000::/4"), overlap("ffc7:6000::/19")),
+        (network("a", "4000::/3"), overlap("4000::/2")),
+        (network("a", "c000::/2"), overlap("8000::/1")),
+        (network("a", "cf80::/9"), overlap("c000::/4")),
+        (network("a", "fc00::1/128"), overlap("fc00::/7")),
+        (network("a", "9287:2e20:5134:fab6:9061:a0c6:bfe3:9400/119"), overlap("8000::/1")),
+        (network("a", "2001:db8::/48"), overlap("2001:db8::1/48")),
+        (network("a", "10.0.0.0/8"), network("b", "11.0.0.0/8")),
+        (network("a", "74.0.0.0/7"), network("b", "9.111.99.72/30")),
+        (network("a", "110.192.0.0/10"), network("b", "16.0.0.0/10")),
+        (network("a", "10.5.0.0/31"), network("b", "10.5.0.2/31")),
+        (network("a", "10.6.0.0/32"), network("b", "10.6.0.1/32")),
+        (network("a", "128.0.0.0/1"), network("b", "96.0.0.0/3")),
+        (network("a", "8000::/1"), network("b", "4000::/2")),
+        (network("a", "2001:db8::1/48"), network("b", "2001:db8:1::/48")),
+        (network("a", "fd00::/64"), network("b", "fd00:0:0:1::/64")),
+    ),
+}
 
 @on(InMemory, Reopened, Unix, Tcp)
 class ConformanceCases(StageCases):
     """What moby tests of its own IPAM, in allocator_test.go, remote_test.go and elsewhere."""
 
-    pool_id = ""  # of the network that a story is about
-
-    def tell(self, story: str) -> None:
-        """Check a story, of which each step is a word.
-
-        a=SUBNET[,RANGE]: network a is granted this; what follows is about it, and again after the
-        word a; -a: it is removed; SUBNET!: refused, since it overlaps. ADDRESS (or how far into the
-        subnet it is): it is granted; *=ADDRESS: any is asked for, and this granted; ADDRESS!: it is
-        in use; ADDRESS?: it is out of range; *!: all are in use; gw@ before it: as a gateway, and
-        so with others of OWNERS; -ADDRESS: it is released. With ~ in place of -, there is nothing
-        to release.
-        """
-        pools: dict[str, str] = {}
-        try:
-            for step in story.split():
-                with self.subTest(step=step):
-                    self.take_step(pools, step)
-        finally:
-            for pool_id in pools.values():
-                self.release_pool(pool_id)
-        self.assertEqual(self.state()["pools"], [])  # TestRemoveSubnet
-
-    def take_step(self, pools: dict[str, str], step: str) -> None:
-        match, before = STEP(step), self.state()
-        assert match, step
-        name, sign, owner, *words, refusal, given = match.groups("")
-        what, given = (str(subnet_of(self.pool_id)[int(text)]) if text.isdigit() else text
-                       for text in (*words, given))
-        address = what.strip("*")
-        if refusal and "/" in what:
-            self.assert_refused(OVERLAPPING, self.caller.request_pool, *what.split(","))
-        elif refusal:
-            text = OUT_OF_RANGE if refusal == "?" else IN_USE if address else USED_UP
-            self.assert_refused(text, self.request_address, self.pool_id, address, **OWNERS[owner])
-        elif name:
-            pools[name] = self.pool_id = self.grant(*what.split(","))
-        elif sign and what in pools:
-            self.release_pool(pools[what])
-        elif sign:
-            self.release_address(self.pool_id, address)
-        elif what in pools:
-            self.pool_id = pools[what]
-        else:
-            cidr = self.request_address(self.pool_id, address, **OWNERS[owner])
-            prefixlen = subnet_of(self.pool_id).prefixlen  # of the subnet, not of the range
-            self.assertEqual(cidr, f"{given or address}/{prefixlen}")
-        if sign:
-            self.assertEqual(self.state() == before, sign == "~")
-
-    def grant(self, *pair: str) -> str:
-        """Return the id of a new pool, which tells its subnet and range (TestKeyString)."""
-        pool_id, subnet = self.caller.request_pool(*pair)
-        networks = [gipam.parse_prefix(text, mask=True) for text in pair]
-        self.assertEqual(subnet, str(networks[0]))
-        self.assertEqual(gipam.parse_pool_id(pool_id), (*networks, None)[:2])
-        return str(pool_id)
-
     def test_stories(self) -> None:
         for name, stories in STORIES.items():
-            for story in stories:
-                with self.subTest(name, story=story):
-                    self.tell(story)
+            for number, steps in enumerate(stories):
+                with self.subTest(name, number=number):
+                    self.tell(steps)
+
+    def tell(self, steps: tuple[Step, ...]) -> None:
+        """Take the steps of a story; whatever happens, nothing is left for the next one."""
+        story = Story(self)
+        try:
+            for step in steps:
+                step.method(story, *step.arguments, **step.options)
+        finally:
+            story.end()
 
     def test_size_hints(self) -> None:
         """TestPredefinedPool, TestPredefinedPoolWithPreferredSubnetSize."""
         networks = []
         for hint, v6, options, length in (
-                ("0.0.0.0/24", False, {}, 24), ("", False, {}, 24), ("0.0.0.0/25", False, {}, 25),
-                ("::/72", False, {}, 72), ("::/72", True, {}, 72), ("", True, {}, 64),
-                ("", False, {"gipam_v4ab": "26"}, 26), ("", True, {"gipam_v6ab": "80"}, 80),
-                ("0.0.0.0/0", False, {}, 24), ("::/0", False, {}, 64),
-                ("0.0.0.0/32", False, {}, 32), ("::/128", False, {}, 128),
+                ("0.0.0.0/24", False, {}, 24),
+                ("", False, {}, 24),
+                ("0.0.0.0/25", False, {}, 25),
+                ("::/72", False, {}, 72),
+                ("::/72", True, {}, 72),
+                ("", True, {}, 64),
+                ("", False, {"gipam_v4ab": "26"}, 26),
+                ("", True, {"gipam_v6ab": "80"}, 80),
+                ("0.0.0.0/0", False, {}, 24),
+                ("::/0", False, {}, 64),
+                ("0.0.0.0/32", False, {}, 32),
+                ("::/128", False, {}, 128),
                 ("0.0.0.0/0", False, {"gipam_v4ab": "27"}, 27)):
             with self.subTest(hint, **options):
-                subnet = self.request_pool(hint, "", v6, **options)[1]
+                _, subnet = self.request_pool(hint, "", v6, **options)
                 networks.append(gipam.parse_prefix(subnet))
                 self.assertEqual(networks[-1].prefixlen, length)
         for one, other in itertools.combinations(networks, 2):
-            self.assertFalse(one.version == other.version and one.overlaps(other), (one, other))
+            if one.version == other.version:
+                self.assertFalse(one.overlaps(other), (one, other))
+
+    def test_wrong_size_hints(self) -> None:
         for hint in ("/24", "0.0.0.0/AB", "0.0.0.0/33", "0.0.0.0/1", "0.0.0.0", "::/129", "::/1"):
             with self.subTest(hint):
                 self.assert_refused("invalid address pool: ", self.caller.request_pool, hint)
@@ -4179,57 +4572,63 @@ class ConformanceCases(StageCases):
     def test_replies_have_the_shape_that_dockerd_decodes(self) -> None:
         """TestGetCapabilities, TestGetDefaultAddressSpaces, TestRemoteDriver, TestGet.
 
-        TestDockerNetworkIPAMOptions: null from config-from; those of others are left alone.
+        TestDockerNetworkIPAMOptions: config-from sends null; options of others are ignored.
         """
-        pool = self.call("IpamDriver.RequestPool", AddressSpace="gipam", Pool="10.20.30.40/22",
-                         SubPool="10.20.30.0/24", Options=None, V6=False)
-        self.assertEqual(pool, {"PoolID": pool["PoolID"], "Pool": "10.20.28.0/22", "Data": {}})
-        here, others = {"PoolID": pool["PoolID"]}, {"x": "y\n", "gipam": "z" * 300}
-        address = {**here, "Address": "10.20.29.5"}  # outside the range, as aux is
+        pool = self.caller.call("IpamDriver.RequestPool", AddressSpace="gipam", V6=False,
+                                Pool="10.20.30.40/22", SubPool="10.20.30.0/24", Options=None)
+        pool_id = pool["PoolID"]
+        self.assertEqual(pool, {"PoolID": pool_id, "Pool": "10.20.28.0/22", "Data": {}})
+        options = {"x": "y\n", "gipam": "z".ljust(300)}
+        capabilities = {"RequiresMACAddress": True, "RequiresRequestReplay": False}
+        spaces = {"LocalDefaultAddressSpace": "gipam", "GlobalDefaultAddressSpace": "gipam"}
+        here = {"PoolID": pool_id}
+        # This address is outside the range, as an auxiliary one may be.
+        fixed_here = {"PoolID": pool_id, "Address": "10.20.29.5"}
         for method, arguments, reply in (
-                ("Plugin.Activate", {}, {"Implements": ["IpamDriver"]}),
-                ("IpamDriver.GetCapabilities", {},
-                 {"RequiresMACAddress": True, "RequiresRequestReplay": False}),
-                ("IpamDriver.GetDefaultAddressSpaces", {},
-                 {"LocalDefaultAddressSpace": "gipam", "GlobalDefaultAddressSpace": "gipam"}),
-                ("IpamDriver.RequestAddress", {"Options": others, **address},
+                ("Plugin.Activate", {}, ACTIVATED),
+                ("IpamDriver.GetCapabilities", {}, capabilities),
+                ("IpamDriver.GetDefaultAddressSpaces", {}, spaces),
+                ("IpamDriver.RequestAddress", {"Options": options, **fixed_here},
                  {"Address": "10.20.29.5/22", "Data": {}}),
                 ("IpamDriver.RequestAddress", {"Address": "", **here},
                  {"Address": "10.20.30.0/22", "Data": {}}),
-                ("IpamDriver.ReleaseAddress", address, {}), ("IpamDriver.ReleasePool", here, {})):
+                ("IpamDriver.ReleaseAddress", fixed_here, {}),
+                ("IpamDriver.ReleasePool", here, {})):
             with self.subTest(method):
-                self.assertEqual(self.call(method, **arguments), reply)
+                self.assertEqual(self.caller.call(method, **arguments), reply)
 
     def test_unknown_pools(self) -> None:
         """TestOtherRequests of null_test.go: no address, and nothing to release."""
         for unknown in ("x", "LocalDefault/10.0.0.0/8", "10.0.0.0/8#1234",
                         "10.0.0.0/8,11.0.0.0/8#0123456789abcdef"):
-            self.assert_refused("cannot find address pool for ", self.request_address, unknown)
-            self.release_address(unknown, "10.0.0.1")
-            self.release_pool(unknown)
+            self.assert_refused("cannot find address pool for ", self.caller.request_address,
+                                unknown)
+            self.caller.release_address(unknown, "10.0.0.1")
+            self.caller.release_pool(unknown)
 
     def test_names_of_any_kind(self) -> None:
         """TestEndpointNameLabel, TestNetworkMarshalling."""
-        names = ["web", "naïve café ☕", "\U0001f40b", "'\"\\ {}%s", "x" * 255]
-        for at, name in enumerate(names):
-            self.request_address(self.pool(f"10.3{at}.0.0/24", gipam_name=name), name=name,
-                                 mac="02:42:0a:00:00:01")
-        self.assertEqual([(pool["name"], pool["addresses"][0]["name"])
-                          for pool in self.state()["pools"]], [(name, name) for name in names])
+        names = ["web", "naïve café ☕", "\U0001f40b", "'\"\\ {}%s", "".ljust(255, "x")]
+        for number, name in enumerate(names):
+            pool_id = self.pool(f"10.3{number}.0.0/24", gipam_name=name)
+            self.caller.request_address(pool_id, name=name, mac="02:42:0a:00:00:01")
+        pools = self.state()["pools"]
+        self.assertEqual([pool["name"] for pool in pools], names)
+        self.assertEqual([pool["addresses"][0]["name"] for pool in pools], names)
 
 
-NO_JSON, NO_OBJECT = "the body is not JSON", "the body is not a JSON object"
+NO_JSON = (b"\n", b"{", b"nul", b"{'PoolID': 'x'}", b"{}{}", b'{"PoolID":"\xff"}', b"\x00",
+           b"\x1f\x8b\x08", b"[".ljust(100_000, b"["), b"PoolID=x", b'{"PoolID":"x",}',
+           b'{"PoolID":"a\nb"}')
+NO_OBJECT = (b"[]", b"null", b"1", b'"{}"', b"true", b"NaN", b'[{"PoolID":"x"}]')
 BAD_BODIES = {
     b"": "the request has no body: dockerd lost it in a retry; run the command again",
-    **dict.fromkeys((b"\n", b"{", b"nul", b"{'PoolID': 'x'}", b"{}{}", b'{"PoolID":"\xff"}',
-                     b"\x00", b"\x1f\x8b\x08", b"[" * 100_000, b"PoolID=x", b'{"PoolID":"x",}',
-                     b'{"PoolID":"a\nb"}'), NO_JSON),
-    **dict.fromkeys((b"[]", b"null", b"1", b'"{}"', b"true", b"NaN", b'[{"PoolID":"x"}]'),
-                    NO_OBJECT),
+    **dict.fromkeys(NO_JSON, "the body is not JSON"),
+    **dict.fromkeys(NO_OBJECT, "the body is not a JSON object"),
 }
 CALLS: dict[str, dict[str, Any]] = {  # that take arguments
-    "/IpamDriver.RequestPool": {"AddressSpace": "gipam", "Pool": "", "SubPool": "", "Options": {},
-                                "V6": False},
+    "/IpamDriver.RequestPool": {
+        "AddressSpace": "gipam", "Pool": "", "SubPool": "", "Options": {}, "V6": False},
     "/IpamDriver.ReleasePool": {"PoolID": "x"},
     "/IpamDriver.RequestAddress": {"PoolID": "x", "Address": "", "Options": {}},
     "/IpamDriver.ReleaseAddress": {"PoolID": "x", "Address": "10.0.0.1"},
@@ -4237,13 +4636,33 @@ CALLS: dict[str, dict[str, Any]] = {  # that take arguments
     "/Gipam.Adopt": {"Subnet": "10.9.0.0/24", "SubPool": "", "Name": "", "Seq": 1, "Leases": [
         {"Address": "10.9.0.9", "Kind": "endpoint", "MAC": "", "Name": ""}]},
 }
-OPTIONS = {"/IpamDriver.RequestAddress": (gipam.ENDPOINT_NAME, gipam.ENDPOINT_MAC),  # all else is
-           "/IpamDriver.RequestPool": (gipam.NAME_OPTION, gipam.SHARED_OPTION,  # others'
-                                       *gipam.LENGTH_OPTIONS.values())}
-WRONG_VALUES: dict[str, list[Any]] = {  # within the right type
+OPTIONS = {  # that gipam reads; it ignores others
+    "/IpamDriver.RequestAddress": (gipam.ENDPOINT_NAME, gipam.ENDPOINT_MAC),
+    "/IpamDriver.RequestPool": (gipam.NAME_OPTION, gipam.SHARED_OPTION,
+                                *gipam.LENGTH_OPTIONS.values()),
+}
+WRONG_VALUES: dict[str, list[Any]] = {  # of the right type
     "PoolID": [""], "Subnet": [""], "AddressSpace": ["x"],
     "Leases": [["10.9.0.9"], [{}], [{"Kind": 5}]],
 }
+
+
+def wrong_values(path: str, key: str, value: Any, text: str) -> Iterator[Any]:
+    """Yield what is wrong as an argument in place of the value, and the text, where it is."""
+    samples: tuple[Any, ...] = (None, True, 0, 1.5, [text], {text: 1})
+    for sample in samples:
+        is_option = key == "Options" and sample in (None, {text: 1})
+        if type(sample) is not type(value) and not is_option:
+            yield sample
+    yield text
+    yield from WRONG_VALUES.get(key, [])
+    if key == "Options":
+        for option in OPTIONS[path]:
+            for wrong in (text, 1, None):
+                yield {option: wrong}
+    if key == "Leases":
+        for name in value[0]:
+            yield [{**value[0], name: text}]
 
 
 def wrong_calls(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -4251,17 +4670,8 @@ def wrong_calls(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "/IpamDriver.RequestPool", {"Options": {"gipam." + text: "1"}}
     for path, usual in CALLS.items():
         for key, value in usual.items():
-            samples: tuple[Any, ...] = (None, True, 0, 1.5, [text], {text: 1})
-            wrong = [other for other in samples
-                     if type(other) is not type(value) and (key, other) != ("Options", None)]
-            wrong += [text, *WRONG_VALUES.get(key, [])]
-            if key == "Options":
-                wrong = [other for other in wrong if other != {text: 1}]
-                wrong += [{option: other} for option in OPTIONS[path] for other in (text, 1, None)]
-            if key == "Leases":
-                wrong += [[{**lease, name: text}] for lease in value for name in lease]
-            for other in wrong:
-                yield path, {**usual, key: other}
+            for wrong in wrong_values(path, key, value, text):
+                yield path, {**usual, key: wrong}
 
 
 @on(InMemory, Unix, Tcp)
@@ -4271,163 +4681,190 @@ class BadInputCases(StageCases):
     def assert_answer(self, path: str, body: bytes, status: int, text: str,
                       verb: str = "POST") -> None:
         with self.subTest(path=path, verb=verb, body=body[:99]):
-            got, reply = self.caller.post(path, body, verb)
-            self.assertEqual((got, sorted(reply)), (status, ["Err", "Error"]), reply)
+            reply_status, reply = self.caller.post(path, body, verb)
+            self.assertEqual((reply_status, sorted(reply)), (status, ["Err", "Error"]), reply)
             self.assertEqual(reply["Err"], reply["Error"])
             self.assertEqual(reply["Error"][:len(text)], text)
 
     def setUp(self) -> None:
         super().setUp()
-        self.request_address(self.pool("10.40.0.0/24"))
-        before = self.state()
-        self.addCleanup(lambda: self.assertEqual(self.state(), before))
+        self.caller.request_address(self.pool("10.40.0.0/24"))
+        self.addCleanup(self.assert_unchanged, self.state())
+
+    def assert_unchanged(self, before: Any) -> None:
+        self.assertEqual(self.state(), before)
 
     def test_body_that_is_no_object(self) -> None:
-        """Protocol.md 2.3: an empty body is dockerd's retry of a request that it lost."""
+        """An empty body is dockerd's retry of a request that it lost (moby#39331)."""
         for path, (body, text) in itertools.product(CALLS, BAD_BODIES.items()):
             self.assert_answer(path, body, 400, text)
 
-    def test_unknown_method_and_wrong_verb(self) -> None:
-        for path, verb in itertools.product((
-                "/", "/IpamDriver.Nope", "/ipamdriver.requestpool", "/IpamDriver.RequestPool/",
-                "/VolumeDriver.List", "/NetworkDriver.CreateNetwork", "/%2f", "*", "/#x"),
-                ("POST", "GET")):
-            self.assert_answer(path, b"{}", 404,
-                               f"unknown method {path!r}: this is an IPAM driver", verb)
-        for path, verb in itertools.product(
-                ("/Plugin.Activate", "/IpamDriver.GetCapabilities", *CALLS),
-                ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW")):
-            self.assert_answer(path, b'{"Pool":""}', 405, f"{path} takes POST, not {verb}", verb)
+    def test_unknown_method(self) -> None:
+        paths = ("/", "/IpamDriver.Nope", "/ipamdriver.requestpool", "/IpamDriver.RequestPool/",
+                 "/VolumeDriver.List", "/NetworkDriver.CreateNetwork", "/%2f", "*", "/#x")
+        for path, verb in itertools.product(paths, ("POST", "GET")):
+            text = f"unknown method {path!r}: this is an IPAM driver"
+            self.assert_answer(path, b"{}", 404, text, verb)
+
+    def test_wrong_verb(self) -> None:
+        paths = ("/Plugin.Activate", "/IpamDriver.GetCapabilities", *CALLS)
+        verbs = ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW")
+        for path, verb in itertools.product(paths, verbs):
+            text = f"{path} takes POST, not {verb}"
+            self.assert_answer(path, b'{"Pool":""}', 405, text, verb)
 
 
 class RefusalTextTest(StageCases, unittest.TestCase):
-    """What Protocol refuses, word for word; ErrorTextTest has what the Allocator does."""
+    """What the API refuses, word for word; ErrorTextTest has what the Allocator does."""
 
     stage = InMemory
 
     def check(self, method: str, status: int, text: str, **arguments: Any) -> None:
+        """Check the reply to a call, which changes nothing."""
         before = self.state()
+        body = json.dumps(arguments).encode()
         with self.subTest(method=method, arguments=arguments):
-            self.assertEqual(
-                self.caller.post("/IpamDriver." + method, json.dumps(arguments).encode()),
-                (status, {"Err": text, "Error": text}))
+            reply = self.caller.post("/IpamDriver." + method, body)
+            self.assertEqual(reply, (status, {"Err": text, "Error": text}))
         self.assertEqual(self.state(), before)
 
     def test_pools(self) -> None:
         form = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
+        for text, arguments in (
+                ("invalid address space: 'other' is not 'gipam'", {"AddressSpace": "other"}),
+                (f"invalid address pool: '10.9.0.0' {form}", {"Pool": "10.9.0.0"}),
+                (f"invalid address pool: '10.9.0.0/255.255.0.0' {form}",
+                 {"Pool": "10.9.0.0/255.255.0.0"}),
+                (f"invalid address pool: 'fe80::%eth0/64' {form}", {"Pool": "fe80::%eth0/64"}),
+                (f"invalid address subpool: 'x' {form}", {"Pool": "10.8.0.0/24", "SubPool": "x"}),
+                ("invalid address subpool: 10.8.0.0/25 comes without the subnet it is in",
+                 {"SubPool": "10.8.0.0/25"}),
+                ("invalid address pool: 10.8.0.0/24 with V6 True",
+                 {"Pool": "10.8.0.0/24", "V6": True}),
+                ("Pool is not a string: dict", {"Pool": {"a": {}}}),
+                ("Pool is not a string: 5", {"Pool": 5})):
+            self.check("RequestPool", 400, text, **arguments)
+
+    def test_options_of_pools(self) -> None:
         known = "gipam has gipam.name, gipam.v4ab, gipam.v6ab, gipam.shared"
-        pool, sub_pool = "invalid address pool: ", "invalid address subpool: "
-        rows: tuple[tuple[str, dict[str, Any]], ...] = (
-            ("invalid address space: 'other' is not 'gipam'", {"AddressSpace": "other"}),
-            *((f"{pool}{text!r} {form}", {"Pool": text}) for text in (
-                "10.9.0.0", "10.9.0.0/255.255.0.0", "fe80::%eth0/64")),
-            (f"{sub_pool}'x' {form}", {"Pool": "10.8.0.0/24", "SubPool": "x"}),
-            (f"{sub_pool}10.8.0.0/25 comes without the subnet it is in",
-             {"SubPool": "10.8.0.0/25"}),
-            (f"{pool}10.8.0.0/24 with V6 True", {"Pool": "10.8.0.0/24", "V6": True}),
-            (f"{pool}the IPv6 bases have blocks of /56 to /128, not of /129",
-             {"V6": True, "Options": {"gipam.v6ab": "129"}}),
-            ("Options is not a map of strings: list", {"Options": [[1]]}),
-            ("Pool is not a string: dict", {"Pool": {"a": {}}}),
-            ("Pool is not a string: 5", {"Pool": 5}),
-            *((text, {"Options": options}) for text, options in (
+        length = "is not a prefix length"
+        for text, options in (
+                ("Options is not a map of strings: list", [[1]]),
                 (f"unknown option 'gipam.v4': {known}", {"gipam.v4": "24"}),
                 (f"unknown option 'gipam.': {known}", {"gipam.": "", "x": "y"}),
-                ("option gipam.v4ab is not a prefix length: '/26'", {"gipam.v4ab": "/26"}),
-                ("option gipam.v6ab is not a prefix length: ''", {"gipam.v6ab": ""}),
-                ("gipam.name is longer than 255 characters", {"gipam.name": "x" * 256}),
-                ("gipam.name has unprintable characters: 'a\\nb'",
-                 {"gipam.name": "a\nb"}))))
-        for text, arguments in rows:
-            self.check("RequestPool", 400, text, **arguments)
+                (f"option gipam.v4ab {length}: '/26'", {"gipam.v4ab": "/26"}),
+                (f"option gipam.v6ab {length}: ''", {"gipam.v6ab": ""}),
+                ("gipam.name is longer than 255 characters",
+                 {"gipam.name": "".ljust(256, "x")}),
+                ("gipam.name has unprintable characters: 'a\\nb'", {"gipam.name": "a\nb"})):
+            self.check("RequestPool", 400, text, Options=options)
+        text = "invalid address pool: the IPv6 bases have blocks of /56 to /128, not of /129"
+        self.check("RequestPool", 400, text, V6=True, Options={"gipam.v6ab": "129"})
 
     def test_addresses(self) -> None:
         pool_id = self.pool("10.9.0.0/24")
-        bare = "invalid address: {!r} is not a bare IP address".format
         for address in ("10.9.0", "10.9.0.5/24"):
-            self.check("RequestAddress", 400, bare(address), PoolID=pool_id, Address=address)
-        self.check("RequestAddress", 404, "cannot find address pool for 'x': no pool has this id",
-                   PoolID="x")
-        self.check("RequestAddress", 400, f"{gipam.ENDPOINT_NAME} is longer than 255 "
-                   "characters", PoolID=pool_id, Options={gipam.ENDPOINT_NAME: "x" * 256})
-        self.check("ReleaseAddress", 400, "Address is empty or missing",
-                   PoolID=pool_id, Address="")
-        self.check("ReleaseAddress", 400, bare("10.9.0.256"), PoolID=pool_id, Address="10.9.0.256")
+            text = f"invalid address: {address!r} is not a bare IP address"
+            self.check("RequestAddress", 400, text, PoolID=pool_id, Address=address)
+        text = "cannot find address pool for 'x': no pool has this id"
+        self.check("RequestAddress", 404, text, PoolID="x")
+        options = {gipam.ENDPOINT_NAME: "".ljust(256, "x")}
+        text = f"{gipam.ENDPOINT_NAME} is longer than 255 characters"
+        self.check("RequestAddress", 400, text, PoolID=pool_id, Options=options)
+        text = "Address is empty or missing"
+        self.check("ReleaseAddress", 400, text, PoolID=pool_id, Address="")
+        text = "invalid address: '10.9.0.256' is not a bare IP address"
+        self.check("ReleaseAddress", 400, text, PoolID=pool_id, Address="10.9.0.256")
 
     def test_bug(self) -> None:
-        """An exception that nobody foresaw is answered, and its traceback is in the log."""
-        with mock.patch.object(self.caller.service, "release",
-                               side_effect=ZeroDivisionError("nobody foresaw it")), \
+        """An unexpected exception is answered, and its traceback is in the log."""
+        error = ZeroDivisionError("nobody expected it")
+        with mock.patch.object(self.caller.service, "release", side_effect=error), \
                 self.assertLogs("gipam", "ERROR") as logged:
-            self.check("ReleasePool", 500, "internal error of gipam: see its log", PoolID="x")
-        self.assertIn("nobody foresaw it", logged.output[0])
+            text = "internal error of gipam: see its log"
+            self.check("ReleasePool", 500, text, PoolID="x")
+        self.assertIn("nobody expected it", logged.output[0])
 
     def test_text_that_cannot_be_kept_or_printed(self) -> None:
         """Nothing of it reaches disk, log or status: no line is forged, no encoder fails."""
         before = self.state()
         for text in ("\ud800", "a\ud83d", "a\nb", "\x1b[31m", "\x00", "\x7f", "\u2028", "\u202e",
-                     "x" * 256, "x" * 10**6):
+                     "".ljust(256, "x"), "".ljust(10**6, "x")):
             for path, arguments in wrong_calls(text):
-                with self.subTest(path, text=text[:9], arguments=str(arguments)[:99]), \
-                        self.assertLogs("gipam") as logged:
-                    status, reply = self.caller.post(path, json.dumps(arguments).encode())
-                    self.assertEqual((status, reply["Error"].isprintable()), (400, True), reply)
-                    self.assertLess(len(reply["Error"]), 1000)
-                    (line,) = (line for line in logged.output if f"refused {gipam.METHODS[path].label}: " in line)
-                    self.assertTrue(line.isprintable() and len(line) < 2000, line)
+                with self.subTest(path, text=text[:9], arguments=str(arguments)[:99]):
+                    self.assert_harmless(path, arguments)
         self.assertEqual(self.state(), before)
 
-    def test_routes_of_the_host_are_read_at_each_request(self) -> None:
-        """BlockOrderTest has what is passed by, with TestDynamicPoolAllocation.
+    def assert_harmless(self, path: str, arguments: Any) -> None:
+        """Check that reply and log line of a refused call are short and printable."""
+        with self.assertLogs("gipam") as logged:
+            status, reply = self.caller.post(path, json.dumps(arguments).encode())
+        self.assertEqual((status, reply["Error"].isprintable()), (400, True), reply)
+        self.assertLess(len(reply["Error"]), 1000)
+        label = f"refused {gipam.METHODS[path].label}: "
+        (line,) = [line for line in logged.output if label in line]
+        self.assertTrue(line.isprintable(), line)
+        self.assertLess(len(line), 2000)
 
-        If they cannot be read, that is an error of the request.
-        """
+    def test_routes_of_the_host_are_read_at_each_request(self) -> None:
+        """BlockOrderTest has what is skipped, with TestDynamicPoolAllocation."""
         client = InMemory(self, v4="192.168.0.0/21")
-        for client.kernel.routes, block in (("", 0), ("192.168.1.0/24 192.168.2.7/32", 3),
-                                            ("192.168.5.0/24", 4), ("", 5)):
+        for routes, block in (("", 0), ("192.168.1.0/24 192.168.2.7/32", 3),
+                              ("192.168.5.0/24", 4), ("", 5)):
+            client.kernel.routes = routes
             self.assertEqual(client.request_pool()[1], f"192.168.{block}.0/24")
-        client.service.netlink = mock.Mock(side_effect=OSError(errno.EMFILE, "Too many open files"))
-        with self.assertRaisesRegex(Refused, "^cannot ask the kernel for the routes of this host: "
-                                    "Too many open files; try again") as raised:
+
+    def test_routes_that_cannot_be_read_are_an_error_of_the_request(self) -> None:
+        client = InMemory(self, v4="192.168.0.0/21")
+        error = OSError(errno.EMFILE, "Too many open files")
+        client.service.netlink = mock.Mock(side_effect=error)
+        text = "^cannot ask the kernel for the routes of this host: Too many open files; try again"
+        with self.assertRaisesRegex(ErrorReply, text) as caught:
             client.request_pool()
-        self.assertEqual(raised.exception.status, 503)
+        self.assertEqual(caught.exception.status, 503)
 
 
 class NameMemoryTest(unittest.TestCase):
     """What stays with a gipam.name when its network goes, over a restart as well."""
 
     def test_what_goes_with_its_pool_rests_too_though_the_cursor_wraps(self) -> None:
-        """As after `docker rm` while gipam was down; a fixed .254 makes it wrap."""
+        """As after `docker rm` while gipam was down; a fixed .254 makes the cursor wrap."""
         client = InMemory(self, v4="10.2.0.0/16")
         pool_id, _ = client.request_pool(gipam_name="web")
-        had = [client.request_address(pool_id, address, name=name)
-               for name, address in (("web1", ""), ("web2", ""), ("db", "10.2.0.254"))]
+        addresses = {"web1": "", "web2": "", "db": "10.2.0.254"}
+        first = {name: client.request_address(pool_id, address, name=name)
+                 for name, address in addresses.items()}
         client.release_pool(pool_id)
         client.open()
         pool_id, _ = client.request_pool(gipam_name="web")
         others = [client.request_address(pool_id) for _ in range(251)]
-        self.assertEqual((others[0], len({*others, *had})), ("10.2.0.3/24", 254))
-        self.assertEqual([client.request_address(pool_id, name=name) for name in ("web1", "web2", "db")], had)
+        self.assertEqual(others[0], "10.2.0.3/24")
+        self.assertEqual(len({*others, *first.values()}), 254)
+        again = {name: client.request_address(pool_id, name=name) for name in addresses}
+        self.assertEqual(again, first)
 
     def test_each_owner_finds_its_address_again_whoever_starts_first(self) -> None:
-        for name, subnet, most, owners, given in (
+        for name, subnet, limit, owners, numbers in (
                 ("web", "", 256, "new mac web1 web2", "4 3 1 2"),
-                # others and other blocks get nothing of it, and only the latest owners are kept
-                ("lan", "10.2.0.0/24", 256, "mac", "1"), ("", "10.2.0.0/24", 256, "mac", "1"),
-                ("web", "10.2.0.0/23", 256, "mac", "1"), ("web", "", 2, "web1 web2 mac", "1 2 3")):
+                # Other names and other blocks get nothing of it.
+                ("lan", "10.2.0.0/24", 256, "mac", "1"),
+                ("", "10.2.0.0/24", 256, "mac", "1"),
+                ("web", "10.2.0.0/23", 256, "mac", "1"),
+                # Only the latest owners are kept.
+                ("web", "", 2, "web1 web2 mac", "1 2 3")):
             client = InMemory(self, v4="10.2.0.0/16")
             pool_id, _ = client.request_pool(gipam_name="web")
             for owner in ("web1", "web2", "mac"):
                 cidr = client.request_address(pool_id, **OWNERS[owner])
                 client.release_address(pool_id, cidr.partition("/")[0])
-            with self.subTest(name, subnet=subnet, most=most), \
-                    mock.patch.object(gipam, "MAX_SAVED_AFFINITIES", most):
+            with self.subTest(name, subnet=subnet, limit=limit), \
+                    mock.patch.object(gipam, "MAX_SAVED_AFFINITIES", limit):
                 client.release_pool(pool_id)
                 client.open()
                 pool_id, _ = client.request_pool(subnet, gipam_name=name)
-                self.assertEqual([client.request_address(pool_id, **OWNERS[owner]).partition("/")[0]
-                                  for owner in owners.split()],
-                                 [f"10.2.0.{at}" for at in given.split()])
+                for owner, number in zip(owners.split(), numbers.split()):
+                    cidr = client.request_address(pool_id, **OWNERS[owner])
+                    self.assertEqual(cidr.partition("/")[0], f"10.2.0.{number}")
 
 
 # === Server =======================================================================================
