@@ -2849,7 +2849,7 @@ class Histogram:
     BOUNDS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1.0)
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(self.BOUNDS_S) + 1)
+        self.counts = [0 for _ in (*self.BOUNDS_S, math.inf)]
         self.sum_s = 0.0
 
     def observe(self, duration_s: float) -> None:
@@ -3176,39 +3176,57 @@ class Service:
 
         Raises: InvalidRequest, StoreError.
         """
-        pool, change = self._find_pool(pool_id), None
-        if pool:
-            change = decide_release_address(pool, address) if address else PoolRelease(pool_id)
+        pool = self._find_pool(pool_id)
+        if not pool:
+            return None
+        change: Record | None = PoolRelease(pool_id)
+        if address:
+            change = decide_release_address(pool, address)
         if change:
             self.apply(change)
         return change
 
     def _find_pool(self, pool_id: str) -> Pool | None:
-        """Return the pool of the id; one that was taken over without an id gets it now."""
-        if pool_id not in self.state.pools:
-            parsed = parse_pool_id(pool_id)
-            unbound = make_pool_id(*parsed, UNBOUND) if parsed else ""
+        """Return the pool of an id, None if there is none.
+
+        Docker's API does not show ids: a pool that was imported from there is bound to the first
+        id for its subnet and range. Raises: StoreError.
+        """
+        parsed = parse_pool_id(pool_id)
+        if parsed and pool_id not in self.state.pools:
+            unbound = make_pool_id(*parsed, UNBOUND)
             if unbound in self.state.pools:
                 self.apply(PoolIdBinding(unbound, pool_id))
         return self.state.pools.get(pool_id)
 
     def release_if_unchanged(self, pool_id: str, address: str, seq: int) -> Record | None:
-        """Release the pool, or the address in it, if it still is what was granted as change seq."""
+        """Release a pool, or an address in it, if it still is what was granted as change seq.
+
+        Raises: Forbidden, InvalidRequest, StoreError.
+        """
         pool = self.state.pools.get(pool_id)
-        lease = pool.leases.get(parse_offset(pool, address)) if pool and address else None
-        if not pool or (lease.seq if lease else None if address else pool.seq) != seq:
+        granted: Pool | Lease | None = pool
+        if pool and address:
+            granted = pool.leases.get(parse_offset(pool, address))
+        if not granted or granted.seq != seq:
             raise Forbidden(f"{address or 'pool'} of {pool_id!r} is not what it was as change "
                             f"{seq}: look again")
         return self.release(pool_id, address)
 
     def roll_back(self, change: Record | None, seq: int) -> None:
-        """Release what a reply granted that never arrived, if that is still the very same."""
-        if isinstance(change, (PoolGrant, AddressGrant)):  # a release is never undone
-            address = change.address if isinstance(change, AddressGrant) else ""
-            with contextlib.suppress(Forbidden, StoreError):
-                self.release_if_unchanged(change.pool_id, address, seq)
-                log.warning("took back %s in %s: nobody has read the reply", address or "all",
-                            change.pool_id)
+        """Release what was granted by a reply that never arrived, if it is still the very same.
+
+        A release is never rolled back.
+        """
+        address = ""
+        if isinstance(change, AddressGrant):
+            address = change.address
+        elif not isinstance(change, PoolGrant):
+            return
+        with contextlib.suppress(Forbidden, StoreError):
+            self.release_if_unchanged(change.pool_id, address, seq)
+            log.warning("took back %s in %s: nobody has read the reply", address or "all",
+                        change.pool_id)
 
     def _adopt_pool(self, pool_id: str, address: str, now_s: int) -> Pool:
         """Adopt the pool of an id that Docker has and the state has not; have Docker asked soon.
@@ -3343,17 +3361,23 @@ class Checkpoint:
 
 
 def recover(store: Store, document: Json | None, state: State) -> None:
-    """Fill the state with what is on disk. Raises: DamageError with the place and what to do."""
-    place, what = store.path, "itself"
+    """Fill the state with what is on disk.
+
+    Raises: CorruptionError that names the place and what to do.
+    """
+    place = store.path
+    contradicted = "itself"
     try:
         if document is not None:
             decode_snapshot(document, state)
         for line, record in store.replay(document, state.seq):
-            place, what = line, "what stands before it"
+            place = line
+            contradicted = "what stands before it"
             state.apply(decode_record(record))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        why = str(error) if type(error) is ValueError else repr(error)
-        raise store.corruption(place, f"contradicts {what}: {why}") from None
+        # A plain ValueError has a text for people; others are known by their type.
+        reason = str(error) if type(error) is ValueError else repr(error)
+        raise store.corruption(place, f"contradicts {contradicted}: {reason}") from None
 
 
 # === API ==========================================================================================
@@ -3466,13 +3490,16 @@ def dispatch(service: Service, verb: str, target: str, body: bytes, outcome: Out
         if outcome.error:
             raise outcome.error
         return route(service, verb, path, query, body, outcome)
+
     except TransactionRequired:
         raise
     except GipamError as error:
         label = METHODS[path].label if path in METHODS else "a request"
         log.warning("refused %s: %s", label, error)
         return error_reply(error)
+
     except Exception:
+        # Docker gets a reply, the operator the traceback.
         log.exception("failed at %s, which is a bug of gipam; got %r", printable(path),
                       body[:MAX_TEXT_CHARS])
         service.recover_from_exception()
@@ -3490,15 +3517,19 @@ def route(service: Service, verb: str, path: str, query: str, body: bytes,
         reply = Reply(200, encode_json(result).encode(), "ok", change)
         reply.seq = service.state.seq
         return reply
+
     if path not in PATHS:
         raise InvalidRequest(f"unknown method {printable(path)!r}: this is an IPAM driver", 404)
     needed = "GET" if path in PAGES else "POST"
     if verb != needed:
         raise InvalidRequest(f"{path} takes {needed}, not {printable(verb)}", 405)
+
+    # What Docker asks at its start depends on nothing.
     if path in STATIC_REPLIES:
         replies = STATIC_REPLIES if service.has_macs else STATIC_REPLIES_WITHOUT_MAC
         return Reply(200, replies[path])
 
+    # The first chunk is the body, so that a short page has a Content-Length.
     page = PAGES[path]
     chunks = join_portions(page.function(service, query))
     reply = Reply(200, next(chunks, b""))
@@ -3532,7 +3563,8 @@ def decode_arguments(body: bytes) -> Arguments:
     try:
         text = body.decode().strip()
         arguments, end = raw_decode(text)
-    except (ValueError, RecursionError):  # their texts differ between versions of Python
+    except (ValueError, RecursionError):
+        # Their texts differ between versions of Python.
         raise InvalidRequest("the body is not JSON") from None
     if end < len(text):
         raise InvalidRequest("the body is not JSON")
@@ -3557,6 +3589,8 @@ def parse_pool_request(arguments: Arguments) -> PoolRequest:
     if subnet:
         version = subnet.version
     prefixlen = parse_prefixlen(options, version)
+
+    # A subnet of zeros, such as 0.0.0.0/26, only tells the length of the block.
     if subnet and is_size_hint(subnet):
         prefixlen = subnet.prefixlen or prefixlen
         subnet = None
@@ -3579,8 +3613,10 @@ def parse_prefixlen(options: Arguments, version: int) -> int | None:
         if key.startswith("gipam.") and key not in known:
             raise InvalidRequest(f"unknown option {printable(repr(key))}: "
                                  f"gipam has {', '.join(known)}")
+        # Options of other drivers are ignored, but not in silence if they look like gipam's.
         if "gipam." + key in known:
             log.warning("option %r does nothing: did you mean 'gipam.%s'?", key, key)
+
     for key in LENGTH_OPTIONS.values():
         if key in options and not re.fullmatch("[0-9]{1,3}", options.text(key)):
             raise InvalidRequest(f"option {key} is not a prefix length: {options[key]!r}")
@@ -3595,6 +3631,8 @@ def handle_request_pool(service: Service, arguments: Arguments,
     if request.is_shared and not service.site:
         raise InvalidRequest(f"option {SHARED_OPTION} needs -etcd, through which hosts share")
     change = service.request_pool(request)
+
+    # The name is remembered for one block a family, the first one.
     kept = service.state.families[request.version].names.get(request.name)
     if kept and str(kept.network) != change.subnet:
         log.warning("gipam.name %r is in use for %s: %s is kept for no name", request.name,
@@ -3610,6 +3648,7 @@ def handle_request_address(service: Service, arguments: Arguments,
     options = arguments.options()
     mac = options.text(ENDPOINT_MAC)
     name = options.text(ENDPOINT_NAME)
+
     # An auxiliary address is asked for by its text alone. Without MAC addresses, Docker < 29 asks
     # so for the address of a container, too.
     kind = AUXILIARY
@@ -3617,6 +3656,7 @@ def handle_request_address(service: Service, arguments: Arguments,
         kind = ENDPOINT
     if options.get("RequestAddressType") == "com.docker.network.gateway":
         kind = GATEWAY
+
     change, prefixlen = service.request_address(pool_id, AddressRequest(address, kind, mac, name))
     return {"Address": f"{change.address}/{prefixlen}", "Data": {}}, change
 
@@ -3710,6 +3750,8 @@ def describe_base(family: Family, base: Network, routes: list[Range]) -> Json:
     low, high = address_range(base)
     total, used, excluded = family.count(base)
     removed = [network for network in family.excluded if base.overlaps(network)]
+
+    # A route may lie in an excluded prefix, whose blocks count only once.
     routes = [route for route in routes if low <= route[0] <= high]
     routed_or_excluded = family.count_free([*routes, *map(address_range, removed)])
     remembered = {}
@@ -3758,6 +3800,7 @@ def describe_service(service: Service) -> Json:
               for version, family in service.state.families.items() if family.bases}
     status = {**service.daemon_info, "version": __version__, "seq": service.state.seq,
               "bases": describe_bases(service.state, routes), "trouble": service.store.last_error}
+
     if service.site:
         status.update(service.site.describe(bool(service.etcd_failure)), etcd={
             "failure": service.etcd_failure, "due": len(service.site.due),
@@ -3797,6 +3840,8 @@ def encode_pool_status(service: Service, pool: Pool, has_leases: bool) -> Iterat
     if not has_leases:
         yield encode_json(status)
         return
+
+    # A large pool takes many portions: leases are encoded as the client takes them.
     status["remembered"] = {owner: pool.format(offset)
                             for owner, (offset, _) in pool.subnet.affinity.items()}
     yield encode_json(status)[:-1] + ',"addresses":['
@@ -3816,7 +3861,7 @@ Samples = Iterator[Tuple[str, Any]]  # of a metric: suffix and labels of a serie
 
 
 class Metric(NamedTuple):
-    """A metric of GET /metrics. If it has no samples, it is left out."""
+    """A metric of GET /metrics; without samples it is left out."""
 
     name: str
     metric_type: str
