@@ -3192,9 +3192,9 @@ class Service:
         Docker's API does not show ids: a pool that was imported from there is bound to the first
         id for its subnet and range. Raises: StoreError.
         """
-        parsed = parse_pool_id(pool_id)
-        if parsed and pool_id not in self.state.pools:
-            unbound = make_pool_id(*parsed, UNBOUND)
+        if pool_id not in self.state.pools:
+            parsed = parse_pool_id(pool_id)
+            unbound = make_pool_id(*parsed, UNBOUND) if parsed else ""
             if unbound in self.state.pools:
                 self.apply(PoolIdBinding(unbound, pool_id))
         return self.state.pools.get(pool_id)
