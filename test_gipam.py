@@ -720,6 +720,8 @@ record = record_changes
 PLAIN_SECTIONS = {
     "gipam.py": "",
     "test_gipam.py": "Helpers Style Running",
+    "boot.py": "all",
+    "compose.py": "all",
     "engine.py": "all",
     "machines.py": "all",
 }
