@@ -1570,11 +1570,20 @@ class Segment(DiskFile):
         """
         end = max(self.allocated + PREALLOCATE_BYTES, needed)
         try:
-            self.write(bytes(end - self.allocated), self.allocated)
+            self._extend(end)
         except OSError:
             end = needed
-            self.write(bytes(end - self.allocated), self.allocated)
+            self._extend(end)
         return end
+
+    def _extend(self, end: int) -> None:
+        """Write zeros up to the offset. Raises: OSError, with the length as before."""
+        try:
+            self.write(bytes(end - self.allocated), self.allocated)
+        except OSError:
+            # The zeros that fitted would take the last space of the disk.
+            self._syscalls.ftruncate(self.fd, self.allocated)
+            raise
 
     def truncate(self) -> None:
         """Cut off what follows the last record, and write that record again. Raises: OSError.

@@ -723,6 +723,7 @@ PLAIN_SECTIONS = {
     "boot.py": "all",
     "compose.py": "all",
     "engine.py": "all",
+    "long.py": "all",
     "machines.py": "all",
 }
 MAX_COLUMNS = 100

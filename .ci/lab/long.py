@@ -1,6 +1,6 @@
 """The self-check for longer, a soak, full and read-only disks: `python3 .ci/lab/long.py`.
 
-GIPAM_LONG=1 lets test_gipam.py do 25 times as often what it does at random.
+GIPAM_LONG=1 makes test_gipam.py repeat its random tests more often.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -20,75 +21,91 @@ import unittest
 from machines import Namespaces, main
 
 from gipam import State
-from test_gipam import HERE, Load, Refused, StoreCase, Tenant, dump_state, held, recover, seeds
+from test_gipam import (
+    HERE,
+    ErrorReply,
+    Load,
+    StoreCase,
+    Tenant,
+    choose_seeds,
+    dump_state,
+    held,
+    recover,
+)
+
+SOAK_S = 120.0
+CHECKPOINT_OFTEN = "gipam.MIN_CHECKPOINT_BYTES = 2000; gipam.CHECKPOINT_RETRY_S = 0.01"
 
 
 class SelfCheckTest(unittest.TestCase):
     def test_self_check_passes_for_longer(self) -> None:
-        done = subprocess.run([sys.executable, os.path.join(HERE, "test_gipam.py")], encoding="utf-8",
-                              env={**os.environ, "GIPAM_LONG": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        command = [sys.executable, os.path.join(HERE, "test_gipam.py")]
+        done = subprocess.run(command, env=dict(os.environ, GIPAM_LONG="1"), encoding="utf-8",
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.assertEqual(done.returncode, 0, done.stdout)
 
 
 class SmallDiskTest(StoreCase):
-    """A small tmpfs in a mount namespace of its own, and a real daemon on it."""
+    """A gipam process on a small tmpfs, which is mounted in a namespace."""
 
     def setUp(self) -> None:
         super().setUp()
-        os.mkdir(os.path.join(self.directory, "disk"))
-        mount = f"mount -t tmpfs -o size=64k tmpfs {self.directory}/disk"
-        namespaces = Namespaces("--mount", setup=mount)
+        disk = os.path.join(self.directory, "disk")
+        os.mkdir(disk)
+        namespaces = Namespaces("--mount", setup=f"mount -t tmpfs -o size=64k tmpfs {disk}")
         self.addCleanup(namespaces.close)
         self.inside = namespaces.inside
-        self.disk = f"/proc/{namespaces.pid}/root{self.directory}/disk"  # as seen from here
-        self.served = self.daemon("-v4", "10.2.0.0/16", "-file",
-                                  f"{self.directory}/disk/leases.json", inside=self.inside)
+        self.disk = f"/proc/{namespaces.pid}/root{disk}"  # path outside the namespace
+        self.served = self.daemon("-v4", "10.2.0.0/16", "-file", f"{disk}/leases.json",
+                                  inside=self.inside)
 
     def fill(self) -> None:
-        """Leave no byte free."""
-        with open(f"{self.disk}/filler", "ab", buffering=0) as filler, contextlib.suppress(OSError):
+        """Fill the disk to the last byte."""
+        path = f"{self.disk}/filler"
+        with open(path, "ab", buffering=0) as filler, contextlib.suppress(OSError):
             while True:
                 filler.write(bytes(512))
 
     def request_until_full(self, tenant: Tenant) -> str:
-        """Live on what room the last page has; return the error that ends it."""
+        """Request addresses while the last page has room; return the error that ends this."""
         pool_id = next(iter(tenant.pools))
         for _ in range(1000):
             try:
                 tenant.request_address(pool_id)
-            except Refused as refusal:
-                self.assertEqual(refusal.status, 503)
-                return str(refusal)
+            except ErrorReply as error:
+                self.assertEqual(error.status, 503)
+                return str(error)
         raise AssertionError("the disk is not full")
 
     def recover(self) -> State:
-        """Return what a restart would find, read from a copy: a daemon keeps others off its files."""
+        """Return the state that a restart would recover, from a copy, since the files are locked."""
         with tempfile.TemporaryDirectory() as directory:
             for path in glob.glob(f"{self.disk}/leases.json*"):
                 shutil.copy(path, directory)
             return recover(f"{directory}/leases.json")
 
-    def check(self, tenant: Tenant) -> None:
-        self.assertEqual(held(self.recover()), {
-            pool_id: sorted(addresses) for pool_id, addresses in tenant.pools.items()})
+    def assert_recovers_what_is_held(self, tenant: Tenant) -> None:
+        self.assertEqual(held(self.recover()), tenant.held())
 
     def test_full_disk_costs_errors_and_no_lease(self) -> None:
         tenant = Tenant(self.served.start().client(), random.Random(1))
-        tenant.pools[tenant.client.request_pool(pool="10.2.0.0/16")[0]] = []
-        tenant.MAX_ADDRESSES = 10_000
+        pool_id, _ = tenant.client.request_pool(pool="10.2.0.0/16")
+        tenant.pools[pool_id] = []
         self.fill()
         for end_daemon in (signal.SIGKILL, signal.SIGTERM):
             error = self.request_until_full(tenant)
             self.assertRegex(error, r"cannot write .*/disk/.*journal\.\d: No space left")
-            self.check(tenant)
+            self.assert_recovers_what_is_held(tenant)
             self.served.stop(end_daemon)
-            self.check(tenant)
-            tenant.client = self.served.start().client()  # also on a full disk
+            self.assert_recovers_what_is_held(tenant)
+            # It starts on a full disk, too.
+            tenant.client = self.served.start().client()
+
         self.request_until_full(tenant)
         os.unlink(f"{self.disk}/filler")
-        tenant.request_address(next(iter(tenant.pools)))
+        tenant.request_address(pool_id)
         self.assertEqual(self.served.stop(), 0)
-        self.check(tenant)
+        self.assert_recovers_what_is_held(tenant)
 
     def test_first_start_on_a_full_disk_names_the_file(self) -> None:
         self.fill()
@@ -99,51 +116,65 @@ class SmallDiskTest(StoreCase):
     def test_read_only_disk_is_named(self) -> None:
         self.served.start().client().request_pool()
         self.served.kill()
-        before = self.recover()
-        remount = "mount", "-o", "remount,ro", self.directory + "/disk"
+        before = dump_state(self.recover())
+        remount = ("mount", "-o", "remount,ro", self.directory + "/disk")
         subprocess.run([*self.inside, *remount], check=True)
         self.served.start(wait=False)
         self.assertEqual(self.served.stop(0), 1)
-        self.assertRegex(self.served.read_log(), "(?m)^gipam: /.*/disk/leases.json.*: Read-only")
-        self.assertEqual(dump_state(self.recover()), dump_state(before))
+        log = self.served.read_log()
+        self.assertRegex(log, "(?m)^gipam: /.*/disk/leases.json.*: Read-only")
+        self.assertEqual(dump_state(self.recover()), before)
 
 
 class SoakTest(StoreCase):
-    """A real daemon under load, which folds each few dozen requests."""
+    """A gipam process under load, which makes a checkpoint every few dozen requests."""
 
     def test_nothing_grows_that_should_not(self) -> None:
-        seed, clients, for_s = seeds(1)[0], 8, 120.0
+        seed = choose_seeds(1)[0]
+        clients = 8
         self.served = self.daemon("-v4", "10.2.0.0/16", "-v6", "2001:db8:0:100::/56",
-                                  lines="gipam.MIN_CHECKPOINT_BYTES, gipam.CHECKPOINT_RETRY_S = 2000, 0.01").start()
+                                  lines=CHECKPOINT_OFTEN).start()
         load = Load(self, self.served, clients, seed)
         load.start()
-        figures, started = [], time.monotonic()
-        while time.monotonic() < started + for_s and load.is_well():
+        figures = []
+        end_s = time.monotonic() + SOAK_S
+        while time.monotonic() < end_s and load.is_well():
             load.stop.wait(0.1)
             figures.append(self.measure())
         load.stop.set()
         load.join()
-        early, late = figures[len(figures) // 3], figures[-1]
+
+        early = figures[len(figures) // 3]
+        late = figures[-1]
+        highest = {name: max(figure[name] for figure in figures) for name in late}
         with self.subTest(GIPAM_TEST_SEED=seed, replies=load.replies(), early=early, late=late):
-            self.assertGreater(load.replies(), 100 * for_s)
+            self.assertGreater(load.replies(), 100 * SOAK_S)
             self.assertLess(late["kB"], 1.1 * early["kB"] + 4096)
-            self.assertLessEqual(max(it["threads"] for it in figures), clients + 8)
-            self.assertLessEqual(max(it["descriptors"] for it in figures), clients + 16)
-            self.assertLess(max(it["bytes"] for it in figures), 1 << 22)  # two segments with room
-        print(f"{load.replies()} replies in {for_s:g} s; after a third {early}, at the end {late}")
+            self.assertLessEqual(highest["threads"], clients + 8)
+            self.assertLessEqual(highest["descriptors"], clients + 16)
+            self.assertLess(highest["bytes"], 1 << 22)  # two preallocated segments
+        print(f"{load.replies()} replies in {SOAK_S:g} s; "
+              f"after a third {early}, at the end {late}")
 
     def measure(self) -> dict[str, int]:
-        """Return memory, threads and descriptors of the daemon, and the size of its files."""
+        """Return the daemon's memory, threads and descriptors, and the size of its files."""
         assert self.served.process
-        process = f"/proc/{self.served.process.pid}"
-        with open(process + "/status", encoding="ascii") as file:
-            status = dict(line.split(":", 1) for line in file)
+        process = pathlib.Path("/proc", str(self.served.process.pid))
+        status = {}
+        for line in (process / "status").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            status[name] = value
+
         size = 0
-        for name in glob.glob(self.path + "*"):
+        for path in glob.glob(self.path + "*"):
             with contextlib.suppress(FileNotFoundError):
-                size += os.path.getsize(name)
-        return {"kB": int(status["VmRSS"].split()[0]), "threads": int(status["Threads"]),
-                "bytes": size, "descriptors": len(os.listdir(process + "/fd"))}
+                size += os.path.getsize(path)
+        return {
+            "kB": int(status["VmRSS"].split()[0]),
+            "threads": int(status["Threads"]),
+            "bytes": size,
+            "descriptors": len(os.listdir(process / "fd")),
+        }
 
 
 if __name__ == "__main__":
