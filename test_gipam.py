@@ -719,12 +719,14 @@ record = record_changes
 # Sections that keep the limits; the others are still being rewritten. "all" is a whole file.
 PLAIN_SECTIONS = {
     "gipam.py": "",
-    "test_gipam.py": "Helpers Style Running",
+    "test_gipam.py": "Helpers Style API Running",
+    "delegation.py": "all",
     "boot.py": "all",
     "compose.py": "all",
     "engine.py": "all",
     "long.py": "all",
     "machines.py": "all",
+    "readme.py": "all",
 }
 MAX_COLUMNS = 100
 MAX_FUNCTION_LINES = 60
