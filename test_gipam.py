@@ -3748,7 +3748,7 @@ class AdoptionTest(ServiceCase):
         store = self.service.store
         active_segment(store).allocated = store.journal_bytes + 220
         made = len(self.calls.made)
-        self.calls.faults = {made: errno.ENOSPC, made + 1: errno.ENOSPC}
+        self.calls.faults = {made: errno.ENOSPC, made + 2: errno.ENOSPC}  # writes
         with self.assertRaisesRegex(Refused, "No space left"):
             self.client.request_address(f"10.8.0.0/24#{TOKEN}")
         self.assertEqual(len(self.service.state.pools), 2)
