@@ -385,6 +385,20 @@ class ReadmeTest(unittest.TestCase):
 
         machines.until(is_open, "an open port")
 
+    def test_docker_26_with_one_address_and_one_64(self) -> None:
+        """Steps 2 and 3 are those of the other chapter; the others are changed as README says."""
+        self.start("trixie", ON_WIRE, WIRE, "2001:db8:0:1::/64")
+        self.machine.wait_until("ip -6 route show default | grep -q 'proto ra'")
+        self.follow("Install")
+        self.follow("One IPv4 address and one /64", 0, 1, 2)
+        rules, network, container = self.blocks_of("Docker 26 and 27", "sh")[2:5]
+        lines = rules.text.replace("2001:db8:0:100::/56", "2001:db8:0:1:c00::/72").splitlines()
+        self.machine("\n".join(line for line in lines if "10.2.0.0/16" not in line))
+        self.machine(network.text.replace("-o com.docker.network.bridge.enable_ip_masquerade=false", ""))
+        self.machine(container.text.replace("-p 80", "-p 80:80"))
+        self.assertEqual(self.follow("One IPv4 address and one /64", 5).count(HELLO), 2)
+        self.assert_reached_over_boots("192.0.2.7", "2001:db8:0:1:c00::2")
+
     def assert_still_closed(self, probe: machines.Process, when: str) -> None:
         self.machine.wait_for_containers()
         self.assert_reached("10.2.0.2", "2001:db8:0:100::2")
