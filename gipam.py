@@ -4275,7 +4275,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         reader = self.reader
         if len(reader.received) > MAX_HEAD_BYTES + MAX_BODY_BYTES:
             return
-        if not reader.has_begun():
+        if not reader.received and reader.body_length < 0:
             self.active_s = time.monotonic()
         try:
             data = self.connection.recv(RECEIVE_BYTES)
@@ -4376,7 +4376,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
     def queue_reply(self, reply: Reply) -> None:
         """Put a reply into what is unsent, head and body in one piece."""
         self.page = reply.page
-        chunk = self._next_chunk()
+        chunk = self._next_chunk() if self.page else b""
         self.closes_after_reply = (self.close_connection or bool(chunk)
                                    or self.server.loop.is_draining)
         # A reply in several chunks ends with the connection.
@@ -4390,7 +4390,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
             self.unsent += reply.body + chunk
 
     def _next_chunk(self) -> bytes:
-        """Return the next chunk of the page, b"" if there is none."""
+        """Return the next chunk of the page, b"" after the last one."""
         chunk = next(self.page, b"") if self.page else b""
         if not chunk:
             self.page = None
