@@ -4205,6 +4205,7 @@ class Request(Delivery):
         connection = self.connection
         if connection.current_request is not self:
             return
+
         connection.current_request = None
         loop = connection.server.loop
         reply = error_reply(error) if error else self.reply
@@ -4284,6 +4285,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         except OSError:
             self._on_disconnect(is_unread=self.server.is_unix)
             return
+
         reader.received += data
         reader.is_eof = not data
 
@@ -4320,6 +4322,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         self.raw_requestline = self.rfile.readline(MAX_LINE_BYTES + 1)
         if len(self.raw_requestline) > MAX_LINE_BYTES:
             self.send_error(414)
+
         # For a line of blanks, parse_request() returns False without an error.
         if not self.parse_request():
             self.send_error(400)
@@ -4377,6 +4380,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         """Put a reply into what is unsent, head and body in one piece."""
         self.page = reply.page
         chunk = self._next_chunk() if self.page else b""
+
         self.closes_after_reply = (self.close_connection or bool(chunk)
                                    or self.server.loop.is_draining)
         # A reply in several chunks ends with the connection.
@@ -4384,6 +4388,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         close = "Connection: close\r\n" if self.closes_after_reply else ""
         head = (f"HTTP/1.1 {reply.status} {self.responses[reply.status][0]}\r\n"
                 f"Content-Type: {reply.content_type}\r\n{length}{close}\r\n")
+
         self.last_reply = reply
         self.unsent += head.encode()
         if self.command != "HEAD":
@@ -4405,6 +4410,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         except OSError:
             self._on_disconnect(is_unread=True)
             return
+
         self.active_s = time.monotonic()
         self.unsent = self.unsent[sent:]
         if self.page and not self.unsent:
@@ -4578,6 +4584,7 @@ class EventLoop:
         if (self._ready or self._page_queue or self.lost_replies
                 or (proxies and proxies.pending)):
             timeout_s = 0.0
+
         for key, events in self._selector.select(timeout_s):
             source = key.data
             if isinstance(source, ClientConnection):
@@ -4668,10 +4675,12 @@ class EventLoop:
         if connection.unsent:
             self.send(connection)
             return
+
         connection.receive()
         # Those behind a request that waits for etcd wait, too.
         if connection.current_request:
             return
+
         request = self._next_request(connection)
         if request and request.verb == "GET":
             self._page_queue.append(connection)
@@ -4746,6 +4755,7 @@ class EventLoop:
         if connection.unsent:
             self.send(connection)
             return
+
         request = connection.current_request
         if not request:
             connection.receive()
@@ -4827,6 +4837,7 @@ class EventLoop:
             is_overdue = connection.active_s + REQUEST_TIMEOUT_S < now_s
             if is_overdue and connection.is_busy() and not connection.server.is_unix:
                 self.close(connection)
+
         self._expire_etcd_waits(ETCD_TIMEOUT_S + TIMER_INTERVAL_S, Unavailable(
             self.service.etcd_failure or "etcd does not answer"))
 
@@ -4849,6 +4860,7 @@ class EventLoop:
         if (now_s < self._next_checkpoint_s or (thread and thread.is_alive())
                 or not self.service.needs_checkpoint()):
             return
+
         self._next_checkpoint_s = now_s + CHECKPOINT_RETRY_S
         thread = threading.Thread(target=self._run_checkpoint, name="checkpoint", daemon=True)
         try:
