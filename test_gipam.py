@@ -718,8 +718,8 @@ record = record_changes
 
 # Sections that keep the limits; the others are still being rewritten. "all" is a whole file.
 PLAIN_SECTIONS = {
-    "gipam.py": "",
-    "test_gipam.py": "Helpers Style API Running",
+    "gipam.py": "API Server",
+    "test_gipam.py": "Helpers Style API Running Server",
     "delegation.py": "all",
     "boot.py": "all",
     "compose.py": "all",
