@@ -5348,10 +5348,19 @@ def find_leaks(status: Json, uses: list[DockerAllocation]) -> Iterator[Finding]:
                           release_request(pool), pool["granted_s"])
 
 
+def held_places(status: Json) -> dict[tuple[str, str], int]:
+    """Return the sequence number of each pool and lease, by its place."""
+    held = {}
+    for pool in status["pools"]:
+        held[pool["subnet"], pool["sub_pool"]] = pool["seq"]
+        for lease in pool["addresses"]:
+            held[pool["subnet"], lease["address"]] = lease["seq"]
+    return held
+
+
 def find_missing(status: Json, uses: list[DockerAllocation]) -> Iterator[Finding]:
     """Yield what Docker uses and gipam does not hold, or holds only once."""
-    held = {(pool["subnet"], one.get("address", pool["sub_pool"])): one["seq"]
-            for pool in status["pools"] for one in (pool, *pool["addresses"])}
+    held = held_places(status)
     homes: dict[tuple[str, str], dict[str, DockerAllocation]] = {}
     users: dict[tuple[str, str], DockerAllocation] = {}
     for use in uses:
@@ -5538,8 +5547,12 @@ def import_from_docker(service: Service, driver: str, timeout_s: float, run_in_l
     def post(path: str, body: Json) -> Any:
         return run_in_loop(lambda: import_body(path, body))
 
+    # What was held before Docker was read, and no longer is, Docker has released since.
+    held_before = held_places(look())
     uses, _ = read_docker()
-    _, uses = fix(find_missing(look(), uses), service.docker_import.unconfirmed, look, read_docker, post)
+    missing = [finding for finding in find_missing(look(), uses)
+               if finding.subject.place not in held_before]
+    _, uses = fix(missing, service.docker_import.unconfirmed, look, read_docker, post)
     places = {use.place for use in uses}
     unconfirmed = {held["seq"] for pool in look()["pools"]
                    if (pool["subnet"], pool["sub_pool"]) not in places

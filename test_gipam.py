@@ -7623,6 +7623,24 @@ class ImportTest(OperatedCase):
         self.assertFalse(self.service.docker_import.is_due)
         self.assert_all_taken_over()
 
+    def test_address_that_is_released_while_docker_is_read_is_not_imported(self) -> None:
+        """Its container stops when gipam starts again: Docker's reading is older than the release."""
+        self.start()
+        self.wait_for_import()
+        address = self.docker.endpoint("c0")["IPAddress"]
+
+        def release_once(_: str) -> None:
+            self.docker.before = self.docker_answers
+            self.release(address)
+
+        self.docker.before = release_once
+        gipam.import_from_docker(self.service, "gipam", DEADLINE_S, self.loop.run_in_loop)
+        self.assertNotIn(address, self.held()["10.2.0.0/24"])
+
+    @staticmethod
+    def docker_answers(_: str) -> None:
+        """Do nothing before Docker answers."""
+
     def test_no_turn_has_more_than_a_few_hundred_leases_of_it(self) -> None:
         """Nor is what a later portion has given to a container that starts in between."""
         self.start()
@@ -7640,6 +7658,8 @@ class ImportTest(OperatedCase):
                 given = self.service.request_address(pool_id, gipam.AddressRequest("", "endpoint", "", ""))[0].address
             return result
 
+        # The adoption must not wake the worker, which would import beside this.
+        self.patch(gipam.DockerImport, request=mock.Mock())
         with mock.patch.object(gipam, "read_docker_allocations", return_value=(uses, [])):
             gipam.import_from_docker(self.service, "gipam", DEADLINE_S, lambda function: self.loop.run_in_loop(lambda: turn(function)))
         self.assertEqual({*used} - {*self.held()["10.8.0.0/22"]}, set())
