@@ -720,6 +720,7 @@ record = record_changes
 PLAIN_SECTIONS = {
     "gipam.py": "API Server",
     "test_gipam.py": "Helpers Style API Running Server",
+    "bench.py": "all",
     "delegation.py": "all",
     "boot.py": "all",
     "compose.py": "all",
