@@ -7644,6 +7644,7 @@ class ImportTest(OperatedCase):
 
     def test_no_turn_has_more_than_a_few_hundred_leases_of_it(self) -> None:
         """Nor is what a later portion has given to a container that starts in between."""
+        self.patch(gipam, import_worker=mock.Mock())  # which would import beside this
         self.start()
         seq, turns, given = self.service.state.seq, [0], ""
         pool = gipam.DockerAllocation("pool", subnet="10.8.0.0/22", driver="gipam", docker_id="net", network="net")
@@ -7659,8 +7660,6 @@ class ImportTest(OperatedCase):
                 given = self.service.request_address(pool_id, gipam.AddressRequest("", "endpoint", "", ""))[0].address
             return result
 
-        # The adoption must not wake the worker, which would import beside this.
-        self.patch(gipam.DockerImport, request=mock.Mock())
         with mock.patch.object(gipam, "read_docker_allocations", return_value=(uses, [])):
             gipam.import_from_docker(self.service, "gipam", DEADLINE_S, lambda function: self.loop.run_in_loop(lambda: turn(function)))
         self.assertEqual({*used} - {*self.held()["10.8.0.0/22"]}, set())
