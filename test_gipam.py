@@ -3377,6 +3377,17 @@ class CommitTest(ServiceCase):
         self.assertEqual(len(pool.leases), count + 2)
         self.assert_agreed()
 
+    def test_failed_write_after_an_exception_in_a_change_fails_all(self) -> None:
+        """What was decided before the exception is committed at once, and must not be lost."""
+        self.client.ask("IpamDriver.RequestAddress", PoolID=self.pool_id)
+        full = gipam.StoreError("the disk is full")
+        with failing_once(self.service.store, "append", full), \
+                failing_once(gipam.OffsetBitmap, "add", MemoryError()), \
+                self.assertLogs("gipam", "ERROR"):
+            self.client.ask("IpamDriver.RequestAddress", PoolID=self.pool_id)
+        self.assertIsNotNone(self.service.commit())
+        self.assert_lost()
+
     def test_journal_that_may_be_lost_fails_all_for_ever(self) -> None:
         for loss, pattern in (
                 ("sync_failed", "cannot sync .*: Input/output error"),
@@ -6107,6 +6118,14 @@ class StopTest(Case):
         served = ServedLoop(self)
         served.loop.drain(mock.Mock())
         self.assertRaises(gipam.ShuttingDown, served.loop.run_in_loop, bool)
+
+    def test_thread_that_still_waits_at_the_end_is_refused(self) -> None:
+        served = ServedLoop(self)
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(served.loop.run_in_loop, bool)
+            wait_until("the callback", served.loop._callbacks.copy)
+            served.loop.close_callbacks()
+            self.assertRaises(gipam.ShuttingDown, waiting.result, DEADLINE_S)
 
     def test_signal_that_nohup_ignores_is_ignored(self) -> None:
         script = 'trap "" HUP; exec "$@"'
