@@ -5244,6 +5244,23 @@ class FaultTest(Case):
         self.assertIn("Cannot allocate memory", lines[0])
         self.assertEqual(served.ask(served.peer(), ACTIVATE).status, 200)
 
+    def test_reply_to_a_connection_that_gipam_has_closed_rolls_nothing_back(self) -> None:
+        served = ServedLoop(self)
+        (peer,) = served.answered_peers(1)
+        commit = served.service.commit
+
+        def close_and_commit() -> Any:
+            for connection in list(served.loop.connections):
+                served.loop.close(connection)
+            return commit()
+
+        peer.send(NEW_POOL)
+        with mock.patch.object(served.service, "commit", close_and_commit):
+            served.run_until_peers(0)
+        served.loop.run_once(0.0)
+        self.assertEqual(peer.answer(), ENDED)
+        self.assertEqual(len(served.service.state.pools), 1)
+
     def test_unexpected_exception_ends_its_connection_callback_or_timer(self) -> None:
         def page(*arguments: Any) -> Iterator[str]:
             for _ in range(9):
