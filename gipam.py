@@ -5551,6 +5551,16 @@ def import_from_docker(service: Service, driver: str, timeout_s: float, run_in_l
     uses, _ = read_docker()
     missing = [finding for finding in find_missing(look(), uses)
                if finding.subject.place not in held_before]
+
+    # Docker shows an address a little longer than it uses it. So an address that lacks in a pool
+    # of the lease file is imported if Docker shows it twice; all others at once, before somebody
+    # else gets them.
+    new_pools = service.docker_import.unconfirmed.union([0])
+    if not all(finding.request[1].get("Seq", 0) in new_pools for finding in missing):
+        time.sleep(RECHECK_DELAY_S)
+        uses, _ = read_docker()
+        still_missing = {finding.subject.place for finding in find_missing(look(), uses)}
+        missing = [finding for finding in missing if finding.subject.place in still_missing]
     _, uses = fix(missing, service.docker_import.unconfirmed, look, read_docker, post)
     places = {use.place for use in uses}
     unconfirmed = {held["seq"] for pool in look()["pools"]

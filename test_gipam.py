@@ -7684,8 +7684,8 @@ class ImportTest(OperatedCase):
 
     def test_address_that_is_released_while_docker_is_read_is_not_imported(self) -> None:
         """Its container stops when gipam starts again: Docker's reading is older than the release."""
+        self.patch(gipam, import_worker=mock.Mock())  # which would import beside this
         self.start()
-        self.wait_for_import()
         address = self.docker.endpoint("c0")["IPAddress"]
 
         def release_once(_: str) -> None:
@@ -7693,6 +7693,24 @@ class ImportTest(OperatedCase):
             self.release(address)
 
         self.docker.before = release_once
+        gipam.import_from_docker(self.service, "gipam", DEADLINE_S, self.loop.run_in_loop)
+        self.assertNotIn(address, self.held()["10.2.0.0/24"])
+
+    def test_address_that_docker_shows_a_little_longer_is_not_imported(self) -> None:
+        """Docker removes an endpoint from the list of its network after the release."""
+        self.patch(gipam, import_worker=mock.Mock())  # which would import beside this
+        self.start()
+        address = self.docker.endpoint("c0")["IPAddress"]
+        self.release(address)
+        asked: list[str] = []
+
+        def remove_before_second_reading(path: str) -> None:
+            if path in asked:
+                self.docker.before = self.docker_answers
+                self.docker.forget("c0")
+            asked.append(path)
+
+        self.docker.before = remove_before_second_reading
         gipam.import_from_docker(self.service, "gipam", DEADLINE_S, self.loop.run_in_loop)
         self.assertNotIn(address, self.held()["10.2.0.0/24"])
 
