@@ -7700,8 +7700,7 @@ class ImportTest(OperatedCase):
         """Docker removes an endpoint from the list of its network after the release."""
         self.patch(gipam, import_worker=mock.Mock())  # which would import beside this
         self.start()
-        address = self.docker.endpoint("c0")["IPAddress"]
-        self.release(address)
+        self.release(self.docker.endpoint("c0")["IPAddress"])
         asked: list[str] = []
 
         def remove_before_second_reading(path: str) -> None:
@@ -7711,8 +7710,9 @@ class ImportTest(OperatedCase):
             asked.append(path)
 
         self.docker.before = remove_before_second_reading
+        seq = self.service.state.seq
         gipam.import_from_docker(self.service, "gipam", DEADLINE_S, self.loop.run_in_loop)
-        self.assertNotIn(address, self.held()["10.2.0.0/24"])
+        self.assertEqual(self.service.state.seq, seq, "imported, if only for a moment")
 
     @staticmethod
     def docker_answers(_: str) -> None:
