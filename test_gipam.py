@@ -699,7 +699,6 @@ class CommandCase(Case):
 
 
 # Former names, until all sections use those above.
-Tracebacks = TracebackHandler
 seeds = choose_seeds
 prefixes = parse_prefixes
 ranges = integer_ranges
