@@ -166,10 +166,9 @@ IMPORT_TIMEOUT_S = 2.0  # at a start with Docker alive
 ETCD_TIMEOUT_S = 3.0  # of a request of Docker's that needs etcd
 ETCD_ATTEMPT_S = 1.0  # for one member of etcd
 ETCD_PAUSE_S = 0.05
-UNKNOWN_HEAD = "\ud800"  # in place of etcd's head, which is never this: nothing is known yet
 HEARTBEAT_INTERVAL_S = 10.0  # from one sign of presence to the next
+ETCD_MIN_LOOK_S = 0.25  # between two looks at what others change
 MISSED_HEARTBEATS = 4  # in a row that show no sign of a host
-NAME_TAKEOVER_S = 20.0  # for another host of this name to show that it is there
 TRANSACTION_MAX_AGE_S = 10.0  # from a transaction to what is granted on it: who is stopped may be evicted
 GRACE_PERIOD_S = 5.0  # without new claims after etcd has lost some, for all to claim again what they hold
 CLAIMS_PER_TRANSACTION = 40  # claims in one transaction: etcd's --max-txn-ops is 128
@@ -255,14 +254,6 @@ class RemoteError(GipamError, exit_status=2):
 
 class AlreadyRunning(GipamError, exit_status=75):  # EX_TEMPFAIL
     """Another daemon holds the lease file, the socket, or the name of this host in etcd."""
-
-
-class TransactionRequired(Exception):
-    """No refusal: etcd must be asked for something first; then the request is looked at again."""
-
-    def __init__(self, transaction: Transaction) -> None:
-        super().__init__(transaction)
-        self.transaction = transaction
 
 
 def format_os_error(error: Exception) -> str:
@@ -1183,7 +1174,7 @@ def make_pool_grant(subnet: Network, sub_pool: Network | None, token: str, now_s
 
 
 def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
-                    token: str) -> Iterator[Record]:
+                    token: str, guesses_gateway: bool = True) -> Iterator[Record]:
     """Take over a pool that Docker holds and the state does not know, for a request of an address.
 
     Docker does not ask for its gateway again: most likely that is the first address, which is held
@@ -1203,6 +1194,8 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
     change, room = make_pool_grant(subnet, sub_pool, "", now_s), (sub_pool or subnet).num_addresses // 2 - 2
     ahead = 2 + int(token, 16) % max(room, 1)
     yield change._replace(pool_id=pool_id, cursor=change.cursor + ahead)
+    if not guesses_gateway:
+        return
     pool = state.pools[pool_id]
     first = pool.subnet.allocated.next_free(pool.low)
     if pool.capacity() > 1 and first <= pool.high and pool.format(first) != address:
@@ -2398,443 +2391,1091 @@ class ProxyNeighbours:
 
 
 # === Claims =======================================================================================
+#
+# What the hosts of a site have claimed in etcd. Two rules keep every address on one host:
+#
+#   1. A grant is made on a transaction of the moment, never on what was known before. The method
+#      that decides raises TransactionRequired; etcd carries the Transaction out only if no claim has
+#      changed since; the iteration that learns so decides anew, with the Outcome as an argument.
+#   2. A host's claims in etcd follow what its journal holds; see desired_claim(), which also says
+#      when a claim is deleted. What another host has claimed is blocked here.
+#
+# Nothing here does I/O; only the grace period after a loss of data reads a clock, the monotonic one.
 
 
 class Claim(NamedTuple):
-    """What etcd has under the name of a subnet, or of an address in a shared one."""
+    """The value that etcd has for a subnet, or for an address in a shared subnet."""
 
     hosts: tuple[str, ...]  # sorted
     kind: str = ""  # of an address
     is_shared: bool = False  # of a subnet
-    since_s: int = 0
+    since_s: int = 0  # UNIX time
 
     def __str__(self) -> str:
-        return f"host{'s' * (len(self.hosts) > 1)} {', '.join(self.hosts)}"
+        noun = "host" if len(self.hosts) == 1 else "hosts"
+        return f"{noun} {', '.join(self.hosts)}"
 
-    def value(self) -> Json:
-        """Return it as etcd has it."""
-        value = {"hosts": self.hosts, "since": self.since_s, "kind": self.kind,
-                 "shared": self.is_shared}
-        return {key: part for key, part in value.items() if part}
+    def other_hosts(self, host: str) -> tuple[str, ...]:
+        """Return the hosts of the claim but this one."""
+        return tuple(other for other in self.hosts if other != host)
+
+    def to_json(self) -> Json:
+        """Return the value as etcd stores it."""
+        value = {
+            "hosts": self.hosts,
+            "since": self.since_s,
+            "kind": self.kind,
+            "shared": self.is_shared,
+        }
+        return {field: item for field, item in value.items() if item}
+
+
+class Head(NamedTuple):
+    """The version of all claims in etcd. Where no version is known there is no Head."""
+
+    token: str | None  # None: etcd has no claims yet
 
 
 class Transaction(NamedTuple):
-    """What etcd has to be asked for, and what that rests on."""
+    """Claims to write, if etcd is as expected; the only retry is to decide again from scratch."""
 
-    writes: dict[str, Claim | None]  # name -> None: it goes; {}: only look whether all is known
-    head: str | None  # as of which it was decided, None: etcd has none; or UNREAD
-    going: Mapping[str, str | None] = {}  # keys that must be so, and go: see evict(), refresh()
-
-
-class TransactionResult(NamedTuple):
-    """What a transaction has told, to be learned in the turn that decides on it."""
-
-    head: str | None
-    news: Mapping[str, Claim | None] = {}
-    keys: Mapping[str, str] | None = None  # those of etcd, if they were read: hosts/HOST
-    won: frozenset[str] | None = None  # claims it made, keys that went; None: not all was the same
-    sent_s: float = 0.0  # on the clock that runs while the machine sleeps, too
+    claims: Mapping[str, Claim | None]  # by key; None deletes
+    expected_head: Head | None  # None: unknown, so that all claims are read instead
+    expected_keys: Mapping[str, str | None] = {}  # further preconditions; None: absent
+    deleted_keys: tuple[str, ...] = ()  # other keys that go with the claims
+    log_text: str = ""  # what is logged once it is committed
 
 
 class Outcome(NamedTuple):
-    """What a transaction came to; an argument of the decision that needed it, never stored."""
+    """What came of a transaction: an argument of the next attempt, never stored."""
 
     is_committed: bool = False
-    granted: frozenset[str] = frozenset()  # claims written by it
-    is_fresh: bool = False  # etcd was read for this attempt
-    error: GipamError | None = None
+    granted: frozenset[str] = frozenset()  # keys of the claims that it wrote
+    deleted: frozenset[str] = frozenset()  # keys that it deleted
+    is_fresh: bool = False  # the claims are as etcd has just told them
+    error: GipamError | None = None  # etcd cannot be asked: no further transaction
 
 
 NO_OUTCOME = Outcome()
 
 
-class PendingRequest:
-    """A request that waits for etcd. The thread that asks etcd runs attempt() in the loop."""
+class TransactionRequired(Exception):
+    """Control flow: the request is to be decided again, with the outcome of this transaction."""
 
-    def __init__(self, decide: Callable[[Outcome], Any],
-                 on_done: Callable[[PendingRequest], None] | None = None,
-                 transaction: Transaction | None = None) -> None:
+    def __init__(self, transaction: Transaction) -> None:
+        super().__init__(transaction)
+        self.transaction = transaction
+
+
+class PendingRequest:
+    """A request that waits for etcd. attempt() runs in the loop, finish() in the thread of etcd."""
+
+    def __init__(self, decide: Callable[[Outcome], Any]) -> None:
         self._decide = decide
-        self.on_done = on_done
-        self.transaction = transaction  # that it needs next, as of the last attempt
+        self.deadline_s = time.monotonic() + ETCD_TIMEOUT_S
+        self.is_decided = False
         self.result: Any = None
 
     def attempt(self, outcome: Outcome) -> Transaction | None:
-        """Decide; return the transaction that is needed first, None once it is decided."""
-        self.transaction = None
+        """Decide, or return the transaction that the decision needs."""
         try:
             self.result = self._decide(outcome)
         except TransactionRequired as required:
-            self.transaction = required.transaction
-        return self.transaction
+            return required.transaction
+        self.is_decided = True
+        return None
+
+    def finish(self, error: GipamError | None) -> None:
+        """Note that the decision is durable, or why it is not."""
+
+
+class TransactionResult(NamedTuple):
+    """What etcd told, to be applied in the very iteration that decides on the outcome."""
+
+    head: Head
+    claims: Mapping[str, Claim | None]  # that have changed
+    keys: Mapping[str, str]  # among them hosts/HOST of every member
+    outcome: Outcome
+    sent_s: float  # on the clock that also runs while the machine sleeps
+    is_complete: bool = False  # all claims have been read
+    is_loss: bool = False  # etcd has lost data
+
+
+class MachineId(NamedTuple):
+    """Tells machines apart that use one host name. It is the same after a reboot or a restore."""
+
+    machine: str  # digest of the machine-id and the path of the lease file
+    product: str  # digest of the hardware's UUID, "" where that cannot be read
+
+    def wrote(self, value: Json) -> bool:
+        """Return whether the value of a key hosts/HOST is of this machine."""
+        product = value.get("product")
+        is_other_product = bool(product and self.product and product != self.product)
+        return value.get("machine") == self.machine and not is_other_product
+
+    def is_foreign(self, value: Json) -> bool:
+        """Return whether another machine wrote the value; an older gipam wrote no product."""
+        return isinstance(value.get("product"), str) and not self.wrote(value)
 
 
 def parse_json_object(text: str | None) -> Json:
-    """Return what etcd has, {} if that is no JSON object."""
-    with contextlib.suppress(ValueError, RecursionError):
+    """Return the JSON object, {} for any other text."""
+    try:
         value = json.loads(text or "null")
-        return value if isinstance(value, dict) else {}
-    return {}
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def parse_claim(value: Any) -> Claim | None:
-    """Return the claim that a value makes: what gipam has not written is somebody's, too."""
+    """Return the claim that a JSON value makes, None for null.
+
+    A value that gipam did not write is a claim all the same, of host "?".
+    """
     if value is None:
         return None
-    value = value if isinstance(value, dict) else {}
-    hosts, kind, since_s = (value.get(key) for key in ("hosts", "kind", "since"))
-    names = {printable(host) if isinstance(host, str) and host else "?"
-             for host in (hosts if isinstance(hosts, list) and hosts else "?")}
-    return Claim(tuple(sorted(names)), kind if kind in LEASE_KINDS else "",
-                 value.get("shared") is True or "part" in value,  # as older versions have it
-                 since_s if type(since_s) is int else 0)
+    if not isinstance(value, dict):
+        return Claim(("?",))
+
+    hosts = value.get("hosts")
+    if not isinstance(hosts, list) or not hosts:
+        hosts = ["?"]
+    names = set()
+    for host in hosts:
+        is_name = isinstance(host, str) and host != ""
+        names.add(printable(host) if is_name else "?")
+
+    kind = value.get("kind")
+    since_s = value.get("since")
+    return Claim(
+        tuple(sorted(names)),
+        kind if kind in LEASE_KINDS else "",
+        value.get("shared") is True,
+        since_s if type(since_s) is int else 0,
+    )
 
 
-@functools.lru_cache(2 * ETCD_PAGE_KEYS)  # the loop learns what etcd's thread has just read
-def parse_claim_key(name: str) -> tuple[Network, str]:
-    """Return the subnet of a claim, and the address or "". Raises: ValueError, if no host has it.
+# The loop applies what the thread of etcd has just parsed.
+@functools.lru_cache(2 * ETCD_PAGE_KEYS)
+def parse_claim_key(key: str) -> tuple[Network, str]:
+    """Return the subnet of a claim, and the address or "". Raises: ValueError, if it is neither.
 
-    Only what gipam writes is meant: 10.2.0.0/024 is another name, and nobody's.
+    Only the spelling that gipam writes counts: 10.2.0.0/024 is nobody's claim.
     """
-    prefix, _, address = name.partition("/")
-    length, _, address = address.partition("/")
+    prefix, _, rest = key.partition("/")
+    length, _, address = rest.partition("/")
     network = parse_prefix(f"{prefix}/{length}")
+    canonical = str(network)
     if address:
-        number = parse_address(address, network.version)
-        address = format_address(number, network.version)
-        if not address_range(network)[0] <= number <= address_range(network)[1]:
-            raise ValueError(f"{name!r} is an address outside its subnet")
-    if name != f"{network}/{address}".rstrip("/"):
-        raise ValueError(f"{name!r} is not how gipam writes it")
+        address_int = parse_address(address, network.version)
+        address = format_address(address_int, network.version)
+        first, last = address_range(network)
+        if not first <= address_int <= last:
+            raise ValueError(f"{key!r} is an address outside its subnet")
+        canonical = f"{network}/{address}"
+
+    if key != canonical:
+        raise ValueError(f"{key!r} is not how gipam writes it")
     return network, address
 
 
-class ClaimTable:
-    """What the hosts of a site have claimed, as of a head. Nothing of it is journalled.
+def join_claim(claim: Claim | None, own: Claim) -> Claim:
+    """Return the claim in etcd with this host added to it; own names this host alone."""
+    if claim is None:
+        return own
+    others = claim.other_hosts(own.hosts[0])
+    hosts = tuple(sorted(others + own.hosts))
+    kind = claim.kind if others else own.kind
+    return Claim(hosts, kind, own.is_shared, claim.since_s)
 
-    A claim that names any other host covers what is free here, unless this host holds that very
-    subnet, shared. A claim that names this host alone, and that nothing here holds, is free for
-    this host, but only by a transaction that writes it again.
+
+def desired_claim(
+    host: str, claim: Claim | None, own: Claim | None, is_barred: bool, is_kept: bool
+) -> Claim | None:
+    """Return what etcd should have under a key: `claim` is there now, `own` is held here.
+
+    is_barred: another host's claim is in conflict with what is held here; nothing is written over
+    it. is_kept: a claim that nothing here holds stays, for Docker or an address may need it.
+    """
+    if is_barred:
+        return claim
+    if own is not None:
+        return join_claim(claim, own)
+    if claim is None or host not in claim.hosts or is_kept:
+        return claim
+
+    others = claim.other_hosts(host)
+    if others:
+        return claim._replace(hosts=others)
+    return None  # delete the claim: no host holds this any more
+
+
+class Member(NamedTuple):
+    """A host of the site, as its key in etcd shows it."""
+
+    key: str
+    text: str  # the value of the key
+    missed: int = 0  # readings in a row that found the same value
+    is_awaited: bool = False  # it has not written its key since etcd lost data
+
+    @property
+    def is_present(self) -> bool:
+        """Return whether the host has shown itself of late."""
+        return self.missed < MISSED_HEARTBEATS
+
+    @property
+    def is_behind(self) -> bool:
+        """Return whether what the host holds may be missing from etcd."""
+        says_so = bool(parse_json_object(self.text).get("is_behind"))
+        return self.is_present and (self.is_awaited or says_so)
+
+
+class Members:
+    """The hosts of the site, and the grace period after etcd has lost data.
+
+    Nothing new is claimed while this host, or any that is present, is behind, nor for
+    GRACE_PERIOD_S after that: what a host holds may be missing from etcd until it has tried to claim
+    all of it again.
     """
 
-    def __init__(self, host: str, machine: str, state: State) -> None:
-        self.host, self.machine = host, machine
-        self.claims: dict[str, Claim] = {}  # SUBNET, or SUBNET/ADDRESS ->
-        self.inside: dict[Network, dict[str, None]] = {}  # subnet -> names of its addresses
-        self.taken: dict[Network, OffsetBitmap] = {}  # subnet -> offsets that others have
-        self.head: str | None = UNKNOWN_HEAD  # as of which all is known; None: etcd has none
-        self.hosts: dict[str, tuple[str, int]] = {}  # -> its key, and in how many readings in a row
-        self.due: dict[str, None] = {}  # names of which etcd may not say what is held here
-        self.leaving: set[str] = set()  # names that etcd may have been asked to let go, or change
-        self.conflicts: dict[str, str] = {}  # names of what is held here -> who else has claimed it
-        self.won: frozenset[str] = frozenset()  # in this turn: see Told
-        self.is_fresh = False  # in this turn: etcd has just been asked
-        self.lost_s = -math.inf  # when etcd had lost claims, or was seen to lack them still
-        self.awaited: dict[str, str] = {}  # hosts not heard of since then -> their keys
-        self.wake: Callable[[], None] = lambda: None  # whoever compares what is due
-        self.seen_s: float | None = None  # when etcd last answered, on the monotonic clock
-        self.rebind(state)
+    def __init__(self, host: str, machine: MachineId) -> None:
+        self.host = host
+        self.machine = machine
+        self.by_host: dict[str, Member] = {}
+        self.unclaimed: set[str] = set()  # keys held here that etcd has lost
+        self._behind_s = -math.inf  # when a host was last known to be behind
 
-    def rebind(self, state: State) -> None:
-        """Go on with a state that has been read anew: cover what others have, compare all."""
-        self.state = state
-        for name in self.claims:
-            network, address = parse_claim_key(name)
-            if not address:
-                self.cover(network)
-        self.mark_dirty(*self.claims)
-        for family in state.families.values():
-            for network, subnet in family.subnets.items():
-                self.mark_dirty(str(network))
-                for pool in subnet.pools.values() if subnet.is_shared else ():
-                    self.mark_dirty(*(f"{network}/{pool.format(offset)}" for offset in pool.leases))
+    @property
+    def is_behind(self) -> bool:
+        """Return what this host says of itself: that it, or a host that it knew, is behind."""
+        awaited = [host for host, member in self.by_host.items()
+                   if member.is_awaited and member.is_present]
+        return bool(self.unclaimed or awaited)
 
-    def mark_dirty(self, *names: str) -> None:
-        """Have what is held and what etcd has under these names compared."""
-        self.due.update(dict.fromkeys(names))
-        self.wake()
+    def hosts_behind(self) -> list[str]:
+        """Return the hosts that all others wait for."""
+        hosts = [host for host, member in self.by_host.items()
+                 if member.is_behind and host != self.host]
+        if self.unclaimed:
+            hosts.append(self.host)
+        return hosts
 
-    def note(self, change: Record, subnet: Subnet) -> None:
-        """Have compared what a change has touched."""
-        network = subnet.network
-        if isinstance(change, (PoolGrant, PoolRelease)):
-            self.cover(network)
-            self.mark_dirty(str(network), *self.inside.get(network, ()))
-        elif subnet.is_shared and isinstance(change, (AddressGrant, AddressRelease)):
-            self.mark_dirty(f"{network}/{change.address}")
+    def update(self, keys: Mapping[str, str]) -> None:
+        """Take over what etcd has under hosts/."""
+        was_behind = bool(self.hosts_behind())
+        members = {}
+        for key, text in keys.items():
+            table, _, name = key.partition("/")
+            if table != "hosts":
+                continue
+            host = printable(name)
+            known = self.by_host.get(host)
+            if known is not None and known.text == text:
+                members[host] = known
+            else:
+                members[host] = Member(key, text)
 
-    def held(self, network: Network) -> Subnet | None:
-        """Return the subnet, if it is held here."""
-        return self.state.families[network.version].subnets.get(network)
+        for host, known in self.by_host.items():
+            if known.is_awaited and known.is_present:
+                members.setdefault(host, known)
+        self.by_host = members
+        self.extend_grace_period(was_behind)
 
-    def others(self, claim: Claim | None) -> tuple[str, ...]:
-        """Return who else has a claim."""
-        return tuple(host for host in claim.hosts if host != self.host) if claim else ()
+    def count_reading(self) -> None:
+        """Count, at most once each HEARTBEAT_INTERVAL_S, that the members have been looked at."""
+        was_behind = bool(self.hosts_behind())
+        for host, member in self.by_host.items():
+            self.by_host[host] = member._replace(missed=member.missed + 1)
+        self.extend_grace_period(was_behind)
 
-    def cover(self, network: Network, is_joining: bool = False) -> None:
-        """Cover what is free here with the claim of a subnet, or not any more: see the class."""
-        family, claim, subnet = (self.state.families[network.version],
-                                 self.claims.get(str(network)), self.held(network))
-        is_ours = claim and claim.is_shared and (is_joining or (subnet and subnet.is_shared))
-        is_foreign = bool(self.others(claim)) and not is_ours
-        if is_foreign != (network in family.remote_claims):
-            self.mark_dirty(*self.conflicts)
-            if is_foreign and family.used.find_overlap(network):
-                self.mark_dirty(*map(str, filter(network.overlaps, family.subnets)))
-            (family.used.add if is_foreign else family.used.remove)(network)
-            family.remote_claims.pop(network, None)
-        if claim and is_foreign:
-            family.remote_claims[network] = claim
+    def on_data_loss(self, keys: Mapping[str, str]) -> None:
+        """Start the grace period: wait until every host that was present has written its key."""
+        known_hosts = self.by_host
+        self.by_host = {}
+        self.update(keys)
+        for host, known in known_hosts.items():
+            member = self.by_host.get(host) or Member(known.key, "")
+            self.by_host[host] = member._replace(
+                missed=known.missed, is_awaited=host != self.host)
+        self._behind_s = time.monotonic()
 
-    def describe_claim(self, claim: Claim | None) -> str:
-        """Return who has a claim of what is held here."""
-        old = next(filter(self.is_former_name, self.others(claim)), None)
-        return str(claim) + (f" (this machine before: `gipam evict {old}` makes it {self.host}'s)"
-                             if old else "")
+    def on_tried(self, keys: Iterable[str]) -> None:
+        """Note that etcd has these keys again, or has a claim of another host instead."""
+        was_behind = bool(self.hosts_behind())
+        self.unclaimed.difference_update(keys)
+        self.extend_grace_period(was_behind)
+
+    def extend_grace_period(self, was_behind: bool = False) -> None:
+        """Let it last from now on, if a host is behind, or was up to now."""
+        if was_behind or self.hosts_behind():
+            self._behind_s = time.monotonic()
+
+    def grace_remaining_s(self) -> float:
+        """Return for how long at least nothing new is claimed, 0 if that is over."""
+        if self.hosts_behind():
+            return GRACE_PERIOD_S
+        return max(self._behind_s + GRACE_PERIOD_S - time.monotonic(), 0.0)
+
+    def require_grace_over(self) -> None:
+        """Check that something new may be claimed. Raises: Unavailable."""
+        remaining_s = self.grace_remaining_s()
+        if remaining_s > 0:
+            behind = self.hosts_behind()
+            awaited = f" (waiting for {', '.join(sorted(behind))})" if behind else ""
+            raise Unavailable(
+                f"etcd has lost claims, and all hosts claim again what they hold{awaited}: "
+                f"nothing new for at least {remaining_s:.0f} s: try again")
 
     def is_former_name(self, host: str) -> bool:
         """Return whether a host is this machine under the name that it had before."""
-        return parse_json_object(self.hosts.get(host, ("", 0))[0]).get("machine") == self.machine
-
-    def apply_result(self, told: TransactionResult, is_reading: bool = False) -> None:
-        """Take over what a transaction told; in a reading, count in how many a key was the same.
-
-        One that has succeeded voids all that was asked for before, and may still be on its way.
-        """
-        self.seen_s = time.monotonic()
-        self.apply_claims(told.news)
-        self.head, before, is_wary = told.head, self.hosts, self.grace_remaining_s() > 0 or not self.hosts
-        if told.won is not None:
-            self.leaving.clear()
-        if told.keys is not None:
-            self.hosts = {}
-            for table, _, host in (name.partition("/") for name in told.keys):
-                if table == "hosts":
-                    text, (known, count) = told.keys[f"hosts/{host}"], before.get(host, ("", 0))
-                    self.hosts[host] = (text, (count if text == known else 0) + is_reading)
-                    is_news = is_wary and text != known and host != self.host
-                    if is_news and parse_json_object(text).get("is_behind"):
-                        self.lost_s = time.monotonic()
-            self.awaited = {host: text for host, text in self.awaited.items()
-                            if self.hosts.get(host, (text, 0))[0] == text}
-
-    def lose(self, keys: Mapping[str, str]) -> None:
-        """Claim nothing new for a while, since etcd, which has these keys, has lost claims."""
-        self.lost_s = time.monotonic()
-        self.awaited = {host: keys.get(f"hosts/{host}", "")
-                        for host in {*self.hosts, *self.awaited} - {self.host}}
-
-    def apply_claims(self, news: Mapping[str, Claim | None]) -> None:
-        """Take over claims; None: it is gone."""
-        for name, claim in news.items():
-            known = self.claims.pop(name, None)
-            if claim:
-                self.claims[name] = claim
-            if claim != known:
-                self._follow(name, known, claim)
-
-    def _follow(self, name: str, known: Claim | None, claim: Claim | None) -> None:
-        """Cover, and have compared, what another claim has an effect on."""
-        network, address = parse_claim_key(name)
-        if address:
-            names, taken = self.inside.setdefault(network, {}), self.taken.setdefault(
-                network, OffsetBitmap())
-            offset = parse_address(address, network.version) - int(network[0])
-            names.pop(name, None)
-            names.update({name: None} if claim else {})
-            (taken.add if self.others(claim) else taken.discard)(offset)
-            if not names:
-                del self.inside[network], self.taken[network]
-        else:
-            self.cover(network)
-        if self.held(network) or any(it and self.host in it.hosts for it in (known, claim)):
-            self.mark_dirty(name, str(network))
-
-    def has(self, name: str, kind: str) -> bool:
-        """Return whether this host has an address surely, as a lease of this kind."""
-        claim = self.claims.get(name)
-        if not claim or self.host not in claim.hosts or name in self.leaving:
+        member = self.by_host.get(host)
+        if member is None or host == self.host:
             return False
-        return (claim == claim._replace(hosts=(self.host,), kind=kind) if kind == ENDPOINT
-                else claim.kind in (GATEWAY, AUXILIARY))
+        return self.machine.wrote(parse_json_object(member.text))
 
-    def rival(self, name: str, kind: str) -> Claim | None:
-        """Return the claim of others that an address of this kind does not go with."""
-        claim = self.claims.get(name)
-        is_one_hosts = claim and ENDPOINT in (kind, claim.kind or ENDPOINT)
-        return claim if is_one_hosts and self.others(claim) else None
+    def require_absent(self, host: str) -> None:
+        """Check that a host may be evicted. Raises: Forbidden."""
+        member = self.by_host.get(host)
+        if member is not None and member.is_present:
+            absent_s = MISSED_HEARTBEATS * HEARTBEAT_INTERVAL_S
+            raise Forbidden(
+                f"{host} is alive or was seen within the last {absent_s:.0f} s: stop its gipam and "
+                f"try again in {absent_s:.0f} s")
 
-    def claim_joined(self, name: str, kind: str = "", is_shared: bool = False) -> Claim:
-        """Return a claim as it is with this host."""
-        claim = self.claims.get(name)
-        others, since_s = self.others(claim), claim.since_s if claim else int(time.time())
-        return Claim(tuple(sorted((*others, self.host))), claim.kind if claim and others else kind,
-                     is_shared, since_s)
 
-    def check_address(self, network: Network, address: str, kind: str, is_away: bool) -> None:
-        """Check that this host may give an address of a shared subnet.
+class NoClaims:
+    """The claims where no etcd is configured: nobody else has any. ClaimTable overrides it all."""
 
-        It has the address by a transaction of the moment; or still has it, while etcd is away.
-        Gateways and auxiliary addresses are claimed by all hosts that have them, others by one.
-        Raises: Unclaimed, Forbidden.
+    is_enabled = False
+
+    def __init__(self) -> None:
+        self.claims: dict[str, Claim] = {}
+        self.failure = ""  # why etcd does not answer
+
+    def rebind(self, state: State) -> None:
+        """Go on with a state that was read again from disk."""
+
+    def on_record(self, record: Record, subnet: Subnet) -> None:
+        """Follow a change of what is held here."""
+
+    def on_docker_compared(self) -> None:
+        """Note that all that Docker uses is held here."""
+
+    def require_shareable(self, request: PoolRequest) -> None:
+        """Check that a subnet may be shared with other hosts, if the request wants that."""
+        if request.is_shared:
+            raise InvalidRequest("option gipam.shared needs -etcd, through which hosts share")
+
+    @contextlib.contextmanager
+    def deciding(self, subnet: Network | None, sub_pool: Network | None, version: int,
+                 is_admitted: bool, outcome: Outcome) -> Iterator[None]:
+        """Surround the decision on a pool."""
+        yield
+
+    def is_own_shared(self, subnet: Network) -> bool:
+        """Return whether this host has joined the claim of a shared subnet."""
+        return False
+
+    def require_claim(self, grant: PoolGrant, outcome: Outcome) -> None:
+        """Check that a pool follows a transaction made for it."""
+
+    def require_no_conflict(self, network: Network, outcome: Outcome) -> None:
+        """Check that nobody else has claimed a subnet that is held here."""
+
+    def decide_shared_address(self, pool: Pool, request: AddressRequest, now_s: int, start: int,
+                              outcome: Outcome) -> AddressGrant:
+        """Decide which address of a shared subnet is granted."""
+        raise Unavailable(f"{pool.subnet.network} is shared with other hosts: "
+                          "start gipam with -etcd")
+
+    def evict(self, host: str, outcome: Outcome) -> None:
+        """Delete the claims of an absent host."""
+        raise InvalidRequest("cannot evict: -etcd is not set")
+
+    def conflict_text(self, network: Network) -> str:
+        """Return who else has claimed a subnet that is held here, or an address in it, or ""."""
+        return ""
+
+    def describe(self) -> Json:
+        """Return what `status --json` shows of the site."""
+        return {}
+
+
+class ClaimTable(NoClaims):
+    """What the hosts of a site have claimed, as of a head, and what that means for this host."""
+
+    is_enabled = True
+
+    def __init__(self, host: str, machine: MachineId, state: State) -> None:
+        super().__init__()
+        self.host = host
+        self.failure = "it has not been asked yet"
+        self.members = Members(host, machine)
+        self.shared_subnets = SharedSubnets(self)
+        self.state = state
+        self.head: Head | None = None  # None: not all claims are known
+        self.has_joined = False  # all claims were known once
+        self.address_keys: dict[Network, dict[str, None]] = {}  # of each shared subnet
+        self.remote_addresses: dict[Network, OffsetBitmap] = {}  # offsets that are not free here
+        self.dirty: dict[str, None] = {}  # keys to compare with what is held here
+        self.releasing: set[str] = set()  # keys that etcd may have been asked to change or delete
+        self.unconfirmed: set[str] = set()  # keys of this host that Docker may need: see below
+        self.conflicts: dict[str, Claim] = {}  # keys of what is held here -> another's claim
+        self.wake_up: Callable[[], None] | None = None  # the thread that reconciles
+        self._reported: dict[str, str] = {}  # conflicts that were reported
+        self._is_docker_compared = False
+        self._answered_s: float | None = None
+        self.rebind(state)
+
+    # Applying what etcd told, and what is held here
+
+    def rebind(self, state: State) -> None:
+        """Go on with a state that was read again: block what others have, compare everything."""
+        self.state = state
+        self.conflicts.clear()
+        for key in self.claims:
+            network, address = parse_claim_key(key)
+            if not address:
+                self._update_blocked(network)
+        self.mark_dirty(*self.claims)
+        self.mark_dirty(*self._held_keys())
+        for key in self._held_keys():
+            self._update_conflict(key)
+
+    def _held_keys(self) -> list[str]:
+        """Return the keys of all that is held here."""
+        keys = []
+        for family in self.state.families.values():
+            for network, subnet in family.subnets.items():
+                keys.append(str(network))
+                if not subnet.is_shared:
+                    continue
+                for pool in subnet.pools.values():
+                    keys += [f"{network}/{pool.format(offset)}" for offset in pool.leases]
+        return keys
+
+    def mark_dirty(self, *keys: str) -> None:
+        """Have these keys compared with what is held here."""
+        self.dirty.update(dict.fromkeys(keys))
+        if self.wake_up:
+            self.wake_up()
+
+    def on_record(self, record: Record, subnet: Subnet) -> None:
+        """Follow a change of what is held here: block, or no longer, and compare."""
+        network = subnet.network
+        if isinstance(record, (PoolGrant, PoolRelease)):
+            key = str(network)
+            if isinstance(record, PoolGrant):
+                self.unconfirmed.discard(key)
+            self._update_blocked(network)
+            self._update_conflict(key)
+            address_keys = list(self.address_keys.get(network, ()))
+            for address_key in address_keys:
+                self._update_conflict(address_key)
+            self.mark_dirty(key, *address_keys)
+
+        elif subnet.is_shared and isinstance(record, (AddressGrant, AddressRelease)):
+            key = f"{network}/{record.address}"
+            if isinstance(record, AddressGrant):
+                self.unconfirmed.discard(key)
+            self._update_remote_address(key)
+            self._update_conflict(key)
+            self.mark_dirty(key)
+
+    def on_docker_compared(self) -> None:
+        """Let go of the claims that neither this host nor Docker needs."""
+        self._is_docker_compared = True
+        keys = self.unconfirmed
+        self.unconfirmed = set()
+        for key in keys:
+            network, address = parse_claim_key(key)
+            if address:
+                self._update_remote_address(key)
+            else:
+                self._update_blocked(network)
+        self.mark_dirty(*keys)
+
+    def apply_result(self, result: TransactionResult) -> None:
+        """Take over what etcd told."""
+        self._answered_s = time.monotonic()
+        self.apply_claims(result.claims)
+        self.head = result.head
+        if result.outcome.is_committed:
+            # It compared and raised the count in this host's key, so that whatever was asked for
+            # earlier, and may still be on its way, can no longer be carried out.
+            self.releasing.clear()
+
+        if result.is_loss:
+            self.members.on_data_loss(result.keys)
+        else:
+            self.members.update(result.keys)
+        if result.is_complete and (result.is_loss or not self.has_joined):
+            self._find_lost_claims()
+        if result.is_complete and not self.has_joined:
+            self.has_joined = True
+            self._find_unconfirmed_claims()
+
+    def forget_head(self) -> None:
+        """Note that not all claims are known."""
+        self.head = None
+
+    def _find_lost_claims(self) -> None:
+        """Find what is held here and missing from etcd; until it is there, this host is behind."""
+        for key in self._held_keys():
+            claim = self.claims.get(key)
+            is_claimed = claim is not None and self.host in claim.hosts
+            if not is_claimed and not self._is_barred(key):
+                self.members.unclaimed.add(key)
+        self.mark_dirty(*self.members.unclaimed)
+        self.members.extend_grace_period()
+
+    def _find_unconfirmed_claims(self) -> None:
+        """Find what etcd lists for this host at its start and what it does not hold.
+
+        The lease file may be older than that, or lost. Until Docker has been asked, Docker may use
+        it: it is not let go of, and not granted here either.
         """
-        name, join = f"{network}/{address}", self.claims_to_write([str(network)])
-        if name in self.won or (is_away and self.has(name, kind) and not join):
+        if self._is_docker_compared:
             return
-        rival = self.rival(name, kind)
-        if rival:
-            self.refresh(name)
-            raise Forbidden(f"Address already in use: {address} of {network} is claimed by "
-                            f"{self.describe_claim(rival)}")
-        if not self.has(name, kind):
-            self.leaving.add(name)
-        self.claim({**join, name: self.claim_joined(name, kind)})
+        for key, claim in self.claims.items():
+            if self.host in claim.hosts and self._own_claim(key) is None:
+                self.unconfirmed.add(key)
+        for key in self.unconfirmed:
+            network, address = parse_claim_key(key)
+            if address:
+                self._update_remote_address(key)
+            else:
+                self._update_blocked(network)
 
-    def choose_claimed_address(self, pool: Pool, owners: Iterable[str], is_away: bool) -> str:
-        """Return an address of a shared subnet that this host may give, "" if there is none.
+    def apply_claims(self, claims: Mapping[str, Claim | None]) -> None:
+        """Take over claims by their keys; None: it is gone."""
+        for key, claim in claims.items():
+            known = self.claims.get(key)
+            if claim == known:
+                continue
+            if claim is None:
+                del self.claims[key]
+                self.unconfirmed.discard(key)
+            else:
+                self.claims[key] = claim
 
-        It has just been claimed for this; or is still claimed, while etcd is away.
+            network, address = parse_claim_key(key)
+            if address:
+                self._update_remote_address(key)
+                self._update_conflict(key)
+            else:
+                self._update_blocked(network)
+            is_ours = any(each is not None and self.host in each.hosts for each in (known, claim))
+            if is_ours or self.local_subnet(network):
+                self.mark_dirty(key, str(network))
+
+    def local_subnet(self, network: Network) -> Subnet | None:
+        """Return the subnet, if it is held here."""
+        return self.state.families[network.version].subnets.get(network)
+
+    def _is_blocked(self, network: Network, is_admitted: bool) -> bool:
+        """Return whether the claim of a subnet keeps its space from this host.
+
+        is_admitted: this host is about to join the claim, or to take up what it had before.
         """
-        subnet, own = pool.subnet, []
-        for name in self.inside.get(subnet.network, ()) if is_away else self.won:
-            prefix, _, address = name.rpartition("/")
-            if prefix == str(subnet.network) and (name in self.won or self.has(name, ENDPOINT)):
-                own += [pool.offset(address)]
-        lasts = (subnet.affinity.get(owner, (-1, 0))[0] for owner in owners)
-        free = (offset for offset in (*set(lasts).intersection(own), *own)
-                if pool.low <= offset <= pool.high and offset not in subnet.allocated)
-        return next(map(pool.format, free), "")
+        key = str(network)
+        claim = self.claims.get(key)
+        if claim is None:
+            return False
+        if not claim.other_hosts(self.host):
+            return key in self.unconfirmed and not is_admitted
 
-    def choose_remote_gateway(self, subnet: Subnet) -> str:
-        """Return a gateway that the other hosts of a shared subnet have, "" if there is none."""
-        addresses = (name.rpartition("/")[2] for name in self.inside.get(subnet.network, ())
-                     if self.claims[name].kind == GATEWAY)
-        return min((it for it in addresses if not subnet.lease_kind(it)), default="")
+        subnet = self.local_subnet(network)
+        is_joined = is_admitted or (subnet is not None and subnet.is_shared)
+        return not (claim.is_shared and is_joined)
 
-    def desired_claim(self, name: str) -> Claim | None:
-        """Return what etcd should have under a name; note who else has claimed that."""
-        (network, address), claim = parse_claim_key(name), self.claims.get(name)
-        family, subnet, others = (self.state.families[network.version], self.held(network),
-                                  self.others(claim))
-        kind = subnet.lease_kind(address) if subnet and subnet.is_shared and address else ""
-        if subnet and not address:
-            overlap = family.find_remote_conflict(network)
-            self._note_rival(name, family.remote_claims.get(overlap) if overlap else None)
-            return claim if name in self.conflicts else self.claim_joined(name, "", subnet.is_shared)
-        self._note_rival(name, self.rival(name, kind) if kind else None)
-        if kind:
-            is_barred = not self.conflicts.keys().isdisjoint((name, str(network)))
-            return claim if is_barred else self.claim_joined(name, kind)
-        is_leaving = not address and any(  # it gives up its addresses first
-            self.host in self.claims[other].hosts for other in self.inside.get(network, ()))
-        if not claim or self.host not in claim.hosts or is_leaving:
-            return claim
-        return claim._replace(hosts=others) if others else None
+    def _update_blocked(self, network: Network, is_admitted: bool = False) -> None:
+        """Block the space of a claimed subnet here, or no longer."""
+        family = self.state.families[network.version]
+        is_blocked = self._is_blocked(network, is_admitted)
+        was_blocked = network in family.remote_claims
+        overlaps_held = is_blocked and family.used.find_overlap(network) is not None
+        if is_blocked and not was_blocked:
+            family.used.add(network)
+        elif was_blocked and not is_blocked:
+            family.used.remove(network)
 
-    def claims_to_write(self, names: Iterable[str]) -> dict[str, Claim | None]:
-        """Return what etcd should have under these names, and has not; the rest is not due."""
-        wanted = {name: self.desired_claim(name) for name in names}
-        for name, claim in wanted.items():
-            if claim == self.claims.get(name):
-                self.due.pop(name, None)
-        return {name: claim for name, claim in wanted.items() if claim != self.claims.get(name)}
+        if is_blocked:
+            family.remote_claims[network] = self._describe_block(str(network))
+        else:
+            family.remote_claims.pop(network, None)
 
-    def compare(self, names: Iterable[str], is_kept: bool) -> None:
-        """Have etcd say what is held here under these names. Raises: Unclaimed, until it does.
+        # Only what overlaps a held subnet, which is rare, can begin or end a conflict.
+        keys = set(self.conflicts)
+        if overlaps_held:
+            keys.update(str(held) for held in family.subnets if held.overlaps(network))
+        for key in keys:
+            self._update_conflict(key)
 
-        A claim that nothing here holds is kept while Docker has not told what it uses; it is let go
-        of only right after etcd has answered, and is not relied upon from then on.
+    def _describe_block(self, key: str) -> str:
+        """Return who has claimed what is blocked here."""
+        text = str(self.claims[key])
+        if key in self.unconfirmed:
+            text += ", before gipam started here; if Docker does not use it, it is free soon"
+        return text
+
+    def _update_remote_address(self, key: str) -> None:
+        """Keep an address of a shared subnet from being chosen here, or no longer."""
+        network, address = parse_claim_key(key)
+        keys = self.address_keys.setdefault(network, {})
+        offsets = self.remote_addresses.setdefault(network, OffsetBitmap())
+        offset = parse_address(address, network.version) - int(network[0])
+        claim = self.claims.get(key)
+        if claim is not None and (claim.other_hosts(self.host) or key in self.unconfirmed):
+            offsets.add(offset)
+        else:
+            offsets.discard(offset)
+
+        if claim is not None:
+            keys[key] = None
+        else:
+            keys.pop(key, None)
+        if not keys:
+            del self.address_keys[network]
+            del self.remote_addresses[network]
+
+    # Conflicts: what is held here, and claimed by others
+
+    def _update_conflict(self, key: str) -> None:
+        """Note whether another host has claimed what is held here."""
+        claim = self._find_foreign_claim(key)
+        if claim is None:
+            if self.conflicts.pop(key, None):
+                self.mark_dirty(key)
+        elif claim != self.conflicts.get(key):
+            self.conflicts[key] = claim
+            self.mark_dirty(key)
+
+    def _find_foreign_claim(self, key: str) -> Claim | None:
+        """Return another host's claim that what is held under this key is in conflict with."""
+        own = self._own_claim(key)
+        if own is None:
+            return None
+        network, address = parse_claim_key(key)
+        if address:
+            return self.shared_subnets.foreign_claim(key, own.kind)
+        overlap = self.state.families[network.version].find_remote_conflict(network)
+        claim = self.claims.get(str(overlap))
+        if claim is None or not claim.other_hosts(self.host):
+            return None
+        return claim
+
+    def _is_barred(self, key: str) -> bool:
+        """Return whether the key, or the subnet that it lies in, is in conflict."""
+        network, _ = parse_claim_key(key)
+        return key in self.conflicts or str(network) in self.conflicts
+
+    def new_conflicts(self) -> list[str]:
+        """Return the keys of conflicts that have come up, each once."""
+        texts = {key: self.describe_claim(claim) for key, claim in self.conflicts.items()}
+        new = [key for key, text in texts.items() if self._reported.get(key) != text]
+        self._reported = texts
+        return new
+
+    def describe_claim(self, claim: Claim) -> str:
+        """Return who has a claim; for this machine's old name, what to do."""
+        for host in claim.other_hosts(self.host):
+            if self.members.is_former_name(host):
+                return (f"{claim} (this machine before: `gipam evict {host}` makes it "
+                        f"{self.host}'s)")
+        return str(claim)
+
+    def conflict_text(self, network: Network) -> str:
+        """Return who else has claimed a subnet that is held here, or an address in it, or ""."""
+        for key, claim in self.conflicts.items():
+            if parse_claim_key(key)[0] == network:
+                return self.describe_claim(claim)
+        return ""
+
+    # Reconciling: etcd is to say what is held here
+
+    def _own_claim(self, key: str) -> Claim | None:
+        """Return the claim that what is held here makes, None if it is not held."""
+        network, address = parse_claim_key(key)
+        subnet = self.local_subnet(network)
+        if subnet is None:
+            return None
+        if not address:
+            granted_s = min(pool.granted_s for pool in subnet.pools.values())
+            return Claim((self.host,), "", subnet.is_shared, granted_s)
+        if not subnet.is_shared:
+            return None
+
+        lease = subnet.find_lease(parse_address(address, subnet.version) - subnet.first)
+        if lease is None:
+            return None
+        return Claim((self.host,), lease.kind, False, lease.granted_s)
+
+    def differences(self, keys: Iterable[str]) -> dict[str, Claim | None]:
+        """Return what etcd should have under these keys, where it has something else."""
+        differences = {}
+        for key in keys:
+            claim = self.claims.get(key)
+            own = self._own_claim(key)
+            is_barred = own is not None and self._is_barred(key)
+            is_kept = key in self.unconfirmed or self._has_own_addresses(key)
+            desired = desired_claim(self.host, claim, own, is_barred, is_kept)
+            if desired != claim:
+                differences[key] = desired
+        return differences
+
+    def _has_own_addresses(self, key: str) -> bool:
+        """Return whether this host has claimed addresses in the subnet: those go first."""
+        network, address = parse_claim_key(key)
+        if address:
+            return False
+        keys = self.address_keys.get(network, ())
+        return any(self.host in self.claims[address_key].hosts for address_key in keys)
+
+    def reconcile(self, keys: Iterable[str], outcome: Outcome) -> None:
+        """Have etcd say under these keys what is held here. Raises: TransactionRequired; as etcd.
+
+        A claim is let go of only right after etcd has answered: from then on it is not relied upon,
+        and while etcd is away a container may need it.
         """
-        writes = self.claims_to_write(names)
-        going = {name for name, claim in writes.items() if not (claim and self.host in claim.hosts)}
-        for name in going if is_kept else ():
-            del writes[name]
-        if writes:
-            self.refresh()
-            self.leaving |= going & writes.keys()
-            raise TransactionRequired(Transaction(writes, self.head))
-
-    def refresh(self, name: str = "") -> None:
-        """Have etcd looked at, if that was not done for this turn. Raises: Unclaimed.
-
-        A claim of this name that gipam did not write may have gone without a word: let all know.
-        """
-        gone = {name: None} if "?" in self.others(self.claims.get(name)) else {}
-        if not self.is_fresh:
-            raise TransactionRequired(Transaction({**gone}, self.head, {f"claims/{name}": None for name in gone}))
-
-    def claim(self, writes: dict[str, Claim | None]) -> NoReturn:
-        """Have something new claimed. Raises: Unclaimed; Unavailable, if etcd has lost claims."""
-        if self.grace_remaining_s() > 0:
-            raise Unavailable("etcd has lost claims, and all hosts claim again what they hold: "
-                              f"nothing new for at least {self.grace_remaining_s():.0f} s: try again")
-        raise TransactionRequired(Transaction(writes, self.head))
-
-    def grace_remaining_s(self) -> float:
-        """Return for how long nothing new is claimed, so that all claim again what they hold.
-
-        Each looks every PULSE_S, and says in its key that it is behind, until it has: CALM_S more.
-        """
-        return self.lost_s + GRACE_PERIOD_S + HEARTBEAT_INTERVAL_S * bool(self.awaited) - time.monotonic()
-
-    def _note_rival(self, name: str, claim: Claim | None) -> None:
-        before, self.conflicts[name] = self.conflicts.get(name), self.describe_claim(claim)
-        if not claim:
-            del self.conflicts[name]
-        elif self.conflicts[name] != before:
-            log.error("claimed_elsewhere: %s is held here, and claimed by %s: no new address of it "
-                      "is given out until one of them lets it go", name, self.conflicts[name])
-
-    def evict(self, host: str) -> None:
-        """Give up what an absent host has claimed, for the machine's old name: make it this host's.
-
-        Raises: InvalidRequest, Forbidden; Unclaimed, until it is done.
-        """
-        if f"hosts/{host}" in self.won:
+        if outcome.error:
+            raise outcome.error
+        differences = self.differences(keys)
+        tried = [key for key in keys if key not in differences]
+        for key in tried:
+            self.dirty.pop(key, None)
+        self.members.on_tried(tried)
+        if not differences:
             return
-        self.refresh()
-        shown, count = self.hosts.get(host, (None, MISSED_HEARTBEATS))
-        names = sorted((name for name, claim in self.claims.items() if host in claim.hosts),
-                       key=lambda name: (-name.count("/"), name))  # addresses go first
-        if not names and shown is None:
-            there = ", ".join(it["host"] for it in self.describe(False)["hosts"])
-            raise InvalidRequest(f"there is no host {host!r} in etcd, only {there}", 404)
-        if count < MISSED_HEARTBEATS and not self.is_former_name(host):
-            raise Forbidden(f"host {host} is there, or was less than {MISSED_HEARTBEATS} looks of "
-                            f"{HEARTBEAT_INTERVAL_S:.0f} s ago: stop its gipam first, and wait as long")
-        heir, writes = {self.host} if self.is_former_name(host) else {}, {}
-        for name in names[:CLAIMS_PER_TRANSACTION]:
-            hosts = {*heir, *self.claims[name].hosts} - {host}
-            writes[name] = self.claims[name]._replace(hosts=tuple(sorted(hosts))) if hosts else None
-        raise TransactionRequired(Transaction(writes, self.head, {f"hosts/{host}": shown}))
 
-    def require_no_conflict(self, network: Network) -> None:
-        """Check that nobody else has claimed what is held here. Raises: Unclaimed, Forbidden."""
-        self.claims_to_write([str(network)])  # finds anew whether it is in conflict
-        rival = self.conflicts.get(str(network))
-        if rival:
-            self.refresh(str(self.state.families[network.version].find_remote_conflict(network)))
-            raise Forbidden(f"{network} is held here, but claimed by {rival} too: no address of it "
-                            "is given out until one of them lets it go")
+        if outcome.is_fresh:
+            for key, claim in differences.items():
+                if claim is None or self.host not in claim.hosts:
+                    self.releasing.add(key)
+            raise TransactionRequired(Transaction(differences, self.head))
+        raise TransactionRequired(Transaction({}, self.head))
 
-    def find_claim_conflict(self, network: Network) -> str:
-        """Return who has claimed what is held here of a subnet, "" for nobody."""
-        return next((rival for name, rival in self.conflicts.items()
-                     if f"{name}/".startswith(f"{network}/")), "")
+    def heartbeat(self, outcome: Outcome) -> None:
+        """Have this host's key written. Raises: TransactionRequired, until it is; as etcd."""
+        if outcome.error:
+            raise outcome.error
+        if not outcome.is_committed:
+            raise TransactionRequired(Transaction({}, self.head))
 
-    def age_s(self) -> float | None:
-        """Return how old this view of the claims is, None if etcd has never answered."""
-        return None if self.seen_s is None else round(time.monotonic() - self.seen_s, 1)
+    # Requests of Docker's
 
-    def describe(self, is_away: bool) -> Json:
-        """Return what `status --json` shows of the hosts; while etcd is away nobody is heard of."""
-        claims = collections.Counter(host for name, claim in self.claims.items()
-                                     if name.count("/") == 1 for host in claim.hosts)
-        present = {host for host, (_, count) in self.hosts.items() if count < MISSED_HEARTBEATS}
-        return {"host": self.host, "hosts": [
-            {"host": host, "is_present": None if is_away else host in {*present, self.host},
-             "claims": claims[host], "is_own": self.is_former_name(host)}
-            for host in sorted({*claims, *self.hosts})]}
+    def require_shareable(self, request: PoolRequest) -> None:
+        """Check that a subnet may be shared with other hosts. Raises: Forbidden."""
+        if not request.is_shared or request.subnet is None:
+            return
+        subnet = self.local_subnet(request.subnet)
+        if subnet is not None and not subnet.is_shared:
+            raise Forbidden(f"{request.subnet} is held here, and not shared: remove its networks "
+                            "first")
+
+    @contextlib.contextmanager
+    def deciding(self, subnet: Network | None, sub_pool: Network | None, version: int,
+                 is_admitted: bool, outcome: Outcome) -> Iterator[None]:
+        """Surround the decision on a pool; is_admitted: of a subnet that this host may join.
+
+        Raises: TransactionRequired, for a refusal that rests on claims which etcd has not just told.
+        """
+        if subnet is not None and is_admitted:
+            self._update_blocked(subnet, is_admitted=True)
+        try:
+            yield
+        except (InvalidRequest, Forbidden, Unavailable):
+            family = self.state.families[version]
+            overlap = None
+            if subnet is not None:
+                overlap = family.find_conflict(subnet, sub_pool)
+            if overlap in family.remote_claims or (subnet is None and family.remote_claims):
+                self.require_fresh(str(overlap), outcome)
+            raise
+        finally:
+            if subnet is not None and is_admitted:
+                self._update_blocked(subnet)
+
+    def is_own_shared(self, subnet: Network) -> bool:
+        """Return whether this host has joined the claim of a shared subnet."""
+        claim = self.claims.get(str(subnet))
+        return claim is not None and claim.is_shared and self.host in claim.hosts
+
+    def require_claim(self, grant: PoolGrant, outcome: Outcome) -> None:
+        """Check that a pool follows a transaction made for it.
+
+        Raises: TransactionRequired; Unavailable in a grace period; Forbidden, see
+        require_no_conflict(); as etcd.
+        """
+        network = parse_prefix(grant.subnet)
+        if grant.subnet in outcome.granted:
+            self.members.require_grace_over()
+            return
+        self.require_no_conflict(network, outcome)
+        subnet = self.local_subnet(network)
+        is_shared = subnet.is_shared if subnet is not None else grant.is_shared
+        own = Claim((self.host,), "", is_shared, grant.granted_s)
+        self.claim({grant.subnet: join_claim(self.claims.get(grant.subnet), own)}, outcome)
+
+    def claim(self, claims: Mapping[str, Claim | None], outcome: Outcome) -> NoReturn:
+        """Have something new claimed. Raises: TransactionRequired; Unavailable; as etcd."""
+        if outcome.error:
+            raise outcome.error
+        self.members.require_grace_over()
+        raise TransactionRequired(Transaction(claims, self.head))
+
+    def require_fresh(self, key: str, outcome: Outcome) -> None:
+        """Check that etcd has just told its claims. Raises: TransactionRequired; as etcd.
+
+        A claim under this key that gipam did not write may have been deleted without a new head:
+        then it is deleted once more, for all to learn of it.
+        """
+        if outcome.error:
+            raise outcome.error
+        if outcome.is_fresh:
+            return
+        claim = self.claims.get(key)
+        if claim is not None and "?" in claim.hosts:
+            absent = {f"claims/{key}": None}
+            raise TransactionRequired(Transaction({key: None}, self.head, absent))
+        raise TransactionRequired(Transaction({}, self.head))
+
+    def require_no_conflict(self, network: Network, outcome: Outcome) -> None:
+        """Check that nobody else has claimed a subnet that is held here.
+
+        Raises: TransactionRequired; Forbidden; as etcd.
+        """
+        claim = self.conflicts.get(str(network))
+        if claim is None:
+            return
+        overlap = self.state.families[network.version].find_remote_conflict(network)
+        self.require_fresh(str(overlap), outcome)
+        raise Forbidden(
+            f"{network} is held here, but claimed by {self.describe_claim(claim)} too: no address "
+            "of it is given out until one host releases it")
+
+    def decide_shared_address(self, pool: Pool, request: AddressRequest, now_s: int, start: int,
+                              outcome: Outcome) -> AddressGrant:
+        """Decide which address of a shared subnet is granted. Raises: as SharedSubnets.decide()."""
+        return self.shared_subnets.decide(pool, request, now_s, start, outcome)
+
+    def evict(self, host: str, outcome: Outcome) -> None:
+        """Delete the claims of an absent host; those of this machine's old name become this host's.
+
+        Raises: InvalidRequest, Forbidden; TransactionRequired, until it is done; as etcd.
+        """
+        if host == self.host:
+            raise InvalidRequest(f"{host!r} is this host")
+        member_key = f"hosts/{host}"
+        member = self.members.by_host.get(host)
+        if member is not None:
+            member_key = member.key
+        if member_key in outcome.deleted:
+            return
+        self.require_fresh("", outcome)
+
+        keys = [key for key, claim in self.claims.items() if host in claim.hosts]
+        if not keys and member is None:
+            raise InvalidRequest(f"there is no host {host!r} in etcd, only "
+                                 f"{', '.join(self._known_hosts())}", 404)
+        self.members.require_absent(host)
+
+        keys.sort(key=lambda key: (-key.count("/"), key))  # addresses go first
+        claims: dict[str, Claim | None] = {}
+        for key in keys[:CLAIMS_PER_TRANSACTION]:
+            hosts = set(self.claims[key].hosts) - {host}
+            if self.members.is_former_name(host):
+                hosts.add(self.host)
+            evicted = self.claims[key]._replace(hosts=tuple(sorted(hosts)))
+            claims[key] = evicted if hosts else None  # delete the claim: its only host is evicted
+
+        # Last of all the key of the host goes, and only if it has not come back.
+        is_last = len(keys) <= CLAIMS_PER_TRANSACTION
+        deleted_keys = (member_key,) if is_last else ()
+        expected = {member_key: member.text if member is not None else None}
+        log_text = f"evicted host {host}, which had claimed {', '.join(claims) or 'nothing'}"
+        raise TransactionRequired(
+            Transaction(claims, self.head, expected, deleted_keys, log_text))
+
+    # Tentative claims: several requests may share a transaction
+
+    def block_tentatively(self, claims: Mapping[str, Claim | None]) -> list[Network]:
+        """Block subnets that a request is about to claim for the next one; return them."""
+        blocked = []
+        for key, claim in claims.items():
+            network, address = parse_claim_key(key)
+            family = self.state.families[network.version]
+            is_known = network in family.remote_claims or network in family.subnets
+            if claim is not None and not address and not is_known:
+                family.used.add(network)
+                family.remote_claims[network] = "another request of this host"
+                blocked.append(network)
+        return blocked
+
+    def unblock(self, networks: Iterable[Network]) -> None:
+        """Take back block_tentatively()."""
+        for network in networks:
+            family = self.state.families[network.version]
+            family.used.remove(network)
+            del family.remote_claims[network]
+
+    # Status
+
+    def _known_hosts(self) -> list[str]:
+        """Return all hosts that etcd knows, in order."""
+        hosts = set(self.members.by_host)
+        for claim in self.claims.values():
+            hosts.update(claim.hosts)
+        return sorted(hosts)
+
+    def is_present(self, host: str) -> bool | None:
+        """Return whether a host has shown itself of late, None while etcd does not answer."""
+        if self.failure:
+            return None
+        member = self.members.by_host.get(host)
+        return host == self.host or (member is not None and member.is_present)
+
+    def describe(self) -> Json:
+        """Return what `status --json` shows of the site."""
+        counts: collections.Counter[str] = collections.Counter()
+        for key, claim in self.claims.items():
+            if key.count("/") == 1:
+                counts.update(claim.hosts)
+        hosts = []
+        for host in self._known_hosts():
+            hosts.append({
+                "host": host,
+                "is_present": self.is_present(host),
+                "claims": counts[host],
+                "is_own": self.members.is_former_name(host),
+            })
+
+        age_s = None
+        if self._answered_s is not None:
+            age_s = round(time.monotonic() - self._answered_s, 1)
+        etcd = {"failure": self.failure, "due": len(self.dirty), "age_s": age_s}
+        return {"host": self.host, "hosts": hosts, "etcd": etcd}
+
+
+class SharedSubnets:
+    """Decides which addresses this host grants in subnets that it shares with other hosts.
+
+    An endpoint's address is claimed by one host, a gateway's or an auxiliary one by all that have
+    it. Each new address follows a transaction made for it. While etcd is away, an address whose claim
+    this host surely has may be granted again, so that containers restart.
+    """
+
+    def __init__(self, table: ClaimTable) -> None:
+        self._table = table
+
+    def decide(self, pool: Pool, request: AddressRequest, now_s: int, start: int,
+               outcome: Outcome) -> AddressGrant:
+        """Decide which address is granted; a free one is looked for from offset start on.
+
+        Raises: TransactionRequired; as decide_request_address(); as etcd.
+        """
+        subnet = pool.subnet
+        is_away = bool(outcome.error or self._table.failure)
+        if not request.address:
+            if request.kind == GATEWAY:
+                address = self._choose_remote_gateway(subnet)
+            else:
+                owners = (request.name, request.mac)
+                address = self._choose_claimed_address(pool, owners, is_away, outcome)
+            request = request._replace(address=address)
+
+        unavailable = self._table.remote_addresses.get(subnet.network) or OffsetBitmap()
+        try:
+            grant = decide_request_address(pool, request, now_s, start, unavailable)
+        except Unavailable:
+            self._table.require_fresh("", outcome)
+            raise
+        self._require_claim(subnet.network, grant, is_away, outcome)
+        return grant
+
+    def foreign_claim(self, key: str, kind: str) -> Claim | None:
+        """Return the claim of other hosts that an address of this kind does not go with."""
+        claim = self._table.claims.get(key)
+        if claim is None or not claim.other_hosts(self._table.host):
+            return None
+        is_one_hosts = kind == ENDPOINT or claim.kind in (ENDPOINT, "")
+        return claim if is_one_hosts else None
+
+    def _owns(self, key: str, kind: str) -> bool:
+        """Return whether this host surely has an address, for a lease of this kind."""
+        host = self._table.host
+        claim = self._table.claims.get(key)
+        if claim is None or host not in claim.hosts:
+            return False
+        if key in self._table.releasing or key in self._table.unconfirmed:
+            return False
+        if kind == ENDPOINT:
+            return claim.hosts == (host,) and claim.kind == ENDPOINT
+        return claim.kind in (GATEWAY, AUXILIARY)
+
+    def _require_claim(self, network: Network, grant: AddressGrant, is_away: bool,
+                       outcome: Outcome) -> None:
+        """Check that this host may grant the address.
+
+        Raises: TransactionRequired; Forbidden, Unavailable; as etcd.
+        """
+        table = self._table
+        key = f"{network}/{grant.address}"
+        if key in outcome.granted:
+            table.members.require_grace_over()
+            return
+        missing = table.differences([str(network)])
+        if is_away and self._owns(key, grant.kind) and not missing:
+            return
+
+        claim = self.foreign_claim(key, grant.kind)
+        if claim is not None:
+            table.require_fresh(key, outcome)
+            raise Forbidden(f"Address already in use: {grant.address} of {network} is claimed by "
+                            f"{table.describe_claim(claim)}")
+        if key in table.unconfirmed:
+            raise Unavailable(f"{grant.address} of {network} was claimed by this host before gipam "
+                              "started; if Docker does not use it, it is free soon: try again")
+
+        # The transaction may be carried out although nobody hears of it; what it changes is then no
+        # longer what is known.
+        if not self._owns(key, grant.kind):
+            table.releasing.add(key)
+        own = Claim((table.host,), grant.kind, False, grant.granted_s)
+        table.claim({**missing, key: join_claim(table.claims.get(key), own)}, outcome)
+
+    def _choose_claimed_address(self, pool: Pool, owners: Iterable[str], is_away: bool,
+                                outcome: Outcome) -> str:
+        """Return an address that was just claimed for this request, or still is, or ""."""
+        subnet = pool.subnet
+        keys = outcome.granted
+        if is_away:
+            keys = keys.union(self._table.address_keys.get(subnet.network, ()))
+        offsets = []
+        for key in keys:
+            network, address = parse_claim_key(key)
+            if network != subnet.network or not address:
+                continue
+            offset = pool.offset(address)
+            is_ours = key in outcome.granted or self._owns(key, ENDPOINT)
+            is_free = pool.low <= offset <= pool.high and offset not in subnet.allocated
+            if is_ours and is_free:
+                offsets.append(offset)
+
+        for owner in owners:
+            last, _ = subnet.affinity.get(owner, (-1, 0))
+            if last in offsets:
+                return pool.format(last)
+        return pool.format(offsets[0]) if offsets else ""
+
+    def _choose_remote_gateway(self, subnet: Subnet) -> str:
+        """Return a gateway that other hosts of the subnet have and this one has not, or ""."""
+        addresses = []
+        for key in self._table.address_keys.get(subnet.network, ()):
+            _, address = parse_claim_key(key)
+            if self._table.claims[key].kind == GATEWAY and not subnet.lease_kind(address):
+                addresses.append(address)
+        return min(addresses, default="")
 
 
 # === Service ======================================================================================
@@ -2848,7 +3489,6 @@ class ClaimTable:
 # if the record cannot be written all the same, the state is read again from disk.
 
 RunInLoop = Callable[..., Any]  # EventLoop.run_in_loop, or Service.run_once where no loop runs
-Attempt = Callable[[Union[GipamError, None]], Union[Transaction, None]]  # decides again
 
 
 class Histogram:
@@ -2981,9 +3621,8 @@ class Service:
         self._unlogged: list[AppliedRecord] = []
         self._is_applying = False  # if an exception leaves it set, the state is not to be used
 
-        self.site: ClaimTable | None = None  # where several hosts share etcd
+        self.claims = NoClaims()  # ClaimTable where several hosts share etcd
         self.etcd_s = Histogram()
-        self.etcd_failure = "it has not been asked yet"  # "": it answers
         self.docker_import = DockerImport()
         store.prepare_append()
 
@@ -3007,8 +3646,7 @@ class Service:
             self.proxies.on_record(pool, change)
         self._uncommitted.append(AppliedRecord(change, text, self.state.seq, pool, started_s))
         self._is_applying = False
-        if self.site:
-            self.site.note(change, pool.subnet)
+        self.claims.on_record(change, pool.subnet)
 
     def commit(self) -> StoreError | None:
         """Write what was applied since the last commit as one record; return why that failed.
@@ -3069,8 +3707,7 @@ class Service:
                 self.state = self._read_state()
                 self.docker_import.forget_after(self.state.seq)
                 self.store.prepare_append()
-                if self.site:
-                    self.site.rebind(self.state)
+                self.claims.rebind(self.state)
         except Exception as failure:  # noqa: BLE001 - whatever it is, start again
             self.store.fail(f"cannot read the state again: {failure!r}")
         return self.store.fatal_error or error
@@ -3088,20 +3725,24 @@ class Service:
             if error:
                 raise error
 
-    def request_pool(self, request: PoolRequest) -> PoolGrant:
-        """Grant a subnet. Raises: as decide_request_pool(); Unclaimed; StoreError."""
-        subnet, family = request.subnet, self.state.families[request.version]
+    def request_pool(self, request: PoolRequest, outcome: Outcome = NO_OUTCOME) -> PoolGrant:
+        """Grant a subnet.
+
+        Raises: as decide_request_pool(); TransactionRequired; StoreError.
+        """
+        self.claims.require_shareable(request)
         routes: list[Range] = []
-        if subnet is None:  # read now, never cached: a VPN may have come up
-            routes = self.read_obstacles(family)
-        elif request.is_shared and subnet in family.subnets \
-                and not family.subnets[subnet].is_shared:
-            raise Forbidden(f"{subnet} is held here, and not shared: remove its networks first")
-        with self._joining(request.version, subnet, request.sub_pool, request.is_shared):
-            change = decide_request_pool(self.state, request, routes, int(time.time()),
-                                         secrets.token_hex(8))
-            self._grant(change)
-        return change
+        if request.subnet is None:
+            # Read now, never cached: a VPN may have come up.
+            routes = self.read_obstacles(self.state.families[request.version])
+
+        with self.claims.deciding(request.subnet, request.sub_pool, request.version,
+                                  request.is_shared, outcome):
+            grant = decide_request_pool(
+                self.state, request, routes, int(time.time()), secrets.token_hex(8))
+            self.claims.require_claim(grant, outcome)
+            self.apply(grant)
+        return grant
 
     def read_obstacles(self, family: Family) -> list[Range]:
         """Return what of this host no block may touch. Raises: Unavailable, if it cannot tell."""
@@ -3111,73 +3752,27 @@ class Service:
             raise Unavailable("cannot ask the kernel for the routes of this host: "
                               f"{error.strerror}; try again") from None
 
-    @contextlib.contextmanager
-    def _joining(self, version: int, subnet: Network | None, sub_pool: Network | None,
-                 is_shared: bool) -> Iterator[None]:
-        """Let this host become one of those that share a subnet.
-
-        Raises: Unclaimed, where a refusal rests on what others have claimed: etcd is asked again.
-        """
-        site, family = self.site, self.state.families[version]
-        try:
-            if site and subnet and is_shared:
-                site.cover(subnet, is_joining=True)
-            yield
-        except (InvalidRequest, Forbidden, Unavailable):
-            rival = subnet and family.find_conflict(subnet, sub_pool)
-            if site and (rival in family.remote_claims if rival else not subnet and family.remote_claims):
-                site.refresh(str(rival))
-            raise
-        finally:
-            if site and subnet and is_shared:
-                site.cover(subnet)
-
-    def _grant(self, change: PoolGrant) -> None:
-        """Apply a grant that follows a transaction made for it. Raises: Unclaimed; StoreError."""
-        site, name = self.site, change.subnet
-        if site and name not in site.won:
-            network = parse_prefix(name)
-            subnet = site.held(network)
-            is_shared = subnet.is_shared if subnet else change.is_shared
-            site.require_no_conflict(network)
-            site.claim({name: site.claim_joined(name, "", is_shared)})
-        self.apply(change)
-
-    def request_address(self, pool_id: str, request: AddressRequest) -> tuple[AddressGrant, int]:
+    def request_address(self, pool_id: str, request: AddressRequest,
+                        outcome: Outcome = NO_OUTCOME) -> tuple[AddressGrant, int]:
         """Grant an address; return the prefixlen of its subnet too.
 
         A pool that Docker holds and the state does not know is adopted first, and stays so.
-        Raises: as decide_request_address() and decide_adoption(); Unclaimed; StoreError.
+        Raises: as decide_request_address() and decide_adoption(); TransactionRequired; StoreError.
         """
-        now_s, pool = int(time.time()), self._find_pool(pool_id)
-        if not pool:
-            pool = self._adopt_pool(pool_id, request.address, now_s)
+        now_s = int(time.time())
+        pool = self._find_pool(pool_id)
+        if pool is None:
+            pool = self._adopt_pool(pool_id, request.address, now_s, outcome)
         network = pool.subnet.network
-        if self.site and str(network) in self.site.conflicts:
-            self.site.require_no_conflict(network)
-        decide = self._decide_shared if pool.subnet.is_shared else decide_request_address
-        change = decide(pool, request, now_s)
-        self.apply(change)
-        return change, network.prefixlen
-
-    def _decide_shared(self, pool: Pool, request: AddressRequest, now_s: int) -> AddressGrant:
-        """Decide which address of a subnet that hosts share is given. Raises: Unclaimed too."""
-        site, network, is_away = self.site, pool.subnet.network, bool(self.etcd_failure)
-        if not site:
-            raise Unavailable(f"{network} is shared with other hosts: start gipam with -etcd")
-        if not request.address:
-            address = site.choose_remote_gateway(pool.subnet) if request.kind == GATEWAY else \
-                site.choose_claimed_address(pool, (request.name, request.mac), is_away)
-            request = request._replace(address=address)
-        try:
-            change = decide_request_address(
-                pool, request, now_s, random.randint(pool.low, pool.high),  # noqa: S311 - so that
-                site.taken.get(network) or OffsetBitmap())  # hosts seldom meet
-        except Unavailable:
-            site.refresh()
-            raise
-        site.check_address(network, change.address, change.kind, is_away)
-        return change
+        self.claims.require_no_conflict(network, outcome)
+        if pool.subnet.is_shared:
+            # From a random place on, so that hosts seldom choose the same address.
+            start = random.randint(pool.low, pool.high)  # noqa: S311
+            grant = self.claims.decide_shared_address(pool, request, now_s, start, outcome)
+        else:
+            grant = decide_request_address(pool, request, now_s)
+        self.apply(grant)
+        return grant, network.prefixlen
 
     def release(self, pool_id: str, address: str = "") -> Record | None:
         """Release a pool with its leases, or an address in it; None: it is gone already.
@@ -3236,17 +3831,20 @@ class Service:
             log.warning("took back %s in %s: nobody has read the reply", address or "all",
                         change.pool_id)
 
-    def _adopt_pool(self, pool_id: str, address: str, now_s: int) -> Pool:
+    def _adopt_pool(self, pool_id: str, address: str, now_s: int, outcome: Outcome) -> Pool:
         """Adopt the pool of an id that Docker has and the state has not; have Docker asked soon.
 
         The adoption stays, whatever becomes of the request for this address in it.
         Raises: as decide_adoption(); TransactionRequired; StoreError.
         """
         subnet, sub_pool = parse_pool_id(pool_id) or (None, None)
-        records = decide_adoption(self.state, pool_id, address, now_s, secrets.token_hex(8))
+        # In a shared subnet no gateway is guessed: the claims say which address is the gateway.
+        guesses_gateway = subnet is None or not self.claims.is_own_shared(subnet)
+        records = decide_adoption(
+            self.state, pool_id, address, now_s, secrets.token_hex(8), guesses_gateway)
         last_seq = self.state.seq
         try:
-            self._apply_import(subnet, sub_pool, records)
+            self._apply_import(subnet, sub_pool, records, outcome)
         finally:
             adopted = range(last_seq + 1, self.state.seq + 1)
             if adopted:
@@ -3255,7 +3853,8 @@ class Service:
         return self.state.pools[pool_id]
 
     def import_pool(self, subnet: Network, sub_pool: Network | None, name: str,
-                    requests: list[AddressRequest], seq: int) -> range:
+                    requests: list[AddressRequest], seq: int,
+                    outcome: Outcome = NO_OUTCOME) -> range:
         """Import what Docker uses, as decide_import() has it; return the numbers of the records.
 
         Raises: as decide_import(), and nothing is imported; TransactionRequired; StoreError.
@@ -3263,27 +3862,27 @@ class Service:
         last_seq = self.state.seq
         records = decide_import(self.state, subnet, sub_pool, name, requests, seq,
                                 int(time.time()))
-        self._apply_import(subnet, sub_pool, records)
+        self._apply_import(subnet, sub_pool, records, outcome)
         return range(last_seq + 1, self.state.seq + 1)
 
     def _apply_import(self, subnet: Network | None, sub_pool: Network | None,
-                      records: Iterator[Record]) -> None:
+                      records: Iterator[Record], outcome: Outcome) -> None:
         """Apply each record before the next is decided; the pool of a shared claim is shared."""
-        site, version = self.site, subnet.version if subnet else 4
-        claim = site.claims.get(str(subnet)) if site else None
-        is_shared = bool(site and claim and claim.is_shared and site.host in claim.hosts)
-        with self._joining(version, subnet, sub_pool, is_shared):
+        version = subnet.version if subnet else 4
+        is_shared = subnet is not None and self.claims.is_own_shared(subnet)
+        with self.claims.deciding(subnet, sub_pool, version, True, outcome):
             for record in records:
-                if isinstance(record, PoolGrant):
-                    self._grant(record._replace(is_shared=is_shared))
-                else:
+                if not isinstance(record, PoolGrant):
                     self.apply(record)
+                    continue
+                grant = record._replace(is_shared=is_shared)
+                self.claims.require_claim(grant, outcome)
+                self.apply(grant)
 
     def confirm_import(self, confirmed: Iterable[int]) -> None:
         """Note that all that Docker uses is held, and which imported records it has shown again."""
         self.docker_import.confirm(confirmed)
-        if self.site:
-            self.site.wake()  # claims that nothing here holds may be deleted now
+        self.claims.on_docker_compared()
 
     def needs_checkpoint(self) -> bool:
         """Return whether the journal has outgrown the lease file, or that lacks what it needs."""
@@ -3495,8 +4094,6 @@ def dispatch(service: Service, verb: str, target: str, body: bytes, outcome: Out
     try:
         if paths and path not in paths:
             raise InvalidRequest(f"{path} is not served here, only {', '.join(sorted(paths))}", 404)
-        if outcome.error:
-            raise outcome.error
         return route(service, verb, path, query, body, outcome)
 
     except TransactionRequired:
@@ -3636,9 +4233,7 @@ def handle_request_pool(service: Service, arguments: Arguments,
                         outcome: Outcome) -> tuple[Json, Record]:
     """Grant a network its subnet."""
     request = parse_pool_request(arguments)
-    if request.is_shared and not service.site:
-        raise InvalidRequest(f"option {SHARED_OPTION} needs -etcd, through which hosts share")
-    change = service.request_pool(request)
+    change = service.request_pool(request, outcome)
 
     # The name is remembered for one block a family, the first one.
     kept = service.state.families[request.version].names.get(request.name)
@@ -3665,7 +4260,8 @@ def handle_request_address(service: Service, arguments: Arguments,
     if options.get("RequestAddressType") == "com.docker.network.gateway":
         kind = GATEWAY
 
-    change, prefixlen = service.request_address(pool_id, AddressRequest(address, kind, mac, name))
+    request = AddressRequest(address, kind, mac, name)
+    change, prefixlen = service.request_address(pool_id, request, outcome)
     return {"Address": f"{change.address}/{prefixlen}", "Data": {}}, change
 
 
@@ -3726,20 +4322,16 @@ def handle_import(service: Service, arguments: Arguments, outcome: Outcome) -> t
     if not subnet:
         raise InvalidRequest("Subnet is missing")
     requests = parse_leases(arguments.get("Leases"))
-    done = service.import_pool(subnet, sub_pool, arguments.text("Name"), requests, arguments.seq())
+    done = service.import_pool(subnet, sub_pool, arguments.text("Name"), requests, arguments.seq(),
+                               outcome)
     log.info("took over %s as Docker has it: %d changes", sub_pool or subnet, len(done))
     return {"Adopted": len(done), "Seq": done.stop - 1}, None
 
 
 def handle_evict(service: Service, arguments: Arguments, outcome: Outcome) -> tuple[Json, None]:
-    """Give up what a host that will never come back has claimed."""
+    """Delete the claims of a host that will never come back."""
     host = arguments.text("Host", is_needed=True)
-    site = service.site
-    if not site:
-        raise InvalidRequest("cannot evict: -etcd is not set")
-    if host == site.host:
-        raise InvalidRequest(f"{host!r} is this host")
-    site.evict(host)
+    service.claims.evict(host, outcome)
     return {"Host": host}, None
 
 
@@ -3791,8 +4383,7 @@ def status_page(service: Service, query: str) -> Iterator[str]:
     """Yield the JSON of the status, of pools as they are when it is their turn."""
     has_leases = "leases=1" in query.split("&")
     yield encode_json(describe_service(service))[:-1] + ',"claims":['
-    if service.site:
-        yield from encode_items(describe_claims(service.site, has_leases))
+    yield from encode_items(describe_claims(service.claims, has_leases))
     yield '],"pools":['
     comma = ""
     for pool in list(service.state.pools.values()):
@@ -3808,17 +4399,12 @@ def describe_service(service: Service) -> Json:
               for version, family in service.state.families.items() if family.bases}
     status = {**service.daemon_info, "version": __version__, "seq": service.state.seq,
               "bases": describe_bases(service.state, routes), "trouble": service.store.last_error}
-
-    if service.site:
-        status.update(service.site.describe(bool(service.etcd_failure)), etcd={
-            "failure": service.etcd_failure, "due": len(service.site.due),
-            "age_s": service.site.age_s()})
-    return status
+    return {**status, **service.claims.describe()}
 
 
-def describe_claims(site: ClaimTable, has_addresses: bool) -> Iterator[Json]:
+def describe_claims(table: NoClaims, has_addresses: bool) -> Iterator[Json]:
     """Yield what the status shows of the claims, on subnets only or on addresses, too."""
-    for key, claim in list(site.claims.items()):
+    for key, claim in list(table.claims.items()):
         network, address = parse_claim_key(key)
         if has_addresses or not address:
             yield {
@@ -3843,7 +4429,7 @@ def encode_pool_status(service: Service, pool: Pool, has_leases: bool) -> Iterat
         "granted_s": pool.granted_s,
         "seq": pool.seq,
         "is_shared": pool.subnet.is_shared,
-        "claimed_elsewhere": service.site.find_claim_conflict(network) if service.site else "",
+        "claimed_elsewhere": service.claims.conflict_text(network),
     }
     if not has_leases:
         yield encode_json(status)
@@ -3953,20 +4539,20 @@ def last_write_samples(service: Service) -> Samples:
 
 def etcd_up_samples(service: Service) -> Samples:
     """Yield whether etcd answers, nothing without -etcd."""
-    if service.site:
-        yield "", int(not service.etcd_failure)
+    if service.claims.is_enabled:
+        yield "", int(not service.claims.failure)
 
 
 def etcd_duration_samples(service: Service) -> Samples:
     """Yield the histogram of calls to etcd, nothing without -etcd."""
-    if service.site:
+    if service.claims.is_enabled:
         yield from service.etcd_s.samples()
 
 
 def claim_samples(service: Service) -> Samples:
     """Yield how many subnets each host has claimed, nothing without -etcd."""
-    if service.site:
-        for host in service.site.describe(False)["hosts"]:
+    if service.claims.is_enabled:
+        for host in service.claims.describe()["hosts"]:
             yield f'{{host="{host["host"]}"}}', host["claims"]
 
 
@@ -4705,11 +5291,10 @@ class EventLoop:
         """Decide a request, or hand it to the cluster until etcd lets it be decided."""
         try:
             request.decide()
-        except TransactionRequired as required:
+        except TransactionRequired:
             request.awaits_etcd = True
             self._set_events(request.connection, 0)
-            self.submit_to_etcd(PendingRequest(request.decide,
-                                               transaction=required.transaction))
+            self.submit_to_etcd(PendingRequest(request.decide))
 
     def _sync_proxy_neighbours(self) -> None:
         """Let the kernel answer for new containers before Docker hears of them."""
@@ -4837,8 +5422,8 @@ class EventLoop:
             if is_overdue and connection.is_busy() and not connection.server.is_unix:
                 self.close(connection)
 
-        self._expire_etcd_waits(ETCD_TIMEOUT_S + TIMER_INTERVAL_S, Unavailable(
-            self.service.etcd_failure or "etcd does not answer"))
+        self._expire_etcd_waits(ETCD_TIMEOUT_S + 0.5, Unavailable(
+            self.service.claims.failure or "etcd does not answer"))
 
     def _expire_etcd_waits(self, age_s: float, error: GipamError) -> None:
         """Fail requests that have waited so long for etcd: its thread may be stuck, as in DNS."""
@@ -5520,7 +6105,8 @@ def fix(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json]
     return adopted, uses
 
 
-def import_from_docker(service: Service, driver: str, timeout_s: float, run_in_loop: RunInLoop) -> None:
+def import_from_docker(service: Service, driver: str, timeout_s: float, run_in_loop: RunInLoop,
+                       run_with_claim: RunInLoop) -> None:
     """Adopt all that Docker uses of this driver. Raises: Unreachable; what is adopted stays so.
 
     It is over once Docker has been asked again, and shows each pool that was adopted: before 29, an
@@ -5536,15 +6122,15 @@ def import_from_docker(service: Service, driver: str, timeout_s: float, run_in_l
         text = b"".join(iter(lambda: run_in_loop(lambda: next(portions, b"")), b""))
         return dict(json.loads(text, object_hook=lambda value: value))  # which lets others run
 
-    def import_body(path: str, body: Json) -> Any:
-        reply = METHODS[path].function(service, Arguments(body), NO_OUTCOME)[0]
+    def import_body(path: str, body: Json, outcome: Outcome) -> Any:
+        reply = METHODS[path].function(service, Arguments(body), outcome)[0]
         if reply:
             last = reply["Seq"]
             service.docker_import.unconfirmed.update(range(last - reply["Adopted"] + 1, last + 1))
         return reply
 
     def post(path: str, body: Json) -> Any:
-        return run_in_loop(lambda: import_body(path, body))
+        return run_with_claim(import_body, path, body)
 
     # What was held before Docker was read, and no longer is, Docker has released since.
     held_before = held_places(look())
@@ -5581,7 +6167,8 @@ def is_docker_alive() -> bool:
     return True
 
 
-def import_worker(service: Service, driver: str, run_in_loop: RunInLoop) -> None:
+def import_worker(service: Service, driver: str, run_in_loop: RunInLoop,
+                  run_with_claim: RunInLoop) -> None:
     """Compare gipam with Docker whenever that is due, until Docker answers. Runs in a thread.
 
     Never in a request, because Docker may hold a lock until gipam replies.
@@ -5597,7 +6184,7 @@ def import_worker(service: Service, driver: str, run_in_loop: RunInLoop) -> None
             pause_s = IMPORT_BACKOFF_S
         docker_import.requested.clear()
         try:
-            import_from_docker(service, driver, 60.0, run_in_loop)
+            import_from_docker(service, driver, 60.0, run_in_loop, run_with_claim)
         except ShuttingDown:
             return
         except GipamError:  # Docker does not answer yet, or the disk is full
@@ -5607,29 +6194,22 @@ def import_worker(service: Service, driver: str, run_in_loop: RunInLoop) -> None
 
 
 # === Cluster ======================================================================================
-
-# Why no address is ever on two hosts. Two rules:
-#   1. Nothing is granted on what was known, only on a transaction of the moment. Each grant of a
-#      subnet, and of a new address in a shared one, follows a transaction made for it, which etcd
-#      carries out only if nobody has claimed anything since the head that the decision rests on;
-#      and what is applied more than GRANT_S after it was sent is decided anew.
-#   2. What counts as this host's is what it holds, in its own journal. A claim that names any other
-#      host covers what is free here (class Site). One that names this host alone, and that nothing
-#      here holds, is free for it only by a transaction that writes it again.
-# Each transaction writes hosts/HOST too, and compares it with what was written last: one that
-# succeeds voids all that this host has asked for before, and that may still be on its way.
 #
-# What is in etcd, below /gipam/DRIVER/; each value but the head's is JSON:
+# The thread that asks etcd on behalf of this host. Keys in etcd, below /gipam/DRIVER/:
+#
 #   head                   a random token, new with each change of claims
-#   changes                the last of them: [[the head before, {name: value}], ...]
-#   hosts/HOST             who is there: the machine, the token of its process, a count; whether it
-#                          has still to claim again what etcd has lost
+#   changes                the last of these changes, as JSON: [[the head before, {key: value}], ...]
+#   hosts/HOST             machine, product, token of the process, count of its transactions, is_behind
 #   claims/SUBNET          the hosts that have it, since when, whether it is shared
-#   claims/SUBNET/ADDRESS  of a shared one: the host that has it; of a gateway the hosts; its kind
+#   claims/SUBNET/ADDRESS  in a shared subnet: the hosts that have it, the kind of the lease
+#
+# Every transaction expects `head`, and hosts/HOST as this host wrote it last, and writes hosts/HOST.
+# So one that succeeds voids all that this host sent earlier. ClusterMember._run_transactions() is the
+# only place where requests, heartbeats and reconciling meet etcd.
 
 
 class EtcdEndpoint(NamedTuple):
-    """Where a member of etcd answers, and as whom to ask it."""
+    """Where a member of etcd listens, and the user to ask it as."""
 
     scheme: str
     host: str
@@ -5642,7 +6222,7 @@ class EtcdEndpoint(NamedTuple):
 
 
 def to_base64(text: str) -> str:
-    """Return text as the gateway has it: base64."""
+    """Return text as the JSON gateway has it."""
     return base64.b64encode(text.encode("utf-8", "surrogateescape")).decode()
 
 
@@ -5652,14 +6232,18 @@ def from_base64(text: str) -> str:
 
 
 class DeadlineReader(io.RawIOBase):
-    """What a member of etcd sends, up to a moment: a time limit for each read would have no end."""
+    """Reads from a socket with one deadline for the whole reply.
 
-    def __init__(self, sock: socket.socket, end_s: float) -> None:
-        self._sock, self._end_s = sock, end_s
+    A socket timeout would start again at each read.
+    """
+
+    def __init__(self, sock: socket.socket, deadline_s: float) -> None:
+        self._sock = sock
+        self._deadline_s = deadline_s
         self._raw = sock.makefile("rb", buffering=0)
 
     def makefile(self, *_: Any) -> io.BufferedReader:
-        """Return what http.client reads from, in place of a socket."""
+        """Return what http.client reads from in place of a socket."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -5667,131 +6251,202 @@ class DeadlineReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """Read what has come. Raises: OSError, when it is too late."""
-        left_s = self._end_s - time.monotonic()
-        if left_s <= 0:
+        """Read what has come. Raises: OSError after the deadline."""
+        remaining_s = self._deadline_s - time.monotonic()
+        if remaining_s <= 0:
             raise OSError("its reply does not end")
-        self._sock.settimeout(left_s)
+        self._sock.settimeout(remaining_s)
         return self._raw.readinto(buffer)
 
 
-class EtcdClient:
-    """Calls etcd through its JSON gateway, for one thread: the member that answered, else the next.
+class EtcdReply(NamedTuple):
+    """A reply of etcd's."""
 
-    Source: etcd.io/docs/v3.5/dev-guide/api_grpc_gateway; numbers of 64 bits are strings.
+    body: Json
+    values: dict[str, str]  # of all keys in it
+    revision: int
+
+
+class EtcdClient:
+    """A client of etcd's JSON gateway, for one thread. It keeps using the member that answered last.
+
+    Source: etcd.io/docs/v3.5/dev-guide/api_grpc_gateway; 64-bit numbers are strings there.
     """
 
-    def __init__(self, endpoints: list[EtcdEndpoint], tls: ssl.SSLContext | None, prefix: str) -> None:
-        self._prefix, self._tls = prefix, tls
+    def __init__(self, endpoints: list[EtcdEndpoint], tls: ssl.SSLContext | None,
+                 prefix: str) -> None:
+        self._prefix = prefix
+        self._tls = tls
         self._endpoints = collections.deque(endpoints)
-        self._places = ", ".join(map(str, endpoints))
+        self._endpoints_text = ", ".join(map(str, endpoints))
         self._connection: ApiConnection | None = None
         self._token = ""
 
-    def txn(self, same: dict[str, str | None], writes: dict[str, str | None],
-                 end_s: float) -> tuple[bool, dict[str, str]]:
-        """Write all (None: delete), if these keys are the same (None: absent).
+    def txn(self, expected: Mapping[str, str | None], writes: Mapping[str, str | None],
+            deadline_s: float) -> EtcdReply:
+        """Write all keys (None: delete), if the expected ones have these values (None: absent).
 
-        Return whether they were, and what all hosts show; if not, the head and the changes, too.
-        Raises: Unavailable, Refused.
+        The reply has hosts/ of all; if it did not succeed, also the head and the log of claims.
+        Raises: Unavailable, RemoteError.
         """
-        compare = [{"key": self._key(name), "result": "EQUAL", **(
-            {"target": "VERSION", "version": "0"} if text is None else
-            {"target": "VALUE", "value": to_base64(text)})} for name, text in same.items()]
-        puts = [{"request_delete_range": {"key": self._key(name)}} if text is None else
-                {"request_put": {"key": self._key(name), "value": to_base64(text)}}
-                for name, text in writes.items()]
-        hosts, *others = ({"request_range": {"key": self._key(name), "range_end": self._key(end)}}
-                          for name, end in (("hosts/", "hosts0"), ("changes", "changes\0"),
-                                            ("head", "head\0")))  # "0" comes after "/"
-        reply, values, _ = self._ask("/v3/kv/txn", {
-            "compare": compare, "success": [*puts, hosts], "failure": [hosts, *others]}, end_s)
-        return reply.get("succeeded") is True, values
+        compare = [self._comparison(key, text) for key, text in expected.items()]
+        success = [self._write(key, text) for key, text in writes.items()]
+        hosts = self._range("hosts/", "hosts0")  # "0" comes after "/"
+        success.append(hosts)
+        failure = [hosts, self._range("changes", "changes\0"), self._range("head", "head\0")]
+        body = {"compare": compare, "success": success, "failure": failure}
+        return self._post_any("/v3/kv/txn", body, deadline_s)
 
-    def page(self, start: str, revision: int,
-             end_s: float) -> tuple[dict[str, str], str | None, int]:
-        """Return (some of all keys, from where to go on or None, the revision that all are of)."""
-        reply, values, latest = self._ask("/v3/kv/range", {
-            "key": self._key(start), "range_end": to_base64(self._prefix[:-1] + "0"),
-            "limit": str(ETCD_PAGE_KEYS), "revision": str(revision)}, end_s)
-        has_more = reply.get("more") is True and values
-        return values, max(values) + "\0" if has_more else None, revision or latest
+    def _comparison(self, key: str, text: str | None) -> Json:
+        comparison = {"key": self._to_key(key), "result": "EQUAL"}
+        if text is None:
+            comparison.update(target="VERSION", version="0")
+        else:
+            comparison.update(target="VALUE", value=to_base64(text))
+        return comparison
 
-    def _ask(self, path: str, body: Json, end_s: float) -> tuple[Json, dict[str, str], int]:
-        """Return the reply of whoever gives one until then, the keys in it, and the revision.
+    def _write(self, key: str, text: str | None) -> Json:
+        if text is None:
+            return {"request_delete_range": {"key": self._to_key(key)}}
+        return {"request_put": {"key": self._to_key(key), "value": to_base64(text)}}
 
-        What answers other than etcd does is passed over, like what does not answer.
+    def _range(self, start: str, end: str) -> Json:
+        return {"request_range": {"key": self._to_key(start), "range_end": self._to_key(end)}}
+
+    def read_page(self, start: str, revision: int, deadline_s: float) -> EtcdReply:
+        """Read some of all keys from start on, as of a revision (0: the latest).
+
+        Raises: Unavailable, RemoteError.
+        """
+        return self._post_any("/v3/kv/range", {
+            "key": self._to_key(start),
+            "range_end": to_base64(self._prefix[:-1] + "0"),
+            "limit": str(ETCD_PAGE_KEYS),
+            "revision": str(revision),
+        }, deadline_s)
+
+    def _post_any(self, path: str, body: Json, deadline_s: float) -> EtcdReply:
+        """Return the first valid reply. A member that does not answer, or not as etcd, is skipped.
+
+        Raises: Unavailable, RemoteError.
         """
         while True:
-            until_s = min(end_s, time.monotonic() + ETCD_ATTEMPT_S)
+            attempt_deadline_s = min(deadline_s, time.monotonic() + ETCD_ATTEMPT_S)
             try:
-                reply = self._post(path, body, until_s)
-                ranges = [it.get("response_range", {}) for it in reply.get("responses", ())]
-                return reply, {self._name(pair["key"]): from_base64(pair.get("value", ""))
-                               for found in (reply, *ranges) for pair in found.get("kvs", ())
-                               }, int(reply["header"]["revision"])
+                return self._parse_reply(self._post(path, body, attempt_deadline_s))
             except OSError as error:
-                why = "timed out" if isinstance(error, socket.timeout) else format_os_error(error)
+                reason = format_os_error(error)
+                if isinstance(error, socket.timeout):
+                    reason = "timed out"
             except (http.client.HTTPException, RecursionError, ValueError, LookupError, TypeError,
                     AttributeError):
-                why = "what answers there is not etcd"
+                reason = "what answers there is not etcd"
+
             if self._connection:
                 self._connection.close()
-            self._connection, self._token = None, ""
+            self._connection = None
+            self._token = ""
             self._endpoints.rotate(-1)
-            if time.monotonic() + ETCD_PAUSE_S >= end_s:
-                raise Unavailable(f"etcd does not answer on {self._places}: {why}")
+            if time.monotonic() + ETCD_PAUSE_S >= deadline_s:
+                raise Unavailable(f"etcd does not answer on {self._endpoints_text}: {reason}")
             time.sleep(ETCD_PAUSE_S)
 
-    def _post(self, path: str, body: Json, end_s: float) -> Json:
-        """Return a reply of etcd's. Raises: Refused; others, where another member may answer."""
-        endpoint, is_new = self._endpoints[0], not self._token
-        left_s = max(end_s - time.monotonic(), ETCD_PAUSE_S)
-        if not (self._connection and self._connection.sock):  # it ends with a reply that says so
+    def _parse_reply(self, body: Json) -> EtcdReply:
+        """Return the keys and the revision of a reply. Raises: ValueError and the like."""
+        ranges = [body]
+        for response in body.get("responses", ()):
+            ranges.append(response.get("response_range", {}))
+        values = {}
+        for each in ranges:
+            for pair in each.get("kvs", ()):
+                key = from_base64(pair["key"])[len(self._prefix):]
+                values[key] = from_base64(pair.get("value", ""))
+        return EtcdReply(body, values, int(body["header"]["revision"]))
+
+    def _connect(self, endpoint: EtcdEndpoint, deadline_s: float) -> ApiConnection:
+        """Return a connection to a member, a new one if the last reply has ended it."""
+        remaining_s = max(deadline_s - time.monotonic(), ETCD_PAUSE_S)
+        connection = self._connection
+        if connection is None or connection.sock is None:
             tls = self._tls if endpoint.scheme == "https" else None
-            self._connection = ApiConnection((endpoint.host, endpoint.port), left_s, tls)
-            self._connection.connect()
-        connection: Any = self._connection
-        connection.response_class = lambda sock, **more: http.client.HTTPResponse(
-            cast(Any, DeadlineReader(sock, end_s)), **more)
-        connection.sock.settimeout(left_s)
-        if endpoint.user and is_new and path != ETCD_AUTH_PATH:
+            connection = ApiConnection((endpoint.host, endpoint.port), remaining_s, tls)
+            self._connection = connection
+            connection.connect()
+        connection.sock.settimeout(remaining_s)
+        return connection
+
+    def _post(self, path: str, body: Json, deadline_s: float) -> Json:
+        """Return the reply of a member.
+
+        Raises: RemoteError; others, where another member may answer.
+        """
+        endpoint = self._endpoints[0]
+        connection = self._connect(endpoint, deadline_s)
+        has_new_token = not self._token
+        if endpoint.user and has_new_token and path != ETCD_AUTH_PATH:
             credentials = {"name": endpoint.user, "password": endpoint.password}
-            self._token = str(self._post(ETCD_AUTH_PATH, credentials, end_s)["token"])
+            self._token = str(self._post(ETCD_AUTH_PATH, credentials, deadline_s)["token"])
+
         headers = {"Authorization": self._token} if self._token else {}
         connection.request("POST", path, encode_json(body), headers)
-        response = connection.getresponse()
-        reply = json.loads(response.read(MAX_ETCD_BYTES))
-        if response.status == http.HTTPStatus.OK:
+        reply, http_status = self._read_response(connection, deadline_s)
+        if http_status == http.HTTPStatus.OK:
             return dict(reply)
-        text, code = reply["message"], reply["code"]
+
+        text = reply["message"]
+        code = reply["code"]
         if type(code) is not int or not isinstance(text, str):
             raise ValueError("this is no error of etcd's")
-        if code not in GRPC_PERMANENT_CODES:  # it has no leader, or is starting, or is no etcd
+        if code not in GRPC_PERMANENT_CODES:
+            # It has no leader, or is starting, or it is no etcd.
             raise ConnectionError(printable(text))
-        if self._token and not is_new:  # it may have expired
+        if self._token and not has_new_token:
+            # The token may have expired.
             self._token = ""
-            return self._post(path, body, end_s)
+            return self._post(path, body, deadline_s)
         raise RemoteError(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
 
-    def _key(self, name: str) -> str:
-        return to_base64(self._prefix + name)
+    @staticmethod
+    def _read_response(connection: ApiConnection, deadline_s: float) -> tuple[Any, int]:
+        """Return the JSON value that a member answered, and the status."""
 
-    def _name(self, key: str) -> str:
-        return from_base64(key)[len(self._prefix):]
+        def make_response(sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
+            reader = DeadlineReader(sock, deadline_s)
+            return http.client.HTTPResponse(cast(Any, reader), **options)
+
+        cast(Any, connection).response_class = make_response
+        response = connection.getresponse()
+        return json.loads(response.read(MAX_ETCD_BYTES)), response.status
+
+    def _to_key(self, key: str) -> str:
+        return to_base64(self._prefix + key)
 
 
-def read_changes(text: str | None) -> list[tuple[str, Json]]:
-    """Return the changes that etcd has kept, each with the head before it; [] if they are none."""
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
+def parse_claim_log(text: str | None) -> list[tuple[str, Json]]:
+    """Return the changes that etcd keeps, each with the head before it; [] if they are none."""
+    try:
         changes = [(str(before), changed) for before, changed in json.loads(text or "[]")]
-        if all(isinstance(changed, dict) for _, changed in changes):
-            return changes
-    return []
+    except (ValueError, TypeError, RecursionError):
+        return []
+    is_valid = all(isinstance(changed, dict) for _, changed in changes)
+    return changes if is_valid else []
+
+
+def parse_claims(values: Mapping[str, Any], known: Container[str]) -> dict[str, Claim | None]:
+    """Return the claims among these values; a key that gipam would not write is ignored."""
+    claims = {}
+    for key, value in values.items():
+        try:
+            if key not in known:
+                parse_claim_key(key)
+        except ValueError:
+            continue
+        claims[key] = parse_claim(value)
+    return claims
 
 
 def load_tls(directory: str) -> ssl.SSLContext:
-    """Return what a client of etcd needs: TLS 1.2, its CA, its own certificate where there is one.
+    """Return the TLS settings of a client of etcd: its CA, its own certificate if it has one.
 
     Raises: ConfigError.
     """
@@ -5799,359 +6454,596 @@ def load_tls(directory: str) -> ssl.SSLContext:
         return ssl.create_default_context()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    own = [os.path.join(directory, name) for name in ("cert.pem", "key.pem")]
+    certificate_file = os.path.join(directory, "cert.pem")
+    key_file = os.path.join(directory, "key.pem")
     try:
         context.load_verify_locations(os.path.join(directory, "ca.pem"))
-        if any(map(os.path.exists, own)):
-            context.load_cert_chain(*own)
+        if os.path.exists(certificate_file) or os.path.exists(key_file):
+            context.load_cert_chain(certificate_file, key_file)
     except OSError as error:
         raise ConfigError(f"-etcdtls {directory!r}: cannot use ca.pem, cert.pem and key.pem in it: "
                           f"{format_os_error(error)}") from None
     return context
 
 
-def read_claims(found: Mapping[str, Any], known: Container[str]) -> dict[str, Claim | None]:
-    """Return the claims among these; under a name that gipam does not write there is none."""
-    claims = {}
-    for name, value in found.items():
-        with contextlib.suppress(ValueError):
-            if name not in known:
-                parse_claim_key(name)
-            claims[name] = parse_claim(value)
-    return claims
-
-
 def boottime_s() -> float:
-    """Return a time that goes on while the machine sleeps."""
+    """Return a time that also runs while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-class ClusterMember:
-    """Keeps etcd and what is held here in step: a thread that comes back by call().
+def read_machine_id(lease_path: str, machine_id_file: str = "/etc/machine-id",
+                    product_file: str = "/sys/class/dmi/id/product_uuid") -> MachineId:
+    """Return what tells this machine from others; see MachineId.
 
-    It serves requests that need etcd, shows each PULSE_S that this host is there, and compares.
+    Device and inode numbers are no part of it: they change over a reboot.
+    """
+    path = os.path.abspath(lease_path)
+    machine = f"{first_line(machine_id_file)} {path}"
+    product = first_line(product_file)
+    return MachineId(digest_of(machine), digest_of(product) if product else "")
+
+
+def first_line(path: str) -> str:
+    """Return the first line of a file, "" if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.readline().strip()
+    except OSError:
+        return ""
+
+
+def digest_of(text: str) -> str:
+    """Return 16 hexadecimal digits that stand for the text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+class TransactionBatch:
+    """Merges the transactions that several requests need at one moment into one."""
+
+    MAX_CLAIMS = 2 * CLAIMS_PER_TRANSACTION
+
+    def __init__(self, table: ClaimTable) -> None:
+        self.transaction: Transaction | None = None
+        self._table = table
+        self._blocked: list[Network] = []
+
+    def add(self, transaction: Transaction) -> None:
+        """Merge a transaction, if it can be; else its request waits for the next batch."""
+        merged = self.transaction
+        if merged is None:
+            self.transaction = transaction
+        elif self._can_merge(merged, transaction):
+            claims = {**merged.claims, **transaction.claims}
+            self.transaction = merged._replace(claims=claims)
+        else:
+            return
+        # The requests after this one are to choose something else.
+        self._blocked += self._table.block_tentatively(transaction.claims)
+
+    def _can_merge(self, merged: Transaction, other: Transaction) -> bool:
+        for each in (merged, other):
+            if each.expected_keys or each.deleted_keys:
+                return False
+        is_disjoint = merged.claims.keys().isdisjoint(other.claims)
+        return is_disjoint and len(merged.claims) + len(other.claims) <= self.MAX_CLAIMS
+
+    def close(self) -> None:
+        """Unblock what only this batch has blocked."""
+        self._table.unblock(self._blocked)
+
+
+class PendingCall(PendingRequest):
+    """A function that a thread wants to run in the loop, with the outcomes of transactions.
+
+    The function takes the outcome as its last argument.
     """
 
-    def __init__(self, service: Service, site: ClaimTable, etcd: EtcdClient) -> None:
-        self._service, self._site, self._etcd = service, site, etcd
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        super().__init__(self._run)
+        self._function = function
+        self._args = args
+        self._error: GipamError | None = None
+        self._future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def _run(self, outcome: Outcome) -> Any:
+        try:
+            return self._function(*self._args, outcome)
+        except GipamError as error:
+            self._error = error
+            return None
+
+    def finish(self, error: GipamError | None) -> None:
+        """Let the thread go on."""
+        failure = error or self._error
+        if self._future.done():
+            return
+        if failure:
+            self._future.set_exception(failure)
+        else:
+            self._future.set_result(self.result)
+
+    def wait(self) -> Any:
+        """Wait, and return what the function returned. Raises: as the function; StoreError."""
+        return self._future.result()
+
+
+class ClusterMember:
+    """The thread that keeps the claims in etcd equal to what is held here.
+
+    It runs the transactions of requests, shows every HEARTBEAT_INTERVAL_S that this host is alive,
+    and reconciles. All that it decides, it has decided in the loop.
+    """
+
+    def __init__(self, service: Service, table: ClaimTable, etcd: EtcdClient) -> None:
+        self._service = service
+        self._table = table
+        self._etcd = etcd
         self._token = secrets.token_hex(8)  # of this process
-        self._count = self._seen = 0  # of its transactions: asked for, and seen in etcd
-        self._losses = self._regained = 0  # of claims by etcd: found, and made good
-        self._misses = 0  # transactions in a row that found something else than was known
-        self._shown: str | None = None  # what etcd has of this host, as far as is known
-        self._changes: list[tuple[str, Json]] = []  # as of the head
-        self._rival: tuple[str | None, float] = (None, 0.0)  # has this host's name, since then
-        self._is_there = False
-        self._pulse_s = self._reading_s = 0.0  # when the next of them is due
-        self._asks: collections.deque[
-            tuple[Attempt, Transaction | None, float, Callable[[], None]]] = collections.deque()
-        self._bell = threading.Event()
-        self._call: RunInLoop = service.run_once
-        self._stop: Callable[[], None] = lambda: None
-        self._thread = threading.current_thread()  # that asks etcd
-        self.busy: AlreadyRunning | None = None  # another gipam has the name of this host
-        site.wake = self._bell.set
+        self._sent = 0  # transactions
+        self._acknowledged = 0  # the count that etcd has been seen to have
+        self._own_key_text: str | None = None  # what etcd has of this host, as far as is known
+        self._claim_log: list[tuple[str, Json]] = []  # as of the head
+        self._revision = 0  # the highest seen
+        self._has_lost_data = False  # etcd, and not all has been read since
+        self._misses = 0  # transactions in a row that found another head
+        self._resume_s = 0.0  # when the next one may follow
+        self._followed_s = 0.0  # when the head was known last
+        self._next_heartbeat_s = 0.0
+        self._next_reading_s = 0.0
+        self._queue: collections.deque[PendingRequest] = collections.deque()
+        self._wakeup = threading.Event()
+        self._run_in_loop: RunInLoop = service.run_once
+        self._stop_loop: Callable[[], None] = self._wakeup.set
+        self._thread: threading.Thread | None = None
+        self.name_conflict: AlreadyRunning | None = None
+        table.wake_up = self._wakeup.set
 
-    def begin(self) -> None:
-        """Before anything is served, learn what others hold and show presence. Raises: BusyError.
+    # What others may call
 
-        An etcd that does not answer is no reason to wait; another gipam of this name is, until it
-        shows itself again or has not for RIVAL_S.
+    def join(self) -> None:
+        """Before serving: read all claims, and announce this host. Raises: AlreadyRunning.
+
+        An etcd that does not answer does not delay the start.
         """
-        while not self._is_there:
-            try:
-                self._pulse(is_reading=False)
-            except (Unavailable, RemoteError):
-                if not self._rival[0]:
-                    return
-                time.sleep(NAME_TAKEOVER_S / 20)
+        with contextlib.suppress(Unavailable, RemoteError):
+            self._beat()
 
-    def start(self, run_in_loop: RunInLoop, stop: Callable[[], None]) -> None:
-        """Go on in a thread; stop() is called if another gipam takes the name of this host."""
-        self._call, self._stop = run_in_loop, stop
-        self._thread = threading.Thread(target=self._repeat, name="etcd", daemon=True)
+    def start(self, run_in_loop: RunInLoop, stop_loop: Callable[[], None]) -> None:
+        """Go on in a thread; stop_loop() is called if the name turns out to be another machine's."""
+        self._run_in_loop = run_in_loop
+        self._stop_loop = stop_loop
+        self._thread = threading.Thread(target=self._run, name="etcd", daemon=True)
         self._thread.start()
 
-    def ask(self, need: Transaction | None, again: Attempt, done: Callable[[], None] = lambda: None) -> None:
-        """Have a request looked at until it needs etcd no more, at most as long as Docker waits.
+    def submit(self, request: PendingRequest) -> None:
+        """Run the transactions that the request needs, for at most ETCD_TIMEOUT_S."""
+        self._queue.append(request)
+        self._wakeup.set()
 
-        Then, once the turn that has answered it is over, done() is called.
-        """
-        asked = (again, need, time.monotonic() + ETCD_TIMEOUT_S, done)
-        if threading.current_thread() is self._thread:
-            self._serve(*asked)
-        else:
-            self._asks.append(asked)
-            self._bell.set()
-
-    def submit(self, pending: PendingRequest) -> None:
-        """Have a request of the loop decided until it needs etcd no more."""
-        def again(failure: GipamError | None) -> Transaction | None:
-            return pending.attempt(Outcome(error=failure))
-
-        self.ask(pending.transaction, again)
-
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run the function in a turn, once etcd has been asked for what it needs.
+    def run_with_claim(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run function(*args, outcome) in the loop, from another thread, or before start().
 
         Durable: what it changed, on return. Raises: as the function; StoreError.
         """
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        told: list[Callable[[], None]] = [functools.partial(  # the last of these is what it came to
-            future.set_exception, ShuttingDown("gipam is stopping: try again"))]
+        call = PendingCall(function, *args)
+        if self._thread is None:
+            self._run_transactions([call])
+        else:
+            self.submit(call)
+        return call.wait()
 
-        def again(failure: GipamError | None) -> Transaction | None:
-            try:
-                if failure:  # it counts, too, if the turn with the result is not on disk
-                    raise failure
-                told.append(functools.partial(future.set_result, function(*args)))
-            except TransactionRequired as due:
-                return due.transaction
-            except Exception as error:  # noqa: BLE001 - it goes to the thread
-                told.append(functools.partial(future.set_exception, error))
-            return None
+    # The thread
 
-        def done() -> None:
-            told[-1]()
-
-        self.ask(None, again, done)
-        return future.result()
-
-    def _repeat(self) -> None:
+    def _run(self) -> None:
         while True:
             try:
-                self._work()
+                self._run_once()
             except ShuttingDown:
                 return
             except AlreadyRunning as error:
-                self.busy = error
-                self._stop()
+                self.name_conflict = error
+                self._stop_loop()
                 return
             except GipamError as error:
-                if str(error) != self._service.etcd_failure:  # which has been logged
+                if str(error) != self._table.failure:
                     log.warning("%s", error)
-                self._pulse_s = min(self._pulse_s, time.monotonic() + ETCD_ATTEMPT_S)
-            except Exception:  # a bug: the operator gets the traceback
-                log.exception("failed to ask etcd")
+                self._hurry_heartbeat()
+            except Exception:
+                log.exception("failed to ask etcd: this is a bug of gipam")
                 time.sleep(ETCD_ATTEMPT_S)
 
-    def _work(self) -> None:
-        """Serve who asks, show presence when it is time, then see to what is due."""
-        self._bell.wait(max(self._pulse_s - time.monotonic(), 0.0))
-        self._bell.clear()
-        self._serve_asked()
-        now_s, is_calm = time.monotonic(), self._site.grace_remaining_s() > 0
-        if now_s >= self._pulse_s:
-            is_reading = not is_calm and now_s >= self._reading_s  # as often as others show up
-            self._pulse_s = now_s + (ETCD_ATTEMPT_S if is_calm else HEARTBEAT_INTERVAL_S)
-            self._pulse(is_reading)
-            self._reading_s = now_s + HEARTBEAT_INTERVAL_S if is_reading else self._reading_s
-        losses, docker_import = self._losses, self._service.docker_import
-        names = list(self._site.due)
-        for at in range(0, len(names), CLAIMS_PER_TRANSACTION):
-            part = names[at:at + CLAIMS_PER_TRANSACTION]
-            self.call(lambda: self._site.compare(part, not docker_import.has_asked))  # noqa: B023 - at once
-            self._serve_asked()
-        self._regained = losses
+    def _hurry_heartbeat(self) -> None:
+        """Have the next heartbeat within ETCD_ATTEMPT_S."""
+        soon_s = time.monotonic() + ETCD_ATTEMPT_S
+        self._next_heartbeat_s = min(self._next_heartbeat_s, soon_s)
 
-    def _serve_asked(self) -> None:
-        """Serve who has asked by now: who comes meanwhile is next time's, so that it ends."""
-        for _ in range(len(self._asks)):
-            self._serve(*self._asks.popleft())
+    def _run_once(self) -> None:
+        """Run what was submitted, send a heartbeat if it is due, then reconcile what is dirty."""
+        self._wakeup.wait(max(self._next_heartbeat_s - time.monotonic(), 0.0))
+        self._wakeup.clear()
+        self._run_transactions(self._take_queue())
+        if time.monotonic() >= self._next_heartbeat_s:
+            self._beat()
 
-    def _serve(self, again: Attempt, need: Transaction | None, end_s: float,
-               done: Callable[[], None]) -> None:
-        """Ask for what a request needs, until it has been answered, whatever happens."""
+        keys = list(self._table.dirty)
+        was_behind = self._table.members.is_behind
+        while keys:
+            part = keys[:CLAIMS_PER_TRANSACTION]
+            del keys[:CLAIMS_PER_TRANSACTION]
+            call = PendingCall(self._table.reconcile, part)
+            self._run_transactions([*self._take_queue(), call])
+            call.wait()
+        if was_behind and not self._table.members.is_behind:
+            self._next_heartbeat_s = 0.0  # to say so at once
+
+    def _take_queue(self) -> list[PendingRequest]:
+        """Return what has been submitted by now: later ones wait, so that each round ends."""
+        return [self._queue.popleft() for _ in range(len(self._queue))]
+
+    def _beat(self) -> None:
+        """Show that this host is alive, and look at the others. Raises: as etcd; AlreadyRunning."""
+        interval_s = HEARTBEAT_INTERVAL_S
+        if self._table.members.grace_remaining_s() > 0:
+            interval_s = ETCD_ATTEMPT_S
+        self._next_heartbeat_s = time.monotonic() + interval_s
+        call = PendingCall(self._table.heartbeat)
+        self._run_transactions([call])
+        call.wait()
+
+        if time.monotonic() >= self._next_reading_s:
+            self._next_reading_s = time.monotonic() + HEARTBEAT_INTERVAL_S
+            self._run_in_loop(self._table.members.count_reading)
+
+    # Transactions
+
+    def _run_transactions(self, requests: list[PendingRequest]) -> None:
+        """Run transactions until each of these requests is decided, whatever happens."""
         try:
-            self._settle(again, need, end_s)
-        except (ShuttingDown, AlreadyRunning):
+            transaction = self._attempt(requests, None)
+            while transaction is not None:
+                undecided = [request for request in requests if not request.is_decided]
+                deadline_s = min(request.deadline_s for request in undecided)
+                result = self._commit_by(transaction, deadline_s)
+                transaction = self._attempt(requests, result)
+        except (ShuttingDown, AlreadyRunning) as error:
+            for request in requests:
+                request.finish(error)
             raise
-        except StoreError as error:  # what the turn decided is not on disk
-            self._call(functools.partial(again, error))
-        except Exception:  # a bug
-            bug = GipamError("internal error of gipam: see its log")
-            self._call(functools.partial(again, bug))
+        except GipamError as error:
+            self._fail(requests, error)
+        except Exception:
+            self._fail(requests, GipamError("internal error of gipam: see its log"))
             raise
+
+    def _attempt(self, requests: list[PendingRequest],
+                 result: TransactionResult | None) -> Transaction | None:
+        """In one iteration, decide what can be decided; return the transaction for the others."""
+        undecided = [request for request in requests if not request.is_decided]
+        transaction: Transaction | None = self._run_in_loop(
+            self._apply_and_attempt, result, undecided)
+        for request in undecided:
+            if request.is_decided:
+                request.finish(None)
+        return transaction
+
+    def _apply_and_attempt(self, result: TransactionResult | None,
+                           requests: list[PendingRequest]) -> Transaction | None:
+        """Apply a result and decide on it. Runs in the loop, all of it in one iteration."""
+        outcome = NO_OUTCOME
+        if result is not None:
+            outcome = self._apply(result)
+        batch = TransactionBatch(self._table)
+        try:
+            for request in requests:
+                transaction = request.attempt(self._outcome_for(request, outcome))
+                if transaction is not None:
+                    batch.add(transaction)
         finally:
-            done()
+            batch.close()
+        return batch.transaction
 
-    def _settle(self, again: Attempt, need: Transaction | None, end_s: float) -> None:
-        """Ask for what a request needs, until it has been answered. Raises: StoreError."""
-        try:
-            if need is None or need.head != self._site.head:  # others were before it
-                need = self._call(functools.partial(again, None))
-            while need:
-                told = self._transact(need, end_s)
-                need = self._call(functools.partial(self._look, told, again))
-        except (StoreError, AlreadyRunning):
-            raise
-        except GipamError as error:  # of etcd
-            if self._call(functools.partial(again, None)):  # not even while etcd is away
-                self._call(functools.partial(again, error))
+    def _outcome_for(self, request: PendingRequest, outcome: Outcome) -> Outcome:
+        """Return the outcome, or an error once the request has waited for too long."""
+        if time.monotonic() + ETCD_PAUSE_S < request.deadline_s or outcome.is_committed:
+            return outcome
+        reason = (self._table.failure
+                  or "etcd was too slow, or other hosts faster each time: try again")
+        return Outcome(error=Unavailable(reason))
 
-    def _look(self, told: TransactionResult, again: Attempt) -> Transaction | None:
-        """In one turn, learn what a transaction told, and decide on it; too late, nothing is known.
+    def _apply(self, result: TransactionResult) -> Outcome:
+        """Apply what etcd told; return what may be decided on it.
 
-        Who was stopped in between may have been evicted.
+        A process that was suspended since it sent the transaction may have been evicted meanwhile:
+        then nothing is granted on it.
         """
-        site, is_late = self._site, boottime_s() - told.sent_s > TRANSACTION_MAX_AGE_S
-        site.apply_result(TransactionResult(UNKNOWN_HEAD) if told.won and is_late else told)
-        site.won, site.is_fresh = (not is_late and told.won) or frozenset(), True
+        age_s = boottime_s() - result.sent_s
+        if result.outcome.is_committed and age_s > TRANSACTION_MAX_AGE_S:
+            self._table.forget_head()
+            return NO_OUTCOME
+        self._table.apply_result(result)
+        if result.is_complete and self._table.members.unclaimed:
+            log.warning("this host's claims are missing from etcd (wiped, restored or evicted); "
+                        "claiming again what is held here")
+            self._next_heartbeat_s = 0.0
+        for key in self._table.new_conflicts():
+            claim = self._table.describe_claim(self._table.conflicts[key])
+            log.error("claimed_elsewhere: %s is held here, and claimed by %s: no new address of it "
+                      "is given out until one host releases it", key, claim)
+        return result.outcome
+
+    def _fail(self, requests: list[PendingRequest], error: GipamError) -> None:
+        """Answer all requests that are undecided, or whose decision is not on disk."""
+        undecided = [request for request in requests if not request.is_decided]
         try:
-            return again(None)
+            self._run_in_loop(self._refuse, undecided, error)
         finally:
-            site.won, site.is_fresh = frozenset(), False
+            for request in requests:
+                request.finish(error)
 
-    def _pulse(self, is_reading: bool) -> None:
-        """Show that this host is there, and see who else is; catch up, if the head is another.
+    @staticmethod
+    def _refuse(requests: list[PendingRequest], error: GipamError) -> None:
+        for request in requests:
+            request.attempt(Outcome(error=error))
 
-        Raises: Unavailable, Refused, BusyError.
+    def _commit_by(self, transaction: Transaction, deadline_s: float) -> TransactionResult | None:
+        """Return the result of a transaction, None if etcd does not answer by the deadline.
+
+        Raises: RemoteError; AlreadyRunning.
         """
-        end_s, site, is_done = time.monotonic() + ETCD_TIMEOUT_S, self._site, False
-        while not is_done:
-            told = self._transact(Transaction({}, site.head), end_s)
-            is_done = told.won is not None
-            self._call(functools.partial(site.apply_result, told, is_reading and is_done))
-        self._is_there = True
+        try:
+            return self._commit(transaction, deadline_s)
+        except Unavailable:
+            return None
 
-    def _transact(self, need: Transaction, end_s: float) -> TransactionResult:
-        """Write what is needed, if all is as known, and that this host is there.
+    def _commit(self, transaction: Transaction, deadline_s: float) -> TransactionResult:
+        """Write the claims and this host's key, if etcd is as expected; return what it told.
 
-        Return what is to be learned in a turn. Raises: Unavailable, Refused, BusyError.
+        Raises: Unavailable, RemoteError; AlreadyRunning.
         """
-        if self._misses and self._misses % 2 == 0:  # what is known is old then: only to catch up
-            time.sleep(ETCD_PAUSE_S)
-        if time.monotonic() + ETCD_PAUSE_S >= end_s:
-            raise Unavailable(self._service.etcd_failure
-                              or "etcd was too slow, or other hosts faster each time: try again")
-        site, head, changes = self._site, need.head, self._changes
-        if site.head == UNKNOWN_HEAD:
-            return self._read()
-        self._count += 1
-        own, news = f"hosts/{site.host}", {name: claim and claim.value()
-                                           for name, claim in need.writes.items()}
-        text = encode_json({"machine": site.machine, "token": self._token, "count": self._count,
-                      "is_behind": self._regained < self._losses})
-        writes: dict[str, str | None] = {own: text, **{
-            f"claims/{name}": encode_json(value) if value else None for name, value in news.items()}}
-        if news:
-            head, changes = secrets.token_hex(8), [*changes, (need.head or "", news)]
-            while len(changes) > 1 and len(encode_json(changes)) > MAX_CLAIM_LOG_CHARS:
-                del changes[0]
-            writes.update(head=head, changes=encode_json(changes))
-        gone = need.going if len(news) < CLAIMS_PER_TRANSACTION else {}  # with the last of its claims
+        self._let_others_go_first()
+        expected_head = transaction.expected_head
+        if expected_head is None:
+            return self._read_all()
+
+        head = expected_head
+        claim_log = self._claim_log
+        self._sent += 1
+        own_key = f"hosts/{self._table.host}"
+        own_key_text = self._format_own_key()
+        writes: dict[str, str | None] = {own_key: own_key_text}
+        for key, claim in transaction.claims.items():
+            writes[f"claims/{key}"] = encode_json(claim.to_json()) if claim is not None else None
+        for key in transaction.deleted_keys:
+            writes[key] = None
+        if transaction.claims:
+            head = Head(secrets.token_hex(8))
+            claim_log = self._extended_log(expected_head, transaction.claims)
+            writes["head"] = head.token
+            writes["changes"] = encode_json(claim_log)
+
+        expected = {"head": expected_head.token, own_key: self._own_key_text,
+                    **transaction.expected_keys}
         sent_s = boottime_s()
-        is_done, found = self._ask(
-            self._etcd.txn, {"head": need.head, own: self._shown, **need.going},
-            {**writes, **dict.fromkeys(gone)}, end_s)
-        self._misses = 0 if is_done else self._misses + 1
-        if not is_done:
-            return self._catch_up(found)
-        self._changes, self._shown, self._seen = changes, text, self._count
-        return TransactionResult(head, need.writes, found, frozenset((*filter(news.get, news), *gone)), sent_s)
+        reply = self._call_etcd(self._etcd.txn, expected, writes, deadline_s)
+        if self._has_lost_data:
+            return self._read_all()
+        if reply.body.get("succeeded") is not True:
+            self._misses += 1
+            return self._catch_up(reply.values, sent_s)
 
-    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Ask etcd, and note how that went. Raises: Unavailable, Refused."""
-        started_s, failure = time.perf_counter(), ""
+        if self._misses > 0:
+            pause_s = random.uniform(ETCD_PAUSE_S, 2 * ETCD_PAUSE_S)  # noqa: S311
+            self._resume_s = time.monotonic() + pause_s
+        self._misses = 0
+        self._claim_log = claim_log
+        self._own_key_text = own_key_text
+        self._acknowledged = self._sent
+        self._followed_s = time.monotonic()
+        granted = [key for key, claim in transaction.claims.items() if claim is not None]
+        deleted = [key for key, claim in transaction.claims.items() if claim is None]
+        deleted += transaction.deleted_keys
+        if transaction.log_text:
+            log.warning("%s", transaction.log_text)
+        outcome = Outcome(True, frozenset(granted), frozenset(deleted), is_fresh=True)
+        return TransactionResult(head, transaction.claims, reply.values, outcome, sent_s)
+
+    def _let_others_go_first(self) -> None:
+        """Pause after a success that other hosts raced for.
+
+        It alone knows the head, and would win again and again: of ten busy hosts some waited for
+        seconds. Who loses goes on at once, for each loss is another host's success.
+        """
+        pause_s = self._resume_s - time.monotonic()
+        if pause_s > 0:
+            time.sleep(pause_s)
+
+    def _format_own_key(self) -> str:
+        machine = self._table.members.machine
+        return encode_json({
+            "machine": machine.machine,
+            "product": machine.product,
+            "token": self._token,
+            "count": self._sent,
+            "is_behind": self._table.members.is_behind,
+        })
+
+    def _extended_log(self, before: Head, claims: Mapping[str, Claim | None]) -> list[tuple[str, Json]]:
+        """Return the log of claims with these changes; the oldest go past the bound."""
+        changed: Json = {}
+        for key, claim in claims.items():
+            changed[key] = claim.to_json() if claim is not None else None
+        claim_log = [*self._claim_log, (before.token or "", changed)]
+        while len(claim_log) > 1 and len(encode_json(claim_log)) > MAX_CLAIM_LOG_CHARS:
+            del claim_log[0]
+        return claim_log
+
+    def _call_etcd(self, function: Callable[..., EtcdReply], *args: Any) -> EtcdReply:
+        """Call etcd, note how that went, and whether it has lost data. Raises: as the function.
+
+        Revisions only grow: a lower one than before is that of an older etcd, or of another one.
+        """
+        started_s = time.perf_counter()
+        failure = ""
         try:
-            found = function(*arguments)
-            self._service.etcd_s.observe(time.perf_counter() - started_s)
-            return found
+            reply = function(*args)
         except GipamError as error:
             failure = str(error)
             raise
         finally:
-            if failure or self._service.etcd_failure:
-                self._call(functools.partial(self._note, failure))
+            if failure or self._table.failure:
+                self._run_in_loop(self._set_failure, failure)
 
-    def _note(self, failure: str) -> None:
-        """Note whether etcd answers, and say so."""
-        before, self._service.etcd_failure = self._service.etcd_failure, failure
+        self._service.etcd_s.observe(time.perf_counter() - started_s)
+        if reply.revision < self._revision:
+            self._has_lost_data = True
+        self._revision = reply.revision
+        return reply
+
+    def _set_failure(self, failure: str) -> None:
+        """Note whether etcd answers, and log a change of that. Runs in the loop."""
+        before = self._table.failure
+        self._table.failure = failure
         if failure and failure != before:
-            log.warning("%s; what is held here goes on, what is new waits", failure)
+            log.warning("%s; existing allocations keep working, new ones must wait", failure)
         elif before and not failure:
             log.info("etcd answers")
 
-    def _catch_up(self, found: dict[str, str]) -> TransactionResult:
-        """Return what another head, or another key of this host, has to tell."""
-        head, changes = found.get("head"), read_changes(found.get("changes"))
-        ats = {**{before or None: at for at, (before, _) in enumerate(changes)}, head: len(changes)}
-        at = ats.get(self._site.head)
-        if not self._see(found) or at is None:
-            return self._read()
-        self._changes, news = changes, collections.ChainMap(
-            *(changed for _, changed in reversed(changes[at:])))  # the last word counts
-        return TransactionResult(head, read_claims(news, self._site.claims), found)
+    # Following what others change
 
-    def _see(self, found: Mapping[str, str]) -> bool:
-        """Note what etcd has of this host; return whether this process wrote that.
+    def _catch_up(self, values: dict[str, str], sent_s: float) -> TransactionResult:
+        """Return what has changed since the head that is known, by the log or by reading all."""
+        is_own_key = self._check_own_key(values)
+        head = Head(values.get("head"))
+        claim_log = parse_claim_log(values.get("changes"))
+        index = self._find_in_log(head, claim_log)
+        if index is None:
+            self._plan_heartbeat(len(claim_log), 2 * len(claim_log))
+        if not is_own_key or index is None:
+            return self._read_all()
 
-        Whoever holds the lease file on the machine that wrote it is this host.
-        Raises: BusyError, if another gipam is there; Unavailable, while it may have gone.
+        changed: Json = {}
+        for _, later in claim_log[index:]:
+            changed.update(later)
+        self._claim_log = claim_log
+        self._plan_heartbeat(len(claim_log), len(claim_log) - index)
+        claims = parse_claims(changed, self._table.claims)
+        return TransactionResult(head, claims, values, Outcome(is_fresh=True), sent_s)
+
+    def _find_in_log(self, head: Head, claim_log: list[tuple[str, Json]]) -> int | None:
+        """Return the index of the first change that is not known here, None if the log lacks it."""
+        if head == self._table.head:
+            return len(claim_log)
+        for index in reversed(range(len(claim_log))):
+            before, _ = claim_log[index]
+            if Head(before or None) == self._table.head:
+                return index
+        return None
+
+    def _plan_heartbeat(self, kept: int, followed: int) -> None:
+        """Look again before other hosts have replaced half of the log, so that it suffices.
+
+        A larger log would be written with each change of claims; a look costs its readers less.
         """
-        shown, (before, since_s) = found.get(f"hosts/{self._site.host}"), self._rival
-        key = parse_json_object(shown)
-        if isinstance(key.get("machine"), str) and key["machine"] != self._site.machine:
-            said = (f"another gipam is there as host {self._site.host!r}: "
-                    "each needs a -host of its own")
-            if self._is_there or (before and before != shown):
-                raise AlreadyRunning(said)
-            self._rival = (shown, since_s if before else time.monotonic())
-            if time.monotonic() - self._rival[1] < NAME_TAKEOVER_S:
-                raise Unavailable(f"{said}; one that has gone is forgotten after {NAME_TAKEOVER_S:.0f} s")
-        self._rival, self._shown, count = (None, 0.0), shown, key.get("count")
-        if key.get("token") != self._token or type(count) is not int or count < self._seen:
+        now_s = time.monotonic()
+        elapsed_s = now_s - self._followed_s
+        self._followed_s = now_s
+        if followed > 0:
+            interval_s = max(elapsed_s * kept / (2 * followed), ETCD_MIN_LOOK_S)
+            self._next_heartbeat_s = min(self._next_heartbeat_s, now_s + interval_s)
+
+    def _check_own_key(self, values: Mapping[str, str]) -> bool:
+        """Return whether etcd has this host's key as this process wrote it.
+
+        Raises: AlreadyRunning, if another machine wrote it: no name is ever taken over by waiting.
+        """
+        host = self._table.host
+        text = values.get(f"hosts/{host}")
+        value = parse_json_object(text)
+        if self._table.members.machine.is_foreign(value):
+            raise AlreadyRunning(
+                f"another machine is host {host!r} in etcd: give this one a -host of its own; if "
+                f"that machine is gone for good, run `gipam evict {host}` on another host first")
+        self._own_key_text = text
+        count = value.get("count")
+        if value.get("token") != self._token or type(count) is not int:
             return False
-        self._seen = count
+        if count < self._acknowledged:
+            return False
+        self._acknowledged = count
         return True
 
-    def _read(self) -> TransactionResult:
-        """Learn all that there is, in portions. Raises: Unavailable, Refused, BusyError."""
-        site, revision = self._site, 0
-        rest: dict[str, str] = {}  # what is no claim
-        start: str | None = ""
-        self._call(lambda: setattr(site, "head", UNKNOWN_HEAD))
-        gone: dict[str, Claim | None] = dict.fromkeys(site.claims)
-        while start is not None:
-            found, start, revision = self._ask(self._etcd.page, start, revision,
-                                               time.monotonic() + ETCD_TIMEOUT_S)
-            news = read_claims({name[7:]: parse_json_object(text) for name, text in found.items()
-                                if name.startswith("claims/")}, site.claims)
-            rest.update((name, text) for name, text in found.items() if name[7:] not in news)
-            for name in news:
-                gone.pop(name, None)
-            items = [*news.items(), *(gone.items() if start is None else ())]
-            for at in range(0, len(items), CLAIMS_PER_ITERATION):
-                self._call(functools.partial(site.apply_claims, dict(items[at:at + CLAIMS_PER_ITERATION])))
-        if not self._see(rest) and self._is_there:
-            self._lose(rest)
-        self._changes = read_changes(rest.get("changes"))
-        told = TransactionResult(rest.get("head"), {}, rest)
-        self._call(functools.partial(site.apply_result, told))
-        if not self._is_there:
-            self._begin_to_claim([name for name in rest if name not in ("head", "changes")
-                                  and not name.startswith("hosts/")])
-        return told
+    def _read_all(self) -> TransactionResult:
+        """Read all claims, in portions that are applied as they come; return the rest to apply.
 
-    def _begin_to_claim(self, odd: list[str]) -> None:
-        """Before anything is claimed, find what a crash, or an older etcd or lease file, lacks."""
-        if odd:
-            log.warning("%d keys in etcd are none of gipam's, and ignored, such as %s", len(odd),
-                        printable(odd[0]))
-        names, is_lost = list(self._site.due), False
-        for at in range(0, len(names), CLAIMS_PER_TRANSACTION):
-            missing = functools.partial(self._site.claims_to_write, names[at:at + CLAIMS_PER_TRANSACTION])
-            for claim in self._call(missing).values():
-                is_lost |= bool(claim and self._site.host in claim.hosts)
-        if is_lost:
-            self._lose({f"hosts/{host}": text for host, (text, _) in self._site.hosts.items()})
+        Raises: Unavailable, RemoteError; AlreadyRunning.
+        """
+        table = self._table
+        sent_s = boottime_s()
+        self._run_in_loop(table.forget_head)
+        gone = set(table.claims)
+        other_values: dict[str, str] = {}
+        odd_keys: list[str] = []
+        revision = 0
+        start = ""
+        while True:
+            deadline_s = time.monotonic() + ETCD_TIMEOUT_S
+            reply = self._call_etcd(self._etcd.read_page, start, revision, deadline_s)
+            revision = revision or reply.revision
+            claims = self._split_page(reply.values, other_values, odd_keys)
+            gone.difference_update(claims)
+            self._apply_in_portions(claims)
+            if reply.body.get("more") is not True or not reply.values:
+                break
+            start = max(reply.values) + "\0"
+        self._apply_in_portions(dict.fromkeys(gone))
 
-    def _lose(self, keys: Mapping[str, str]) -> None:
-        """Note that etcd is not what it was."""
-        self._site.lose(keys)
-        self._losses, self._pulse_s = self._losses + 1, 0.0
-        log.warning("etcd lacks what it had of this host: it was emptied, or restored, or this "
-                    "host evicted; claiming again what is held here")
+        is_own_key = self._check_own_key(other_values)
+        is_loss = table.has_joined and (self._has_lost_data or not is_own_key)
+        self._has_lost_data = False
+        self._claim_log = parse_claim_log(other_values.get("changes"))
+        self._followed_s = time.monotonic()
+        if odd_keys and not table.has_joined:
+            log.warning("%d keys in etcd are none of gipam's, and ignored, such as %s",
+                        len(odd_keys), printable(odd_keys[0]))
+        return TransactionResult(Head(other_values.get("head")), {}, other_values,
+                                 Outcome(is_fresh=True), sent_s, True, is_loss)
+
+    def _split_page(self, values: Mapping[str, str], other_values: dict[str, str],
+                    odd_keys: list[str]) -> dict[str, Claim | None]:
+        """Return the claims of a page, and add what else is in it to the other arguments."""
+        claim_values = {}
+        for key, text in values.items():
+            table_name, _, claim_key = key.partition("/")
+            if table_name == "claims":
+                claim_values[claim_key] = parse_json_object(text)
+        claims = parse_claims(claim_values, self._table.claims)
+
+        for key, text in values.items():
+            table_name, _, claim_key = key.partition("/")
+            if table_name == "claims" and claim_key in claims:
+                continue
+            other_values[key] = text
+            if key not in ("head", "changes") and table_name != "hosts":
+                odd_keys.append(key)
+        return claims
+
+    def _apply_in_portions(self, claims: Mapping[str, Claim | None]) -> None:
+        """Apply claims, CLAIMS_PER_ITERATION in an iteration of the loop."""
+        items = list(claims.items())
+        while items:
+            self._run_in_loop(self._table.apply_claims, dict(items[:CLAIMS_PER_ITERATION]))
+            del items[:CLAIMS_PER_ITERATION]
+
+
+class NoCluster:
+    """Runs what may need claims where no etcd is configured, and nothing has to be claimed."""
+
+    def __init__(self, run_in_loop: RunInLoop) -> None:
+        self._run_in_loop = run_in_loop
+
+    def run_with_claim(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run function(*args, outcome) in the loop, as ClusterMember.run_with_claim()."""
+        return self._run_in_loop(function, *args, NO_OUTCOME)
 
 
 # === Settings =====================================================================================
@@ -6456,7 +7348,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         config, store, document, state = open_store(arguments.settings)
         service = make_service(config, store, document, state)
         claimant = join_cluster(config, service, store)
-        start_import(config, service, document, claimant.call if claimant else service.run_once)
+        start_import(config, service, document, service.run_once,
+                     (claimant or NoCluster(service.run_once)).run_with_claim)
         gc.freeze()  # nor need it look at them later: 270 ms for a million
         gc.enable()
         handler: LogHandler = arguments.log_handler
@@ -6469,7 +7362,8 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
             loop.submit_to_etcd = claimant.submit
             claimant.start(loop.run_in_loop, loop.stop)
         threading.Thread(target=import_worker, args=(
-            service, config.driver, claimant.call if claimant else loop.run_in_loop),
+            service, config.driver, loop.run_in_loop,
+            (claimant or NoCluster(loop.run_in_loop)).run_with_claim),
                          name="import", daemon=True).start()
         log_startup_warnings(config, service.state.families[4].subnets, "/proc/self/net")
         places = [format_endpoint(server.server_address) for server in loop.servers]
@@ -6483,7 +7377,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
         sd_notify("STOPPING=1")
         loop.drain(made.close)
     handler.is_buffering = False
-    failure = service.store.fatal_error or (claimant and claimant.busy)
+    failure = service.store.fatal_error or (claimant and claimant.name_conflict)
     if failure:
         log.error("%s", failure)  # not as main() would: nobody may read it, and it must end
         return failure.exit_status
@@ -6526,17 +7420,16 @@ def send_watchdog(service: Service, store: Store) -> None:
 
 
 def join_cluster(config: Config, service: Service, store: Store) -> ClusterMember | None:
-    """Learn from etcd what other hosts hold, if there is any. Raises: BusyError, ConfigError."""
+    """Read from etcd what other hosts hold, if -etcd is set. Raises: AlreadyRunning, ConfigError."""
     if not config.etcd:
         return None
     tls = load_tls(config.etcdtls)
-    home = os.stat(os.path.dirname(os.path.abspath(store.path)))
-    place = f"{[*read_words('/etc/machine-id')]} {store.path} {home.st_dev} {home.st_ino}"
-    machine = hashlib.sha256(place.encode()).hexdigest()[:16]
-    service.site = ClaimTable(config.host, machine, service.state)
-    claimant = ClusterMember(service, service.site, EtcdClient(config.etcd, tls, f"/gipam/{config.driver}/"))
-    claimant.begin()
-    return claimant
+    table = ClaimTable(config.host, read_machine_id(store.path), service.state)
+    service.claims = table
+    client = EtcdClient(config.etcd, tls, f"/gipam/{config.driver}/")
+    member = ClusterMember(service, table, client)
+    member.join()
+    return member
 
 
 def make_service(config: Config, store: Store, document: Json | None, state: State) -> Service:
@@ -6561,7 +7454,8 @@ def make_service(config: Config, store: Store, document: Json | None, state: Sta
                    netlink_request, proxies)
 
 
-def start_import(config: Config, service: Service, document: Json | None, run_in_loop: RunInLoop) -> None:
+def start_import(config: Config, service: Service, document: Json | None,
+                 run_in_loop: RunInLoop, run_with_claim: RunInLoop) -> None:
     """Ask Docker what is in use before anything is served, if there was no lease file.
 
     But only if dockerd is alive: while it starts, its socket accepts connections, but dockerd waits
@@ -6569,7 +7463,8 @@ def start_import(config: Config, service: Service, document: Json | None, run_in
     """
     if document is None and is_docker_alive():
         try:
-            import_from_docker(service, config.driver, IMPORT_TIMEOUT_S, run_in_loop)
+            import_from_docker(service, config.driver, IMPORT_TIMEOUT_S, run_in_loop,
+                               run_with_claim)
         except GipamError as error:
             log.warning("Docker cannot be asked yet what is in use: %s", error)
 
