@@ -5796,7 +5796,6 @@ class IterationTest(Case):
                 if submit.called:
                     break
         (pending,) = submit.call_args[0]
-        self.assertIs(pending.transaction, mock.sentinel.transaction)
         self.assertFalse(peer.has_input())
         self.assertIsNone(pending.attempt(gipam.NO_OUTCOME))
         served.run_until("a reply", peer.has_input)
@@ -9330,7 +9329,10 @@ class ClaimTest(TwoHosts):
             self.etcd.before("head", win)
 
         self.etcd.before("head", win)
-        self.tell(Network("one", refused="etcd was too slow, or other hosts faster each time"))
+        # It is too slow, or if the time is up in the middle of a transaction does not answer.
+        self.tell(Network("one", refused="etcd "))
+        self.etcd.interventions.clear()
+        self.tell(Network("one"))
 
     def test_head_that_is_there_and_empty_is_not_taken_for_none(self) -> None:
         self.patch(gipam, ETCD_TIMEOUT_S=DEADLINE_S)
