@@ -72,6 +72,7 @@ import collections
 import concurrent.futures
 import contextlib
 import difflib
+import enum
 import errno
 import faulthandler
 import fcntl
@@ -315,7 +316,16 @@ class LogHandler(logging.Handler):
             text = self.format(record)
         except Exception as error:  # noqa: BLE001 - for its first traceback, Python opens files
             text = f"{record.msg}: {error!r}"
-        self._lines.append(text.encode() + b"\n")
+        self.write_line(text)
+
+    def write_error(self, text: str) -> None:
+        """Write why the command fails: one line, under systemd with the priority of an error."""
+        prefix = "<3>" if "JOURNAL_STREAM" in os.environ else "gipam: "
+        self.write_line(prefix + text)
+
+    def write_line(self, text: str) -> None:
+        """Write a line as soon as stderr takes it."""
+        self._lines.append(text.encode(errors="backslashreplace") + b"\n")
         if not self.is_buffering:
             self.flush()
 
@@ -5532,128 +5542,197 @@ class EventLoop:
 
 
 # === Discovery ====================================================================================
+# How Docker finds gipam: a socket in /run/docker/plugins, or a symbolic link there, or a plugin file
+# with an URL. And how the socket outlives a restart: systemd keeps it (FileDescriptorStoreMax) and
+# hands it to the next process, so that Docker never sees a refused connection.
+#
+# Each such file is a PublishedPath. Nothing that another process uses is replaced: a socket is
+# removed only after a connection to it was refused.
 
 
-def open_listener(kind: type[Server], address: Any, loop: EventLoop) -> Server:
-    """Listen; the service manager keeps the socket, so that a restart never refuses Docker."""
-    found = inherited_sockets(address)
-    if not found and isinstance(address, str):
+def open_listener(server_class: type[Server], address: Any, loop: EventLoop) -> Server:
+    """Listen on an address, on a socket that systemd hands over if there is one.
+
+    Raises: GipamError, OSError.
+    """
+    inherited = inherited_sockets(address)
+    listener = None
+    if inherited:
+        listener = next(iter(inherited.values()))
+    elif isinstance(address, str):
         remove_stale(address)
-    server = kind(address, loop, next(iter(found.values()), None))
-    server.is_fd_stored = bool(found) or "FDSTORE" in os.environ
-    if "FDSTORE" in os.environ and FDSTORE_NAME not in found:  # there is room for one
+    server = server_class(address, loop, listener)
+
+    has_fd_store = "FDSTORE" in os.environ
+    server.is_fd_stored = has_fd_store or bool(inherited)
+    # The store has room for one socket.
+    if has_fd_store and FDSTORE_NAME not in inherited:
         sd_notify(f"FDSTOREREMOVE=1\nFDNAME={FDSTORE_NAME}", patience_s=TIMER_INTERVAL_S)
-        sd_notify(f"FDSTORE=1\nFDNAME={FDSTORE_NAME}", server.socket.fileno(), patience_s=TIMER_INTERVAL_S)
-    for old in [it for it in loop.servers if it.server_address == server.server_address]:
-        old.is_fd_stored = False  # any more: somebody has deleted its name
-        loop.close_listener(old)
+        sd_notify(f"FDSTORE=1\nFDNAME={FDSTORE_NAME}", server.socket.fileno(),
+                  patience_s=TIMER_INTERVAL_S)
+
+    # A listener on the same path is one whose path somebody has deleted.
+    for other in list(loop.servers):
+        if other.server_address == server.server_address:
+            other.is_fd_stored = False
+            loop.close_listener(other)
     loop.add_listener(server)
     return server
 
 
 def inherited_sockets(address: Any) -> dict[str, socket.socket]:
-    """Return the listeners for the address of those handed over, by name (sd_listen_fds(3)).
+    """Return the sockets for the address that systemd hands over, by name. Source: sd_listen_fds(3).
 
-    One may come twice, from a socket unit and from the store: the copy is closed, never shut down,
-    which would end both. Of one for another address, kept from before a change of options, the name
-    goes: it must not look alive; listen() has the service manager keep another in its place.
+    A socket may come twice, from a socket unit and from the store; shutting one down would end
+    both. A stored one for another address is of former options; its path is removed, so that it
+    does not look alive.
     """
-    found = {}
-    is_for_us = os.environ.get("LISTEN_PID") == str(os.getpid())
-    is_named = not isinstance(address, str) or os.path.exists(address)
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    count = int(os.environ.pop("LISTEN_FDS", "0"))
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    for at in range(int(os.environ.pop("LISTEN_FDS", "0")) if is_for_us else 0):
-        handed, name = socket.socket(fileno=3 + at), "".join(names[at:at + 1])
-        bound = handed.getsockname()
-        if is_named and address in (bound, bound[:2]):
-            found[name] = handed
+    names += [""] * count
+    # The path of the socket may be deleted.
+    is_reachable = not isinstance(address, str) or os.path.exists(address)
+    matching = {}
+    for index in range(count):
+        inherited = socket.socket(fileno=3 + index)
+        bound_address = inherited.getsockname()
+        if is_reachable and address in (bound_address, bound_address[:2]):
+            matching[names[index]] = inherited
             continue
-        handed.close()
-        if name == FDSTORE_NAME and isinstance(bound, str) and os.path.lexists(bound):
-            os.unlink(bound)
-    return found
+        inherited.close()
+        if names[index] == FDSTORE_NAME and isinstance(bound_address, str) \
+                and os.path.lexists(bound_address):
+            os.unlink(bound_address)
+    return matching
 
 
 def remove_stale(path: str) -> None:
-    """Make the directory of a socket or link, remove a dead one. Raises: GipamError, OSError."""
+    """Remove a dead socket or a link, and create its directory. Raises: GipamError, OSError."""
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    if os.path.lexists(path):
-        if not os.path.islink(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise ConfigError(f"{path} is in the way and is not a socket: "
-                              "remove it, or use another name")
-        require_no_listener(path)
-        os.unlink(path)
+    if not os.path.lexists(path):
+        return
+    if not os.path.islink(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise ConfigError(f"{path} exists and is not a socket: remove it, or use another name")
+    require_no_listener(path)
+    os.unlink(path)
 
 
 def require_no_listener(path: str) -> None:
-    """Check that nobody listens there. Raises: BusyError."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # the other may be stopped, its backlog full: EAGAIN
-        if probe.connect_ex(path) in (0, errno.EAGAIN):
+    """Check that no process listens on a UNIX socket. Raises: AlreadyRunning."""
+    with socket.socket(socket.AF_UNIX) as client:
+        # The backlog of a process that is stopped may be full: EAGAIN.
+        client.setblocking(False)
+        if client.connect_ex(path) in (0, errno.EAGAIN):
             raise AlreadyRunning(f"another daemon listens on {path}: stop it, or use another name")
 
 
-PublishedPaths = Dict[str, Callable[[str], Any]]  # a path, and what makes it, true: it stays at the end
+class PublishedPath:
+    """A path by which Docker finds gipam: created at the start, and again if somebody deletes it."""
 
+    is_kept = False  # after the end, because systemd keeps the socket
+    is_needed = True
 
-def unix_paths(config: Config, loop: EventLoop) -> PublishedPaths:
-    """Return the socket, its link where dockerd looks, and the plugin file, if one is asked for."""
-    def link(path: str) -> bool:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Create the file. Raises: GipamError, OSError."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Create the file again if somebody has deleted it; a failure is logged."""
+        if not self.is_needed or os.path.lexists(self.path):
+            return
+        log.warning("%s was deleted: creating it again", self.path)
         try:
-            if os.path.realpath(path) != os.path.realpath(config.socket):
-                remove_stale(path)
-                os.symlink(config.socket, path)
-        except PermissionError:
-            if not config.is_spec_given:  # rootless Docker finds the socket by its plugin file
-                raise
-            del names[path]
-        return any(server.is_fd_stored for server in loop.servers if server.is_unix)
-
-    names: PublishedPaths = {config.socket: lambda path: open_listener(UnixServer, path, loop).is_fd_stored}
-    names.setdefault(os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket)), link)
-    if config.is_spec_given:
-        names[config.spec] = functools.partial(write_plugin_file, f"unix://{config.socket}\n")
-    return names
-
-
-def tcp_paths(config: Config, loop: EventLoop) -> PublishedPaths:
-    """Listen on the address; return the plugin file. Raises: GipamError, OSError."""
-    server = open_listener(Server, config.address, loop)
-    shadow = os.path.join(PLUGIN_SOCKET_DIR, config.driver + ".sock")
-    if os.path.lexists(shadow):
-        remove_stale(shadow)
-        log.warning("removed %s, which hid %s; restart dockerd if it has used it", shadow,
-                    config.spec)
-    url = f"tcp://{format_endpoint(server.server_address)}\n"
-    return {config.spec: functools.partial(write_plugin_file, url)}
-
-
-def publish(names: PublishedPaths, made: contextlib.ExitStack, is_start: bool = False) -> None:
-    """Make what shows Docker where gipam is; at each tick, what somebody has deleted of it.
-
-    It goes at the end. Raises: GipamError, OSError, at the start; later it is tried again.
-    """
-    for path, make in list(names.items()):
-        if not is_start:
-            if os.path.lexists(path):
-                continue
-            log.warning("somebody has deleted %s: it is made again", path)
-        try:
-            if not make(path):
-                made.callback(lambda path: os.unlink(path) if os.path.lexists(path) else None, path)
+            self.create()
         except (GipamError, OSError) as error:
-            if is_start:
+            log.warning("cannot create %s: %s", self.path, format_os_error(error))
+
+    def remove(self) -> None:
+        """Remove the file, unless the next process needs it. Raises: OSError."""
+        if self.is_needed and not self.is_kept and os.path.lexists(self.path):
+            os.unlink(self.path)
+
+
+class SocketPath(PublishedPath):
+    """The UNIX socket."""
+
+    def __init__(self, path: str, loop: EventLoop) -> None:
+        super().__init__(path)
+        self._loop = loop
+
+    def create(self) -> None:
+        """Listen on the socket. Raises: GipamError, OSError."""
+        self.is_kept = open_listener(UnixServer, self.path, self._loop).is_fd_stored
+
+
+class SocketLink(PublishedPath):
+    """The symbolic link in the directory where dockerd looks for sockets."""
+
+    def __init__(self, path: str, target: SocketPath, has_plugin_file: bool) -> None:
+        super().__init__(path)
+        self._target = target
+        self._has_plugin_file = has_plugin_file
+
+    def create(self) -> None:
+        """Create the link, if it is not the socket itself. Raises: GipamError, OSError."""
+        self.is_kept = self._target.is_kept
+        if os.path.realpath(self.path) == os.path.realpath(self._target.path):
+            return
+        try:
+            remove_stale(self.path)
+            os.symlink(self._target.path, self.path)
+        except PermissionError:
+            # Rootless Docker finds the socket by its plugin file.
+            if not self._has_plugin_file:
                 raise
-            log.warning("%s cannot be made: %s", path, format_os_error(error))
+            self.is_needed = False
 
 
-def write_plugin_file(text: str, path: str) -> None:
-    """Write the plugin file, whole or not at all. Raises: OSError."""
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8",
-              opener=lambda path, _: os.open(path, CREATE_FLAGS, 0o600)) as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
+class PluginFile(PublishedPath):
+    """A file with the URL on which gipam listens."""
+
+    def __init__(self, path: str, url: str) -> None:
+        super().__init__(path)
+        self._url = url
+
+    def create(self) -> None:
+        """Write the file, whole or not at all. Raises: OSError."""
+        os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
+        temp_path = self.path + ".tmp"
+        fd = os.open(temp_path, CREATE_FLAGS, 0o600)
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(self._url + "\n")
+        os.replace(temp_path, self.path)
+
+
+def unix_paths(config: Config, loop: EventLoop) -> list[PublishedPath]:
+    """Return the socket, its link where dockerd looks, and the plugin file if it was asked for."""
+    socket_path = SocketPath(config.socket, loop)
+    link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
+    paths: list[PublishedPath] = [socket_path]
+    if link != config.socket:
+        paths.append(SocketLink(link, socket_path, config.is_spec_given))
+    if config.is_spec_given:
+        paths.append(PluginFile(config.spec, f"unix://{config.socket}"))
+    return paths
+
+
+def tcp_paths(config: Config, loop: EventLoop) -> list[PublishedPath]:
+    """Listen on the TCP address; return the plugin file. Raises: GipamError, OSError.
+
+    dockerd prefers NAME.sock to a plugin file, even if nothing listens there.
+    """
+    server = open_listener(Server, config.address, loop)
+    dead_socket = os.path.join(PLUGIN_SOCKET_DIR, config.driver + ".sock")
+    if os.path.lexists(dead_socket):
+        remove_stale(dead_socket)
+        log.warning("removed %s, which hid %s; restart dockerd if it has used it", dead_socket,
+                    config.spec)
+    return [PluginFile(config.spec, f"tcp://{format_endpoint(server.server_address)}")]
 
 
 # === Docker =======================================================================================
@@ -7047,87 +7126,166 @@ class NoCluster:
 
 
 # === Settings =====================================================================================
+# The options of gipam, and where their values come from: the default, the environment, the command
+# line, and the lease file, whose keys people edit. OPTIONS is the one list of them. Settings map the
+# name of each option to the Option that is in effect; a Config has the parsed values.
+#
+# Of the lease file and the other sources, the one that was changed last wins. Every invalid value is
+# an error that names the option, its text, its origin and the rule.
 
 
-# What these raise only says that a text breaks the rule of its kind. That stands in VALUES; where
-# it is "" there, what is raised has it.
-def parse_number(low: int, high: int, text: str) -> int:
-    """Return a decimal number from low to high. Raises: ValueError."""
-    if not re.fullmatch("0|[1-9][0-9]{0,4}", text) or not low <= int(text) <= high:
-        raise ValueError
+def parse_number(text: str, lowest: int, highest: int, rule: str) -> int:
+    """Return a decimal number within the bounds. Raises: ValueError with the rule."""
+    if not re.fullmatch("0|[1-9][0-9]{0,4}", text) or not lowest <= int(text) <= highest:
+        raise ValueError(rule)
     return int(text)
 
 
-def parse_path(text: str) -> str:
-    """Return the path of a file to be, its directory absolute and without symbolic links."""
+BOOLEANS = {  # the words of Go's strconv.ParseBool
+    **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
+}
+
+
+def parse_boolean(text: str) -> bool:
+    """Return a boolean. Raises: ValueError."""
+    if text not in BOOLEANS:
+        raise ValueError("not a boolean: use 1, t, true, 0, f or false")
+    return BOOLEANS[text]
+
+
+def parse_ipv4_length(text: str) -> int:
+    """Return the length of an IPv4 block. Raises: ValueError."""
+    return parse_number(text, 1, 31, "not a prefix length from 1 to 31")
+
+
+def parse_ipv6_length(text: str) -> int:
+    """Return the length of an IPv6 block. Raises: ValueError."""
+    return parse_number(text, 1, 127, "not a prefix length from 1 to 127")
+
+
+def parse_prefixes(text: str) -> list[Network]:
+    """Return the prefixes of a list in CIDR form. Raises: ValueError."""
+    if not text:
+        return []
+    return [parse_prefix(part.strip()) for part in text.split(",")]
+
+
+def parse_listen_address(text: str) -> tuple[str, int]:
+    """Return (address, port); without a host, the address is 127.0.0.1. Raises: ValueError."""
+    rule = "not HOST:PORT with an address as HOST, such as 127.0.0.1:9090"
+    match = re.fullmatch(r"\[?([^\[\]]*?)\]?:([0-9]+)", text)
+    if not match:
+        raise ValueError(rule)
+    host, port = match.groups()
+    if host in ("", "localhost"):
+        host = "127.0.0.1"
+    version = 6 if ":" in host else 4
+    try:
+        address = parse_address(host, version)
+    except ValueError:
+        raise ValueError(rule) from None
+    return format_address(address, version), parse_number(port, 0, 65535, rule)
+
+
+def parse_file(text: str) -> str:
+    """Return the path of a file that may not exist yet, its directory without symbolic links.
+
+    Raises: ValueError.
+    """
     directory, name = os.path.split(text)
     if not name or "\0" in text:
-        raise ValueError
+        raise ValueError("not the path of a file")
     return os.path.join(os.path.realpath(directory), name)
 
 
+def parse_socket(text: str) -> str:
+    """Return the path of a UNIX socket. Raises: ValueError. Source: unix(7)."""
+    rule = "not the path of a socket, which has at most 107 characters"
+    try:
+        path = parse_file(text)
+    except ValueError:
+        raise ValueError(rule) from None
+    if len(os.fsencode(path)) > 107:
+        raise ValueError(rule)
+    return path
+
+
 def parse_directory(text: str) -> str:
-    """Return the absolute path of a directory that is there. Raises: ValueError."""
-    if not os.path.isdir(text):
-        raise ValueError
+    """Return the absolute path of an existing directory. Raises: ValueError."""
+    if "\0" in text or not os.path.isdir(text):
+        raise ValueError("there is no such directory")
     return os.path.realpath(text)
 
 
-def parse_listen(text: str) -> tuple[str, int]:
-    """Return (address, port), without a host the loopback one. Raises: ValueError."""
-    (host, port), = re.findall(r"\A\[?([^\[\]]*?)\]?:([0-9]+)\Z", text)
-    host = "127.0.0.1" if host in ("", "localhost") else host
-    version = 6 if ":" in host else 4
-    return format_address(parse_address(host, version), version), parse_number(0, 65535, port)
+def parse_device(text: str) -> str:
+    """Return the name of a network device, which may not exist yet. Raises: ValueError."""
+    if not re.fullmatch(r"[^\s/]{1,15}", text):
+        raise ValueError("not the name of a network device")
+    return text
 
 
-def parse_endpoint(text: str) -> EtcdEndpoint:
-    """Return a member of etcd. Raises: ValueError."""
-    (scheme, user, host, port), = re.findall(
-        r"\A(https?)://(?:([^/]*)@)?(\[[0-9a-f:.]+\]|[\w.-]+)(?::([0-9]+))?/?\Z", text.strip())
-    name, _, password = map(urllib.parse.unquote, user.partition(":"))
-    return EtcdEndpoint(scheme, host.strip("[]"), parse_number(1, 65535, port or "2379"), name,
-                    password)
+def parse_host_name(text: str) -> str:
+    """Return the name, or the host's own for an empty text. Raises: ValueError."""
+    if not text:
+        return socket.gethostname()
+    if not re.fullmatch(r"[\w.-]{1,64}", text):
+        raise ValueError("not a name of at most 64 letters, digits, '.', '_' and '-'")
+    return text
 
 
-BOOLEANS = {**dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
-            **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False)}  # Go's ParseBool
-VALUE_TYPES: dict[str, tuple[Callable[[str], Any], str]] = {  # kind -> (how to read it, rule)
-    "BOOL": (BOOLEANS.__getitem__, "not a boolean, such as true or false"),
-    "1..31": (functools.partial(parse_number, 1, 31), "not a prefix length from 1 to 31"),
-    "1..127": (functools.partial(parse_number, 1, 127), "not a prefix length from 1 to 127"),
-    "PREFIXES": (lambda text: [parse_prefix(part.strip()) for part in text.split(",") if text], ""),
-    "HOST:PORT": (parse_listen, "not HOST:PORT with an address as HOST, such as 127.0.0.1:9090"),
-    "FILE": (parse_path, "not the path of a file"),
-    "SOCKET": (lambda text: re.findall(r"\A.{1,107}\Z", parse_path(text))[0],  # unix(7)
-               "not the path of a socket, which has 107 characters at most"),
-    "DIR": (parse_directory, "there is no such directory"),
-    "DEV": (lambda text: re.findall(r"\A[^\s/]{1,15}\Z", text)[0], "not the name of a device"),
-    "NAME": (lambda text: re.findall(r"\A[\w.-]{1,64}\Z", text)[0] if text else
-             socket.gethostname(),
-             "a name has letters, digits and . _ -, 64 of them at most"),
-    "URLS": (lambda text: [*map(parse_endpoint, text.split(","))], (
-        "not a list of endpoints, such as http://10.0.0.1:2379 or "
-        "https://user:password@etcd2:2379")),
+def parse_endpoints(text: str) -> list[EtcdEndpoint]:
+    """Return the endpoints of etcd of a list of URLs. Raises: ValueError."""
+    rule = ("not a list of endpoints, such as http://10.0.0.1:2379 or "
+            "https://user:password@etcd2:2379")
+    endpoints = []
+    for url in text.split(","):
+        match = re.fullmatch(
+            r"(https?)://(?:([^/]*)@)?(\[[0-9a-f:.]+\]|[\w.-]+)(?::([0-9]+))?/?", url.strip())
+        if not match:
+            raise ValueError(rule)
+        scheme, user, host, port = match.groups("")
+        user, _, password = user.partition(":")
+        endpoints.append(EtcdEndpoint(
+            scheme, host.strip("[]"), parse_number(port or "2379", 1, 65535, rule),
+            urllib.parse.unquote(user), urllib.parse.unquote(password)))
+    return endpoints
+
+
+VALUE_TYPES: dict[str, Callable[[str], Any]] = {
+    "BOOL": parse_boolean, "1..31": parse_ipv4_length, "1..127": parse_ipv6_length,
+    "PREFIXES": parse_prefixes, "HOST:PORT": parse_listen_address, "FILE": parse_file,
+    "SOCKET": parse_socket, "DIR": parse_directory, "DEV": parse_device, "NAME": parse_host_name,
+    "URLS": parse_endpoints,
 }
 
 
 def suggest(word: str, known: list[str]) -> str:
-    """Return a hint at what may be meant, if anything is near."""
-    near = difflib.get_close_matches(word, known, 1, 0.75)
-    return f": do you mean {near[0]}?" if near else ""
+    """Return a question for the known word that is most like this one, if there is one."""
+    matches = difflib.get_close_matches(word, known, 1, 0.75)
+    return f": did you mean {matches[0]}?" if matches else ""
+
+
+class Origin(enum.IntEnum):
+    """Where the text of an option comes from; of the first three the highest wins."""
+
+    DEFAULT = 0
+    ENVIRONMENT = 1
+    COMMAND_LINE = 2
+    LEASE_FILE = 3
 
 
 class Option(NamedTuple):
-    """An option: the flag -name, the variable GIPAM_NAME, and the text that it has been given."""
+    """An option -NAME, which is also the variable GIPAM_NAME, and the text that it was given."""
 
     name: str
-    kind: str  # of value: its key in VALUES
+    kind: str  # of value: a key of VALUE_TYPES
     default: str
     help: str
     text: str = ""
-    origin: str = "default"
-    given_text: str | None = None  # the text of the first two stages, None: only the default
+    origin: Origin = Origin.DEFAULT
+    given_text: str | None = None  # of environment or command line
+    lease_file: str = ""  # path, if the text is from there
 
     @property
     def variable(self) -> str:
@@ -7135,179 +7293,251 @@ class Option(NamedTuple):
         return "GIPAM_" + self.name.upper()
 
     @property
+    def origin_text(self) -> str:
+        """Return the origin in words."""
+        if self.origin is Origin.ENVIRONMENT:
+            return f"environment ({self.variable})"
+        if self.origin is Origin.LEASE_FILE:
+            return f"lease file ({OPTION_KEYS[self.name]} in {self.lease_file})"
+        return self.origin.name.lower().replace("_", " ")
+
+    @property
     def redacted_text(self) -> str:
-        """Return the text, of URLs without their credentials, also where it is none."""
-        return self.text if self.kind != "URLS" else re.sub(
-            "(https?://)?((?!, *https?://).)*@", r"\1***@", self.text)
+        """Return the text without the credentials of URLs, even if it is invalid."""
+        if self.kind != "URLS":
+            return self.text
+        return re.sub("(https?://)?((?!, *https?://).)*@", r"\1***@", self.text)
 
     @property
     def value(self) -> Any:
-        """Return what the text says, None for off. Raises: ConfigError."""
+        """Return the parsed text, None if the option is off. Raises: ConfigError."""
         if self.default == "off" and self.text in ("", "off"):
             return None
-        parse, rule = VALUE_TYPES[self.kind]
+        parse = VALUE_TYPES[self.kind]
         try:
             return parse(self.text)
-        except (ValueError, LookupError) as error:
-            raise self.error(rule or error) from None
+        except ValueError as error:
+            raise self.error(str(error)) from None
 
-    def error(self, rule: object) -> ConfigError:
-        """Return the error that names the option, its text, where that is from, and the rule."""
-        return ConfigError(f"-{self.name} {self.redacted_text!r} from the {self.origin}: {rule}")
+    def error(self, rule: str) -> ConfigError:
+        """Return the error that names the option, its text, its origin, and the rule."""
+        return ConfigError(f"-{self.name} {self.redacted_text!r} from the {self.origin_text}: "
+                           f"{rule}")
 
 
 OPTIONS = (
     Option("unix", "BOOL", "false", "serve on a UNIX socket instead of TCP"),
-    Option("address", "HOST:PORT", ":9090", "TCP address, on loopback only; HOST may be left out"),
+    Option("address", "HOST:PORT", ":9090", "TCP address, on loopback only; HOST may be omitted"),
     Option("file", "FILE", "leases.json", "lease file"),
     Option("v6", "PREFIXES", "", "IPv6 bases, separated by commas, used in order"),
-    Option("v4", "PREFIXES", "", "IPv4 bases, likewise"),
-    Option("v6ab", "1..127", "64", "length of IPv6 blocks"),
-    Option("v4ab", "1..31", "24", "length of IPv4 blocks"),
+    Option("v4", "PREFIXES", "", "IPv4 bases, separated by commas, used in order"),
+    Option("v6ab", "1..127", "64", "prefix length of IPv6 blocks"),
+    Option("v4ab", "1..31", "24", "prefix length of IPv4 blocks"),
     Option("exclude", "PREFIXES", "", "prefixes that are never handed out"),
     Option("socket", "SOCKET", PLUGIN_SOCKET_DIR + "/gipam.sock",
-           "socket; its base name names the driver"),
-    Option("spec", "FILE", "/etc/docker/plugins/gipam.spec", "plugin file of TCP mode; likewise"),
+           "socket path; its base name is the driver name"),
+    Option("spec", "FILE", "/etc/docker/plugins/gipam.spec",
+           "plugin file of TCP mode; its base name is the driver name"),
     Option("metrics", "HOST:PORT", "off", "address for GET /metrics and /healthz"),
-    Option("mac", "BOOL", "true", "have Docker give each container a MAC address; with false it "
-           "can use ipvlan, but before Docker 29 no container is known again"),
-    Option("onlink", "DEV", "off", "network device on whose wire bases lie: gipam answers there "
-           "for its containers"),
+    Option("mac", "BOOL", "true", "have Docker give each container a MAC address; false allows "
+           "ipvlan, but before Docker 29 containers then do not get their old addresses back"),
+    Option("onlink", "DEV", "off", "network device on which bases are on-link: gipam has the "
+           "kernel answer neighbour requests for its containers there"),
     Option("etcd", "URLS", "off", "endpoints of the etcd through which several hosts share the "
            "bases, separated by commas"),
-    Option("etcdtls", "DIR", "off", "certificates for etcd: ca.pem, and where it wants a client "
-           "certificate cert.pem, key.pem"),
-    Option("host", "NAME", "", "name of this host in etcd, its own of all that share; without: the "
-           "host's name"),
+    Option("etcdtls", "DIR", "off", "directory with ca.pem for etcd, and cert.pem and key.pem if "
+           "it requires a client certificate"),
+    Option("host", "NAME", "", "unique name of this host in etcd (default: hostname)"),
 )
 
-
-UNUSABLE_PREFIXES = [*map(parse_prefix, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "::/127", "ff00::/8"))]
-Settings = Dict[str, Option]  # under their names
-ORIGINS = "default", "environment", "command line"  # how the origins of the first two begin
-Config = argparse.Namespace  # all options under their names, parsed; and what build_config() adds
+UNUSABLE_PREFIXES = parse_prefixes("0.0.0.0/8,127.0.0.0/8,224.0.0.0/4,::/127,ff00::/8")
+Settings = Dict[str, Option]  # by name
+Config = argparse.Namespace  # each option by name, parsed; and what build_config() adds
 
 
 def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace) -> Settings:
-    """Return the first two stages: command line over environment over default."""
-    settings = {option.name: option._replace(text=option.default) for option in OPTIONS}
+    """Return the settings of the command line, the environment and the defaults."""
+    settings = {}
     for option in OPTIONS:
-        stages = ((f"environment ({option.variable})", environment.get(option.variable)),
-                  ("command line", getattr(arguments, option.name, None)))
-        for origin, given in stages:
-            if given is not None:
-                settings[option.name] = option._replace(text=given, origin=origin, given_text=given)
+        origin = Origin.DEFAULT
+        given_text = getattr(arguments, option.name, None)
+        if given_text is not None:
+            origin = Origin.COMMAND_LINE
+        elif option.variable in environment:
+            origin = Origin.ENVIRONMENT
+            given_text = environment[option.variable]
+        text = option.default if given_text is None else given_text
+        settings[option.name] = option._replace(text=text, origin=origin, given_text=given_text)
     return settings
 
 
 def digest(text: str | None) -> str | None:
-    """Return what is noted of a text: who replaces it all over the file leaves the note alone."""
-    return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Return what the lease file notes of a text, so that search-and-replace does not change it."""
+    if text is None:
+        return None
+    # An edited file may have half of a surrogate pair, which is refused later.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
-def apply_lease_file_settings(settings: Settings, document: Json, path: str) -> None:
-    """Add the lease file, the third stage: what was changed last wins; say what has changed.
+def latest(option: Option, in_file: Option, note: Sequence[Any] | None) -> tuple[Option, str]:
+    """Return the setting that was changed last, and why, "" if that is nothing to log.
 
-    Its key Options has, for each option, digests of what gipam wrote into the file and of what was
-    given then (an older gipam noted the texts themselves); what differs from its note is a change.
+    The note has digests of the text that gipam wrote into the file, and of the text that the
+    option was given then. It is None in a file that gipam has not written.
+
+        edited in the file                        the file
+        option not given, nor when it was noted   the file
+        option not given any more                 the file
+        option given as when it was noted         the file
+        option given otherwise                    the option
     """
+    noted_text, noted_given_text = note or (digest(in_file.text), digest(option.given_text))
+    if in_file.text == option.text:
+        return option, ""
+    if digest(in_file.text) != noted_text:
+        return in_file, "it has been edited there"
+    if option.given_text is None and noted_given_text is None:
+        return in_file, ""
+    if option.given_text is None:
+        return in_file, (f"it stays although -{option.name} is no longer given; to clear it, start "
+                         f"once with {option.variable}={option.default}, or edit it there")
+    if digest(option.given_text) == noted_given_text:
+        return in_file, ("the file wins; to change it, edit it there or give "
+                         f"-{option.name} a new value")
+    return option, "existing pools are unaffected"
+
+
+def apply_lease_file_settings(settings: Settings, document: Json,
+                              path: str) -> tuple[Settings, list[str]]:
+    """Return the settings with those of the lease file that win, and the differences to log."""
     notes = document.get("Options")
+    effective = dict(settings)
+    differences = []
     for name, key in OPTION_KEYS.items():
-        option, found = settings[name], str(document.get(key) or "")
+        option = settings[name]
         note = notes.get(name) if isinstance(notes, dict) else None
-        written, noted = note if isinstance(note, list) and len(note) == 2 else (None, option.given_text)
-        is_edited = written is not None and written not in (found, digest(found))
-        there = option._replace(text=found or option.default,
-                                origin=f"lease file ({key} in {path})")
-        wins, loses = there, option
-        if there.text == option.text or (written is None and not found):
+        if not isinstance(note, list) or len(note) != 2:
+            note = None
+        text = str(document.get(key) or "")
+        if not text and not note:
             continue
-        if is_edited:
-            why = "it has been edited there"
-        elif option.given_text is None:
-            why = ("it is kept though not given any more; to clear it, start once with "
-                   f"{option.variable}={option.default}, or edit it there")
-        elif noted in (option.given_text, digest(option.given_text)):
-            why = f"the file wins; to change it, edit it there or give -{name} a new value"
-        else:
-            wins, loses, why = option, there, "pools that are held stay"
-        settings[name] = wins
-        if is_edited or {option.given_text, noted} != {None}:
-            log.warning("-%s is %r from the %s, not %r from the %s: %s", name, wins.text,
-                        wins.origin, loses.text, loses.origin, why)
+
+        in_file = option._replace(text=text or option.default, origin=Origin.LEASE_FILE,
+                                  lease_file=path)
+        winner, reason = latest(option, in_file, note)
+        effective[name] = winner
+        if reason:
+            loser = option if winner is in_file else in_file
+            differences.append(f"-{name} is {winner.text!r} from the {winner.origin_text}, not "
+                               f"{loser.text!r} from the {loser.origin_text}: {reason}")
+    return effective, differences
 
 
 def settings_to_json(settings: Settings) -> Json:
-    """Return the settings as the lease file has them, and what overrule_settings() needs later."""
-    chosen = {key: settings[name] for name, key in OPTION_KEYS.items()}
-    return {**{key: int(option.text) if option.text.isdecimal() else option.text
-               for key, option in chosen.items()},
-            "Options": {option.name: [digest(option.text), digest(option.given_text)]
-                        for option in chosen.values()}}
+    """Return the settings as keys of the lease file, with the notes that latest() reads."""
+    document: Json = {}
+    notes = {}
+    for name, key in OPTION_KEYS.items():
+        option = settings[name]
+        document[key] = int(option.text) if option.text.isdecimal() else option.text
+        notes[name] = [digest(option.text), digest(option.given_text)]
+    document["Options"] = notes
+    return document
 
 
-def describe_daemon(config: Config, place: Any) -> Json:
-    """Return what /status tells of the daemon that listens there, without passwords."""
-    shown = {}
+def describe_daemon(config: Config, address: Any) -> Json:
+    """Return what /status says of the daemon that listens there, without passwords."""
+    rows = {}
     for name, option in config.settings.items():
-        text = option.value if option.kind in ("FILE", "SOCKET", "NAME") else option.redacted_text
-        shown[name] = {"value": text, "origin": option.origin}
-    return {"driver": config.driver, "listening": format_endpoint(place), "config": shown}
+        text = option.redacted_text
+        if option.kind in ("FILE", "SOCKET", "NAME"):
+            text = option.value
+        rows[name] = {"value": text, "origin": option.origin_text}
+    return {"driver": config.driver, "listening": format_endpoint(address), "config": rows}
 
 
 def build_config(settings: Settings) -> Config:
     """Parse and check all options. Raises: ConfigError."""
-    config = Config(**{name: option.value for name, option in settings.items()}, settings=settings)
-    config.is_spec_given = settings["spec"].origin != "default"
-    if config.etcd:  # else it does not matter what the host is called
-        config.host = settings["host"]._replace(text=config.host).value
-    plugin = os.path.basename(config.socket if config.unix else config.spec)
-    config.driver = os.path.splitext(plugin)[0]  # what Docker calls it
+    values = {name: option.value for name, option in settings.items()}
+    config = Config(settings=settings, **values)
+    config.is_spec_given = settings["spec"].origin is not Origin.DEFAULT
     config.families = ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab))
-    if not (config.unix or ipaddress.ip_address(config.address[0]).is_loopback):
-        raise settings["address"].error("not a loopback address: whoever reaches the port could "
-                                        "take every address; use :PORT, or -unix")
-    for version, bases, prefixlen in reversed(config.families):
-        given, block = settings[f"v{version}"], settings[f"v{version}ab"]
-        for at, base in enumerate(bases):
-            if base.version != version:
-                raise given.error(f"{base} is not an IPv{version} prefix")
-            if any(map(base.overlaps, UNUSABLE_PREFIXES)):
-                raise given.error(f"{base} has addresses that no host can have: loopback, "
-                                  "multicast or unspecified ones")
-            if base.prefixlen > prefixlen:
-                raise block.error(f"a block of /{prefixlen} is larger than its base {base}")
-            if any(base.overlaps(other) for other in bases[:at]):
-                raise given.error(f"{base} overlaps another base")
+    # Docker calls the driver by the base name of the file where it finds it.
+    plugin = os.path.basename(config.socket if config.unix else config.spec)
+    config.driver = os.path.splitext(plugin)[0]
+
+    if not config.unix and not ipaddress.ip_address(config.address[0]).is_loopback:
+        raise settings["address"].error("not a loopback address: anyone who can reach the port "
+                                        "could take every address; use :PORT or -unix")
+    # Without etcd the name of the host does not matter.
+    if config.etcd:
+        config.host = settings["host"]._replace(text=config.host).value
+    require_valid_bases(settings, 4, config.v4, config.v4ab)
+    require_valid_bases(settings, 6, config.v6, config.v6ab)
     for network in config.exclude:
-        if not any(base.overlaps(network) and base.prefixlen <= network.prefixlen
-                   for base in config.v4 + config.v6):
-            raise settings["exclude"].error(f"{network} lies in none of the bases")
+        if not any(is_subnet(network, base) for base in config.v4 + config.v6):
+            raise settings["exclude"].error(f"{network} is not within any base")
     return config
 
 
+def require_valid_bases(settings: Settings, version: int, bases: list[Network],
+                        prefixlen: int) -> None:
+    """Check the bases of a family, and that blocks of this length fit. Raises: ConfigError."""
+    option = settings[f"v{version}"]
+    for index, base in enumerate(bases):
+        if base.version != version:
+            raise option.error(f"{base} is not an IPv{version} prefix")
+        if any(base.overlaps(prefix) for prefix in UNUSABLE_PREFIXES):
+            raise option.error(f"{base} has addresses that no host can have: loopback, multicast "
+                               "or unspecified ones")
+        if base.prefixlen > prefixlen:
+            raise settings[f"v{version}ab"].error(
+                f"a block of /{prefixlen} is larger than its base {base}")
+        if any(base.overlaps(other) for other in bases[:index]):
+            raise option.error(f"{base} overlaps another base")
+
+
+def is_subnet(network: Network, base: Network) -> bool:
+    """Return whether a prefix is within a base, which may be of the other family."""
+    return base.overlaps(network) and base.prefixlen <= network.prefixlen
+
+
 def read_lease_file(store: Store) -> Json | None:
-    """Return the snapshot with its keys as gipam spells them."""
+    """Return the lease file with its keys as gipam spells them, None if there is none.
+
+    Raises: CorruptionError, OSError.
+    """
     document = store.read_snapshot(convert_leases)
     if document is None:
         return None
     document = normalise_keys(document, LEASE_FILE_KEYS)
+    unknown = document.keys() - LEASE_FILE_KEYS
     entries = document.get("Allocated")
-    entries = [] if entries is None else entries
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise store.corruption(store.path, "has something else than pools in Allocated")
-    document["Allocated"] = pools = [normalise_keys(entry, POOL_KEYS) for entry in entries]
-    unknown = (document.keys() - LEASE_FILE_KEYS).union(*(pool.keys() - POOL_KEYS for pool in pools))
+    if entries is None:
+        entries = []
+    if not isinstance(entries, list):
+        raise store.corruption(store.path, "has an Allocated that is not a list of pools")
+
+    pools = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise store.corruption(store.path, "has an Allocated that is not a list of pools")
+        pool = normalise_keys(entry, POOL_KEYS)
+        unknown |= pool.keys() - POOL_KEYS
+        pools.append(pool)
+    document["Allocated"] = pools
     for key in sorted(unknown):
         log.warning("unknown key %r in %s: dropped", key, store.path)
     return document
 
 
 def read_state(config: Config, store: Store, document: Json | None) -> State:
-    """Return what is on disk, as the state of a configuration. Raises: DamageError."""
-    state = State(Family(version, bases, prefixlen,
-                         [network for network in config.exclude if network.version == version])
-                  for version, bases, prefixlen in config.families)
+    """Recover the state from disk, with the bases of a configuration. Raises: CorruptionError."""
+    families = []
+    for version, bases, prefixlen in config.families:
+        excluded = [network for network in config.exclude if network.version == version]
+        families.append(Family(version, bases, prefixlen, excluded))
+    state = State(families)
     recover(store, document, state)
     return state
 
@@ -7316,15 +7546,18 @@ def open_store(settings: Settings) -> tuple[Config, Store, Json | None, State]:
     """Lock the lease file, apply its settings, and recover the state. Raises: GipamError, OSError."""
     store = Store(settings["file"].value)
     if not os.path.isdir(os.path.dirname(store.path)):
-        raise settings["file"]._replace(text=store.path).error("its directory is not there")
+        raise settings["file"]._replace(text=store.path).error("its directory does not exist")
     store.lock()
     try:
         store.lock_segments()
         document = read_lease_file(store)
-        apply_lease_file_settings(settings, document or {}, store.path)
-        config = build_config(settings)
+        effective, differences = apply_lease_file_settings(settings, document or {}, store.path)
+        config = build_config(effective)
+        for difference in differences:
+            log.warning("%s", difference)
         state = read_state(config, store, document)
     except OSError as error:
+        # Another start may succeed.
         if error.errno in TRANSIENT_ERRNOS:
             raise
         path = error.filename or f"{store.path} or its journal"
@@ -7333,90 +7566,183 @@ def open_store(settings: Settings) -> tuple[Config, Store, Json | None, State]:
 
 
 # === Daemon =======================================================================================
+# `gipam serve` as a process: start, run, stop. The order of the steps is what this section is about;
+# the comments of Daemon.start() and Daemon.stop() give the reason for each place.
+#
+# A start that fails says why in one line and ends with the status of its error. It never waits for
+# a reader of its stderr, which is why even uncaught exceptions go to the log handler.
+
+
+class Daemon:
+    """The driver as a process."""
+
+    def __init__(self, settings: Settings, log_handler: LogHandler) -> None:
+        self._settings = settings
+        self._log_handler = log_handler
+        self._paths: list[PublishedPath] = []
+        self._member: ClusterMember | None = None
+
+    def start(self) -> None:
+        """Recover the state and begin to listen. Raises: GipamError, OSError."""
+        # Before anything is changed: a second daemon must not disturb the first. Sockets that
+        # systemd hands over are already bound, by this service.
+        if "LISTEN_FDS" not in os.environ:
+            require_addresses_free(self._settings)
+
+        # The garbage collector would take a third of the time to load a million leases.
+        gc.disable()
+        config, store, document, state = open_store(self._settings)
+        self._service = make_service(config, store, document, state)
+        # What other hosts have claimed is known before anything is granted, and before the import
+        # claims what Docker uses.
+        self._member = join_cluster(config, self._service, store)
+        cluster = self._member or NoCluster(self._service.run_once)
+        start_import(config, self._service, document, self._service.run_once,
+                     cluster.run_with_claim)
+        # It need not look at the leases later: 270 ms for a million.
+        gc.freeze()
+        gc.enable()
+
+        # Signals end the loop from here on, so that what is published below is removed again.
+        self._loop = EventLoop(self._service, self._log_handler.flush)
+        self._handle_signals()
+        self._listen(config)
+        # Threads call the loop, and dockerd connects as soon as gipam listens: both wait until
+        # run(), in which everything below is set.
+        self._start_threads(config)
+        log_startup_warnings(config, self._service.state.families[4].subnets, "/proc/self/net")
+        addresses = [format_endpoint(server.server_address) for server in self._loop.servers]
+        self._service.daemon_info = describe_daemon(config, addresses[0])
+        self._service.has_macs = config.mac
+        log.info("serving on %s with %d pools", ", and metrics on ".join(addresses),
+                 len(self._service.state.pools))
+
+    def _handle_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            # nohup has SIGHUP ignored.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._loop.stop)
+
+    def _listen(self, config: Config) -> None:
+        """Listen, and publish where. Raises: GipamError, OSError."""
+        paths = unix_paths(config, self._loop) if config.unix else tcp_paths(config, self._loop)
+        for path in paths:
+            path.create()
+            self._paths.append(path)
+            self._loop.add_timer(path.restore)
+        # Last, so that the first server is the plugin's.
+        if config.metrics:
+            server = Server(config.metrics, self._loop, paths=METRICS_LISTENER_PATHS)
+            self._loop.add_listener(server)
+
+    def _start_threads(self, config: Config) -> None:
+        run_in_loop = self._loop.run_in_loop
+        if self._member:
+            self._loop.submit_to_etcd = self._member.submit
+            self._member.start(run_in_loop, self._loop.stop)
+        cluster = self._member or NoCluster(run_in_loop)
+        arguments = (self._service, config.driver, run_in_loop, cluster.run_with_claim)
+        threading.Thread(target=import_worker, args=arguments, name="import", daemon=True).start()
+
+    def run(self) -> None:
+        """Serve until a signal, or until nothing can be written any more."""
+        sd_notify("READY=1")
+        self._loop.add_timer(send_watchdog, self._service)
+        # The replies of an iteration are sent before its log lines.
+        self._log_handler.is_buffering = True
+        try:
+            self._loop.run_forever()
+        finally:
+            self._log_handler.is_buffering = False
+
+    def stop(self) -> int:
+        """End without losing a request; return the exit status."""
+        sd_notify("STOPPING=1")
+        # The paths go while the listeners still accept, so that no client finds a dead socket.
+        self._loop.drain(self.unpublish)
+        error: GipamError | None = self._service.store.fatal_error
+        if not error and self._member:
+            error = self._member.name_conflict
+        if error:
+            log.error("%s", error)
+            return error.exit_status
+        # Last: nothing changes the state any more.
+        Checkpoint(self._service, self._service.run_once).run_at_stop()
+        log.info("stopped")
+        return 0
+
+    def unpublish(self) -> None:
+        """Remove the published paths. Raises: OSError."""
+        while self._paths:
+            self._paths.pop().remove()
 
 
 def cmd_serve(arguments: argparse.Namespace) -> int:
     """Run the driver until SIGTERM, SIGINT or SIGHUP. The default."""
     os.umask(0o077)
-    faulthandler.enable()  # the watchdog's SIGABRT then says where it hung
-    sd_notify(f"EXTEND_TIMEOUT_USEC={START_TIMEOUT_S * 1_000_000}")
+    # If the watchdog ends gipam (SIGABRT), the log says where it hung.
+    faulthandler.enable()
+    log_uncaught_exceptions()
     sys.setswitchinterval(THREAD_SWITCH_S)
-    gc.disable()  # it would take a third of the time to load a million leases
-    with contextlib.ExitStack() as made:
-        if "LISTEN_FDS" not in os.environ:
-            require_addresses_free(arguments.settings)  # a second daemon changes nothing
-        config, store, document, state = open_store(arguments.settings)
-        service = make_service(config, store, document, state)
-        claimant = join_cluster(config, service, store)
-        start_import(config, service, document, service.run_once,
-                     (claimant or NoCluster(service.run_once)).run_with_claim)
-        gc.freeze()  # nor need it look at them later: 270 ms for a million
-        gc.enable()
-        handler: LogHandler = arguments.log_handler
-        loop = EventLoop(service, handler.flush)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
-                signal.signal(number, loop.stop)
-        start_servers(config, loop, made)
-        if claimant:
-            loop.submit_to_etcd = claimant.submit
-            claimant.start(loop.run_in_loop, loop.stop)
-        threading.Thread(target=import_worker, args=(
-            service, config.driver, loop.run_in_loop,
-            (claimant or NoCluster(loop.run_in_loop)).run_with_claim),
-                         name="import", daemon=True).start()
-        log_startup_warnings(config, service.state.families[4].subnets, "/proc/self/net")
-        places = [format_endpoint(server.server_address) for server in loop.servers]
-        service.daemon_info, service.has_macs = describe_daemon(config, places[0]), config.mac
-        log.info("serving on %s with %d pools", ", and metrics on ".join(places),
-                 len(service.state.pools))
-        sd_notify("READY=1")
-        handler.is_buffering = True
-        loop.add_timer(send_watchdog, service, store)
-        loop.run_forever()
-        sd_notify("STOPPING=1")
-        loop.drain(made.close)
-    handler.is_buffering = False
-    failure = service.store.fatal_error or (claimant and claimant.name_conflict)
-    if failure:
-        log.error("%s", failure)  # not as main() would: nobody may read it, and it must end
-        return failure.exit_status
-    Checkpoint(service, service.run_once).run_at_stop()
-    log.info("stopped")
-    return 0
+    sd_notify(f"EXTEND_TIMEOUT_USEC={START_TIMEOUT_S * 1_000_000}")
+    daemon = Daemon(arguments.settings, arguments.log_handler)
+    try:
+        daemon.start()
+        daemon.run()
+        return daemon.stop()
+    finally:
+        daemon.unpublish()
+
+
+def log_uncaught_exceptions() -> None:
+    """Let the log have what Python would write to stderr, where it could block for ever."""
+    def on_thread_exception(raised: Any) -> None:
+        name = raised.thread.name if raised.thread else "that has ended"
+        log.error("a bug of gipam in thread %s", name,
+                  exc_info=(raised.exc_type, raised.exc_value, raised.exc_traceback))
+
+    def on_unraisable_exception(raised: Any) -> None:
+        log.error("%s: %r", raised.err_msg or "exception ignored in", raised.object,
+                  exc_info=(raised.exc_type, raised.exc_value, raised.exc_traceback))
+
+    threading.excepthook = on_thread_exception
+    sys.unraisablehook = on_unraisable_exception
 
 
 def require_addresses_free(settings: Settings) -> None:
-    """Check that nobody serves there, before anything is changed. Raises: BusyError."""
-    is_unix, path = settings["unix"].value, settings["socket"].value
+    """Check that no other process listens on the configured addresses. Raises: GipamError."""
+    is_unix = settings["unix"].value
+    path = settings["socket"].value if is_unix else settings["spec"].value
     if is_unix:
         require_no_listener(path)
-    name = os.path.basename(path if is_unix else settings["spec"].value)
-    require_no_listener(os.path.join(PLUGIN_SOCKET_DIR, os.path.splitext(name)[0] + ".sock"))
-    for option in (settings[name] for name in ("address", "metrics")[is_unix:]):
-        host, port = option.value or ("127.0.0.1", 0)
-        with socket.socket(SOCKET_FAMILY[ipaddress.ip_address(host).version]) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise AlreadyRunning(str(option.error(error.strerror))) from None
+    driver, _ = os.path.splitext(os.path.basename(path))
+    require_no_listener(os.path.join(PLUGIN_SOCKET_DIR, driver + ".sock"))
+    require_port_free(settings["metrics"])
+    if not is_unix:
+        require_port_free(settings["address"])
 
 
-def start_servers(config: Config, loop: EventLoop, made: contextlib.ExitStack) -> None:
-    """Listen, and show Docker where; what was made goes at the end. Raises: GipamError, OSError."""
-    names = (unix_paths if config.unix else tcp_paths)(config, loop)
-    publish(names, made, is_start=True)
-    loop.add_timer(publish, names, made)
-    if config.metrics:
-        loop.add_listener(Server(config.metrics, loop, paths=METRICS_LISTENER_PATHS))
+def require_port_free(option: Option) -> None:
+    """Check that nothing is bound to the TCP address of an option. Raises: GipamError."""
+    if not option.value:
+        return
+    host, port = option.value
+    family = SOCKET_FAMILY[ipaddress.ip_address(host).version]
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise AlreadyRunning(str(option.error(str(error.strerror)))) from None
 
 
-def send_watchdog(service: Service, store: Store) -> None:
-    """Show the service manager that no turn hangs, what is held, and what is wrong."""
-    pools, leases = len(service.state.pools), service.state.lease_count
-    sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={pools} pools, {leases} leases"
-           + "; " * bool(store.last_error) + store.last_error)
+def send_watchdog(service: Service) -> None:
+    """Tell the service manager that no iteration hangs, what is held, and what is wrong."""
+    pools = len(service.state.pools)
+    status = f"{pools} pools, {service.state.lease_count} leases"
+    if service.store.last_error:
+        status += f"; {service.store.last_error}"
+    sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={status}")
 
 
 def join_cluster(config: Config, service: Service, store: Store) -> ClusterMember | None:
@@ -7433,25 +7759,31 @@ def join_cluster(config: Config, service: Service, store: Store) -> ClusterMembe
 
 
 def make_service(config: Config, store: Store, document: Json | None, state: State) -> Service:
-    """Return the service; at a first start, write the lease file before anything is served.
+    """Return the service; a first start writes the lease file, before anything is served.
 
-    Raises: ConfigError, if the kernel may not be asked for its routes; OSError.
+    Raises: ConfigError if the kernel refuses to list its routes; OSError.
     """
     try:
         netlink_request(RTM_GETROUTE, bytes((socket.AF_INET, 0, 0, 0)))
     except OSError as error:
+        if error.errno in TRANSIENT_ERRNOS:
+            raise
         raise ConfigError(f"cannot ask the kernel for routes: {error.strerror}; under systemd, "
-                          "RestrictAddressFamilies has to have AF_NETLINK, as in gipam.service"
+                          "RestrictAddressFamilies must include AF_NETLINK, as in gipam.service"
                           ) from None
-    proxies = ProxyNeighbours(config.onlink, config.v6 + config.v4, netlink_request) if config.onlink else None
     keys = settings_to_json(config.settings)
     if document is None:
-        chunks = encode_snapshot(keys, copy_state(state), None)
         store.create_temp()
-        store.write_temp(chunks)
+        store.write_temp(encode_snapshot(keys, copy_state(state), None))
         store.publish_temp(None)
-    return Service(store, state, keys, lambda: read_state(config, store, read_lease_file(store)),
-                   netlink_request, proxies)
+    proxies = None
+    if config.onlink:
+        proxies = ProxyNeighbours(config.onlink, config.v6 + config.v4, netlink_request)
+
+    def read_state_again() -> State:
+        return read_state(config, store, read_lease_file(store))
+
+    return Service(store, state, keys, read_state_again, netlink_request, proxies)
 
 
 def start_import(config: Config, service: Service, document: Json | None,
@@ -7469,25 +7801,35 @@ def start_import(config: Config, service: Service, document: Json | None,
             log.warning("Docker cannot be asked yet what is in use: %s", error)
 
 
-def log_startup_warnings(config: Config, held: Container[Network], proc: str) -> None:
-    """Log what will surprise: variables, open TCP, no base, an on-link route (protocol.md 3.3)."""
+def log_startup_warnings(config: Config, used: Container[Network], proc: str) -> None:
+    """Log what may surprise: unknown variables, open TCP, no base, an on-link route.
+
+    dockerd up to 26 rejects each pool that overlaps an on-link route of the host, as recorded with
+    `ip route add 10.99.0.0/16 dev lo` on 26.1.5.
+    """
     known = [option.variable for option in OPTIONS]
     for name in sorted(os.environ):
         if name.startswith("GIPAM_") and name not in known:
             log.warning("%s is not an option of gipam%s", printable(name), suggest(name, known))
     if not config.unix:
-        log.warning("on TCP every user of this host can take and release addresses; -unix lets "
+        log.warning("on TCP every user of this host can take and release addresses; -unix allows "
                     "only root")
     if not config.v4 and not config.v6:
-        log.warning("no base is configured (-v4, -v6): only networks with a --subnet can be made")
-    for base in (base for base in config.v4 + config.v6 if base.is_link_local):
-        log.warning("the base %s is link-local: no router forwards its addresses", base)
-    for base in (base for base in config.v4 if base not in held):
+        log.warning("no base is configured (-v4, -v6): only networks with a --subnet are possible")
+    for base in config.v4 + config.v6:
+        if base.is_link_local:
+            log.warning("base %s is link-local: no router forwards its addresses", base)
+
+    for base in config.v4:
+        if base in used:
+            continue
         for device, flags in read_covering_routes(proc, base):
-            if device not in ("*", config.onlink) and not flags & 2:  # RTF_GATEWAY
-                log.warning("the base %s is part of an on-link route of %s: Docker up to 26 "
-                            "refuses every block of it; replace the route: ip route add blackhole "
-                            "%s metric 9999", base, printable(device), base)
+            is_gateway_route = flags & 2  # RTF_GATEWAY
+            if device in ("*", config.onlink) or is_gateway_route:
+                continue
+            log.warning("base %s is part of an on-link route of %s: Docker up to 26 rejects every "
+                        "block of it; replace the route: ip route add blackhole %s metric 9999",
+                        base, printable(device), base)
 
 
 # === Commands =====================================================================================
@@ -7498,8 +7840,7 @@ def daemon_request(settings: Settings, verb: str, path: str, body: Any = None) -
 
     Not on the socket, if the address is given by a later stage than -socket and -unix.
     """
-    stage = {name: [*map(option.origin.startswith, ORIGINS)].index(True)
-             for name, option in settings.items()}
+    stage = {name: int(option.origin) for name, option in settings.items()}
     is_tcp = stage["address"] > max(stage["socket"], stage["unix"] * settings["unix"].value)
     places = [settings[name].value for name in ("socket", "address")][is_tcp:]
     for place in places:
@@ -7922,34 +8263,47 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
+def open_missing_streams() -> None:
+    """Open /dev/null for each standard stream that the caller has closed."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, or that of the error."""
     handler = LogHandler()
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    sys.stdin, sys.stdout, sys.stderr = (  # whoever has started this may have closed some
-        it or open(os.devnull, "r+") for it in (sys.stdin, sys.stdout, sys.stderr))  # noqa: SIM115
+    open_missing_streams()
     try:
-        arguments = parse_arguments(normalise_arguments(sys.argv[1:] if argv is None else argv))
-        arguments.settings = read_settings(os.environ, arguments)  # the first two stages
+        words = sys.argv[1:] if argv is None else argv
+        arguments = parse_arguments(normalise_arguments(words))
+        arguments.settings = read_settings(os.environ, arguments)
         arguments.log_handler = handler
-        status = int(arguments.func(arguments))
+        exit_status = int(arguments.func(arguments))
         sys.stdout.flush()
-        return status
+        return exit_status
     except GipamError as error:
-        print(f"gipam: {error}", file=sys.stderr)
+        handler.write_error(str(error))
         return error.exit_status
-    except KeyboardInterrupt:  # Ctrl-C: at a question, or while Docker is asked
-        print(file=sys.stderr)
+    except KeyboardInterrupt:
+        # At a question, or while Docker is asked.
+        handler.write_line("")
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # `status | head`
+    except BrokenPipeError:
+        # As in `gipam status | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except OSError as error:
-        hint = "; run gipam as root, or give it -file, -socket and -spec where it may write"
-        print(f"gipam: {format_os_error(error)}{hint * isinstance(error, PermissionError)}",
-              file=sys.stderr)
-        if error.errno in TRANSIENT_ERRNOS:
-            return os.EX_IOERR
-    return 1
+        text = format_os_error(error)
+        if isinstance(error, PermissionError):
+            text += "; run gipam as root, or give it -file, -socket and -spec where it may write"
+        handler.write_error(text)
+        # Another start may succeed.
+        return os.EX_IOERR if error.errno in TRANSIENT_ERRNOS else 1
+    except Exception:
+        log.exception("this is a bug of gipam")
+        return 1
 
 
 if __name__ == "__main__":

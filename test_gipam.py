@@ -642,6 +642,15 @@ class Terminal(io.StringIO):
         return True
 
 
+def write_to(stream: io.StringIO) -> Callable[[bytes], int]:
+    """Return a function that does with a stream what open_stderr() does with stderr."""
+    def write(data: bytes) -> int:
+        stream.write(data.decode())
+        return len(data)
+
+    return write
+
+
 class CommandCase(Case):
     """A lease file in a directory of its own, and command lines in this process."""
 
@@ -668,6 +677,7 @@ class CommandCase(Case):
             mock.patch.object(gipam.log, "handlers", handlers),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
+            mock.patch.object(gipam, "open_stderr", mock.Mock(return_value=write_to(err))),
         ]
         with contextlib.ExitStack() as stack:
             for replacement in replacements:
@@ -6568,7 +6578,7 @@ class NameTest(unittest.TestCase):
         self.bind(living).listen()
         self.bind(dead).close()
         busy = (75, f"another daemon listens on {way}: stop it, or use another name")
-        other = (78, f"{way} is in the way and is not a socket: remove it, or use another name")
+        other = (78, f"{way} exists and is not a socket: remove it, or use another name")
         rows: tuple[tuple[str, Callable[[], Any], tuple[int, str]], ...] = (
             ("nothing", lambda: None, (0, "")),
             ("a dead socket", lambda: self.bind(way).close(), (0, "")),
@@ -6623,10 +6633,10 @@ class NameTest(unittest.TestCase):
             delete(name)
             wait_for(lambda: os.path.exists(link) and os.path.exists(name), "it")  # noqa: B023
             self.assertEqual((Peer(self, link).ask(), peer.ask()), (ACTIVATED, ACTIVATED))
-        self.assertEqual(daemon.read_log().count("somebody has deleted"), 3)
+        self.assertEqual(daemon.read_log().count(" was deleted: creating it again"), 3)
         shutil.rmtree(self.plugins)
         pathlib.Path(self.plugins).touch()  # in the way: which is foreseen, and fails no turn
-        wait_for(lambda: f"{link} cannot be made: " in daemon.read_log(), "a warning")
+        wait_for(lambda: f"cannot create {link}: " in daemon.read_log(), "a warning")
         self.assertNotIn("failed", daemon.read_log())
         os.unlink(self.plugins)
         wait_for(lambda: os.path.exists(link), "it")
@@ -6692,13 +6702,13 @@ class NameTest(unittest.TestCase):
         spec = pathlib.Path(self.path("gipam.spec"))
         spec.write_text("tcp://192.0.2.1:1\n", encoding="ascii")
         with spec.open(encoding="ascii") as old:
-            gipam.write_plugin_file("tcp://127.0.0.1:2\n", str(spec))
+            gipam.PluginFile(str(spec), "tcp://127.0.0.1:2").create()
             self.assertEqual(old.read(), "tcp://192.0.2.1:1\n")
         self.assertEqual(spec.read_text(encoding="ascii"), "tcp://127.0.0.1:2\n")
         self.assertEqual(os.listdir(self.directory), ["gipam.spec"])
         self.assert_modes((str(spec), 0o600))
         os.mkfifo(f"{spec}.tmp")  # whoever opens it would wait for a reader
-        self.assertRaises(OSError, gipam.write_plugin_file, "", str(spec))
+        self.assertRaises(OSError, gipam.PluginFile(str(spec), "").create)
 
     def test_dead_socket_that_hides_the_plugin_file(self) -> None:
         """dockerd looks for NAME.sock first, and does not try whether it lives."""
@@ -8327,7 +8337,7 @@ class FailedWriteTest(OperatedCase):
             self.assertEqual(status, 503)
             self.assertRegex(text, wanted)
             with mock.patch.object(gipam, "sd_notify") as notify:
-                gipam.send_watchdog(self.service, self.service.store)
+                gipam.send_watchdog(self.service)
             self.assertRegex(notify.call_args[0][0], "STATUS=1 pools, 1 leases; .*" + wanted)
             if number == errno.ENOSPC:
                 done = self.run_gipam("check")
@@ -8408,7 +8418,7 @@ class LogTest(Case):
             self.assertRegex(line, r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) \S")
         self.assertRegex("\n".join(lines), (
             "on TCP every user of this host can take and release.*\n"
-            r".*no base is configured \(-v4, -v6\): only networks with a --subnet can be made\n"
+            r".*no base is configured \(-v4, -v6\): only networks with a --subnet are possible\n"
             r".*serving on 127\.0\.0\.1:\d+, and metrics on 127\.0\.0\.1:\d+ with 0 pools"))
 
     def test_each_line_of_a_message_has_its_head_and_is_escaped(self) -> None:
@@ -10198,14 +10208,14 @@ class OptionTest(CommandLineCase):
             self.assertEqual(self.run_config(f"-unix={text}").status, 78, text)
 
     def test_what_is_wrong_is_said_in_one_line_with_the_nearest_right_one(self) -> None:
-        near, see = "is not an option or command: do you mean ", "; see `gipam {}--help`"
+        near, see = "is not an option or command: did you mean ", "; see `gipam {}--help`"
         for words, said in (
                 ("status -soket=x", f"'--soket' {near}--socket?"), ("--exclud", near + "--exclude?"),
                 ("check --fixx", near + "--fix?"), ("status -metric=:9091", near + "--metrics?"),
                 ("--v4a 26 config", f"'--v4a' {near}--v4ab?"), ("statsu", f"'statsu' {near}status?"),
                 ("chekc --fix", near + "check?"),
                 ("serve status", "'status' is one word too many" + see.format("")),
-                ("check fix", "'fix' is one word too many: do you mean --fix?"),
+                ("check fix", "'fix' is one word too many: did you mean --fix?"),
                 ("config -colour=red", see.format("config ")),
                 ("-v4", "argument --v4: expected one argument" + see.format("")),
                 ("release", "the following arguments are required: POOL" + see.format("release ")),
@@ -10301,18 +10311,18 @@ class ConfigurationTest(CommandLineCase):
         note: Any
         for found, note, given, wins, said in (
                 (one, [one, one], one, one, ""), (one, [one, None], None, one, ""),
-                (one, [one, one], None, one, "one (file), not '' (default): it is kept though not "
-                 "given any more; to clear it, start once with GIPAM_V4=, or edit it there"),
-                (one, [one, one], two, two, "two (line), not one (file): pools that are held stay"),
-                (one, [one, None], two, two, "two (line), not one (file): pools"),
-                (one, [one, one], "", "none", "'' (line), not one (file): pools"),
-                (None, ["", None], two, two, "two (line), not '' (file): pools"),
+                (one, [one, one], None, one, "one (file), not '' (default): it stays although -v4 "
+                 "is no longer given; to clear it, start once with GIPAM_V4=, or edit it there"),
+                (one, [one, one], two, two, "two (line), not one (file): existing pools are unaffected"),
+                (one, [one, None], two, two, "two (line), not one (file): existing"),
+                (one, [one, one], "", "none", "'' (line), not one (file): existing"),
+                (None, ["", None], two, two, "two (line), not '' (file): existing"),
                 # edited; and once that was taken over, until the option changes again
                 (two, [one, one], one, two, "two (file), not one (line): it has been edited there"),
                 (two, [one, one], three, two, "two (file), not three (line): it has been edited"),
                 (two, [one, None], None, two, "two (file), not '' (default): it has been edited"),
                 (two, [two, one], one, two, "two (file), not one (line): the file wins"),
-                (two, [two, one], three, three, "three (line), not two (file): pools"),
+                (two, [two, one], three, three, "three (line), not two (file): existing"),
                 (None, [one, one], one, "none", "'' (file), not one (line): it has been edited"),
                 ("", ["", one], one, "none", "'' (file), not one (line): the file wins"),
                 ("", ["", ""], None, "none", ""), ("", ["", one], two, two, "two (line), not ''"),
@@ -10323,12 +10333,12 @@ class ConfigurationTest(CommandLineCase):
                                 ("(file)", f"from the lease file (V4Pool in {self.file})"),
                                 ("(line)", "from the command line"), ("(default)", "from the default")):
                 said = re.sub(rf"(?<!\w){re.escape(short)}(?!\w)", text, said)
-            for noted in (note, list(map(gipam.digest, note)) if len(note) == 2 else note):
-                self.keep({"V4Pool": found, "Options": {"v4": noted}})
-                done = self.run_config(*([] if given is None else [f"-v4={given}"]))
-                with self.subTest(found=found, note=noted, given=given):
-                    self.assertEqual(self.read_rows(done.out)["v4"][0], wins)
-                    self.assertRegex(done.err, f"^-v4 is {re.escape(said)}" if said else "^$")
+            noted = list(map(gipam.digest, note)) if len(note) == 2 else note
+            self.keep({"V4Pool": found, "Options": {"v4": noted}})
+            done = self.run_config(*([] if given is None else [f"-v4={given}"]))
+            with self.subTest(found=found, note=note, given=given):
+                self.assertEqual(self.read_rows(done.out)["v4"][0], wins)
+                self.assertRegex(done.err, f"^-v4 is {re.escape(said)}" if said else "^$")
         self.keep({"V4Pool": one, "Options": "x"})
         self.assertEqual(self.effective()["v4"][0], one)
 
@@ -10376,18 +10386,18 @@ class ConfigurationTest(CommandLineCase):
             gipam.log_startup_warnings(config, (), self.directory)
         self.assertEqual([record.getMessage() for record in logs.records], [
             "GIPAM_COLOUR is not an option of gipam",
-            "GIPAM_SOKET is not an option of gipam: do you mean GIPAM_SOCKET?",
-            *(f"the base {base} is link-local: no router forwards its addresses"
+            "GIPAM_SOKET is not an option of gipam: did you mean GIPAM_SOCKET?",
+            *(f"base {base} is link-local: no router forwards its addresses"
               for base in ("169.254.0.0/16", "fe80::/56"))])
 
     def test_an_invalid_value_is_refused_by_option_origin_value_and_rule(self) -> None:
         for name, values, rule, *others in (
-                ("unix", ["maybe", ""], "not a boolean, such as true or false"),
+                ("unix", ["maybe", ""], "not a boolean: use 1, t, true, 0, f or false"),
                 ("address", ["9090", "127.0.0.1", ":65536", ":-1", ":x", "::1:x", "", "off",
                              "web:9090", "[fe80::1%lo]:9090"], LISTEN),
                 ("metrics", ["9091", "web:9091"], LISTEN),
                 ("address", ["0.0.0.0:9090", "[::]:9090", "10.2.0.1:9090"], "not a loopback "
-                 "address: whoever reaches the port could take every address; use :PORT, or -unix"),
+                 "address: anyone who can reach the port could take every address; use :PORT or -unix"),
                 ("v4", ["127.0.0.0/16", "126.0.0.0/7", "224.1.0.0/16", "192.0.0.0/2", "0.0.0.0/0", "0.1.0.0/16"],
                  "{} " + NO_HOST),
                 ("v6", ["ff00::/12", "fe00::/7", "::/64"], "{} " + NO_HOST),
@@ -10395,12 +10405,10 @@ class ConfigurationTest(CommandLineCase):
                           "http://[::1:2379", "http://[web]:1", "http://etcd1/x", "ftp://etcd1",
                           "http://etcd1:2379,"], ENDPOINTS),
                 ("etcdtls", ["/nonexistent"], "there is no such directory"),
-                ("onlink", ["../eth0", "eth 0", "x" * 16], "not the name of a device"),
-                ("host", ["web 1", "x" * 65], "a name has letters, digits and . _ -, 64 of them "
-                                              "at most"),
+                ("onlink", ["../eth0", "eth 0", "x" * 16], "not the name of a network device"),
+                ("host", ["web 1", "x" * 65], "not a name of at most 64 letters, digits, '.', '_' and '-'"),
                 ("file", ["", "/tmp/"], PATH), ("spec", ["/tmp/"], PATH),
-                ("socket", ["", "/tmp/" + "x" * 103], "not the path of a socket, which has 107 characters "
-                                                      "at most"),
+                ("socket", ["", "/tmp/" + "x" * 103], "not the path of a socket, which has at most 107 characters"),
                 ("v4", ["10.2.0.0", "10.2.0.0/255.255.0.0"], "{0!r} " + FORM),
                 ("v4", ["10.2.0.0/16,"], f"'' {FORM}"),
                 ("v4", ["10.2.0.1/16"], f"{{0!r}} {HOST_BITS} 10.2.0.0/16"),
@@ -10414,10 +10422,10 @@ class ConfigurationTest(CommandLineCase):
                 ("v6ab", ["1000", "128"], f"{LENGTH} 127"),
                 ("v4ab", ["15"], "a block of /{0} is larger than its base 10.2.0.0/16", V4),
                 ("v6ab", ["55"], "a block of /{0} is larger than its base 2001:db8::/56", V6),
-                ("exclude", ["10.3.0.0/24", "10.0.0.0/8"], "{0} lies in none of the bases", V4),
-                ("exclude", ["10.3.0.0/24", "2001:db8:1::/64"], "{0} lies in none of the bases",
+                ("exclude", ["10.3.0.0/24", "10.0.0.0/8"], "{0} is not within any base", V4),
+                ("exclude", ["10.3.0.0/24", "2001:db8:1::/64"], "{0} is not within any base",
                  V4, V6),
-                ("exclude", ["10.2.0.0/24"], "{0} lies in none of the bases"),
+                ("exclude", ["10.2.0.0/24"], "{0} is not within any base"),
                 ("exclude", ["10.2.0.0/24,web"], f"'web' {FORM}", V4)):
             variable, key = f"GIPAM_{name.upper()}", gipam.OPTION_KEYS.get(name)
             for value in values:
@@ -10444,19 +10452,19 @@ class ConfigurationTest(CommandLineCase):
         for etcd in ("off", "http://etcd1:2379"):
             settings = gipam.read_settings({}, argparse.Namespace(file=self.file, etcd=etcd))
             with contextlib.nullcontext() if etcd == "off" else self.assertRaisesRegex(
-                    gipam.ConfigError, r"-host '\(none\)' from the default: a name has letters"):
+                    gipam.ConfigError, r"-host '\(none\)' from the default: not a name of at most"):
                 self.assertEqual(gipam.build_config(settings).host, "(none)")
 
     def test_a_lease_file_that_cannot_be_used_is_refused_by_name(self) -> None:
         missing = os.path.join(self.directory, "missing", "leases.json")
         self.assertEqual(self.run_main("config", GIPAM_FILE=missing), (
-            78, "", f"gipam: -file {missing!r} from the environment (GIPAM_FILE): its directory is "
-                    "not there\n"))
+            78, "", f"gipam: -file {missing!r} from the environment (GIPAM_FILE): its directory does "
+                    "not exist\n"))
         for text, what in ((b"", "is not JSON in line 1"), (b"{\n,}", "is not JSON in line 2"), (b"\xff", "is not JSON"),
                            (b"[" * 100_000, "is not JSON"), (b"[]", "is not a JSON object"),
-                           (b'{"Allocated":[1]}', "has something else than pools in Allocated"),
-                           (b'{"Allocated":7}', "has something else than pools in Allocated"),
-                           (b'{"Allocated":{}}', "has something else than pools in Allocated")):
+                           (b'{"Allocated":[1]}', "has an Allocated that is not a list of pools"),
+                           (b'{"Allocated":7}', "has an Allocated that is not a list of pools"),
+                           (b'{"Allocated":{}}', "has an Allocated that is not a list of pools")):
             self.keep(text)
             with self.subTest(text[:9]):
                 self.assert_fails(self.run_config(), 78, f"gipam: {self.file} {what}.*; gipam "
@@ -10555,7 +10563,7 @@ class ConfigurationTest(CommandLineCase):
         config = gipam.build_config(gipam.read_settings({}, argparse.Namespace(file=self.file)))
         store = gipam.Store(self.file)
         self.patch(gipam, netlink_request=mock.Mock(side_effect=OSError(97, "no such family")))
-        with self.assertRaisesRegex(gipam.ConfigError, "no such family; .* has to have AF_NETLINK"):
+        with self.assertRaisesRegex(gipam.ConfigError, "no such family; .* must include AF_NETLINK"):
             gipam.make_service(config, store, None, gipam.read_state(config, store, None))
         self.assertFalse(os.path.exists(self.file))
 
