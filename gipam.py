@@ -1185,12 +1185,12 @@ def make_pool_grant(subnet: Network, sub_pool: Network | None, token: str, now_s
 
 def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
                     token: str, guesses_gateway: bool = True) -> Iterator[Record]:
-    """Take over a pool that Docker holds and the state does not know, for a request of an address.
+    """Adopt the pool of an id that the state does not know, for a request of an address in it.
 
-    Docker does not ask for its gateway again: most likely that is the first address, which is held
-    until Docker shows the pool. Those given start at a random place in the lower half, for others
-    are in use. Apply each change before the next.
-    Raises: InvalidRequest if the id is not one of ours, or its subnet could not be granted now.
+    Docker does not request its gateway again: most likely that is the first address, which is held
+    until Docker shows the pool. Others are in use too, so dynamic addresses start at a random
+    place in the lower half. Apply each record before the next.
+    Raises: InvalidRequest if gipam did not make the id, or its subnet could not be granted now.
     """
     parsed = parse_pool_id(pool_id)
     if parsed is None:
@@ -1201,9 +1201,11 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
     except GipamError as error:
         raise InvalidRequest(f"cannot find address pool for {pool_id!r}, nor adopt it: {error}",
                              404) from None
-    change, room = make_pool_grant(subnet, sub_pool, "", now_s), (sub_pool or subnet).num_addresses // 2 - 2
-    ahead = 2 + int(token, 16) % max(room, 1)
-    yield change._replace(pool_id=pool_id, cursor=change.cursor + ahead)
+
+    grant = make_pool_grant(subnet, sub_pool, "", now_s)
+    lower_half = (sub_pool or subnet).num_addresses // 2 - 2
+    start = 2 + int(token, 16) % max(lower_half, 1)
+    yield grant._replace(pool_id=pool_id, cursor=grant.cursor + start)
     if not guesses_gateway:
         return
     pool = state.pools[pool_id]
@@ -1214,31 +1216,41 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
 
 def decide_import(state: State, subnet: Network, sub_pool: Network | None, name: str,
                   requests: list[AddressRequest], seq: int, now_s: int) -> Iterator[Record]:
-    """Take over what Docker uses and the state does not hold; apply each change before the next.
+    """Import what Docker uses and the state does not hold; apply each record before the next.
 
-    The pool must still be the one granted as change seq; 0: there must be none. A new one goes on
-    after the first of its endpoints: what comes in further calls may be in use, too.
-    Raises: Forbidden, InvalidRequest, as check_subnet(), all before the first change.
+    The pool must still be the one that record seq granted; 0: there must be none. A new pool goes
+    on after the first of its endpoints, because later calls may import more of it.
+    Raises: Forbidden, InvalidRequest, as require_grantable(), all before the first record.
     """
     known = state.families[subnet.version].subnets.get(subnet)
     pool = known.pools.get(sub_pool) if known else None
-    if seq != (pool.seq if pool else 0):
+    known_seq = pool.seq if pool else 0
+    if seq != known_seq:
         raise Forbidden(f"pool {sub_pool or subnet} is not what it was as change {seq}: look again")
     if pool is None:
         require_grantable(state, subnet, sub_pool, now_s)
-    change = make_pool_grant(subnet, sub_pool, UNBOUND, now_s)._replace(name=name)
-    view = Pool(change, Subnet(subnet), 0)
-    for request in (request for request in requests if request.address):
+
+    grant = make_pool_grant(subnet, sub_pool, UNBOUND, now_s)
+    view = Pool(grant, Subnet(subnet), 0)
+    cursor = None
+    for request in requests:
+        if not request.address:
+            continue
         offset = parse_offset(view, request.address)
         if not 0 <= offset <= view.subnet.last_offset:
             raise InvalidRequest(f"{request.address} is not in {subnet}")
-        if request.kind == ENDPOINT and view.low <= offset <= view.high and view.cursor == view.low:
-            view.cursor = offset + 1
+        is_in_range = view.low <= offset <= view.high
+        if request.kind == ENDPOINT and is_in_range and cursor is None:
+            cursor = offset + 1
+
     if pool is None:
-        yield change._replace(cursor=view.cursor)
-        pool = state.pools[change.pool_id]
+        if cursor is None:
+            cursor = grant.cursor
+        yield grant._replace(name=name, cursor=cursor)
+        pool = state.pools[grant.pool_id]
     for request in requests:
-        with contextlib.suppress(Forbidden, Unavailable):  # it is held already
+        # One that is held already stays as it is.
+        with contextlib.suppress(Forbidden, Unavailable):
             yield decide_request_address(pool, request, now_s)
 
 
@@ -3581,32 +3593,39 @@ class DockerImport:
     """How far this process has compared itself with Docker.
 
     That is due after each start and each adoption, so nothing of it is saved. Only the thread of
-    the loop changes it. A claim in etcd that nothing here holds may be deleted only once
-    has_asked is true: until then Docker may use that subnet.
+    the loop changes it. Claims in etcd that nothing here holds are deleted only after
+    Service.end_import(), because until then Docker may use their subnets.
     """
 
     def __init__(self) -> None:
         self.is_due = True
-        self.has_asked = False  # since the start: all that Docker uses is held
-        self.unconfirmed: set[int] = set()  # imported records that Docker has yet to show again
+        self.has_failed = False  # the last attempt
+        # What was adopted or imported, and Docker has yet to show: seq -> (subnet, address or "").
+        self.unconfirmed: dict[int, tuple[str, str]] = {}
         self.requested = threading.Event()  # wakes the import thread
         self.requested.set()
 
-    def request(self, adopted: Iterable[int]) -> None:
-        """Have Docker asked soon, since these records adopted a pool."""
-        self.unconfirmed.update(adopted)
+    def add(self, seq: int, key: tuple[str, str]) -> None:
+        """Have Docker asked soon whether it uses what this record has adopted or imported."""
+        self.unconfirmed[seq] = key
         self.is_due = True
         self.requested.set()
 
-    def confirm(self, confirmed: Iterable[int]) -> None:
-        """Note what Docker's second answer has settled; the rest has it asked again."""
-        self.unconfirmed.difference_update(confirmed)
-        self.has_asked = True
-        self.is_due = bool(self.unconfirmed)
+    def confirm(self, seqs: Iterable[int]) -> None:
+        """Note that Docker has shown these, or that they are not held any more."""
+        for seq in seqs:
+            self.unconfirmed.pop(seq, None)
+
+    def end(self) -> None:
+        """Note that Docker has been asked; it is asked again while something is unconfirmed."""
+        if not self.unconfirmed:
+            self.is_due = False
+            self.requested.clear()
 
     def forget_after(self, seq: int) -> None:
         """Forget records that were lost when the state was read again from disk."""
-        self.unconfirmed = {known for known in self.unconfirmed if known <= seq}
+        for lost in [known for known in self.unconfirmed if known > seq]:
+            del self.unconfirmed[lost]
 
 
 class Service:
@@ -3852,13 +3871,7 @@ class Service:
         guesses_gateway = subnet is None or not self.claims.is_own_shared(subnet)
         records = decide_adoption(
             self.state, pool_id, address, now_s, secrets.token_hex(8), guesses_gateway)
-        last_seq = self.state.seq
-        try:
-            self._apply_import(subnet, sub_pool, records, outcome)
-        finally:
-            adopted = range(last_seq + 1, self.state.seq + 1)
-            if adopted:
-                self.docker_import.request(adopted)
+        self._apply_import(subnet, sub_pool, records, outcome)
         log.warning("adopted %s, which Docker uses and the lease file lacks", subnet)
         return self.state.pools[pool_id]
 
@@ -3877,22 +3890,25 @@ class Service:
 
     def _apply_import(self, subnet: Network | None, sub_pool: Network | None,
                       records: Iterator[Record], outcome: Outcome) -> None:
-        """Apply each record before the next is decided; the pool of a shared claim is shared."""
+        """Apply each record before the next is decided, and have Docker asked to confirm them."""
         version = subnet.version if subnet else 4
         is_shared = subnet is not None and self.claims.is_own_shared(subnet)
         with self.claims.deciding(subnet, sub_pool, version, True, outcome):
             for record in records:
-                if not isinstance(record, PoolGrant):
+                address = record.address if isinstance(record, AddressGrant) else ""
+                if isinstance(record, PoolGrant):
+                    grant = record._replace(is_shared=is_shared)
+                    self.claims.require_claim(grant, outcome)
+                    self.apply(grant)
+                else:
                     self.apply(record)
-                    continue
-                grant = record._replace(is_shared=is_shared)
-                self.claims.require_claim(grant, outcome)
-                self.apply(grant)
+                self.docker_import.add(self.state.seq, (str(subnet), address))
 
-    def confirm_import(self, confirmed: Iterable[int]) -> None:
-        """Note that all that Docker uses is held, and which imported records it has shown again."""
-        self.docker_import.confirm(confirmed)
+    def end_import(self) -> bool:
+        """Note that all that Docker uses is held; return whether nothing is left to confirm."""
+        self.docker_import.end()
         self.claims.on_docker_compared()
+        return not self.docker_import.is_due
 
     def needs_checkpoint(self) -> bool:
         """Return whether the journal has outgrown the lease file, or that lacks what it needs."""
@@ -4334,7 +4350,7 @@ def handle_import(service: Service, arguments: Arguments, outcome: Outcome) -> t
     requests = parse_leases(arguments.get("Leases"))
     done = service.import_pool(subnet, sub_pool, arguments.text("Name"), requests, arguments.seq(),
                                outcome)
-    log.info("took over %s as Docker has it: %d changes", sub_pool or subnet, len(done))
+    log.info("recovered %s from Docker: %s", sub_pool or subnet, plural(len(done), "change"))
     return {"Adopted": len(done), "Seq": done.stop - 1}, None
 
 
@@ -5736,18 +5752,26 @@ def tcp_paths(config: Config, loop: EventLoop) -> list[PublishedPath]:
 
 
 # === Docker =======================================================================================
+#
+# A client of Docker's API, and what Docker uses: subnets, and addresses in them, as DockerAllocation.
+# DockerNetwork reads a network as Docker 26 to 29 show it. Before 29 the API hides some of it: the
+# gateway of a network with a --subnet and no --gateway, and the subnet of a network that was made
+# with a size hint and has no container. Only this section knows that.
+# No request may be sent to Docker while gipam handles one: Docker may hold a lock until gipam replies.
 
 
 class ApiConnection(http.client.HTTPConnection):
-    """HTTP to Docker or to our own daemon: at the path of a socket, or at (host, port)."""
+    """HTTP to Docker, etcd or a gipam: at the path of a socket, or at (host, port)."""
 
     def __init__(self, address: Any, timeout_s: float, tls: ssl.SSLContext | None = None,
                  peer: str = "the daemon", settings: str = "-socket or -address") -> None:
         host, port = address if isinstance(address, tuple) else ("localhost", None)
         super().__init__(host, port, timeout=timeout_s)
-        self.peer = f"{peer} does not answer on {format_endpoint(address)}"  # when it does not
+        self.peer = peer
+        self.silence = f"{peer} does not answer on {format_endpoint(address)}"
         self.remedy = f"start it, or say where it is with {settings}"
-        self._address, self._tls = address, tls
+        self._address = address
+        self._tls = tls
 
     def connect(self) -> None:
         """Connect. Raises: OSError."""
@@ -5761,65 +5785,82 @@ class ApiConnection(http.client.HTTPConnection):
             self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
 
 
+def keep_object(value: Json) -> Json:
+    """Return an object that was parsed: as an object_hook it lets other threads run meanwhile."""
+    return value
+
+
 def request_json(connection: ApiConnection, verb: str, path: str, body: Any = None) -> Any:
-    """Return the JSON reply. Raises: Unreachable; Refused with the text of the other side."""
+    """Return the JSON reply. Raises: Unreachable; RemoteError with the error that the peer sent."""
+    text = encode_json(body) if body else None
     try:
-        connection.request(verb, path, encode_json(body) if body else None)
+        connection.request(verb, path, text)
         response = connection.getresponse()
-        reply = json.loads(response.read())
-    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-        why = format_os_error(error) if isinstance(error, OSError) else "its answer is not JSON"
-        remedy = "run this as root" if isinstance(error, PermissionError) else connection.remedy
-        is_absent = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
-        kind = NotListening if is_absent else Unreachable
-        raise kind(f"{connection.peer}: {why}; {remedy}") from None
+        reply = json.loads(response.read(), object_hook=keep_object)
+    except (ConnectionRefusedError, FileNotFoundError) as error:
+        reason = format_os_error(error)
+        raise NotListening(f"{connection.silence}: {reason}; {connection.remedy}") from None
+    except PermissionError as error:
+        raise Unreachable(f"{connection.silence}: {format_os_error(error)}; run this as root") \
+            from None
+    except OSError as error:
+        reason = format_os_error(error)
+        raise Unreachable(f"{connection.silence}: {reason}; {connection.remedy}") from None
+    except (http.client.HTTPException, ValueError, RecursionError):
+        raise Unreachable(f"{connection.silence}: its reply is not JSON; {connection.remedy}") \
+            from None
     finally:
-        connection.close()  # the next call connects again
+        # The next request connects again.
+        connection.close()
+
     if response.status != 200:
-        text = (reply.get("Error") or reply.get("message")) if isinstance(reply, dict) else reply
-        raise RemoteError(f"{connection.peer.split(' does')[0]} refuses: {printable(str(text))}")
+        if isinstance(reply, dict):
+            reply = reply.get("Error") or reply.get("message")
+        raise RemoteError(f"{connection.peer} refuses: {printable(str(reply))}")
     return reply
 
 
 def docker_socket_path() -> str:
     """Return where Docker listens. Raises: Unreachable for a Docker on another host."""
     host = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
-    if not host.startswith("unix://"):
+    scheme = "unix://"
+    if not host.startswith(scheme):
         raise Unreachable(
             f"DOCKER_HOST {host!r} is not a UNIX socket (unix:///...): gipam serves the Docker of "
             "its own host, and to another one everything would look leaked")
-    return host[7:]
-
-
-def size_hints_of(subnet: str) -> set[str]:
-    """Return the size hints that may have led to it: of its length, or of the default one."""
-    return {f"{'::' if ':' in subnet else '0.0.0.0'}/{length}"  # noqa: S104
-            for length in (subnet.partition("/")[2], "0")}
+    return host[len(scheme):]
 
 
 class DockerAllocation(NamedTuple):
-    """What Docker uses: a subnet (address ""), or an address in it, or in none (subnet "")."""
+    """A subnet that Docker uses (address ""), or an address in it, or in no subnet (subnet "")."""
 
-    kind: str  # of an address, as leases have it; else "pool", "template", "hint" (Docker < 29)
+    kind: str  # of a lease; or "pool", "template", "hint" (a subnet not shown)
     address: str = ""  # bare
     subnet: str = ""
     sub_pool: str = ""
     driver: str | None = None
     network: str = ""  # name
-    docker_id: str = ""  # new whenever Docker makes the network or the endpoint anew
-    container: str = ""
+    docker_id: str = ""  # of the network or the endpoint
+    container: str = ""  # name
     mac: str = ""
     pool_name: str = ""  # gipam.name
-    has_hidden_gateway: bool = False  # Docker does not show it: the first address that was free
-    routed_option: str = ""  # of the network: would end its masquerading
+    has_hidden_gateway: bool = False
+    routed_option: str = ""  # network option that would end masquerading
 
     @property
-    def place(self) -> tuple[str, str]:
-        """Return the subnet, and what of it is used: an address, a range, or all ("")."""
+    def key(self) -> tuple[str, str]:
+        """Return the subnet, and the part of it in use: an address, a range, or all ("")."""
         return self.subnet, self.address or self.sub_pool
 
     def __str__(self) -> str:
         return f"container {self.container}" if self.container else f"network {self.network}"
+
+
+class DockerView(NamedTuple):
+    """What Docker uses at one moment."""
+
+    ours: list[DockerAllocation]  # of networks with this IPAM driver
+    others: list[DockerAllocation]  # of other networks, and of templates
 
 
 def normalise_address(text: str) -> str:
@@ -5828,412 +5869,701 @@ def normalise_address(text: str) -> str:
     return format_address(int(address), address.version)
 
 
+def size_hints_of(subnet: str) -> set[str]:
+    """Return the size hints that may have led to a subnet: of its length, or of the default one."""
+    prefixlen = subnet.partition("/")[2]
+    unspecified = "::" if ":" in subnet else "0.0.0.0"  # noqa: S104
+    return {f"{unspecified}/{prefixlen}", f"{unspecified}/0"}
+
+
 def container_allocations(container: Json) -> Iterator[tuple[str, DockerAllocation]]:
-    """Yield each address of a container, and its gateway, with the id of the network."""
-    name = printable((container.get("Names") or ["/" + container["Id"][:12]])[0][1:])
-    for endpoint in ((container.get("NetworkSettings") or {}).get("Networks") or {}).values():
-        network, mac = endpoint.get("NetworkID"), printable(endpoint.get("MacAddress") or "")
-        for keys in (("IPAddress", "IPPrefixLen", "Gateway"),
-                     ("GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPv6Gateway")):
-            address, length, gateway = (endpoint.get(key) or "" for key in keys)
+    """Yield the network id and the allocation of each address of a container, and of its gateway."""
+    names = container.get("Names") or ["/" + container["Id"][:12]]
+    name = printable(names[0][1:])
+    settings = container.get("NetworkSettings") or {}
+    for endpoint in (settings.get("Networks") or {}).values():
+        network_id = endpoint.get("NetworkID")
+        mac = printable(endpoint.get("MacAddress") or "")
+        docker_id = endpoint.get("EndpointID") or container["Id"]
+        for address_key, length_key, gateway_key in (
+                ("IPAddress", "IPPrefixLen", "Gateway"),
+                ("GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPv6Gateway")):
+            address = endpoint.get(address_key)
             if address:
-                subnet = str(parse_prefix(f"{address}/{length}", mask=True))
-                yield network, DockerAllocation(GATEWAY, gateway, subnet)
-                yield network, DockerAllocation(ENDPOINT, address, subnet, container=name, mac=mac,
-                                   docker_id=endpoint.get("EndpointID") or container["Id"])
+                subnet = str(parse_prefix(f"{address}/{endpoint[length_key]}", mask=True))
+                yield network_id, DockerAllocation(GATEWAY, endpoint.get(gateway_key) or "", subnet)
+                yield network_id, DockerAllocation(ENDPOINT, address, subnet, container=name,
+                                                   mac=mac, docker_id=docker_id)
 
 
-def network_allocations(network: Json, inside: list[DockerAllocation], api: tuple[int, ...]) -> Iterator[DockerAllocation]:
-    """Yield the subnets of a network, and each address that it or a container in it has.
-
-    Of a network made with a size hint, Docker < 29 shows only that; its containers tell more.
-    """
-    ipam, pools, addresses = network.get("IPAM") or {}, [], []
-    template = DockerAllocation("template" if network.get("ConfigOnly") else "pool", driver=ipam.get("Driver"),
-                network=printable(network["Name"]), docker_id=network["Id"],
-                pool_name=printable((ipam.get("Options") or {}).get(NAME_OPTION, "")))
-    for config in ipam.get("Config") or ():
-        version = 6 if ":" in config.get("Subnet", "") else 4
-        if not config.get("Subnet") or not network.get(f"EnableIPv{version}", True):
-            continue  # it is shown, but was never asked for
-        shown, sub_pool = (str(parse_prefix(config[key], mask=True)) if config.get(key) else ""
-                           for key in ("Subnet", "IPRange"))
-        gateway, auxiliary = config.get("Gateway"), config.get("AuxiliaryAddresses") or {}
-        addresses += [DockerAllocation(GATEWAY, gateway), *(DockerAllocation(AUXILIARY, text) for text in auxiliary.values())]
-        told = {use.subnet for use in inside if shown in size_hints_of(use.subnet)} or {shown}
-        pools += [template._replace(
-            kind="hint" if subnet in size_hints_of(subnet) else template.kind, subnet=subnet,
-            sub_pool=sub_pool, routed_option=find_routed_option(network, version, api),
-            has_hidden_gateway=not gateway and has_gateway(network, version, api))
-                  for subnet in sorted(told)]
-    yield from pools
-    for use in (use for use in (*addresses, *inside) if use.address and pools):
-        address = normalise_address(use.address)
-        home = next((pool for pool in pools
-                     if ipaddress.ip_address(address) in parse_prefix(pool.subnet)), template)
-        yield home._replace(kind=use.kind, address=address, container=use.container, mac=use.mac,
-                            docker_id=use.docker_id or home.docker_id)
+ApiVersion = Tuple[int, ...]
+BRIDGE = "com.docker.network.bridge."  # prefix of a bridge network's options
+API_27 = (1, 46)  # of Docker 27.0
+API_28 = (1, 48)
+API_29 = (1, 52)
 
 
-BRIDGE = "com.docker.network.bridge."  # options of a bridge network
-API_27, API_28, API_29 = (1, 46), (1, 48), (1, 52)  # of Docker 27.0 and so on
+class DockerNetwork:
+    """A network as Docker's API shows it, with the addresses of its running containers."""
+
+    def __init__(self, network: Json, api: ApiVersion, endpoints: list[DockerAllocation]) -> None:
+        self._network = network
+        self._api = api
+        self._endpoints = endpoints  # as container_allocations() yields them
+        self._options: Json = network.get("Options") or {}
+        self._ipam: Json = network.get("IPAM") or {}
+        ipam_options: Json = self._ipam.get("Options") or {}
+        self._template = DockerAllocation(
+            "template" if network.get("ConfigOnly") else "pool", driver=self._ipam.get("Driver"),
+            network=printable(network["Name"]), docker_id=network["Id"],
+            pool_name=printable(ipam_options.get(NAME_OPTION, "")))
+
+    def allocations(self) -> Iterator[DockerAllocation]:
+        """Yield the subnets, then each address that the network or a container in it has."""
+        subnets = list(self.subnets())
+        yield from subnets
+        if subnets:
+            yield from self.addresses(subnets)
+
+    def subnets(self) -> Iterator[DockerAllocation]:
+        """Yield each subnet; where Docker before 29 shows a size hint, those of the containers."""
+        for config in self._requested_configs():
+            shown = str(parse_prefix(config["Subnet"], mask=True))
+            version = 6 if ":" in shown else 4
+            sub_pool = config.get("IPRange") or ""
+            if sub_pool:
+                sub_pool = str(parse_prefix(sub_pool, mask=True))
+            has_hidden_gateway = not config.get("Gateway") and self.has_hidden_gateway(version)
+            template = self._template._replace(
+                sub_pool=sub_pool, routed_option=self.find_routed_option(version),
+                has_hidden_gateway=has_hidden_gateway)
+            for subnet in self._subnets_behind(shown):
+                is_hint = subnet in size_hints_of(subnet)
+                kind = "hint" if is_hint else template.kind
+                yield template._replace(kind=kind, subnet=subnet)
+
+    def addresses(self, subnets: list[DockerAllocation]) -> Iterator[DockerAllocation]:
+        """Yield each address, with the subnet that contains it, or with none."""
+        prefixes = [(parse_prefix(subnet.subnet), subnet) for subnet in subnets]
+        for allocation in itertools.chain(self._configured_addresses(), self._endpoints):
+            if not allocation.address:
+                continue
+            text = normalise_address(allocation.address)
+            address = ipaddress.ip_address(text)
+            pool = self._template
+            for prefix, subnet in prefixes:
+                if address in prefix:
+                    pool = subnet
+                    break
+            yield pool._replace(
+                kind=allocation.kind, address=text, container=allocation.container,
+                mac=allocation.mac, docker_id=allocation.docker_id or pool.docker_id)
+
+    def has_hidden_gateway(self, version: int) -> bool:
+        """Return whether a subnet of the family has a gateway though none is shown.
+
+        Up to 27 Docker requests a gateway for each network, 28 unless the driver needs none, and
+        from 29 on each is shown. Source: moby daemon/libnetwork/drivers, GetSkipGwAlloc().
+        """
+        if self._api < API_28:
+            return True
+        return self._api < API_29 and not self._needs_no_gateway(version)
+
+    def find_routed_option(self, version: int) -> str:
+        """Return the network option that would end masquerading, "" where there is none."""
+        if self._network.get("Driver") != "bridge" or self._network.get("Internal"):
+            return ""
+        if self._options.get(BRIDGE + "enable_ip_masquerade") == "false":
+            return ""
+        if self._api < API_27:
+            # It has no gateway modes, and does not masquerade IPv6.
+            return BRIDGE + "enable_ip_masquerade=false" if version == 4 else ""
+        mode = f"{BRIDGE}gateway_mode_ipv{version}"
+        return "" if self._options.get(mode) == "routed" else mode + "=routed"
+
+    def _requested_configs(self) -> Iterator[Json]:
+        configs: list[Json] = self._ipam.get("Config") or []
+        for config in configs:
+            subnet = config.get("Subnet") or ""
+            version = 6 if ":" in subnet else 4
+            # Docker shows the subnet of a family that is off, but has never requested it.
+            if subnet and self._network.get(f"EnableIPv{version}", True):
+                yield config
+
+    def _subnets_behind(self, shown: str) -> list[str]:
+        """Return the subnets that containers show for a size hint; else what is shown."""
+        subnets = set()
+        if shown in size_hints_of(shown):
+            for endpoint in self._endpoints:
+                if shown in size_hints_of(endpoint.subnet):
+                    subnets.add(endpoint.subnet)
+        return sorted(subnets or {shown})
+
+    def _configured_addresses(self) -> Iterator[DockerAllocation]:
+        for config in self._requested_configs():
+            yield DockerAllocation(GATEWAY, config.get("Gateway") or "")
+            auxiliary: Json = config.get("AuxiliaryAddresses") or {}
+            for address in auxiliary.values():
+                yield DockerAllocation(AUXILIARY, address)
+
+    def _needs_no_gateway(self, version: int) -> bool:
+        driver = self._network.get("Driver")
+        is_internal = bool(self._network.get("Internal"))
+        if driver == "bridge":
+            mode = self._options.get(f"{BRIDGE}gateway_mode_ipv{version}")
+            is_inhibited = self._options.get(BRIDGE + "inhibit_ipv4") == "true"
+            return mode == "isolated" or (version == 4 and is_internal and is_inhibited)
+        if driver == "ipvlan":
+            return is_internal or "l3" in self._options.get("ipvlan_mode", "")
+        return driver == "macvlan" and is_internal
+
+
 STOPPED_CONTAINERS_PATH = "/containers/json?all=1&filters=%7B%22status%22%3A%5B%22exited%22%5D%7D"
 
 
-def has_gateway(network: Json, version: int, api: tuple[int, ...]) -> bool:
-    """Return whether Docker has asked for a gateway, when it shows none.
+class DockerClient:
+    """Docker's API, with one deadline for all its replies."""
 
-    Up to 27 each network has one, from 29 on each is shown. Source: protocol.md 4.1, 10.3; moby
-    daemon/libnetwork/drivers, GetSkipGwAlloc().
-    """
-    options, is_internal = network.get("Options") or {}, network.get("Internal")
-    has_none = {
-        "bridge": options.get(f"{BRIDGE}gateway_mode_ipv{version}") == "isolated" or (
-            version == 4 and is_internal and options.get(BRIDGE + "inhibit_ipv4") == "true"),
-        "macvlan": is_internal, "ipvlan": is_internal or "l3" in options.get("ipvlan_mode", ""),
-    }.get(network.get("Driver") or "")
-    return api < API_28 or (api < API_29 and not has_none)
+    def __init__(self, path: str, timeout_s: float) -> None:
+        self._path = path
+        self._deadline_s = time.monotonic() + timeout_s
+
+    def get(self, target: str, timeout_s: float = math.inf) -> Any:
+        """Return the JSON of a target. Raises: as request_json()."""
+        # A timeout of 0 would make the socket non-blocking.
+        remaining_s = max(self._deadline_s - time.monotonic(), 0.001)
+        connection = ApiConnection(self._path, min(remaining_s, timeout_s), None, "Docker",
+                                   "DOCKER_HOST")
+        return request_json(connection, "GET", target)
+
+    def networks(self) -> Iterator[Json]:
+        """Yield each network; the list leaves out the IPAM of one made from a template."""
+        for network in self.get("/networks"):
+            template: Json = network.get("ConfigFrom") or {}
+            if template.get("Network"):
+                yield self.get(f"/networks/{network['Id']}")
+            else:
+                yield network
+
+    def allocations(self) -> list[DockerAllocation]:
+        """Return all subnets and addresses in use. Raises: Unreachable; ValueError and others."""
+        api = tuple(map(int, self.get("/version")["ApiVersion"].split(".")))
+        networks = list(self.networks())
+        endpoints = collections.defaultdict(list)
+        for container in self.get("/containers/json"):
+            for network_id, allocation in container_allocations(container):
+                endpoints[network_id].append(allocation)
+
+        allocations: list[DockerAllocation] = []
+        for network in networks:
+            allocations += DockerNetwork(network, api, endpoints[network["Id"]]).allocations()
+        return allocations
 
 
-def find_routed_option(network: Json, version: int, api: tuple[int, ...]) -> str:
-    """Return the network option that would end masquerading, "" where there is none."""
-    options, mode = network.get("Options") or {}, f"{BRIDGE}gateway_mode_ipv{version}"
-    if network.get("Driver") != "bridge" or network.get("Internal") \
-            or options.get(BRIDGE + "enable_ip_masquerade") == "false":
-        return ""
-    if api < API_27:  # which has no gateway modes, and leaves IPv6 alone
-        return BRIDGE + "enable_ip_masquerade=false" if version == 4 else ""
-    return "" if options.get(mode) == "routed" else mode + "=routed"
-
-
-def docker_get(path: str, patience_s: float, target: str) -> Any:
-    """Return the JSON of a target. Raises: as call()."""
-    return request_json(ApiConnection(path, patience_s, None, "Docker", "DOCKER_HOST"), "GET", target)
-
-
-def read_docker_allocations(path: str, driver: str, timeout_s: float) -> tuple[list[DockerAllocation], list[DockerAllocation]]:
-    """Return (what Docker uses of this driver, all other subnets). Raises: Unreachable."""
-    end = time.monotonic() + timeout_s
-
-    def get(target: str) -> Any:
-        return docker_get(path, max(end - time.monotonic(), 0.001), target)
-
+def read_docker_allocations(path: str, driver: str, timeout_s: float) -> DockerView:
+    """Return what Docker uses of this driver, and of others. Raises: Unreachable."""
     try:
-        api = tuple(map(int, get("/version")["ApiVersion"].split(".")))
-        networks, inside = get("/networks"), collections.defaultdict(list)
-        for container in get("/containers/json"):
-            for network_id, use in container_allocations(container):
-                inside[network_id].append(use)
-        networks = [get(f"/networks/{network['Id']}")  # the list leaves the IPAM of such a one out
-                    if (network.get("ConfigFrom") or {}).get("Network") else network
-                    for network in networks]
-        uses = [use for network in networks
-                for use in network_allocations(network, inside[network["Id"]], api)]
+        allocations = DockerClient(path, timeout_s).allocations()
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Unreachable(
-            f"the Docker at {path} answers what gipam does not understand") from error
-    if any(use.network == "bridge" and not use.routed_option for use in uses):  # --iptables=false
-        uses = [use._replace(routed_option="") for use in uses]
-    ours = [use for use in uses if use.driver == driver and use.kind != "template"]
-    return ours, [use for use in uses if use.driver != driver or use.kind == "template"]
+            f"the Docker at {path} sends what gipam does not understand") from error
+
+    # If dockerd runs with --iptables=false, nothing of it masquerades.
+    if any(allocation.network == "bridge" and not allocation.routed_option
+           for allocation in allocations):
+        allocations = [allocation._replace(routed_option="") for allocation in allocations]
+    view = DockerView([], [])
+    for allocation in allocations:
+        if allocation.driver == driver and allocation.kind != "template":
+            view.ours.append(allocation)
+        else:
+            view.others.append(allocation)
+    return view
 
 
 def failed_starts(path: str, status: Json) -> Iterator[str]:
-    """Yield the containers that Docker gave up, as gipam was not there: protocol.md 1.5, 11.5."""
-    end, names = time.monotonic() + DOCKER_TIMEOUT_S, (status["driver"], status["listening"])
-    absence = 'plugin "{0}" not found|IpamDriver.*: dial .*(/{0}.sock|tcp {1}):'
-    for container in docker_get(path, DOCKER_TIMEOUT_S, STOPPED_CONTAINERS_PATH):
-        left_s = min(NAMES_TIMEOUT_S, max(end - time.monotonic(), 0.001))
-        with contextlib.suppress(RemoteError, Unreachable):  # it has been removed, or is locked
-            about = docker_get(path, left_s, f"/containers/{container['Id']}/json")
-            if re.search(absence.format(*map(re.escape, names)), about["State"]["Error"]):
-                name = printable(about["Name"][1:])
-                yield f"gipam was down when container {name} was to start: docker start {name}"
+    """Yield the containers that Docker did not start since gipam was down; it does not retry."""
+    driver = re.escape(status["driver"])
+    address = re.escape(status["listening"])
+    pattern = (f'plugin "{driver}" not found|'
+               f"IpamDriver.*: dial .*(/{driver}.sock|tcp {address}):")
+    docker = DockerClient(path, DOCKER_TIMEOUT_S)
+    for container in docker.get(STOPPED_CONTAINERS_PATH):
+        # One that has been removed meanwhile, or is locked, is skipped.
+        with contextlib.suppress(RemoteError, Unreachable):
+            details = docker.get(f"/containers/{container['Id']}/json", NAMES_TIMEOUT_S)
+            if re.search(pattern, details["State"]["Error"]):
+                name = printable(details["Name"][1:])
+                yield (f"container {name} did not start because gipam was down: run docker start "
+                       f"{name}")
 
 
 # === Check ========================================================================================
+#
+# What differs between gipam and Docker, and how that is fixed. A Holding is what gipam holds, read
+# from its state or from the JSON of /status; a DockerAllocation is what Docker uses; a Finding is a
+# difference between the two. `check` reports findings, `check --fix` fixes them, and the import does
+# the same inside the daemon for what is missing: once after each start and each adoption, so that a
+# lost or restored lease file costs nothing that is in use. Adopting is by the id that Docker sends
+# with a request, importing from Docker's API. The rule: fix() names the record that it has seen, so
+# that nothing that changed meanwhile is touched.
+
+Key = Tuple[str, str]  # a subnet, and an address or a range in it, or ""
+Post = Callable[[str, Json], Any]  # sends a request to the daemon: path, body -> reply
+
+
+class Holding(NamedTuple):
+    """A pool (address "") or a lease that gipam holds, as the record of number seq granted it."""
+
+    pool_id: str
+    subnet: str
+    sub_pool: str
+    address: str
+    kind: str
+    container: str
+    mac: str
+    granted_s: int
+    seq: int
+    foreign_claim: str = ""  # of a pool: who else has claimed its subnet in etcd
+
+    @property
+    def key(self) -> Key:
+        """Return the subnet, and the part of it that is held, as DockerAllocation.key does."""
+        return self.subnet, self.address or self.sub_pool
+
+
+def holding_of_pool(pool: Pool) -> Holding:
+    """Return what a pool of the state holds."""
+    return Holding(pool.pool_id, str(pool.subnet.network), str(pool.sub_pool or ""), "", "pool", "",
+                   "", pool.granted_s, pool.seq)
+
+
+def holding_of_json(pool: Json, lease: Json | None = None) -> Holding:
+    """Return what a pool of the JSON of /status holds, or a lease in it."""
+    if lease is None:
+        return Holding(pool["id"], pool["subnet"], pool["sub_pool"], "", "pool", "", "",
+                       pool["granted_s"], pool["seq"], pool["claimed_elsewhere"])
+    return Holding(pool["id"], pool["subnet"], pool["sub_pool"], lease["address"], lease["kind"],
+                   lease["name"], lease["mac"], lease["granted_s"], lease["seq"])
+
+
+def holdings_of_json(status: Json) -> Iterator[Holding]:
+    """Yield all pools and leases of the JSON of /status."""
+    for pool in status["pools"]:
+        yield holding_of_json(pool)
+        for lease in pool["addresses"]:
+            yield holding_of_json(pool, lease)
+
+
+def portions_of(values: Sequence[Any], size: int) -> list[Any]:
+    """Return the values in slices of at most that size."""
+    return [values[start:start + size] for start in range(0, len(values), size)]
+
+
+def holdings_at(pool: Pool, template: Holding, offsets: dict[int, str]) -> list[Holding]:
+    """Return the leases of a pool at these offsets, which come with their addresses."""
+    holdings = []
+    for offset, address in offsets.items():
+        lease = pool.leases.get(offset)
+        if lease:
+            holdings.append(template._replace(
+                address=address, kind=lease.kind, container=lease.name, mac=lease.mac,
+                granted_s=lease.granted_s, seq=lease.seq))
+    return holdings
+
+
+def list_pools(service: Service) -> list[Pool]:
+    """Return the pools of the state."""
+    return list(service.state.pools.values())
+
+
+def read_holdings(service: Service, docker: DockerView, run_in_loop: RunInLoop) -> list[Holding]:
+    """Return all pools of the state, and the leases that Docker uses or has yet to confirm.
+
+    For a thread: each iteration of the loop looks up a few hundred leases. How long this takes
+    depends on what Docker uses, not on how many leases there are.
+    """
+    unconfirmed: dict[int, Key] = run_in_loop(service.docker_import.unconfirmed.copy)
+    addresses = collections.defaultdict(set)
+    for allocation in docker.ours:
+        addresses[allocation.subnet].add(allocation.address)
+    for subnet, address in unconfirmed.values():
+        addresses[subnet].add(address)
+
+    holdings = []
+    for pool in run_in_loop(list_pools, service):
+        holding = holding_of_pool(pool)
+        holdings.append(holding)
+        wanted = [address for address in addresses[holding.subnet] if address]
+        for portion in portions_of(wanted, LEASES_PER_CHUNK):
+            offsets = {pool.offset(address): address for address in portion}
+            holdings += run_in_loop(holdings_at, pool, holding, offsets)
+    return holdings
 
 
 class Finding(NamedTuple):
-    """A difference between gipam and Docker, and the request (path, body) that mends it."""
+    """A difference between gipam and Docker."""
 
     kind: str
-    subject: DockerAllocation
     text: str
-    request: tuple[str, Json] = ("", {})  # gipam cannot mend it
-    granted_s: float = 0.0  # when what has leaked was granted
+    subject: DockerAllocation  # what it is about
+    holding: Holding | None = None  # what leaked, or the pool that lacks addresses
+    missing: tuple[DockerAllocation, ...] = ()  # what fix() imports into the subject's pool
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Return what tells this difference from a later one of the same text."""
+        return self.text, self.holding.seq if self.holding else 0
+
+    @property
+    def is_leak(self) -> bool:
+        """Return whether gipam holds what Docker does not use, so that fix() releases it."""
+        return self.kind in ("leaked_pool", "leaked_address")
+
+    @property
+    def is_missing(self) -> bool:
+        """Return whether Docker uses what gipam does not hold, so that fix() imports it."""
+        return self.kind in ("missing_pool", "missing_address")
 
 
-def release_request(pool: Json, lease: Json | None = None) -> tuple[str, Json]:
-    """Return what releases a pool, or a lease in it, if it still is what was seen."""
-    held = lease or pool
-    return "/Gipam.Release", {"PoolID": pool["id"], "Address": held.get("address", ""),
-                              "Seq": held["seq"]}
+Findings = Dict[Tuple[str, int], Finding]  # by their keys
 
 
-def adopt_request(pool: DockerAllocation, uses: Iterable[DockerAllocation], seq: int) -> tuple[str, Json]:
-    """Return what adopts addresses in the pool that was granted as change seq; 0: and the pool.
-
-    They come in descending order, from below the widest gap on: there the pool goes on, should
-    Docker ask for an address before all are taken over. A gateway that it hides comes last.
-    """
-    (low, high), numbers = address_range(parse_prefix(pool.sub_pool or pool.subnet)), {
-        use: int(ipaddress.ip_address(use.address)) for use in uses if use.address}
-    inside = sorted({number for number in numbers.values() if low <= number <= high})
-    gaps = [(after - number, number) for number, after in zip(inside, inside[1:])]
-    gaps += [(inside[0] - low + high - inside[-1], inside[-1])] if inside else []
-    _, start = max(gaps, default=(0, high))
-    leases = [{"Address": use.address, "Kind": use.kind, "MAC": use.mac, "Name": use.container}
-              for use in sorted(uses, key=lambda use: (
-                  not use.address, (start - numbers.get(use, 0)) % (1 << ADDRESS_BITS[6])))]
-    return "/Gipam.Adopt", {"Subnet": pool.subnet, "SubPool": pool.sub_pool,
-                            "Name": pool.pool_name, "Leases": leases, "Seq": seq}
-
-
-def find_leaks(status: Json, uses: list[DockerAllocation]) -> Iterator[Finding]:
+def find_leaks(holdings: Sequence[Holding], allocations: list[DockerAllocation]) -> Iterator[Finding]:
     """Yield what gipam holds and Docker does not use."""
-    used = {use.place: use for use in uses}
-    for pool in status["pools"]:
-        subnet, sub_pool = pool["subnet"], pool["sub_pool"]
-        network = used.get((subnet, sub_pool))
-        for lease in pool["addresses"]:
-            if network and (lease["kind"] != GATEWAY or not network.has_hidden_gateway):
-                about = network._replace(address=lease["address"], container=lease["name"])
-                if about.place not in used:
-                    yield Finding(
-                        "leaked_address", about, f"address {about.address} of {network} is held "
-                        f"for {lease['name'] or lease['mac'] or lease['kind']}, but nothing has it",
-                        release_request(pool, lease), lease["granted_s"])
-        if not network and used.keys().isdisjoint((hint, "") for hint in size_hints_of(subnet)):
-            yield Finding("leaked_pool", DockerAllocation("pool", "", subnet, sub_pool),
-                          f"subnet {subnet}{sub_pool and ' range ' + sub_pool} is held with "
-                          f"{pool['leases']} addresses, but no network has it",
-                          release_request(pool), pool["granted_s"])
+    used = {allocation.key: allocation for allocation in allocations}
+    lease_counts = collections.Counter(holding.pool_id for holding in holdings if holding.address)
+    for holding in holdings:
+        network = used.get((holding.subnet, holding.sub_pool))
+        if holding.address:
+            if network and is_leaked_lease(holding, network, used):
+                owner = holding.container or holding.mac or holding.kind
+                subject = network._replace(address=holding.address, container=holding.container)
+                yield Finding(
+                    "leaked_address", f"address {holding.address} of network {network.network} is "
+                    f"reserved for {owner}, but nothing uses it", subject, holding)
+        elif not network and not is_size_hinted(holding.subnet, used):
+            label = f"subnet {holding.subnet}"
+            if holding.sub_pool:
+                label += f" range {holding.sub_pool}"
+            leases = plural(lease_counts[holding.pool_id], "lease")
+            yield Finding(
+                "leaked_pool", f"{label} is held with {leases}, but no network uses it",
+                DockerAllocation("pool", "", holding.subnet, holding.sub_pool), holding)
 
 
-def held_places(status: Json) -> dict[tuple[str, str], int]:
-    """Return the sequence number of each pool and lease, by its place."""
-    held = {}
-    for pool in status["pools"]:
-        held[pool["subnet"], pool["sub_pool"]] = pool["seq"]
-        for lease in pool["addresses"]:
-            held[pool["subnet"], lease["address"]] = lease["seq"]
-    return held
+def is_size_hinted(subnet: str, used: Mapping[Key, DockerAllocation]) -> bool:
+    """Return whether a network may have the subnet that shows only a size hint."""
+    return any((hint, "") in used for hint in size_hints_of(subnet))
 
 
-def find_missing(status: Json, uses: list[DockerAllocation]) -> Iterator[Finding]:
-    """Yield what Docker uses and gipam does not hold, or holds only once."""
-    held = held_places(status)
-    homes: dict[tuple[str, str], dict[str, DockerAllocation]] = {}
-    users: dict[tuple[str, str], DockerAllocation] = {}
-    for use in uses:
-        homes.setdefault((use.subnet, use.sub_pool), {}).setdefault(use.address, use)
-        first = users.setdefault(use.place, use) if use.kind == ENDPOINT else use
-        if first.docker_id != use.docker_id:
-            yield Finding("address_twice", use, f"address {use.address} is in {first} and {use}: "
-                          "restart one of them")
-    for home, inside in homes.items():
-        pool = inside.pop("", None)
-        if pool and pool.kind == "pool" and home not in held:
-            if pool.has_hidden_gateway and GATEWAY not in {use.kind for use in inside.values()}:
-                inside[""] = pool._replace(kind=GATEWAY)
-            yield Finding("missing_pool", pool, f"subnet {pool.subnet} of {pool} is not held: "
-                          "another network could get it", adopt_request(pool, inside.values(), 0))
-        for use in inside.values():
-            what = f"address {use.address} of {use} is"
-            if not use.subnet and use.kind != GATEWAY:
-                yield Finding("address_outside", use, f"{what} in no subnet of network "
-                              f"{use.network}: make the network anew")
-            elif home in held and use.place not in held:
-                yield Finding("missing_address", use, f"{what} not held: another container could "
-                              "get it", adopt_request(use, [use], held[home]))
+def is_leaked_lease(lease: Holding, network: DockerAllocation,
+                    used: Mapping[Key, DockerAllocation]) -> bool:
+    """Return whether no allocation accounts for a lease of a network."""
+    if lease.kind == GATEWAY and network.has_hidden_gateway:
+        return False
+    return lease.key not in used
 
 
-def diff(status: Json, uses: list[DockerAllocation], others: list[DockerAllocation],
-            until_s: float) -> dict[str, Finding]:
-    """Return all that differs, or had leaked by that time, and what else has a subnet of ours."""
-    found = [*find_leaks(status, uses), *find_missing(status, uses)]
-    subnets = [parse_prefix(pool["subnet"]) for pool in status["pools"] if others]
-    for use in (use for use in others if use.kind == "pool"):
-        found += [Finding("overlap", use, f"subnet {use.subnet} of {use}, of another IPAM driver, "
-                          f"overlaps {subnet} of ours: remove one of the two networks")
-                  for subnet in filter(parse_prefix(use.subnet).overlaps, subnets)]
-    found += [Finding("claimed_elsewhere", DockerAllocation("pool", "", pool["subnet"], pool["sub_pool"]),
-                      f"subnet {pool['subnet']} is held here, but claimed in etcd by "
-                      f"{pool['claimed_elsewhere']}" + ": remove one of the two networks"
-                      * ("`" not in pool["claimed_elsewhere"]))  # which says what to do
-              for pool in status["pools"] if pool.get("claimed_elsewhere")]
-    return {str(finding): finding for finding in found if finding.granted_s <= until_s}
+def find_missing(holdings: Iterable[Holding],
+                 allocations: list[DockerAllocation]) -> Iterator[Finding]:
+    """Yield what Docker uses and gipam does not hold, or holds for one of two users."""
+    held = {holding.key: holding for holding in holdings}
+    networks: dict[Key, dict[str, DockerAllocation]] = {}  # pool -> address -> its first user
+    endpoints: dict[Key, DockerAllocation] = {}
+    for allocation in allocations:
+        pool_key = allocation.subnet, allocation.sub_pool
+        networks.setdefault(pool_key, {}).setdefault(allocation.address, allocation)
+        if allocation.kind == ENDPOINT:
+            first = endpoints.setdefault(allocation.key, allocation)
+            if first.docker_id != allocation.docker_id:
+                yield Finding(
+                    "address_twice", f"address {allocation.address} is used by {first} and "
+                    f"{allocation}: restart one of them", allocation)
+
+    for pool_key, users in networks.items():
+        pool = users.pop("", None)
+        if pool and pool.kind == "pool" and pool_key not in held:
+            yield find_missing_pool(pool, list(users.values()))
+        for user in users.values():
+            text = f"address {user.address} of {user} is"
+            if not user.subnet and user.kind != GATEWAY:
+                yield Finding("address_outside", f"{text} in no subnet of network {user.network}: "
+                              "recreate the network", user)
+            elif pool_key in held and user.key not in held:
+                yield Finding("missing_address", f"{text} not held: another container could get it",
+                              user, held[pool_key], (user,))
 
 
-def confirmed_differences(look: Callable[[], Json], read_docker: Callable[[], tuple[list[DockerAllocation], Any]],
-                     grace_s: int) -> dict[str, Finding]:
-    """Compare gipam with Docker until no passing difference can be left. Raises: Unreachable.
+def find_missing_pool(pool: DockerAllocation, users: list[DockerAllocation]) -> Finding:
+    """Return the finding that a pool is missing, with all of its addresses."""
+    has_gateway = any(user.kind == GATEWAY for user in users)
+    if pool.has_hidden_gateway and not has_gateway:
+        # Its address is not known: the import takes the first that is free.
+        users.append(pool._replace(kind=GATEWAY))
+    return Finding("missing_pool", f"subnet {pool.subnet} of {pool} is not held: another network "
+                   "could get it", pool, None, tuple(users))
 
-    A round reads gipam, Docker, gipam, and keeps what both readings show. What is left is looked at
-    again a moment later, for Docker shows a container that stops before it releases its address.
+
+def find_conflicts(holdings: Iterable[Holding],
+                   others: list[DockerAllocation]) -> Iterator[Finding]:
+    """Yield the pools whose subnet another IPAM driver, or another host, has too."""
+    pools = [holding for holding in holdings if not holding.address]
+    foreign = [(parse_prefix(other.subnet), other) for other in others if other.kind == "pool"]
+    for pool in pools:
+        subnet = parse_prefix(pool.subnet)
+        for network, other in foreign:
+            if network.overlaps(subnet):
+                yield Finding("overlap", f"subnet {network} of {other}, which another IPAM driver "
+                              f"has, overlaps {subnet} of gipam: remove one of the two networks",
+                              other)
+        if pool.foreign_claim:
+            text = f"subnet {subnet} is held here, but claimed in etcd by {pool.foreign_claim}"
+            if "`" not in pool.foreign_claim:
+                # Otherwise it names the command that helps.
+                text += ": remove one of the two networks"
+            yield Finding("claimed_elsewhere", text,
+                          DockerAllocation("pool", "", pool.subnet, pool.sub_pool))
+
+
+def diff(holdings: list[Holding], docker: DockerView, until_s: float) -> Findings:
+    """Return all differences, but for leaks of what was granted after that time."""
+    findings = itertools.chain(
+        find_leaks(holdings, docker.ours), find_missing(holdings, docker.ours),
+        find_conflicts(holdings, docker.others))
+    differences = {}
+    for finding in findings:
+        is_new = finding.is_leak and finding.holding and finding.holding.granted_s > until_s
+        if not is_new:
+            differences[finding.key] = finding
+    return differences
+
+
+def confirmed_differences(read_gipam: Callable[[], list[Holding]],
+                          read_docker: Callable[[], DockerView], grace_s: int) -> Findings:
+    """Compare gipam with Docker, twice, to filter out what only passes. Raises: Unreachable.
+
+    Each round reads gipam, Docker, gipam, and keeps only what both readings show. A second round
+    follows a moment later, because Docker shows a container as stopped before it releases its
+    address.
     """
-    found: dict[str, Finding] = {}
-    for pause_s in (0.0, RECHECK_DELAY_S):
-        time.sleep(pause_s)
-        status, until_s = look(), int(time.time()) - grace_s
+    differences: Findings = {}
+    for round_number in (1, 2):
+        holdings = read_gipam()
+        until_s = time.time() // 1 - grace_s
         docker = read_docker()
-        first = diff(status, *docker, until_s)
-        again = diff(look(), *docker, until_s) if first else {}
-        kept = again.keys() & (found or again).keys()
-        found = {key: finding for key, finding in first.items() if key in kept}
-        if not found:
-            break
-    return found
+        seen = diff(holdings, docker, until_s)
+        if round_number == 2:
+            seen = {key: finding for key, finding in seen.items() if key in differences}
+        if not seen:
+            return {}
+        again = diff(read_gipam(), docker, until_s)
+        differences = {key: finding for key, finding in seen.items() if key in again}
+        if not differences:
+            return {}
+        if round_number == 1:
+            time.sleep(RECHECK_DELAY_S)
+    return differences
 
 
-def route_warnings(base: Network, onlink: str, held: set[str], proc: str) -> Iterator[str]:
-    """Yield what the routes to a base lack: somebody who answers on its wire, or an end."""
-    routes = list(read_covering_routes(proc + "/self/net", base))
-    if str(base) in held and onlink not in dict(routes):  # a network has it all: nothing loops
-        routes = [("*", 0), *read_covering_routes(proc + "/self/net", base.supernet())]  # its own is as long
-    links = [device for device, flags in routes if device not in ("lo", "*") and not flags & 2]
-    if onlink in links:
-        # By proxy_ndp of the device alone, a router that probes what it knows gets no answer; and
-        # systemd-networkd sets that to 0. IPv4 has none.
-        for switch, value in (f"neigh/{onlink}/proxy_delay", "0"), ("conf/all/proxy_ndp", "1"):
-            path = f"net/ipv{base.version}/{switch}"
-            if list(read_words(f"{proc}/sys/{path}")) not in ([], [[value.encode()]]):
-                name = path.translate({46: "/", 47: "."})  # eth0.7 as sysctl(8) has it
-                yield f"-onlink {onlink} needs sysctl -w {name}={value}"
-    elif links:
-        yield (f"the base {base} is on-link on {links[0]}: routers there ask for each address; "
-               f"let gipam answer with -onlink {links[0]}, or have it routed to this host")
-    elif not any(device == "*" or flags & 0x200 for device, flags in routes):  # RTF_REJECT
-        wire = f"; or, if it is on the wire of {onlink}, ip route add {base} dev {onlink}"
-        yield (f"packets to free blocks of {base} may loop between this host and its router: "
-               f"ip route add blackhole {base} metric 9999" + wire * (onlink not in ("", "off")))
+def release_request(holding: Holding) -> tuple[str, Json]:
+    """Return path and body of the request that releases this, if it has not changed."""
+    return "/Gipam.Release", {"PoolID": holding.pool_id, "Address": holding.address,
+                              "Seq": holding.seq}
 
 
-def host_warnings(status: Json, uses: list[DockerAllocation], proc: str) -> Iterator[str]:
-    """Yield what on this host stands against containers being reached without NAT."""
-    bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
-    etcd = status.get("etcd", {})
-    if etcd.get("failure"):
-        yield f"{etcd['failure']}: {etcd['due']} subnets wait for it, and so do new networks"
-    for it in (it for it in status.get("hosts", ()) if it["is_present"] is False):
-        what = ("this machine was that host before, `gipam evict {0}` makes them this host's"
-                if it.get("is_own") else
-                "if it will never come back, `gipam evict {0}` gives them up")
-        yield (f"host {it['host']} has not been heard of for {MISSED_HEARTBEATS * HEARTBEAT_INTERVAL_S:.0f} s, "
-               f"and has {it['claims']} claims: {what.format(it['host'])}")
-    if status.get("trouble"):
-        yield f"gipam {status['trouble']}: nothing new is granted"
-    for version, switch in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):
-        if any(base.version == version for base in bases):
-            if list(read_words(f"{proc}/sys/{switch.replace('.', '/')}")) == [[b"0"]]:
-                yield f"this host does not forward IPv{version}: sysctl -w {switch}=1"
-            elif version == 6:
-                yield from uplinks_ignoring_ra(proc)
-    for use in uses:
-        if not use.address and use.routed_option and (
-                ":" in use.subnet or not parse_prefix(use.subnet).is_private):
-            yield (f"network {use.network} masquerades {use.subnet}, so that its containers "
-                   f"have the address of this host outside: make it with -o {use.routed_option}")
-    onlink = status.get("config", {}).get("onlink", {}).get("value", "")
-    held = {pool["subnet"] for pool in status.get("pools", ())}
-    for base in bases:
-        yield from route_warnings(base, onlink, held, proc)
+def fix(findings: Iterable[Finding], post: Post) -> int:
+    """Release what leaked and import what is missing, unless that changed meanwhile.
 
-
-def uplinks_ignoring_ra(proc: str) -> Iterator[str]:
-    """Yield why a host that forwards learns no IPv6 default route. Source: protocol.md 11.11."""
-    routes = read_words(proc + "/self/net/ipv6_route")
-    if any(row[1] == b"00" and not int(row[8], 16) & 0x200 for row in routes):  # RTF_REJECT
-        return
-    for row in read_words(proc + "/self/net/route"):
-        device = os.fsdecode(row[0])
-        switch = f"{proc}/sys/net/ipv6/conf/{device}/accept_ra"
-        if row[1:8:6] == 2 * [b"00000000"] and list(read_words(switch)) == [[b"1"]]:
-            yield (f"this host has no IPv6 default route: while it forwards, {device} takes none "
-                   f"from routers: sysctl -w net.ipv6.conf.{device.replace('.', '/')}.accept_ra=2")
-
-
-def fix(findings: Iterable[Finding], adopted: set[int], look: Callable[[], Json],
-         read_docker: Callable[[], tuple[list[DockerAllocation], Any]],
-         post: Callable[[str, Json], Any]) -> tuple[set[int], list[DockerAllocation]]:
-    """Mend what can be, unless it has changed since; return (changes by adoption, new uses).
-
-    What Docker let go before gipam held it is released: it was adopted, and nobody uses it.
+    Return how many pools and leases were imported.
     """
-    for finding in (finding for finding in findings if finding.request[0]):
-        path, body = finding.request
-        leases = body.get("Leases")
-        try:
-            for start in range(0, len(leases or ()) or 1, MAX_IMPORT_LEASES):
-                portion = {"Leases": leases[start:start + MAX_IMPORT_LEASES]} if leases else {}
-                reply = post(path, {**body, **portion})
-                last, count = reply.get("Seq", 0), reply.get("Adopted", 0)
-                adopted.update(range(last - count + 1, last + 1))
-                body = {**body, "Seq": body["Seq"] or last - count + 1}  # the pool's: it was first
-        except (RemoteError, Forbidden, InvalidRequest) as error:
-            log.warning("not mended: %s: %s", finding.text, error)
-    if not adopted:
-        return adopted, []
-    uses, _ = read_docker()
-    for path, body in (leak.request for leak in find_leaks(look(), uses)):
-        is_known = parse_pool_id(body["PoolID"]) is not None  # then Docker releases the pool itself
-        if body["Seq"] in adopted and (body["Address"] or not is_known):
-            with contextlib.suppress(Forbidden, RemoteError):  # Docker has just done so
+    imports: dict[Key, Finding] = {}
+    for finding in findings:
+        if finding.is_missing:
+            # All that one pool lacks is one import.
+            key = finding.subject.subnet, finding.subject.sub_pool
+            first = imports.setdefault(key, finding._replace(missing=()))
+            imports[key] = first._replace(missing=first.missing + finding.missing)
+        elif finding.is_leak and finding.holding:
+            path, body = release_request(finding.holding)
+            with logged_as_not_fixed(finding):
                 post(path, body)
-    return adopted, uses
+
+    count = 0
+    for finding in imports.values():
+        with logged_as_not_fixed(finding):
+            count += import_missing(finding, post)
+    return count
 
 
-def import_from_docker(service: Service, driver: str, timeout_s: float, run_in_loop: RunInLoop,
-                       run_with_claim: RunInLoop) -> None:
-    """Adopt all that Docker uses of this driver. Raises: Unreachable; what is adopted stays so.
+@contextlib.contextmanager
+def logged_as_not_fixed(finding: Finding) -> Iterator[None]:
+    """Log that a finding could not be fixed, and go on with the next."""
+    try:
+        yield
+    except (RemoteError, Forbidden, InvalidRequest) as error:
+        log.warning("not fixed: %s: %s", finding.text, error)
 
-    It is over once Docker has been asked again, and shows each pool that was adopted: before 29, an
-    empty network made with a size hint is not shown with its subnet (protocol.md 10.4).
+
+def import_missing(finding: Finding, post: Post) -> int:
+    """Import what a finding lacks, and its pool if that is missing; return how much that was.
+
+    Raises: as Service.import_pool(), or what it is as the reply of a daemon.
     """
-    path, end = docker_socket_path(), time.monotonic() + timeout_s
+    pool = finding.subject
+    count = 0
+    seq = finding.holding.seq if finding.holding else 0
+    leases = []
+    for user in order_for_import(pool, finding.missing):
+        leases.append({"Address": user.address, "Kind": user.kind, "MAC": user.mac,
+                       "Name": user.container})
+    # A pool without leases is one portion, too.
+    portions = portions_of(leases, MAX_IMPORT_LEASES) or [[]]
+    for portion in portions:
+        reply = post("/Gipam.Adopt", {
+            "Subnet": pool.subnet, "SubPool": pool.sub_pool, "Name": pool.pool_name,
+            "Leases": portion, "Seq": seq})
+        count += reply["Adopted"]
+        if not seq:
+            # The first record granted the pool.
+            seq = reply["Seq"] - reply["Adopted"] + 1
+    return count
 
-    def read_docker() -> tuple[list[DockerAllocation], Any]:
-        return read_docker_allocations(path, driver, max(end - time.monotonic(), 0.001))
 
-    def look() -> Json:
-        portions = run_in_loop(lambda: join_portions(status_page(service, "leases=1")))
-        text = b"".join(iter(lambda: run_in_loop(lambda: next(portions, b"")), b""))
-        return dict(json.loads(text, object_hook=lambda value: value))  # which lets others run
+def order_for_import(pool: DockerAllocation,
+                     users: Iterable[DockerAllocation]) -> list[DockerAllocation]:
+    """Return the users of a pool in descending order, from below the widest gap on.
 
-    def import_body(path: str, body: Json, outcome: Outcome) -> Any:
-        reply = METHODS[path].function(service, Arguments(body), outcome)[0]
-        if reply:
-            last = reply["Seq"]
-            service.docker_import.unconfirmed.update(range(last - reply["Adopted"] + 1, last + 1))
-        return reply
+    In that gap the pool goes on if Docker requests an address before the import is complete. A
+    gateway whose address is not known comes last.
+    """
+    low, high = address_range(parse_prefix(pool.sub_pool or pool.subnet))
+    version = 6 if ":" in pool.subnet else 4
+    unknown = []
+    users_by_offset = {}
+    for user in users:
+        if user.address:
+            users_by_offset[parse_address(user.address, version) - low] = user
+        else:
+            unknown.append(user)
+
+    descending = sorted(users_by_offset, reverse=True)
+    first = index_below_widest_gap(descending, high - low + 1)
+    in_order = [users_by_offset[offset] for offset in descending[first:] + descending[:first]]
+    return in_order + unknown
+
+
+def index_below_widest_gap(descending: list[int], size: int) -> int:
+    """Return which of these offsets in a range of that size the widest gap follows, as an index."""
+    inside = [index for index, offset in enumerate(descending) if 0 <= offset < size]
+    if not inside:
+        return 0
+    # The range is a ring: behind its highest offset the lowest follows.
+    above = descending[inside[-1]] + size
+    widest = 0
+    widest_index = 0
+    for index in inside:
+        offset = descending[index]
+        if above - offset > widest:
+            widest = above - offset
+            widest_index = index
+        above = offset
+    return widest_index
+
+
+def import_from_docker(service: Service, driver: str, timeout_s: float,
+                       run_in_loop: RunInLoop, run_with_claim: RunInLoop) -> None:
+    """Import all that Docker uses of this driver. Raises: GipamError; what was imported stays.
+
+    What was imported or adopted is confirmed by another reading of Docker; what that does not show
+    any more is released. A pool stays unconfirmed until Docker shows it: before Docker 29, an
+    empty network that was made with a size hint does not show its subnet.
+    """
+    path = docker_socket_path()
+    deadline_s = time.monotonic() + timeout_s
+    docker_import = service.docker_import
+
+    def read_docker() -> DockerView:
+        return read_docker_allocations(path, driver, max(deadline_s - time.monotonic(), 0.001))
+
+    def read_gipam(docker: DockerView) -> list[Holding]:
+        return read_holdings(service, docker, run_in_loop)
 
     def post(path: str, body: Json) -> Any:
-        return run_with_claim(import_body, path, body)
+        return run_with_claim(post_in_loop, service, path, body)
 
-    # What was held before Docker was read, and no longer is, Docker has released since.
-    held_before = held_places(look())
-    uses, _ = read_docker()
-    missing = [finding for finding in find_missing(look(), uses)
-               if finding.subject.place not in held_before]
+    count = fix(confirmed_missing(read_gipam, read_docker, docker_import.unconfirmed), post)
+    unconfirmed: dict[int, Key] = run_in_loop(docker_import.unconfirmed.copy)
+    if unconfirmed:
+        docker = read_docker()
+        release_unused(read_gipam(docker), docker, unconfirmed, post)
+        confirmed = confirmed_seqs(read_gipam(docker), docker, unconfirmed)
+        for portion in portions_of(confirmed, LEASES_PER_CHUNK):
+            run_in_loop(docker_import.confirm, portion)
+    is_complete = run_in_loop(service.end_import)
+    if count:
+        log.info("compared with Docker: imported %d pools and addresses", count)
+    elif is_complete:
+        log.info("compared with Docker: nothing is missing")
 
-    # Docker shows an address a little longer than it uses it. So an address that lacks in a pool
-    # of the lease file is imported if Docker shows it twice; all others at once, before somebody
-    # else gets them.
-    new_pools = service.docker_import.unconfirmed.union([0])
-    if not all(finding.request[1].get("Seq", 0) in new_pools for finding in missing):
-        time.sleep(RECHECK_DELAY_S)
-        uses, _ = read_docker()
-        still_missing = {finding.subject.place for finding in find_missing(look(), uses)}
-        missing = [finding for finding in missing if finding.subject.place in still_missing]
-    _, uses = fix(missing, service.docker_import.unconfirmed, look, read_docker, post)
-    places = {use.place for use in uses}
-    unconfirmed = {held["seq"] for pool in look()["pools"]
-                   if (pool["subnet"], pool["sub_pool"]) not in places
-                   for held in (pool, *pool["addresses"])}
-    confirmed = service.docker_import.unconfirmed - unconfirmed
-    run_in_loop(lambda: service.confirm_import(confirmed))
-    log.info("compared with Docker")
+
+def confirmed_missing(read_gipam: Callable[[DockerView], list[Holding]],
+                      read_docker: Callable[[], DockerView],
+                      unconfirmed: Container[int]) -> list[Finding]:
+    """Return what Docker uses and gipam does not hold, if two readings of both show that.
+
+    Between the readings, what Docker is just releasing goes. It shows an address a little longer
+    than it uses it, so an address that lacks in a pool of the lease file is looked at again after
+    a moment; all others at once, and imported before somebody else gets them.
+    """
+    docker = read_docker()
+    missing = set()
+    pause_s = 0.0
+    for finding in find_missing(read_gipam(docker), docker.ours):
+        if finding.is_missing:
+            missing.add(finding.key)
+            if finding.holding and finding.holding.seq not in unconfirmed:
+                pause_s = RECHECK_DELAY_S
+    if not missing:
+        return []
+
+    time.sleep(pause_s)
+    docker = read_docker()
+    again = find_missing(read_gipam(docker), docker.ours)
+    return [finding for finding in again if finding.key in missing]
+
+
+def post_in_loop(service: Service, path: str, body: Json, outcome: Outcome) -> Any:
+    """Do in the loop what a POST request does, and return its reply."""
+    method = METHODS[path]
+    reply, _ = method.function(service, Arguments(body), outcome)
+    return reply
+
+
+def release_unused(holdings: list[Holding], docker: DockerView, unconfirmed: Container[int],
+                   post: Post) -> None:
+    """Release what was imported, but is not in use any more: its release came before the import."""
+    for leak in find_leaks(holdings, docker.ours):
+        holding = leak.holding
+        if holding is None or holding.seq not in unconfirmed:
+            continue
+        # Docker itself releases a pool whose id it has sent.
+        if holding.address or parse_pool_id(holding.pool_id) is None:
+            path, body = release_request(holding)
+            # If it has changed, Docker has just released it.
+            with contextlib.suppress(Forbidden):
+                post(path, body)
+
+
+def confirmed_seqs(holdings: list[Holding], docker: DockerView,
+                   unconfirmed: Iterable[int]) -> list[int]:
+    """Return the records whose pool Docker shows, or which are not held any more."""
+    shown = {allocation.key for allocation in docker.ours}
+    hidden = set()
+    for holding in holdings:
+        if (holding.subnet, holding.sub_pool) not in shown:
+            hidden.add(holding.seq)
+    return [seq for seq in unconfirmed if seq not in hidden]
 
 
 def is_docker_alive() -> bool:
@@ -6241,9 +6571,28 @@ def is_docker_alive() -> bool:
     try:
         with open("/var/run/docker.pid", encoding="ascii") as file:
             os.kill(int(file.read()), 0)
-    except (OSError, ValueError) as error:
-        return isinstance(error, PermissionError)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
     return True
+
+
+def try_import(service: Service, driver: str, timeout_s: float, run_in_loop: RunInLoop,
+               run_with_claim: RunInLoop) -> None:
+    """Compare with Docker; log only the first of several failures. Raises: ShuttingDown."""
+    docker_import = service.docker_import
+    try:
+        import_from_docker(service, driver, timeout_s, run_in_loop, run_with_claim)
+        docker_import.has_failed = False
+    except ShuttingDown:
+        raise
+    except GipamError as error:
+        if not docker_import.has_failed:
+            docker_import.has_failed = True
+            log.info("not compared with Docker yet, trying again in the background: %s", error)
+    except Exception:
+        log.exception("cannot compare with Docker, which is a bug of gipam")
 
 
 def import_worker(service: Service, driver: str, run_in_loop: RunInLoop,
@@ -6253,23 +6602,158 @@ def import_worker(service: Service, driver: str, run_in_loop: RunInLoop,
     Never in a request, because Docker may hold a lock until gipam replies.
     """
     docker_import = service.docker_import
-    pause_s = IMPORT_BACKOFF_S
+    pause_s = 0.0
     while True:
         if docker_import.is_due:
             docker_import.requested.wait(pause_s)
-            pause_s = min(2 * pause_s, MAX_IMPORT_BACKOFF_S)
+            pause_s = min(max(2 * pause_s, IMPORT_BACKOFF_S), MAX_IMPORT_BACKOFF_S)
         else:
             docker_import.requested.wait()
             pause_s = IMPORT_BACKOFF_S
         docker_import.requested.clear()
         try:
-            import_from_docker(service, driver, 60.0, run_in_loop, run_with_claim)
+            try_import(service, driver, MAX_IMPORT_BACKOFF_S, run_in_loop, run_with_claim)
         except ShuttingDown:
             return
-        except GipamError:  # Docker does not answer yet, or the disk is full
-            pass
-        except Exception:
-            log.exception("this is a bug of gipam")
+
+
+def host_warnings(status: Json, allocations: list[DockerAllocation], proc: str) -> Iterator[str]:
+    """Yield what on this host prevents containers from being reached without NAT."""
+    bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
+    yield from etcd_warnings(status)
+    if status.get("trouble"):
+        yield f"gipam {status['trouble']}: nothing new is granted"
+    yield from forwarding_warnings({base.version for base in bases}, proc)
+    for allocation in allocations:
+        if allocation.address or not allocation.routed_option:
+            continue
+        if ":" in allocation.subnet or not parse_prefix(allocation.subnet).is_private:
+            yield (f"network {allocation.network} masquerades {allocation.subnet}, so its "
+                   "containers use this host's address outside: create it with -o "
+                   f"{allocation.routed_option}")
+
+    option: Json = status.get("config", {}).get("onlink", {})
+    onlink = option.get("value", "")
+    if onlink == "off":
+        onlink = ""
+    if onlink and find_missing_device(onlink):
+        yield find_missing_device(onlink)
+    held = {pool["subnet"] for pool in status.get("pools", ())}
+    for base in bases:
+        yield from route_warnings(base, onlink, held, proc)
+
+
+def etcd_warnings(status: Json) -> Iterator[str]:
+    """Yield what etcd keeps from working, and the claims of hosts that are down."""
+    etcd = status.get("etcd", {})
+    if etcd.get("failure"):
+        waiting = "new networks"
+        if etcd["due"]:
+            waiting = f"{plural(etcd['due'], 'claim')} and new networks"
+        yield f"{etcd['failure']}: {waiting} have to wait"
+    for host in status.get("hosts", ()):
+        if host["is_present"] is not False:
+            continue
+        remedy = "if it will never come back, `gipam evict {}` drops them"
+        if host.get("is_own"):
+            remedy = "it is a former name of this host, `gipam evict {}` takes them over"
+        yield (f"host {host['host']} has not been seen for "
+               f"{MISSED_HEARTBEATS * HEARTBEAT_INTERVAL_S:.0f} s and holds "
+               f"{plural(host['claims'], 'claim')}: {remedy.format(host['host'])}")
+
+
+def read_sysctl(proc: str, name: str) -> str:
+    """Return the value of a sysctl, whose name has slashes, "" if this host has none of it."""
+    for words in read_words(f"{proc}/sys/{name}"):
+        return words[0].decode()
+    return ""
+
+
+def forwarding_warnings(versions: Container[int], proc: str) -> Iterator[str]:
+    """Yield what forwarding lacks in the families of the bases."""
+    if 4 in versions and read_sysctl(proc, "net/ipv4/ip_forward") == "0":
+        yield "this host does not forward IPv4: sysctl -w net.ipv4.ip_forward=1"
+    if 6 in versions:
+        is_forwarding = read_sysctl(proc, "net/ipv6/conf/all/forwarding") != "0"
+        yield from uplink_warnings(is_forwarding, proc)
+        if not is_forwarding:
+            yield "this host does not forward IPv6: sysctl -w net.ipv6.conf.all.forwarding=1"
+
+
+RTF_REJECT = 0x200  # flags of /proc/net/route and ipv6_route; source: linux/route.h, ipv6_route.h
+RTF_ADDRCONF = 0x40000
+
+
+def uplink_warnings(is_forwarding: bool, proc: str) -> Iterator[str]:
+    """Yield interfaces that ignore router advertisements on a host that forwards.
+
+    Linux takes them there only if accept_ra is 2. The default routes that it has learned go when
+    forwarding is turned on, which Docker does with its first IPv6 network, or expire later.
+    Source: linux/Documentation/networking/ip-sysctl.rst, net/ipv6/addrconf.c.
+    """
+    learned = set()
+    has_default = False
+    for row in read_words(proc + "/self/net/ipv6_route"):
+        flags = int(row[8], 16)
+        if row[1] == b"00" and not flags & RTF_REJECT:
+            has_default = True
+            if flags & RTF_ADDRCONF:
+                learned.add(row[9])
+    for row in read_words(proc + "/self/net/route"):
+        is_default = row[1] == row[7] == b"00000000"
+        if is_default and is_forwarding and not has_default:
+            # An IPv6 default route is missing, and most likely it would use this interface.
+            learned.add(row[0])
+
+    for name in sorted(learned):
+        device = os.fsdecode(name)
+        if read_sysctl(proc, f"net/ipv6/conf/{device}/accept_ra") == "1":
+            state = "gets lost" if has_default else "is missing"
+            yield (f"the IPv6 default route of this host {state}: while it forwards, {device} "
+                   "ignores router advertisements: sysctl -w "
+                   f"net.ipv6.conf.{device.replace('.', '/')}.accept_ra=2")
+
+
+def route_warnings(base: Network, onlink: str, held: set[str], proc: str) -> Iterator[str]:
+    """Yield what the routes to a base lack: somebody who answers on its link, or a blackhole."""
+    routes = list(read_covering_routes(proc + "/self/net", base))
+    if str(base) in held and onlink not in dict(routes):
+        # One network has the whole base, so that nothing loops; its own route is as long as the
+        # base, and does not count.
+        routes = [("*", 0), *read_covering_routes(proc + "/self/net", base.supernet())]
+    links = []
+    is_ended = False
+    for device, flags in routes:
+        if device not in ("lo", "*") and not flags & 2:  # RTF_GATEWAY
+            links.append(device)
+        if device == "*" or flags & RTF_REJECT:
+            is_ended = True
+
+    if onlink in links:
+        yield from onlink_warnings(base.version, onlink, proc)
+    elif links:
+        yield (f"the base {base} is on-link on {links[0]}: routers there ask for each address; let "
+               f"gipam answer with -onlink {links[0]}, or have it routed to this host")
+    elif not is_ended:
+        warning = (f"packets to free blocks of {base} may loop between this host and its router: "
+                   f"ip route add blackhole {base} metric 9999")
+        if onlink:
+            warning += f"; or, if it is on the link of {onlink}, ip route add {base} dev {onlink}"
+        yield warning
+
+
+def onlink_warnings(version: int, device: str, proc: str) -> Iterator[str]:
+    """Yield the sysctls that answering for containers on the link of a device needs.
+
+    With the device's own proxy_ndp alone, a router that probes an address that it knows gets no
+    answer, and systemd-networkd sets that to 0. IPv4 has no such switch.
+    """
+    for name, value in ((f"neigh/{device}/proxy_delay", "0"), ("conf/all/proxy_ndp", "1")):
+        path = f"net/ipv{version}/{name}"
+        if read_sysctl(proc, path) not in ("", value):
+            # sysctl(8) writes eth0.7 as eth0/7.
+            setting = path.translate({ord("."): "/", ord("/"): "."})
+            yield f"-onlink {device} needs sysctl -w {setting}={value}"
 
 
 # === Cluster ======================================================================================
@@ -7788,17 +8272,13 @@ def make_service(config: Config, store: Store, document: Json | None, state: Sta
 
 def start_import(config: Config, service: Service, document: Json | None,
                  run_in_loop: RunInLoop, run_with_claim: RunInLoop) -> None:
-    """Ask Docker what is in use before anything is served, if there was no lease file.
+    """Import what Docker uses before anything is served, if there was no lease file.
 
     But only if dockerd is alive: while it starts, its socket accepts connections, but dockerd waits
     for gipam. All other starts compare in the background, in import_worker().
     """
     if document is None and is_docker_alive():
-        try:
-            import_from_docker(service, config.driver, IMPORT_TIMEOUT_S, run_in_loop,
-                               run_with_claim)
-        except GipamError as error:
-            log.warning("Docker cannot be asked yet what is in use: %s", error)
+        try_import(service, config.driver, IMPORT_TIMEOUT_S, run_in_loop, run_with_claim)
 
 
 def log_startup_warnings(config: Config, used: Container[Network], proc: str) -> None:
@@ -7882,7 +8362,7 @@ def cmd_status(arguments: argparse.Namespace) -> int:
 
 def add_docker_names(pools: list[Json], uses: list[DockerAllocation]) -> None:
     """Put pools and leases in order of address; name network and container, where Docker does."""
-    used = {use.place: use for use in uses}
+    used = {use.key: use for use in uses}
     pools.sort(key=lambda pool: read_range(pool["sub_pool"] or pool["subnet"]))
     for pool in pools:
         pool["network"] = used.get((pool["subnet"], pool["sub_pool"]), DockerAllocation("")).network
@@ -8039,67 +8519,102 @@ def draw_map(base: str, count: int, marks: dict[str, Iterable[str]]) -> str:
 
 
 def cmd_check(arguments: argparse.Namespace) -> int:
-    """Compare with Docker; with --fix, release what leaked and take over what is missing.
+    """Compare with Docker; with --fix, release what leaked and import what is missing.
 
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
     settings, path = arguments.settings, docker_socket_path()
-    read_gipam = functools.partial(daemon_request, settings, "GET", "/status?leases=1")
-    status = read_gipam()
-    driver = status["driver"]
-    read_docker = functools.partial(read_docker_allocations, path, driver, DOCKER_TIMEOUT_S)
-    look = functools.partial(confirmed_differences, read_gipam, read_docker, arguments.grace)
-    found = left = look()
-    if arguments.fix and found:
-        held = {pool["subnet"] for pool in status["pools"]}
-        known = {use.subnet for uses in read_docker() for use in uses if use.driver == driver}
-        if held and held.isdisjoint(known) and not arguments.force:
-            raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one "
-                              "that gipam serves? If so, use --force")
-        post = functools.partial(daemon_request, settings, "POST")
-        fix(found.values(), set(), read_gipam, read_docker, post)
-        left = look()
-    notes = [*host_warnings(status, read_docker()[0], "/proc"), *failed_starts(path, status)]
-    print_report(found, left, [*dict.fromkeys(notes)], arguments.json)
+
+    def read_status() -> Json:
+        status: Json = daemon_request(settings, "GET", "/status?leases=1")
+        return status
+
+    def read_gipam() -> list[Holding]:
+        return list(holdings_of_json(read_status()))
+
+    def read_docker() -> DockerView:
+        return read_docker_allocations(path, status["driver"], DOCKER_TIMEOUT_S)
+
+    def post(path: str, body: Json) -> Any:
+        return daemon_request(settings, "POST", path, body)
+
+    status = read_status()
+    differences = confirmed_differences(read_gipam, read_docker, arguments.grace)
+    left = differences
+    if arguments.fix and differences:
+        if not arguments.force:
+            require_same_docker(status, read_docker(), path)
+        fix(differences.values(), post)
+        left = confirmed_differences(read_gipam, read_docker, arguments.grace)
+    warnings = list(host_warnings(status, read_docker().ours, "/proc"))
+    warnings += failed_starts(path, status)
+    print_report(differences, left, list(dict.fromkeys(warnings)), arguments.json)
     return 1 if left else 0
 
 
-def print_report(found: dict[str, Finding], left: dict[str, Finding], notes: list[str],
-           as_json: bool) -> None:
-    """Print what was found and is left, or has come up meanwhile."""
-    all_found = {**found, **left}
+def require_same_docker(status: Json, docker: DockerView, path: str) -> None:
+    """Check that this Docker knows one of the pools held, or none is. Raises: Unreachable."""
+    held = {pool["subnet"] for pool in status["pools"]}
+    known = set()
+    for allocation in docker.ours + docker.others:
+        if allocation.driver == status["driver"]:
+            known.add(allocation.subnet)
+    if held and held.isdisjoint(known):
+        raise Unreachable(f"the Docker at {path} knows none of the pools held: is it the one that "
+                          "gipam serves? If so, use --force")
+
+
+def print_report(differences: Findings, left: Findings, notes: list[str], as_json: bool) -> None:
+    """Print what was found, and what is left or has come up meanwhile."""
+    all_findings = {**differences, **left}
     if as_json:
-        print(json.dumps({"findings": [
-            {"kind": finding.kind, "text": finding.text, "is_fixed": key not in left,
-             **{name: getattr(finding.subject, name)
-                for name in ("subnet", "address", "network", "container")}}
-            for key, finding in all_found.items()], "notes": notes}, indent=2))
+        print_json_report(all_findings, left, notes)
         return
-    for key, finding in all_found.items():
-        mendable = "; `gipam check --fix` mends it" if finding.request[0] else ""
-        print(f"{finding.kind}: {finding.text}{mendable if key in left else '; fixed'}")
+    for key, finding in all_findings.items():
+        if key not in left:
+            ending = "; fixed"
+        elif finding.is_leak or finding.is_missing:
+            ending = "; `gipam check --fix` fixes it"
+        else:
+            ending = ""
+        print(f"{finding.kind}: {finding.text}{ending}")
     for note in notes:
         print(f"note: {note}")
-    count = f"{len(all_found)} difference{'s' * (len(all_found) > 1)}, {len(left)} left"
-    print(count if all_found else "no difference")
+    if all_findings:
+        print(f"{plural(len(all_findings), 'difference')}, {len(left)} left")
+    else:
+        print("no difference")
+
+
+def print_json_report(all_findings: Findings, left: Findings, notes: list[str]) -> None:
+    """Print the report as JSON."""
+    rows = []
+    for key, finding in all_findings.items():
+        subject = finding.subject
+        rows.append({
+            "kind": finding.kind, "text": finding.text, "is_fixed": key not in left,
+            "subnet": subject.subnet, "address": subject.address, "network": subject.network,
+            "container": subject.container})
+    print(json.dumps({"findings": rows, "notes": notes}, indent=2))
 
 
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
     status = daemon_request(arguments.settings, "GET", "/status?leases=1")
     pool, lease = find_lease(status["pools"], arguments.POOL, arguments.ADDRESS)
-    request, address = release_request(pool, lease), lease["address"] if lease else ""
+    holding, address = holding_of_json(pool, lease), lease["address"] if lease else ""
     if not arguments.force:
         uses, _ = read_docker_allocations(docker_socket_path(), status["driver"], DOCKER_TIMEOUT_S)
-        leaks = [finding.request for finding in find_leaks(status, uses)]
-        if request not in leaks and release_request(pool) not in leaks:
+        holdings = list(holdings_of_json(status))
+        leaks = {finding.holding for finding in find_leaks(holdings, uses)}
+        if leaks.isdisjoint((holding, holding_of_json(pool))):
             user = next((str(use) for use in uses
                          if (use.subnet, use.address) == (pool["subnet"], address)), "a network")
             raise Forbidden(f"{user} of Docker uses it: remove that first, or use --force")
     what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
     if not arguments.yes and not confirm(f"release {what} {pool['subnet']}? [y/N] "):
         return 1
-    daemon_request(arguments.settings, "POST", *request)
+    daemon_request(arguments.settings, "POST", *release_request(holding))
     print(f"released {what} {pool['subnet']}")
     return 0
 

@@ -77,11 +77,11 @@ class CheckTest(DockerCase):
 
     @staticmethod
     def leaked_address(address: str, network: str, owner: str = "02:42:00:00:00:09") -> str:
-        return f"leaked_address: address {address} of network {network} is held for {owner}, but nothing has it"
+        return f"leaked_address: address {address} of network {network} is reserved for {owner}, but nothing uses it"
 
     @staticmethod
     def leaked_pool(subnet: str) -> str:
-        return f"leaked_pool: subnet {subnet} is held with 1 addresses, but no network has it"
+        return f"leaked_pool: subnet {subnet} is held with 1 lease, but no network uses it"
 
     def test_fake_docker_has_the_shapes_of_this_one(self) -> None:
         """What the self-check builds upon."""

@@ -139,7 +139,7 @@ class RefusalTest(DockerCase):
                                     f"02:42:00:00:00:0{number}", "bb", "true")
         self.assertEqual(self.docker.held_by_gipam()["fd00:9::/64"], {"fd00:9::1", "fd00:9::5", "fd00:9::7"})
         self.assert_found_and_mended(*(
-            f"leaked_address: address {address} of network lan is held for 02:42:00:00:00:0{number}, but nothing has it"
+            f"leaked_address: address {address} of network lan is reserved for 02:42:00:00:00:0{number}, but nothing uses it"
             for number, address in enumerate(("10.9.0.2", "10.9.0.3", "10.9.0.4", "10.9.0.6"))))
 
     def test_network_that_is_refused_leaves_nothing_and_does_not_hurt_the_first(self) -> None:
