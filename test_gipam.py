@@ -7925,7 +7925,7 @@ class ImportTest(OperatedCase):
         for address in used:
             allocations.append(pool._replace(kind="endpoint", address=address, docker_id=address))
         sizes = []
-        given = []
+        given: list[str] = []
 
         def measure(function: Callable[..., Any], *args: Any) -> Any:
             before = self.service.state.seq
