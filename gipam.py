@@ -5607,19 +5607,19 @@ def inherited_sockets(address: Any) -> dict[str, socket.socket]:
         return {}
     count = int(os.environ.pop("LISTEN_FDS", "0"))
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    names += [""] * count
     # The path of the socket may be deleted.
     is_reachable = not isinstance(address, str) or os.path.exists(address)
     matching = {}
     for index in range(count):
+        name = names[index] if index < len(names) else ""
         inherited = socket.socket(fileno=3 + index)
         bound_address = inherited.getsockname()
         if is_reachable and address in (bound_address, bound_address[:2]):
-            matching[names[index]] = inherited
+            matching[name] = inherited
             continue
         inherited.close()
-        if names[index] == FDSTORE_NAME and isinstance(bound_address, str) \
-                and os.path.lexists(bound_address):
+        is_former = name == FDSTORE_NAME and isinstance(bound_address, str)
+        if is_former and os.path.lexists(bound_address):
             os.unlink(bound_address)
     return matching
 
