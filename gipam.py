@@ -1396,9 +1396,9 @@ def decide_release_address(pool: Pool, address: str) -> AddressRelease | None:
 # CommitRecord is one line of it: all changes of one iteration of the event loop.
 #
 # A record is acknowledged only after it is written to preallocated space and synced. What a failed
-# sync leaves on the disk is unknown, so that the process then exits and recovers. Files are created,
-# renamed and removed only in the loop thread, one step an iteration; the thread of a checkpoint only
-# writes the temporary file. Nothing is read or truncated before every segment is locked.
+# sync leaves on the disk is unknown, so the process then exits and recovers. Files are created,
+# renamed and removed only in the loop thread, one step an iteration; the thread of a checkpoint
+# only writes the temporary file. Nothing is read or truncated before every segment is locked.
 
 
 class CommitRecord(NamedTuple):
@@ -1502,7 +1502,7 @@ def join_portions(texts: Iterable[str]) -> Iterator[bytes]:
 
 
 class DiskFile:
-    """An open regular file; its changes go through `syscalls`, so that a test can make them fail."""
+    """An open regular file. Its changes go through `syscalls`, so that a test can fail them."""
 
     def __init__(self, syscalls: Any, path: str, flags: int = os.O_RDWR) -> None:
         """Open the file. Raises: OSError, also for a directory, a FIFO and a symbolic link."""
@@ -5558,9 +5558,9 @@ class EventLoop:
 
 
 # === Discovery ====================================================================================
-# How Docker finds gipam: a socket in /run/docker/plugins, or a symbolic link there, or a plugin file
-# with an URL. And how the socket outlives a restart: systemd keeps it (FileDescriptorStoreMax) and
-# hands it to the next process, so that Docker never sees a refused connection.
+# How Docker finds gipam: a socket in /run/docker/plugins, or a symbolic link there, or a plugin
+# file with a URL. And how the socket outlives a restart: systemd keeps it (FileDescriptorStoreMax)
+# and hands it to the next process, so that Docker never sees a refused connection.
 #
 # Each such file is a PublishedPath. Nothing that another process uses is replaced: a socket is
 # removed only after a connection to it was refused.
@@ -5597,7 +5597,7 @@ def open_listener(server_class: type[Server], address: Any, loop: EventLoop) -> 
 
 
 def inherited_sockets(address: Any) -> dict[str, socket.socket]:
-    """Return the sockets for the address that systemd hands over, by name. Source: sd_listen_fds(3).
+    """Return the sockets that systemd hands over for the address, by name (sd_listen_fds(3)).
 
     A socket may come twice, from a socket unit and from the store; shutting one down would end
     both. A stored one for another address is of former options; its path is removed, so that it
@@ -5645,7 +5645,7 @@ def require_no_listener(path: str) -> None:
 
 
 class PublishedPath:
-    """A path by which Docker finds gipam: created at the start, and again if somebody deletes it."""
+    """A path by which Docker finds gipam. It is created again if somebody deletes it."""
 
     is_kept = False  # after the end, because systemd keeps the socket
     is_needed = True
@@ -7611,11 +7611,11 @@ class NoCluster:
 
 # === Settings =====================================================================================
 # The options of gipam, and where their values come from: the default, the environment, the command
-# line, and the lease file, whose keys people edit. OPTIONS is the one list of them. Settings map the
-# name of each option to the Option that is in effect; a Config has the parsed values.
+# line, and the lease file, whose keys people edit. OPTIONS is the one list of them. Settings map
+# the name of each option to the Option that is in effect; a Config has the parsed values.
 #
-# Of the lease file and the other sources, the one that was changed last wins. Every invalid value is
-# an error that names the option, its text, its origin and the rule.
+# Of the lease file and the other sources, the one that was changed last wins. Every invalid value
+# is an error that names the option, its text, its origin and the rule.
 
 
 def parse_number(text: str, lowest: int, highest: int, rule: str) -> int:
@@ -8027,7 +8027,7 @@ def read_state(config: Config, store: Store, document: Json | None) -> State:
 
 
 def open_store(settings: Settings) -> tuple[Config, Store, Json | None, State]:
-    """Lock the lease file, apply its settings, and recover the state. Raises: GipamError, OSError."""
+    """Lock the lease file, apply its settings, recover the state. Raises: GipamError, OSError."""
     store = Store(settings["file"].value)
     if not os.path.isdir(os.path.dirname(store.path)):
         raise settings["file"]._replace(text=store.path).error("its directory does not exist")
@@ -8050,8 +8050,8 @@ def open_store(settings: Settings) -> tuple[Config, Store, Json | None, State]:
 
 
 # === Daemon =======================================================================================
-# `gipam serve` as a process: start, run, stop. The order of the steps is what this section is about;
-# the comments of Daemon.start() and Daemon.stop() give the reason for each place.
+# `gipam serve` as a process: start, run, stop. The order of the steps is what this section is
+# about; the comments of Daemon.start() and Daemon.stop() give the reason for each place.
 #
 # A start that fails says why in one line and ends with the status of its error. It never waits for
 # a reader of its stderr, which is why even uncaught exceptions go to the log handler.
@@ -8230,7 +8230,10 @@ def send_watchdog(service: Service) -> None:
 
 
 def join_cluster(config: Config, service: Service, store: Store) -> ClusterMember | None:
-    """Read from etcd what other hosts hold, if -etcd is set. Raises: AlreadyRunning, ConfigError."""
+    """Read from etcd what other hosts hold, if there is any.
+
+    Raises: AlreadyRunning, ConfigError.
+    """
     if not config.etcd:
         return None
     tls = load_tls(config.etcdtls)

@@ -2744,6 +2744,93 @@ class CallsTest(StoreCase):
         self.assertEqual(held(disk), tenant.held())
 
 
+class PreallocationTest(StoreCase):
+    """Space is preallocated before a change is decided, and what a full disk has is used."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.journal = self.path + ".journal.1"
+        self.service = self.begin()
+        DirectClient(self.service).request_pool()
+        self.store = self.service.store
+        self.segment = active_segment(self.store)
+
+    def fail_writes(self, fault: Any, count: int) -> None:
+        """Let the next writes fail; a failed preallocation truncates after each."""
+        first = len(self.calls.made)
+        self.calls.faults = {first + 2 * index: fault for index in range(count)}
+
+    def reserve_beyond(self) -> None:
+        """Reserve one byte more than is preallocated."""
+        self.store.reserve(self.segment.allocated - self.segment.end)
+
+    def test_failed_preallocation_leaves_no_space_taken(self) -> None:
+        """Else its zeros would take the last space of the disk."""
+        for fault in (errno.ENOSPC, HALF):
+            length = os.path.getsize(self.journal)
+            self.fail_writes(fault, 2)
+            with self.subTest(fault), self.assertRaisesRegex(
+                    gipam.StoreError, "cannot write .*: No space left on device; nothing has"):
+                self.reserve_beyond()
+            self.assertEqual(os.path.getsize(self.journal), length)
+            self.assertEqual(self.segment.allocated, length)
+
+    def test_nearly_full_disk_gives_what_is_needed(self) -> None:
+        length = self.segment.allocated
+        self.fail_writes(HALF, 1)
+        self.reserve_beyond()
+        self.assertGreater(self.segment.allocated, length)
+        self.assertLess(self.segment.allocated, length + gipam.RECORD_OVERHEAD_BYTES + 1)
+        self.assertEqual(os.path.getsize(self.journal), self.segment.allocated)
+
+    def test_last_free_space_is_not_for_a_checkpoint(self) -> None:
+        checkpoint(self.service)
+        DirectClient(self.service).request_pool()
+        free = mock.Mock(f_bavail=2 * gipam.PREALLOCATE_BYTES - 1, f_frsize=1)
+        with mock.patch.object(os, "statvfs", return_value=free):
+            with self.assertLogs(gipam.log, "WARNING") as logged:
+                self.assertFalse(checkpoint(self.service))
+            self.assertIn("the last free space is kept for requests", logged.output[0])
+            self.reserve_beyond()
+
+    def test_probe_finds_out_that_the_disk_takes_writes_again(self) -> None:
+        self.fail_writes(errno.ENOSPC, 2)
+        self.assertRaises(gipam.StoreError, self.reserve_beyond)
+        self.fail_writes(errno.ENOSPC, 2)
+        self.store.probe()
+        self.assertIn("No space left", self.store.last_error)
+        length = self.segment.allocated
+        self.store.probe()
+        self.assertEqual(self.store.last_error, "")
+        # A byte would find space in the last block of the file, though the disk is full.
+        self.fail_writes(errno.ENOSPC, 1)
+        self.store.last_error = "the disk is full"
+        self.store.probe()
+        self.assertEqual(self.segment.allocated - length,
+                         gipam.PREALLOCATE_BYTES + gipam.PROBE_BYTES)
+
+    def test_probe_asks_nothing_of_a_disk_that_is_well_or_lost(self) -> None:
+        made = len(self.calls.made)
+        self.store.probe()
+        self.store.fail("the disk is gone")
+        self.store.probe()
+        self.assertEqual(self.calls.made[made:], [])
+
+    def test_probe_that_cannot_sync_is_fatal(self) -> None:
+        self.store.last_error = "the disk is full"
+        self.calls.next_fault = "fdatasync journal.1", errno.EIO
+        self.store.probe()
+        self.assertIsNotNone(self.store.fatal_error)
+
+    def test_probe_finds_out_where_no_segment_could_be_made(self) -> None:
+        self.store.close()
+        store = gipam.Store(self.path + "2", self.calls)
+        self.calls.next_fault = "open leases.json2.journal.1", errno.ENOSPC
+        self.assertRaises(gipam.StoreError, store.reserve, 1)
+        store.probe()
+        self.assertEqual((store.last_error, store.segment), ("", 1))
+
+
 class PowerCutTest(StoreCase):
     """At any moment the power fails: of what was not synced, any part may be gone."""
 
@@ -10612,13 +10699,6 @@ class ConfigurationTest(CommandLineCase):
         self.assertLessEqual({"198.18.0.0/24", "198.18.17.0/24", "198.18.34.0/24"},
                              {pool["Pool"] for pool in self.lease_file()["Allocated"]})
 
-    def test_a_start_that_fails_leaves_no_pool_behind(self) -> None:
-        """A lock file and a first lease file may stay: they harm nobody."""
-        daemon = Daemon(self, "-v4", "10.2.0.0/16", "-unix=false", "-address=127.0.0.1:0",
-                        "-spec", "/proc/gipam.spec", env=NO_DOCKER).start(wait=False)
-        self.assertEqual(daemon.stop(0), 1, daemon.read_log())
-        self.assertEqual(dump_state(recover(daemon.file)), dump_state(make_state()))
-
     def test_what_will_surprise_is_said_at_start(self) -> None:
         config = gipam.build_config(gipam.read_settings({}, argparse.Namespace(
             unix="true", v6="fe80::/56", v4="169.254.0.0/16")))
@@ -10800,15 +10880,6 @@ class ConfigurationTest(CommandLineCase):
         self.assertEqual(client.call("IpamDriver.GetCapabilities"), {
             "RequiresMACAddress": False, "RequiresRequestReplay": False})
 
-    def test_start_needs_to_know_the_routes(self) -> None:
-        """As under a unit of a time when they were files."""
-        config = gipam.build_config(gipam.read_settings({}, argparse.Namespace(file=self.file)))
-        store = gipam.Store(self.file)
-        self.patch(gipam, netlink_request=mock.Mock(side_effect=OSError(97, "no such family")))
-        with self.assertRaisesRegex(gipam.ConfigError, "no such family; .* must include AF_NETLINK"):
-            gipam.make_service(config, store, None, gipam.read_state(config, store, None))
-        self.assertFalse(os.path.exists(self.file))
-
 
 ID4, ID6 = "Xq3vT0Zb9kLwYhUa", "7c9e6679f4b3"  # the Go program's are random strings
 GO_LEASES: dict[str, Any] = {
@@ -10916,6 +10987,137 @@ class OptionsTableTest(unittest.TestCase):
                               for at, (flag, variable) in enumerate(zip(flags, variables))})
         self.assertEqual(shown, {f"-{option.name}": (option.variable, option.default or "none")
                                  for option in gipam.OPTIONS})
+
+
+# === Daemon =======================================================================================
+# gipam as a process: what a start refuses, with which exit status and in which words, and that
+# neither a start nor a stop waits for somebody to read stderr. Stopping with requests under way is
+# tested with the Server.
+
+SHORTAGE = """
+import errno
+def fail(path, *arguments, real=os.open):
+    if str(path).endswith({suffix!r}):
+        raise OSError(errno.{name}, os.strerror(errno.{name}), path)
+    return real(path, *arguments)
+os.open = fail
+"""
+NO_NETLINK = """
+import errno
+def fail(*arguments):
+    raise OSError(errno.{name}, os.strerror(errno.{name}))
+gipam.netlink_request = fail
+"""
+FAILING_THREAD = """
+def fail(*arguments):
+    open({begun!r}, 'w').close()
+    1 / 0
+gipam.import_worker = fail
+"""
+
+
+class StartTest(StoreCase):
+    """A start that fails says why in one line, and ends."""
+
+    def assert_start_fails(self, daemon: Daemon, exit_status: int, pattern: str) -> None:
+        """Start a daemon, and check its exit status and the one line that it logs."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(daemon.log)
+        daemon.start(wait=False)
+        self.assertEqual(daemon.stop(0), exit_status, daemon.read_log())
+        self.assertRegex(daemon.read_log(), f"^{pattern}\n$")
+
+    def test_brief_shortage_of_the_host_is_worth_another_start(self) -> None:
+        """systemd does not start a service again that has ended with 78."""
+        for name in ("EMFILE", "ENFILE", "ENOMEM"):
+            text = os.strerror(getattr(errno, name))
+            for suffix in (".lock", ".tmp"):
+                with self.subTest(name, suffix=suffix):
+                    daemon = self.daemon(lines=SHORTAGE.format(suffix=suffix, name=name))
+                    self.assert_start_fails(daemon, 74, f"gipam: {self.path}{suffix}: {text}")
+            with self.subTest(name, suffix="netlink"):
+                daemon = self.daemon(lines=NO_NETLINK.format(name=name))
+                self.assert_start_fails(daemon, 74, f"gipam: {text}")
+
+    def test_kernel_that_does_not_list_routes_is_told_apart(self) -> None:
+        """As under a unit without AF_NETLINK: another start does not help."""
+        daemon = self.daemon(lines=NO_NETLINK.format(name="EAFNOSUPPORT"))
+        self.assert_start_fails(daemon, 78, "gipam: cannot ask the kernel for routes: .*; under "
+                                            "systemd, .* must include AF_NETLINK, .*")
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_half_a_surrogate_pair_in_an_edited_setting_is_an_invalid_value(self) -> None:
+        digest = gipam.digest("10.2.0.0/16")
+        for notes in ({}, {"v4": [digest, None]}, {"v4": [digest, digest]}):
+            for key, name in (("V4Pool", "v4"), ("Exclude", "exclude"), ("V4AllocateBlock", "v4ab")):
+                document = {key: "\ud800", "Options": notes}
+                self.write_file("leases.json", json.dumps(document).encode())
+                os.chmod(self.path, 0o600)
+                with self.subTest(key, notes=notes):
+                    self.assert_start_fails(self.daemon(), 78, fr"gipam: -{name} '\\ud800' from "
+                                            "the lease file .*")
+
+    def test_invalid_setting_is_refused_before_it_is_said_which_one_wins(self) -> None:
+        digest = gipam.digest("10.2.0.0/16")
+        document = {"V4Pool": "10.2.0.0/16", "Options": {"v4": [digest, digest]}}
+        self.write_file("leases.json", json.dumps(document).encode())
+        os.chmod(self.path, 0o600)
+        self.assert_start_fails(self.daemon("-v4", "10.2.0.0/33"), 78,
+                                "gipam: -v4 '10.2.0.0/33' from the command line: .*")
+
+    def test_error_has_the_priority_of_an_error_in_the_journal(self) -> None:
+        """journald adds the name of the service, which is not there twice."""
+        daemon = self.daemon("-v4", "10.2.0.0")
+        self.assert_start_fails(daemon, 78, "gipam: -v4 '10.2.0.0' from the command line: .*")
+        daemon.env["JOURNAL_STREAM"] = "8:1"
+        self.assert_start_fails(daemon, 78, "<3>-v4 '10.2.0.0' from the command line: .*")
+
+    def test_start_ends_though_nobody_reads_stderr(self) -> None:
+        """Seen before: it hung on a full pipe."""
+        for what, lines, options, exit_status in (
+                ("an error", "", ("-v4", "10.2.0.0"), 78),
+                ("an exception", "gipam.open_store = lambda *_: 1 / 0", (), 1),
+                ("a missing directory", "", ("-file", "/nonexistent/leases.json"), 78)):
+            daemon = self.daemon(*options, lines=lines)
+            with self.subTest(what):
+                daemon.process = subprocess.Popen([*daemon.command, *daemon.options],
+                                                  env=daemon.env, stderr=full_pipe(self))
+                self.assertEqual(daemon.stop(0), exit_status)
+
+    def test_unexpected_exception_is_logged_with_its_traceback(self) -> None:
+        daemon = self.daemon(lines="gipam.open_store = lambda *_: 1 / 0")
+        self.assert_start_fails(daemon, 1, "(?s:.* ERROR this is a bug of gipam\n.*Traceback"
+                                           ".*ZeroDivisionError: division by zero)")
+
+    def test_start_that_fails_leaves_no_name_and_no_pool(self) -> None:
+        """A lock file, and a first lease file without pools, may stay: they harm nobody."""
+        lines = "gipam.log_startup_warnings = lambda *_: open('/nonexistent')"
+        daemon = self.daemon("-v4", "10.2.0.0/16", lines=lines)
+        self.assert_start_fails(daemon, 1, "gipam: /nonexistent: No such file or directory")
+        self.assertEqual(set(os.listdir(self.directory)), {"leases.json", "leases.json.lock", "log"})
+        self.assertEqual(dump_state(recover(self.path)), dump_state(make_state()))
+
+
+class ThreadTest(StoreCase):
+    """A thread whose exception nobody foresaw ends nothing else."""
+
+    def test_exception_in_a_thread_goes_to_the_log_and_gipam_serves_on(self) -> None:
+        begun = os.path.join(self.directory, "begun")
+        daemon = self.daemon(lines=FAILING_THREAD.format(begun=begun)).start()
+        daemon.client().request_pool("10.9.0.0/24")
+        self.assertEqual(daemon.stop(), 0)
+        self.assertRegex(daemon.read_log(), "(?s)ERROR a bug of gipam in thread import\n.*"
+                                            "ZeroDivisionError: division by zero")
+
+    def test_exception_in_a_thread_waits_for_nobody_to_read_stderr(self) -> None:
+        """Seen before: the thread hung in Python's own hook."""
+        begun = os.path.join(self.directory, "begun")
+        daemon = self.daemon(lines=FAILING_THREAD.format(begun=begun))
+        daemon.process = subprocess.Popen([*daemon.command, *daemon.options], env=daemon.env,
+                                          stderr=full_pipe(self))
+        wait_until("the thread to begin", os.path.exists, begun)
+        daemon.client().request_pool("10.9.0.0/24")
+        self.assertEqual(daemon.stop(), 0)
 
 
 # === Running ======================================================================================
