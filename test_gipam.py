@@ -11016,7 +11016,7 @@ gipam.import_worker = fail
 """
 
 
-class StartTest(StoreCase):
+class FailedStartTest(StoreCase):
     """A start that fails says why in one line, and ends."""
 
     def assert_start_fails(self, daemon: Daemon, exit_status: int, pattern: str) -> None:
