@@ -1484,7 +1484,7 @@ def is_torn(data: bytes, offset: int, end: int | None) -> bool:
         return False
     first_sector = offset - offset % SECTOR_BYTES
     for start in range(first_sector, len(data), SECTOR_BYTES):
-        sector = data[max(start, offset):start + SECTOR_BYTES]
+        sector = data[start:start + SECTOR_BYTES]
         if b"\0" in sector.rstrip(b"\0"):
             return False
     return True

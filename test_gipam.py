@@ -2371,6 +2371,21 @@ class JournalTest(StoreCase):
                 *_, last = gipam.decode_records(data + bytes(99))
                 self.assertEqual(last.seq, 10)
 
+    def test_what_no_crash_leaves_is_refused(self) -> None:
+        """The last record starts at a sector here."""
+        overhead = len(self.line(10, ""))
+        first = self.line(10, "x" * (SECTOR_BYTES - overhead))
+        short = self.line(11, "release_pool", "x")
+        long = self.line(11, "release_pool", "x" * 2 * SECTOR_BYTES)
+        zeros = bytes(SECTOR_BYTES)
+        for what, tail in (
+                ("a line end within a few bytes", b"x\nx"),
+                ("zeros, then the end of a record and another", zeros + long[SECTOR_BYTES:] + short),
+                ("garbage, then zeros", b"x" * SECTOR_BYTES + zeros + b"x"),
+                ("more than the header says", short[:40].ljust(SECTOR_BYTES, b"\0") + zeros + b"x")):
+            with self.subTest(what), self.assertRaisesRegex(ValueError, "line 2 at byte 512"):
+                list(gipam.decode_records(first + tail))
+
     def test_damage_is_refused_with_its_place_and_given_up_as_the_message_says(self) -> None:
         line, place = self.line(11, "release_pool", UNKNOWN_ID), r"journal\.1.* line 6 at byte \d+ "
         held_pool = next(iter(recover(self.path).pools.values()))
@@ -2405,7 +2420,7 @@ class JournalTest(StoreCase):
                 f'["bind_pool",{pool},""]', f'["bind_pool",{pool},7]', f'["share_pool",{pool},7,{{}}]')),
             *((str(payload[:9]), b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload),
                place + "is not a commit record;") for payload in (
-                   b"[" * 100_000, b"5", b"[]", b'["11",[]]', b"[11,{}]", b"[true,[]]", b"{}")),
+                   b"[" * 100_000, b"5", b"[]", b'["11",[]]', b"[11,{}]", b"[11,[]]", b"[true,[]]", b"{}")),
         ):
             with self.subTest(what):
                 self.put(self.data + tail)
@@ -2744,6 +2759,57 @@ class CallsTest(StoreCase):
         self.assertEqual(held(disk), tenant.held())
 
 
+class RotationTest(StoreCase):
+    """The next segment of the journal, and what is left if it cannot be made."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.service = self.begin()
+        self.client = DirectClient(self.service)
+        self.client.request_pool()
+        checkpoint(self.service)
+        self.client.request_pool()
+        self.store = self.service.store
+        self.next_path = self.path + ".journal.2"
+
+    def open_segments(self) -> list[str]:
+        return [path for path in self.calls.open_files() if ".journal." in path]
+
+    def test_rotation_closes_the_segment_before(self) -> None:
+        self.store.rotate(1)
+        self.assertEqual(self.open_segments(), [self.next_path])
+
+    def test_rotation_that_fails_leaves_nothing(self) -> None:
+        """Also if only the directory cannot be synced."""
+        error = OSError(errno.ENOSPC, "No space left on device")
+        with mock.patch.object(gipam.Segment, "write_zeros", side_effect=error):
+            self.assert_rotation_fails()
+        self.calls.next_fault = "fsync directory", errno.EIO
+        self.assert_rotation_fails()
+        self.client.request_pool()
+        self.assert_recovered(dump_state(self.service.state))
+
+    def assert_rotation_fails(self) -> None:
+        """Check that the present segment stays, and that no other is left."""
+        self.assertRaises(OSError, self.store.rotate, 1)
+        self.assertEqual(self.open_segments(), [self.path + ".journal.1"])
+        self.assertFalse(os.path.exists(self.next_path))
+
+    def test_segment_of_another_program_is_left_alone(self) -> None:
+        self.write_file("leases.json.journal.2", b"notes\n")
+        with self.assertRaisesRegex(gipam.FatalStoreError, "put there by another program"):
+            self.store.rotate(1)
+        self.assertEqual(pathlib.Path(self.next_path).read_bytes(), b"notes\n")
+
+    def test_blank_segment_that_a_checkpoint_left_is_not_the_last_one(self) -> None:
+        """The records before it may not be synced yet."""
+        self.store.close()
+        self.write_file("leases.json.journal.2", bytes(99))
+        del self.calls.made[:]
+        self.assertEqual(self.begin().store.segment, 1)
+        self.assertIn("fdatasync journal.1", self.calls.made)
+
+
 class PreallocationTest(StoreCase):
     """Space is preallocated before a change is decided, and what a full disk has is used."""
 
@@ -2782,6 +2848,10 @@ class PreallocationTest(StoreCase):
         self.assertGreater(self.segment.allocated, length)
         self.assertLess(self.segment.allocated, length + gipam.RECORD_OVERHEAD_BYTES + 1)
         self.assertEqual(os.path.getsize(self.journal), self.segment.allocated)
+
+    def test_full_disk_does_not_forbid_starting(self) -> None:
+        self.calls.next_fault = "pwrite journal.1", errno.ENOSPC
+        self.assertEqual(self.begin().store.seq, self.store.seq)
 
     def test_last_free_space_is_not_for_a_checkpoint(self) -> None:
         checkpoint(self.service)
