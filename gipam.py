@@ -113,6 +113,7 @@ from typing import (
     Dict,
     Iterable,
     Iterator,
+    List,
     Mapping,
     NamedTuple,
     NoReturn,
@@ -2452,6 +2453,10 @@ class Claim(NamedTuple):
         return {field: item for field, item in value.items() if item}
 
 
+ClaimDict = Dict[str, Union[Claim, None]]  # by key; None: deleted, or to be deleted
+ClaimChanges = Mapping[str, Union[Claim, None]]
+
+
 class Head(NamedTuple):
     """The version of all claims in etcd. Where no version is known there is no Head."""
 
@@ -2461,7 +2466,7 @@ class Head(NamedTuple):
 class Transaction(NamedTuple):
     """Claims to write, if etcd is as expected; the only retry is to decide again from scratch."""
 
-    claims: Mapping[str, Claim | None]  # by key; None deletes
+    claims: ClaimChanges  # by key; None deletes
     expected_head: Head | None  # None: unknown, so that all claims are read instead
     expected_keys: Mapping[str, str | None] = {}  # further preconditions; None: absent
     deleted_keys: tuple[str, ...] = ()  # other keys that go with the claims
@@ -2515,7 +2520,7 @@ class TransactionResult(NamedTuple):
     """What etcd told, to be applied in the very iteration that decides on the outcome."""
 
     head: Head
-    claims: Mapping[str, Claim | None]  # that have changed
+    claims: ClaimChanges  # that have changed
     keys: Mapping[str, str]  # among them hosts/HOST of every member
     outcome: Outcome
     sent_s: float  # on the clock that also runs while the machine sleeps
@@ -2612,7 +2617,11 @@ def join_claim(claim: Claim | None, own: Claim) -> Claim:
 
 
 def desired_claim(
-    host: str, claim: Claim | None, own: Claim | None, is_barred: bool, is_kept: bool
+    host: str,
+    claim: Claim | None,
+    own: Claim | None,
+    is_barred: bool,
+    is_kept: bool,
 ) -> Claim | None:
     """Return what etcd should have under a key: `claim` is there now, `own` is held here.
 
@@ -2789,8 +2798,14 @@ class NoClaims:
             raise InvalidRequest("option gipam.shared needs -etcd, through which hosts share")
 
     @contextlib.contextmanager
-    def deciding(self, subnet: Network | None, sub_pool: Network | None, version: int,
-                 is_admitted: bool, outcome: Outcome) -> Iterator[None]:
+    def deciding(
+        self,
+        subnet: Network | None,
+        sub_pool: Network | None,
+        version: int,
+        is_admitted: bool,
+        outcome: Outcome,
+    ) -> Iterator[None]:
         """Surround the decision on a pool."""
         yield
 
@@ -2804,8 +2819,14 @@ class NoClaims:
     def require_no_conflict(self, network: Network, outcome: Outcome) -> None:
         """Check that nobody else has claimed a subnet that is held here."""
 
-    def decide_shared_address(self, pool: Pool, request: AddressRequest, now_s: int, start: int,
-                              outcome: Outcome) -> AddressGrant:
+    def decide_shared_address(
+        self,
+        pool: Pool,
+        request: AddressRequest,
+        now_s: int,
+        start: int,
+        outcome: Outcome,
+    ) -> AddressGrant:
         """Decide which address of a shared subnet is granted."""
         raise Unavailable(f"{pool.subnet.network} is shared with other hosts: "
                           "start gipam with -etcd")
@@ -2969,7 +2990,7 @@ class ClaimTable(NoClaims):
             else:
                 self._update_blocked(network)
 
-    def apply_claims(self, claims: Mapping[str, Claim | None]) -> None:
+    def apply_claims(self, claims: ClaimChanges) -> None:
         """Take over claims by their keys; None: it is gone."""
         for key, claim in claims.items():
             known = self.claims.get(key)
@@ -2987,8 +3008,9 @@ class ClaimTable(NoClaims):
                 self._update_conflict(key)
             else:
                 self._update_blocked(network)
-            is_ours = any(each is not None and self.host in each.hosts for each in (known, claim))
-            if is_ours or self.local_subnet(network):
+            was_ours = known is not None and self.host in known.hosts
+            is_ours = claim is not None and self.host in claim.hosts
+            if was_ours or is_ours or self.local_subnet(network):
                 self.mark_dirty(key, str(network))
 
     def local_subnet(self, network: Network) -> Subnet | None:
@@ -3030,7 +3052,9 @@ class ClaimTable(NoClaims):
         # Only what overlaps a held subnet, which is rare, can begin or end a conflict.
         keys = set(self.conflicts)
         if overlaps_held:
-            keys.update(str(held) for held in family.subnets if held.overlaps(network))
+            for held in family.subnets:
+                if held.overlaps(network):
+                    keys.add(str(held))
         for key in keys:
             self._update_conflict(key)
 
@@ -3048,15 +3072,18 @@ class ClaimTable(NoClaims):
         offsets = self.remote_addresses.setdefault(network, OffsetBitmap())
         offset = parse_address(address, network.version) - int(network[0])
         claim = self.claims.get(key)
-        if claim is not None and (claim.other_hosts(self.host) or key in self.unconfirmed):
-            offsets.add(offset)
-        else:
+        is_free = claim is None
+        if claim is not None and not claim.other_hosts(self.host):
+            is_free = key not in self.unconfirmed
+        if is_free:
             offsets.discard(offset)
-
-        if claim is not None:
-            keys[key] = None
         else:
+            offsets.add(offset)
+
+        if claim is None:
             keys.pop(key, None)
+        else:
+            keys[key] = None
         if not keys:
             del self.address_keys[network]
             del self.remote_addresses[network]
@@ -3094,8 +3121,12 @@ class ClaimTable(NoClaims):
 
     def new_conflicts(self) -> list[str]:
         """Return the keys of conflicts that have come up, each once."""
-        texts = {key: self.describe_claim(claim) for key, claim in self.conflicts.items()}
-        new = [key for key, text in texts.items() if self._reported.get(key) != text]
+        texts = {}
+        new = []
+        for key, claim in self.conflicts.items():
+            texts[key] = self.describe_claim(claim)
+            if self._reported.get(key) != texts[key]:
+                new.append(key)
         self._reported = texts
         return new
 
@@ -3133,7 +3164,7 @@ class ClaimTable(NoClaims):
             return None
         return Claim((self.host,), lease.kind, False, lease.granted_s)
 
-    def differences(self, keys: Iterable[str]) -> dict[str, Claim | None]:
+    def differences(self, keys: Iterable[str]) -> ClaimDict:
         """Return what etcd should have under these keys, where it has something else."""
         differences = {}
         for key in keys:
@@ -3196,8 +3227,14 @@ class ClaimTable(NoClaims):
                             "first")
 
     @contextlib.contextmanager
-    def deciding(self, subnet: Network | None, sub_pool: Network | None, version: int,
-                 is_admitted: bool, outcome: Outcome) -> Iterator[None]:
+    def deciding(
+        self,
+        subnet: Network | None,
+        sub_pool: Network | None,
+        version: int,
+        is_admitted: bool,
+        outcome: Outcome,
+    ) -> Iterator[None]:
         """Surround the decision on a pool; is_admitted: of a subnet that this host may join.
 
         Raises: TransactionRequired, for a refusal that rests on claims which etcd has not just told.
@@ -3237,9 +3274,10 @@ class ClaimTable(NoClaims):
         subnet = self.local_subnet(network)
         is_shared = subnet.is_shared if subnet is not None else grant.is_shared
         own = Claim((self.host,), "", is_shared, grant.granted_s)
-        self.claim({grant.subnet: join_claim(self.claims.get(grant.subnet), own)}, outcome)
+        claim = join_claim(self.claims.get(grant.subnet), own)
+        self.claim({grant.subnet: claim}, outcome)
 
-    def claim(self, claims: Mapping[str, Claim | None], outcome: Outcome) -> NoReturn:
+    def claim(self, claims: ClaimChanges, outcome: Outcome) -> NoReturn:
         """Have something new claimed. Raises: TransactionRequired; Unavailable; as etcd."""
         if outcome.error:
             raise outcome.error
@@ -3276,8 +3314,14 @@ class ClaimTable(NoClaims):
             f"{network} is held here, but claimed by {self.describe_claim(claim)} too: no address "
             "of it is given out until one host releases it")
 
-    def decide_shared_address(self, pool: Pool, request: AddressRequest, now_s: int, start: int,
-                              outcome: Outcome) -> AddressGrant:
+    def decide_shared_address(
+        self,
+        pool: Pool,
+        request: AddressRequest,
+        now_s: int,
+        start: int,
+        outcome: Outcome,
+    ) -> AddressGrant:
         """Decide which address of a shared subnet is granted. Raises: as SharedSubnets.decide()."""
         return self.shared_subnets.decide(pool, request, now_s, start, outcome)
 
@@ -3303,13 +3347,16 @@ class ClaimTable(NoClaims):
         self.members.require_absent(host)
 
         keys.sort(key=lambda key: (-key.count("/"), key))  # addresses go first
-        claims: dict[str, Claim | None] = {}
+        claims: ClaimDict = {}
         for key in keys[:CLAIMS_PER_TRANSACTION]:
-            hosts = set(self.claims[key].hosts) - {host}
+            claim = self.claims[key]
+            hosts = set(claim.hosts)
+            hosts.discard(host)
             if self.members.is_former_name(host):
                 hosts.add(self.host)
-            evicted = self.claims[key]._replace(hosts=tuple(sorted(hosts)))
-            claims[key] = evicted if hosts else None  # delete the claim: its only host is evicted
+            claims[key] = None  # delete the claim: its only host is evicted
+            if hosts:
+                claims[key] = claim._replace(hosts=tuple(sorted(hosts)))
 
         # Last of all the key of the host goes, and only if it has not come back.
         is_last = len(keys) <= CLAIMS_PER_TRANSACTION
@@ -3321,7 +3368,7 @@ class ClaimTable(NoClaims):
 
     # Tentative claims: several requests may share a transaction
 
-    def block_tentatively(self, claims: Mapping[str, Claim | None]) -> list[Network]:
+    def block_tentatively(self, claims: ClaimChanges) -> list[Network]:
         """Block subnets that a request is about to claim for the next one; return them."""
         blocked = []
         for key, claim in claims.items():
@@ -3375,7 +3422,11 @@ class ClaimTable(NoClaims):
         age_s = None
         if self._answered_s is not None:
             age_s = round(time.monotonic() - self._answered_s, 1)
-        etcd = {"failure": self.failure, "due": len(self.dirty), "age_s": age_s}
+        etcd = {
+            "failure": self.failure,
+            "due": len(self.dirty),
+            "age_s": age_s,
+        }
         return {"host": self.host, "hosts": hosts, "etcd": etcd}
 
 
@@ -3390,8 +3441,14 @@ class SharedSubnets:
     def __init__(self, table: ClaimTable) -> None:
         self._table = table
 
-    def decide(self, pool: Pool, request: AddressRequest, now_s: int, start: int,
-               outcome: Outcome) -> AddressGrant:
+    def decide(
+        self,
+        pool: Pool,
+        request: AddressRequest,
+        now_s: int,
+        start: int,
+        outcome: Outcome,
+    ) -> AddressGrant:
         """Decide which address is granted; a free one is looked for from offset start on.
 
         Raises: TransactionRequired; as decide_request_address(); as etcd.
@@ -3464,10 +3521,16 @@ class SharedSubnets:
         if not self._owns(key, grant.kind):
             table.releasing.add(key)
         own = Claim((table.host,), grant.kind, False, grant.granted_s)
-        table.claim({**missing, key: join_claim(table.claims.get(key), own)}, outcome)
+        missing[key] = join_claim(table.claims.get(key), own)
+        table.claim(missing, outcome)
 
-    def _choose_claimed_address(self, pool: Pool, owners: Iterable[str], is_away: bool,
-                                outcome: Outcome) -> str:
+    def _choose_claimed_address(
+        self,
+        pool: Pool,
+        owners: Iterable[str],
+        is_away: bool,
+        outcome: Outcome,
+    ) -> str:
         """Return an address that was just claimed for this request, or still is, or ""."""
         subnet = pool.subnet
         keys = outcome.granted
@@ -6771,6 +6834,9 @@ def onlink_warnings(version: int, device: str, proc: str) -> Iterator[str]:
 # only place where requests, heartbeats and reconciling meet etcd.
 
 
+ClaimLog = List[Tuple[str, Json]]  # the head before each change, and what it changed
+
+
 class EtcdEndpoint(NamedTuple):
     """Where a member of etcd listens, and the user to ask it as."""
 
@@ -6836,8 +6902,12 @@ class EtcdClient:
     Source: etcd.io/docs/v3.5/dev-guide/api_grpc_gateway; 64-bit numbers are strings there.
     """
 
-    def __init__(self, endpoints: list[EtcdEndpoint], tls: ssl.SSLContext | None,
-                 prefix: str) -> None:
+    def __init__(
+        self,
+        endpoints: list[EtcdEndpoint],
+        tls: ssl.SSLContext | None,
+        prefix: str,
+    ) -> None:
         self._prefix = prefix
         self._tls = tls
         self._endpoints = collections.deque(endpoints)
@@ -6845,8 +6915,12 @@ class EtcdClient:
         self._connection: ApiConnection | None = None
         self._token = ""
 
-    def txn(self, expected: Mapping[str, str | None], writes: Mapping[str, str | None],
-            deadline_s: float) -> EtcdReply:
+    def txn(
+        self,
+        expected: Mapping[str, str | None],
+        writes: Mapping[str, str | None],
+        deadline_s: float,
+    ) -> EtcdReply:
         """Write all keys (None: delete), if the expected ones have these values (None: absent).
 
         The reply has hosts/ of all; if it did not succeed, also the head and the log of claims.
@@ -6856,8 +6930,13 @@ class EtcdClient:
         success = [self._write(key, text) for key, text in writes.items()]
         hosts = self._range("hosts/", "hosts0")  # "0" comes after "/"
         success.append(hosts)
-        failure = [hosts, self._range("changes", "changes\0"), self._range("head", "head\0")]
-        body = {"compare": compare, "success": success, "failure": failure}
+        changes = self._range("changes", "changes\0")
+        head = self._range("head", "head\0")
+        body = {
+            "compare": compare,
+            "success": success,
+            "failure": [hosts, changes, head],
+        }
         return self._post_any("/v3/kv/txn", body, deadline_s)
 
     def _comparison(self, key: str, text: str | None) -> Json:
@@ -6871,10 +6950,16 @@ class EtcdClient:
     def _write(self, key: str, text: str | None) -> Json:
         if text is None:
             return {"request_delete_range": {"key": self._to_key(key)}}
-        return {"request_put": {"key": self._to_key(key), "value": to_base64(text)}}
+        return {"request_put": {
+            "key": self._to_key(key),
+            "value": to_base64(text),
+        }}
 
     def _range(self, start: str, end: str) -> Json:
-        return {"request_range": {"key": self._to_key(start), "range_end": self._to_key(end)}}
+        return {"request_range": {
+            "key": self._to_key(start),
+            "range_end": self._to_key(end),
+        }}
 
     def read_page(self, start: str, revision: int, deadline_s: float) -> EtcdReply:
         """Read some of all keys from start on, as of a revision (0: the latest).
@@ -6948,7 +7033,8 @@ class EtcdClient:
         has_new_token = not self._token
         if endpoint.user and has_new_token and path != ETCD_AUTH_PATH:
             credentials = {"name": endpoint.user, "password": endpoint.password}
-            self._token = str(self._post(ETCD_AUTH_PATH, credentials, deadline_s)["token"])
+            reply = self._post(ETCD_AUTH_PATH, credentials, deadline_s)
+            self._token = str(reply["token"])
 
         headers = {"Authorization": self._token} if self._token else {}
         connection.request("POST", path, encode_json(body), headers)
@@ -6985,7 +7071,7 @@ class EtcdClient:
         return to_base64(self._prefix + key)
 
 
-def parse_claim_log(text: str | None) -> list[tuple[str, Json]]:
+def parse_claim_log(text: str | None) -> ClaimLog:
     """Return the changes that etcd keeps, each with the head before it; [] if they are none."""
     try:
         changes = [(str(before), changed) for before, changed in json.loads(text or "[]")]
@@ -6995,7 +7081,7 @@ def parse_claim_log(text: str | None) -> list[tuple[str, Json]]:
     return changes if is_valid else []
 
 
-def parse_claims(values: Mapping[str, Any], known: Container[str]) -> dict[str, Claim | None]:
+def parse_claims(values: Mapping[str, Any], known: Container[str]) -> ClaimDict:
     """Return the claims among these values; a key that gipam would not write is ignored."""
     claims = {}
     for key, value in values.items():
@@ -7057,7 +7143,8 @@ def first_line(path: str) -> str:
 
 def digest_of(text: str) -> str:
     """Return 16 hexadecimal digits that stand for the text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    data = text.encode("utf-8", "surrogateescape")
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 class TransactionBatch:
@@ -7087,8 +7174,10 @@ class TransactionBatch:
         for each in (merged, other):
             if each.expected_keys or each.deleted_keys:
                 return False
-        is_disjoint = merged.claims.keys().isdisjoint(other.claims)
-        return is_disjoint and len(merged.claims) + len(other.claims) <= self.MAX_CLAIMS
+        if not merged.claims.keys().isdisjoint(other.claims):
+            return False
+        count = len(merged.claims) + len(other.claims)
+        return count <= self.MAX_CLAIMS
 
     def close(self) -> None:
         """Unblock what only this batch has blocked."""
@@ -7145,7 +7234,7 @@ class ClusterMember:
         self._sent = 0  # transactions
         self._acknowledged = 0  # the count that etcd has been seen to have
         self._own_key_text: str | None = None  # what etcd has of this host, as far as is known
-        self._claim_log: list[tuple[str, Json]] = []  # as of the head
+        self._claim_log: ClaimLog = []  # as of the head
         self._revision = 0  # the highest seen
         self._has_lost_data = False  # etcd, and not all has been read since
         self._misses = 0  # transactions in a row that found another head
@@ -7175,7 +7264,11 @@ class ClusterMember:
         """Go on in a thread; stop_loop() is called if the name turns out to be another machine's."""
         self._run_in_loop = run_in_loop
         self._stop_loop = stop_loop
-        self._thread = threading.Thread(target=self._run, name="etcd", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run,
+            name="etcd",
+            daemon=True,
+        )
         self._thread.start()
 
     def submit(self, request: PendingRequest) -> None:
@@ -7222,7 +7315,8 @@ class ClusterMember:
 
     def _run_once(self) -> None:
         """Run what was submitted, send a heartbeat if it is due, then reconcile what is dirty."""
-        self._wakeup.wait(max(self._next_heartbeat_s - time.monotonic(), 0.0))
+        wait_s = self._next_heartbeat_s - time.monotonic()
+        self._wakeup.wait(max(wait_s, 0.0))
         self._wakeup.clear()
         self._run_transactions(self._take_queue())
         if time.monotonic() >= self._next_heartbeat_s:
@@ -7375,7 +7469,9 @@ class ClusterMember:
         own_key_text = self._format_own_key()
         writes: dict[str, str | None] = {own_key: own_key_text}
         for key, claim in transaction.claims.items():
-            writes[f"claims/{key}"] = encode_json(claim.to_json()) if claim is not None else None
+            writes[f"claims/{key}"] = None  # deletes the claim
+            if claim is not None:
+                writes[f"claims/{key}"] = encode_json(claim.to_json())
         for key in transaction.deleted_keys:
             writes[key] = None
         if transaction.claims:
@@ -7384,8 +7480,11 @@ class ClusterMember:
             writes["head"] = head.token
             writes["changes"] = encode_json(claim_log)
 
-        expected = {"head": expected_head.token, own_key: self._own_key_text,
-                    **transaction.expected_keys}
+        expected = {
+            "head": expected_head.token,
+            own_key: self._own_key_text,
+            **transaction.expected_keys,
+        }
         sent_s = boottime_s()
         reply = self._call_etcd(self._etcd.txn, expected, writes, deadline_s)
         if self._has_lost_data:
@@ -7402,13 +7501,22 @@ class ClusterMember:
         self._own_key_text = own_key_text
         self._acknowledged = self._sent
         self._followed_s = time.monotonic()
-        granted = [key for key, claim in transaction.claims.items() if claim is not None]
-        deleted = [key for key, claim in transaction.claims.items() if claim is None]
-        deleted += transaction.deleted_keys
         if transaction.log_text:
             log.warning("%s", transaction.log_text)
-        outcome = Outcome(True, frozenset(granted), frozenset(deleted), is_fresh=True)
+        outcome = self._outcome_of(transaction)
         return TransactionResult(head, transaction.claims, reply.values, outcome, sent_s)
+
+    @staticmethod
+    def _outcome_of(transaction: Transaction) -> Outcome:
+        """Return the outcome of a transaction that was committed."""
+        granted = []
+        deleted = list(transaction.deleted_keys)
+        for key, claim in transaction.claims.items():
+            if claim is None:
+                deleted.append(key)
+            else:
+                granted.append(key)
+        return Outcome(True, frozenset(granted), frozenset(deleted), is_fresh=True)
 
     def _let_others_go_first(self) -> None:
         """Pause after a success that other hosts raced for.
@@ -7430,11 +7538,13 @@ class ClusterMember:
             "is_behind": self._table.members.is_behind,
         })
 
-    def _extended_log(self, before: Head, claims: Mapping[str, Claim | None]) -> list[tuple[str, Json]]:
+    def _extended_log(self, before: Head, claims: ClaimChanges) -> ClaimLog:
         """Return the log of claims with these changes; the oldest go past the bound."""
         changed: Json = {}
         for key, claim in claims.items():
-            changed[key] = claim.to_json() if claim is not None else None
+            changed[key] = None
+            if claim is not None:
+                changed[key] = claim.to_json()
         claim_log = [*self._claim_log, (before.token or "", changed)]
         while len(claim_log) > 1 and len(encode_json(claim_log)) > MAX_CLAIM_LOG_CHARS:
             del claim_log[0]
@@ -7492,7 +7602,7 @@ class ClusterMember:
         claims = parse_claims(changed, self._table.claims)
         return TransactionResult(head, claims, values, Outcome(is_fresh=True), sent_s)
 
-    def _find_in_log(self, head: Head, claim_log: list[tuple[str, Json]]) -> int | None:
+    def _find_in_log(self, head: Head, claim_log: ClaimLog) -> int | None:
         """Return the index of the first change that is not known here, None if the log lacks it."""
         if head == self._table.head:
             return len(claim_log)
@@ -7568,11 +7678,18 @@ class ClusterMember:
         if odd_keys and not table.has_joined:
             log.warning("%d keys in etcd are none of gipam's, and ignored, such as %s",
                         len(odd_keys), printable(odd_keys[0]))
-        return TransactionResult(Head(other_values.get("head")), {}, other_values,
-                                 Outcome(is_fresh=True), sent_s, True, is_loss)
+        return TransactionResult(
+            Head(other_values.get("head")),
+            {},
+            other_values,
+            Outcome(is_fresh=True),
+            sent_s,
+            is_complete=True,
+            is_loss=is_loss,
+        )
 
     def _split_page(self, values: Mapping[str, str], other_values: dict[str, str],
-                    odd_keys: list[str]) -> dict[str, Claim | None]:
+                    odd_keys: list[str]) -> ClaimDict:
         """Return the claims of a page, and add what else is in it to the other arguments."""
         claim_values = {}
         for key, text in values.items():
@@ -7590,7 +7707,7 @@ class ClusterMember:
                 odd_keys.append(key)
         return claims
 
-    def _apply_in_portions(self, claims: Mapping[str, Claim | None]) -> None:
+    def _apply_in_portions(self, claims: ClaimChanges) -> None:
         """Apply claims, CLAIMS_PER_ITERATION in an iteration of the loop."""
         items = list(claims.items())
         while items:

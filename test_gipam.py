@@ -8906,6 +8906,8 @@ def claim_of(*hosts: str, kind: str = "", shared: bool = False, since: int = 1) 
 
 
 MACHINE = gipam.MachineId("machine", "product")
+MAC = "02:42:00:00:00:01"
+LAN = "192.168.1.0/24"  # shared by hosts
 
 
 class DesiredClaimTest(unittest.TestCase):
@@ -9037,6 +9039,7 @@ class MembersTest(Case):
         for _ in range(gipam.MISSED_HEARTBEATS):
             self.assert_grace(True)
             self.members.count_reading()
+        self.assertFalse(self.members.is_behind)
         self.assert_grace_ends()
         self.members.update({})
         self.assertEqual(self.members.by_host, {})
@@ -9055,6 +9058,59 @@ class MembersTest(Case):
     def test_names_of_hosts_are_made_printable(self) -> None:
         self.members.update({"hosts/\x1b[31mtwo": "{}"})
         self.assertEqual(list(self.members.by_host), ["\\x1b[31mtwo"])
+
+
+class TableTest(unittest.TestCase):
+    """What a table does with what etcd told."""
+
+    def setUp(self) -> None:
+        self.table = gipam.ClaimTable("one", MACHINE, make_state())
+
+    def apply(self, is_committed: bool, **claims: Any) -> None:
+        outcome = gipam.Outcome(is_committed, is_fresh=True)
+        self.table.apply_result(
+            gipam.TransactionResult(gipam.Head("a"), claims, {}, outcome, 0.0))
+
+    def test_only_a_committed_transaction_voids_what_was_sent_before(self) -> None:
+        self.table.releasing.add(f"{LAN}/192.168.1.9")
+        self.apply(is_committed=False)
+        self.assertTrue(self.table.releasing)
+        self.apply(is_committed=True)
+        self.assertFalse(self.table.releasing)
+
+    def test_claim_is_let_go_of_only_right_after_etcd_has_answered(self) -> None:
+        """Until then a container may need it while etcd is away."""
+        self.apply(is_committed=True, **{"10.9.0.0/24": claim_of("one")})
+        self.table.on_docker_compared()
+        fresh = gipam.Outcome(is_fresh=True)
+        for outcome, claims in ((gipam.NO_OUTCOME, {}), (fresh, {"10.9.0.0/24": None})):
+            with self.assertRaises(gipam.TransactionRequired) as required:
+                self.table.reconcile(["10.9.0.0/24"], outcome)
+            self.assertEqual(required.exception.transaction.claims, claims)
+            self.assertEqual(self.table.releasing, set(claims))
+
+    def test_tentative_claims_block_only_until_they_are_unblocked(self) -> None:
+        used = self.table.state.families[4].used
+        network = gipam.parse_prefix("10.9.0.0/24")
+        blocked = self.table.block_tentatively({
+            "10.9.0.0/24": claim_of("one"),
+            f"{LAN}/192.168.1.9": claim_of("one"),
+            "10.8.0.0/24": None})
+        self.assertEqual(blocked, [network])
+        self.assertEqual(used.find_overlap(network), network)
+        self.table.unblock(blocked)
+        self.assertIsNone(used.find_overlap(network))
+
+    def test_conflict_is_reported_once_and_again_when_it_changes(self) -> None:
+        grant = gipam.make_pool_grant(gipam.parse_prefix("10.9.0.0/24"), None, "a" * 16, 0)
+        self.table.state.apply(grant)
+        subnet = self.table.state.pools[grant.pool_id].subnet
+        self.table.on_record(grant, subnet)
+        for hosts, expected in (("two", ["10.9.0.0/24"]), ("two", []), ("three", ["10.9.0.0/24"])):
+            self.table.apply_claims({"10.9.0.0/16": claim_of(hosts)})
+            self.assertEqual(self.table.new_conflicts(), expected)
+        self.table.apply_claims({"10.9.0.0/16": None})
+        self.assertEqual(self.table.conflicts, {})
 
 
 class MachineTest(Case):
@@ -9365,10 +9421,6 @@ class Host(Client):
     def conflict(self, subnet: str) -> str:
         """Return who has claimed a subnet that is held here, too."""
         return self.table.conflict_text(gipam.parse_prefix(subnet))
-
-
-MAC = "02:42:00:00:00:01"
-LAN = "192.168.1.0/24"  # shared by hosts
 
 
 class Network(NamedTuple):
@@ -9899,6 +9951,14 @@ class LossTest(TwoHosts):
         with self.etcd.lock:
             self.etcd.revision = 1
         self.tell(Network("one", refused="nothing new for"))
+
+    def test_key_of_an_earlier_process_that_is_restored_is_a_loss(self) -> None:
+        """Its count may be higher than that of this process."""
+        self.patch(gipam, HEARTBEAT_INTERVAL_S=DEADLINE_S)
+        self.tell(Network("one", "10.9.0.0/24"), Settle(("one",)))
+        value = json.loads(self.etcd.values["hosts/one"])
+        value.update(token="of an earlier process", count=999)
+        self.tell(Key("hosts/one", value), Network("one", refused="nothing new for"))
 
     def test_host_that_has_not_noticed_heeds_another_that_is_behind(self) -> None:
         """It was cut off during the loss, and its own key is intact."""
