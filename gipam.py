@@ -2417,13 +2417,13 @@ class ProxyNeighbours:
 #
 # What the hosts of a site have claimed in etcd. Two rules keep every address on one host:
 #
-#   1. A grant is made on a transaction of the moment, never on what was known before. The method
-#      that decides raises TransactionRequired; etcd carries the Transaction out only if no claim has
+#   1. A grant is made on a transaction of the moment, never on what was known before. Whoever
+#      decides raises TransactionRequired; etcd carries the Transaction out only if no claim has
 #      changed since; the iteration that learns so decides anew, with the Outcome as an argument.
 #   2. A host's claims in etcd follow what its journal holds; see desired_claim(), which also says
 #      when a claim is deleted. What another host has claimed is blocked here.
 #
-# Nothing here does I/O; only the grace period after a loss of data reads a clock, the monotonic one.
+# Nothing here does I/O; only the grace period after a loss of data reads the monotonic clock.
 
 
 class Claim(NamedTuple):
@@ -2665,8 +2665,8 @@ class Members:
     """The hosts of the site, and the grace period after etcd has lost data.
 
     Nothing new is claimed while this host, or any that is present, is behind, nor for
-    GRACE_PERIOD_S after that: what a host holds may be missing from etcd until it has tried to claim
-    all of it again.
+    GRACE_PERIOD_S after that: what a host holds may be missing from etcd until it has tried to
+    claim all of it again.
     """
 
     def __init__(self, host: str, machine: MachineId) -> None:
@@ -2706,6 +2706,7 @@ class Members:
             else:
                 members[host] = Member(key, text)
 
+        # A host that is awaited stays known, although etcd has lost its key, until it is absent.
         for host, known in self.by_host.items():
             if known.is_awaited and known.is_present:
                 members.setdefault(host, known)
@@ -2721,6 +2722,8 @@ class Members:
 
     def on_data_loss(self, keys: Mapping[str, str]) -> None:
         """Start the grace period: wait until every host that was present has written its key."""
+        # What etcd has now may be an older key, which a restore has brought back: only one that
+        # differs from it is a sign of life.
         known_hosts = self.by_host
         self.by_host = {}
         self.update(keys)
@@ -2875,6 +2878,7 @@ class ClaimTable(NoClaims):
     def rebind(self, state: State) -> None:
         """Go on with a state that was read again: block what others have, compare everything."""
         self.state = state
+        # The families of the new state know nothing of claims yet.
         self.conflicts.clear()
         for key in self.claims:
             network, address = parse_claim_key(key)
@@ -2969,7 +2973,6 @@ class ClaimTable(NoClaims):
             is_claimed = claim is not None and self.host in claim.hosts
             if not is_claimed and not self._is_barred(key):
                 self.members.unclaimed.add(key)
-        self.mark_dirty(*self.members.unclaimed)
         self.members.extend_grace_period()
 
     def _find_unconfirmed_claims(self) -> None:
@@ -3027,8 +3030,10 @@ class ClaimTable(NoClaims):
         if claim is None:
             return False
         if not claim.other_hosts(self.host):
+            # What this host alone has claimed is its own, but for what it may have forgotten.
             return key in self.unconfirmed and not is_admitted
 
+        # Others' claims block, unless all of them share the subnet with this host.
         subnet = self.local_subnet(network)
         is_joined = is_admitted or (subnet is not None and subnet.is_shared)
         return not (claim.is_shared and is_joined)
@@ -3169,6 +3174,7 @@ class ClaimTable(NoClaims):
         differences = {}
         for key in keys:
             claim = self.claims.get(key)
+            # A subnet's claim stays as long as addresses in it are claimed: those go first.
             own = self._own_claim(key)
             is_barred = own is not None and self._is_barred(key)
             is_kept = key in self.unconfirmed or self._has_own_addresses(key)
@@ -3197,6 +3203,7 @@ class ClaimTable(NoClaims):
         tried = [key for key in keys if key not in differences]
         for key in tried:
             self.dirty.pop(key, None)
+        # What another host has by now is tried, too: it is a conflict, and no reason to wait.
         self.members.on_tried(tried)
         if not differences:
             return
@@ -3237,7 +3244,7 @@ class ClaimTable(NoClaims):
     ) -> Iterator[None]:
         """Surround the decision on a pool; is_admitted: of a subnet that this host may join.
 
-        Raises: TransactionRequired, for a refusal that rests on claims which etcd has not just told.
+        Raises: TransactionRequired, for a refusal that rests on claims which are not fresh.
         """
         if subnet is not None and is_admitted:
             self._update_blocked(subnet, is_admitted=True)
@@ -3268,6 +3275,7 @@ class ClaimTable(NoClaims):
         """
         network = parse_prefix(grant.subnet)
         if grant.subnet in outcome.granted:
+            # The transaction may have told that a host is behind.
             self.members.require_grace_over()
             return
         self.require_no_conflict(network, outcome)
@@ -3340,6 +3348,7 @@ class ClaimTable(NoClaims):
             return
         self.require_fresh("", outcome)
 
+        # A large host is evicted in several transactions; each attempt finds what is left.
         keys = [key for key, claim in self.claims.items() if host in claim.hosts]
         if not keys and member is None:
             raise InvalidRequest(f"there is no host {host!r} in etcd, only "
@@ -3434,8 +3443,8 @@ class SharedSubnets:
     """Decides which addresses this host grants in subnets that it shares with other hosts.
 
     An endpoint's address is claimed by one host, a gateway's or an auxiliary one by all that have
-    it. Each new address follows a transaction made for it. While etcd is away, an address whose claim
-    this host surely has may be granted again, so that containers restart.
+    it. Each new address follows a transaction made for it. While etcd is away, an address whose
+    claim this host surely has may be granted again, so that containers restart.
     """
 
     def __init__(self, table: ClaimTable) -> None:
@@ -3503,6 +3512,8 @@ class SharedSubnets:
         if key in outcome.granted:
             table.members.require_grace_over()
             return
+
+        # The claim of the subnet may be missing after a loss: then it is written, too.
         missing = table.differences([str(network)])
         if is_away and self._owns(key, grant.kind) and not missing:
             return
@@ -3533,6 +3544,7 @@ class SharedSubnets:
     ) -> str:
         """Return an address that was just claimed for this request, or still is, or ""."""
         subnet = pool.subnet
+        # What was granted a moment ago comes first; while etcd is away, also what this host has.
         keys = outcome.granted
         if is_away:
             keys = keys.union(self._table.address_keys.get(subnet.network, ()))
@@ -6824,14 +6836,14 @@ def onlink_warnings(version: int, device: str, proc: str) -> Iterator[str]:
 # The thread that asks etcd on behalf of this host. Keys in etcd, below /gipam/DRIVER/:
 #
 #   head                   a random token, new with each change of claims
-#   changes                the last of these changes, as JSON: [[the head before, {key: value}], ...]
-#   hosts/HOST             machine, product, token of the process, count of its transactions, is_behind
+#   changes                the last of these changes: [[the head before, {key: value}], ...]
+#   hosts/HOST             the machine, token and count of its process, whether it is behind
 #   claims/SUBNET          the hosts that have it, since when, whether it is shared
 #   claims/SUBNET/ADDRESS  in a shared subnet: the hosts that have it, the kind of the lease
 #
-# Every transaction expects `head`, and hosts/HOST as this host wrote it last, and writes hosts/HOST.
-# So one that succeeds voids all that this host sent earlier. ClusterMember._run_transactions() is the
-# only place where requests, heartbeats and reconciling meet etcd.
+# Every transaction expects `head`, and hosts/HOST as this host wrote it last, and writes it anew.
+# So one that succeeds voids all that this host sent earlier. Requests, heartbeats and reconciling
+# meet etcd in one function, ClusterMember._run_transactions().
 
 
 ClaimLog = List[Tuple[str, Json]]  # the head before each change, and what it changed
@@ -6897,7 +6909,7 @@ class EtcdReply(NamedTuple):
 
 
 class EtcdClient:
-    """A client of etcd's JSON gateway, for one thread. It keeps using the member that answered last.
+    """A client of etcd's JSON gateway, for one thread. It stays with the member that answered last.
 
     Source: etcd.io/docs/v3.5/dev-guide/api_grpc_gateway; 64-bit numbers are strings there.
     """
@@ -6990,6 +7002,7 @@ class EtcdClient:
                     AttributeError):
                 reason = "what answers there is not etcd"
 
+            # Go on with the next member, and a token of its own.
             if self._connection:
                 self._connection.close()
             self._connection = None
@@ -7261,7 +7274,7 @@ class ClusterMember:
             self._beat()
 
     def start(self, run_in_loop: RunInLoop, stop_loop: Callable[[], None]) -> None:
-        """Go on in a thread; stop_loop() is called if the name turns out to be another machine's."""
+        """Go on in a thread; stop_loop() is called if another machine has the name."""
         self._run_in_loop = run_in_loop
         self._stop_loop = stop_loop
         self._thread = threading.Thread(
@@ -7322,6 +7335,7 @@ class ClusterMember:
         if time.monotonic() >= self._next_heartbeat_s:
             self._beat()
 
+        # Requests that come meanwhile share the transactions of reconciling.
         keys = list(self._table.dirty)
         was_behind = self._table.members.is_behind
         while keys:
@@ -7347,6 +7361,7 @@ class ClusterMember:
         self._run_transactions([call])
         call.wait()
 
+        # Heartbeats come more often now and then, readings do not: a host must not look absent.
         if time.monotonic() >= self._next_reading_s:
             self._next_reading_s = time.monotonic() + HEARTBEAT_INTERVAL_S
             self._run_in_loop(self._table.members.count_reading)
@@ -7430,6 +7445,7 @@ class ClusterMember:
 
     def _fail(self, requests: list[PendingRequest], error: GipamError) -> None:
         """Answer all requests that are undecided, or whose decision is not on disk."""
+        # With an error as the outcome, each of them is decided without etcd.
         undecided = [request for request in requests if not request.is_decided]
         try:
             self._run_in_loop(self._refuse, undecided, error)
@@ -7457,6 +7473,7 @@ class ClusterMember:
 
         Raises: Unavailable, RemoteError; AlreadyRunning.
         """
+        # With an unknown head nothing can be written: what was decided rests on too little.
         self._let_others_go_first()
         expected_head = transaction.expected_head
         if expected_head is None:
@@ -7480,6 +7497,7 @@ class ClusterMember:
             writes["head"] = head.token
             writes["changes"] = encode_json(claim_log)
 
+        # No claim has changed since the decision, and no other process has written as this host.
         expected = {
             "head": expected_head.token,
             own_key: self._own_key_text,
@@ -7488,6 +7506,7 @@ class ClusterMember:
         sent_s = boottime_s()
         reply = self._call_etcd(self._etcd.txn, expected, writes, deadline_s)
         if self._has_lost_data:
+            # Even if it was carried out: what it was decided on is gone.
             return self._read_all()
         if reply.body.get("succeeded") is not True:
             self._misses += 1
@@ -7594,6 +7613,7 @@ class ClusterMember:
         if not is_own_key or index is None:
             return self._read_all()
 
+        # Of several changes of one key the last one counts.
         changed: Json = {}
         for _, later in claim_log[index:]:
             changed.update(later)
@@ -7652,6 +7672,7 @@ class ClusterMember:
         """
         table = self._table
         sent_s = boottime_s()
+        # While it is read in portions, nothing can be decided on it: it has no head.
         self._run_in_loop(table.forget_head)
         gone = set(table.claims)
         other_values: dict[str, str] = {}
@@ -7698,6 +7719,7 @@ class ClusterMember:
                 claim_values[claim_key] = parse_json_object(text)
         claims = parse_claims(claim_values, self._table.claims)
 
+        # All other keys: the head, the log, the hosts, and what gipam did not write.
         for key, text in values.items():
             table_name, _, claim_key = key.partition("/")
             if table_name == "claims" and claim_key in claims:

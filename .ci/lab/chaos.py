@@ -46,14 +46,24 @@ class SiteCase(unittest.TestCase):
 
     maxDiff = None
 
-    def assert_refused(self, words: str, function: Callable[..., Any], *args: Any,
-                       **named: Any) -> str:
+    def assert_refused(
+        self,
+        words: str,
+        function: Callable[..., Any],
+        *args: Any,
+        **named: Any,
+    ) -> str:
         """Check that the answer is an error with these words (a pattern), and return it."""
         with self.assertRaisesRegex(ErrorReply, words) as caught:
             function(*args, **named)
         return str(caught.exception)
 
-    def request_after_grace(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    def request_after_grace(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        **named: Any,
+    ) -> Any:
         """Request what is refused as long as others may claim again what they hold."""
         results = []
 
@@ -93,8 +103,12 @@ class SiteCase(unittest.TestCase):
     def assert_no_password(self, host: Host, password: str) -> None:
         done = host.command("config")
         self.assertEqual(done.returncode, 0, done.stderr)
-        for text in (host.daemon.read_log(), done.stdout + done.stderr,
-                     repr(host.client.state()), host.command("status").stdout):
+        for text in (
+                done.stdout,
+                done.stderr,
+                host.daemon.read_log(),
+                repr(host.client.state()),
+                host.command("status").stdout):
             self.assertNotIn(password, text)
 
     def assert_ends(self, host: Host) -> None:
@@ -189,7 +203,8 @@ class NameTest(SiteCase):
         clone.daemon.start(wait=False)
         self.assert_ends(clone)
         twin = site.host("twin", lines=OTHER_HARDWARE.format("clone"))
-        self.assertIn("web is alive", twin.command("evict", "web", "--yes").stderr)
+        done = twin.command("evict", "web", "--yes")
+        self.assertIn("web is alive", done.stderr)
         self.assertEqual(site.claims(), {subnet: ["web"]})
         site.assert_agreement()
 
@@ -200,7 +215,8 @@ class NameTest(SiteCase):
         pool_id, subnet = old.client.request_pool()
         old.kill(signal.SIGTERM)
         new = site.host("new", directory=old.daemon.directory)
-        self.assertIn("old is alive", new.command("evict", "old", "--yes").stderr)
+        done = new.command("evict", "old", "--yes")
+        self.assertIn("old is alive", done.stderr)
         self.wait_for_conflict(new, pool_id, "old")
         site.evict(old, new)
         self.assertEqual(site.claims(), {subnet: ["new"]})
@@ -347,7 +363,8 @@ class EvictTest(SiteCase):
         thread.start()
         wait_until("it is stopped", self.is_stopped)
         (claimed,) = self.all_claims().keys() - before.keys()
-        self.assertIn("is alive", self.there.command("evict", "here", "--yes").stderr)
+        done = self.there.command("evict", "here", "--yes")
+        self.assertIn("is alive", done.stderr)
         self.site.evict(self.here, self.there)
         self.assertIn(claimed, self.there.daemon.read_log(), "what was evicted is logged")
         subnet, _, address = claimed.rpartition("/")
@@ -461,7 +478,10 @@ class RestoreTest(SiteCase):
 
         def is_read_again() -> bool:
             claims = self.there.client.state()["claims"]
-            known = {claim["subnet"]: claim["hosts"] for claim in claims if not claim["address"]}
+            known = {}
+            for claim in claims:
+                if not claim["address"]:
+                    known[claim["subnet"]] = claim["hosts"]
             return known == self.site.claims()
 
         wait_until("it is read again", is_read_again, deadline_s=QUIET_S)
@@ -498,7 +518,8 @@ class RestoreTest(SiteCase):
             self.here.client.request_address(mine, address, MAC)
         self.here.cut_off()
         self.restore()
-        self.request_after_grace(self.there.client.request_address, theirs, "192.168.1.201", MAC)
+        request_address = self.there.client.request_address
+        self.request_after_grace(request_address, theirs, "192.168.1.201", MAC)
         self.here.rejoin()
         self.wait_for_conflict(self.here, mine, "there")
 
@@ -507,7 +528,8 @@ class RestoreTest(SiteCase):
 
         wait_until("the others are claimed again", is_claimed_again, deadline_s=QUIET_S)
         self.here.client.release_address(mine, "192.168.1.201")
-        self.assert_refused("there", self.here.client.request_address, mine, "192.168.1.201", MAC)
+        request_address = self.here.client.request_address
+        self.assert_refused("there", request_address, mine, "192.168.1.201", MAC)
         self.site.assert_agreement()
 
     def test_host_that_was_cut_off_meanwhile_gets_nothing_that_is_still_claimed_again(self) -> None:
@@ -517,7 +539,9 @@ class RestoreTest(SiteCase):
         self.here.client.request_pool()
         self.here.cut_off()
         self.save()
-        held = [slow.client.request_pool(f"172.16.{number}.0/24")[1] for number in range(200)]
+        held = [f"172.16.{number}.0/24" for number in range(200)]
+        for subnet in held:
+            slow.client.request_pool(subnet)
         self.site.etcd.restore(self.snapshot)
 
         def is_noticed() -> bool:
@@ -569,9 +593,10 @@ class TlsTest(SiteCase):
         site = self.secure_site()
         foreign = make_directory(self)
         make_certificates(foreign, ["10.77.0.1"])
+        wrong = "wr0ng-of-etcd"
         for name, words, password, tls in (
                 ("ca", "certificate verify failed", "", foreign),
-                ("password", "invalid user ID or password", "wr0ng-of-etcd", "")):
+                ("password", "invalid user ID or password", wrong, "")):
             with self.subTest(name):
                 host = self.secure_host(site, name, password, tls)
                 text = self.assert_refused(words, host.client.request_pool)

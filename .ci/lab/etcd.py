@@ -28,17 +28,22 @@ import signal
 import tempfile
 from typing import Any, Iterable, Sequence
 
-from machines import CommandError, Process, read_blocks, require, run, until, works
+from machines import CommandError, Process, read_blocks, require, run, works
+
+from test_gipam import wait_until
 
 CLIENT_PORT, PEER_PORT = 2379, 2380
 START_DEADLINE_S = 60.0
 ROOT = "root:rootpw"  # who administers an etcd with users
 NUMBERS = itertools.count(1)
 
+
 def loopback(count: int) -> list[str]:
     """Return loopback addresses that no other run and no other cluster of this one has."""
-    number, pid = next(NUMBERS), os.getpid()
-    return [f"127.{128 + pid // 250 % 125}.{1 + pid % 250}.{number * 8 + index}" for index in range(count)]
+    pid = os.getpid()
+    network = f"127.{128 + pid // 250 % 125}.{1 + pid % 250}"
+    first = 8 * next(NUMBERS)
+    return [f"{network}.{number}" for number in range(first, first + count)]
 
 
 def make_certificates(directory: str, addresses: Iterable[str]) -> None:
@@ -56,8 +61,11 @@ class Member:
     """One etcd process."""
 
     def __init__(self, directory: str, address: str, inside: Sequence[str]) -> None:
-        self.name, self.address, self.inside = f"etcd-{address}", address, list(inside)
-        self.data, self.log = f"{directory}/{self.name}", f"{directory}/{self.name}.log"
+        self.name = f"etcd-{address}"
+        self.address = address
+        self.inside = list(inside)
+        self.data = f"{directory}/{self.name}"
+        self.log = f"{directory}/{self.name}.log"
         self.peer_url = f"http://{address}:{PEER_PORT}"
         self.process: Process | None = None
 
@@ -72,12 +80,21 @@ class Member:
 class Etcd:
     """A cluster in a temporary directory; close() ends it and leaves nothing behind."""
 
-    def __init__(self, *addresses: str, inside: Sequence[Sequence[str]] = (), tls: bool = False,
-                 token_ttl_s: int = 300) -> None:
+    def __init__(
+        self,
+        *addresses: str,
+        inside: Sequence[Sequence[str]] = (),
+        tls: bool = False,
+        token_ttl_s: int = 300,
+    ) -> None:
         require("bash", "etcd", "etcdctl", "etcdutl", "openssl")
         self.directory = tempfile.mkdtemp(prefix="gipam-etcd-")
-        self.members = [Member(self.directory, *pair) for pair in zip(addresses, inside or [()] * len(addresses))]
-        self.is_tls, self.token_ttl_s, self.has_users = tls, token_ttl_s, False
+        self.members = []
+        for address, prefix in itertools.zip_longest(addresses, inside, fillvalue=()):
+            self.members.append(Member(self.directory, str(address), prefix))
+        self.is_tls = tls
+        self.token_ttl_s = token_ttl_s
+        self.has_users = False
         self.cluster_token = "gipam-lab"
         self.client_tls = f"{self.directory}/tls"
         if tls:
@@ -88,7 +105,8 @@ class Etcd:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def url(self, member: Member) -> str:
-        return f"http{'s' * self.is_tls}://{member.address}:{CLIENT_PORT}"
+        scheme = "https" if self.is_tls else "http"
+        return f"{scheme}://{member.address}:{CLIENT_PORT}"
 
     @property
     def endpoints(self) -> str:
@@ -112,35 +130,53 @@ class Etcd:
 
     def _start(self, member: Member) -> None:
         url = self.url(member)
-        options = ["--name", member.name, "--data-dir", member.data, "--listen-client-urls", url,
-                   "--advertise-client-urls", url, "--listen-peer-urls", member.peer_url,
-                   "--initial-advertise-peer-urls", member.peer_url, *self.cluster,
-                   "--auth-token-ttl", str(self.token_ttl_s), "--log-level", "warn"]
+        options = [
+            "--name", member.name,
+            "--data-dir", member.data,
+            "--listen-client-urls", url,
+            "--advertise-client-urls", url,
+            "--listen-peer-urls", member.peer_url,
+            "--initial-advertise-peer-urls", member.peer_url,
+            *self.cluster,
+            "--auth-token-ttl", str(self.token_ttl_s),
+            "--log-level", "warn",
+        ]
         if self.is_tls:
-            options += ["--client-cert-auth", "--trusted-ca-file", f"{self.client_tls}/ca.pem",
-                        "--cert-file", f"{self.client_tls}/cert.pem",
-                        "--key-file", f"{self.client_tls}/key.pem"]
+            options += [
+                "--client-cert-auth",
+                "--trusted-ca-file", f"{self.client_tls}/ca.pem",
+                "--cert-file", f"{self.client_tls}/cert.pem",
+                "--key-file", f"{self.client_tls}/key.pem",
+            ]
         member.process = Process(member.log, *member.inside, "etcd", *options)
 
     def wait(self) -> None:
         """Wait until etcd is well: it has a leader and takes writes."""
         try:
-            until(lambda: works(self.ctl, "--command-timeout=2s", "put", "/is-well", ""),
-                  "etcd is well", START_DEADLINE_S)
+            wait_until("etcd is well", self.is_well, deadline_s=START_DEADLINE_S)
         except AssertionError as error:
-            logs = [member.process.read_log()[-3000:] for member in self.members if member.process]
-            raise AssertionError("\n".join([str(error), *logs])) from None
+            texts = [str(error)]
+            for member in self.members:
+                if member.process:
+                    texts.append(member.process.read_log()[-3000:])
+            raise AssertionError("\n".join(texts)) from None
+
+    def is_well(self) -> bool:
+        """Return whether it takes writes."""
+        return works(self.ctl, "--command-timeout=2s", "put", "/is-well", "")
 
     def kill(self, *members: Member) -> None:
         """End them with SIGKILL, paused ones too."""
-        for member in members or self.members:
+        killed = members or self.members
+        for member in killed:
             member.send(signal.SIGKILL)
-        for member in members or self.members:
+        for member in killed:
             if member.process is not None:
                 member.process.process.wait()
 
     def pause(self, *members: Member) -> None:
-        for member in members or self.members:
+        paused = members or self.members
+        for member in paused:
             member.send(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -151,9 +187,11 @@ class Etcd:
         """Return the member that leads. Raises: CommandError: none does."""
         for member in filter(Member.is_running, self.members):
             with contextlib.suppress(CommandError):
-                said = self.ctl("--command-timeout=2s", "endpoint", "status", "-w", "json", member=member)
-                status = json.loads(said)[0]["Status"]
-                if status.get("leader") == status["header"]["member_id"]:  # it has none in an election
+                text = self.ctl(
+                    "--command-timeout=2s", "endpoint", "status", "-w", "json", member=member)
+                status = json.loads(text)[0]["Status"]
+                # It has no leader in an election.
+                if status.get("leader") == status["header"]["member_id"]:
                     return member
         raise CommandError("no member leads")
 
@@ -164,24 +202,30 @@ class Etcd:
         asked = member or self.members[0]
         options = ["--endpoints", self.url(member) if member else self.endpoints]
         if self.is_tls:
-            options += ["--cacert", f"{self.client_tls}/ca.pem", "--cert", f"{self.client_tls}/cert.pem",
-                        "--key", f"{self.client_tls}/key.pem"]
+            options += [
+                "--cacert", f"{self.client_tls}/ca.pem",
+                "--cert", f"{self.client_tls}/cert.pem",
+                "--key", f"{self.client_tls}/key.pem",
+            ]
         if self.has_users:
             options += ["--user", ROOT]
-        return run(*asked.inside, "etcdctl", *options, *arguments, for_s=20)  # a paused one saves no snapshot, for ever
+        # With a limit, for a paused member saves no snapshot, for ever.
+        return run(*asked.inside, "etcdctl", *options, *arguments, for_s=20)
 
     def keys(self, prefix: str) -> dict[str, Any]:
         """Return every key under the prefix with its value, parsed where it is JSON."""
-        found = {}
-        for pair in json.loads(self.ctl("get", "--prefix", prefix, "-w", "json")).get("kvs", []):
-            value = base64.b64decode(pair.get("value", "")).decode()
+        reply = json.loads(self.ctl("get", "--prefix", prefix, "-w", "json"))
+        values = {}
+        for pair in reply.get("kvs", []):
+            key = base64.b64decode(pair["key"]).decode()
+            values[key] = base64.b64decode(pair.get("value", "")).decode()
             with contextlib.suppress(ValueError):
-                value = json.loads(value)
-            found[base64.b64decode(pair["key"]).decode()] = value
-        return found
+                values[key] = json.loads(values[key])
+        return values
 
     def revision(self) -> int:
-        return int(json.loads(self.ctl("get", "/is-well", "-w", "json"))["header"]["revision"])
+        reply = json.loads(self.ctl("get", "/is-well", "-w", "json"))
+        return int(reply["header"]["revision"])
 
     def compact(self) -> None:
         """Forget all that is older than now."""
@@ -197,8 +241,11 @@ class Etcd:
         self.cluster_token = cluster_token or self.cluster_token
         for member in self.members:
             shutil.rmtree(member.data)
-            run("etcdutl", "snapshot", "restore", path, "--data-dir", member.data, "--name",
-                member.name, "--initial-advertise-peer-urls", member.peer_url, *self.cluster)
+            run("etcdutl", "snapshot", "restore", path,
+                "--data-dir", member.data,
+                "--name", member.name,
+                "--initial-advertise-peer-urls", member.peer_url,
+                *self.cluster)
         self.start()
 
     def enable_auth(self, user: str, password: str) -> None:

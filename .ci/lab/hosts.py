@@ -17,10 +17,10 @@ import unittest
 from typing import Any, Iterable
 
 from engine import DOCKER
-from machines import FILES, Block, Machine, main, make_tree, read_blocks, until
+from machines import FILES, Block, Machine, main, make_tree, read_blocks
 from readme import EQUIP
 
-from test_gipam import sleeping_retry
+from test_gipam import sleeping_retry, wait_until
 
 HOSTS = {"host1": 7, "host2": 8, "host3": 9}  # name: last part of its addresses
 OUTSIDE = ("198.51.100.2", "2001:db8:eeee::2")
@@ -64,7 +64,8 @@ class Host(Machine):
 
     def __init__(self, name: str, switch: Machine | None, *lower: str) -> None:
         super().__init__(*lower)
-        self.name, self.switch = name, switch
+        self.name = name
+        self.switch = switch
         os.makedirs(os.path.join(self.disk, "upper", "etc"))
         with open(os.path.join(self.disk, "upper", "etc", "hostname"), "w", encoding="ascii") as file:
             print(name, file=file)
@@ -82,13 +83,22 @@ class Host(Machine):
 
     def plug_in(self) -> None:
         if self.switch:
-            pid = until(self.find_init, "systemd")
-            plug = f"ip link set cable netns {self.switch.pid} name {self.name}"
-            until(lambda: subprocess.call(["nsenter", "-t", pid, "-n", "sh", "-c", plug + " 2> /dev/null"]) == 0, "eth0")
+            pid = wait_until("systemd", self.find_init)
+            plug = f"ip link set cable netns {self.switch.pid} name {self.name} 2> /dev/null"
+            for _ in sleeping_retry("eth0"):
+                if subprocess.call(["nsenter", "-t", pid, "-n", "sh", "-c", plug]) == 0:
+                    break
             self.switch(f"ip link set {self.name} master eth0 up")
 
     def addresses_of(self, container: str) -> list[str]:
         return self(ADDRESSES + container).split()
+
+    def sees_all(self) -> bool:
+        """Return whether all hosts are there, as this one sees it."""
+        presence = {}
+        for seen in self.status()["hosts"]:
+            presence[seen["host"]] = seen["is_present"]
+        return presence == dict.fromkeys(HOSTS, True)
 
     def status(self) -> dict[str, Any]:
         return dict(json.loads(self("gipam status --json")))
@@ -142,9 +152,10 @@ class HostsTest(unittest.TestCase):
 
     @classmethod
     def copy(cls, path: str) -> None:
-        packed = cls.hosts["host1"](f"tar cz -C / .{path} | base64 -w 0")
-        for name in ("host2", "host3"):
-            cls.hosts[name](f"echo {packed} | base64 -d | tar xz -C /; rm {path}/ca-key.pem")
+        first, *others = cls.hosts.values()
+        packed = first(f"tar cz -C / .{path} | base64 -w 0")
+        for host in others:
+            host(f"echo {packed} | base64 -d | tar xz -C /; rm {path}/ca-key.pem")
 
     # -- helpers
 
@@ -179,8 +190,8 @@ class HostsTest(unittest.TestCase):
                 if not (etcd["failure"] or etcd["due"]):
                     break
             self.assertIn("no difference", host("gipam check --grace 0"))
-            until(lambda: {seen["host"]: seen["is_present"] for seen in host.status()["hosts"]}  # noqa: B023
-                  == dict.fromkeys(HOSTS, True), "all to be seen", 40)  # at the next look
+            # At the next look at etcd.
+            wait_until("all to be seen", host.sees_all, deadline_s=40)
         self.assert_all_reach_each_other()
 
     # -- one prefix for all
@@ -208,7 +219,10 @@ class HostsTest(unittest.TestCase):
         second("docker network rm own")
 
     def test_hosts_and_claims_are_shown(self) -> None:
-        claims = {subnet: [name] for name, host in self.hosts.items() for subnet in host.subnets()["web"]}
+        claims = {}
+        for name, host in self.hosts.items():
+            for subnet in host.subnets()["web"]:
+                claims[subnet] = [name]
         claims["192.168.1.0/24"] = list(HOSTS)
         for host in self.hosts.values():
             self.assertEqual({claim["subnet"]: claim["hosts"] for claim in host.status()["claims"]}, claims)
@@ -289,7 +303,7 @@ class HostsTest(unittest.TestCase):
     def test_host_that_is_gone_is_evicted_and_found_out_when_it_comes_back(self) -> None:
         first, _, third = self.hosts.values()
         evict, = (block for block in read_blocks() if block.part == PART and "evict" in block.text)
-        self.assertIn("host3 is there", first(evict.text, 2))
+        self.assertIn("host3 is alive", first(evict.text, 2))
         v4, v6 = third.subnets()["web"]
         self.addCleanup(self.router, "ip link set host3 up")
         self.router("ip link set host3 down")  # the cable is cut
