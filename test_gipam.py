@@ -9371,14 +9371,14 @@ class FakeEtcd(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if key.startswith("claims/"):
                 self.put("head", f"somebody's {self.revision}")
 
-    def claim_for_two(self, key: str) -> None:
-        """Claim a subnet, or an address, as host two does."""
-        self.set(f"claims/{key}", {"hosts": ["two"], "kind": "endpoint"})
+    def claim_for_other(self, key: str) -> None:
+        """Claim a subnet, or an address, as a host does that is not here."""
+        self.set(f"claims/{key}", {"hosts": ["other"], "kind": "endpoint"})
 
-    def claim_for_two_before(self, waits_for: str, key: str) -> None:
+    def claim_for_other_before(self, waits_for: str, key: str) -> None:
         """Do that before the next transaction that writes the first key."""
         def claim(_: Any) -> None:
-            self.claim_for_two(key)
+            self.claim_for_other(key)
 
         self.before(waits_for, claim)
 
@@ -9743,14 +9743,14 @@ class ClaimTest(TwoHosts):
     def test_claim_that_comes_between_the_decision_and_the_reply_counts(self) -> None:
         """Also if it is in no way of the claims that were known then: the head is compared."""
         for subnet in ("198.18.0.0/24", "198.18.1.0/24"):
-            self.etcd.claim_for_two_before(f"claims/{subnet}", subnet)
+            self.etcd.claim_for_other_before(f"claims/{subnet}", subnet)
         self.tell(Network("one", gets="198.18.2.0/24"))
-        self.etcd.claim_for_two_before("claims/10.9.0.0/16", "10.9.1.0/24")
-        self.tell(Network("one", "10.9.0.0/16", refused="claimed by host two"))
+        self.etcd.claim_for_other_before("claims/10.9.0.0/16", "10.9.1.0/24")
+        self.tell(Network("one", "10.9.0.0/16", refused="claimed by host other"))
         self.etcd.before("claims/", self.etcd.lose_reply)
         self.tell(
             Network("one", gets="198.18.3.0/24"),
-            Claimed({"10.9.1.0/24": ["two"], "198.18.0.0/24": ["two"], "198.18.1.0/24": ["two"],
+            Claimed({"10.9.1.0/24": ["other"], "198.18.0.0/24": ["other"], "198.18.1.0/24": ["other"],
                      "198.18.2.0/24": ["one"], "198.18.3.0/24": ["one"]}))
         self.assertEqual(self.etcd.interventions, [])
 
@@ -9764,7 +9764,7 @@ class ClaimTest(TwoHosts):
             def carry_out(body: dict[str, Any]) -> dict[str, Any]:
                 reply = self.etcd.carry_out(body)
                 clock.return_value += gipam.TRANSACTION_MAX_AGE_S + 1
-                self.etcd.claim_for_two(key)
+                self.etcd.claim_for_other(key)
                 return reply
 
             self.etcd.before(f"claims/{key}", carry_out)
@@ -9773,7 +9773,7 @@ class ClaimTest(TwoHosts):
         suspend("10.8.0.0/24/10.8.0.9")
         self.tell(
             Network("one", gets="198.18.1.0/24"),
-            RequestStep("one", "10.8.0.0/24", "10.8.0.9", refused="claimed by host two"))
+            RequestStep("one", "10.8.0.0/24", "10.8.0.9", refused="claimed by host other"))
 
     def are_waiting(self, count: int) -> bool:
         return len(self.one.member._queue) >= count
@@ -9807,35 +9807,35 @@ class ClaimTest(TwoHosts):
             RequestStep("one", "198.18.0.0/24"))
         with self.assertLogs("gipam", "ERROR") as logged:
             self.tell(
-                Key("claims/198.18.0.0/24", {"hosts": ["two"]}),
-                Conflict("one", "198.18.0.0/24", "host two"))
+                Key("claims/198.18.0.0/24", {"hosts": ["other"]}),
+                Conflict("one", "198.18.0.0/24", "host other"))
             self.one.settle()
         self.assertIn("claimed_elsewhere: 198.18.0.0/24 is held here", logged.output[0])
-        self.tell(RequestStep("one", "198.18.0.0/24", mac="", refused="claimed by host two too"))
+        self.tell(RequestStep("one", "198.18.0.0/24", mac="", refused="claimed by host other too"))
         (pool,) = self.one.state()["pools"]
-        self.assertEqual(pool["claimed_elsewhere"], "host two")
-        self.assertIn("\n  claimed by host two", self.gipam(self.one, "status").out)
+        self.assertEqual(pool["claimed_elsewhere"], "host other")
+        self.assertIn("\n  claimed by host other", self.gipam(self.one, "status").out)
         self.tell(
             Key("claims/198.18.0.0/24"),
             Conflict("one", "198.18.0.0/24", ""),
             RequestStep("one", "198.18.0.0/24", mac=""),
             Claimed({"198.18.0.0/24": ["one"]}),
-            Key("claims/198.18.0.0/24", {"hosts": ["two"]}),
-            Conflict("one", "198.18.0.0/24", "host two"),
+            Key("claims/198.18.0.0/24", {"hosts": ["other"]}),
+            Conflict("one", "198.18.0.0/24", "host other"),
             Remove("one", "198.18.0.0/24"),
             Settle(("one",)),
-            Claimed({"198.18.0.0/24": ["two"]}))
+            Claimed({"198.18.0.0/24": ["other"]}))
 
     def test_another_range_of_a_subnet_in_conflict_is_refused(self) -> None:
         """Nor is the claim of the other host written over."""
         self.tell(Network("one", "10.9.0.0/24", sub_pool="10.9.0.0/25"))
-        words = "10.9.0.0/24 is held here, but claimed by host two too"
+        words = "10.9.0.0/24 is held here, but claimed by host other too"
         for subnet in ("10.9.0.0/24", "10.9.0.0/16"):
             before = self.etcd.values.get(f"claims/{subnet}", "")
             self.tell(
-                Key(f"claims/{subnet}", {"hosts": ["two"]}),
+                Key(f"claims/{subnet}", {"hosts": ["other"]}),
                 Network("one", "10.9.0.0/24", sub_pool="10.9.0.128/25", refused=words))
-            self.assertEqual(self.etcd.claims()[subnet], ["two"])
+            self.assertEqual(self.etcd.claims()[subnet], ["other"])
             self.tell(Key(f"claims/{subnet}", before))
         self.tell(Network("one", "10.9.0.0/24", sub_pool="10.9.0.128/25"))
 
@@ -9843,9 +9843,9 @@ class ClaimTest(TwoHosts):
         self.tell(Network("one", "10.9.0.0/24"))
         self.patch(gipam, HEARTBEAT_INTERVAL_S=DEADLINE_S, ETCD_TIMEOUT_S=0.3)
         self.tell(
-            Key("claims/10.9.0.0/24", {"hosts": ["two"]}),
+            Key("claims/10.9.0.0/24", {"hosts": ["other"]}),
             Settle(("one",)),
-            Conflict("one", "10.9.0.0/24", "host two"),
+            Conflict("one", "10.9.0.0/24", "host other"),
             EtcdGoesAway(),
             RequestStep("one", "10.9.0.0/24", refused="etcd does not answer"))
         with self.etcd.lock:
@@ -9858,11 +9858,11 @@ class ClaimTest(TwoHosts):
     def test_host_that_loses_a_race_goes_on_at_once_and_the_winner_pauses(self) -> None:
         pauses: list[float] = []
         self.patch(time, sleep=pauses.append)
-        self.etcd.claim_for_two_before("claims/", "10.9.0.0/24")
+        self.etcd.claim_for_other_before("claims/", "10.9.0.0/24")
         self.tell(Network("one"))
         self.assertEqual(pauses, [])
         self.patch(gipam, ETCD_PAUSE_S=DEADLINE_S / 3, ETCD_TIMEOUT_S=2 * DEADLINE_S)
-        self.etcd.claim_for_two_before("claims/", "10.10.0.0/24")
+        self.etcd.claim_for_other_before("claims/", "10.10.0.0/24")
         self.tell(
             Network("one"),
             Network("one"))
@@ -9902,7 +9902,7 @@ class FollowTest(TwoHosts):
             apply_claims(table, claims)
 
         self.patch(gipam.ClaimTable, apply_claims=measure)
-        for value in ({"hosts": ["two"]}, ""):
+        for value in ({"hosts": ["other"]}, ""):
             with self.etcd.lock:
                 for number in range(1000):
                     key = f"claims/10.{number % 250}.{number // 250}.0/24"
@@ -9957,14 +9957,14 @@ class FollowTest(TwoHosts):
 
     def test_values_that_gipam_did_not_write_stop_nothing(self) -> None:
         odd = ('{"hosts":5}', "true", "[" * 5000, "nothing", '{"hosts":[]}', '{"hosts":[7,{}]}',
-               "null", '{"hosts":["two"],"since":{},"shared":1}', "\udcff", '{"hosts":["x\\ny"]}')
+               "null", '{"hosts":["other"],"since":{},"shared":1}', "\udcff", '{"hosts":["x\\ny"]}')
         for number, text in enumerate(odd):
             self.etcd.set(f"claims/10.7.{number}.0/24", text)
         names = ("claims/10.50.3.0/024", "claims/nonsense", "claims/10.50.3.0/24/10.51.0.1",
                  "claims/\udcff", "claims/fe80::1%eth0/128", "claims/10.50.3.0/24/",
                  "parts/10.50.3.0/24", "claims")
         for name in names:
-            self.etcd.set(name, {"hosts": ["two"]})
+            self.etcd.set(name, {"hosts": ["other"]})
         for key in ("changes", "hosts/four", "hosts/\udcff"):
             self.etcd.set(key, '[["a",{"b":[]}],5]')
         with self.assertLogs("gipam", "WARNING") as logged:
@@ -10721,9 +10721,9 @@ class SharedTest(TwoHosts):
                     Free("one", LAN, "192.168.1.9"))
             self.tell(RequestStep("two", LAN, "192.168.1.9", mac="", refused="claimed by host one"))
         self.tell(
-            Key(f"claims/{LAN}/192.168.1.9", {"hosts": ["two"], "kind": "endpoint"}),
+            Key(f"claims/{LAN}/192.168.1.9", {"hosts": ["other"], "kind": "endpoint"}),
             Key("hosts/one"),
-            RequestStep("one", LAN, "192.168.1.9", refused="claimed by host two"))
+            RequestStep("one", LAN, "192.168.1.9", refused="claimed by host other"))
 
     def test_status_shows_hosts_and_claims(self) -> None:
         self.tell(
