@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A Docker IPAM driver: it gives every Docker network its own prefix and every container an address.
+"""A Docker IPAM driver: every Docker network gets its own prefix, every container an address.
 
 A prefix is routed to this host, or is on-link there. Every Docker network created with
 `--ipam-driver gipam` gets the next free block of that prefix, so its containers are reachable from
@@ -136,13 +136,13 @@ MAX_TEXT_CHARS = 255  # of a name or MAC address that is kept, of what a log lin
 BACKLOG = 1024  # with socketserver's 5, parallel connects of dockerd fail with EAGAIN
 MAX_AFFINITIES = 1024  # addresses a subnet, names a family; past it the oldest is forgotten
 MAX_SAVED_AFFINITIES = 256  # addresses that are remembered of a subnet that is gone
-MIN_CHECKPOINT_BYTES = 1 << 20  # a journal is folded once it is longer than this and than the snapshot
+MIN_CHECKPOINT_BYTES = 1 << 20  # the smallest journal that is replaced by a checkpoint
 CHECKPOINT_RETRY_S = 10.0  # after a fold that failed: it is tried for ever, and leaves nothing
 LEASES_PER_CHUNK = 250  # of a snapshot, or for an import, at a time; measured: 0.4 ms
 NAMES_PER_CHUNK = 4  # likewise, each with up to MAX_KEPT owners and their addresses
 MAX_IMPORT_LEASES = 250  # leases in one call of /Gipam.Adopt
 CHUNK_BYTES = 16384  # of a snapshot, and of a page, at a time
-PREALLOCATE_BYTES = 1 << 17  # zeros ahead of the end of the journal: an append then changes no metadata
+PREALLOCATE_BYTES = 1 << 17  # zeros ahead of the end: an append changes no metadata
 PROBE_BYTES = 4096  # a block of a file system
 RECORD_OVERHEAD_BYTES = 64  # of a line of the journal, beside its records
 SECTOR_BYTES = 512  # a disk writes it as a whole or not at all
@@ -171,21 +171,23 @@ ETCD_PAUSE_S = 0.05
 HEARTBEAT_INTERVAL_S = 10.0  # from one sign of presence to the next
 ETCD_MIN_LOOK_S = 0.25  # between two looks at what others change
 MISSED_HEARTBEATS = 4  # in a row that show no sign of a host
-TRANSACTION_MAX_AGE_S = 10.0  # from a transaction to what is granted on it: who is stopped may be evicted
-GRACE_PERIOD_S = 5.0  # without new claims after etcd has lost some, for all to claim again what they hold
+TRANSACTION_MAX_AGE_S = 10.0  # of a grant: a host stopped for longer may be evicted
+GRACE_PERIOD_S = 5.0  # without new claims, after the last host has caught up
 CLAIMS_PER_TRANSACTION = 40  # claims in one transaction: etcd's --max-txn-ops is 128
 MAX_CLAIM_LOG_CHARS = 2000  # of the changes that are kept in etcd
 ETCD_PAGE_KEYS = 250  # of etcd that are read at a time; measured: json.loads() takes 0.24 ms
 CLAIMS_PER_ITERATION = 25  # in one turn; measured: 60 us each
 MAX_ETCD_BYTES = 1 << 24  # of one reply
 THREAD_SWITCH_S = 0.0005  # between threads: what Docker and etcd say is read beside the loop
-GRPC_PERMANENT_CODES = 3, 7, 8, 9, 11, 16  # codes of gRPC: wrong, forbidden, too much, not now, old, who?
+# InvalidArgument, PermissionDenied, ResourceExhausted, FailedPrecondition, OutOfRange and
+# Unauthenticated. Source: grpc/codes.
+GRPC_PERMANENT_CODES = 3, 7, 8, 9, 11, 16
 ETCD_AUTH_PATH = "/v3/auth/authenticate"
 ADDRESS_BITS = {4: 32, 6: 128}
 CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 SOCKET_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 LEASE_KINDS = GATEWAY, AUXILIARY, ENDPOINT = "gateway", "auxiliary", "endpoint"  # of lease
-TRANSIENT_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)  # try again
+TRANSIENT_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
 
 log = logging.getLogger("gipam")
 
@@ -379,7 +381,8 @@ def parse_address(text: str, version: int) -> int:
 
 def format_address(number: int, version: int) -> str:
     """Return the bare address as text (RFC 5952)."""
-    return socket.inet_ntop(SOCKET_FAMILY[version], number.to_bytes(ADDRESS_BITS[version] // 8, "big"))
+    packed = number.to_bytes(ADDRESS_BITS[version] // 8, "big")
+    return socket.inet_ntop(SOCKET_FAMILY[version], packed)
 
 
 def format_endpoint(address: Any) -> str:
@@ -495,20 +498,30 @@ FIELD_SCHEMAS: dict[str, Any] = {  # the shapes of those that are no text
     "parts": [], "common": {}}
 
 
-def validate(what: str, value: Any, shape: Any) -> None:
-    """Check what the journal or the lease file says. Raises: ValueError.
+def validate(what: str, value: Any, schema: Any) -> None:
+    """Check a value of the journal or the lease file. Raises: ValueError.
 
-    A shape is "", the least number, [that of each], {"": that of each value}, or a row's (each).
+    A schema is "" for text, the least number, [that of each], {"": that of each value}, or the
+    tuple of a row's.
     """
-    kind = list if isinstance(shape, tuple) else type(shape)
-    if (type(value) is not kind or (kind is int and not shape <= value <= 1 << ADDRESS_BITS[6])
-            or (isinstance(shape, tuple) and len(value) != len(shape))):
+    expected_type = list if isinstance(schema, tuple) else type(schema)
+    is_valid = type(value) is expected_type
+    if is_valid and isinstance(schema, int):
+        is_valid = schema <= value <= 1 << ADDRESS_BITS[6]
+    if is_valid and isinstance(schema, tuple):
+        is_valid = len(value) == len(schema)
+    if not is_valid:
         raise ValueError(f"{what} is {value!r:.80}, which is none of gipam's")
-    if kind is dict:
-        value, shape = [*value.values()], [*shape.values()]
-    if kind in (dict, list):
-        for each, its in zip(value, shape if isinstance(shape, tuple) else shape * len(value)):
-            validate(what, each, its)
+
+    if isinstance(schema, tuple):
+        for element, element_schema in zip(value, schema):
+            validate(what, element, element_schema)
+    elif isinstance(schema, dict) and schema:
+        for element in value.values():
+            validate(what, element, schema[""])
+    elif isinstance(schema, list) and schema:
+        for element in value:
+            validate(what, element, schema[0])
 
 
 class Lease(NamedTuple):
@@ -797,7 +810,7 @@ class Family:
                  excluded: list[Network]) -> None:
         self.version, self.bases, self.excluded = version, bases, excluded
         self.prefixlen = prefixlen  # of a block, where the network does not ask for another
-        self.used = PrefixTree(ADDRESS_BITS[version], prefixlen)  # subnets in use, here and elsewhere
+        self.used = PrefixTree(ADDRESS_BITS[version], prefixlen)  # subnets here and elsewhere
         self.subnets: dict[Network, Subnet] = {}
         self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
         self.names: dict[str, BlockReservation] = {}  # by gipam.name, the oldest first
@@ -1008,7 +1021,8 @@ def copy_state(state: State) -> tuple[Json, list[Any]]:
 def encode_snapshot(config: Json, copy: Any, segment: int | None) -> Iterator[str]:
     """Yield the lease file in portions: configuration, segment that goes on, state, checksum."""
     keys = {**config, "Journal": segment}
-    yield "{\n" + "".join(f"{encode_json(key)}:{encode_json(value)},\n" for key, value in keys.items() if value)
+    lines = [f"{encode_json(key)}:{encode_json(value)},\n" for key, value in keys.items() if value]
+    yield "{\n" + "".join(lines)
     checksum = 0
     for chunk in encode_state(*copy):
         checksum = zlib.crc32(chunk.encode(), checksum)
@@ -1090,7 +1104,8 @@ def decode_snapshot(document: Json, state: State) -> None:
     for row in values["Names"]:
         name, text, seq, owners = row if row[3:] else (*row, {})  # once without owners
         validate("Names", [name, text, seq, owners], ("", "", 0, {"": (0, 0)}))
-        kept = BlockReservation(parse_prefix(text), {owner: tuple(last) for owner, last in owners.items()}, seq)
+        last_addresses = {owner: tuple(last) for owner, last in owners.items()}
+        kept = BlockReservation(parse_prefix(text), last_addresses, seq)
         if any(offset >= kept.network.num_addresses for offset, _ in kept.owners.values()):
             raise ValueError(f"{name} has owners outside {kept.network}")
         state.families[kept.network.version].remember(name, kept)
@@ -2114,7 +2129,7 @@ def read_used_ranges(netlink: NetlinkRequest, version: int, bases: list[Network]
 
 
 def read_prefix(message_type: int, message: bytes) -> tuple[int, int]:
-    """Return (address, prefixlen) of a route, or of an own address; (0, 0) for a broadcast route."""
+    """Return (address, prefixlen) of a route or an own address; (0, 0) for a broadcast route."""
     if message_type == RTM_GETADDR:
         # IFA_ADDRESS has the number of RTA_DST, and struct ifaddrmsg eight bytes.
         address = read_attributes(message, 8).get(RTA_DST, b"")
@@ -5828,11 +5843,11 @@ def tcp_paths(config: Config, loop: EventLoop) -> list[PublishedPath]:
 
 # === Docker =======================================================================================
 #
-# A client of Docker's API, and what Docker uses: subnets, and addresses in them, as DockerAllocation.
-# DockerNetwork reads a network as Docker 26 to 29 show it. Before 29 the API hides some of it: the
-# gateway of a network with a --subnet and no --gateway, and the subnet of a network that was made
-# with a size hint and has no container. Only this section knows that.
-# No request may be sent to Docker while gipam handles one: Docker may hold a lock until gipam replies.
+# A client of Docker's API, and what Docker uses: subnets, and addresses in them, as
+# DockerAllocation. DockerNetwork reads a network as Docker 26 to 29 show it. Before 29 the API
+# hides some of it: the gateway of a network with a --subnet and no --gateway, and the subnet of a
+# network that was made with a size hint and has no container. Only this section knows that. No
+# request may be sent to Docker while gipam handles one: Docker may hold a lock until gipam replies.
 
 
 class ApiConnection(http.client.HTTPConnection):
@@ -5952,7 +5967,7 @@ def size_hints_of(subnet: str) -> set[str]:
 
 
 def container_allocations(container: Json) -> Iterator[tuple[str, DockerAllocation]]:
-    """Yield the network id and the allocation of each address of a container, and of its gateway."""
+    """Yield (network id, allocation) of each address of a container, and of its gateway."""
     names = container.get("Names") or ["/" + container["Id"][:12]]
     name = printable(names[0][1:])
     settings = container.get("NetworkSettings") or {}
@@ -6177,11 +6192,11 @@ def failed_starts(path: str, status: Json) -> Iterator[str]:
 #
 # What differs between gipam and Docker, and how that is fixed. A Holding is what gipam holds, read
 # from its state or from the JSON of /status; a DockerAllocation is what Docker uses; a Finding is a
-# difference between the two. `check` reports findings, `check --fix` fixes them, and the import does
-# the same inside the daemon for what is missing: once after each start and each adoption, so that a
-# lost or restored lease file costs nothing that is in use. Adopting is by the id that Docker sends
-# with a request, importing from Docker's API. The rule: fix() names the record that it has seen, so
-# that nothing that changed meanwhile is touched.
+# difference between the two. `check` reports findings, `check --fix` fixes them, and the import
+# does the same inside the daemon for what is missing: once after each start and each adoption, so
+# that a lost or restored lease file costs nothing that is in use. Adopting is by the id that Docker
+# sends with a request, importing from Docker's API. The rule: fix() names the record that it has
+# seen, so that nothing that changed meanwhile is touched.
 
 Key = Tuple[str, str]  # a subnet, and an address or a range in it, or ""
 Post = Callable[[str, Json], Any]  # sends a request to the daemon: path, body -> reply
@@ -6304,7 +6319,8 @@ class Finding(NamedTuple):
 Findings = Dict[Tuple[str, int], Finding]  # by their keys
 
 
-def find_leaks(holdings: Sequence[Holding], allocations: list[DockerAllocation]) -> Iterator[Finding]:
+def find_leaks(holdings: Sequence[Holding],
+               allocations: list[DockerAllocation]) -> Iterator[Finding]:
     """Yield what gipam holds and Docker does not use."""
     used = {allocation.key: allocation for allocation in allocations}
     lease_counts = collections.Counter(holding.pool_id for holding in holdings if holding.address)
@@ -8511,7 +8527,8 @@ def add_docker_names(pools: list[Json], uses: list[DockerAllocation]) -> None:
         leases = pool.get("addresses", [])
         leases.sort(key=lambda lease: int(ipaddress.ip_address(lease["address"])))
         for lease in leases:
-            lease["container"] = used.get((pool["subnet"], lease["address"]), DockerAllocation("")).container
+            user = used.get((pool["subnet"], lease["address"]), DockerAllocation(""))
+            lease["container"] = user.container
 
 
 def find_pools(pools: list[Json], text: str) -> list[Json]:
