@@ -8114,7 +8114,7 @@ class ImportTest(OperatedCase):
         self.assertEqual(set(used) - set(held), set())
         self.assertNotIn(given[0], used)
         self.assertIn(given[0], held, "though Docker does not show it yet")
-        self.assertLessEqual(max(sizes), gipam.MAX_IMPORT_LEASES + 2)
+        self.assertLessEqual(max(sizes), gipam.LEASES_PER_CHUNK)
         self.assertFalse(self.service.docker_import.is_due)
 
     def test_order_of_import_leaves_the_widest_gap_to_containers_that_start_meanwhile(self) -> None:
@@ -8350,7 +8350,7 @@ class ByHandTest(OperatedCase):
                     "0.0.0.0/0", "0.0.0.0/26", "::/0")),
                 ("CIDR form", {"Subnet": "10.9.0.0"}), ("Pool overlaps", {"Subnet": "10.2.0.0/16"}),
                 ("does not lie in", {"SubPool": "10.8.0.0/25"}),
-                ("more than 250", {"Leases": [{**self.nine, "Address": f"10.9.0.{n}"} for n in range(1, 252)]}),
+                ("more than 100", {"Leases": [{**self.nine, "Address": f"10.9.0.{n}"} for n in range(1, 252)]}),
                 *((text, {"Leases": [self.nine, {**self.nine, "Address": address}]})
                   for address, text in (("10.8.0.2", "^10.8.0.2 is not in 10.9.0.0/24$"),
                                         ("fd00::2", "^invalid address: 'fd00::2' is not")))):
