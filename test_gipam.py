@@ -7987,6 +7987,29 @@ class ImportTest(OperatedCase):
                 self.assertLess({"10.2.0.0/24", "10.9.0.64/26"}, set(self.held()))
                 self.docker.stop("adopted")
 
+    def test_import_consumes_the_request_that_it_serves(self) -> None:
+        """Also where a pool stays unconfirmed; not what is requested while Docker is read."""
+        self.start(has_worker=False)
+        self.assertFalse(self.service.docker_import.requested.is_set())
+
+        self.lose_file()
+        with mock.patch.object(gipam, "confirmed_seqs", return_value=[]):
+            self.start(has_worker=False)
+        self.assertTrue(self.service.docker_import.is_due)
+        self.assertFalse(self.service.docker_import.requested.is_set())
+
+        adopted = ("10.7.0.0/24", "")
+
+        def adopt(_: str) -> None:
+            docker_import = self.service.docker_import
+            if docker_import.unconfirmed and adopted not in docker_import.unconfirmed.values():
+                docker_import.add(10**6, adopted)
+
+        self.lose_file()
+        self.docker.before = adopt
+        self.start(has_worker=False)
+        self.assertTrue(self.service.docker_import.requested.is_set())
+
     def test_sound_file_costs_one_look_at_docker_and_one_line(self) -> None:
         self.start(has_worker=False)
         file = self.copy_file()
@@ -8071,11 +8094,12 @@ class ImportTest(OperatedCase):
     def test_pauses_grow_to_a_minute_until_an_adoption(self) -> None:
         service = mock.Mock(docker_import=mock.Mock(is_due=True))
         attempts = [None] * 9 + [gipam.ShuttingDown]
+        service.docker_import.requested.wait.side_effect = [True, *[False] * 7, True, False]
         with mock.patch.object(gipam, "try_import", side_effect=attempts), \
                 mock.patch.object(gipam, "IMPORT_BACKOFF_S", 1.0):
             gipam.import_worker(service, "gipam", mock.Mock(), mock.Mock())
         pauses = [call.args[0] for call in service.docker_import.requested.wait.mock_calls]
-        self.assertEqual(pauses, [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0])
+        self.assertEqual(pauses, [1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 1.0])
 
     def test_portions_of_an_iteration(self) -> None:
         """No iteration looks up, imports or confirms more than a few hundred leases."""
@@ -8103,7 +8127,7 @@ class ImportTest(OperatedCase):
             return result
 
         def run_in_loop(function: Callable[..., Any], *args: Any) -> Any:
-            if function == self.service.docker_import.unconfirmed.copy:
+            if function in (self.service.docker_import.take, self.service.docker_import.unconfirmed.copy):
                 # A copy of small values, which is made at once.
                 return self.loop.run_in_loop(function)
             return self.loop.run_in_loop(measure, function, *args)

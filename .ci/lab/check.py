@@ -184,30 +184,31 @@ class CheckTest(DockerCase):
         self.docker.stop("gipam", number=signal.SIGKILL)
         self.docker.at_once(("kill", "one"), ("rm", "-f", "two"), ("network", "rm", "gone"))  # 15 s for each release
         self.docker.start_gipam()
-        self.assert_found_and_mended(*expected)
+        self.assert_found_and_fixed(*expected)
         self.docker("start", "one")
         self.assert_no_address_is_twice()
+
+    def wait_for_import(self) -> None:
+        until(self.is_import_done, "end of the import")
 
     def test_lease_file_restored_from_an_old_copy(self) -> None:
         self.docker.network("web", "--ipv6", containers=("one",))
         self.docker.network("gone")
-        expected = [self.leaked("one", "web"), self.leaked("one", "web", v6=True),
-                    self.leaked_pool(self.docker.subnets("gone")[0])]
+        leaked = [self.leaked("one", "web"), self.leaked("one", "web", v6=True),
+                  self.leaked_pool(self.docker.subnets("gone")[0])]
         copy = self.docker.read_lease_file()
         self.docker("rm", "-f", "one")
         self.docker("network", "rm", "gone")
         self.docker.container("two", "web")
         self.docker.network("new", containers=("three",))
         self.docker.replace_lease_file(copy)
-        expected += [f"missing_pool: subnet {self.docker.subnets('new')[0]} of network new is not held: another "
-                     "network could get it"]
-        expected += [f"missing_address: address {self.docker.address('two', 'web', v6)} of container two is not held: "
-                     "another container could get it" for v6 in (False, True)]
-        self.assert_found_and_mended(*expected)
+        # What is missing the start imports; what is held too much only check may release.
+        self.wait_for_import()
+        self.assert_found_and_fixed(*leaked)
         self.docker.container("four", "web")
         self.docker.container("five", "new")
         self.docker.network("newer")
-        self.assert_found_and_mended()
+        self.assert_found_and_fixed()
 
     def test_stopped_container_with_a_fixed_address_starts_again(self) -> None:
         """In a /30, which has no other than that and the gateway's, which Docker up to 28 does not show."""
@@ -243,9 +244,9 @@ class CheckTest(DockerCase):
             until(lambda: not (self.docker.dockerd and self.docker.dockerd.is_running()), "end of dockerd")
             self.docker.start_dockerd()
         self.docker("start", "one")
-        self.assert_found_and_mended(self.leaked_address(following, "web"), self.leaked_pool("10.9.0.0/24"))
+        self.assert_found_and_fixed(self.leaked_address(following, "web"), self.leaked_pool("10.9.0.0/24"))
         self.docker.network("lan", "--subnet", "10.9.0.0/24")
-        self.assert_found_and_mended()
+        self.assert_found_and_fixed()
 
     def come_and_go(self, name: str, end: float) -> None:
         for way in itertools.cycle(WAYS):
@@ -278,7 +279,7 @@ class CheckTest(DockerCase):
             found.append(self.docker.check(grace_s=60))
         self.assertEqual([findings for findings in found if findings], [])
         self.assertGreater(len(found), 1)
-        self.assert_found_and_mended()
+        self.assert_found_and_fixed()
 
 
 class LostFileTest(DockerCase):

@@ -138,7 +138,7 @@ class RefusalTest(DockerCase):
                 self.assert_refused(self.USED, "run", "--network", "lan", "--ip6", address, "--mac-address",
                                     f"02:42:00:00:00:0{number}", "bb", "true")
         self.assertEqual(self.docker.held_by_gipam()["fd00:9::/64"], {"fd00:9::1", "fd00:9::5", "fd00:9::7"})
-        self.assert_found_and_mended(*(
+        self.assert_found_and_fixed(*(
             f"leaked_address: address {address} of network lan is reserved for 02:42:00:00:00:0{number}, but nothing uses it"
             for number, address in enumerate(("10.9.0.2", "10.9.0.3", "10.9.0.4", "10.9.0.6"))))
 

@@ -368,7 +368,7 @@ class DockerCase(unittest.TestCase):
         self.assertEqual(self.docker.check("--fix"), sorted(findings))
         self.assert_agreement()
 
-    assert_found_and_mended = assert_found_and_fixed  # former name
+    assert_found_and_fixed = assert_found_and_fixed  # former name
 
     def assert_refused(self, words: str, *arguments: str) -> None:
         with self.assertRaises(CommandError) as caught:
