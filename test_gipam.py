@@ -728,7 +728,7 @@ record = record_changes
 # Sections that keep the limits; the others are still being rewritten. "all" is a whole file.
 PLAIN_SECTIONS = {
     "gipam.py": "API Server Claims Cluster Journal Discovery Settings Daemon",
-    "test_gipam.py": "Helpers Style API Running Server Claims Cluster",
+    "test_gipam.py": "Settings Daemon Helpers Style API Running Server Claims Cluster",
     "bench.py": "all",
     "delegation.py": "all",
     "boot.py": "all",
@@ -10794,532 +10794,728 @@ class SharedTest(TwoHosts):
         self.assertNotEqual(one.request_address(f"{LAN}#{TOKEN}"), "192.168.1.2/24")
 
 
-# === Commands =====================================================================================
+# === Settings =====================================================================================
+# The options: defaults, environment, command line, and the lease file. Most tests run
+# `gipam config` in this process; a fake daemon answers with the settings that a start would have.
+# Lease files of the Go program, and files with wrong contents, are read here too.
 
-SAMPLES = {"unix": "true", "address": "127.0.0.1:9191", "file": "/tmp/leases.json",
-           "v6": "2001:db8::/56,2001:db8:1::/56", "v4": "10.2.0.0/16", "v6ab": "72", "v4ab": "26",
-           "exclude": "10.2.0.0/24", "socket": "/run/web.sock", "spec": "/tmp/web.spec", "mac": "false",
-           "metrics": ":9091", "onlink": "eth0", "etcdtls": "/tmp", "host": "web-1.example",
-           "etcd": "http://10.0.0.1:2379,http://[2001:db8::1]:2379"}
-V4, V6 = "-v4=10.2.0.0/16", "-v6=2001:db8::/56"
+SAMPLES = {
+    "unix": "true",
+    "address": "127.0.0.1:9191",
+    "file": "/tmp/leases.json",
+    "v6": "2001:db8::/56,2001:db8:1::/56",
+    "v4": "10.2.0.0/16",
+    "v6ab": "72",
+    "v4ab": "26",
+    "exclude": "10.2.0.0/24",
+    "socket": "/run/web.sock",
+    "spec": "/tmp/web.spec",
+    "mac": "false",
+    "metrics": ":9091",
+    "onlink": "eth0",
+    "etcdtls": "/tmp",
+    "host": "web-1.example",
+    "etcd": "http://10.0.0.1:2379,http://[2001:db8::1]:2379",
+}
+V4 = "-v4=10.2.0.0/16"
+V6 = "-v6=2001:db8::/56"
+
+
+def answer_config(settings: gipam.Settings, *_: Any) -> Any:
+    """Answer as a daemon that has just started with these settings."""
+    config, *_rest = gipam.open_store(settings)
+    return gipam.describe_daemon(config, "")
 
 
 class CommandLineCase(CommandCase):
-    """`gipam.py config`, answered by what would be served with these options and lease file."""
+    """`gipam config`, answered by what would be served with these options and lease file."""
 
     def setUp(self) -> None:
         super().setUp()
         self.patch(gipam.Store, lock=mock.Mock())
-        self.patch(gipam, daemon_request=lambda settings, *_: gipam.describe_daemon(
-            gipam.open_store(settings)[0], ""))
+        self.patch(gipam, daemon_request=answer_config)
 
     def keep(self, contents: Any) -> None:
-        """Make the lease file, of bytes as they are or of what JSON makes of anything else."""
-        text = contents if isinstance(contents, bytes) else json.dumps(contents)
-        self.write("leases.json", text)
+        """Write the lease file: bytes as they are, JSON of anything else."""
+        if not isinstance(contents, bytes):
+            contents = json.dumps(contents)
+        self.write("leases.json", contents)
 
     def run_config(self, *arguments: str, **variables: str) -> Finished:
-        given: Any = variables
-        return self.run_main("-file", self.file, "config", *arguments, **given)
+        return self.run_main("-file", self.file, "config", *arguments, **variables)  # type: ignore[arg-type]
 
     def read_rows(self, text: str) -> dict[str, tuple[str, str]]:
-        """Return name -> (value, origin), as `gipam.py config` prints it."""
-        found = {name: (value, origin) for name, value, origin in
-                 re.findall(r"(?m)^(\w+) +(\S+) +(\S.*)$", text)}
-        self.assertEqual(list(found), [option.name for option in gipam.OPTIONS])
-        return found
+        """Return name -> (value, origin), as `gipam config` prints it."""
+        rows: dict[str, tuple[str, str]] = {}
+        for name, value, origin in re.findall(r"(?m)^(\w+) +(\S+) +(\S.*)$", text):
+            rows[name] = (value, origin)
+        self.assertEqual(list(rows), [option.name for option in gipam.OPTIONS])
+        return rows
 
     def effective(self, *arguments: str, **variables: str) -> dict[str, tuple[str, str]]:
+        """Return name -> (value, origin) of a start that warns of nothing."""
         done = self.run_config(*arguments, **variables)
         self.assertEqual((done.status, done.err), (0, ""))
         return self.read_rows(done.out)
 
 
 class OptionTest(CommandLineCase):
-    def test_each_option_has_a_default_a_variable_and_a_flag_in_both_dash_styles(self) -> None:
+    """The flags and variables of each option."""
+
+    def test_each_option_has_a_default(self) -> None:
         defaults = self.effective()
-        self.assertEqual(os.listdir(self.directory), [])  # nothing has been written
+        self.assertEqual(os.listdir(self.directory), [])
         self.assertEqual(defaults["host"], (socket.gethostname(), "default"))
         for option in gipam.OPTIONS:
-            name, value, variable = option.name, SAMPLES[option.name], option.variable
-            if name not in ("file", "host"):
-                self.assertEqual(defaults[name], (option.default or "none", "default"))
-            for words in ([f"-{name}={value}"], [f"--{name}={value}"], ["-" + name, value],
-                          ["--" + name, value]):
+            if option.name not in ("file", "host"):
+                self.assertEqual(defaults[option.name], (option.default or "none", "default"))
+
+    def test_each_option_has_a_flag_in_both_dash_styles(self) -> None:
+        for option in gipam.OPTIONS:
+            name = option.name
+            value = SAMPLES[name]
+            variables = {option.variable: option.default}
+            for words in ([f"-{name}={value}"], [f"--{name}={value}"],
+                          [f"-{name}", value], [f"--{name}", value]):
                 with self.subTest(words):
-                    found = self.effective(V4, V6, *words, **{variable: option.default})
-                    self.assertEqual(found[name], (value, "command line"))
-            if name not in ("v4", "v6", "file"):
-                with self.subTest(variable):
-                    self.assertEqual(self.effective(V4, V6, **{variable: value})[name],
-                                     (value, f"environment ({variable})"))
+                    rows = self.effective(V4, V6, *words, **variables)
+                    self.assertEqual(rows[name], (value, "command line"))
+
+    def test_each_option_has_a_variable(self) -> None:
+        for option in gipam.OPTIONS:
+            if option.name in ("v4", "v6", "file"):
+                continue
+            with self.subTest(option.variable):
+                value = SAMPLES[option.name]
+                rows = self.effective(V4, V6, **{option.variable: value})
+                self.assertEqual(rows[option.name], (value, f"environment ({option.variable})"))
 
     def test_options_stand_before_the_command_or_after_it(self) -> None:
-        """And a boolean one, as Go reads it, takes no word but a boolean."""
-        go = ["1", "t", "T", "TRUE", "true", "True", "0", "f", "F", "FALSE", "false", "False"]
-        self.assertEqual(list(map(gipam.BOOLEANS.get, go)), [True] * 6 + [False] * 6)
-        for words, name, value in (
-                ("-v4 10.2.0.0/16 config", "v4", "10.2.0.0/16"),
-                ("config -v4 10.2.0.0/16", "v4", "10.2.0.0/16"),
-                *((f"{flag} {word} config", "unix", word or "true")
-                  for flag in ("-unix", "--unix") for word in ("", *go))):
+        for words in ("-v4 10.2.0.0/16 config", "config -v4 10.2.0.0/16"):
             with self.subTest(words):
                 done = self.run_main("-file", self.file, *words.split())
-                self.assertEqual(self.read_rows(done.out)[name], (value, "command line"))
-        for text in ("yes", "on", "", "2", "TRUe", "tRUE", " true", "-1"):
-            self.assertEqual(self.run_config(f"-unix={text}").status, 78, text)
+                rows = self.read_rows(done.out)
+                self.assertEqual(rows["v4"], ("10.2.0.0/16", "command line"))
 
-    def test_what_is_wrong_is_said_in_one_line_with_the_nearest_right_one(self) -> None:
-        near, see = "is not an option or command: did you mean ", "; see `gipam {}--help`"
-        for words, said in (
-                ("status -soket=x", f"'--soket' {near}--socket?"), ("--exclud", near + "--exclude?"),
-                ("check --fixx", near + "--fix?"), ("status -metric=:9091", near + "--metrics?"),
-                ("--v4a 26 config", f"'--v4a' {near}--v4ab?"), ("statsu", f"'statsu' {near}status?"),
-                ("chekc --fix", near + "check?"),
-                ("serve status", "'status' is one word too many" + see.format("")),
-                ("check fix", "'fix' is one word too many: did you mean --fix?"),
-                ("config -colour=red", see.format("config ")),
-                ("-v4", "argument --v4: expected one argument" + see.format("")),
-                ("release", "the following arguments are required: POOL" + see.format("release ")),
-                ("config -v4", ""), *((line, "") for wrong in (
-                    "-c", "-v", "-u", "-f x", "status2", "config more",
-                    # no abbreviations, joined or not
-                    "-v4a 26", "-v4a=26", "--v4a=26", "-v4ab26", "-v4a26", "-uni", "--uni",
-                    "-un=true", "-u=true", "-soc /x", "--sock=/x", "-exc 10.2.0.0/24", "--fil x",
-                    "--vers", "--hel", "-UNIX", "--V4=10.2.0.0/16",
-                    # no value where one is due, or none that could be one
-                    "-v4 -unix", "-file -v4ab=24", "-unix no", "--unix no")
-                    for line in (f"config {wrong}", f"{wrong} config"))):
-            with self.subTest(words):
-                self.assert_fails(self.run_main(*words.split(), GIPAM_FILE=self.file), 2,
-                                  f"gipam: .*{re.escape(said)}")
+    def test_boolean_option_takes_the_words_of_go(self) -> None:
+        words = {"": True}
+        words.update(dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True))
+        words.update(dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False))
+        for word, value in words.items():
+            self.assertEqual(gipam.BOOLEANS.get(word, True), value)
+            for flag in ("-unix", "--unix"):
+                with self.subTest(flag, word=word):
+                    done = self.run_main("-file", self.file, flag, *word.split(), "config")
+                    rows = self.read_rows(done.out)
+                    self.assertEqual(rows["unix"], (word or "true", "command line"))
 
-    def test_version_and_help(self) -> None:
-        """The same on every Python, and on a terminal."""
-        for flag in ("--version", "-version"):
-            self.assertEqual(self.run_main(flag), (0, gipam.__version__ + "\n", ""))
-        for words in (["--help"], ["-h"], ["serve", "-help"]):
-            done = self.run_main(*words, out=Terminal(), TERM="xterm", FORCE_COLOR="1")
-            self.assertEqual((done.status, done.err), (0, ""))
-            self.assertTrue(done.out.startswith("usage: gipam [COMMAND] [OPTIONS]\n"), done.out)
-            said = re.sub(r"\s+", " ", done.out)
-            for option in gipam.OPTIONS:
-                self.assertIn(f"--{option.name} {option.kind} ", said)
-                self.assertIn(f"({option.variable}; default: {option.default or 'none'})", said)
-            for name, (function, _) in gipam.COMMANDS.items():
-                self.assertRegex(done.out, f"\n  {name} +{(function.__doc__ or '')[:20]}")
-        for name, (_, flags) in gipam.COMMANDS.items():
-            said, _, examples = self.run_main(name, "--help").out.partition("\nexamples:\n")
-            for flag in flags:
-                self.assertIn(f"\n  {flag}", said)
-            self.assertEqual("--v4ab" in said, name == "serve")  # another shows its own options
-            self.assertIn(examples.count("\n"), (2, 3), name)
-            for example in examples.splitlines():
-                words = gipam.normalise_arguments(example.partition("   ")[0].split()[1:])
-                self.assertEqual(gipam.parse_arguments(words).func.__name__, f"cmd_{name}")
+    def test_boolean_option_takes_no_other_word(self) -> None:
+        for word in ("yes", "on", "", "2", "TRUe", "tRUE", " true", "-1"):
+            with self.subTest(word):
+                self.assert_fails(self.run_config(f"-unix={word}"), 78,
+                                  "gipam: -unix .*: not a boolean: use 1, t, true, 0, f or false")
 
-    def test_who_types_nothing_but_the_name_at_a_terminal_gets_help(self) -> None:
-        serve = mock.Mock(return_value=0)
-        self.patch(gipam, COMMANDS={**gipam.COMMANDS, "serve": (serve, {})})
-        here = os.getcwd()
-        self.addCleanup(os.chdir, here)
-        os.chdir(self.directory)
-        done = self.run_main(stdin=Terminal())
-        self.assertEqual((done.status, done.err, serve.call_count), (2, "", 0))
-        self.assertIn("\n  status   ", done.out)
-        self.run_main()
-        self.run_main("-unix", stdin=Terminal())
-        self.run_main("serve", stdin=Terminal())
-        self.run_main(stdin=Terminal(), GIPAM_UNIX="1")
-        self.keep({})
-        self.run_main(stdin=Terminal())
-        self.assertEqual(serve.call_count, 5)
+    def test_paths_are_shown_whole(self) -> None:
+        rows = self.effective("-socket=x.sock")
+        self.assertEqual(rows["socket"][0], os.path.join(os.path.realpath("."), "x.sock"))
 
-    def test_paths_are_shown_whole_and_passwords_never(self) -> None:
-        rows = self.effective("-socket=x.sock", "-etcd=http://10.0.0.1:1,https://me:secret@etcd2")
-        self.assertEqual((rows["socket"][0], rows["etcd"][0]), (
-            os.path.join(os.path.realpath("."), "x.sock"), "http://10.0.0.1:1,https://***@etcd2"))
-        for given, shown in (("https://me:secret@etcd2,x", "https://***@etcd2,x"), ("me:secret@etcd2", "***@etcd2"),
+    def test_passwords_are_never_shown(self) -> None:
+        rows = self.effective("-etcd=http://10.0.0.1:1,https://me:secret@etcd2")
+        self.assertEqual(rows["etcd"][0], "http://10.0.0.1:1,https://***@etcd2")
+        for given, shown in (("https://me:secret@etcd2,x", "https://***@etcd2,x"),
+                             ("me:secret@etcd2", "***@etcd2"),
                              ("http://a,https://me:sec,ret@etcd2", "http://a,https://***@etcd2")):
-            self.assert_fails(self.run_config(f"-etcd={given}"), 78,
-                              f"gipam: -etcd {re.escape(repr(shown))} .*: not a list of endpoints.*")
+            self.assert_fails(self.run_config(f"-etcd={given}"), 78, "gipam: -etcd "
+                              f"{re.escape(repr(shown))} .*: not a list of endpoints.*")
 
 
-PATH = "not the path of a file"
-LISTEN = "not HOST:PORT with an address as HOST, such as 127.0.0.1:9090"
-ENDPOINTS = ("not a list of endpoints, such as http://10.0.0.1:2379 or "
-             "https://user:password@etcd2:2379")
-LENGTH = "not a prefix length from 1 to"
-FORM = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
+class SettingCase(NamedTuple):
+    """What the lease file has and notes, what the option is now; which wins, and why."""
+
+    in_file: str | None
+    noted: str | None
+    noted_option: str | None
+    option: str | None
+    winner: str | None
+    reason: str
+
+
+TEXTS = {"one": "10.2.0.0/16", "two": "10.3.0.0/16", "three": "10.4.0.0/16", "empty": "", "-": None}
+SETTING_CASES = """
+    in_file  noted  noted_option  option  winner  reason
+
+    one      one    one           one     one
+    one      one    -             -       one
+    one      one    one           -       one     not given
+    one      one    one           two     two     unaffected
+    one      one    -             two     two     unaffected
+    one      one    one           empty   empty   unaffected
+    -        empty  -             two     two     unaffected
+    two      one    one           one     two     edited
+    two      one    one           three   two     edited
+    two      one    -             -       two     edited
+    -        one    one           one     empty   edited
+    two      two    one           one     two     file wins
+    two      two    one           three   three   unaffected
+    empty    empty  one           one     empty   file wins
+    empty    empty  empty         -       empty
+    empty    empty  one           two     two     unaffected
+    one      -      -             two     one     file wins
+    one      -      -             -       one
+    -        -      -             two     two
+"""
+REASONS = {
+    "edited": "it has been edited there",
+    "file wins": "the file wins; to change it, edit it there or give -v4 a new value",
+    "unaffected": "existing pools are unaffected",
+    "not given": "it stays although -v4 is no longer given; to clear it, start once with GIPAM_V4=, "
+                 "or edit it there",
+}
+
+
+def read_setting_cases() -> Iterator[SettingCase]:
+    """Yield the cases of the table."""
+    for line in SETTING_CASES.split("\n")[2:]:
+        words = line.split()
+        if words:
+            texts = [TEXTS[word] for word in words[:5]]
+            yield SettingCase._make([*texts, " ".join(words[5:])])
+
+
+class LatestTest(CommandLineCase):
+    """Of the lease file and the other settings, the one that was changed last wins."""
+
+    def test_what_was_changed_last_wins(self) -> None:
+        for case in read_setting_cases():
+            notes = {}
+            if case.noted is not None:
+                notes["v4"] = [gipam.digest(case.noted), gipam.digest(case.noted_option)]
+            self.keep({"V4Pool": case.in_file, "Options": notes})
+            arguments = []
+            if case.option is not None:
+                arguments.append(f"-v4={case.option}")
+            with self.subTest(case):
+                done = self.run_config(*arguments)
+                self.assertEqual(self.read_rows(done.out)["v4"][0], case.winner or "none")
+                self.assertEqual(done.err, self.warning(case))
+
+    def warning(self, case: SettingCase) -> str:
+        """Return what a start logs."""
+        if not case.reason:
+            return ""
+        option_origin = "command line" if case.option is not None else "default"
+        option = f"{case.option or ''!r} from the {option_origin}"
+        in_file = f"{case.in_file or ''!r} from the lease file (V4Pool in {self.file})"
+        winner = in_file
+        loser = option
+        if case.reason == "unaffected":
+            winner = option
+            loser = in_file
+        return f"-v4 is {winner}, not {loser}: {REASONS[case.reason]}\n"
+
+    def test_note_that_cannot_be_read_is_none(self) -> None:
+        unreadable: list[Any] = ["x", 7, {"v4": []}, {"v4": [7]}, {"v4": "x"}, [["v4"]]]
+        for notes in unreadable:
+            self.keep({"V4Pool": "10.2.0.0/16", "Options": notes})
+            with self.subTest(notes):
+                rows = self.read_rows(self.run_config("-v4=10.3.0.0/16").out)
+                self.assertEqual(rows["v4"][0], "10.2.0.0/16")
+
+    def test_each_key_of_the_lease_file_overrules_its_option(self) -> None:
+        for name, given in (("v4", "10.0.0.0/8"), ("v6", "2001:db8::/32"), ("v4ab", "28"),
+                            ("v6ab", "80"), ("exclude", "10.2.4.0/22")):
+            key = gipam.OPTION_KEYS[name]
+            value = SAMPLES[name]
+            words = (V4, V6, f"-{name}={given}")
+            for spelling in (key, key.lower()):
+                self.keep({spelling: int(value) if value.isdigit() else value})
+                rows = self.read_rows(self.run_config(*words).out)
+                with self.subTest(spelling):
+                    self.assertEqual(rows[name], (value, f"lease file ({key} in {self.file})"))
+            self.keep({key: None})
+            self.assertEqual(self.effective(*words)[name][0], given)
+
+
+class SeveralStartsTest(CommandCase):
+    """A daemon whose option changes, or whose lease file is edited, from start to start."""
+
+    def setUp(self) -> None:
+        self.daemon = Daemon(self, directory=self.directory, env=NO_DOCKER)
+        self.options = list(self.daemon.options)
+
+    def edit_base(self, old: int, new: int) -> None:
+        """Replace the third number of the base in the lease file."""
+        text = pathlib.Path(self.file).read_text(encoding="utf-8")
+        self.write("leases.json", text.replace(f'"V4Pool":"198.18.{old}.',
+                                               f'"V4Pool":"198.18.{new}.'))
+
+    def request_pool(self, base: int) -> str:
+        """Start the daemon with this third number of the base; return the subnet it grants."""
+        self.daemon.options = [*self.options, "-v4", f"198.18.{base}.0/20"]
+        _, subnet = self.daemon.start().client().request_pool()
+        return subnet
+
+    def wait_for_base(self, base: int) -> None:
+        """Wait until a checkpoint has written the base to the lease file."""
+        digest = gipam.digest(f"198.18.{base}.0/20")
+        for _ in sleeping_retry("a checkpoint"):
+            if f'["{digest}"' in pathlib.Path(self.file).read_text(encoding="utf-8"):
+                break
+
+    def test_settings_over_several_starts(self) -> None:
+        self.assertEqual(self.request_pool(0), "198.18.0.0/24")
+        self.assertEqual(self.daemon.stop(), 0)
+        self.assertEqual(self.request_pool(16), "198.18.17.0/24")
+        self.assertEqual(self.daemon.stop(), 0)
+        self.edit_base(16, 32)
+        self.assertEqual(self.request_pool(16), "198.18.34.0/24")
+        # The next edit has another length, so that it is seen in the same tick of the clock.
+        self.wait_for_base(32)
+        self.edit_base(32, 128)
+        self.assertEqual(self.daemon.stop(), 0)
+        self.assertEqual(self.request_pool(16), "198.18.35.0/24")
+        self.assertEqual(self.daemon.stop(), 0)
+        self.assertIn(f"{self.file} was edited while gipam was running: the edit has no effect and "
+                      f"is kept as {self.file}.edited-1", self.daemon.read_log())
+        subnets = {pool["Pool"] for pool in self.lease_file()["Allocated"]}
+        self.assertLessEqual({"198.18.0.0/24", "198.18.17.0/24", "198.18.34.0/24"}, subnets)
+
+
+class InvalidValue(NamedTuple):
+    """An option, the rule that its values break, with {} for the value, and other arguments."""
+
+    name: str
+    rule: str
+    values: str  # separated by |
+    others: Sequence[str] = ()
+
+
+NOT_A_PREFIX = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
 HOST_BITS = "has host bits set: the prefix is"
-NO_HOST = "has addresses that no host can have: loopback, multicast or unspecified ones"
+UNUSABLE = "{} has addresses that no host can have: loopback, multicast or unspecified ones"
+NOT_HOST_PORT = "not HOST:PORT with an address as HOST, such as 127.0.0.1:9090"
+NOT_WITHIN = "{} is not within any base"
+INVALID_VALUES = (
+    InvalidValue("unix", "not a boolean: use 1, t, true, 0, f or false", "maybe|"),
+    InvalidValue("address", NOT_HOST_PORT,
+                 "9090|127.0.0.1|:65536|:-1|:x|::1:x||off|web:9090|[fe80::1%lo]:9090"),
+    InvalidValue("metrics", NOT_HOST_PORT, "9091|web:9091"),
+    InvalidValue("address", "not a loopback address: anyone who can reach the port could take every "
+                 "address; use :PORT or -unix", "0.0.0.0:9090|[::]:9090|10.2.0.1:9090"),
+    InvalidValue("v4", UNUSABLE, "127.0.0.0/16|126.0.0.0/7|224.1.0.0/16|192.0.0.0/2|0.0.0.0/0|"
+                                 "0.1.0.0/16"),
+    InvalidValue("v6", UNUSABLE, "ff00::/12|fe00::/7|::/64"),
+    InvalidValue("etcd", "not a list of endpoints, such as http://10.0.0.1:2379 or "
+                 "https://user:password@etcd2:2379",
+                 "etcd1:2379|http://|http://etcd1:port|http://etcd1:65536|http://[::1:2379|"
+                 "http://[web]:1|http://etcd1/x|ftp://etcd1|http://etcd1:2379,"),
+    InvalidValue("etcdtls", "there is no such directory", "/nonexistent"),
+    InvalidValue("onlink", "not the name of a network device", "../eth0|eth 0|" + "x" * 16),
+    InvalidValue("host", "not a name of at most 64 letters, digits, '.', '_' and '-'",
+                 "web 1|" + "x" * 65),
+    InvalidValue("file", "not the path of a file", "|/tmp/"),
+    InvalidValue("spec", "not the path of a file", "/tmp/"),
+    InvalidValue("socket", "not the path of a socket, which has at most 107 characters",
+                 "|/tmp/" + "x" * 103),
+    InvalidValue("v4", "{!r} " + NOT_A_PREFIX, "10.2.0.0|10.2.0.0/255.255.0.0"),
+    InvalidValue("v4", f"'' {NOT_A_PREFIX}", "10.2.0.0/16,"),
+    InvalidValue("v4", f"{{!r}} {HOST_BITS} 10.2.0.0/16", "10.2.0.1/16"),
+    InvalidValue("v6", f"{{!r}} {HOST_BITS} 2001:db8::/56", "2001:db8::1/56"),
+    InvalidValue("v4", "{} is not an IPv4 prefix", "2001:db8::/56"),
+    InvalidValue("v6", "{} is not an IPv6 prefix", "10.2.0.0/16"),
+    InvalidValue("v4", "10.2.3.0/24 overlaps another base", "10.2.0.0/16,10.2.3.0/24"),
+    InvalidValue("v4", "10.2.0.0/16 overlaps another base", "10.2.3.0/24,10.2.0.0/16"),
+    InvalidValue("v6", "2001:db8::/56 overlaps another base", "2001:db8::/56,2001:db8::/56"),
+    InvalidValue("v4ab", "not a prefix length from 1 to 31", "x|-1|2.5|0|026|32"),
+    InvalidValue("v6ab", "not a prefix length from 1 to 127", "1000|128"),
+    InvalidValue("v4ab", "a block of /{} is larger than its base 10.2.0.0/16", "15", [V4]),
+    InvalidValue("v6ab", "a block of /{} is larger than its base 2001:db8::/56", "55", [V6]),
+    InvalidValue("exclude", NOT_WITHIN, "10.3.0.0/24|10.0.0.0/8", [V4]),
+    InvalidValue("exclude", NOT_WITHIN, "10.3.0.0/24|2001:db8:1::/64", [V4, V6]),
+    InvalidValue("exclude", NOT_WITHIN, "10.2.0.0/24"),
+    InvalidValue("exclude", f"'web' {NOT_A_PREFIX}", "10.2.0.0/24,web", [V4]),
+)
 
 
 class ConfigurationTest(CommandLineCase):
-    def test_each_key_of_the_lease_file_overrules_its_option(self) -> None:
-        for name, asked in (("v4", "10.0.0.0/8"), ("v6", "2001:db8::/32"), ("v4ab", "28"),
-                            ("v6ab", "80"), ("exclude", "10.2.4.0/22")):
-            held, key = SAMPLES[name], gipam.OPTION_KEYS[name]
-            for spelling in (key, key.lower()):
-                self.keep({spelling: int(held) if held.isdigit() else held})
-                rows = self.read_rows(self.run_config(V4, V6, f"-{name}={asked}").out)
-                self.assertEqual(rows[name], (held, f"lease file ({key} in {self.file})"), spelling)
-                self.keep({spelling: None})
-                self.assertEqual(self.effective(V4, V6, f"-{name}={asked}")[name][0], asked)
+    """Invalid values, and lease files that cannot be used."""
 
-    def test_what_was_changed_last_wins(self) -> None:
-        """The lease file keeps what gipam wrote there, and what was given then."""
-        one, two, three = "10.2.0.0/16", "10.3.0.0/16", "10.4.0.0/16"
-        note: Any
-        for found, note, given, wins, said in (
-                (one, [one, one], one, one, ""), (one, [one, None], None, one, ""),
-                (one, [one, one], None, one, "one (file), not '' (default): it stays although -v4 "
-                 "is no longer given; to clear it, start once with GIPAM_V4=, or edit it there"),
-                (one, [one, one], two, two, "two (line), not one (file): existing pools are unaffected"),
-                (one, [one, None], two, two, "two (line), not one (file): existing"),
-                (one, [one, one], "", "none", "'' (line), not one (file): existing"),
-                (None, ["", None], two, two, "two (line), not '' (file): existing"),
-                # edited; and once that was taken over, until the option changes again
-                (two, [one, one], one, two, "two (file), not one (line): it has been edited there"),
-                (two, [one, one], three, two, "two (file), not three (line): it has been edited"),
-                (two, [one, None], None, two, "two (file), not '' (default): it has been edited"),
-                (two, [two, one], one, two, "two (file), not one (line): the file wins"),
-                (two, [two, one], three, three, "three (line), not two (file): existing"),
-                (None, [one, one], one, "none", "'' (file), not one (line): it has been edited"),
-                ("", ["", one], one, "none", "'' (file), not one (line): the file wins"),
-                ("", ["", ""], None, "none", ""), ("", ["", one], two, two, "two (line), not ''"),
-                # without a note that can be read
-                *((one, note, two, one, "one (file), not two (line): the file wins")
-                  for note in ([], [7], "x"))):
-            for short, text in (("one", repr(one)), ("two", repr(two)), ("three", repr(three)),
-                                ("(file)", f"from the lease file (V4Pool in {self.file})"),
-                                ("(line)", "from the command line"), ("(default)", "from the default")):
-                said = re.sub(rf"(?<!\w){re.escape(short)}(?!\w)", text, said)
-            noted = list(map(gipam.digest, note)) if len(note) == 2 else note
-            self.keep({"V4Pool": found, "Options": {"v4": noted}})
-            done = self.run_config(*([] if given is None else [f"-v4={given}"]))
-            with self.subTest(found=found, note=note, given=given):
-                self.assertEqual(self.read_rows(done.out)["v4"][0], wins)
-                self.assertRegex(done.err, f"^-v4 is {re.escape(said)}" if said else "^$")
-        self.keep({"V4Pool": one, "Options": "x"})
-        self.assertEqual(self.effective()["v4"][0], one)
+    def assert_invalid(self, name: str, value: str, rule: str, origin: str, *arguments: str,
+                       **variables: str) -> None:
+        """Check the exit status and the message of a value with this origin."""
+        with self.subTest(name, value=value, origin=origin):
+            done = self.run_config(*arguments, **variables)
+            error = f"gipam: -{name} {value!r} from the {origin}: {rule}\n"
+            self.assertEqual(done, (78, "", error))
 
-    def read_file(self) -> str:
-        return pathlib.Path(self.file).read_text(encoding="utf-8")
+    def test_invalid_value_on_the_command_line(self) -> None:
+        for invalid in INVALID_VALUES:
+            name = invalid.name
+            for value in invalid.values.split("|"):
+                self.assert_invalid(name, value, invalid.rule.format(value), "command line",
+                                    *invalid.others, f"-{name}={value}")
 
-    def test_settings_over_several_starts(self) -> None:
-        """An option that changes, a file that is edited while gipam is down, or runs."""
-        daemon = Daemon(self, directory=self.directory, env=NO_DOCKER)
-        given, written = [*daemon.options], gipam.digest("198.18.32.0/20")
+    def test_invalid_value_in_the_environment(self) -> None:
+        for invalid in INVALID_VALUES:
+            variable = f"GIPAM_{invalid.name.upper()}"
+            for value in invalid.values.split("|"):
+                # Here the command line has a -file.
+                if invalid.name != "file":
+                    self.assert_invalid(invalid.name, value, invalid.rule.format(value),
+                                        f"environment ({variable})", *invalid.others,
+                                        **{variable: value})
 
-        def edit(third: int, new: int) -> None:
-            self.write("leases.json", self.read_file().replace(f'"V4Pool":"198.18.{third}.',
-                                                               f'"V4Pool":"198.18.{new}.'))
-
-        for edits, option, granted in (
-                ((), 0, "198.18.0.0/24"), ((), 16, "198.18.17.0/24"),
-                ((16, 32), 16, "198.18.34.0/24"), ((), 16, "198.18.35.0/24")):
-            if edits:
-                edit(*edits)
-            daemon.options = [*given, "-v4", f"198.18.{option}.0/20"]
-            self.assertEqual(daemon.start().client().request_pool()[1], granted)
-            if edits:
-                wait_for(lambda: f'["{written}"' in self.read_file(), "the first fold")
-                edit(32, 128)  # of another length: in one tick of the clock it has the same time
-            self.assertEqual(daemon.stop(), 0)
-        self.assertIn(f"{self.file} was edited while gipam was running: the edit has no effect and "
-                      f"is kept as {self.file}.edited-1", daemon.read_log())
-        self.assertLessEqual({"198.18.0.0/24", "198.18.17.0/24", "198.18.34.0/24"},
-                             {pool["Pool"] for pool in self.lease_file()["Allocated"]})
-
-    def test_what_will_surprise_is_said_at_start(self) -> None:
-        config = gipam.build_config(gipam.read_settings({}, argparse.Namespace(
-            unix="true", v6="fe80::/56", v4="169.254.0.0/16")))
-        variables = {"GIPAM_V4": "", "GIPAM_SOKET": "x", "GIPAM_COLOUR": "red"}
-        with mock.patch.dict(os.environ, variables, clear=True), \
-                self.assertLogs(gipam.log, "WARNING") as logs:
-            gipam.log_startup_warnings(config, (), self.directory)
-        self.assertEqual([record.getMessage() for record in logs.records], [
-            "GIPAM_COLOUR is not an option of gipam",
-            "GIPAM_SOKET is not an option of gipam: did you mean GIPAM_SOCKET?",
-            *(f"base {base} is link-local: no router forwards its addresses"
-              for base in ("169.254.0.0/16", "fe80::/56"))])
-
-    def test_an_invalid_value_is_refused_by_option_origin_value_and_rule(self) -> None:
-        for name, values, rule, *others in (
-                ("unix", ["maybe", ""], "not a boolean: use 1, t, true, 0, f or false"),
-                ("address", ["9090", "127.0.0.1", ":65536", ":-1", ":x", "::1:x", "", "off",
-                             "web:9090", "[fe80::1%lo]:9090"], LISTEN),
-                ("metrics", ["9091", "web:9091"], LISTEN),
-                ("address", ["0.0.0.0:9090", "[::]:9090", "10.2.0.1:9090"], "not a loopback "
-                 "address: anyone who can reach the port could take every address; use :PORT or -unix"),
-                ("v4", ["127.0.0.0/16", "126.0.0.0/7", "224.1.0.0/16", "192.0.0.0/2", "0.0.0.0/0", "0.1.0.0/16"],
-                 "{} " + NO_HOST),
-                ("v6", ["ff00::/12", "fe00::/7", "::/64"], "{} " + NO_HOST),
-                ("etcd", ["etcd1:2379", "http://", "http://etcd1:port", "http://etcd1:65536",
-                          "http://[::1:2379", "http://[web]:1", "http://etcd1/x", "ftp://etcd1",
-                          "http://etcd1:2379,"], ENDPOINTS),
-                ("etcdtls", ["/nonexistent"], "there is no such directory"),
-                ("onlink", ["../eth0", "eth 0", "x" * 16], "not the name of a network device"),
-                ("host", ["web 1", "x" * 65], "not a name of at most 64 letters, digits, '.', '_' and '-'"),
-                ("file", ["", "/tmp/"], PATH), ("spec", ["/tmp/"], PATH),
-                ("socket", ["", "/tmp/" + "x" * 103], "not the path of a socket, which has at most 107 characters"),
-                ("v4", ["10.2.0.0", "10.2.0.0/255.255.0.0"], "{0!r} " + FORM),
-                ("v4", ["10.2.0.0/16,"], f"'' {FORM}"),
-                ("v4", ["10.2.0.1/16"], f"{{0!r}} {HOST_BITS} 10.2.0.0/16"),
-                ("v6", ["2001:db8::1/56"], f"{{0!r}} {HOST_BITS} 2001:db8::/56"),
-                ("v4", ["2001:db8::/56"], "{0} is not an IPv4 prefix"),
-                ("v6", ["10.2.0.0/16"], "{0} is not an IPv6 prefix"),
-                ("v4", ["10.2.0.0/16,10.2.3.0/24"], "10.2.3.0/24 overlaps another base"),
-                ("v4", ["10.2.3.0/24,10.2.0.0/16"], "10.2.0.0/16 overlaps another base"),
-                ("v6", ["2001:db8::/56,2001:db8::/56"], "2001:db8::/56 overlaps another base"),
-                ("v4ab", ["x", "-1", "2.5", "0", "026", "32"], f"{LENGTH} 31"),
-                ("v6ab", ["1000", "128"], f"{LENGTH} 127"),
-                ("v4ab", ["15"], "a block of /{0} is larger than its base 10.2.0.0/16", V4),
-                ("v6ab", ["55"], "a block of /{0} is larger than its base 2001:db8::/56", V6),
-                ("exclude", ["10.3.0.0/24", "10.0.0.0/8"], "{0} is not within any base", V4),
-                ("exclude", ["10.3.0.0/24", "2001:db8:1::/64"], "{0} is not within any base",
-                 V4, V6),
-                ("exclude", ["10.2.0.0/24"], "{0} is not within any base"),
-                ("exclude", ["10.2.0.0/24,web"], f"'web' {FORM}", V4)):
-            variable, key = f"GIPAM_{name.upper()}", gipam.OPTION_KEYS.get(name)
-            for value in values:
-                said = rule.format(value)
-                self.refused(name, value, said, "command line", *others, f"-{name}={value}")
-                if name != "file":  # which the command line of this test gives
-                    self.refused(name, value, said, f"environment ({variable})", *others,
-                                 **{variable: value})
+    def test_invalid_value_in_the_lease_file(self) -> None:
+        for invalid in INVALID_VALUES:
+            key = gipam.OPTION_KEYS.get(invalid.name)
+            for value in invalid.values.split("|"):
                 if key and value:
                     self.keep({key: value})
-                    self.refused(name, value, said, f"lease file ({key} in {self.file})", *others)
-                    os.unlink(self.file)
-        self.refused("v4ab", "24", "a block of /24 is larger than its base 10.2.0.0/26", "default",
-                     "-v4=10.2.0.0/26")
+                    self.assert_invalid(invalid.name, value, invalid.rule.format(value),
+                                        f"lease file ({key} in {self.file})", *invalid.others)
 
-    def refused(self, name: str, value: str, rule: str, origin: str, *arguments: str,
-                **variables: str) -> None:
-        with self.subTest(name, value=value, origin=origin):
-            self.assertEqual(self.run_config(*arguments, **variables),
-                             (78, "", f"gipam: -{name} {value!r} from the {origin}: {rule}\n"))
+    def test_invalid_default(self) -> None:
+        self.assert_invalid("v4ab", "24", "a block of /24 is larger than its base 10.2.0.0/26",
+                            "default", "-v4=10.2.0.0/26")
 
     def test_name_of_the_host_matters_only_to_etcd(self) -> None:
-        self.patch(socket, gethostname=lambda: "(none)")  # as long as nobody has set it
-        for etcd in ("off", "http://etcd1:2379"):
-            settings = gipam.read_settings({}, argparse.Namespace(file=self.file, etcd=etcd))
-            with contextlib.nullcontext() if etcd == "off" else self.assertRaisesRegex(
-                    gipam.ConfigError, r"-host '\(none\)' from the default: not a name of at most"):
-                self.assertEqual(gipam.build_config(settings).host, "(none)")
+        """It is "(none)" as long as nobody has set it."""
+        self.patch(socket, gethostname=mock.Mock(return_value="(none)"))
+        settings = gipam.read_settings({}, argparse.Namespace(file=self.file, etcd="off"))
+        self.assertEqual(gipam.build_config(settings).host, "(none)")
+        settings = gipam.read_settings({}, argparse.Namespace(file=self.file, etcd="http://etcd1"))
+        with self.assertRaisesRegex(gipam.ConfigError,
+                                    r"-host '\(none\)' from the default: not a name of"):
+            gipam.build_config(settings)
 
-    def test_a_lease_file_that_cannot_be_used_is_refused_by_name(self) -> None:
+    def test_directory_of_the_lease_file_must_exist(self) -> None:
         missing = os.path.join(self.directory, "missing", "leases.json")
-        self.assertEqual(self.run_main("config", GIPAM_FILE=missing), (
-            78, "", f"gipam: -file {missing!r} from the environment (GIPAM_FILE): its directory does "
-                    "not exist\n"))
-        for text, what in ((b"", "is not JSON in line 1"), (b"{\n,}", "is not JSON in line 2"), (b"\xff", "is not JSON"),
-                           (b"[" * 100_000, "is not JSON"), (b"[]", "is not a JSON object"),
-                           (b'{"Allocated":[1]}', "has an Allocated that is not a list of pools"),
-                           (b'{"Allocated":7}', "has an Allocated that is not a list of pools"),
-                           (b'{"Allocated":{}}', "has an Allocated that is not a list of pools")):
+        self.assert_fails(self.run_main("config", GIPAM_FILE=missing), 78,
+                          f"gipam: -file {missing!r} from the environment .GIPAM_FILE.: its "
+                          "directory does not exist")
+
+    def test_lease_file_that_cannot_be_read_is_refused_with_its_path(self) -> None:
+        no_list = "has an Allocated that is not a list of pools"
+        for text, reason in (
+                (b"", "is not JSON in line 1"),
+                (b"{\n,}", "is not JSON in line 2"),
+                (b"\xff", "is not JSON"),
+                (b"[" * 100_000, "is not JSON"),
+                (b"[]", "is not a JSON object"),
+                (b'{"Allocated":[1]}', no_list),
+                (b'{"Allocated":7}', no_list),
+                (b'{"Allocated":{}}', no_list)):
             self.keep(text)
             with self.subTest(text[:9]):
-                self.assert_fails(self.run_config(), 78, f"gipam: {self.file} {what}.*; gipam "
+                self.assert_fails(self.run_config(), 78, f"gipam: {self.file} {reason}.*; gipam "
                                   "refuses to guess: restore a backup.+")
-        os.unlink(self.file)
-        self.write("there", "{}")
-        for make in (os.mkdir, os.mkfifo, functools.partial(os.symlink, "there")):
-            for path in (self.file, self.file + ".journal.1"):
-                make(path)
-                with self.subTest(path=path, make=make):
-                    self.assert_fails(self.run_config(), 78, f"gipam: cannot read {path}: "
-                                      "(not a regular file|Is a directory|Too many levels.*)")
-                (os.rmdir if os.path.isdir(path) else os.unlink)(path)
 
-    def test_a_brief_failure_of_the_host_is_worth_another_start(self) -> None:
+    def test_only_regular_files_are_read(self) -> None:
+        self.write("there", "{}")
+        for path in (self.file, self.file + ".journal.1"):
+            with self.subTest(path):
+                os.mkdir(path)
+                self.assert_not_read(path, "(not a regular file|Is a directory)")
+                os.rmdir(path)
+                os.mkfifo(path)
+                self.assert_not_read(path, "not a regular file")
+                os.unlink(path)
+                os.symlink("there", path)
+                self.assert_not_read(path, "Too many levels of symbolic links")
+                os.unlink(path)
+
+    def assert_not_read(self, path: str, reason: str) -> None:
+        self.assert_fails(self.run_config(), 78, f"gipam: cannot read {path}: {reason}")
+
+    def test_brief_shortage_is_worth_another_start(self) -> None:
         self.keep({})
         self.write("leases.json.journal.1", "")
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR):
             for path in (self.file, self.file + ".journal.1"):
-                def fail(target: str, *rest: Any, path: str = path, number: int = number,
-                         real: Any = os.open) -> int:
-                    if target == path:
-                        raise OSError(number, os.strerror(number), target)
-                    return int(real(target, *rest))
-
-                with self.subTest(path, number=number), mock.patch.object(os, "open", fail):
+                with self.subTest(path, number=number), failing_open(path, number):
                     self.assert_fails(self.run_config(), 74, f"gipam: {path}: .+")
+
+    def test_bad_disk_is_named(self) -> None:
+        self.keep({})
+        self.write("leases.json.journal.1", "")
         error = OSError(errno.EIO, "bad disk")
-        with mock.patch.object(gipam.Store, "_read_segment", side_effect=error):
+        with mock.patch.object(gipam.Segment, "read", side_effect=error):
             self.assert_fails(self.run_config(), 78,
                               f"gipam: cannot read {self.file} or its journal: bad disk")
 
-    def test_a_lease_file_with_wrong_types_is_refused_with_the_place(self) -> None:
-        """Without a checksum, as people and the Go program write it."""
-        lease = ["endpoint", "02:42:0a:02:00:02", "web1", NOW_S, 3]
-        pool = {"ID": "a", "V": 4, "Pool": "10.2.0.0/24", "Allocated": ["10.2.0.2"],
-                "Leases": [lease]}
-        wrong_values: list[list[Any]] = [[None, 1.5, [], {}, True, other] for other in ("7", 7)]
-        wrong: dict[str, list[Any]] = {
-            "Granted": ["yesterday", 1.5], "Seq": [float("inf"), "3", True],
-            "Idx": [[1], "4", 1e400], "ID": [7, ["a"]], "Pool": [10, "10.2.0.1/24", "10.2.0.0"], "SubPool": [5],
-            "Name": [["web"], 0], "Free": [1],
-            "Allocated": ["10.2.0.2", [7], [None], {"10.2.0.2": 1}],
-            "Leases": [5, "abcde", [5], ["abcde"], [[]], [{}], [None],
-                       *([[*lease[:at], value, *lease[at + 1:]]] for at in range(5)
-                         for value in wrong_values[at < 3])],
-            "V": [6, 5], "Remembered": [[], *({"web": value} for value in (
-                5, "ab", [9, 1], ["10.2.0.9"], ["10.2.0.9", "x"], ["10.2.1.9", 1]))]}
-        wrong["Idx"] += [-1, 1 << 200]
-        wrong["SubPool"] += ["::a02:0/120", "10.2.1.0/25"]
-        wrong["Leases"] += [[["guest", *lease[1:]]]]
-        of_state: dict[str, list[Any]] = {
-            "Seq": [1e400, "1"], "V4Idx": [[1]], "V6Idx": [1.5], "Free": [{}],
-            "Cursors": [[1], {"4/26": "x"}, {"4": 1}, {"5/24": 1}, {"4/33": 1}, {"4/26": -1}],
-            "Names": [{"web": 1}, ["web"], *([row] for row in (
-                ["web", "10.2.0.0/24", "1"], ["web", 7, 1], [None, "10.2.0.0/24", 1],
-                ["web", "10.2.0.0/24", 1, []], ["web", "10.2.0.0/24", 1, {"db": 5}],
-                ["web", "10.2.0.0/24", 1, {"db": ["5", 1]}],
-                ["web", "10.2.0.0/24", 1, {"db": [256, 1]}]))]}
-        nothing = {**pool, "Allocated": None, "Leases": None, "Free": None}
-        for allocated in ([pool], None, [nothing]):  # which are right
+    def test_unknown_keys_of_the_lease_file_are_reported_and_dropped(self) -> None:
+        pool = {"ID": "a", "V": 4, "Pool": "10.2.0.0/24", "Mood": 1}
+        self.keep({"V4Pool": "10.2.0.0/16", "Colour": "red", "Leases": [], "Allocated": [pool]})
+        keys = ("Colour", "Leases", "Mood")
+        lines = [f"unknown key '{key}' in {self.file}: dropped\n" for key in keys]
+        self.assertEqual(self.run_config().err, "".join(lines))
+
+    def test_what_may_surprise_is_logged_at_start(self) -> None:
+        settings = gipam.read_settings({}, argparse.Namespace(
+            unix="true", v6="fe80::/56", v4="169.254.0.0/16"))
+        variables = {"GIPAM_V4": "", "GIPAM_SOKET": "x", "GIPAM_COLOUR": "red"}
+        with mock.patch.dict(os.environ, variables, clear=True), \
+                self.assertLogs(gipam.log, "WARNING") as logged:
+            gipam.log_startup_warnings(gipam.build_config(settings), (), self.directory)
+        self.assertEqual([record.getMessage() for record in logged.records], [
+            "GIPAM_COLOUR is not an option of gipam",
+            "GIPAM_SOKET is not an option of gipam: did you mean GIPAM_SOCKET?",
+            "base 169.254.0.0/16 is link-local: no router forwards its addresses",
+            "base fe80::/56 is link-local: no router forwards its addresses"])
+
+    def test_mac_addresses_are_not_asked_for_with_mac_false(self) -> None:
+        """As ipvlan needs it; the tests of the API have the default."""
+        client = Daemon(self, "-mac", "false", env=NO_DOCKER).start().client()
+        self.assertEqual(client.call("IpamDriver.GetCapabilities"),
+                         {"RequiresMACAddress": False, "RequiresRequestReplay": False})
+
+
+@contextlib.contextmanager
+def failing_open(failing_path: str, number: int) -> Iterator[None]:
+    """Let os.open() fail for one path."""
+    real_open = os.open
+
+    def open_or_fail(path: str, *arguments: Any) -> int:
+        if path == failing_path:
+            raise OSError(number, os.strerror(number), path)
+        return real_open(path, *arguments)
+
+    with mock.patch.object(os, "open", open_or_fail):
+        yield
+
+
+LEASE_ROW = ["endpoint", "02:42:0a:02:00:02", "web1", NOW_S, 3]
+POOL_ENTRY: dict[str, Any] = {"ID": "a", "V": 4, "Pool": "10.2.0.0/24", "Allocated": ["10.2.0.2"],
+                              "Leases": [LEASE_ROW]}
+# Key -> JSON of a list of wrong values
+WRONG_POOL_VALUES = {
+    "Granted": '["yesterday", 1.5]',
+    "Seq": '[Infinity, "3", true]',
+    "Idx": '[[1], "4", 1e400, -1, 999999999999999999999999999999999999999999]',
+    "ID": '[7, ["a"]]',
+    "Pool": '[10, "10.2.0.1/24", "10.2.0.0"]',
+    "SubPool": '[5, "::a02:0/120", "10.2.1.0/25"]',
+    "Name": '[["web"], 0]',
+    "Free": "[1]",
+    "Allocated": '["10.2.0.2", [7], [null], {"10.2.0.2": 1}, ["10.2.1.1"], ["2001:db8::1"], '
+                 '["web"]]',
+    "Leases": '[5, "abcde", [5], ["abcde"], [[]], [{}], [null], [["guest", "", "", 1, 3]]]',
+    "V": "[6, 5]",
+    "Remembered": '[[], {"web": 5}, {"web": "ab"}, {"web": [9, 1]}, {"web": ["10.2.0.9"]}, '
+                  '{"web": ["10.2.0.9", "x"]}, {"web": ["10.2.1.9", 1]}]',
+}
+WRONG_STATE_VALUES = {
+    "Seq": '[1e400, "1"]',
+    "V4Idx": "[[1]]",
+    "V6Idx": "[1.5]",
+    "Free": "[{}]",
+    "Cursors": '[[1], {"4/26": "x"}, {"4": 1}, {"5/24": 1}, {"4/33": 1}, {"4/26": -1}]',
+    "Names": '[{"web": 1}, ["web"], [["web", "10.2.0.0/24", "1"]], [["web", 7, 1]], '
+             '[[null, "10.2.0.0/24", 1]], [["web", "10.2.0.0/24", 1, []]], '
+             '[["web", "10.2.0.0/24", 1, {"db": 5}]], '
+             '[["web", "10.2.0.0/24", 1, {"db": ["5", 1]}]], '
+             '[["web", "10.2.0.0/24", 1, {"db": [256, 1]}]]]',
+}
+
+
+class WrongTypesTest(CommandLineCase):
+    """Lease files without a checksum, as people and the Go program write them."""
+
+    def assert_contradicts(self, document: Any) -> None:
+        """Check that a start refuses the lease file, which contradicts itself."""
+        self.keep(document)
+        with self.subTest(document):
+            self.assert_fails(self.run_config(), 78,
+                              f"gipam: {re.escape(self.file)} contradicts itself: .+")
+
+    def test_right_ones_are_taken(self) -> None:
+        nothing = {**POOL_ENTRY, "Allocated": None, "Leases": None, "Free": None}
+        for allocated in ([POOL_ENTRY], None, [nothing]):
             self.keep({"Allocated": allocated, "Free": None})
             self.effective()
-        other, twice = {**pool, "ID": "b", "Allocated": [], "Leases": []}, 2 * ["10.2.0.2"]
-        low, high = ({**pool, "ID": part, "SubPool": part} for part in ("10.2.0.0/25", "10.2.0.128/25"))
-        for document in (
-                {"Allocated": [{"Pool": "10.2.0.0/24"}]},
-                *({"Allocated": pools} for pools in (  # a subnet, an id, an address is there twice
-                    [pool, other], [pool, {**other, "Pool": "10.2.0.0/16"}],
-                    [pool, {**other, "ID": "a", "Pool": "10.3.0.0/24"}], [low, high],
-                    [{**pool, "Allocated": twice, "Leases": 2 * [lease]}])),
-                *({"Allocated": [{**pool, "Allocated": [address]}]} for address in (
-                    "10.2.1.1", "2001:db8::1", "web")),
-                *({"Allocated": [{**pool, key: value}]} for key in wrong for value in wrong[key]),
-                *({key: value} for key in of_state for value in of_state[key])):
-            with self.subTest(document):
-                self.keep(document)
-                self.assert_fails(self.run_config(), 78,
-                                  f"gipam: {re.escape(self.file)} contradicts itself: .+")
 
-    def test_unknown_keys_of_the_lease_file_are_reported_and_dropped(self) -> None:
-        self.keep({"V4Pool": "10.2.0.0/16", "Colour": "red", "Leases": [],
-                   "Allocated": [{"ID": "a", "V": 4, "Pool": "10.2.0.0/24", "Mood": 1}]})
-        self.assertEqual(self.run_config().err, "".join(
-            f"unknown key '{key}' in {self.file}: dropped\n"
-            for key in ("Colour", "Leases", "Mood")))
+    def test_value_of_a_pool(self) -> None:
+        self.assert_contradicts({"Allocated": [{"Pool": "10.2.0.0/24"}]})
+        for key, text in WRONG_POOL_VALUES.items():
+            for value in json.loads(text):
+                self.assert_contradicts({"Allocated": [{**POOL_ENTRY, key: value}]})
 
-    def test_mac_addresses_are_not_asked_for_where_they_are_not_wanted(self) -> None:
-        """As ipvlan needs it; the Protocol's tests have the default."""
-        client = Daemon(self, "-mac", "false", env=NO_DOCKER).start().client()
-        self.assertEqual(client.call("IpamDriver.GetCapabilities"), {
-            "RequiresMACAddress": False, "RequiresRequestReplay": False})
+    def test_value_of_a_lease(self) -> None:
+        for index in range(len(LEASE_ROW)):
+            values: list[Any] = [None, 1.5, [], {}, True, 7 if index < 3 else "7"]
+            for value in values:
+                row: list[Any] = list(LEASE_ROW)
+                row[index] = value
+                self.assert_contradicts({"Allocated": [{**POOL_ENTRY, "Leases": [row]}]})
+
+    def test_value_of_the_state(self) -> None:
+        for key, text in WRONG_STATE_VALUES.items():
+            for value in json.loads(text):
+                self.assert_contradicts({key: value})
+
+    def test_what_is_there_twice(self) -> None:
+        other = {**POOL_ENTRY, "ID": "b", "Allocated": [], "Leases": []}
+        low = {**POOL_ENTRY, "ID": "low", "SubPool": "10.2.0.0/25"}
+        high = {**POOL_ENTRY, "ID": "high", "SubPool": "10.2.0.128/25"}
+        twice = {"Allocated": ["10.2.0.2"] * 2, "Leases": [LEASE_ROW] * 2}
+        for what, pools in (
+                ("a subnet", [POOL_ENTRY, other]),
+                ("a part of a subnet", [POOL_ENTRY, {**other, "Pool": "10.2.0.0/16"}]),
+                ("an id", [POOL_ENTRY, {**other, "ID": "a", "Pool": "10.3.0.0/24"}]),
+                ("an address of two pools", [low, high]),
+                ("an address", [{**POOL_ENTRY, **twice}])):
+            with self.subTest(what):
+                self.assert_contradicts({"Allocated": pools})
 
 
-ID4, ID6 = "Xq3vT0Zb9kLwYhUa", "7c9e6679f4b3"  # the Go program's are random strings
+# The ids of the Go program are random strings.
+ID4 = "Xq3vT0Zb9kLwYhUa"
+ID6 = "7c9e6679f4b3"
 GO_LEASES: dict[str, Any] = {
-    "V6Pool": "2001:db8:0:100::/56", "V6AllocateBlock": 64, "V6Idx": 2,
-    "V4Pool": "198.18.0.0/16", "V4AllocateBlock": 26, "V4Idx": 5,
+    "V6Pool": "2001:db8:0:100::/56",
+    "V6AllocateBlock": 64,
+    "V6Idx": 2,
+    "V4Pool": "198.18.0.0/16",
+    "V4AllocateBlock": 26,
+    "V4Idx": 5,
     "Allocated": [
         {"ID": ID4, "V": 4, "Pool": "198.18.0.0/26", "Idx": 4, "Free": ["198.18.0.3"],
          "Allocated": ["198.18.0.1", "198.18.0.2", "198.18.0.63"]},
         {"ID": ID6, "V": 6, "Pool": "2001:db8:0:100::/64", "Idx": 7, "Free": None,
-         "Allocated": ["2001:db8:0:100::1"]}],
-    "Free": [{"ID": "", "V": 4, "Pool": "198.18.0.64/26", "Idx": 0, "Allocated": None,
-              "Free": None}]}
+         "Allocated": ["2001:db8:0:100::1"]},
+    ],
+    "Free": [
+        {"ID": "", "V": 4, "Pool": "198.18.0.64/26", "Idx": 0, "Allocated": None, "Free": None},
+    ],
+}
+LATER_KEYS = {"V6Pool": "v6", "V6AllocateBlock": "v6ab", "V4Pool": "v4", "V4AllocateBlock": "v4ab"}
 
 
 def in_lower_case(value: Any) -> Any:
     """Return the document as the later Go program wrote it."""
-    names = {"V6Pool": "v6", "V6AllocateBlock": "v6ab", "V4Pool": "v4", "V4AllocateBlock": "v4ab"}
-    if isinstance(value, dict):
-        return {names.get(key, key.lower()): in_lower_case(inner) for key, inner in value.items()}
-    return [in_lower_case(inner) for inner in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [in_lower_case(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    document = {}
+    for key, item in value.items():
+        document[LATER_KEYS.get(key, key.lower())] = in_lower_case(item)
+    return document
 
 
 class GoLeaseFileTest(CommandCase):
-    """The lease files of both generations of the Go program go on where it stopped."""
+    """gipam continues with the lease files of both generations of the Go program."""
 
     def start(self, document: Any, *options: str) -> Daemon:
+        """Start a daemon on this lease file alone."""
         for path in glob.glob(self.file + "*"):
             os.unlink(path)
         self.write("leases.json", json.dumps(document))
-        return Daemon(self, *options, directory=self.directory).start()
+        return Daemon(self, *options, directory=self.directory, env=NO_DOCKER).start()
 
-    def test_ids_addresses_and_cursors_are_honoured(self) -> None:
+    def each_generation(self) -> Iterator[Daemon]:
+        """Yield a daemon with the lease file of each; each run is a subtest."""
         for document in (GO_LEASES, in_lower_case(GO_LEASES)):
-            daemon = self.start(document, "-v4", "198.19.0.0/16", "-v6ab", "72")
-            client = daemon.client()
             with self.subTest(next(iter(document))):
-                for pool_id, address in ((ID4, "198.18.0.2"), (ID4, "198.18.0.63"),
-                                         (ID6, "2001:db8:0:100::1")):
-                    with self.assertRaisesRegex(Refused, "^Address already in use"):
-                        client.request_address(pool_id, address)
-                self.assertEqual([client.request_address(*pool) for pool in (
-                    (ID4,), (ID6,), (ID4, "198.18.0.3"))],
-                    ["198.18.0.4/26", "2001:db8:0:100::7/64", "198.18.0.3/26"])
-                with self.assertRaisesRegex(Refused, "^Pool overlaps with other one on this"):
-                    client.request_pool("198.18.0.0/26")
-                self.assertEqual(client.request_pool()[1], "198.18.1.64/26")
-                self.assertEqual(client.request_pool(v6=True)[1], "2001:db8:0:102::/64")
-                self.assertEqual(client.request_pool("198.18.0.64/26")[1], "198.18.0.64/26",
-                                 "it was in Free")
+                daemon = self.start(document, "-v4", "198.19.0.0/16", "-v6ab", "72")
+                yield daemon
                 self.assertEqual(daemon.stop(), 0)
-                for part in ("'198.19.0.0/16'", "'198.18.0.0/16'", "'72'", "'64'", self.file,
-                             "the file wins"):
-                    self.assertIn(part, daemon.read_log())
-                self.assertNotIn("unknown key", daemon.read_log())
 
-    def test_a_held_broadcast_address_is_kept_until_it_is_released(self) -> None:
-        """The Go program gave it out; gipam never does, but some container has it."""
+    def test_ids_and_addresses_are_honoured(self) -> None:
+        for daemon in self.each_generation():
+            client = daemon.client()
+            for pool_id, address in ((ID4, "198.18.0.2"), (ID4, "198.18.0.63"),
+                                     (ID6, "2001:db8:0:100::1")):
+                with self.assertRaisesRegex(ErrorReply, "^Address already in use"):
+                    client.request_address(pool_id, address)
+            self.assertEqual(client.request_address(ID4), "198.18.0.4/26")
+            self.assertEqual(client.request_address(ID6), "2001:db8:0:100::7/64")
+            self.assertEqual(client.request_address(ID4, "198.18.0.3"), "198.18.0.3/26")
+
+    def test_pools_and_cursors_are_honoured(self) -> None:
+        for daemon in self.each_generation():
+            client = daemon.client()
+            with self.assertRaisesRegex(ErrorReply, "^Pool overlaps with other one on this"):
+                client.request_pool("198.18.0.0/26")
+            self.assertEqual(client.request_pool()[1], "198.18.1.64/26")
+            self.assertEqual(client.request_pool(v6=True)[1], "2001:db8:0:102::/64")
+            # Its list Free has this one.
+            self.assertEqual(client.request_pool("198.18.0.64/26")[1], "198.18.0.64/26")
+
+    def test_its_settings_win_and_that_is_logged(self) -> None:
+        for daemon in self.each_generation():
+            for text in ("'198.19.0.0/16'", "'198.18.0.0/16'", "'72'", "'64'", self.file,
+                         "the file wins"):
+                self.assertIn(text, daemon.read_log())
+            self.assertNotIn("unknown key", daemon.read_log())
+
+    def broadcast_is_held(self) -> bool:
+        """Return whether the lease file has the broadcast address."""
+        return "198.18.0.63" in self.lease_file()["Allocated"][0]["Allocated"]
+
+    def test_held_broadcast_address_is_kept_until_it_is_released(self) -> None:
+        """The Go program gave it out. gipam never does, but some container has it."""
         daemon = self.start(GO_LEASES)
-        for _ in range(2):  # the second time out of gipam's own lease file
-            self.assertIn("198.18.0.63", self.lease_file()["Allocated"][0]["Allocated"])
+        # The second time from gipam's own lease file
+        for _ in range(2):
+            self.assertTrue(self.broadcast_is_held())
             self.assertEqual(daemon.stop(), 0)
             daemon.start()
         client = daemon.client()
         for _ in range(2):
             client.release_address(ID4, "198.18.0.63")
-            with self.assertRaisesRegex(Refused, "198.18.0.63 is reserved in 198.18.0.0/26$"):
+            with self.assertRaisesRegex(ErrorReply, "198.18.0.63 is reserved in 198.18.0.0/26$"):
                 client.request_address(ID4, "198.18.0.63")
         self.assertEqual(daemon.stop(), 0)
-        self.assertNotIn("198.18.0.63", self.lease_file()["Allocated"][0]["Allocated"])
+        self.assertFalse(self.broadcast_is_held())
 
 
 class OptionsTableTest(unittest.TestCase):
-    """The OPTIONS table and the files that speak of the options agree."""
+    """OPTIONS and the files that describe the options agree."""
 
     def read(self, name: str) -> str:
         return pathlib.Path(HERE, name).read_text(encoding="utf-8")
 
     def test_gipam_env_shows_each_variable_with_its_default(self) -> None:
-        shown = re.findall(r"(?m)^(#?)(GIPAM_\w+)=(.*)$", self.read("gipam.env"))
         defaults = {option.variable: option.default for option in gipam.OPTIONS}
-        self.assertEqual(sorted(name for _, name, _ in shown), sorted(defaults))
-        for comment, name, value in shown:
-            with self.subTest(name):  # what is no comment says something else
-                self.assertEqual(value in (defaults[name], defaults[name].replace("off", "")),
-                                 bool(comment))
+        rows = re.findall(r"(?m)^(#?)(GIPAM_\w+)=(.*)$", self.read("gipam.env"))
+        self.assertEqual(sorted(name for _, name, _ in rows), sorted(defaults))
+        for comment, name, value in rows:
+            default = defaults[name]
+            # A line that is no comment has another value.
+            with self.subTest(name):
+                self.assertEqual(value in (default, default.replace("off", "")), bool(comment))
 
     def test_gipam_service_starts_what_there_is(self) -> None:
         unit = self.read("gipam.service")
-        start, = re.findall(
+        start = re.search(
             r"(?m)^ExecStart=/usr/bin/(?:env )?python3 /opt/gipam/gipam\.py ?(.*)$", unit)
-        self.assertLessEqual({word.split("=")[0].lstrip("-") for word in start.split()},
-                             {"serve", *(option.name for option in gipam.OPTIONS)})
+        assert start
+        words = {word.split("=")[0].lstrip("-") for word in start[1].split()}
+        options = {option.name for option in gipam.OPTIONS}
+        self.assertLessEqual(words, options | {"serve"})
         self.assertIn("\nEnvironmentFile=/opt/gipam/%i/.env\n", unit)
-        self.assertLessEqual(set(re.findall(r"GIPAM_\w+", unit)),
-                             {option.variable for option in gipam.OPTIONS})
+        variables = {option.variable for option in gipam.OPTIONS}
+        self.assertLessEqual(set(re.findall(r"GIPAM_\w+", unit)), variables)
 
-    def test_readme_has_a_row_for_each_option(self) -> None:
-        """A row is `| -v6, -v4 | GIPAM_V6, GIPAM_V4 | none | …`: flags, variables, defaults."""
-        shown = {}
+    def read_readme_rows(self) -> Iterator[tuple[str, str, str]]:
+        """Yield (flag, variable, default) of rows: | -v6, -v4 | GIPAM_V6, GIPAM_V4 | none | ... |"""
         for line in self.read("README.md").splitlines():
             cells = [cell.strip() for cell in line.replace("`", "").split("|")[1:-1]]
-            if len(cells) > 2 and "GIPAM_" in cells[1]:
-                flags, variables, defaults = (re.split(r",\s*", cell) for cell in cells[:3])
-                shown.update({flag: (variable, (defaults * len(flags))[at])
-                              for at, (flag, variable) in enumerate(zip(flags, variables))})
-        self.assertEqual(shown, {f"-{option.name}": (option.variable, option.default or "none")
-                                 for option in gipam.OPTIONS})
+            if len(cells) <= 2 or "GIPAM_" not in cells[1]:
+                continue
+            flags = re.split(r",\s*", cells[0])
+            variables = re.split(r",\s*", cells[1])
+            defaults = re.split(r",\s*", cells[2])
+            # A single default is that of all.
+            if len(defaults) < len(flags):
+                defaults = defaults * len(flags)
+            yield from zip(flags, variables, defaults)
+
+    def test_readme_has_a_row_for_each_option(self) -> None:
+        options = {(f"-{option.name}", option.variable, option.default or "none")
+                   for option in gipam.OPTIONS}
+        self.assertEqual(set(self.read_readme_rows()), options)
 
 
 # === Daemon =======================================================================================
@@ -11453,6 +11649,81 @@ class ThreadTest(StoreCase):
         wait_until("the thread to begin", os.path.exists, begun)
         daemon.client().request_pool("10.9.0.0/24")
         self.assertEqual(daemon.stop(), 0)
+
+
+# === Commands =====================================================================================
+# The command line: what it does not understand, its helps, and who types nothing at all. What the
+# commands do is tested beside the sections that they show.
+
+
+class CommandsTest(CommandLineCase):
+    """What is not a command or an option, and the helps."""
+
+    def test_what_is_wrong_is_said_in_one_line_with_the_nearest_right_one(self) -> None:
+        near, see = "is not an option or command: did you mean ", "; see `gipam {}--help`"
+        for words, said in (
+                ("status -soket=x", f"'--soket' {near}--socket?"), ("--exclud", near + "--exclude?"),
+                ("check --fixx", near + "--fix?"), ("status -metric=:9091", near + "--metrics?"),
+                ("--v4a 26 config", f"'--v4a' {near}--v4ab?"), ("statsu", f"'statsu' {near}status?"),
+                ("chekc --fix", near + "check?"),
+                ("serve status", "'status' is one word too many" + see.format("")),
+                ("check fix", "'fix' is one word too many: did you mean --fix?"),
+                ("config -colour=red", see.format("config ")),
+                ("-v4", "argument --v4: expected one argument" + see.format("")),
+                ("release", "the following arguments are required: POOL" + see.format("release ")),
+                ("config -v4", ""), *((line, "") for wrong in (
+                    "-c", "-v", "-u", "-f x", "status2", "config more",
+                    # no abbreviations, joined or not
+                    "-v4a 26", "-v4a=26", "--v4a=26", "-v4ab26", "-v4a26", "-uni", "--uni",
+                    "-un=true", "-u=true", "-soc /x", "--sock=/x", "-exc 10.2.0.0/24", "--fil x",
+                    "--vers", "--hel", "-UNIX", "--V4=10.2.0.0/16",
+                    # no value where one is due, or none that could be one
+                    "-v4 -unix", "-file -v4ab=24", "-unix no", "--unix no")
+                    for line in (f"config {wrong}", f"{wrong} config"))):
+            with self.subTest(words):
+                self.assert_fails(self.run_main(*words.split(), GIPAM_FILE=self.file), 2,
+                                  f"gipam: .*{re.escape(said)}")
+
+    def test_version_and_help(self) -> None:
+        """The same on every Python, and on a terminal."""
+        for flag in ("--version", "-version"):
+            self.assertEqual(self.run_main(flag), (0, gipam.__version__ + "\n", ""))
+        for words in (["--help"], ["-h"], ["serve", "-help"]):
+            done = self.run_main(*words, out=Terminal(), TERM="xterm", FORCE_COLOR="1")
+            self.assertEqual((done.status, done.err), (0, ""))
+            self.assertTrue(done.out.startswith("usage: gipam [COMMAND] [OPTIONS]\n"), done.out)
+            said = re.sub(r"\s+", " ", done.out)
+            for option in gipam.OPTIONS:
+                self.assertIn(f"--{option.name} {option.kind} ", said)
+                self.assertIn(f"({option.variable}; default: {option.default or 'none'})", said)
+            for name, (function, _) in gipam.COMMANDS.items():
+                self.assertRegex(done.out, f"\n  {name} +{(function.__doc__ or '')[:20]}")
+        for name, (_, flags) in gipam.COMMANDS.items():
+            said, _, examples = self.run_main(name, "--help").out.partition("\nexamples:\n")
+            for flag in flags:
+                self.assertIn(f"\n  {flag}", said)
+            self.assertEqual("--v4ab" in said, name == "serve")  # another shows its own options
+            self.assertIn(examples.count("\n"), (2, 3), name)
+            for example in examples.splitlines():
+                words = gipam.normalise_arguments(example.partition("   ")[0].split()[1:])
+                self.assertEqual(gipam.parse_arguments(words).func.__name__, f"cmd_{name}")
+
+    def test_who_types_nothing_but_the_name_at_a_terminal_gets_help(self) -> None:
+        serve = mock.Mock(return_value=0)
+        self.patch(gipam, COMMANDS={**gipam.COMMANDS, "serve": (serve, {})})
+        here = os.getcwd()
+        self.addCleanup(os.chdir, here)
+        os.chdir(self.directory)
+        done = self.run_main(stdin=Terminal())
+        self.assertEqual((done.status, done.err, serve.call_count), (2, "", 0))
+        self.assertIn("\n  status   ", done.out)
+        self.run_main()
+        self.run_main("-unix", stdin=Terminal())
+        self.run_main("serve", stdin=Terminal())
+        self.run_main(stdin=Terminal(), GIPAM_UNIX="1")
+        self.keep({})
+        self.run_main(stdin=Terminal())
+        self.assertEqual(serve.call_count, 5)
 
 
 # === Running ======================================================================================
