@@ -48,8 +48,8 @@ changed last wins. The lease file is a snapshot; later changes are in a journal 
 of a JSON text, then that text, which holds the sequence number of its last change and the changes.
 The file is preallocated: zeros follow the last line. For example (one line in the file):
 
-    00000076 93771baa [4,[["request_address","10.2.0.0/24#1f0c27ab5e94d386","10.2.0.2","endpoint",
-    "02:42:0a:02:00:02","web1",1795510069,3]]]
+    0000007c f4631d13 [4,[["request_address","10.2.0.0/24#1f0c27ab5e94d386","10.2.0.2","endpoint",
+    "02:42:0a:02:00:02","web1",1795510069,3,false]]]
 
 Recovery locks the segments, loads the snapshot, and replays the segments in order, skipping changes
 that the snapshot already contains. A torn last line (truncated, or with zeroed sectors) was never
@@ -462,6 +462,7 @@ class AddressGrant(NamedTuple):
     name: str  # of the container, where Docker sends it (29 and later)
     granted_s: int
     cursor: int
+    is_explicit: bool = False  # asked for, as by --ip
 
 
 class AddressRelease(NamedTuple):
@@ -494,7 +495,7 @@ RECORD_TYPES: dict[str, Any] = {
 }
 RECORD_NAMES = {kind: name for name, kind in RECORD_TYPES.items()}
 FIELD_SCHEMAS: dict[str, Any] = {  # the shapes of those that are no text
-    "granted_s": 0, "cursor": 0, "next_block": -1, "is_shared": False,
+    "granted_s": 0, "cursor": 0, "next_block": -1, "is_shared": False, "is_explicit": False,
     "parts": [], "common": {}}
 
 
@@ -532,6 +533,7 @@ class Lease(NamedTuple):
     name: str
     granted_s: int
     seq: int  # of the change that granted it
+    is_explicit: bool  # asked for, as by --ip
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -683,35 +685,61 @@ class PrefixTree:
         return None
 
 
-class Affinity(Dict[str, Tuple[int, int]]):
-    """Who had which address of a subnet last: name, and MAC address -> (offset, seq).
+class LastAddress(NamedTuple):
+    """The address that an owner had last in a subnet."""
 
-    There it rests: others get it when nothing else is free. An owner has one address, an address
-    those that had it last; they are forgotten together, the oldest first.
+    offset: int
+    seq: int  # of the record that released it
+    is_explicit: bool  # it had been asked for, as by --ip
+
+
+class Affinity(Dict[str, LastAddress]):
+    """Which address of a subnet each owner had last: by its name and by its MAC address.
+
+    The address rests with its owner: others get it only when nothing else is free. An owner has
+    one address; the owners of an address are forgotten together, the oldest first.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.at: dict[int, tuple[str, ...]] = {}  # offset -> owners, the oldest first
+        self.at: dict[int, tuple[str, ...]] = {}  # owners by offset, the longest rested first
         self.resting = OffsetBitmap()  # these offsets
 
-    def remember(self, offset: int, owners: tuple[str, ...], seq: int) -> None:
+    def remember(self, last: LastAddress, owners: tuple[str, ...]) -> None:
         """Remember whose the address is from now on, if that is known."""
         if not owners:
             return
-        for old in {offset, *(self[owner][0] for owner in owners if owner in self)}:
+        for old in {last.offset, *(self[owner].offset for owner in owners if owner in self)}:
             self._forget(old)
-        self.update(dict.fromkeys(owners, (offset, seq)))
-        self.at[offset] = owners
-        self.resting.add(offset)
+        self.update(dict.fromkeys(owners, last))
+        self.at[last.offset] = owners
+        self.resting.add(last.offset)
         if len(self.at) > MAX_AFFINITIES:
             self._forget(next(iter(self.at)))
 
-    def restore(self, known: dict[str, tuple[int, int]]) -> None:
+    def restore(self, known: dict[str, LastAddress]) -> None:
         """Remember all that another one knew."""
-        by_seq = sorted(known.items(), key=lambda item: item[1][::-1])
-        for (offset, seq), items in itertools.groupby(by_seq, key=lambda item: item[1]):
-            self.remember(offset, tuple(owner for owner, _ in items), seq)
+        owners: dict[LastAddress, tuple[str, ...]] = {}
+        for owner, last in known.items():
+            owners[last] = (*owners.get(last, ()), owner)
+        for last in sorted(owners, key=lambda last: (last.seq, last.offset)):
+            self.remember(last, owners[last])
+
+    def find_longest_rested(self, is_usable: Callable[[int], bool]) -> int | None:
+        """Return the usable offset to be taken from its owner first, None: there is none.
+
+        That is the one that has rested longest; one that somebody had asked for comes after all
+        others, since its container cannot start with another. At most MAX_AFFINITIES steps.
+        """
+        first_explicit = None
+        for offset, owners in self.at.items():
+            if not is_usable(offset):
+                continue
+            if not self[owners[0]].is_explicit:
+                return offset
+            if first_explicit is None:
+                first_explicit = offset
+        return first_explicit
 
     def _forget(self, offset: int) -> None:
         for owner in self.at.pop(offset, ()):
@@ -799,7 +827,7 @@ class BlockReservation(NamedTuple):
     """What is remembered of a gipam.name: its block, and who had what there while it is gone."""
 
     network: Network
-    owners: dict[str, tuple[int, int]]  # -> (offset, seq)
+    owners: dict[str, LastAddress]
     seq: int
 
 
@@ -929,7 +957,8 @@ class State:
         self.lease_count -= len(pool.leases)
         latest = itertools.islice(reversed(pool.leases.items()), MAX_SAVED_AFFINITIES)
         for offset, lease in sorted(latest):
-            subnet.affinity.remember(offset, lease.owners, self.seq + 1)
+            last = LastAddress(offset, self.seq + 1, lease.is_explicit)
+            subnet.affinity.remember(last, lease.owners)
         if subnet.pools:
             for offset in pool.leases.keys() - subnet.reserved:
                 subnet.allocated.discard(offset)
@@ -938,8 +967,8 @@ class State:
         family.used.remove(subnet.network)
         kept = family.names.get(pool.name)
         if kept and kept.network == subnet.network:
-            last = itertools.chain(*[*subnet.affinity.at.values()][-MAX_SAVED_AFFINITIES:])
-            owners = {owner: subnet.affinity[owner] for owner in last}
+            newest = list(subnet.affinity.at.values())[-MAX_SAVED_AFFINITIES:]
+            owners = {owner: subnet.affinity[owner] for owner in itertools.chain(*newest)}
             family.remember(pool.name, BlockReservation(kept.network, owners, self.seq + 1))
 
     def _bind_pool(self, change: PoolIdBinding, pool: Pool) -> None:
@@ -957,7 +986,8 @@ class State:
             raise ValueError(f"address {change.address} of {subnet.network} is held twice")
         if change.kind not in LEASE_KINDS:
             raise ValueError(f"{change.kind!r:.40} is not a kind of lease")
-        pool.leases[offset] = Lease(*change[2:6], self.seq + 1)
+        pool.leases[offset] = Lease(change.kind, change.mac, change.name, change.granted_s,
+                                     self.seq + 1, change.is_explicit)
         subnet.allocated.add(offset)
         pool.cursor = change.cursor
         self.lease_count += 1
@@ -969,7 +999,8 @@ class State:
         lease = pool.leases.pop(offset)
         if offset not in pool.subnet.reserved:  # the Go program gave broadcast addresses out
             pool.subnet.allocated.discard(offset)
-        pool.subnet.affinity.remember(offset, lease.owners, self.seq + 1)
+        last = LastAddress(offset, self.seq + 1, lease.is_explicit)
+        pool.subnet.affinity.remember(last, lease.owners)
         self.lease_count -= 1
 
 
@@ -983,7 +1014,7 @@ STATE_KEYS: dict[str, Any] = {  # are checksummed; with their shapes
 }
 POOL_KEYS: dict[str, Any] = {
     "ID": "", "V": 0, "Pool": "", "SubPool": "", "Name": "", "Granted": 0, "Seq": 0, "Idx": 0,
-    "Remembered": {"": ("", 0)}, "Free": [], "Shared": [], "Allocated": [], "Leases": [],
+    "Remembered": {"": ("", 0, False)}, "Free": [], "Shared": [], "Allocated": [], "Leases": [],
 }
 KEY_ALIASES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
 OPTION_KEYS = {**KEY_ALIASES, "exclude": "Exclude"}  # option -> its key in the lease file
@@ -1011,7 +1042,8 @@ def copy_state(state: State) -> tuple[Json, list[Any]]:
         for pool in state.pools.values():
             is_first = next(iter(pool.subnet.pools.values())) is pool  # it stands for its subnet
             memory = pool.subnet.affinity.copy() if is_first else {}
-            free = {offset for offset, _ in memory.values() if offset not in pool.subnet.allocated}
+            free = {last.offset for last in memory.values()
+                    if last.offset not in pool.subnet.allocated}
             pools.append((pool, pool.pool_id, pool.cursor, dict(pool.leases), memory, free))
     finally:
         gc.enable()
@@ -1041,7 +1073,8 @@ def encode_state(head: Json, pools: list[Any]) -> Iterator[str]:
     yield '],"Allocated":['
     comma = ""
     for pool, pool_id, cursor, leases, memory, free in pools:
-        owners = {owner: [pool.format(offset), seq] for owner, (offset, seq) in memory.items()}
+        owners = {owner: [pool.format(last.offset), last.seq, last.is_explicit]
+                  for owner, last in memory.items()}
         values = (pool_id, pool.subnet.version, str(pool.subnet.network), str(pool.sub_pool or ""),
                   pool.name, pool.granted_s, pool.seq, cursor, owners,
                   [pool.format(offset) for offset in sorted(free)], [True] * pool.subnet.is_shared)
@@ -1102,11 +1135,11 @@ def decode_snapshot(document: Json, state: State) -> None:
             raise ValueError(f"Cursors has {key!r}: no length of IPv{version}")
         state.families[int(version)].cursors[int(prefixlen)] = number
     for row in values["Names"]:
-        name, text, seq, owners = row if row[3:] else (*row, {})  # once without owners
-        validate("Names", [name, text, seq, owners], ("", "", 0, {"": (0, 0)}))
-        last_addresses = {owner: tuple(last) for owner, last in owners.items()}
+        validate("Names", row, ("", "", 0, {"": (0, 0, False)}))
+        name, text, seq, owners = row
+        last_addresses = {owner: LastAddress(*last) for owner, last in owners.items()}
         kept = BlockReservation(parse_prefix(text), last_addresses, seq)
-        if any(offset >= kept.network.num_addresses for offset, _ in kept.owners.values()):
+        if any(last.offset >= kept.network.num_addresses for last in kept.owners.values()):
             raise ValueError(f"{name} has owners outside {kept.network}")
         state.families[kept.network.version].remember(name, kept)
     state.seq = values["Seq"]
@@ -1135,20 +1168,22 @@ def decode_pool(entry: Json, state: State) -> None:
     pool.name, pool.seq = values["Name"], values["Seq"]
     leases, subnet = values["Leases"], pool.subnet
     if "Leases" not in entry:  # the Go program has addresses alone
-        leases = [Lease(ENDPOINT, "", "", 0, 0)] * len(addresses)
+        leases = [Lease(ENDPOINT, "", "", 0, 0, False)] * len(addresses)
     if len(leases) != len(addresses):
         raise ValueError(f"{what} has {len(addresses)} addresses, {len(leases)} leases")
     for address, lease in zip(addresses, leases):
         offset = pool.inside(address)
         if offset in pool.leases or (offset in subnet.allocated and offset not in subnet.reserved):
             raise ValueError(f"address {address} of {subnet.network} is held twice")
-        if [*map(type, lease)] != [str, str, str, int, int] or lease[0] not in LEASE_KINDS:
+        types = [*map(type, lease)]
+        if types != [str, str, str, int, int, bool] or lease[0] not in LEASE_KINDS:
             raise ValueError(f"address {address} of {subnet.network} has {lease!r:.80}: no lease")
         subnet.allocated.add(offset)
         pool.leases[offset] = lease if isinstance(lease, Lease) else Lease(*lease)
     state.lease_count += len(pool.leases)
-    subnet.affinity.restore({owner: (pool.inside(address), seq)
-                          for owner, (address, seq) in values["Remembered"].items()})
+    subnet.affinity.restore({
+        owner: LastAddress(pool.inside(address), seq, is_explicit)
+        for owner, (address, seq, is_explicit) in values["Remembered"].items()})
 
 
 def normalise_keys(document: Json, keys: Iterable[str]) -> Json:
@@ -1348,20 +1383,26 @@ def choose_offset(pool: Pool, owners: Iterable[str], place: int | None = None,
                   *others: OffsetBitmap) -> tuple[int | None, int]:
     """Return (offset, cursor): the owner's last, the next free, then what rests; None: none.
 
-    It is next to the cursor, or to a place in a subnet that hosts share; what others have is not.
+    The next free one is looked for from the cursor on, or from a place in a subnet that hosts
+    share. No address is chosen that is in one of the others.
     """
     subnet = pool.subnet
-    place = max(pool.cursor, pool.low) if place is None else place
+
+    def is_usable(offset: int) -> bool:
+        is_in_range = pool.low <= offset <= pool.high
+        return is_in_range and subnet.find_free(offset, offset, *others) == offset
+
     for owner in owners:
-        last = subnet.affinity.get(owner, (-1, 0))[0]
-        if pool.low <= last <= pool.high and subnet.find_free(last, last, *others) == last:
-            return last, pool.cursor
-    for avoided in ((subnet.affinity.resting, *others), others):
-        for start in (place, pool.low):
-            offset = subnet.find_free(start, pool.high, *avoided)
-            if offset is not None:
-                return offset, offset + 1
-    return None, pool.cursor
+        last = subnet.affinity.get(owner)
+        if last and is_usable(last.offset):
+            return last.offset, pool.cursor
+
+    first = max(pool.cursor, pool.low) if place is None else place
+    for start in (first, pool.low):
+        offset = subnet.find_free(start, pool.high, subnet.affinity.resting, *others)
+        if offset is not None:
+            return offset, offset + 1
+    return subnet.affinity.find_longest_rested(is_usable), pool.cursor
 
 
 def decide_request_address(pool: Pool, request: AddressRequest, now_s: int,
@@ -1382,7 +1423,8 @@ def decide_request_address(pool: Pool, request: AddressRequest, now_s: int,
         raise Unavailable(f"no available addresses on this pool: all {pool.capacity()} of "
                           f"{pool.sub_pool or subnet.network} are held"
                           + (", here or by other hosts" if others else ""))
-    return AddressGrant(pool.pool_id, pool.format(offset), *request[1:], now_s, cursor)
+    return AddressGrant(pool.pool_id, pool.format(offset), *request[1:], now_s, cursor,
+                        is_explicit=bool(request.address))
 
 
 def require_free(pool: Pool, request: AddressRequest) -> int:
@@ -3479,7 +3521,8 @@ class SharedSubnets:
         """
         subnet = pool.subnet
         is_away = bool(outcome.error or self._table.failure)
-        if not request.address:
+        is_explicit = bool(request.address)
+        if not is_explicit:
             if request.kind == GATEWAY:
                 address = self._choose_remote_gateway(subnet)
             else:
@@ -3494,7 +3537,7 @@ class SharedSubnets:
             self._table.require_fresh("", outcome)
             raise
         self._require_claim(subnet.network, grant, is_away, outcome)
-        return grant
+        return grant._replace(is_explicit=is_explicit)
 
     def foreign_claim(self, key: str, kind: str) -> Claim | None:
         """Return the claim of other hosts that an address of this kind does not go with."""
@@ -3575,9 +3618,9 @@ class SharedSubnets:
                 offsets.append(offset)
 
         for owner in owners:
-            last, _ = subnet.affinity.get(owner, (-1, 0))
-            if last in offsets:
-                return pool.format(last)
+            last = subnet.affinity.get(owner)
+            if last and last.offset in offsets:
+                return pool.format(last.offset)
         return pool.format(offsets[0]) if offsets else ""
 
     def _choose_remote_gateway(self, subnet: Subnet) -> str:
@@ -4556,8 +4599,8 @@ def encode_pool_status(service: Service, pool: Pool, has_leases: bool) -> Iterat
         return
 
     # A large pool takes many portions: leases are encoded as the client takes them.
-    status["remembered"] = {owner: pool.format(offset)
-                            for owner, (offset, _) in pool.subnet.affinity.items()}
+    status["remembered"] = {owner: pool.format(last.offset)
+                            for owner, last in pool.subnet.affinity.items()}
     yield encode_json(status)[:-1] + ',"addresses":['
     yield from encode_items(describe_leases(pool))
     yield "]}"

@@ -1524,7 +1524,8 @@ class SnapshotTest(unittest.TestCase):
 
     def test_no_portion_is_long_however_much_names_remember(self) -> None:
         state = make_state()
-        owners = {f"web-{at}": (at, at) for at in range(gipam.MAX_SAVED_AFFINITIES)}
+        owners = {f"web-{at}": gipam.LastAddress(at, at, False)
+                  for at in range(gipam.MAX_SAVED_AFFINITIES)}
         for number in range(100):
             block = gipam.parse_prefix(f"10.2.{number}.0/24")
             state.families[4].remember(f"name {number}", gipam.BlockReservation(block, owners, number))
@@ -1533,11 +1534,6 @@ class SnapshotTest(unittest.TestCase):
         state = make_state()
         gipam.decode_snapshot(json.loads("".join(portions)), state)
         self.assertEqual(state.families[4].names["name 7"].owners, owners)
-
-    def test_name_of_an_earlier_lease_file_has_no_owners(self) -> None:
-        state = make_state()
-        gipam.decode_snapshot({"Names": [["web", "10.2.0.0/24", 7]]}, state)
-        self.assertEqual(state.families[4].names["web"], (gipam.parse_prefix("10.2.0.0/24"), {}, 7))
 
     def test_free_lists_name_only_what_is_free(self) -> None:
         state = state_after(
@@ -1787,15 +1783,15 @@ class Naive:
         self.families = client.service.state.families  # of which only the configuration is read
         self.routes = client.routes
         self.pools: dict[str, tuple[gipam.Network, gipam.Network | None]] = {}
-        # (subnet, address) -> (pool_id, owners)
-        self.leases: dict[tuple[gipam.Network, str], tuple[str, tuple[str, ...]]] = {}
+        # (subnet, address) -> (pool_id, owners, whether it was asked for)
+        self.leases: dict[tuple[gipam.Network, str], tuple[str, tuple[str, ...], bool]] = {}
         self.block_cursors: dict[tuple[int, int], int] = {}
         self.address_cursors: dict[str, str] = {}  # pool_id -> the last address given by next-fit
         self.names: dict[tuple[int, str], gipam.Network] = {}
         self.pool_names: dict[str, str] = {}
-        self.kept: dict[tuple[int, str], dict[str, tuple[str, ...]]] = {}  # as owners, of a name
-        # subnet -> address -> who had it last
-        self.owners: dict[gipam.Network, dict[str, tuple[str, ...]]] = {}
+        self.kept: dict[tuple[int, str], dict[str, tuple[tuple[str, ...], bool]]] = {}  # of a name
+        # subnet -> address -> (who had it last, whether it was asked for), the longest rested first
+        self.owners: dict[gipam.Network, dict[str, tuple[tuple[str, ...], bool]]] = {}
 
     def request_pool(self, pool: str, sub_pool: str, v6: bool, gipam_name: str,
                      **lengths: str) -> tuple[str, str]:
@@ -1814,8 +1810,8 @@ class Naive:
         if gipam_name and not is_live:
             kept = self.kept.pop(key, {})  # another subnet's are of no use any more
             if self.names.get(key) == subnet:
-                for address, owners in kept.items():
-                    self.remember(subnet, address, owners)
+                for address, (owners, is_explicit) in kept.items():
+                    self.remember(subnet, address, owners, is_explicit)
             self.remember_name(key, subnet)
         return pool_id, str(subnet)
 
@@ -1826,11 +1822,13 @@ class Naive:
         for other in of_family[:-gipam.MAX_AFFINITIES]:
             del self.names[other]
 
-    def remember(self, subnet: gipam.Network, address: str, owners: tuple[str, ...]) -> None:
+    def remember(self, subnet: gipam.Network, address: str, owners: tuple[str, ...],
+                 is_explicit: bool) -> None:
         known = {other: had for other, had in self.owners.get(subnet, {}).items()
-                 if other != address and not {*had} & {*owners}}
+                 if other != address and not {*had[0]} & {*owners}}
         if owners:
-            known = dict([*known.items(), (address, owners)][-gipam.MAX_AFFINITIES:])
+            known[address] = owners, is_explicit
+            known = dict([*known.items()][-gipam.MAX_AFFINITIES:])
             self.owners[subnet] = known
 
     def check_subnet(self, subnet: gipam.Network, part: gipam.Network | None) -> None:
@@ -1866,9 +1864,9 @@ class Naive:
         subnet, _ = self.pools.pop(pool_id)
         key = subnet.version, self.pool_names.pop(pool_id)
         self.address_cursors.pop(pool_id, None)
-        gone = [lease for lease, (of, _) in self.leases.items() if of == pool_id]
+        gone = [lease for lease, (of, _, _) in self.leases.items() if of == pool_id]
         for lease in sorted(gone[-gipam.MAX_SAVED_AFFINITIES:], key=lambda lease: ipaddress.ip_address(lease[1])):
-            self.remember(*lease, self.leases[lease][1])
+            self.remember(*lease, *self.leases[lease][1:])
         self.leases = {lease: had for lease, had in self.leases.items() if lease not in gone}
         if all(other != subnet for other, _ in self.pools.values()):
             owned = self.owners.pop(subnet, {})
@@ -1888,7 +1886,8 @@ class Naive:
         dynamic = [str(address) for address in part or subnet]
         known = self.owners.get(subnet, {})
         had = [other for owner in owners for other in known
-               if owner in known[other] and other in dynamic and other not in taken]
+               if owner in known[other][0] and other in dynamic and other not in taken]
+        is_explicit = bool(address)
         if address and address not in everything:
             raise Refused(400, "requested address is out of range: ")
         if address in taken:
@@ -1903,18 +1902,21 @@ class Naive:
             start = 0
             if pool_id in self.address_cursors:
                 start = dynamic.index(self.address_cursors[pool_id]) + 1
-            address = next(candidate for avoided in (taken.union(known), taken)
-                           for candidate in dynamic[start:] + dynamic[:start]
-                           if candidate not in avoided)
-            self.address_cursors[pool_id] = address
-        self.leases[subnet, address] = pool_id, owners
+            never_used = [candidate for candidate in dynamic[start:] + dynamic[:start]
+                          if candidate not in taken.union(known)]
+            resting = [other for other in known if other in dynamic and other not in taken]
+            resting.sort(key=lambda other: known[other][1])
+            address = [*never_used, *resting][0]
+            if never_used:
+                self.address_cursors[pool_id] = address
+        self.leases[subnet, address] = pool_id, owners, is_explicit
         return f"{address}/{subnet.prefixlen}"
 
     def release_address(self, pool_id: str, address: str) -> None:
         subnet, _ = self.pools[pool_id]
         if self.leases.get((subnet, address), ("",))[0] == pool_id:
-            _, owners = self.leases.pop((subnet, address))
-            self.remember(subnet, address, owners)
+            _, owners, was_explicit = self.leases.pop((subnet, address))
+            self.remember(subnet, address, owners, was_explicit)
 
 
 class Compared:
@@ -1944,6 +1946,50 @@ class Compared:
         return answer
 
 
+class RestTest(unittest.TestCase):
+    """An address rests with its last owner, until nothing else is free."""
+
+    def setUp(self) -> None:
+        self.client = Alone()
+        self.pool_id, _ = self.client.request_pool("10.90.0.0/28")
+        self.client.request_address(self.pool_id, gateway=True)
+
+    def run_once(self, owner: str, address: str = "") -> str:
+        """Return the address of a container that starts and stops."""
+        cidr = self.client.request_address(self.pool_id, address, mac=owner)
+        address = cidr.partition("/")[0]
+        self.client.release_address(self.pool_id, address)
+        return address
+
+    def test_address_that_was_asked_for_is_given_to_others_last(self) -> None:
+        """A stopped container with --ip beside 29 others, each of which leaves a dead owner."""
+        self.run_once("02:42:00:00:00:ff", "10.90.0.2")
+        given = [self.run_once(f"02:42:00:00:01:{number:02x}") for number in range(29)]
+        self.assertNotIn("10.90.0.2", given)
+        self.assertEqual(len(set(given)), 12)
+
+    def test_longest_rested_is_given_first(self) -> None:
+        """Those that somebody had asked for come after all others, in that order too."""
+        for number in (5, 2, 9):
+            self.run_once(f"02:42:00:00:00:{number:02x}", f"10.90.0.{number}")
+        dynamic = [self.run_once(f"02:42:00:00:01:{number:02x}") for number in range(10)]
+        self.assertEqual(len(set(dynamic)), 10)
+        self.run_once("02:42:00:00:01:00")
+
+        expected = [*dynamic[1:], dynamic[0], "10.90.0.5", "10.90.0.2", "10.90.0.9"]
+        self.assertEqual(self.client.exhaust(self.pool_id), expected)
+
+    def test_lease_file_keeps_the_order(self) -> None:
+        self.run_once("02:42:00:00:00:09", "10.90.0.9")
+        dynamic = [self.run_once(f"02:42:00:00:01:{number:02x}") for number in range(12)]
+        document = json.loads("".join(snapshot_of(self.client.service.state)))
+        state = make_state()
+        gipam.decode_snapshot(document, state)
+
+        again = Alone(state)
+        self.assertEqual(again.exhaust(self.pool_id), [*dynamic, "10.90.0.9"])
+
+
 class AllocatorModelTest(unittest.TestCase):
     @mock.patch.multiple(gipam.OffsetBitmap, SHIFT=3, MASK=7)
     @seeded(12)
@@ -1959,7 +2005,7 @@ class AllocatorModelTest(unittest.TestCase):
         self.assertEqual({(pool.subnet.network, pool.format(offset)): lease.owners
                           for pool in client.service.state.pools.values()
                           for offset, lease in pool.leases.items()},
-                         {lease: owners for lease, (_, owners) in naive.leases.items()})
+                         {lease: owners for lease, (_, owners, _) in naive.leases.items()})
         for pool_id in list(client.service.state.pools):
             client.release_pool(pool_id)
         for family in client.service.state.families.values():
@@ -11284,7 +11330,7 @@ def failing_open(failing_path: str, number: int) -> Iterator[None]:
         yield
 
 
-LEASE_ROW = ["endpoint", "02:42:0a:02:00:02", "web1", NOW_S, 3]
+LEASE_ROW = ["endpoint", "02:42:0a:02:00:02", "web1", NOW_S, 3, False]
 POOL_ENTRY: dict[str, Any] = {"ID": "a", "V": 4, "Pool": "10.2.0.0/24", "Allocated": ["10.2.0.2"],
                               "Leases": [LEASE_ROW]}
 # Key -> JSON of a list of wrong values
@@ -11301,8 +11347,9 @@ WRONG_POOL_VALUES = {
                  '["web"]]',
     "Leases": '[5, "abcde", [5], ["abcde"], [[]], [{}], [null], [["guest", "", "", 1, 3]]]',
     "V": "[6, 5]",
-    "Remembered": '[[], {"web": 5}, {"web": "ab"}, {"web": [9, 1]}, {"web": ["10.2.0.9"]}, '
-                  '{"web": ["10.2.0.9", "x"]}, {"web": ["10.2.1.9", 1]}]',
+    "Remembered": '[[], {"web": 5}, {"web": "ab"}, {"web": [9, 1, true]}, '
+                  '{"web": ["10.2.0.9", "x", true]}, {"web": ["10.2.0.9", 1]}, '
+                  '{"web": ["10.2.1.9", 1, true]}]',
 }
 WRONG_STATE_VALUES = {
     "Seq": '[1e400, "1"]',
