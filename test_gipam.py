@@ -9847,7 +9847,7 @@ class ClaimTest(TwoHosts):
 
     def are_waiting(self, count: int) -> bool:
         """Return whether so many requests wait for etcd, in the queue or in a transaction."""
-        requests = [connection.request for connection in list(self.one.loop.connections)]
+        requests = [connection.current_request for connection in list(self.one.loop.connections)]
         waiting = [request for request in requests if request and request.awaits_etcd]
         return len(waiting) >= count
 
