@@ -2073,17 +2073,35 @@ RTMSG = struct.Struct("=BB10x")  # family, prefix length
 NDMSG = struct.Struct("=B3xiHBx")  # family, device, state, flags
 IFINFOMSG = struct.Struct("=4xi8x")  # device
 
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-RTM_GETADDR, RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 22, 24, 25, 26
-RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
-RTMGRP_LINK, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE = 0x1, 0x40, 0x400
-RTN_UNICAST, RTN_BROADCAST = 1, 3
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_VIA = 1, 4, 5, 18
-RTF_GATEWAY, RTF_REJECT = 0x2, 0x200
+NLM_F_REQUEST = 0x1
+NLM_F_ACK = 0x4
+NLM_F_DUMP_INTR = 0x10
+NLM_F_DUMP = 0x300
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+RTM_GETADDR = 22
+RTM_NEWROUTE = 24
+RTM_DELROUTE = 25
+RTM_GETROUTE = 26
+RTM_NEWNEIGH = 28
+RTM_DELNEIGH = 29
+RTM_GETNEIGH = 30
+RTMGRP_LINK = 0x1
+RTMGRP_IPV4_ROUTE = 0x40
+RTMGRP_IPV6_ROUTE = 0x400
+RTN_UNICAST = 1
+RTN_BROADCAST = 3
+RTA_DST = 1
+RTA_OIF = 4
+RTA_GATEWAY = 5
+RTA_VIA = 18
+RTF_GATEWAY = 0x2
+RTF_REJECT = 0x200
 IFLA_IFNAME = 3
-NDA_DST, NDA_PROTOCOL = 1, 12
-NTF_PROXY, NUD_PERMANENT = 0x8, 0x80
+NDA_DST = 1
+NDA_PROTOCOL = 12
+NTF_PROXY = 0x8
+NUD_PERMANENT = 0x80
 GIPAM_PROTOCOL = 103  # in NDA_PROTOCOL, for `ip neigh show proxy`
 
 
@@ -8504,6 +8522,9 @@ def log_startup_warnings(config: Config, used: Container[Network], proc: str) ->
                     "only root")
     if not config.v4 and not config.v6:
         log.warning("no base is configured (-v4, -v6): only networks with a --subnet are possible")
+    if config.onlink and not config.mac:
+        log.warning("-onlink with -mac=false needs Docker 29: older ones do not say which "
+                    "addresses are containers, and gipam answers for none")
     for base in config.v4 + config.v6:
         if base.is_link_local:
             log.warning("base %s is link-local: no router forwards its addresses", base)
@@ -8521,210 +8542,377 @@ def log_startup_warnings(config: Config, used: Container[Network], proc: str) ->
 
 
 # === Commands =====================================================================================
+#
+# What people type. Each command but `serve` asks the running daemon, over its socket or address,
+# and prints text for people, or JSON for programs. A command is a function that takes the parsed
+# arguments and returns the exit status; COMMANDS lists them with the arguments of their own.
+# Functions that begin with render_ or draw_ return text and print nothing. An error is raised as a
+# GipamError; main() alone prints it, in one line, and chooses the exit status.
 
 
 def daemon_request(settings: Settings, verb: str, path: str, body: Any = None) -> Any:
-    """Return what the daemon answers, on its socket or its address. Raises: as call().
-
-    Not on the socket, if the address is given by a later stage than -socket and -unix.
-    """
-    stage = {name: int(option.origin) for name, option in settings.items()}
-    is_tcp = stage["address"] > max(stage["socket"], stage["unix"] * settings["unix"].value)
-    places = [settings[name].value for name in ("socket", "address")][is_tcp:]
-    for place in places:
+    """Send a request to the daemon and return its answer. Raises: as request_json()."""
+    addresses = daemon_addresses(settings)
+    for address in addresses:
         with contextlib.suppress(NotListening):
-            return request_json(ApiConnection(place, DAEMON_TIMEOUT_S), verb, path, body)
-    where = " or ".join(map(format_endpoint, places))
+            return request_json(ApiConnection(address, DAEMON_TIMEOUT_S), verb, path, body)
+    where = " or ".join(map(format_endpoint, addresses))
     raise NotListening(f"no gipam answers on {where}: start it, or say where it is with -socket or "
-                 "-address")
+                       "-address")
+
+
+def daemon_addresses(settings: Settings) -> list[Any]:
+    """Return where the daemon may listen.
+
+    The socket is skipped if -address was set at a later stage than -socket and -unix.
+    """
+    socket_origin = settings["socket"].origin
+    if settings["unix"].value:
+        socket_origin = max(socket_origin, settings["unix"].origin)
+    address = settings["address"].value
+    if settings["address"].origin > socket_origin:
+        return [address]
+    return [settings["socket"].value, address]
 
 
 def cmd_status(arguments: argparse.Namespace) -> int:
-    """Show bases, pools and, with --leases, each lease; or just what is asked for."""
-    what, has_leases = arguments.WHAT, int(arguments.leases or bool(arguments.WHAT))
-    status = daemon_request(arguments.settings, "GET", f"/status?leases={has_leases}")
-    uses: list[DockerAllocation] = []
-    unnamed = ""
-    try:  # names are welcome, and no reason to wait or to fail
-        uses = read_docker_allocations(docker_socket_path(), status["driver"], NAMES_TIMEOUT_S)[0]
+    """Show bases, pools and, with --leases, every lease; or only the item named."""
+    has_leases = arguments.leases or bool(arguments.WHAT)
+    status = daemon_request(arguments.settings, "GET", f"/status?leases={int(has_leases)}")
+    docker_error = ""
+    allocations: list[DockerAllocation] = []
+    try:
+        docker = read_docker_allocations(docker_socket_path(), status["driver"], NAMES_TIMEOUT_S)
+        allocations = docker.ours
     except GipamError as error:
-        unnamed = f", and Docker's names are not known: {error}"
-    add_docker_names(status["pools"], uses)
-    if what:
-        status.update({key: [] for key in status.keys() & {"bases", "hosts"}},
-                      pools=search_pools(status, what, unnamed))
+        docker_error = str(error)
+    add_docker_names(status["pools"], allocations)
+
+    if arguments.WHAT:
+        status["pools"] = search_pools(status, arguments.WHAT, docker_error)
+        for key in status.keys() & {"bases", "hosts"}:
+            status[key] = []
     if arguments.json:
         print(json.dumps(status, indent=2))
-        return 0
-    is_terminal = sys.stdout.isatty()
-    columns, height = shutil.get_terminal_size() if is_terminal else (80, sys.maxsize)
-    width = max(columns, 40)
-    for line in render_status(status, width, int(time.time()), height):
-        cut = re.sub("[0-9]+$", "", line[:width - 1]) + "…"  # half a number would be a wrong one
-        text = cut if len(line) > width else line
-        if is_terminal and line.startswith("  ") and "NO_COLOR" not in os.environ:
-            text = re.sub("[#+]+", "\033[33m\\g<0>\033[0m", text)
-        print(text)
+    else:
+        print_status(status)
     return 0
 
 
-def add_docker_names(pools: list[Json], uses: list[DockerAllocation]) -> None:
-    """Put pools and leases in order of address; name network and container, where Docker does."""
-    used = {use.key: use for use in uses}
-    pools.sort(key=lambda pool: read_range(pool["sub_pool"] or pool["subnet"]))
+def add_docker_names(pools: list[Json], allocations: list[DockerAllocation]) -> None:
+    """Sort pools and leases by address, and add the names of networks and containers."""
+    nameless = DockerAllocation("")
+    by_place = {allocation.key: allocation for allocation in allocations}
+    pools.sort(key=pool_order)
     for pool in pools:
-        pool["network"] = used.get((pool["subnet"], pool["sub_pool"]), DockerAllocation("")).network
+        place = (pool["subnet"], pool["sub_pool"])
+        pool["network"] = by_place.get(place, nameless).network
         leases = pool.get("addresses", [])
         leases.sort(key=lambda lease: int(ipaddress.ip_address(lease["address"])))
         for lease in leases:
-            user = used.get((pool["subnet"], lease["address"]), DockerAllocation(""))
-            lease["container"] = user.container
+            place = (pool["subnet"], lease["address"])
+            lease["container"] = by_place.get(place, nameless).container
+
+
+def pool_order(pool: Json) -> tuple[int, Range]:
+    """Return the key by which pools are sorted: IPv4 first, then by address."""
+    network = parse_prefix(pool["sub_pool"] or pool["subnet"])
+    return network.version, address_range(network)
 
 
 def find_pools(pools: list[Json], text: str) -> list[Json]:
-    """Return those of an id, a prefix in any spelling, a network of Docker, or a gipam.name."""
+    """Return the pools with this id, prefix in any spelling, Docker network or gipam.name."""
     with contextlib.suppress(ValueError):
         text = str(parse_prefix(text, mask=True))
     keys = ("id", "subnet", "sub_pool", "name", "network")
     return [pool for pool in pools if text and text in map(pool.get, keys)]
 
 
-def search_pools(status: Json, what: str, unnamed: str) -> list[Json]:
-    """Return what find_pools() does, or who has an address, name or MAC. Raises: InvalidRequest.
+def search_pools(status: Json, text: str, docker_error: str) -> list[Json]:
+    """Return the pools that match, or those with only the leases that match.
 
-    What nobody has is shown as free, or as resting, in each range of its subnet.
+    An address that nobody has is shown as free or resting, in each range of its subnet.
+    Raises: InvalidRequest.
     """
-    found, wanted, number = find_pools(status["pools"], what), {what, what.lower()}, None
+    names = {text, text.lower()}
+    address = None
     with contextlib.suppress(ValueError):
-        wanted = {normalise_address(what)}
-        number = ipaddress.ip_address(*wanted)
-    for pool in () if found else status["pools"]:
-        leases = [lease for lease in pool["addresses"] if wanted & {
-            lease["address"], lease["mac"], lease["name"], lease["container"]}]
-        found += [{**pool, "addresses": leases}] * bool(leases)
-    held = {lease["address"] for pool in status["pools"] for lease in pool["addresses"]}
-    for pool in () if found else status["pools"]:
-        free = [address for owner, address in pool["remembered"].items()
-                if owner in wanted and address not in held]
-        if number and "/" not in what and number in parse_prefix(pool["subnet"]):
-            free = [*wanted]
-        leases = [free_address_row(status, pool, address) for address in free]
-        found += [{**pool, "addresses": leases}] * bool(leases)
-    claims = (f"; {claim['subnet']} is claimed by {', '.join(claim['hosts'])}"
-              for claim in status["claims"] if number and number in parse_prefix(claim["subnet"]))
-    if not found:
-        raise InvalidRequest(f"{what!r} is not an address, subnet, network or container of a pool "
-                             f"that is held here{next(claims, '' if number else unnamed)}")
-    return found
+        address = ipaddress.ip_address(normalise_address(text))
+        names = {str(address)}
+
+    pools = find_pools(status["pools"], text)
+    if not pools:
+        pools = find_held_leases(status["pools"], names)
+    if not pools:
+        free_address = str(address) if address and "/" not in text else ""
+        pools = find_free_addresses(status, names, free_address)
+    if not pools:
+        reason = f", and Docker's names are not known: {docker_error}" if docker_error else ""
+        if address:
+            reason = name_claimants(status, address)
+        raise InvalidRequest(f"{text!r} is not an address, subnet, network or container that is "
+                             f"held here{reason}")
+    return pools
+
+
+def find_held_leases(pools: list[Json], names: set[str]) -> list[Json]:
+    """Return pools with only the leases that have one of the names, addresses or MAC addresses."""
+    matches = []
+    for pool in pools:
+        leases = []
+        for lease in pool["addresses"]:
+            if names & {lease["address"], lease["mac"], lease["name"], lease["container"]}:
+                leases.append(lease)
+        if leases:
+            matches.append(dict(pool, addresses=leases))
+    return matches
+
+
+def find_free_addresses(status: Json, names: set[str], address: str) -> list[Json]:
+    """Return pools with rows for an address that nobody has, or for those that rest with names."""
+    held: set[str] = set()
+    for pool in status["pools"]:
+        held.update(lease["address"] for lease in pool["addresses"])
+
+    matches = []
+    for pool in status["pools"]:
+        addresses = [last for owner, last in pool["remembered"].items()
+                     if owner in names and last not in held]
+        if address and ipaddress.ip_address(address) in parse_prefix(pool["subnet"]):
+            addresses = [address]
+        if addresses:
+            rows = [free_address_row(status, pool, free) for free in addresses]
+            matches.append(dict(pool, addresses=rows))
+    return matches
 
 
 def free_address_row(status: Json, pool: Json, address: str) -> Json:
-    """Return an address that nobody here has as if it were a lease, with whom it rests."""
+    """Return an address that nobody here has in the form of a lease, with its last owners."""
     subnet = Subnet(parse_prefix(pool["subnet"]))
-    owners = [owner for owner, last in pool["remembered"].items() if last == address]
-    hosts = [host for claim in status["claims"] for host in claim["hosts"]
-             if (claim["subnet"], claim["address"]) == (pool["subnet"], address)]
-    is_reserved = parse_address(address, subnet.version) - subnet.first in subnet.reserved
-    kind = "claimed" if hosts else "reserved" if is_reserved else "resting" if owners else "free"
-    return {"address": address, "kind": kind, "name": ", ".join(hosts or owners), "mac": "",
-            "container": "", "granted_s": 0}
+    offset = parse_address(address, subnet.version) - subnet.first
+    names = [owner for owner, last in pool["remembered"].items() if last == address]
+    kind = "resting" if names else "free"
+    if offset in subnet.reserved:
+        kind = "reserved"
+    for claim in status["claims"]:
+        if (claim["subnet"], claim["address"]) == (pool["subnet"], address):
+            kind = "claimed"
+            names = claim["hosts"]
+    return {"address": address, "kind": kind, "name": ", ".join(names), "mac": "", "container": "",
+            "granted_s": 0}
 
 
-PRESENCE_TEXT = {True: "there", False: "not there", None: "not heard of"}  # while etcd is away
+def name_claimants(status: Json, address: Any) -> str:
+    """Return which hosts claim a subnet with this address, "" if none does."""
+    for claim in status["claims"]:
+        if address in parse_prefix(claim["subnet"]):
+            return f"; {claim['subnet']} is claimed by {', '.join(claim['hosts'])}"
+    return ""
 
 
-def render_status(status: Json, width: int, now_s: int,
-                  height: int = sys.maxsize) -> Iterator[str]:
-    """Yield the lines of the text form: a bar and a map for each base, a table of the pools.
+PRESENCE_TEXT = {True: "up", False: "down", None: "unknown"}
+LEGEND = "  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name"
+MAP_ROW = re.compile(r"  \S+ +[#+.x~ro]+")
 
-    What does not fit a terminal of that height has the table first, so that the summary is seen.
+
+def print_status(status: Json) -> None:
+    """Print the text form of the status, on a terminal in its width and in colour."""
+    is_terminal = sys.stdout.isatty()
+    columns = 80
+    height = sys.maxsize
+    if is_terminal:
+        columns, height = shutil.get_terminal_size()
+    width = max(columns, 40)
+    is_coloured = is_terminal and "NO_COLOR" not in os.environ
+
+    for line in render_status(status, width, int(time.time()), height):
+        text = fit_line(line, width)
+        print(colour_map(text) if is_coloured else text)
+
+
+def fit_line(line: str, width: int) -> str:
+    """Return the line, cut to the width, and not within a number: half of it would be wrong."""
+    if len(line) <= width:
+        return line
+    return re.sub("[0-9]+$", "", line[:width - 1]) + "…"
+
+
+def colour_map(line: str) -> str:
+    """Return the line; what is held is yellow in a row of a map, and in the legend."""
+    if MAP_ROW.fullmatch(line) or line.startswith(LEGEND[:8]):
+        return re.sub("[#+]+", "\033[33m\\g<0>\033[0m", line)
+    return line
+
+
+def render_status(status: Json, width: int, now_s: int, height: int = sys.maxsize) -> list[str]:
+    """Return the text form of the status: bases, hosts, then pools, parted by blank lines.
+
+    On a terminal too small for all, the pools come first, so that the summary stays visible.
     """
-    def age(held: Json) -> str:
-        return format_age(now_s - held["granted_s"]) if held["granted_s"] else "-"
-
-    elsewhere = [claim["subnet"] for claim in status.get("claims", ())
-                 if not claim["address"] and status.get("host") not in claim["hosts"]]
-    pools = [pool["subnet"] for pool in status["pools"]]
-    summary = [line for base in status["bases"]
-               for line in render_base(base, elsewhere, pools, width)]
-    if summary:
-        summary += textwrap.wrap("  # held  + partly  . free  x excluded  ~ route, own address  "
-                                 "r kept for a name", width, subsequent_indent="  ")
-        summary += ["  o held by another host"] * bool(elsewhere)
-    hosts = [("HOST", "CLAIMS", "ETCD"), *(
-        (host["host"], str(host["claims"]), PRESENCE_TEXT[host["is_present"]])
-        for host in status.get("hosts", ()))]
-    summary += format_table(hosts)
-    if status.get("etcd", {}).get("failure"):
-        summary += textwrap.wrap(status["etcd"]["failure"], width)
-    rows = [("SUBNET", "HELD", "OF", "AGE", "RANGE", "NETWORK")]
-    for pool in status["pools"]:
-        rows.append((pool["subnet"], str(pool["leases"]), format_count(pool["usable"]), age(pool),
-                     pool["sub_pool"] or "-", pool["network"] or pool["name"] or "-"))
-        if pool["claimed_elsewhere"]:
-            rows.append(("  claimed by " + pool["claimed_elsewhere"], *[""] * 5))
-        rows += [("  " + lease["address"], "", "", age(lease), lease["kind"],
-                  lease["container"] or lease["name"] or lease["mac"] or "-")
-                 for lease in pool.get("addresses", ())]
-    table = list(format_table(rows))
-    yield from summary + table if len(summary + table) < height else table + summary
+    bases = render_bases(status, width)
+    hosts = render_hosts(status, width)
+    pools = render_pools(status, now_s)
+    lines = join_paragraphs(bases, hosts, pools)
+    if len(lines) < height:
+        return lines
+    return join_paragraphs(pools, bases, hosts)
 
 
-def format_table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Yield the lines of a table, none if there is nothing below its heads."""
-    widths = [max(map(len, column)) for column in zip(*(row for row in rows if any(row[1:])))]
-    for row in rows if rows[1:] else ():
-        yield "  ".join(map(str.ljust, row, widths)).rstrip()
+def join_paragraphs(*paragraphs: list[str]) -> list[str]:
+    """Return the lines of all, with a blank one between two that are not empty."""
+    lines: list[str] = []
+    for paragraph in paragraphs:
+        if lines and paragraph:
+            lines.append("")
+        lines += paragraph
+    return lines
 
 
-def read_range(text: str) -> tuple[int, int, int]:
-    """Return family, first and last address of a prefix as gipam writes it: no check, and fast."""
-    version, (address, length) = 6 if ":" in text else 4, text.split("/")
-    first = parse_address(address, version)
-    return version, first, first | (1 << ADDRESS_BITS[version] - int(length)) - 1
+def render_bases(status: Json, width: int) -> list[str]:
+    """Return a bar and a map of each base, IPv4 first, and what the characters mean."""
+    host = status.get("host")
+    claimed = []
+    for claim in status.get("claims", ()):
+        if not claim["address"] and host not in claim["hosts"]:
+            claimed.append(claim["subnet"])
+    subnets = {pool["subnet"] for pool in status["pools"]}
+    marks = {"o": list(map(parse_prefix, claimed)), "+": list(map(parse_prefix, subnets))}
+
+    lines: list[str] = []
+    for base in sorted(status["bases"], key=lambda base: int(base["family"])):
+        lines += render_base(base, marks, width)
+    if lines:
+        lines += textwrap.wrap(LEGEND, width, subsequent_indent="  ")
+    if lines and claimed:
+        lines.append("  o held by another host")
+    return lines
 
 
-def render_base(base: Json, elsewhere: Iterable[str], pools: Iterable[str],
-                width: int) -> Iterator[str]:
-    """Yield the lines of a base: a bar, and rows of a map, each behind its first address."""
-    prefix, total, used = parse_prefix(base["prefix"]), base["blocks"], base["blocks_used"]
+def render_base(base: Json, marks: Mapping[str, list[Network]], width: int) -> list[str]:
+    """Return the lines of a base: numbers with a bar, and a map in rows behind their addresses."""
+    prefix = parse_prefix(base["prefix"])
+    total = base["blocks"]
+    used = base["blocks_used"]
     free = total - used - base["blocks_excluded"] - base["blocks_routed"]
-    indent = len(str(prefix[-prefix.num_addresses // total]))
-    length = 1 << max(width - indent - 4, 1).bit_length() - 1
-    signs = draw_map(base["prefix"], min(total, 4 * length), {
-        "r": base["remembered"].values(), "o": elsewhere, "~": base["routes"],
-        "x": base["excluded"], "+": pools})
-    unit = f"; {format_count(total // len(signs))} to a sign" * (total > len(signs))
-    bar = ("#" * -(-10 * used // total)).ljust(10, ".")
-    yield from textwrap.wrap(
-        f"{prefix}  [{bar}]  {format_count(used)} of {format_count(total)} blocks of "
-        f"/{base['block_prefixlen']} held, {format_count(free)} free{unit}", width,
-        subsequent_indent="  ")
-    for start in range(0, len(signs), length):
+    bar = "".ljust(divide_rounding_up(10 * used, total), "#").ljust(10, ".")
+    numbers = (f"{prefix}  [{bar}]  {format_count(used)} of {format_count(total)} blocks of "
+               f"/{base['block_prefixlen']} held, {format_count(free)} free")
+    lines = textwrap.wrap(numbers, width, subsequent_indent="  ")
+
+    last_block = prefix[-(prefix.num_addresses // total)]
+    label_width = len(str(last_block))
+    row_length = largest_power_of_two(max(width - label_width - 4, 1))
+    of_base = {"r": list(map(parse_prefix, base["remembered"].values()))}
+    of_base["o"] = marks["o"]
+    of_base["~"] = list(map(parse_prefix, base["routes"]))
+    of_base["x"] = list(map(parse_prefix, base["excluded"]))
+    of_base["+"] = marks["+"]
+    signs = draw_map(prefix, min(total, 4 * row_length), of_base)
+
+    for start in range(0, len(signs), row_length):
         first = prefix[prefix.num_addresses // len(signs) * start]
-        yield f"  {first!s:{indent}}  {signs[start:start + length]}"
+        lines.append(f"  {first!s:{label_width}}  {signs[start:start + row_length]}")
+    if total > len(signs):
+        lines.append(f"  {format_count(total // len(signs))} blocks per character")
+    return lines
+
+
+def draw_map(base: Network, count: int, marks: Mapping[str, list[Network]]) -> str:
+    """Return a map of a base: a character for each of its count parts.
+
+    It is the last mark with a network in that part; # where networks marked + fill the part.
+    """
+    start, end = address_range(base)
+    part_size = base.num_addresses // count
+    signs = ["." for _ in range(count)]
+    held: collections.Counter[int] = collections.Counter()
+    for mark, networks in marks.items():
+        for network in networks:
+            if network.version != base.version:
+                continue
+            first, last = address_range(network)
+            low = max(first, start) - start
+            high = min(last, end) - start
+
+            for part in range(low // part_size, high // part_size + 1):
+                signs[part] = mark
+                if mark == "+":
+                    part_start = part * part_size
+                    part_end = part_start + part_size
+                    held[part] += min(high + 1, part_end) - max(low, part_start)
+    for part, addresses in held.items():
+        if addresses == part_size:
+            signs[part] = "#"
+    return "".join(signs)
+
+
+def divide_rounding_up(dividend: int, divisor: int) -> int:
+    """Return the quotient of two integers of any size, rounded up."""
+    return -(-dividend // divisor)
+
+
+def largest_power_of_two(limit: int) -> int:
+    """Return the largest power of two that is at most the limit, which is positive."""
+    return 1 << (limit.bit_length() - 1)
 
 
 def format_count(count: int) -> str:
-    """Return a number, a large one as a power of two that it nearly is."""
-    return str(count) if count < 10 ** 9 else f"2^{(count - 1).bit_length()}"
+    """Return a number; a large one as the power of two next to it."""
+    return str(count) if count < 10 ** 7 else f"2^{(count - 1).bit_length()}"
 
 
-def draw_map(base: str, count: int, marks: dict[str, Iterable[str]]) -> str:
-    """Return so many signs, each for a block of the base or several: the last mark of prefixes.
+def render_hosts(status: Json, width: int) -> list[str]:
+    """Return a table of the hosts that share the bases, and how old it is; none without etcd."""
+    rows = [("HOST", "CLAIMS", "STATE")]
+    for host in status.get("hosts", ()):
+        rows.append((host["host"], str(host["claims"]), PRESENCE_TEXT[host["is_present"]]))
+    lines = format_table(rows)
 
-    Where those marked + take all of it, the sign is #.
+    etcd = status.get("etcd", {})
+    if etcd.get("failure"):
+        lines += textwrap.wrap(etcd["failure"], width)
+    if lines and etcd.get("age_s") is not None:
+        lines.append(f"hosts and claims as of {format_age(int(etcd['age_s']))} ago")
+    return lines
+
+
+def render_pools(status: Json, now_s: int) -> list[str]:
+    """Return a table of the pools, each with those of its leases that the status has."""
+    rows = [("SUBNET", "HELD", "OF", "AGE", "RANGE", "NETWORK")]
+    for pool in status["pools"]:
+        rows.append((pool["subnet"], str(pool["leases"]), format_count(pool["usable"]),
+                     age_of(pool, now_s), pool["sub_pool"], pool["network"] or pool["name"]))
+        if pool["claimed_elsewhere"]:
+            rows.append(("  claimed by " + pool["claimed_elsewhere"], "", "", "", "", ""))
+        for lease in pool.get("addresses", ()):
+            owner = lease["container"] or lease["name"] or lease["mac"]
+            rows.append(("  " + lease["address"], " ", " ", age_of(lease, now_s), lease["kind"],
+                         owner))
+    return format_table(rows) or ["no pools yet"]
+
+
+def age_of(held: Json, now_s: int) -> str:
+    """Return how long ago a pool or lease was granted, "" if that is not known."""
+    return format_age(now_s - held["granted_s"]) if held["granted_s"] else ""
+
+
+def format_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table, none if there is nothing below its header.
+
+    A column without a value is left out, and an empty cell is shown as a dash. A row with nothing
+    but its first cell is text, and makes no column wider.
     """
-    version, start, end = read_range(base)
-    size, signs, held = (end - start + 1) // count, ["."] * count, [0] * count
-    for mark, prefixes in marks.items():
-        for family, first, last in set(map(read_range, prefixes)):
-            low, high = max(first, start) - start, min(last, end) - start
-            for at in range(low // size, high // size + 1) if family == version else ():
-                signs[at] = mark
-                part = min(high + 1, (at + 1) * size) - max(low, at * size)
-                held[at] += part * (mark == "+")
-    return "".join("#" if many == size else sign for sign, many in zip(signs, held))
+    if not rows[1:]:
+        return []
+    columns = list(zip(*(row for row in rows if any(row[1:]))))
+    shown = [index for index, column in enumerate(columns) if any(map(str.strip, column[1:]))]
+    widths = [max(map(len, columns[index])) for index in shown]
+
+    lines = []
+    for row in rows:
+        cells = [(row[index] or "-").ljust(width) for index, width in zip(shown, widths)]
+        lines.append("  ".join(cells).rstrip() if any(row[1:]) else row[0])
+    return lines
 
 
 def cmd_check(arguments: argparse.Namespace) -> int:
@@ -8732,7 +8920,8 @@ def cmd_check(arguments: argparse.Namespace) -> int:
 
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
-    settings, path = arguments.settings, docker_socket_path()
+    settings = arguments.settings
+    path = docker_socket_path()
 
     def read_status() -> Json:
         status: Json = daemon_request(settings, "GET", "/status?leases=1")
@@ -8809,47 +8998,71 @@ def print_json_report(all_findings: Findings, left: Findings, notes: list[str]) 
 
 def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
-    status = daemon_request(arguments.settings, "GET", "/status?leases=1")
-    pool, lease = find_lease(status["pools"], arguments.POOL, arguments.ADDRESS)
-    holding, address = holding_of_json(pool, lease), lease["address"] if lease else ""
+    settings = arguments.settings
+    status = daemon_request(settings, "GET", "/status?leases=1")
+    pool = find_pool(status["pools"], arguments.POOL)
+    lease = find_lease(pool, arguments.ADDRESS) if arguments.ADDRESS else None
     if not arguments.force:
-        uses, _ = read_docker_allocations(docker_socket_path(), status["driver"], DOCKER_TIMEOUT_S)
-        holdings = list(holdings_of_json(status))
-        leaks = {finding.holding for finding in find_leaks(holdings, uses)}
-        if leaks.isdisjoint((holding, holding_of_json(pool))):
-            user = next((str(use) for use in uses
-                         if (use.subnet, use.address) == (pool["subnet"], address)), "a network")
-            raise Forbidden(f"{user} of Docker uses it: remove that first, or use --force")
-    what = f"address {address} of" if address else f"pool with {len(pool['addresses'])} leases,"
-    if not arguments.yes and not confirm(f"release {what} {pool['subnet']}? [y/N] "):
+        require_unused(status, pool, lease)
+
+    label = f"pool {pool['subnet']} with {plural(len(pool['addresses']), 'lease')}"
+    if lease:
+        label = f"address {lease['address']} of {pool['subnet']}"
+    if not arguments.yes and not confirm(f"release {label}? [y/N] "):
         return 1
-    daemon_request(arguments.settings, "POST", *release_request(holding))
-    print(f"released {what} {pool['subnet']}")
+    path, body = release_request(holding_of_json(pool, lease))
+    daemon_request(settings, "POST", path, body)
+    print(f"released {label}")
     return 0
 
 
-def find_lease(pools: list[Json], name: str, text: str) -> tuple[Json, Json | None]:
-    """Return the one pool of that name, and its lease of an address. Raises: InvalidRequest."""
-    found = find_pools(pools, name)
-    if len(found) != 1:
-        ids = [pool["id"] for pool in found or pools]
-        ids[9:] = [f"and {len(ids) - 9} more"] * (len(ids) > 9)
-        there = "".join(f"\n  {each}" for each in ids)
-        raise InvalidRequest(f"{name!r} names {len(found)} pools: give the id of one, as `gipam "
-                             f"status --json` has it{there}")
-    pool = found[0]
-    held = {lease["address"]: lease for lease in pool["addresses"]}
+def find_pool(pools: list[Json], name: str) -> Json:
+    """Return the one pool with a name, as find_pools() has it. Raises: InvalidRequest."""
+    matches = find_pools(pools, name)
+    if not matches:
+        raise InvalidRequest(f"no pool that is held here is called {name!r}: `gipam status` shows "
+                             "them all")
+    if len(matches) > 1:
+        ids = [pool["id"] for pool in matches]
+        shown = "".join(f"\n  {pool_id}" for pool_id in ids[:9])
+        if len(ids) > 9:
+            shown += f"\n  and {len(ids) - 9} more"
+        raise InvalidRequest(f"{len(ids)} pools are called {name!r}: give the id of one{shown}")
+    return matches[0]
+
+
+def find_lease(pool: Json, text: str) -> Json:
+    """Return the lease of an address in a pool. Raises: InvalidRequest."""
+    leases: dict[str, Json] = {lease["address"]: lease for lease in pool["addresses"]}
     try:
-        return pool, held[normalise_address(text)] if text else None
+        return leases[normalise_address(text)]
     except (ValueError, LookupError):
+        addresses = ", ".join(list(leases)[:9]) or "nothing"
         raise InvalidRequest(f"{text!r} is not held in {pool['subnet']}, which has "
-                             f"{', '.join([*held][:9]) or 'nothing'}") from None
+                             f"{addresses}") from None
+
+
+def require_unused(status: Json, pool: Json, lease: Json | None) -> None:
+    """Ask Docker whether it uses a pool or a lease. Raises: Forbidden, Unreachable."""
+    docker = read_docker_allocations(docker_socket_path(), status["driver"], DOCKER_TIMEOUT_S)
+    holdings = list(holdings_of_json(status))
+    leaks = {finding.holding for finding in find_leaks(holdings, docker.ours)}
+    if leaks & {holding_of_json(pool, lease), holding_of_json(pool)}:
+        return
+
+    place = (pool["subnet"], lease["address"] if lease else "")
+    user = "a Docker network"
+    for allocation in docker.ours:
+        if (allocation.subnet, allocation.address) == place:
+            user = f"Docker {allocation}"
+            break
+    raise Forbidden(f"{user} is using it: remove it first, or use --force")
 
 
 def confirm(question: str) -> bool:
-    """Return whether somebody is there who says yes. Raises: InvalidRequest without a terminal."""
+    """Return whether a person at the terminal says yes. Raises: InvalidRequest without one."""
     if not sys.stdin.isatty():
-        raise InvalidRequest("there is no terminal to ask at: give --yes to go on without")
+        raise InvalidRequest("not a terminal: use --yes to skip the confirmation")
     with contextlib.suppress(EOFError):
         return input(question).strip().lower() in ("y", "yes")
     print()
@@ -8857,141 +9070,249 @@ def confirm(question: str) -> bool:
 
 
 def cmd_evict(arguments: argparse.Namespace) -> int:
-    """Give up what a host that will never come back has claimed, or take it from the old name."""
-    status, host = daemon_request(arguments.settings, "GET", "/status"), arguments.HOST
-    claims = [claim["subnet"] for claim in status["claims"] if host in claim["hosts"]]
-    what = f"{len(claims)} claims of host {host}"
-    is_own = any(it["host"] == host and it.get("is_own") for it in status.get("hosts", ()))
-    question = f"make {what} this host's" if is_own else f"give up {what}"
-    names = textwrap.shorten(" ".join([":", *claims]), 200, placeholder=" ...") * bool(claims)
-    if not arguments.yes and not confirm(f"{question}{names}? [y/N] "):
-        return 1
+    """Drop the claims of a host that is gone for good.
+
+    On a host that has been renamed, its former name: those claims become this host's.
+    """
+    host = arguments.HOST
+    status = daemon_request(arguments.settings, "GET", "/status")
+    subnets = [claim["subnet"] for claim in status["claims"] if host in claim["hosts"]]
+    label = f"{plural(len(subnets), 'claim')} of host {host}"
+    is_known = False
+    is_former_name = False
+    for member in status.get("hosts", ()):
+        if member["host"] == host:
+            is_known = True
+            is_former_name = bool(member.get("is_own"))
+
+    # The daemon refuses a host that it does not know: nobody is asked about it.
+    if is_known and not arguments.yes:
+        verb = "take over" if is_former_name else "drop"
+        names = textwrap.shorten(" ".join(subnets), 200, placeholder=" ...")
+        names = f": {names}" if names else ""
+        if not confirm(f"{verb} {label}{names}? [y/N] "):
+            return 1
     daemon_request(arguments.settings, "POST", "/Gipam.Evict", {"Host": host})
-    print(f"made {what} this host's" if is_own else f"gave up {what}")
+    verb = "took over" if is_former_name else "dropped"
+    print(f"{verb} {label}")
     return 0
 
 
 def cmd_config(arguments: argparse.Namespace) -> int:
-    """Print each effective value of the daemon with its origin."""
-    for name, setting in daemon_request(arguments.settings, "GET", "/status")["config"].items():
+    """Print each effective setting of the daemon and its origin."""
+    status = daemon_request(arguments.settings, "GET", "/status")
+    for name, setting in status["config"].items():
         print(f"{name:8} {setting['value'] or 'none':34} {setting['origin']}")
     return 0
 
 
-def normalise_arguments(arguments: list[str]) -> list[str]:
-    """Turn Go's one dash into two, and join each option and its value, which is the next word.
+class Command(NamedTuple):
+    """A command: what runs it, and the help of each argument that only it has."""
 
-    A boolean option takes the next word only if that is one, and needs none.
-    """
-    options = {"--" + option.name: option.kind == "BOOL" for option in OPTIONS}
-    words: list[str] = []
-    for argument in reversed(arguments):
-        word, following = re.sub(r"^-(?=[a-zA-Z]\w)", "--", argument), words[-1] if words else "-"
-        if word in options:
-            is_value = following in BOOLEANS if options[word] else not following.startswith("-")
-            word += "=" + words.pop() if is_value else "=true" * options[word]
-        words.append(word)
-    return words[::-1]
+    function: Callable[[argparse.Namespace], int]
+    arguments: dict[str, str]
 
 
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], dict[str, str]]] = {
-    "serve": (cmd_serve, {}),
-    "status": (cmd_status, {"--json": "as JSON, the stable form", "--leases": "with each lease",
-                            "WHAT": "only this: subnet, network, address, container, MAC address"}),
-    "check": (cmd_check, {"--json": "as JSON", "--fix": "mend what differs",
-                          "--force": "with --fix, also when Docker knows none of the pools",
-                          "--grace": "overlook what is younger (default: 60)"}),
-    "release": (cmd_release, {"POOL": "id or subnet", "ADDRESS": "in it", "--yes": "do not ask",
-                              "--force": "even if Docker uses it"}),
-    "evict": (cmd_evict, {"HOST": "as `gipam status` shows it", "--yes": "do not ask"}),
-    "config": (cmd_config, {}),
+COMMANDS = {
+    "serve": Command(cmd_serve, {}),
+    "status": Command(cmd_status, {
+        "--json": "print JSON, the stable form",
+        "--leases": "show every lease",
+        "WHAT": "a subnet, network, address, container or MAC address"}),
+    "check": Command(cmd_check, {
+        "--json": "print JSON",
+        "--fix": "repair what differs",
+        "--force": "with --fix, even if Docker knows none of the pools",
+        "--grace": "ignore entries younger than this (default: 60)"}),
+    "release": Command(cmd_release, {
+        "POOL": "id, subnet, network or gipam.name",
+        "ADDRESS": "release only this address",
+        "--yes": "do not ask for confirmation",
+        "--force": "even if Docker is using it"}),
+    "evict": Command(cmd_evict, {
+        "HOST": "as `gipam status` shows it",
+        "--yes": "do not ask for confirmation"}),
+    "config": Command(cmd_config, {}),
 }
-ARGUMENT_SPECS: dict[str, Json] = {  # the arguments of commands that are no switches
-    "--grace": {"type": int, "default": 60, "metavar": "SECONDS"}, "POOL": {}, "HOST": {},
-    "ADDRESS": {"nargs": "?", "default": ""}, "WHAT": {"nargs": "?", "default": ""},
+META_COMMANDS = {
+    "help": "Show this help, or that of a command.",
+    "version": "Show the version.",
 }
 EXAMPLES = """
   gipam -unix -v6 2001:db8:0:100::/56 -v4 10.2.0.0/16
   gipam -unix -v4 10.2.0.0/16,10.9.0.0/20 -v4ab 26 -exclude 10.2.0.0/24
   gipam status --leases
   gipam status web1                    who has it: a container, an address, a MAC address
-  gipam check                          what Docker and gipam do not agree on
+  gipam check                          where Docker and gipam disagree
   gipam check --fix
   gipam release 10.2.0.0/24
   gipam release 10.2.0.0/24 10.2.0.2 --yes
   gipam evict web-2
   gipam evict web-2 --yes
   gipam config
-  gipam config -socket /run/web.sock   of the one that serves there
+  gipam config -socket /run/web.sock   the instance on that socket
 """
 
 
+def parse_grace(text: str) -> int:
+    """Return a number of seconds. Raises: ArgumentTypeError."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+    return int(text)
+
+
+ARGUMENT_SPECS: dict[str, Json] = {  # of arguments that are no switches
+    "--grace": {"type": parse_grace, "default": 60, "metavar": "SECONDS"},
+    "POOL": {},
+    "HOST": {},
+    "ADDRESS": {"nargs": "?", "default": ""},
+    "WHAT": {"nargs": "?", "default": ""},
+}
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's, but what is wrong is said in one line."""
+    """An ArgumentParser that raises errors, and writes settings as README does: with one dash.
+
+    argparse itself gets them with two, since it takes abbreviations of those with one.
+    """
 
     color: bool  # of Python 3.14
+    SETTING = "--((?:" + "|".join(option.name for option in OPTIONS) + r")\b)"
+
+    def format_help(self) -> str:
+        """Return the help."""
+        return re.sub(rf"(?m)^  {self.SETTING}( \S+)", r"  -\1\2 ", super().format_help())
 
     def error(self, message: str) -> NoReturn:
-        """Raise the UsageError."""
+        """Raise a UsageError."""
+        message = re.sub(self.SETTING, r"-\1", message)
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 def build_parser(name: str) -> Parser:
-    """Return the parser of a command, which takes all options; serve's help shows them."""
-    is_serve, (function, flags) = name == "serve", COMMANDS[name]
-    rows = (f"  {each:8} {(about.__doc__ or '').splitlines()[0]}"
-            for each, (about, _) in COMMANDS.items())
+    """Return the parser of a command, which takes all settings; serve's help shows them."""
+    command = COMMANDS[name]
+    is_serve = name == "serve"
     examples = re.findall(f".* gipam {'-' if is_serve else name}.*", EXAMPLES)
+    notes = ["The settings of `gipam --help` are accepted too: -socket or -address says which",
+             "gipam to ask."]
+    if is_serve:
+        notes = ["commands:", *describe_commands()]
+
     parser = Parser(
         prog="gipam" if is_serve else f"gipam {name}", add_help=False, allow_abbrev=False,
         usage="gipam [COMMAND] [OPTIONS]" if is_serve else None,
-        description=(function.__doc__ or "").replace("\n    ", "\n").strip(),
-        epilog="\n".join(("commands, which take all options of serve:", *rows, "",
-                          "examples:", *examples)),
+        description=(command.function.__doc__ or "").replace("\n    ", "\n").strip(),
+        epilog="\n".join([*notes, "", "examples:", *examples]),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.color = False
-    group = parser.add_argument_group("options")  # argparse's own is called otherwise before 3.10
-    group.add_argument("-h", "--help", action="help", help="show this and end")
-    group.add_argument("--version", action="version", version=__version__, help="likewise")
+    # argparse's own group has another title before Python 3.10.
+    group = parser.add_argument_group("options")
+    group.add_argument("-h", "--help", action="help", help="show this help and exit")
+    group.add_argument("-v", "--version", action="version", version=__version__,
+                       help="show the version and exit")
     for option in OPTIONS:
         text = f"{option.help} ({option.variable}; default: {option.default or 'none'})"
         group.add_argument("--" + option.name, metavar=option.kind,
                            help=text if is_serve else argparse.SUPPRESS)
-    for flag, text in flags.items():
-        group.add_argument(flag, help=text, **ARGUMENT_SPECS.get(flag, {"action": "store_true"}))
+    for argument, text in command.arguments.items():
+        spec = ARGUMENT_SPECS.get(argument, {"action": "store_true"})
+        group.add_argument(argument, help=text, **spec)
     return parser
 
 
-def parse_arguments(words: list[str]) -> argparse.Namespace:
-    """Return the arguments, and as func what runs the command. Raises: UsageError.
+def describe_commands() -> Iterator[str]:
+    """Yield a line for each command."""
+    for name, command in COMMANDS.items():
+        summary = (command.function.__doc__ or "").splitlines()[0]
+        yield f"  {name:8} {summary}"
+    for name, summary in META_COMMANDS.items():
+        yield f"  {name:8} {summary}"
 
-    Who types nothing else at a terminal, and has nothing set up here, looks for the commands.
+
+def normalise_arguments(arguments: list[str]) -> list[str]:
+    """Turn Go's one dash into two, and join each setting with its value, the next word.
+
+    A boolean setting takes the next word only if that is a boolean, and needs none.
     """
-    if not words and sys.stdin.isatty() and not os.path.lexists("leases.json") \
-            and not any(name.startswith("GIPAM_") for name in os.environ):
+    is_boolean = {"--" + option.name: option.kind == "BOOL" for option in OPTIONS}
+    remaining = collections.deque(arguments)
+    words = []
+    while remaining:
+        word = re.sub(r"^-(?=[a-zA-Z]\w)", "--", remaining.popleft())
+        following = remaining[0] if remaining else "-"
+        if is_boolean.get(word):
+            value = remaining.popleft() if following in BOOLEANS else "true"
+            word = f"{word}={value}"
+        elif word in is_boolean and not following.startswith("-"):
+            word = f"{word}={remaining.popleft()}"
+        words.append(word)
+    return words
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Return the parsed arguments, with the command's function as func. Raises: UsageError.
+
+    At a terminal, with no arguments and nothing configured here, print the help.
+    """
+    if not arguments and sys.stdin.isatty() and not is_configured():
         build_parser("serve").print_help()
         sys.exit(2)
-    name, others = next((word for word in words if not word.startswith("-")), ""), [*COMMANDS]
-    if name in COMMANDS:
+
+    words = normalise_arguments(arguments)
+    names = [word for word in words if not word.startswith("-")]
+    if names and names[0] in META_COMMANDS:
+        words.remove(names[0])
+        words.append("--" + names.pop(0))
+    name = "serve"
+    if names and (names[0] in COMMANDS or "--help" in words):
+        name = names[0]
+        if name not in COMMANDS:
+            raise UsageError(describe_unknown(name, arguments, list(COMMANDS), "gipam"))
         words.remove(name)
-        others.clear()  # there is one
-    else:
-        name = "serve"
-    parser, (function, flags) = build_parser(name), COMMANDS[name]
-    arguments, unknown = parser.parse_known_args(words, argparse.Namespace(func=function))
-    for word in (word.partition("=")[0] for word in unknown):
-        known = [*others, *("--" + option.name for option in OPTIONS), *flags]
-        hint = suggest(word, known) or f"; see `{parser.prog} --help`"
-        spare = "one word too many" * (not others and word[:1] != "-")
-        raise UsageError(f"{word!r} is {spare or 'not an option or command'}{hint}")
-    return arguments
+
+    parser = build_parser(name)
+    namespace = argparse.Namespace(func=COMMANDS[name].function)
+    parsed, unknown = parser.parse_known_args(words, namespace)
+    if unknown:
+        known = ["-" + option.name for option in OPTIONS] + list(COMMANDS[name].arguments)
+        if name not in names:
+            known += list(COMMANDS)
+        raise UsageError(describe_unknown(unknown[0], arguments, known, parser.prog))
+    return parsed
+
+
+def is_configured() -> bool:
+    """Return whether a lease file lies here, or a GIPAM_ variable is set."""
+    if os.path.lexists("leases.json"):
+        return True
+    return any(name.startswith("GIPAM_") for name in os.environ)
+
+
+def describe_unknown(word: str, arguments: list[str], known: list[str], prog: str) -> str:
+    """Return why a word is refused, as it was typed, with the nearest of the known ones."""
+    previous = ""
+    for argument in arguments:
+        typed = argument.partition("=")[0]
+        if typed.lstrip("-") == word.partition("=")[0].lstrip("-"):
+            word = typed
+            break
+        previous = argument.lstrip("-")
+
+    for option in OPTIONS:
+        if option.name == previous and option.kind == "BOOL":
+            return f"-{previous} takes true or false (or 1, 0, t, f), or no value: not {word!r}"
+    hint = suggest(word, known) or f"; see `{prog} --help`"
+    if word.startswith("-") or "serve" in known:
+        return f"{word!r} is not an option or command{hint}"
+    return f"unexpected argument {word!r}{hint}"
 
 
 def open_missing_streams() -> None:
-    """Open /dev/null for each standard stream that the caller has closed."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
+    """Open /dev/null in the place of standard streams that the caller has closed."""
+    sys.stdin = sys.stdin or open(os.devnull, "r+")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "r+")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "r+")  # noqa: SIM115
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -9000,8 +9321,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     open_missing_streams()
     try:
-        words = sys.argv[1:] if argv is None else argv
-        arguments = parse_arguments(normalise_arguments(words))
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         arguments.settings = read_settings(os.environ, arguments)
         arguments.log_handler = handler
         exit_status = int(arguments.func(arguments))

@@ -3034,6 +3034,10 @@ class LostDiskTest(StoreCase):
 
 
 # === Netlink ======================================================================================
+#
+# Routes and addresses of the host that no pool may overlap, and proxy neighbour entries. Kernel
+# answers netlink requests for routes; Link is the kernel of a host with a device eth0, with its
+# table of proxy entries. test_on_a_real_host asks the real one, in a network namespace.
 
 IN_NAMESPACE = """
 ip link set lo name b\u00fcro0 && ip link set b\u00fcro0 up &&
@@ -3149,13 +3153,18 @@ class Link:
             raise self.failure
         if message_type == gipam.RTM_GETROUTE and flags == gipam.NLM_F_DUMP:
             self.dumps += 1
-            return [route(text, device) for device in self.devices.values()
-                    for text in self.connected]
+            return self.dump_routes()
         if message_type == gipam.RTM_GETROUTE:
             return [self.find_route(body)]
         if flags == gipam.NLM_F_DUMP:
             return [entry.pack(0x80) + protocol for entry, protocol in self.entries.items()]
         return self.on_neighbour(message_type, body)
+
+    def dump_routes(self) -> list[bytes]:
+        routes = []
+        for device in self.devices.values():
+            routes += [route(text, device) for text in self.connected]
+        return routes
 
     def find_route(self, body: bytes) -> bytes:
         address = ipaddress.ip_address(gipam.read_attributes(body)[gipam.RTA_DST])
@@ -3218,13 +3227,16 @@ class ProxiesTest(Case):
         self.now_s = 1.0
         self.events: list[bytes | OSError] = []
         self.patch(socket, if_nametoindex=self.link.find_device)
-        self.patch(time, monotonic=lambda: self.now_s)
+        self.patch(time, monotonic=self.read_clock)
         self.client = Alone()
         self.proxies = gipam.ProxyNeighbours("eth0", prefixes(BASES), self.link)
         self.proxies.event_socket.close()
         self.proxies.event_socket = mock.Mock(recv=self.next_event)
         self.client.service.proxies = self.proxies
         self.pool_id, _ = self.client.request_pool(v6=True)
+
+    def read_clock(self) -> float:
+        return self.now_s
 
     def next_event(self, _: int, flags: int) -> bytes:
         self.assertEqual(flags, socket.MSG_DONTWAIT)
@@ -3320,7 +3332,8 @@ class ProxiesTest(Case):
         self.take(self.ONE)
         self.assert_answers(self.ONE)
         v4, v6 = self.link.connected
-        came, went = gipam.RTM_NEWROUTE, gipam.RTM_DELROUTE
+        came = gipam.RTM_NEWROUTE
+        went = gipam.RTM_DELROUTE
         for name, event, connected, addresses in (
                 ("one of another device goes", route_event(went, v6, 3), [v4], [self.ONE]),
                 ("its own goes", route_event(went, v6, 2), [v4], []),
@@ -3343,7 +3356,7 @@ class ProxiesTest(Case):
             self.assertEqual(self.link.dumps, dumps)
 
     def test_flood_of_events_is_read_in_portions(self) -> None:
-        self.events = [link_event("veth0", 7)] * (gipam.MAX_NETLINK_EVENTS + 1)
+        self.events = [link_event("veth0", 7) for _ in range(gipam.MAX_NETLINK_EVENTS + 1)]
         self.proxies.on_event(1)
         self.assertEqual(len(self.events), 1)
 
@@ -8358,7 +8371,7 @@ class ImportTest(OperatedCase):
 
 
 class ByHandTest(OperatedCase):
-    """What gipam holds is released and adopted by hand: the calls, and `gipam.py release POOL [ADDRESS]`."""
+    """What gipam holds is released and adopted by hand: POST /Gipam.Release and /Gipam.Adopt."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -8376,10 +8389,6 @@ class ByHandTest(OperatedCase):
                 self.call(method, **body)
             self.assertIn(caught.exception.status, (403,) if "look again" in pattern else (400, 403))
             self.assertEqual(self.status_now(), before)
-
-    def assert_released(self, words: str, said: str, **how: Any) -> None:
-        """The command says what it has released."""
-        self.assertEqual(self.run_gipam("release", *words.split(), **how), (0, said + "\n", ""))
 
     def test_release_is_conditional_on_the_sequence_number(self) -> None:
         pool, lease = self.pool["seq"], self.lease["seq"]
@@ -8428,361 +8437,6 @@ class ByHandTest(OperatedCase):
         release = {"PoolID": self.pool["id"], "Address": "", "Seq": self.pool["seq"]}
         for wrong in ({"PoolID": "none"}, {"Address": "fd00::2"}):
             self.assert_refused("Gipam.Release", {**release, **wrong})
-
-    def test_command_asks_unless_told_not_to(self) -> None:
-        self.docker.stop("one", is_told=False)
-        question = "release address 10.2.0.2 of 10.2.0.0/24? [y/N] "
-        for answer in ("\n", "n\n", ""):
-            with self.subTest(answer=answer):
-                done = self.run_gipam("release", "10.2.0.0/24", "10.2.0.2", stdin=Terminal(answer))
-                self.assertEqual((done.status, done.out.rstrip("\n"), done.err), (1, question, ""))
-                self.assertEqual(len(self.held()["10.2.0.0/24"]), 2)
-        with mock.patch("builtins.input", side_effect=KeyboardInterrupt):
-            done = self.run_gipam("release", "10.2.0.0/24", "10.2.0.2", stdin=Terminal())
-            self.assertEqual(done, (130, "", "\n"))
-        self.assert_released("10.2.0.0/24 10.2.0.2", question + "released address 10.2.0.2 of 10.2.0.0/24",
-                             stdin=Terminal("yes\n"))
-        del self.docker.networks["web"]
-        self.assertEqual(self.run_gipam("release", "10.2.0.0/24", stdin=io.StringIO("yes\n")),
-                         (1, "", "gipam: there is no terminal to ask at: give --yes to go on without\n"))
-        self.assert_released("10.2.0.0/24 --yes", "released pool with 1 leases, 10.2.0.0/24")
-        self.assertEqual(self.held(), {})
-
-    def test_command_releases_what_docker_does_not_use_and_names_what_it_refuses(self) -> None:
-        """One pool, or an address in it, in any spelling; with --force, though Docker uses it."""
-        self.make_ranges()
-        self.docker.make_network("six", "fd00:9::/64")
-        self.docker.make_network("lan", "10.9.0.0/24")
-        self.docker.make_network("hint")
-        self.docker.show_hint("hint", "0.0.0.0/24")
-        low, high = (self.docker.pool_ids[name, 4] for name in ("low", "high"))
-        before, one = self.status_now(), "pools: give the id of one, as `gipam status --json` has it"
-        there = "".join(f"\n  {pool['id']}" for pool in before["pools"])
-        for arguments, said in (
-                *((arguments, f"{user} of Docker uses it: remove that first, or use --force")
-                  for arguments, user in (
-                      ("10.2.0.0/24", "network web"), ("10.2.0.0/24 10.2.0.1", "network web"),
-                      ("10.2.0.0/24 10.2.0.2", "container one"),
-                      ("10.9.0.0/24 10.9.0.1", "a network"),  # though it does not show it
-                      ("10.2.1.0/24", "a network"))),
-                ("10.77.0.0/24", f"'10.77.0.0/24' names 0 {one}{there}"),
-                ("10.50.0.0/24", f"'10.50.0.0/24' names 2 {one}\n  {low}\n  {high}"),
-                ("", f"'' names 0 {one}{there}"),  # nor are those meant that have no gipam.name
-                *((f"10.2.0.0/24 {text}", f"{text!r} is not held in 10.2.0.0/24, which has "
-                   "10.2.0.1, 10.2.0.2") for text in ("10.2.0.9", "10.9.0.9", "one", "10.2.0.2x"))):
-            with self.subTest(arguments):
-                self.assertEqual(self.run_gipam("release", *arguments.split(" "), "--yes"),
-                                 (1, "", f"gipam: {said}\n"))
-        self.assertEqual(self.run_gipam("release", "10.2.0.0/24", "--yes", DOCKER_HOST="unix:///nothing").status, 2)
-        self.assertEqual(self.status_now(), before)
-        for arguments, said in (("FD00:0009:0:0::/64 FD00:9::0:1", "address fd00:9::1 of fd00:9::/64"),
-                                ("10.50.0.0/25", "pool with 1 leases, 10.50.0.0/24"),
-                                (high, "pool with 1 leases, 10.50.0.0/24"),
-                                ("10.2.0.0/24", "pool with 2 leases, 10.2.0.0/24")):
-            self.assert_released(arguments + " --yes --force", "released " + said)
-        self.assertEqual(set(self.held()), {"fd00:9::/64", "10.9.0.0/24", "10.2.1.0/24"})
-        with self.assertRaisesRegex(gipam.InvalidRequest, "\n  9\n  and 2991 more$"):
-            gipam.find_lease([{"id": str(number)} for number in range(1, 3001)], "web", "")
-
-
-class StatusTest(OperatedCase):
-    """`gipam.py status` and `gipam.py config`, for people and for programs."""
-
-    NOW_S = 1_800_000_000
-    BASES_TEXT = """\
-2001:db8:0:100::/60  [#.........]  1 of 16 blocks of /64 held, 15 free
-  2001:db8:0:100::  #...............
-10.2.0.0/20  [####......]  5 of 16 blocks of /24 held, 9 free
-  10.2.0.0   #x.~+r.#..##....
-  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name
-"""
-    TABLE = """\
-SUBNET               HELD  OF    AGE  RANGE          NETWORK
-10.2.0.0/24          4     254   3h   -              web
-  10.2.0.1                       3h   gateway        -
-  10.2.0.2                       3h   endpoint       one
-  10.2.0.30                      3h   auxiliary      -
-  10.2.0.200                     3h   auxiliary      -
-10.2.4.0/25          1     126   3h   -              partly
-  10.2.4.1                       3h   gateway        -
-10.2.7.0/24          0     254   2d   -              -
-10.2.10.0/23         0     510   40s  -              -
-10.50.0.0/24         1     64    3h   10.50.0.64/26  range
-  10.50.0.64                     3h   gateway        -
-2001:db8:0:100::/64  2     2^64  3h   -              web
-  2001:db8:0:100::1              3h   gateway        -
-  2001:db8:0:100::2              3h   endpoint       one
-"""
-    TEXT = BASES_TEXT + re.sub("(?m)^  .*\n", "", TABLE)
-
-    def fill(self) -> None:
-        """Hold a bit of everything, in another order than it is shown in."""
-        self.kernel.routes = "10.2.3.0/25"
-        self.exclude("10.2.1.0/24")
-        ask = self.docker.make_network
-        with self.at(-3 * 3600):
-            ask("web", "4", "6")
-            self.docker.start("one", "web")
-            self.request("10.2.0.200")
-            self.request("10.2.0.30")
-            ask("partly", "10.2.4.0/25")
-            ask("kept", "10.2.5.0/24", options={"gipam.name": "kept"})
-            self.docker.remove_network("kept")
-            ask("range", "10.50.0.0/24", sub_pool="10.50.0.64/26",
-                options={"gipam.name": "gateway"})
-        with self.at(-40):
-            self.request_pool("10.2.10.0/23")
-        with self.at(-2 * 86400):
-            self.request_pool("10.2.7.0/24")
-
-    def at(self, offset_s: int) -> Any:
-        return mock.patch.object(time, "time", return_value=self.NOW_S + offset_s)
-
-    def status(self, *arguments: str, **how: Any) -> str:
-        with self.at(0):
-            done = self.run_gipam("status", *arguments, **how)
-        self.assertEqual((done.status, done.err), (0, ""))
-        return done.out
-
-    def status_json(self, *arguments: str, **how: Any) -> Any:
-        return json.loads(self.status("--json", *arguments, **how))
-
-    def test_text(self) -> None:
-        self.fill()
-        self.assertEqual(self.status(), self.TEXT)
-        self.assertEqual(self.status("--leases"), self.BASES_TEXT + self.TABLE)
-
-    def test_just_what_is_asked_for(self) -> None:
-        self.fill()
-        self.docker.start("two", "web")
-        self.docker.stop("two")
-        rows = [*self.TABLE.splitlines(), "10.2.0.3 - resting 02:42:00:00:00:06", "10.2.0.9 - free -",
-                "10.2.0.0 - reserved -", "2001:db8:0:100::1:0 - free -",
-                "2001:db8:0:100::3 - resting 02:42:00:00:00:06"]
-        for what, numbers in (
-                ("web", (1, 2, 3, 4, 5, 12, 13, 14)), ("10.2.0.0/24", (1, 2, 3, 4, 5)),
-                ("10.2.0.2", (1, 3)), ("10.2.4.0/25", (6, 7)),
-                ("gateway", (10, 11)),  # the name of a pool, not the kind of an address
-                ("2001:DB8:0:0100:0::/64", (12, 13, 14)), ("2001:db8:0:100:0::2", (12, 14)),
-                ("one", (1, 3, 12, 14)), ("02:42:00:00:00:02", (1, 3, 12, 14)), ("10.2.0.3", (1, 15)),
-                ("02:42:00:00:00:06", (1, 15, 12, 19)),
-                ("10.2.0.9", (1, 16)), ("10.2.0.0", (1, 17)), ("2001:db8:0:100::1:0", (12, 18))):
-            with self.subTest(what):
-                self.assertEqual(list(map(str.split, self.status(what).splitlines())),
-                                 [rows[number].split() for number in (0, *numbers)])
-        unknown = " is not an address, subnet, network or container of a pool that is held here"
-        for what in ("10.77.0.1", "10.2.0.0/16"):
-            self.assertEqual(self.run_gipam("status", what), (1, "", f"gipam: {what!r}{unknown}\n"))
-        hung = os.path.join(self.directory, "hung.sock")
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(hung)
-            listener.listen()
-            self.patch(gipam, NAMES_TIMEOUT_S=0.01)
-            self.assert_fails(self.run_gipam("status", "web", DOCKER_HOST="unix://" + hung), 1, (
-                f"gipam: 'web'{unknown}, and Docker's names are not known: "
-                f"Docker does not answer on {hung}: timed out; .*"))
-
-    def test_address_is_free_only_if_it_is_in_no_range_of_its_subnet(self) -> None:
-        self.make_ranges()
-        for address, ranges in (("10.50.0.1", ["low"]), ("10.50.0.9", ["low", "high"])):
-            shown = self.status_json(address)["pools"]
-            self.assertEqual([pool["network"] for pool in shown], ranges)
-
-    def test_where_an_owner_rested_is_not_shown_once_another_has_it(self) -> None:
-        self.docker.make_network("tiny", "10.60.0.0/30")
-        self.docker.start("one", "tiny")
-        mac = self.docker.endpoint("one", "tiny")["MacAddress"]
-        self.docker.stop("one")
-        self.assertEqual(self.status(mac).split()[-2:], ["resting", mac])
-        self.docker.start("two", "tiny")  # in the only address
-        self.assertEqual(self.run_gipam("status", mac).status, 1)
-
-    def test_what_another_host_has_is_said(self) -> None:
-        """Of a subnet, and of an address in one that several share."""
-        status = {"host": "web-1", "claims": [
-            {"subnet": "10.2.8.0/24", "address": "", "hosts": ["web-2"]},
-            {"subnet": "10.50.0.0/24", "address": "10.50.0.9", "hosts": ["web-3"]}], "pools": [
-                {"subnet": "10.50.0.0/24", "remembered": {}, "addresses": []}]}
-        for what, said in (("10.2.8.7", "; 10.2.8.0/24 is claimed by web-2"), ("web", "..."),
-                           ("10.2.8.0/24", "; 10.2.8.0/24 is claimed by web-2"), ("10.2.9.7", "")):
-            with self.assertRaisesRegex(gipam.InvalidRequest, f"is held here{re.escape(said)}$"):
-                gipam.search_pools(status, what, "...")
-        for what, kind, name in (("10.50.0.9", "claimed", "web-3"), ("10.50.0.8", "free", "")):
-            lease = gipam.search_pools(status, what, "")[0]["addresses"][0]
-            self.assertEqual((lease["kind"], lease["name"]), (kind, name))
-
-    def test_without_docker_names_are_what_gipam_knows(self) -> None:
-        self.docker.make_network("web", options={"gipam.name": "my net, größer"})
-        self.docker.start("one", "web")
-        self.docker.version = 29  # which sends the name of the container
-        self.docker.start("two", "web")
-        for host in ("unix:///nothing", "tcp://192.0.2.1:1"):
-            self.assertRegex(self.status("--leases", DOCKER_HOST=host), (
-                r"\n10.2.0.0/24 .*  my net, größer\n.*\n  10.2.0.2 .* 02:42:00:00:00:02\n"
-                "  10.2.0.3 .* two\n"))
-
-    def test_bar_and_map_of_a_base(self) -> None:
-        """Large numbers are powers of two; a row begins with the first address of its blocks.
-
-        In the map of a large base a sign stands for a group of blocks. Counted, in JSON too, is
-        each block that networks, exclusions or routes touch, once.
-        """
-        route = "10.2.9.7/32 2001:db8:0:7::1/128"
-        for text, length, held, excluded, routes, bar, labels, drawing in (
-                ("10.0.0.0/8", 30, "10.0.0.0/14 10.4.0.0/14 10.8.0.0/24 10.255.255.0/24 "
-                 "fd00::/8 192.168.0.0/16", "10.2.9.0/28", route, "[#.........]  131200 of 4194304 "
-                 "blocks of /30 held, 4063104 free; 16384 to a sign",
-                 "10.0.0.0 10.64.0.0 10.128.0.0 10.192.0.0", f"########+{246 * '.'}+"),
-                ("10.2.0.0/25", 31, "10.0.0.0/7", "", "", "[##########]  64 of 64 blocks of /31 "
-                 "held, 0 free", "10.2.0.0", 64 * "#"),
-                ("10.2.0.0/16", 24, "10.2.0.0/26 10.2.0.64/26 10.2.1.0/26 10.2.2.0/25 "
-                 "10.2.2.128/25", "10.2.9.0/28", route, "[#.........]  3 of 256 blocks of /24 "
-                 "held, 252 free", "10.2.0.0 10.2.64.0 10.2.128.0 10.2.192.0",
-                 f"++#......x{246 * '.'}"),
-                ("2001:db8::/56", 64, "", "", route, "[..........]  0 of 256 blocks of /64 held, "
-                 "255 free", "2001:db8:: 2001:db8:0:40:: 2001:db8:0:80:: 2001:db8:0:c0::",
-                 f".......~{248 * '.'}"),
-                ("fd00::/60", 124, "", "", "", "[..........]  0 of 2^64 blocks of /124 held, 2^64 "
-                 "free; 2^56 to a sign", "fd00:: fd00:0:0:4:: fd00:0:0:8:: fd00:0:0:c::", 256 * "."),
-                *(("10.2.0.0/20", 24, "", "10.2.1.0/24 10.2.8.0/22", routes, "[..........]  0 of 16 "
-                   f"blocks of /24 held, {free} free", "10.2.0.0", drawing)
-                  for routes, free, drawing in (
-                      ("10.2.3.0/25 10.2.3.128/26", 10, ".x.~....xxxx...."),
-                      ("10.2.0.0/22 10.2.2.0/24", 8, "~x~~....xxxx...."),
-                      ("10.2.3.1/32 10.2.4.0/23", 8, ".x.~~~..xxxx...."),
-                      ("10.2.1.0/24 10.2.9.0/30", 11, ".x......xxxx....")))):
-            client = Alone(make_state(text, v4ab=length, v6ab=length, excluded=excluded))
-            for subnet in held.split():
-                client.request_pool(subnet)
-            client.routes = prefixes(routes)
-            base, = client.state()["bases"]
-            first, *rows = gipam.render_base(base, [], held.split(), 110)
-            with self.subTest(text, routes=routes):
-                self.assertEqual(first, f"{text}  {bar}")
-                self.assertEqual([row.split()[0] for row in rows], labels.split())
-                self.assertEqual("".join(row.split()[1] for row in rows), drawing)
-
-    def test_a_terminal_has_its_width_and_its_colour_if_wanted(self) -> None:
-        self.fill()
-        coloured = self.status(out=Terminal(), COLUMNS="80")
-        self.assertIn("\033[", coloured)
-        for text in (re.sub("\033\\[[0-9]*m", "", coloured),
-                     self.status(out=Terminal(), NO_COLOR="1", COLUMNS="80")):
-            self.assertEqual(text, self.TEXT)
-        self.docker.make_network("b" * 200)  # is cut
-        for columns, how in ((80, {}), *((columns, {"out": Terminal(), "NO_COLOR": "1",
-                                                    "COLUMNS": str(columns)})
-                                         for columns in (40, 60, 132))):
-            text = self.status("--leases", **how)
-            self.assertEqual(max(map(len, text.splitlines())), columns)
-            numbers = {*re.findall(" ([0-9]+)(?=[ …\n])", text)}
-            self.assertLessEqual(numbers, {*self.status("--leases").split()})  # none is cut
-
-    def test_summary_is_last_where_a_terminal_would_not_show_it(self) -> None:
-        self.fill()
-        lines = self.TEXT.splitlines()
-        for height, first in ((len(lines) + 1, 0), (len(lines), 5)):
-            text = self.status(out=Terminal(), NO_COLOR="1", COLUMNS="80", LINES=str(height))
-            self.assertEqual(text.splitlines(), [*lines[first:], *lines[:first]])
-
-    def test_reader_that_has_seen_enough_or_has_no_room(self) -> None:
-        """gipam.py status | head, and > /dev/full"""
-        class Closed(io.StringIO):
-            code = errno.EPIPE
-
-            def write(self, text: str) -> int:
-                raise OSError(self.code, os.strerror(self.code))
-
-        with mock.patch.object(os, "dup2"):  # of the real standard output
-            self.assertEqual(self.run_gipam("status", out=Closed()).err, "")
-        Closed.code = errno.ENOSPC
-        self.assertEqual(self.run_gipam("status", out=Closed()).err, "gipam: No space left on device\n")
-        daemon = Daemon(self, command=("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, GIPAM)).start()
-        assert daemon.process
-        fds = f"/proc/{daemon.process.pid}/fd/"
-        self.assertEqual([os.readlink(f"{fds}{fd}") for fd in range(3)], [os.devnull] * 3)  # and no file of its own
-        self.assertEqual(daemon.stop(), 0)
-
-    def test_json(self) -> None:
-        """The documented interface: these keys stay; README names them and no other."""
-        self.fill()
-        self.assertNotIn("addresses", self.status_json()["pools"][0])
-        status = self.status_json("--leases")
-        base, (pool, *_, ranged, _) = status["bases"][1], status["pools"]
-        lease = pool["addresses"][1]
-        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
-            rows = re.findall(r"^\| (all|a base|a pool|a lease) \| (.*) \|$", readme.read(), re.M)
-        named = {what: set(re.findall("`([a-z_]+)`", re.sub(r"\([^)]*\)", "", text)))
-                 for what, text in rows}
-        self.assertEqual(named, {"all": set(status), "a base": set(base), "a pool": set(pool),
-                                 "a lease": set(lease)})
-        self.assertEqual([status[key] for key in ("version", "driver", "listening", "claims")],
-                         [gipam.__version__, "gipam", self.socket, []])
-        self.assertEqual(status["config"]["socket"],
-                         {"value": self.socket, "origin": "command line"})
-        self.assertEqual(base, {
-            "prefix": "10.2.0.0/20", "family": 4, "block_prefixlen": 24, "blocks": 16,
-            "blocks_used": 5, "blocks_excluded": 1, "excluded": ["10.2.1.0/24"],
-            "remembered": {"kept": "10.2.5.0/24"}, "routes": ["10.2.3.0/25"], "blocks_routed": 1})
-        self.assertRegex(ranged["id"], r"^10\.50\.0\.0/24,10\.50\.0\.64/26#[0-9a-f]{16}$")
-        since = {"seq": mock.ANY, "granted_s": self.NOW_S - 3 * 3600}
-        self.assertEqual(ranged, {
-            **since, "id": mock.ANY, "subnet": "10.50.0.0/24", "sub_pool": "10.50.0.64/26",
-            "name": "gateway", "network": "range", "leases": 1, "usable": 64, "is_shared": False,
-            "claimed_elsewhere": "", "remembered": {}, "addresses": [mock.ANY]})
-        self.assertEqual(lease, {
-            **since, "address": "10.2.0.2", "kind": "endpoint", "mac": "02:42:00:00:00:02",
-            "name": "", "container": "one", "is_explicit": False})
-
-    def test_where_nobody_answers_each_command_says_where_it_looked(self) -> None:
-        """The lease file says nothing of what was asked since, nor does an error."""
-        for words in ("status", "config", "check", "check --fix", "check --json", "evict web2",
-                      "release 10.2.0.0/24 --yes --force"):
-            with self.subTest(words):
-                self.assertEqual(self.run_gipam(*words.split(), options=self.nowhere),
-                                 (2, "", self.absent + "\n"))
-        with mock.patch.dict(gipam.PAGES, {"/status": (
-                "application/json", mock.Mock(side_effect=gipam.FatalStoreError("cannot sync")))}):
-            self.assert_fails(self.run_gipam("check"), 2, "gipam: .+")
-        for error, why in ((PermissionError(errno.EACCES, "Permission denied"),
-                            "Permission denied; run this as root"),
-                           (socket.timeout("timed out"), "timed out; start it, or say .*"),
-                           (http.client.BadStatusLine("SSH-2.0\r\n"), "its reply is not JSON; start it, .*")):
-            with mock.patch.object(socket.socket, "connect", side_effect=error):
-                self.assert_fails(self.run_gipam("status"), 2,
-                                  f"gipam: the daemon does not answer on {self.socket}: {why}")
-
-    def test_where_an_address_is_given_last_nobody_else_is_asked(self) -> None:
-        """By a later stage than the socket and -unix: neither the default socket, nor one of the environment."""
-        self.patch(gipam, OPTIONS=[option._replace(default=self.socket) if option.name == "socket" else option
-                                   for option in gipam.OPTIONS])
-        here, there, address = {"GIPAM_SOCKET": self.socket}, {"GIPAM_ADDRESS": ":1"}, "-address=:1"
-        for options, env, is_socket in (
-                (("-unix",), {}, True), (("-unix", address), {}, True), ((address,), {}, False),
-                (("-v4ab=24",), there, False), (("-v4ab=24",), {**here, **there}, True),
-                (("-v4ab=24",), {"GIPAM_UNIX": "true", **there}, True), (("-unix",), there, True),
-                ((address,), {"GIPAM_UNIX": "true", **here, **there}, False), ((address, "-unix=false"), {}, False)):
-            with self.subTest(options, **env):
-                done = self.run_gipam("config", options=options, **env)
-                if is_socket:
-                    self.assertEqual(done.status, 0, done)
-                else:
-                    self.assert_fails(done, 2, "gipam: no gipam answers on 127.0.0.1:1: start it, or say .*")
-
-    def test_driver_and_settings_are_what_the_daemon_says(self) -> None:
-        """Whatever -socket, -address and -unix lead to it."""
-        self.docker.make_network("web")
-        self.service.daemon_info.update(driver="lan", config={
-            "v4": {"value": "10.7.0.0/16", "origin": "environment (GIPAM_V4)"},
-            "exclude": {"value": "", "origin": "default"}})
-        for options in (("-socket", self.socket), ("-unix", "-spec=/x/y.spec", "-socket", self.socket),
-                        (*self.nowhere, f"-address=127.0.0.1:{self.serve_tcp()}")):
-            with self.subTest(options):
-                done = self.run_gipam("check", "--grace=0", options=options)
-                self.assertRegex(done.out, "^leaked_pool: .*\noverlap: .*\n")
-                done = self.run_gipam("config", "-v4", "10.8.0.0/16", *options)
-                self.assertRegex(done.out, r"^v4 +10\.7\.0\.0/16 +environment \(GIPAM_V4\)\n"
-                                           r"exclude +none +default\n$")
 
 
 class FailedWriteTest(OperatedCase):
@@ -11705,71 +11359,96 @@ class ThreadTest(StoreCase):
 
 
 # === Commands =====================================================================================
-# The command line: what it does not understand, its helps, and who types nothing at all. What the
-# commands do is tested beside the sections that they show.
+#
+# What people type and read: help, status, release, and where a command looks for the daemon. The
+# commands run in this process, against a daemon that is served from it, beside a fake Docker;
+# run_gipam() returns what they printed. The comparison with Docker has its tests in Docker,
+# `evict` in Hosts.
 
 
-class CommandsTest(CommandLineCase):
-    """What is not a command or an option, and the helps."""
+class HelpTest(CommandLineCase):
+    """The command line itself: help, version, and what is wrong with it."""
 
-    def test_what_is_wrong_is_said_in_one_line_with_the_nearest_right_one(self) -> None:
-        near, see = "is not an option or command: did you mean ", "; see `gipam {}--help`"
-        for words, said in (
-                ("status -soket=x", f"'--soket' {near}--socket?"), ("--exclud", near + "--exclude?"),
-                ("check --fixx", near + "--fix?"), ("status -metric=:9091", near + "--metrics?"),
-                ("--v4a 26 config", f"'--v4a' {near}--v4ab?"), ("statsu", f"'statsu' {near}status?"),
-                ("chekc --fix", near + "check?"),
-                ("serve status", "'status' is one word too many" + see.format("")),
-                ("check fix", "'fix' is one word too many: did you mean --fix?"),
-                ("config -colour=red", see.format("config ")),
-                ("-v4", "argument --v4: expected one argument" + see.format("")),
-                ("release", "the following arguments are required: POOL" + see.format("release ")),
-                ("config -v4", ""), *((line, "") for wrong in (
-                    "-c", "-v", "-u", "-f x", "status2", "config more",
-                    # no abbreviations, joined or not
-                    "-v4a 26", "-v4a=26", "--v4a=26", "-v4ab26", "-v4a26", "-uni", "--uni",
-                    "-un=true", "-u=true", "-soc /x", "--sock=/x", "-exc 10.2.0.0/24", "--fil x",
-                    "--vers", "--hel", "-UNIX", "--V4=10.2.0.0/16",
-                    # no value where one is due, or none that could be one
-                    "-v4 -unix", "-file -v4ab=24", "-unix no", "--unix no")
-                    for line in (f"config {wrong}", f"{wrong} config"))):
-            with self.subTest(words):
-                self.assert_fails(self.run_main(*words.split(), GIPAM_FILE=self.file), 2,
-                                  f"gipam: .*{re.escape(said)}")
+    def test_version(self) -> None:
+        for words in (["--version"], ["-version"], ["-v"], ["version"]):
+            self.assertEqual(self.run_main(*words), (0, gipam.__version__ + "\n", ""))
 
-    def test_version_and_help(self) -> None:
+    def test_help_names_every_setting_and_command(self) -> None:
         """The same on every Python, and on a terminal."""
-        for flag in ("--version", "-version"):
-            self.assertEqual(self.run_main(flag), (0, gipam.__version__ + "\n", ""))
-        for words in (["--help"], ["-h"], ["serve", "-help"]):
+        for words in (["--help"], ["-h"], ["help"], ["serve", "-help"], ["help", "serve"]):
             done = self.run_main(*words, out=Terminal(), TERM="xterm", FORCE_COLOR="1")
             self.assertEqual((done.status, done.err), (0, ""))
             self.assertTrue(done.out.startswith("usage: gipam [COMMAND] [OPTIONS]\n"), done.out)
-            said = re.sub(r"\s+", " ", done.out)
+            text = re.sub(r"\s+", " ", done.out)
             for option in gipam.OPTIONS:
-                self.assertIn(f"--{option.name} {option.kind} ", said)
-                self.assertIn(f"({option.variable}; default: {option.default or 'none'})", said)
-            for name, (function, _) in gipam.COMMANDS.items():
-                self.assertRegex(done.out, f"\n  {name} +{(function.__doc__ or '')[:20]}")
-        for name, (_, flags) in gipam.COMMANDS.items():
-            said, _, examples = self.run_main(name, "--help").out.partition("\nexamples:\n")
-            for flag in flags:
-                self.assertIn(f"\n  {flag}", said)
-            self.assertEqual("--v4ab" in said, name == "serve")  # another shows its own options
-            self.assertIn(examples.count("\n"), (2, 3), name)
-            for example in examples.splitlines():
-                words = gipam.normalise_arguments(example.partition("   ")[0].split()[1:])
-                self.assertEqual(gipam.parse_arguments(words).func.__name__, f"cmd_{name}")
+                self.assertIn(f" -{option.name} {option.kind} ", text)
+                self.assertIn(f"({option.variable}; default: {option.default or 'none'})", text)
+            for name in (*gipam.COMMANDS, *gipam.META_COMMANDS):
+                self.assertRegex(done.out, f"\n  {name} +[A-Z]")
 
-    def test_who_types_nothing_but_the_name_at_a_terminal_gets_help(self) -> None:
-        serve = mock.Mock(return_value=0)
-        self.patch(gipam, COMMANDS={**gipam.COMMANDS, "serve": (serve, {})})
-        here = os.getcwd()
-        self.addCleanup(os.chdir, here)
+    def test_help_of_a_command_has_its_own_arguments_and_examples(self) -> None:
+        for name, command in gipam.COMMANDS.items():
+            with self.subTest(name):
+                done = self.run_main(name, "--help")
+                self.assertEqual(self.run_main("help", name), done)
+                text, _, examples = done.out.partition("\nexamples:\n")
+                for argument in command.arguments:
+                    self.assertIn(f"\n  {argument}", text)
+                self.assertEqual("-v4ab" in text, name == "serve")
+                self.assertIn(examples.count("\n"), (2, 3))
+                for example in examples.splitlines():
+                    _, *words = example.partition("   ")[0].split()
+                    parsed = gipam.parse_arguments(words)
+                    self.assertEqual(parsed.func, command.function)
+
+    NEAR = "is not an option or command: did you mean "
+    WRONG = (  # command line, end of the error
+        ("status -soket=x", f"'-soket' {NEAR}-socket?"),
+        ("--exclud", f"'--exclud' {NEAR}-exclude?"),
+        ("check --fixx", f"'--fixx' {NEAR}--fix?"),
+        ("status -metric=:9091", f"'-metric' {NEAR}-metrics?"),
+        ("--v4a 26 config", f"'--v4a' {NEAR}-v4ab?"),
+        ("statsu", f"'statsu' {NEAR}status?"),
+        ("chekc --fix", f"'chekc' {NEAR}check?"),
+        ("help chekc", f"'chekc' {NEAR}check?"),
+        ("serve status", "unexpected argument 'status'; see `gipam --help`"),
+        ("check fix", "unexpected argument 'fix': did you mean --fix?"),
+        ("config -colour=red", "see `gipam config --help`"),
+        ("-v4", "argument -v4: expected one argument; see `gipam --help`"),
+        ("release", "the following arguments are required: POOL; see `gipam release --help`"),
+        ("-unix yes", "-unix takes true or false (or 1, 0, t, f), or no value: not 'yes'"),
+        ("config --unix no", "-unix takes true or false (or 1, 0, t, f), or no value: not 'no'"),
+        ("check --grace -5", "argument --grace: '-5' is not a number of seconds, 0 or more; see "
+                             "`gipam check --help`"),
+        ("check --grace=1.5", "argument --grace: '1.5' is not a number of seconds, 0 or more; see "
+                              "`gipam check --help`"))
+
+    def test_error_names_the_argument_and_the_nearest_that_is_known(self) -> None:
+        for words, text in self.WRONG:
+            with self.subTest(words):
+                done = self.run_main(*words.split(), GIPAM_FILE=self.file)
+                self.assert_fails(done, 2, f"gipam: .*{re.escape(text)}")
+
+    def test_abbreviations_and_options_without_a_value_are_errors(self) -> None:
+        abbreviations = (
+            "-c", "-u", "-f x", "-v4a 26", "-v4a=26", "--v4a=26", "-v4ab26", "-v4a26", "-uni",
+            "--uni", "-un=true", "-u=true", "-soc /x", "--sock=/x", "-exc 10.2.0.0/24", "--fil x",
+            "--vers", "--hel", "-UNIX", "--V4=10.2.0.0/16")
+        for words in (*abbreviations, "-v4 -unix", "-file -v4ab=24", "status2", "config more"):
+            for line in (f"config {words}", f"{words} config"):
+                with self.subTest(line):
+                    done = self.run_main(*line.split(), GIPAM_FILE=self.file)
+                    self.assert_fails(done, 2, "gipam: .*")
+
+    def test_name_alone_at_a_terminal_prints_the_help(self) -> None:
+        serve = mock.Mock(return_value=0, __doc__="Serve.")
+        self.patch(gipam, COMMANDS={**gipam.COMMANDS, "serve": gipam.Command(serve, {})})
+        self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.directory)
         done = self.run_main(stdin=Terminal())
         self.assertEqual((done.status, done.err, serve.call_count), (2, "", 0))
         self.assertIn("\n  status   ", done.out)
+
         self.run_main()
         self.run_main("-unix", stdin=Terminal())
         self.run_main("serve", stdin=Terminal())
@@ -11777,6 +11456,528 @@ class CommandsTest(CommandLineCase):
         self.keep({})
         self.run_main(stdin=Terminal())
         self.assertEqual(serve.call_count, 5)
+
+
+class DaemonAddressTest(OperatedCase):
+    """Where a command looks for the daemon, and what it says if none answers."""
+
+    def test_each_command_says_where_it_looked(self) -> None:
+        """The lease file says nothing of what was asked since, nor does an error."""
+        for words in ("status", "config", "check", "check --fix", "check --json", "evict web2",
+                      "release 10.2.0.0/24 --yes --force"):
+            with self.subTest(words):
+                self.assertEqual(self.run_gipam(*words.split(), options=self.nowhere),
+                                 (2, "", self.absent + "\n"))
+
+    def test_error_of_the_daemon_is_shown(self) -> None:
+        page = mock.Mock(side_effect=gipam.FatalStoreError("cannot sync"))
+        with mock.patch.dict(gipam.PAGES, {"/status": ("application/json", page)}):
+            self.assert_fails(self.run_gipam("check"), 2, "gipam: .+")
+
+    def test_failed_connection_says_what_to_do(self) -> None:
+        for error, text in (
+                (PermissionError(errno.EACCES, "Permission denied"),
+                 "Permission denied; run this as root"),
+                (socket.timeout("timed out"), "timed out; start it, or say .*"),
+                (http.client.BadStatusLine("SSH-2.0\r\n"), "its reply is not JSON; start it, .*")):
+            with mock.patch.object(socket.socket, "connect", side_effect=error):
+                self.assert_fails(self.run_gipam("status"), 2, (
+                    f"gipam: the daemon does not answer on {self.socket}: {text}"))
+
+    ROWS: tuple[tuple[str, dict[str, str], bool], ...] = (  # options, environment, socket is asked
+        ("-unix", {}, True),
+        ("-unix -address=:1", {}, True),
+        ("-address=:1", {}, False),
+        ("-v4ab=24", {"GIPAM_ADDRESS": ":1"}, False),
+        ("-v4ab=24", {"GIPAM_SOCKET": "here", "GIPAM_ADDRESS": ":1"}, True),
+        ("-v4ab=24", {"GIPAM_UNIX": "true", "GIPAM_ADDRESS": ":1"}, True),
+        ("-unix", {"GIPAM_ADDRESS": ":1"}, True),
+        ("-address=:1", {"GIPAM_UNIX": "true", "GIPAM_SOCKET": "here", "GIPAM_ADDRESS": ":1"}, False),
+        ("-address=:1 -unix=false", {}, False))
+
+    def test_socket_is_skipped_if_the_address_was_set_at_a_later_stage(self) -> None:
+        options = []
+        for option in gipam.OPTIONS:
+            is_socket = option.name == "socket"
+            options.append(option._replace(default=self.socket) if is_socket else option)
+        self.patch(gipam, OPTIONS=options)
+        for words, environment, is_asked in self.ROWS:
+            variables = {**environment}
+            if "GIPAM_SOCKET" in variables:
+                variables["GIPAM_SOCKET"] = self.socket
+            with self.subTest(words, **environment):
+                done = self.run_gipam("config", options=tuple(words.split()), **variables)
+                if is_asked:
+                    self.assertEqual(done.status, 0, done)
+                else:
+                    self.assert_fails(done, 2, "gipam: no gipam answers on 127.0.0.1:1: .*")
+
+    def test_driver_and_settings_are_those_of_the_daemon(self) -> None:
+        self.docker.make_network("web")
+        self.service.daemon_info.update(driver="lan", config={
+            "v4": {"value": "10.7.0.0/16", "origin": "environment (GIPAM_V4)"},
+            "exclude": {"value": "", "origin": "default"}})
+        for options in (("-socket", self.socket),
+                        ("-unix", "-spec=/x/y.spec", "-socket", self.socket),
+                        (*self.nowhere, f"-address=127.0.0.1:{self.serve_tcp()}")):
+            with self.subTest(options):
+                done = self.run_gipam("check", "--grace=0", options=options)
+                self.assertRegex(done.out, "^leaked_pool: .*\noverlap: .*\n")
+                done = self.run_gipam("config", "-v4", "10.8.0.0/16", *options)
+                self.assertRegex(done.out, r"^v4 +10\.7\.0\.0/16 +environment \(GIPAM_V4\)\n"
+                                           r"exclude +none +default\n$")
+
+    def test_reader_that_closes_its_end_or_has_no_room(self) -> None:
+        """`gipam status | head`, and `> /dev/full`."""
+        class Closed(io.StringIO):
+            code = errno.EPIPE
+
+            def write(self, text: str) -> int:
+                raise OSError(self.code, os.strerror(self.code))
+
+        with mock.patch.object(os, "dup2"):  # of the real standard output
+            self.assertEqual(self.run_gipam("status", out=Closed()).err, "")
+        Closed.code = errno.ENOSPC
+        done = self.run_gipam("status", out=Closed())
+        self.assertEqual(done.err, "gipam: No space left on device\n")
+
+    def test_closed_standard_streams_are_replaced(self) -> None:
+        without_streams = 'exec "$@" <&- >&- 2>&-'
+        daemon = Daemon(self, command=("sh", "-c", without_streams, "sh", sys.executable, GIPAM))
+        daemon.start()
+        assert daemon.process
+        fds = f"/proc/{daemon.process.pid}/fd/"
+        self.assertEqual([os.readlink(f"{fds}{fd}") for fd in range(3)], [os.devnull] * 3)
+        self.assertEqual(daemon.stop(), 0)
+
+
+class MapCase(NamedTuple):
+    """A base, and its bar and map in 110 columns."""
+
+    base: str
+    block_prefixlen: int
+    numbers: str
+    labels: str
+    drawing: str
+    unit: str = ""
+    held: str = ""
+    excluded: str = ""
+    routes: str = ""
+
+
+FAR_ROUTES = "10.2.9.7/32 2001:db8:0:7::1/128"
+MAP_CASES = [
+    MapCase("10.0.0.0/8", 30,
+            "[#.........]  131200 of 4194304 blocks of /30 held, 4063104 free",
+            "10.0.0.0 10.64.0.0 10.128.0.0 10.192.0.0", f"########+{246 * '.'}+",
+            unit="16384 blocks per character",
+            held="10.0.0.0/14 10.4.0.0/14 10.8.0.0/24 10.255.255.0/24 fd00::/8 192.168.0.0/16",
+            excluded="10.2.9.0/28", routes=FAR_ROUTES),
+    MapCase("10.2.0.0/25", 31, "[##########]  64 of 64 blocks of /31 held, 0 free", "10.2.0.0",
+            64 * "#", held="10.0.0.0/7"),
+    MapCase("10.2.0.0/16", 24, "[#.........]  3 of 256 blocks of /24 held, 252 free",
+            "10.2.0.0 10.2.64.0 10.2.128.0 10.2.192.0", f"++#......x{246 * '.'}",
+            held="10.2.0.0/26 10.2.0.64/26 10.2.1.0/26 10.2.2.0/25 10.2.2.128/25",
+            excluded="10.2.9.0/28", routes=FAR_ROUTES),
+    MapCase("2001:db8::/56", 64, "[..........]  0 of 256 blocks of /64 held, 255 free",
+            "2001:db8:: 2001:db8:0:40:: 2001:db8:0:80:: 2001:db8:0:c0::", f".......~{248 * '.'}",
+            routes=FAR_ROUTES),
+    MapCase("fd00::/60", 124, "[..........]  0 of 2^64 blocks of /124 held, 2^64 free",
+            "fd00:: fd00:0:0:4:: fd00:0:0:8:: fd00:0:0:c::", 256 * ".",
+            unit="2^56 blocks per character"),
+]
+ROUTE_CASES = (  # routes beside excluded blocks, free blocks, map
+    ("10.2.3.0/25 10.2.3.128/26", 10, ".x.~....xxxx...."),
+    ("10.2.0.0/22 10.2.2.0/24", 8, "~x~~....xxxx...."),
+    ("10.2.3.1/32 10.2.4.0/23", 8, ".x.~~~..xxxx...."),
+    ("10.2.1.0/24 10.2.9.0/30", 11, ".x......xxxx...."))
+for routes, free, drawing in ROUTE_CASES:
+    MAP_CASES.append(MapCase(
+        "10.2.0.0/20", 24, f"[..........]  0 of 16 blocks of /24 held, {free} free", "10.2.0.0",
+        drawing, excluded="10.2.1.0/24 10.2.8.0/22", routes=routes))
+
+
+class BaseMapTest(unittest.TestCase):
+    """The bar and the map of a base. Each block that anything touches is counted once."""
+
+    def test_bar_and_map_of_a_base(self) -> None:
+        for case in MAP_CASES:
+            client = Alone(make_state(case.base, v4ab=case.block_prefixlen,
+                                      v6ab=case.block_prefixlen, excluded=case.excluded))
+            for subnet in case.held.split():
+                client.request_pool(subnet)
+            client.routes = prefixes(case.routes)
+            (base,) = client.state()["bases"]
+            marks = {"o": [], "+": prefixes(case.held)}
+            numbers, *lines = gipam.render_base(base, marks, 110)
+            if case.unit:
+                self.assertEqual(lines.pop(), f"  {case.unit}")
+            rows = [line.split() for line in lines]
+            with self.subTest(case.base, routes=case.routes):
+                self.assertEqual(numbers, f"{case.base}  {case.numbers}")
+                self.assertEqual(" ".join(label for label, _ in rows), case.labels)
+                self.assertEqual("".join(signs for _, signs in rows), case.drawing)
+
+    def test_blocks_of_other_hosts_are_shown_beside_ours(self) -> None:
+        client = Alone(make_state("10.2.0.0/24", v4ab=28))
+        client.request_pool("10.2.0.0/28")
+        status = {**client.state(), "host": "web-1", "claims": [
+            {"subnet": "10.2.0.32/28", "address": "", "hosts": ["web-2"]},
+            {"subnet": "10.2.0.0/28", "address": "", "hosts": ["web-1"]}]}
+        _, row, legend, others = gipam.render_bases(status, 80)
+        self.assertEqual(row, "  10.2.0.0    #.o.............")
+        self.assertEqual((legend, others), (gipam.LEGEND, "  o held by another host"))
+
+
+class TextTest(unittest.TestCase):
+    """Tables, and lines on a terminal."""
+
+    def test_column_without_a_value_is_left_out(self) -> None:
+        rows = [("NAME", "AGE", "RANGE", "HELD"), ("web", "", "", "7"), ("a long text", "", "", ""),
+                ("db", "3h", "", "12")]
+        self.assertEqual(gipam.format_table(rows), [
+            "NAME  AGE  HELD", "web   -    7", "a long text", "db    3h   12"])
+        self.assertEqual(gipam.format_table(rows[:1]), [])
+
+    def test_line_is_not_cut_within_a_number(self) -> None:
+        for width, expected in ((20, "10.2.0.0/24  254  2d"), (17, "10.2.0.0/24  …"),
+                                (18, "10.2.0.0/24  254 …")):
+            self.assertEqual(gipam.fit_line("10.2.0.0/24  254  2d", width), expected)
+
+    def test_only_maps_are_in_colour(self) -> None:
+        for line in (f"  10.2.0.0  ++#.{60 * '.'}", gipam.LEGEND):
+            self.assertIn("\033[33m", gipam.colour_map(line))
+        for line in ("10.2.0.0/20  [###.......]", "  10.2.0.7  3h  endpoint  c++builder"):
+            self.assertEqual(gipam.colour_map(line), line)
+
+    def test_hosts_are_up_down_or_unknown_as_of_a_while_ago(self) -> None:
+        hosts = []
+        for host, is_present in (("web-1", True), ("web-2", False), ("web-3", None)):
+            hosts.append({"host": host, "claims": 3, "is_present": is_present})
+        etcd = {"failure": "", "age_s": 7.6}
+        table = ["HOST   CLAIMS  STATE", "web-1  3       up", "web-2  3       down",
+                 "web-3  3       unknown"]
+        status = {"hosts": hosts, "etcd": etcd}
+        self.assertEqual(gipam.render_hosts(status, 80),
+                         [*table, "hosts and claims as of 7s ago"])
+        etcd.update(failure="etcd is away", age_s=None)
+        self.assertEqual(gipam.render_hosts(status, 80), [*table, "etcd is away"])
+        self.assertEqual(gipam.render_hosts({}, 80), [])
+
+    def test_status_without_pools_says_so(self) -> None:
+        self.assertEqual(gipam.render_status({"bases": [], "pools": []}, 80, 0), ["no pools yet"])
+
+
+class StatusCase(OperatedCase):
+    """A daemon that holds a bit of everything."""
+
+    NOW_S = 1_800_000_000
+    BASES_TEXT = """\
+10.2.0.0/20  [####......]  5 of 16 blocks of /24 held, 9 free
+  10.2.0.0   #x.~+r.#..##....
+2001:db8:0:100::/60  [#.........]  1 of 16 blocks of /64 held, 15 free
+  2001:db8:0:100::  #...............
+  # held  + partly  . free  x excluded  ~ route, own address  r kept for a name
+"""
+    TABLE = """\
+SUBNET               HELD  OF    AGE  RANGE          NETWORK
+10.2.0.0/24          4     254   3h   -              web
+  10.2.0.1                       3h   gateway        -
+  10.2.0.2                       3h   endpoint       one
+  10.2.0.30                      3h   auxiliary      -
+  10.2.0.200                     3h   auxiliary      -
+10.2.4.0/25          1     126   3h   -              partly
+  10.2.4.1                       3h   gateway        -
+10.2.7.0/24          0     254   2d   -              -
+10.2.10.0/23         0     510   40s  -              -
+10.50.0.0/24         1     64    3h   10.50.0.64/26  range
+  10.50.0.64                     3h   gateway        -
+2001:db8:0:100::/64  2     2^64  3h   -              web
+  2001:db8:0:100::1              3h   gateway        -
+  2001:db8:0:100::2              3h   endpoint       one
+"""
+    POOLS_TEXT = re.sub("(?m)^  .*\n", "", TABLE)
+    TEXT = f"{BASES_TEXT}\n{POOLS_TEXT}"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.kernel.routes = "10.2.3.0/25"
+        self.exclude("10.2.1.0/24")
+        with self.at(-3 * 3600):
+            self.docker.make_network("web", "4", "6")
+            self.docker.start("one", "web")
+            self.request("10.2.0.200")
+            self.request("10.2.0.30")
+            self.docker.make_network("partly", "10.2.4.0/25")
+            self.docker.make_network("kept", "10.2.5.0/24", options={"gipam.name": "kept"})
+            self.docker.remove_network("kept")
+            self.docker.make_network("range", "10.50.0.0/24", sub_pool="10.50.0.64/26",
+                                     options={"gipam.name": "gateway"})
+        with self.at(-40):
+            self.request_pool("10.2.10.0/23")
+        with self.at(-2 * 86400):
+            self.request_pool("10.2.7.0/24")
+
+    def at(self, offset_s: int) -> Any:
+        return mock.patch.object(time, "time", return_value=self.NOW_S + offset_s)
+
+    def status(self, *arguments: str, **how: Any) -> str:
+        with self.at(0):
+            done = self.run_gipam("status", *arguments, **how)
+        self.assertEqual((done.status, done.err), (0, ""))
+        return done.out
+
+    def status_json(self, *arguments: str, **how: Any) -> Any:
+        return json.loads(self.status("--json", *arguments, **how))
+
+
+class StatusTest(StatusCase):
+    """`gipam status`, for people and for programs."""
+
+    def test_text(self) -> None:
+        self.assertEqual(self.status(), self.TEXT)
+        self.assertEqual(self.status("--leases"), f"{self.BASES_TEXT}\n{self.TABLE}")
+
+    def test_terminal_gets_its_width_and_colour_if_wanted(self) -> None:
+        coloured = self.status(out=Terminal(), COLUMNS="80")
+        self.assertIn("\033[", coloured)
+        for text in (re.sub("\033\\[[0-9]*m", "", coloured),
+                     self.status(out=Terminal(), NO_COLOR="1", COLUMNS="80")):
+            self.assertEqual(text, self.TEXT)
+
+    def test_lines_are_as_wide_as_the_terminal_at_most(self) -> None:
+        self.docker.make_network("b" * 200)
+        words = set(self.status("--leases", out=Terminal(), COLUMNS="300").split())
+        for columns in (40, 60, 80, 132):
+            text = self.status("--leases", out=Terminal(), NO_COLOR="1", COLUMNS=str(columns))
+            self.assertEqual(max(map(len, text.splitlines())), columns)
+            numbers = set(re.findall(" ([0-9]+)(?=[ …\n])", text))
+            self.assertLessEqual(numbers, words)
+        text = self.status("--leases")
+        self.assertEqual(max(map(len, text.splitlines())), 80)
+
+    def test_summary_is_last_on_a_terminal_that_is_too_small(self) -> None:
+        height = len(self.TEXT.splitlines()) + 1
+        for lines, expected in ((height, self.TEXT),
+                                (height - 1, f"{self.POOLS_TEXT}\n{self.BASES_TEXT}")):
+            text = self.status(out=Terminal(), NO_COLOR="1", COLUMNS="80", LINES=str(lines))
+            self.assertEqual(text, expected)
+
+    def test_without_docker_names_are_what_gipam_knows(self) -> None:
+        self.docker.make_network("named", options={"gipam.name": "my net, größer"})
+        self.docker.version = 29  # which sends the name of the container
+        self.docker.start("two", "web")
+        for host in ("unix:///nothing", "tcp://192.0.2.1:1"):
+            text = self.status("--leases", DOCKER_HOST=host)
+            self.assertRegex(text, r"\n10\.2\.\S+ .*  my net, größer\n")
+            self.assertRegex(text, r"\n  10\.2\.0\.2 .* 02:42:00:00:00:02\n")
+            self.assertRegex(text, r"\n  10\.2\.0\.3 .* two\n")
+
+    def test_json_has_the_keys_of_readme_and_no_other(self) -> None:
+        self.assertNotIn("addresses", self.status_json()["pools"][0])
+        status = self.status_json("--leases")
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
+            rows = re.findall(r"^\| (all|a base|a pool|a lease) \| (.*) \|$", readme.read(), re.M)
+        named = {}
+        for label, text in rows:
+            without_asides = re.sub(r"\([^)]*\)", "", text)
+            named[label] = set(re.findall("`([a-z_]+)`", without_asides))
+        pool = status["pools"][0]
+        self.assertEqual(named, {"all": set(status), "a base": set(status["bases"][0]),
+                                 "a pool": set(pool), "a lease": set(pool["addresses"][0])})
+
+    def test_json(self) -> None:
+        """The documented interface: these keys stay."""
+        status = self.status_json("--leases")
+        self.assertEqual([status[key] for key in ("version", "driver", "listening", "claims")],
+                         [gipam.__version__, "gipam", self.socket, []])
+        self.assertEqual(status["config"]["socket"],
+                         {"value": self.socket, "origin": "command line"})
+        self.assertEqual(status["bases"][1], {
+            "prefix": "10.2.0.0/20", "family": 4, "block_prefixlen": 24, "blocks": 16,
+            "blocks_used": 5, "blocks_excluded": 1, "excluded": ["10.2.1.0/24"],
+            "remembered": {"kept": "10.2.5.0/24"}, "routes": ["10.2.3.0/25"], "blocks_routed": 1})
+
+        pool, *_, ranged, _ = status["pools"]
+        since = {"seq": mock.ANY, "granted_s": self.NOW_S - 3 * 3600}
+        self.assertRegex(ranged["id"], r"^10\.50\.0\.0/24,10\.50\.0\.64/26#[0-9a-f]{16}$")
+        self.assertEqual(ranged, {
+            **since, "id": mock.ANY, "subnet": "10.50.0.0/24", "sub_pool": "10.50.0.64/26",
+            "name": "gateway", "network": "range", "leases": 1, "usable": 64, "is_shared": False,
+            "claimed_elsewhere": "", "remembered": {}, "addresses": [mock.ANY]})
+        self.assertEqual(pool["addresses"][1], {
+            **since, "address": "10.2.0.2", "kind": "endpoint", "mac": "02:42:00:00:00:02",
+            "name": "", "container": "one", "is_explicit": False})
+
+
+class SearchTest(StatusCase):
+    """`gipam status WHAT`: only the item named."""
+
+    UNKNOWN = " is not an address, subnet, network or container that is held here"
+    WEB = "10.2.0.0/24 10.2.0.1 10.2.0.2 10.2.0.30 10.2.0.200"
+    WEB6 = "2001:db8:0:100::/64 2001:db8:0:100::1 2001:db8:0:100::2"
+    ONE = "10.2.0.0/24 10.2.0.2 2001:db8:0:100::/64 2001:db8:0:100::2"
+    HELD_ROWS = (  # what is named, first words of the rows that are shown
+        ("web", f"{WEB} {WEB6}"), ("10.2.0.0/24", WEB), ("2001:DB8:0:0100:0::/64", WEB6),
+        ("10.2.0.2", "10.2.0.0/24 10.2.0.2"), ("10.2.4.0/25", "10.2.4.0/25 10.2.4.1"),
+        ("2001:db8:0:100:0::2", "2001:db8:0:100::/64 2001:db8:0:100::2"),
+        ("one", ONE), ("02:42:00:00:00:02", ONE),
+        ("gateway", "10.50.0.0/24 10.50.0.64"))  # a gipam.name; no kind of address
+    FREE_ROWS = (  # what is named, rows of addresses that nobody has
+        ("10.2.0.3", ["10.2.0.3 - resting 02:42:00:00:00:06"]),
+        ("02:42:00:00:00:06", ["10.2.0.3 - resting 02:42:00:00:00:06",
+                               "2001:db8:0:100::3 - resting 02:42:00:00:00:06"]),
+        ("10.2.0.9", ["10.2.0.9 - free -"]), ("10.2.0.0", ["10.2.0.0 - reserved -"]),
+        ("2001:db8:0:100::1:0", ["2001:db8:0:100::1:0 - free -"]))
+
+    def test_pool_address_or_owner(self) -> None:
+        for text, expected in self.HELD_ROWS:
+            with self.subTest(text):
+                _, *rows = self.status(text).splitlines()
+                self.assertEqual(" ".join(row.split()[0] for row in rows), expected)
+
+    def test_address_that_nobody_has(self) -> None:
+        self.docker.start("two", "web")
+        self.docker.stop("two")
+        for text, expected in self.FREE_ROWS:
+            with self.subTest(text):
+                rows = [row for row in self.status(text).splitlines() if row.startswith("  ")]
+                self.assertEqual([" ".join(row.split()) for row in rows], expected)
+
+    def test_unknown_item(self) -> None:
+        for text in ("10.77.0.1", "10.2.0.0/16"):
+            self.assertEqual(self.run_gipam("status", text),
+                             (1, "", f"gipam: {text!r}{self.UNKNOWN}\n"))
+
+    def test_unknown_item_may_be_a_name_that_docker_did_not_tell(self) -> None:
+        hung = os.path.join(self.directory, "hung.sock")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(hung)
+            listener.listen()
+            self.patch(gipam, NAMES_TIMEOUT_S=0.01)
+            done = self.run_gipam("status", "web", DOCKER_HOST="unix://" + hung)
+            self.assert_fails(done, 1, f"gipam: 'web'{self.UNKNOWN}, and Docker's names are not "
+                                       f"known: Docker does not answer on {hung}: timed out; .*")
+
+    def test_address_is_free_only_if_it_is_in_no_range_of_its_subnet(self) -> None:
+        """It is shown in each range of the subnet, which range has two of."""
+        self.docker.remove_network("range")
+        self.make_ranges()
+        for address, ranges in (("10.50.0.1", ["low"]), ("10.50.0.9", ["low", "high"])):
+            shown = self.status_json(address)["pools"]
+            self.assertEqual([pool["network"] for pool in shown], ranges)
+
+    def test_address_that_another_has_does_not_rest_any_more(self) -> None:
+        self.docker.make_network("tiny", "10.60.0.0/30")
+        self.docker.start("solo", "tiny")
+        mac = self.docker.endpoint("solo", "tiny")["MacAddress"]
+        self.docker.stop("solo")
+        self.assertEqual(self.status(mac).split()[-2:], ["resting", mac])
+        self.docker.start("other", "tiny")  # in the only address
+        self.assertEqual(self.run_gipam("status", mac).status, 1)
+
+    def test_claim_of_another_host_is_named(self) -> None:
+        """Of a subnet, and of an address in one that several share."""
+        status = {"host": "web-1", "claims": [
+            {"subnet": "10.2.8.0/24", "address": "", "hosts": ["web-2"]},
+            {"subnet": "10.50.0.0/24", "address": "10.50.0.9", "hosts": ["web-3"]}], "pools": [
+                {"subnet": "10.50.0.0/24", "remembered": {}, "addresses": []}]}
+        claimed = "; 10.2.8.0/24 is claimed by web-2"
+        for text, reason in (("10.2.8.7", claimed), ("10.2.8.0/24", claimed), ("10.2.9.7", ""),
+                             ("web", ", and Docker's names are not known: down")):
+            pattern = f"^{text!r}{self.UNKNOWN}{re.escape(reason)}$"
+            with self.assertRaisesRegex(gipam.InvalidRequest, pattern):
+                gipam.search_pools(status, text, "down")
+        for text, kind, name in (("10.50.0.9", "claimed", "web-3"), ("10.50.0.8", "free", "")):
+            (pool,) = gipam.search_pools(status, text, "")
+            (lease,) = pool["addresses"]
+            self.assertEqual((lease["kind"], lease["name"]), (kind, name))
+
+
+class ReleaseTest(OperatedCase):
+    """`gipam release POOL [ADDRESS]`."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.docker.make_network("web")
+        self.docker.start("one", "web")
+
+    def release_by_hand(self, words: str, **how: Any) -> Finished:
+        return self.run_gipam("release", *words.split(" "), **how)
+
+    def test_nothing_is_released_without_a_yes(self) -> None:
+        self.docker.stop("one", is_told=False)
+        question = "release address 10.2.0.2 of 10.2.0.0/24? [y/N] "
+        for answer in ("\n", "n\n", ""):
+            with self.subTest(answer=answer):
+                done = self.release_by_hand("10.2.0.0/24 10.2.0.2", stdin=Terminal(answer))
+                self.assertEqual((done.status, done.out.rstrip("\n"), done.err), (1, question, ""))
+                self.assertEqual(len(self.held()["10.2.0.0/24"]), 2)
+        with mock.patch("builtins.input", side_effect=KeyboardInterrupt):
+            done = self.release_by_hand("10.2.0.0/24 10.2.0.2", stdin=Terminal())
+            self.assertEqual(done, (130, "", "\n"))
+        done = self.release_by_hand("10.2.0.0/24 10.2.0.2", stdin=Terminal("yes\n"))
+        self.assertEqual(done, (0, question + "released address 10.2.0.2 of 10.2.0.0/24\n", ""))
+
+    def test_confirmation_needs_a_terminal_or_yes(self) -> None:
+        del self.docker.networks["web"]
+        self.assertEqual(
+            self.release_by_hand("10.2.0.0/24", stdin=io.StringIO("yes\n")),
+            (1, "", "gipam: not a terminal: use --yes to skip the confirmation\n"))
+        self.assertEqual(self.release_by_hand("10.2.0.0/24 --yes"),
+                         (0, "released pool 10.2.0.0/24 with 2 leases\n", ""))
+        self.assertEqual(self.held(), {})
+
+    def test_what_docker_uses_is_not_released(self) -> None:
+        self.docker.make_network("lan", "10.9.0.0/24")
+        self.docker.make_network("hint")
+        self.docker.show_hint("hint", "0.0.0.0/24")
+        before = self.status_now()
+        for words, user in (
+                ("10.2.0.0/24", "Docker network web"),
+                ("10.2.0.0/24 10.2.0.1", "Docker network web"),
+                ("10.2.0.0/24 10.2.0.2", "Docker container one"),
+                ("10.9.0.0/24 10.9.0.1", "a Docker network"),  # though it does not show it
+                ("10.2.1.0/24", "a Docker network")):
+            with self.subTest(words):
+                text = f"gipam: {user} is using it: remove it first, or use --force\n"
+                self.assertEqual(self.release_by_hand(words + " --yes"), (1, "", text))
+        done = self.release_by_hand("10.2.0.0/24 --yes", DOCKER_HOST="unix:///nothing")
+        self.assertEqual(done.status, 2)
+        self.assertEqual(self.status_now(), before)
+
+    def test_name_that_no_pool_or_several_have(self) -> None:
+        self.make_ranges()
+        low, high = (self.docker.pool_ids[name, 4] for name in ("low", "high"))
+        none = "no pool that is held here is called {!r}: `gipam status` shows them all"
+        held = "{!r} is not held in 10.2.0.0/24, which has 10.2.0.1, 10.2.0.2"
+        rows = [("10.99.0.0/24", none.format("10.99.0.0/24")),
+                ("", none.format("")),  # nor are those meant that have no gipam.name
+                ("10.50.0.0/24", f"2 pools are called '10.50.0.0/24': give the id of one\n  {low}"
+                                 f"\n  {high}")]
+        for text in ("10.2.0.9", "10.9.0.9", "one", "10.2.0.2x"):
+            rows.append((f"10.2.0.0/24 {text}", held.format(text)))
+        for words, text in rows:
+            with self.subTest(words):
+                self.assertEqual(self.release_by_hand(words + " --yes"),
+                                 (1, "", f"gipam: {text}\n"))
+        pools = [{"id": str(number), "name": "web"} for number in range(1, 3001)]
+        with self.assertRaisesRegex(gipam.InvalidRequest, "(?s)^3000 .*\n  9\n  and 2991 more$"):
+            gipam.find_pool(pools, "web")
+
+    def test_force_releases_any_spelling_of_what_docker_uses(self) -> None:
+        self.make_ranges()
+        self.docker.make_network("six", "fd00:9::/64")
+        high = self.docker.pool_ids["high", 4]
+        for words, label in (
+                ("FD00:0009:0:0::/64 FD00:9::0:1", "address fd00:9::1 of fd00:9::/64"),
+                ("10.50.0.0/25", "pool 10.50.0.0/24 with 1 lease"),
+                (high, "pool 10.50.0.0/24 with 1 lease"),
+                ("10.2.0.0/24", "pool 10.2.0.0/24 with 2 leases")):
+            with self.subTest(words):
+                self.assertEqual(self.release_by_hand(words + " --yes --force"),
+                                 (0, f"released {label}\n", ""))
+        self.assertEqual(self.held(), {"fd00:9::/64": []})
 
 
 # === Running ======================================================================================
