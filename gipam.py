@@ -2068,6 +2068,7 @@ class Store:
 
 NetlinkRequest = Callable[..., Iterable[bytes]]  # netlink_request()
 NLMSGHDR = struct.Struct("=IHH8x")  # length, type, flags
+NLMSGERR = struct.Struct("=i")  # negative error number
 ATTRIBUTE = struct.Struct("=HH")  # length with this header, type
 RTMSG = struct.Struct("=BB10x")  # family, prefix length
 NDMSG = struct.Struct("=B3xiHBx")  # family, device, state, flags
@@ -2102,7 +2103,7 @@ NDA_DST = 1
 NDA_PROTOCOL = 12
 NTF_PROXY = 0x8
 NUD_PERMANENT = 0x80
-GIPAM_PROTOCOL = 103  # in NDA_PROTOCOL, for `ip neigh show proxy`
+GIPAM_PROTOCOL = bytes((103,))  # in NDA_PROTOCOL, for `ip neigh show proxy`
 
 
 def nlmsg_align(length: int) -> int:
@@ -2113,7 +2114,8 @@ def nlmsg_align(length: int) -> int:
 def pack_attribute(attribute_type: int, payload: bytes) -> bytes:
     """Return an attribute, padded."""
     length = ATTRIBUTE.size + len(payload)
-    return (ATTRIBUTE.pack(length, attribute_type) + payload).ljust(nlmsg_align(length), b"\0")
+    attribute = ATTRIBUTE.pack(length, attribute_type) + payload
+    return attribute.ljust(nlmsg_align(length), b"\0")
 
 
 def read_attributes(message: bytes, offset: int = RTMSG.size) -> dict[int, bytes]:
@@ -2136,9 +2138,9 @@ def netlink_request(message_type: int, body: bytes, flags: int = NLM_F_DUMP) -> 
     payloads: list[bytes] = []
     for _attempt in range(5):
         payloads, reply_flags = _exchange(message_type, body, flags)
-        code = -int.from_bytes(payloads[-1][:4], sys.byteorder, signed=True)
+        (code,) = NLMSGERR.unpack_from(payloads[-1])
         if code:
-            raise OSError(code, os.strerror(code))
+            raise OSError(-code, os.strerror(-code))
         if not reply_flags & NLM_F_DUMP_INTR:
             break
     return payloads[:-1]
@@ -2150,7 +2152,8 @@ def _exchange(message_type: int, body: bytes, flags: int) -> tuple[list[bytes], 
     all_flags = 0
     reply_type = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as kernel:
-        header = NLMSGHDR.pack(NLMSGHDR.size + len(body), message_type, NLM_F_REQUEST | flags)
+        length = NLMSGHDR.size + len(body)
+        header = NLMSGHDR.pack(length, message_type, NLM_F_REQUEST | flags)
         kernel.send(header + body)
 
         while reply_type not in (NLMSG_DONE, NLMSG_ERROR):
@@ -2174,8 +2177,9 @@ def read_used_ranges(netlink: NetlinkRequest, version: int, bases: list[Network]
     stems = [base.network_address.packed[:base.prefixlen // 8] for base in bases]
     has_stem = re.compile(b"|".join(map(re.escape, stems))).search
     ranges = set()
+    body = bytes((SOCKET_FAMILY[version], 0, 0, 0))
     for message_type in (RTM_GETROUTE, RTM_GETADDR):
-        for message in netlink(message_type, bytes((SOCKET_FAMILY[version], 0, 0, 0))):
+        for message in netlink(message_type, body):
             if not has_stem(message):
                 continue
 
@@ -2183,8 +2187,8 @@ def read_used_ranges(netlink: NetlinkRequest, version: int, bases: list[Network]
             for base in bases:
                 first, last = address_range(base)
                 if first <= address <= last and prefixlen > base.prefixlen:
-                    host_bits = ADDRESS_BITS[version] - prefixlen
-                    ranges.add((address, address | ((1 << host_bits) - 1)))
+                    host_mask = (1 << (base.max_prefixlen - prefixlen)) - 1
+                    ranges.add((address, address | host_mask))
     return sorted(ranges)
 
 
@@ -2202,22 +2206,31 @@ def read_prefix(message_type: int, message: bytes) -> tuple[int, int]:
     return int.from_bytes(address, "big"), message[1]
 
 
+def is_within(base: Network, address: int, prefixlen: int) -> bool:
+    """Return whether a prefix, which is no default route, contains the base."""
+    if not 0 < prefixlen <= base.prefixlen:
+        return False
+    host_bits = base.max_prefixlen - prefixlen
+    return address >> host_bits == int(base[0]) >> host_bits
+
+
 def is_on_link(base: Network, routes: Iterable[bytes], device: int) -> bool:
     """Return whether a connected route of the device contains the base; a default route is none."""
+    base_family = SOCKET_FAMILY[base.version]
     packed = base.network_address.packed
     output_device = pack_attribute(RTA_OIF, struct.pack("=i", device))
     for route in routes:
         family, prefixlen = RTMSG.unpack_from(route)
         # All of 20,000 routes may use this device: the cheap tests come first.
-        if family != SOCKET_FAMILY[base.version] or not 0 < prefixlen <= base.prefixlen:
+        if family != base_family or prefixlen > base.prefixlen:
             continue
-        if output_device not in route or packed[:prefixlen // 8] not in route:
+        whole_bytes = packed[:prefixlen // 8]
+        if output_device not in route or whole_bytes not in route:
             continue
 
         address, _ = read_prefix(RTM_GETROUTE, route)
-        host_bits = base.max_prefixlen - prefixlen
         has_gateway = read_attributes(route).keys() & {RTA_GATEWAY, RTA_VIA}
-        if not has_gateway and address >> host_bits == int(base[0]) >> host_bits:
+        if not has_gateway and is_within(base, address, prefixlen):
             return True
     return False
 
@@ -2247,20 +2260,22 @@ def _read_covering_ipv6_routes(proc: str, base: Network) -> Iterator[tuple[str, 
     for row in read_words(proc + "/ipv6_route"):
         address = int(row[0], 16)
         prefixlen = int(row[1], 16)
-        host_bits = 128 - prefixlen
-        if 0 < prefixlen <= base.prefixlen and address >> host_bits == int(base[0]) >> host_bits:
-            yield os.fsdecode(row[9]), int(row[8], 16)
+        flags = int(row[8], 16)
+        device = os.fsdecode(row[9])
+        if is_within(base, address, prefixlen):
+            yield device, flags
 
 
 def _read_covering_ipv4_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
     for row in read_words(proc + "/route"):
         if row[0] == b"Iface":
             continue
+        device = os.fsdecode(row[0])
         address = socket.ntohl(int(row[1], 16))
-        mask = socket.ntohl(int(row[7], 16))
-        prefixlen = bin(mask).count("1")
-        if 0 < prefixlen <= base.prefixlen and int(base[0]) & mask == address:
-            yield os.fsdecode(row[0]), int(row[3], 16)
+        flags = int(row[3], 16)
+        mask = int(row[7], 16)
+        if is_within(base, address, bin(mask).count("1")):
+            yield device, flags
 
 
 def find_missing_device(device: str) -> str:
@@ -2291,7 +2306,8 @@ class NeighbourEntry(NamedTuple):
 
     def pack(self, state: int = 0) -> bytes:
         """Return the request about this entry: struct ndmsg and the address."""
-        ndmsg = NDMSG.pack(SOCKET_FAMILY[self.version], self.device, state, NTF_PROXY)
+        family = SOCKET_FAMILY[self.version]
+        ndmsg = NDMSG.pack(family, self.device, state, NTF_PROXY)
         return ndmsg + pack_attribute(NDA_DST, self.packed_address)
 
     @property
@@ -2307,7 +2323,8 @@ def parse_neighbour(message: bytes) -> tuple[NeighbourEntry, bool]:
     packed = attributes.get(NDA_DST, b"")
     version = 4 if len(packed) == 4 else 6
     entry = NeighbourEntry(device, version, int.from_bytes(packed, "big"))
-    return entry, attributes.get(NDA_PROTOCOL, b"")[:1] == bytes((GIPAM_PROTOCOL,))
+    protocol = attributes.get(NDA_PROTOCOL, b"")
+    return entry, protocol[:1] == GIPAM_PROTOCOL
 
 
 class ProxyNeighbours:
@@ -2337,9 +2354,10 @@ class ProxyNeighbours:
 
     def _require_permission(self) -> None:
         """Delete an entry that cannot exist. Raises: ConfigError, if that is not permitted."""
-        no_address = NDMSG.pack(socket.AF_INET, 0, 0, NTF_PROXY) + pack_attribute(NDA_DST, b"")
+        ndmsg = NDMSG.pack(socket.AF_INET, 0, 0, NTF_PROXY)
+        no_address = pack_attribute(NDA_DST, b"")
         try:
-            self._netlink(RTM_DELNEIGH, no_address, NLM_F_ACK)
+            self._netlink(RTM_DELNEIGH, ndmsg + no_address, NLM_F_ACK)
         except OSError as error:
             if error.errno == errno.EPERM:
                 raise ConfigError(f"-onlink {self._device!r} needs CAP_NET_ADMIN: root has it, a "
@@ -2383,7 +2401,9 @@ class ProxyNeighbours:
         if isinstance(record, (AddressGrant, AddressRelease)):
             address = parse_address(record.address, subnet.version)
             entry = NeighbourEntry(self._device_index, subnet.version, address)
-            self.pending[entry] = isinstance(record, AddressGrant) and is_container(record)
+            self.pending[entry] = False
+            if isinstance(record, AddressGrant):
+                self.pending[entry] = is_container(record)
         elif pool.leases:
             self._request_resync()
 
@@ -2396,7 +2416,8 @@ class ProxyNeighbours:
         try:
             if state is not self._state or now_s >= self._next_resync_s:
                 self._resync(state)
-            for _ in range(min(len(self.pending), PROXY_UPDATES_PER_ITERATION)):
+            count = min(len(self.pending), PROXY_UPDATES_PER_ITERATION)
+            for _ in range(count):
                 entry, is_wanted = self.pending.popitem()
                 self._set_entry(entry, is_wanted)
         except Exception as error:  # noqa: BLE001 - requests must be answered all the same
@@ -2422,10 +2443,16 @@ class ProxyNeighbours:
         self._report()
 
         wanted = set(self._wanted_entries(state))
-        dump = self._netlink(RTM_GETNEIGH, NDMSG.pack(0, 0, 0, NTF_PROXY))
-        present = {entry for entry, is_own in map(parse_neighbour, dump) if is_own}
-        self.pending = {entry: False for entry in present - wanted if self._is_in_base(entry)}
-        self.pending.update(dict.fromkeys(wanted - present, True))
+        present = set()
+        ndmsg = NDMSG.pack(0, 0, 0, NTF_PROXY)
+        for message in self._netlink(RTM_GETNEIGH, ndmsg):
+            entry, is_own = parse_neighbour(message)
+            if is_own:
+                present.add(entry)
+        self.pending = dict.fromkeys(wanted - present, True)
+        for entry in present - wanted:
+            if self._is_in_base(entry):
+                self.pending[entry] = False
         self._min_resync_s = time.monotonic() + RESYNC_INTERVAL_S
 
     def _report(self) -> None:
@@ -2464,7 +2491,7 @@ class ProxyNeighbours:
             (message,) = self._netlink(RTM_GETNEIGH, entry.pack(), NLM_F_ACK)
         except FileNotFoundError:
             if is_wanted and self._is_behind_another_device(entry):
-                protocol = pack_attribute(NDA_PROTOCOL, bytes((GIPAM_PROTOCOL,)))
+                protocol = pack_attribute(NDA_PROTOCOL, GIPAM_PROTOCOL)
                 self._netlink(RTM_NEWNEIGH, entry.pack(NUD_PERMANENT) + protocol, NLM_F_ACK)
             return
 
@@ -2475,10 +2502,11 @@ class ProxyNeighbours:
     def _is_behind_another_device(self, entry: NeighbourEntry) -> bool:
         """Return whether the address is routed to another device: macvlan answers for itself."""
         packed = entry.packed_address
-        rtmsg = RTMSG.pack(SOCKET_FAMILY[entry.version], 8 * len(packed))
+        family = SOCKET_FAMILY[entry.version]
+        rtmsg = RTMSG.pack(family, 8 * len(packed))
+        destination = pack_attribute(RTA_DST, packed)
         try:
-            (route,) = self._netlink(RTM_GETROUTE, rtmsg + pack_attribute(RTA_DST, packed),
-                                     NLM_F_ACK)
+            (route,) = self._netlink(RTM_GETROUTE, rtmsg + destination, NLM_F_ACK)
         except OSError:
             # There is no route, or a blackhole.
             return False
@@ -8661,7 +8689,8 @@ def find_held_leases(pools: list[Json], names: set[str]) -> list[Json]:
     for pool in pools:
         leases = []
         for lease in pool["addresses"]:
-            if names & {lease["address"], lease["mac"], lease["name"], lease["container"]}:
+            keys = ("address", "mac", "name", "container")
+            if not names.isdisjoint(map(lease.get, keys)):
                 leases.append(lease)
         if leases:
             matches.append(dict(pool, addresses=leases))
@@ -8698,15 +8727,22 @@ def free_address_row(status: Json, pool: Json, address: str) -> Json:
         if (claim["subnet"], claim["address"]) == (pool["subnet"], address):
             kind = "claimed"
             names = claim["hosts"]
-    return {"address": address, "kind": kind, "name": ", ".join(names), "mac": "", "container": "",
-            "granted_s": 0}
+    return {
+        "address": address,
+        "kind": kind,
+        "name": ", ".join(names),
+        "mac": "",
+        "container": "",
+        "granted_s": 0,
+    }
 
 
 def name_claimants(status: Json, address: Any) -> str:
     """Return which hosts claim a subnet with this address, "" if none does."""
     for claim in status["claims"]:
         if address in parse_prefix(claim["subnet"]):
-            return f"; {claim['subnet']} is claimed by {', '.join(claim['hosts'])}"
+            hosts = ", ".join(claim["hosts"])
+            return f"; {claim['subnet']} is claimed by {hosts}"
     return ""
 
 
@@ -8776,7 +8812,10 @@ def render_bases(status: Json, width: int) -> list[str]:
         if not claim["address"] and host not in claim["hosts"]:
             claimed.append(claim["subnet"])
     subnets = {pool["subnet"] for pool in status["pools"]}
-    marks = {"o": list(map(parse_prefix, claimed)), "+": list(map(parse_prefix, subnets))}
+    marks = {
+        "o": list(map(parse_prefix, claimed)),
+        "+": list(map(parse_prefix, subnets)),
+    }
 
     lines: list[str] = []
     for base in sorted(status["bases"], key=lambda base: int(base["family"])):
@@ -8794,7 +8833,8 @@ def render_base(base: Json, marks: Mapping[str, list[Network]], width: int) -> l
     total = base["blocks"]
     used = base["blocks_used"]
     free = total - used - base["blocks_excluded"] - base["blocks_routed"]
-    bar = "".ljust(divide_rounding_up(10 * used, total), "#").ljust(10, ".")
+    filled = divide_rounding_up(10 * used, total)
+    bar = "".ljust(filled, "#").ljust(10, ".")
     numbers = (f"{prefix}  [{bar}]  {format_count(used)} of {format_count(total)} blocks of "
                f"/{base['block_prefixlen']} held, {format_count(free)} free")
     lines = textwrap.wrap(numbers, width, subsequent_indent="  ")
@@ -8802,18 +8842,24 @@ def render_base(base: Json, marks: Mapping[str, list[Network]], width: int) -> l
     last_block = prefix[-(prefix.num_addresses // total)]
     label_width = len(str(last_block))
     row_length = largest_power_of_two(max(width - label_width - 4, 1))
-    of_base = {"r": list(map(parse_prefix, base["remembered"].values()))}
-    of_base["o"] = marks["o"]
-    of_base["~"] = list(map(parse_prefix, base["routes"]))
-    of_base["x"] = list(map(parse_prefix, base["excluded"]))
-    of_base["+"] = marks["+"]
-    signs = draw_map(prefix, min(total, 4 * row_length), of_base)
+    # Later marks are drawn over earlier ones.
+    in_order = {
+        "r": list(map(parse_prefix, base["remembered"].values())),
+        "o": marks["o"],
+        "~": list(map(parse_prefix, base["routes"])),
+        "x": list(map(parse_prefix, base["excluded"])),
+        "+": marks["+"],
+    }
+    signs = draw_map(prefix, min(total, 4 * row_length), in_order)
 
     for start in range(0, len(signs), row_length):
         first = prefix[prefix.num_addresses // len(signs) * start]
-        lines.append(f"  {first!s:{label_width}}  {signs[start:start + row_length]}")
+        label = str(first).ljust(label_width)
+        row = signs[start:start + row_length]
+        lines.append(f"  {label}  {row}")
     if total > len(signs):
-        lines.append(f"  {format_count(total // len(signs))} blocks per character")
+        unit = format_count(total // len(signs))
+        lines.append(f"  {unit} blocks per character")
     return lines
 
 
@@ -8858,21 +8904,26 @@ def largest_power_of_two(limit: int) -> int:
 
 def format_count(count: int) -> str:
     """Return a number; a large one as the power of two next to it."""
-    return str(count) if count < 10 ** 7 else f"2^{(count - 1).bit_length()}"
+    if count < 10 ** 7:
+        return str(count)
+    exponent = (count - 1).bit_length()
+    return f"2^{exponent}"
 
 
 def render_hosts(status: Json, width: int) -> list[str]:
     """Return a table of the hosts that share the bases, and how old it is; none without etcd."""
     rows = [("HOST", "CLAIMS", "STATE")]
     for host in status.get("hosts", ()):
-        rows.append((host["host"], str(host["claims"]), PRESENCE_TEXT[host["is_present"]]))
+        presence = PRESENCE_TEXT[host["is_present"]]
+        rows.append((host["host"], str(host["claims"]), presence))
     lines = format_table(rows)
 
     etcd = status.get("etcd", {})
     if etcd.get("failure"):
         lines += textwrap.wrap(etcd["failure"], width)
     if lines and etcd.get("age_s") is not None:
-        lines.append(f"hosts and claims as of {format_age(int(etcd['age_s']))} ago")
+        age = format_age(int(etcd["age_s"]))
+        lines.append(f"hosts and claims as of {age} ago")
     return lines
 
 
@@ -8880,14 +8931,21 @@ def render_pools(status: Json, now_s: int) -> list[str]:
     """Return a table of the pools, each with those of its leases that the status has."""
     rows = [("SUBNET", "HELD", "OF", "AGE", "RANGE", "NETWORK")]
     for pool in status["pools"]:
-        rows.append((pool["subnet"], str(pool["leases"]), format_count(pool["usable"]),
-                     age_of(pool, now_s), pool["sub_pool"], pool["network"] or pool["name"]))
+        rows.append((
+            pool["subnet"],
+            str(pool["leases"]),
+            format_count(pool["usable"]),
+            age_of(pool, now_s),
+            pool["sub_pool"],
+            pool["network"] or pool["name"],
+        ))
         if pool["claimed_elsewhere"]:
             rows.append(("  claimed by " + pool["claimed_elsewhere"], "", "", "", "", ""))
         for lease in pool.get("addresses", ()):
             owner = lease["container"] or lease["name"] or lease["mac"]
-            rows.append(("  " + lease["address"], " ", " ", age_of(lease, now_s), lease["kind"],
-                         owner))
+            address = "  " + lease["address"]
+            age = age_of(lease, now_s)
+            rows.append((address, " ", " ", age, lease["kind"], owner))
     return format_table(rows) or ["no pools yet"]
 
 
@@ -8904,14 +8962,22 @@ def format_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """
     if not rows[1:]:
         return []
-    columns = list(zip(*(row for row in rows if any(row[1:]))))
-    shown = [index for index, column in enumerate(columns) if any(map(str.strip, column[1:]))]
-    widths = [max(map(len, columns[index])) for index in shown]
+    data_rows = [row for row in rows if any(row[1:])]
+    widths: dict[int, int] = {}
+    for index, column in enumerate(zip(*data_rows)):
+        if any(map(str.strip, column[1:])):
+            widths[index] = max(map(len, column))
 
     lines = []
     for row in rows:
-        cells = [(row[index] or "-").ljust(width) for index, width in zip(shown, widths)]
-        lines.append("  ".join(cells).rstrip() if any(row[1:]) else row[0])
+        if not any(row[1:]):
+            lines.append(row[0])
+            continue
+        cells = []
+        for index, width in widths.items():
+            cell = row[index] or "-"
+            cells.append(cell.ljust(width))
+        lines.append("  ".join(cells).rstrip())
     return lines
 
 
@@ -9005,7 +9071,8 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     if not arguments.force:
         require_unused(status, pool, lease)
 
-    label = f"pool {pool['subnet']} with {plural(len(pool['addresses']), 'lease')}"
+    leases = plural(len(pool["addresses"]), "lease")
+    label = f"pool {pool['subnet']} with {leases}"
     if lease:
         label = f"address {lease['address']} of {pool['subnet']}"
     if not arguments.yes and not confirm(f"release {label}? [y/N] "):
@@ -9033,7 +9100,9 @@ def find_pool(pools: list[Json], name: str) -> Json:
 
 def find_lease(pool: Json, text: str) -> Json:
     """Return the lease of an address in a pool. Raises: InvalidRequest."""
-    leases: dict[str, Json] = {lease["address"]: lease for lease in pool["addresses"]}
+    leases: dict[str, Json] = {}
+    for lease in pool["addresses"]:
+        leases[lease["address"]] = lease
     try:
         return leases[normalise_address(text)]
     except (ValueError, LookupError):
@@ -9076,8 +9145,12 @@ def cmd_evict(arguments: argparse.Namespace) -> int:
     """
     host = arguments.HOST
     status = daemon_request(arguments.settings, "GET", "/status")
-    subnets = [claim["subnet"] for claim in status["claims"] if host in claim["hosts"]]
-    label = f"{plural(len(subnets), 'claim')} of host {host}"
+    subnets = []
+    for claim in status["claims"]:
+        if host in claim["hosts"]:
+            subnets.append(claim["subnet"])
+    claims = plural(len(subnets), "claim")
+    label = f"{claims} of host {host}"
     is_known = False
     is_former_name = False
     for member in status.get("hosts", ()):
@@ -9102,7 +9175,8 @@ def cmd_config(arguments: argparse.Namespace) -> int:
     """Print each effective setting of the daemon and its origin."""
     status = daemon_request(arguments.settings, "GET", "/status")
     for name, setting in status["config"].items():
-        print(f"{name:8} {setting['value'] or 'none':34} {setting['origin']}")
+        value = setting["value"] or "none"
+        print(f"{name:8} {value:34} {setting['origin']}")
     return 0
 
 
@@ -9181,7 +9255,9 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return the help."""
-        return re.sub(rf"(?m)^  {self.SETTING}( \S+)", r"  -\1\2 ", super().format_help())
+        text = super().format_help()
+        # The space at the end keeps the column of helps where it is.
+        return re.sub(rf"(?m)^  {self.SETTING}( \S+)", r"  -\1\2 ", text)
 
     def error(self, message: str) -> NoReturn:
         """Raise a UsageError."""
@@ -9200,7 +9276,9 @@ def build_parser(name: str) -> Parser:
         notes = ["commands:", *describe_commands()]
 
     parser = Parser(
-        prog="gipam" if is_serve else f"gipam {name}", add_help=False, allow_abbrev=False,
+        prog="gipam" if is_serve else f"gipam {name}",
+        add_help=False,
+        allow_abbrev=False,
         usage="gipam [COMMAND] [OPTIONS]" if is_serve else None,
         description=(command.function.__doc__ or "").replace("\n    ", "\n").strip(),
         epilog="\n".join([*notes, "", "examples:", *examples]),
@@ -9212,7 +9290,8 @@ def build_parser(name: str) -> Parser:
     group.add_argument("-v", "--version", action="version", version=__version__,
                        help="show the version and exit")
     for option in OPTIONS:
-        text = f"{option.help} ({option.variable}; default: {option.default or 'none'})"
+        default = option.default or "none"
+        text = f"{option.help} ({option.variable}; default: {default})"
         group.add_argument("--" + option.name, metavar=option.kind,
                            help=text if is_serve else argparse.SUPPRESS)
     for argument, text in command.arguments.items():
@@ -9275,9 +9354,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     namespace = argparse.Namespace(func=COMMANDS[name].function)
     parsed, unknown = parser.parse_known_args(words, namespace)
     if unknown:
-        known = ["-" + option.name for option in OPTIONS] + list(COMMANDS[name].arguments)
+        known = ["-" + option.name for option in OPTIONS]
+        known += COMMANDS[name].arguments
         if name not in names:
-            known += list(COMMANDS)
+            known += COMMANDS
         raise UsageError(describe_unknown(unknown[0], arguments, known, parser.prog))
     return parsed
 
@@ -9292,9 +9372,10 @@ def is_configured() -> bool:
 def describe_unknown(word: str, arguments: list[str], known: list[str], prog: str) -> str:
     """Return why a word is refused, as it was typed, with the nearest of the known ones."""
     previous = ""
+    name = word.partition("=")[0].lstrip("-")
     for argument in arguments:
         typed = argument.partition("=")[0]
-        if typed.lstrip("-") == word.partition("=")[0].lstrip("-"):
+        if typed.lstrip("-") == name:
             word = typed
             break
         previous = argument.lstrip("-")
