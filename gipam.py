@@ -126,82 +126,118 @@ from typing import (
 __version__ = "1.0.0"
 
 # === Constants ====================================================================================
+#
+# Limits, intervals and sizes, grouped by the section that uses them. A name ends in its unit: _S
+# for seconds, _BYTES, _CHARS. Spellings that one section alone uses, such as the keys of the lease
+# file, stand there. A limit bounds what one peer, iteration or subnet can cost; no limit loses
+# what is on disk.
 
-ADDRESS_SPACE = "gipam"  # local and global: Docker >= 27 then leaves the check of routes to us
-PLUGIN_SOCKET_DIR = "/run/docker/plugins"  # moby pkg/plugins/discovery_unix.go: hard-coded
-REPLY_TYPE = "application/vnd.docker.plugins.v1.2+json"
-MAX_BODY_BYTES = 1 << 18  # MAX_ADOPTED leases have 100 kB; measured: 12 ms to read
-MAX_LINE_BYTES = 65536  # of a request line or a header, as http.server has it
-MAX_TEXT_CHARS = 255  # of a name or MAC address that is kept, of what a log line quotes
-BACKLOG = 1024  # with socketserver's 5, parallel connects of dockerd fail with EAGAIN
-MAX_AFFINITIES = 1024  # addresses a subnet, names a family; past it the oldest is forgotten
-MAX_SAVED_AFFINITIES = 256  # addresses that are remembered of a subnet that is gone
-MIN_CHECKPOINT_BYTES = 1 << 20  # the smallest journal that is replaced by a checkpoint
-CHECKPOINT_RETRY_S = 10.0  # after a fold that failed: it is tried for ever, and leaves nothing
-LEASES_PER_CHUNK = 250  # of a snapshot, or for an import, at a time; measured: 0.4 ms
-NAMES_PER_CHUNK = 4  # likewise, each with up to MAX_KEPT owners and their addresses
-MAX_IMPORT_LEASES = 100  # in one request and iteration; measured: 1 ms
-CHUNK_BYTES = 16384  # of a snapshot, and of a page, at a time
-PREALLOCATE_BYTES = 1 << 17  # zeros ahead of the end: an append changes no metadata
-PROBE_BYTES = 4096  # a block of a file system
-RECORD_OVERHEAD_BYTES = 64  # of a line of the journal, beside its records
-SECTOR_BYTES = 512  # a disk writes it as a whole or not at all
-LOCK_TIMEOUT_S = 2.0  # a predecessor may still be folding
-MAX_HEAD_BYTES = 1 << 18  # of a request
-RECEIVE_BYTES = 65536
-REQUEST_TIMEOUT_S = 10.0  # on TCP, for a request that has begun, and for a peer to take a reply
-MAX_TCP_CONNECTIONS = 256  # of an address; past it the one goes that has been idle longest
-MAX_ACCEPTS = 64  # an iteration; measured: 0.1 ms each
-MAX_LOG_RECORDS, MAX_LOG_CHARS = 1_000, 4_000  # that nobody has read yet; of a line
-TIMER_INTERVAL_S = 1.0
+# Logging and texts.
+MAX_TEXT_CHARS = 255  # of a stored name or quoted text
+MAX_LOG_RECORDS = 1_000  # buffered while stderr is not writable
+MAX_LOG_CHARS = 4_000  # of one line
+# Errors of a host that is short of something: a later try may succeed.
+TRANSIENT_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
+
+# Model: addresses, and what is remembered of those that were released.
+ADDRESS_BITS = {4: 32, 6: 128}
+SOCKET_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+GATEWAY = "gateway"
+AUXILIARY = "auxiliary"
+ENDPOINT = "endpoint"
+LEASE_KINDS = (GATEWAY, AUXILIARY, ENDPOINT)
+MAX_AFFINITIES = 1024  # addresses a subnet, reservations a family
+MAX_SAVED_AFFINITIES = 256  # addresses of a released subnet
+
+# Records: the lease file is encoded in chunks that no client waits for.
+LEASES_PER_CHUNK = 250  # measured: 0.4 ms
+NAMES_PER_CHUNK = 4  # each with up to MAX_SAVED_AFFINITIES addresses
+
+# Journal: preallocated space makes an append change no metadata.
+CHUNK_BYTES = 16384  # of a snapshot or a page
+PREALLOCATE_BYTES = 1 << 17
+PROBE_BYTES = 4096  # a file-system block
+RECORD_OVERHEAD_BYTES = 64  # of a line beyond its changes
+SECTOR_BYTES = 512  # written whole or not at all
+LOCK_TIMEOUT_S = 2.0  # for a predecessor's last checkpoint
+MIN_CHECKPOINT_BYTES = 1 << 20  # of the journal
+CHECKPOINT_RETRY_S = 10.0  # after a failed checkpoint
+CREATE_FLAGS = (os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+                | os.O_NONBLOCK)
+
+# Netlink.
 PROXY_UPDATES_PER_ITERATION = 10  # measured: 60 us each
 MAX_NETLINK_EVENTS = 100  # read in an iteration
-RESYNC_INTERVAL_S = 0.25  # between two comparisons of all proxy entries
-START_TIMEOUT_S = 300  # asked of the service manager, for a large state
-DRAIN_IDLE_S = 0.1  # for a peer that finds its connection shut to dial again
-DRAIN_MAX_S = 2.0  # at the end, for a peer that has dialled to send all of its request
-RECHECK_DELAY_S = 1.0  # between the two looks of a check
-IMPORT_BACKOFF_S, MAX_IMPORT_BACKOFF_S = 1.0, 60.0
-DAEMON_TIMEOUT_S = 60.0  # of commands, for the daemon
-DOCKER_TIMEOUT_S, NAMES_TIMEOUT_S = 10.0, 2.0  # of check, and of status, for Docker
-IMPORT_TIMEOUT_S = 2.0  # at a start with Docker alive
-ETCD_TIMEOUT_S = 3.0  # of a request of Docker's that needs etcd
-ETCD_ATTEMPT_S = 1.0  # for one member of etcd
-ETCD_PAUSE_S = 0.05
-HEARTBEAT_INTERVAL_S = 10.0  # from one sign of presence to the next
-ETCD_MIN_LOOK_S = 0.25  # between two looks at what others change
-MISSED_HEARTBEATS = 4  # in a row that show no sign of a host
-TRANSACTION_MAX_AGE_S = 10.0  # of a grant: a host stopped for longer may be evicted
-GRACE_PERIOD_S = 5.0  # without new claims, after the last host has caught up
-CLAIMS_PER_TRANSACTION = 40  # claims in one transaction: etcd's --max-txn-ops is 128
-MAX_CLAIM_LOG_CHARS = 2000  # of the changes that are kept in etcd
-ETCD_PAGE_KEYS = 250  # of etcd that are read at a time; measured: json.loads() takes 0.24 ms
-CLAIMS_PER_ITERATION = 25  # in one turn; measured: 60 us each
-MAX_ETCD_BYTES = 1 << 24  # of one reply
-THREAD_SWITCH_S = 0.0005  # between threads: what Docker and etcd say is read beside the loop
-# InvalidArgument, PermissionDenied, ResourceExhausted, FailedPrecondition, OutOfRange and
-# Unauthenticated. Source: grpc/codes.
-GRPC_PERMANENT_CODES = 3, 7, 8, 9, 11, 16
+RESYNC_INTERVAL_S = 0.25  # between full comparisons of proxy entries
+
+# API. Docker 27 and later leaves the check of routes to a driver whose local and global address
+# spaces are the same.
+ADDRESS_SPACE = "gipam"
+REPLY_TYPE = "application/vnd.docker.plugins.v1.2+json"
+MAX_BODY_BYTES = 1 << 18
+MAX_IMPORT_LEASES = 100  # in one request; measured: 1 ms
+
+# Server. With socketserver's backlog of 5, parallel connects of dockerd fail with EAGAIN.
+BACKLOG = 1024
+MAX_LINE_BYTES = 65536  # of a request line or header
+MAX_HEAD_BYTES = 1 << 18  # of a request
+RECEIVE_BYTES = 65536
+REQUEST_TIMEOUT_S = 10.0  # on TCP, for a request or reply
+MAX_TCP_CONNECTIONS = 256  # per listener
+MAX_ACCEPTS = 64  # an iteration; measured: 0.1 ms each
+TIMER_INTERVAL_S = 1.0
+DRAIN_IDLE_S = 0.1  # for a disconnected client to reconnect
+DRAIN_MAX_S = 2.0  # for a connected client's request
+
+# Discovery. Source: moby pkg/plugins/discovery_unix.go
+PLUGIN_SOCKET_DIR = "/run/docker/plugins"
+
+# Docker and Check.
+DOCKER_TIMEOUT_S = 10.0  # of check
+NAMES_TIMEOUT_S = 2.0  # of status, for names
+RECHECK_DELAY_S = 1.0  # between the readings of a check
+IMPORT_TIMEOUT_S = 2.0  # at a start without lease file
+IMPORT_BACKOFF_S = 1.0
+MAX_IMPORT_BACKOFF_S = 60.0
+
+# Cluster. The codes are gRPC's InvalidArgument, PermissionDenied, ResourceExhausted,
+# FailedPrecondition, OutOfRange and Unauthenticated: another member of etcd would say the same.
+# An older transaction is decided again, because this host may have been evicted meanwhile.
 ETCD_AUTH_PATH = "/v3/auth/authenticate"
-ADDRESS_BITS = {4: 32, 6: 128}
-CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-SOCKET_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
-LEASE_KINDS = GATEWAY, AUXILIARY, ENDPOINT = "gateway", "auxiliary", "endpoint"  # of lease
-TRANSIENT_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
+GRPC_PERMANENT_CODES = (3, 7, 8, 9, 11, 16)
+ETCD_TIMEOUT_S = 3.0  # of a request that needs etcd
+ETCD_ATTEMPT_S = 1.0  # for one member
+ETCD_PAUSE_S = 0.05  # before all members are tried again
+ETCD_MIN_LOOK_S = 0.25  # between readings of others' changes
+ETCD_PAGE_KEYS = 250  # read at a time; measured: 0.24 ms
+MAX_ETCD_BYTES = 1 << 24  # of one reply
+HEARTBEAT_INTERVAL_S = 10.0
+MISSED_HEARTBEATS = 4  # until a host is absent
+TRANSACTION_MAX_AGE_S = 10.0  # when its grant is applied
+GRACE_PERIOD_S = 5.0  # without new claims after a loss
+CLAIMS_PER_TRANSACTION = 40  # etcd's --max-txn-ops is 128
+CLAIMS_PER_ITERATION = 25  # measured: 60 us each
+MAX_CLAIM_LOG_CHARS = 2000
+
+# Daemon and Commands. Replies of Docker and etcd are parsed in other threads, beside the loop.
+THREAD_SWITCH_S = 0.0005
+START_TIMEOUT_S = 300  # asked of the service manager
+DAEMON_TIMEOUT_S = 60.0  # of commands, for the daemon
 
 log = logging.getLogger("gipam")
 
 # === Errors =======================================================================================
+#
+# One class for each way in which an error is reported. Its text is shown to Docker or to the
+# operator; http_status is that of a reply, exit_status that of the process. Classes are grouped as
+# moby groups them (daemon/libnetwork/ipamapi/contract.go). An exception of another class is a bug.
 
 
 class GipamError(Exception):
-    """Any refusal. Its text goes to Docker or the operator, its class tells how it is reported."""
+    """Base class. Its text is shown to Docker or to the operator."""
 
-    http_status, exit_status = 500, 1
-
-    def __init_subclass__(cls, **statuses: int) -> None:
-        for name, status in statuses.items():
-            setattr(cls, name, status)
+    http_status = 500
+    exit_status = 1
 
 
 class InvalidRequest(GipamError):
@@ -212,66 +248,94 @@ class InvalidRequest(GipamError):
         self.http_status = http_status
 
 
-class Forbidden(GipamError, http_status=403):
-    """What is asked for is held already, or reserved (moby: Forbidden)."""
+class Forbidden(GipamError):
+    """The address or subnet is already in use, or reserved (moby: Forbidden)."""
+
+    http_status = 403
 
 
-class Unavailable(GipamError, http_status=503):
+class Unavailable(GipamError):
     """Nothing is left to hand out (moby: Unavailable)."""
 
+    http_status = 503
 
-class StoreError(GipamError, http_status=503):
-    """The change could not be written; state and disk are as before it."""
+
+class StoreError(GipamError):
+    """The change could not be written; the state and the disk are as before it."""
+
+    http_status = 503
 
 
 class ShuttingDown(StoreError):
-    """No more turns are made."""
+    """The event loop has ended; nothing more can be run in it."""
 
 
-class FatalStoreError(StoreError, exit_status=74):  # EX_IOERR
-    """Nobody knows what the disk holds: exit, and start again from there."""
+class FatalStoreError(StoreError):
+    """A failed write or sync left the disk in an unknown state: the process must exit."""
+
+    exit_status = os.EX_IOERR
 
 
-class ConfigError(GipamError, exit_status=78):  # EX_CONFIG: starting again does not help
-    """An option, a variable or a key of the lease file is invalid, or a file cannot be used."""
+class ConfigError(GipamError):
+    """An option, a variable, the lease file or another file is unusable; a restart is no help."""
+
+    exit_status = os.EX_CONFIG
 
 
-class UsageError(GipamError, exit_status=2):
-    """The command line is none of gipam's."""
+class UsageError(GipamError):
+    """The command line is invalid."""
+
+    exit_status = 2
 
 
 class CorruptionError(ConfigError):
-    """What is on disk is not what gipam wrote: it never starts on a guess."""
+    """The files on disk are not as gipam wrote them; it refuses to guess."""
 
 
-class Unreachable(GipamError, exit_status=2):
-    """Docker, or the daemon, does not answer: nothing can be compared."""
+class Unreachable(GipamError):
+    """Docker or the daemon does not answer, so nothing can be compared."""
+
+    exit_status = 2
 
 
 class NotListening(Unreachable):
-    """Nobody listens where Docker or the daemon should."""
+    """No process listens on the socket or address of Docker or the daemon."""
 
 
-class RemoteError(GipamError, exit_status=2):
-    """Docker, or the daemon, answered with an error."""
+class RemoteError(GipamError):
+    """Docker or the daemon replied with an error."""
+
+    exit_status = 2
 
 
-class AlreadyRunning(GipamError, exit_status=75):  # EX_TEMPFAIL
+class AlreadyRunning(GipamError):
     """Another daemon holds the lease file, the socket, or the name of this host in etcd."""
+
+    exit_status = os.EX_TEMPFAIL
 
 
 def format_os_error(error: Exception) -> str:
-    """Return the text of an error for people: Python's has numbers and quotes in it."""
-    text, path = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
-    return f"{path}: {text}" if path else text
+    """Return the error's text without Python's errno prefix and quotes."""
+    text = getattr(error, "strerror", None) or str(error)
+    path = getattr(error, "filename", None)
+    if path:
+        return f"{path}: {text}"
+    return text
 
 
 # === Logging ======================================================================================
+#
+# A LogHandler writes lines to stderr: under systemd with a priority, else with a time. It never
+# blocks, because nothing may wait for whoever reads the log: what stderr does not take is kept, the
+# oldest line is dropped at the limit. Only text is kept: a log record would keep its exception and
+# with it the body of a request.
 
 
 def printable(text: str, limit: int = MAX_TEXT_CHARS) -> str:
-    """Return the text as it may be kept and shown: what cannot be printed escaped, and cut."""
-    return (text if text.isprintable() else repr(text)[1:-1])[:limit]
+    """Return the text with unprintable characters escaped, cut to the limit."""
+    if not text.isprintable():
+        text = repr(text)[1:-1]
+    return text[:limit]
 
 
 def plural(count: int, noun: str) -> str:
@@ -281,75 +345,106 @@ def plural(count: int, noun: str) -> str:
 
 
 def open_stderr() -> Callable[[bytes], int]:
-    """Return what writes to stderr without waiting, while others that share it may wait.
+    """Return a function that writes to stderr without blocking, and returns how many bytes.
 
-    select() calls a terminal writable that blocks on a longer line.
+    Other processes may share the descriptor and keep it blocking, so a pipe or a terminal is
+    opened anew. (select() reports a terminal as writable although a longer line would block.)
     """
-    kind = stat.S_IFMT(os.fstat(2).st_mode)
-    if kind == stat.S_IFSOCK:
-        wire = socket.socket(fileno=os.dup(2))
-        return lambda data: wire.send(data, socket.MSG_DONTWAIT)
+    file_type = stat.S_IFMT(os.fstat(2).st_mode)
+    if file_type == stat.S_IFSOCK:
+        connection = socket.socket(fileno=os.dup(2))
+
+        def send(data: bytes) -> int:
+            return connection.send(data, socket.MSG_DONTWAIT)
+
+        return send
+
     fd = 2
-    if kind in (stat.S_IFIFO, stat.S_IFCHR):
+    if file_type in (stat.S_IFIFO, stat.S_IFCHR):
         try:
             fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        except OSError:  # it is another user's
+        except OSError:
+            # It belongs to another user, who may not open it.
             os.set_blocking(2, False)
-    return functools.partial(os.write, fd)
+
+    def write(data: bytes) -> int:
+        return os.write(fd, data)
+
+    return write
+
+
+# Priorities under systemd, of the levels below an error. Source: sd-daemon(3)
+LOG_PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>"}
+ERROR_PRIORITY = "<3>"
 
 
 class LogHandler(logging.Handler):
-    """Writes to stderr what it takes, and never waits for it: gipam must go on without a reader.
+    """Writes to stderr without ever blocking.
 
-    Text is kept, nothing else: a record has its exception, and that the body of a request. While
-    it is_held, nothing is written before flush(): the replies of a turn come first.
+    While is_buffering, output waits for flush(), so that the replies of an iteration are sent
+    before the log lines about them are written.
     """
-
-    is_buffering = False
-    _write: Callable[[bytes], int] | None = None
 
     def __init__(self) -> None:
         super().__init__()
+        self.is_buffering = False
         self._lines: collections.deque[bytes] = collections.deque(maxlen=MAX_LOG_RECORDS)
-        self._text, self._writing, self._formatter = b"", threading.Lock(), logging.Formatter()
+        self._partial = b""  # the rest of the line being written
+        self._write: Callable[[bytes], int] | None = None  # opened by the first line
+        self._write_lock = threading.Lock()
+        self._formatter = logging.Formatter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the text of a record; if there are too many, the oldest goes."""
+        """Keep the text of a record, and write it unless output waits."""
         try:
             text = self.format(record)
-        except Exception as error:  # noqa: BLE001 - for its first traceback, Python opens files
+        except Exception as error:  # noqa: BLE001
+            # Python opens files for its first traceback, which fails at the descriptor limit.
             text = f"{record.msg}: {error!r}"
         self.write_line(text)
 
     def write_error(self, text: str) -> None:
         """Write why the command fails: one line, under systemd with the priority of an error."""
-        prefix = "<3>" if "JOURNAL_STREAM" in os.environ else "gipam: "
+        prefix = ERROR_PRIORITY if "JOURNAL_STREAM" in os.environ else "gipam: "
         self.write_line(prefix + text)
 
     def write_line(self, text: str) -> None:
-        """Write a line as soon as stderr takes it."""
+        """Write a line as soon as stderr takes it; at the limit, the oldest kept line goes."""
         self._lines.append(text.encode(errors="backslashreplace") + b"\n")
         if not self.is_buffering:
             self.flush()
 
     def flush(self) -> None:
         """Write as much as can be written now."""
-        with self._writing, contextlib.suppress(OSError):  # nobody may ever read it
-            while self._text or self._lines:
-                self._text = self._text or self._lines.popleft()
-                self._write = self._write or open_stderr()
-                self._text = self._text[self._write(self._text):]
+        # Errors are expected: perhaps nobody ever reads the log.
+        with self._write_lock, contextlib.suppress(OSError):
+            if self._write is None:
+                self._write = open_stderr()
+            while self._partial or self._lines:
+                if not self._partial:
+                    self._partial = self._lines.popleft()
+                written = self._write(self._partial)
+                self._partial = self._partial[written:]
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return its lines, each with a priority under systemd (sd-daemon(3)), else with a time."""
-        head = {logging.INFO: "<6>", logging.WARNING: "<4>"}.get(record.levelno, "<3>")
-        if "JOURNAL_STREAM" not in os.environ:
-            head = f"{self._formatter.formatTime(record)} {record.levelname} "
-        lines = self._formatter.format(record).split("\n")
-        return "\n".join(head + printable(line, MAX_LOG_CHARS) for line in lines)
+        """Return its lines, each with a priority under systemd, else with a time."""
+        if "JOURNAL_STREAM" in os.environ:
+            prefix = LOG_PRIORITIES.get(record.levelno, ERROR_PRIORITY)
+        else:
+            prefix = f"{self._formatter.formatTime(record)} {record.levelname} "
+        text = self._formatter.format(record)
+        return "\n".join([prefix + printable(line, MAX_LOG_CHARS) for line in text.split("\n")])
 
 
 # === Model ========================================================================================
+#
+# Prefixes, pools, leases, and the state that they make up. A State has a Family for IPv4 and one
+# for IPv6; a Family has bases, and a Subnet for each prefix in use; a Subnet has a Pool for each
+# Docker network (or --ip-range) in it; a Pool has a Lease for each address. Inside a subnet an
+# address is an offset from the first one. A Record is one change, as it stands in the journal.
+#
+# The rule: State.apply() is the only way to change the state, both while serving and during
+# recovery. It depends on the state and the record alone: no clock, no randomness, no I/O.
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 Range = Tuple[int, int]  # first and last address
@@ -358,8 +453,9 @@ Json = Dict[str, Any]  # an object
 
 def parse_prefix(text: str, mask: bool = False) -> Network:
     """Return the prefix of CIDR text; mask clears host bits. Raises: ValueError with the rule."""
-    address, _, length = text.partition("/")  # ip_network takes netmasks and bare addresses too
+    address, _, length = text.partition("/")
     try:
+        # ip_network() also takes netmasks, scopes and bare addresses.
         if "%" in address or not (length.isascii() and length.isdigit()):
             raise ValueError
         network = ipaddress.ip_network(text, strict=False)
@@ -386,11 +482,13 @@ def format_address(number: int, version: int) -> str:
 
 
 def format_endpoint(address: Any) -> str:
-    """Return where somebody listens: HOST:PORT, or the path of a UNIX socket."""
+    """Return the text of a socket's address: HOST:PORT, or the path of a UNIX socket."""
     if not isinstance(address, tuple):
         return os.fsdecode(address)
     host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if ":" in host:
+        return f"[{host}]:{port}"
+    return f"{host}:{port}"
 
 
 def address_range(network: Network) -> Range:
@@ -399,153 +497,140 @@ def address_range(network: Network) -> Range:
 
 
 def is_size_hint(subnet: Network) -> bool:
-    """Return whether it only asks for a length, as 0.0.0.0/26 and ::/72, or not even that: /0."""
+    """Return whether the prefix only requests a length, such as 0.0.0.0/26, ::/72, or ::/0."""
     return not int(subnet[0])
 
 
 def make_pool_id(subnet: Network, sub_pool: Network | None, token: str) -> str:
-    """Return SUBNET[,SUB_POOL]#TOKEN: enough to make the pool again, and never given twice."""
-    return f"{subnet},{sub_pool}#{token}" if sub_pool else f"{subnet}#{token}"
+    """Return SUBNET[,SUB_POOL]#TOKEN, which is enough to adopt the pool; a token is used once."""
+    if sub_pool:
+        return f"{subnet},{sub_pool}#{token}"
+    return f"{subnet}#{token}"
+
+
+POOL_ID = re.compile(r"([0-9a-f.:/]+)(?:,([0-9a-f.:/]+))?#([0-9a-f]{16})")
 
 
 def parse_pool_id(pool_id: str) -> tuple[Network, Network | None] | None:
     """Return (subnet, sub_pool) of an id that gipam made, None for any other text."""
-    match = re.fullmatch(r"([0-9a-f.:/]+)(?:,([0-9a-f.:/]+))?#([0-9a-f]{16})", pool_id)
-    with contextlib.suppress(ValueError):
-        if match:
-            subnet, sub_pool = parse_prefix(match[1]), parse_prefix(match[2]) if match[2] else None
-            if make_pool_id(subnet, sub_pool, match[3]) == pool_id:
-                return subnet, sub_pool
-    return None
+    match = POOL_ID.fullmatch(pool_id)
+    if not match:
+        return None
+    try:
+        subnet = parse_prefix(match[1])
+        sub_pool = parse_prefix(match[2]) if match[2] else None
+    except ValueError:
+        return None
+
+    # gipam spells a prefix in one way only.
+    if make_pool_id(subnet, sub_pool, match[3]) != pool_id:
+        return None
+    return subnet, sub_pool
 
 
-# Made once: json.loads() looks for an encoding, JSONEncoder.encode() makes an encoder each time. A
-# record takes 3.2 us so, 4.5 by JSONEncoder.encode(), 8.6 by json.dumps() (Python 3.11).
+def make_json_encoder() -> Callable[[Any, bool], Iterable[str]]:
+    """Return a function that yields the JSON text of a value in pieces.
+
+    JSONEncoder.encode() makes such a function in each call: encoding a record takes 4.5 us with it,
+    8.6 us with json.dumps() and 3.2 us without (Python 3.11).
+    """
+    encoder = json.JSONEncoder(check_circular=False, separators=(",", ":"))
+    make_encoder = getattr(json.encoder, "c_make_encoder", None)
+    if make_encoder is None:
+        # This Python does not have the module _json.
+        return encoder.iterencode
+    make_iterencode: Callable[[Any, bool], Iterable[str]] = make_encoder(
+        None, encoder.default, json.encoder.encode_basestring_ascii, None, ":", ",",
+        False, False, True)
+    return make_iterencode
+
+
+iterencode_json = make_json_encoder()
+# json.loads() looks for the encoding of its text first.
 raw_decode = json.JSONDecoder().raw_decode
-json_encoder, encoder = json.JSONEncoder(check_circular=False, separators=(",", ":")), json.encoder
-make_encoder = getattr(encoder, "c_make_encoder", None)  # not every Python has it
-iterencode_json = json_encoder.iterencode if not make_encoder else make_encoder(
-    None, json_encoder.default, encoder.encode_basestring_ascii, None, ":", ",", False, False, True)
 
 
 def encode_json(value: Any) -> str:
-    """Return JSON in the one form that is checksummed."""
+    """Return compact JSON; the checksum is computed over exactly this form."""
     return "".join(iterencode_json(value, False))
 
 
 class PoolGrant(NamedTuple):
-    """Change: a pool is granted: as asked for, from a base, or by adoption of its id."""
+    """Journal record: a pool was granted, on request or by adopting the id that Docker has."""
 
     pool_id: str
     subnet: str  # CIDR
     sub_pool: str  # CIDR or ""
     name: str  # gipam.name or ""
     granted_s: int  # UNIX time
-    cursor: int  # offset in the subnet of the address to try next
-    next_block: int  # number of the block of this length to try next, -1: as it was
+    cursor: int  # offset of the next address to try
+    next_block: int  # to try at this prefixlen; -1: unchanged
     is_shared: bool = False  # with other hosts
 
 
 class PoolRelease(NamedTuple):
-    """Change: a pool goes, with whatever leases it still has."""
+    """Journal record: a pool was released, with its remaining leases."""
 
     pool_id: str
 
 
 class AddressGrant(NamedTuple):
-    """Change: an address is granted."""
+    """Journal record: an address was granted."""
 
     pool_id: str
     address: str  # bare
     kind: str
     mac: str
-    name: str  # of the container, where Docker sends it (29 and later)
+    name: str  # of the container (Docker 29 and later)
     granted_s: int
     cursor: int
-    is_explicit: bool = False  # asked for, as by --ip
+    is_explicit: bool = False  # the user named the address
 
 
 class AddressRelease(NamedTuple):
-    """Change: an address is free again, and who had it is remembered."""
+    """Journal record: an address was released; its last owner is remembered."""
 
     pool_id: str
     address: str
 
 
 class PoolIdBinding(NamedTuple):
-    """Change: a pool that was taken over from Docker's API, which has no ids, gets its id."""
+    """Journal record: an imported pool got its id from the first request that Docker sent for it.
+
+    Docker's API, from which the pool was imported, does not show ids.
+    """
 
     pool_id: str
     new_id: str
 
 
-class LegacySharePool(NamedTuple):
-    """Change of older journals: the subnet of a pool is shared with other hosts."""
-
-    pool_id: str
-    parts: list[str]  # once this host's
-    common: dict[str, str]
-
-
-Record = Union[PoolGrant, PoolRelease, PoolIdBinding, LegacySharePool, AddressGrant, AddressRelease]
-RECORD_TYPES: dict[str, Any] = {
-    "request_pool": PoolGrant, "release_pool": PoolRelease, "bind_pool": PoolIdBinding,
-    "share_pool": LegacySharePool, "request_address": AddressGrant,
-    "release_address": AddressRelease,
-}
-RECORD_NAMES = {kind: name for name, kind in RECORD_TYPES.items()}
-FIELD_SCHEMAS: dict[str, Any] = {  # the shapes of those that are no text
-    "granted_s": 0, "cursor": 0, "next_block": -1, "is_shared": False, "is_explicit": False,
-    "parts": [], "common": {}}
-
-
-def validate(what: str, value: Any, schema: Any) -> None:
-    """Check a value of the journal or the lease file. Raises: ValueError.
-
-    A schema is "" for text, the least number, [that of each], {"": that of each value}, or the
-    tuple of a row's.
-    """
-    expected_type = list if isinstance(schema, tuple) else type(schema)
-    is_valid = type(value) is expected_type
-    if is_valid and isinstance(schema, int):
-        is_valid = schema <= value <= 1 << ADDRESS_BITS[6]
-    if is_valid and isinstance(schema, tuple):
-        is_valid = len(value) == len(schema)
-    if not is_valid:
-        raise ValueError(f"{what} is {value!r:.80}, which is none of gipam's")
-
-    if isinstance(schema, tuple):
-        for element, element_schema in zip(value, schema):
-            validate(what, element, element_schema)
-    elif isinstance(schema, dict) and schema:
-        for element in value.values():
-            validate(what, element, schema[""])
-    elif isinstance(schema, list) and schema:
-        for element in value:
-            validate(what, element, schema[0])
+Record = Union[PoolGrant, PoolRelease, PoolIdBinding, AddressGrant, AddressRelease]
 
 
 class Lease(NamedTuple):
-    """An address that is held. There may be a million of these."""
+    """An allocated address. There may be a million of these."""
 
     kind: str
     mac: str
     name: str
     granted_s: int
-    seq: int  # of the change that granted it
-    is_explicit: bool  # asked for, as by --ip
+    seq: int  # of the record that granted it
+    is_explicit: bool  # the user named the address
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """Return whose it is: the container's name, its MAC address, or both."""
-        return tuple(dict.fromkeys(filter(None, (self.name, self.mac))))
+        """Return the owner's identities: container name, MAC address, or both."""
+        if self.name and self.mac and self.name != self.mac:
+            return (self.name, self.mac)
+        owner = self.name or self.mac
+        return (owner,) if owner else ()
 
 
 class OffsetBitmap:
-    """A set of numbers that finds the next absent one: bitmaps of 2 Ki numbers each.
+    """A set of offsets that finds the next absent one: bitmaps of 2,048 offsets each.
 
-    A full /16 takes 32 steps, 10 us. Larger ones would make each step, and each number that lies
-    alone in a /64, cost more: at 64 Ki 8,185 bytes.
+    Scanning a full /16 takes 32 steps (10 us). Larger bitmaps would make each step slower, and a
+    lone offset in a /64 would cost more memory (8,185 bytes with 65,536 offsets a bitmap).
     """
 
     SHIFT = 11
@@ -554,208 +639,253 @@ class OffsetBitmap:
     def __init__(self) -> None:
         self._bitmaps: dict[int, int] = {}
 
-    def __contains__(self, number: int) -> bool:
-        return bool(self._bitmaps.get(number >> self.SHIFT, 0) >> (number & self.MASK) & 1)
+    def __contains__(self, offset: int) -> bool:
+        bitmap = self._bitmaps.get(offset >> self.SHIFT, 0)
+        return bool(bitmap >> (offset & self.MASK) & 1)
 
-    def add(self, number: int) -> None:
-        """Put the number in."""
-        index = number >> self.SHIFT
-        self._bitmaps[index] = self._bitmaps.get(index, 0) | 1 << (number & self.MASK)
+    def add(self, offset: int) -> None:
+        """Add the offset, which may be in the set."""
+        index = offset >> self.SHIFT
+        self._bitmaps[index] = self._bitmaps.get(index, 0) | 1 << (offset & self.MASK)
 
-    def discard(self, number: int) -> None:
-        """Take the number out."""
-        index = number >> self.SHIFT
-        bitmap = self._bitmaps.pop(index, 0) & ~(1 << (number & self.MASK))
+    def discard(self, offset: int) -> None:
+        """Remove the offset, which may be absent."""
+        index = offset >> self.SHIFT
+        bitmap = self._bitmaps.pop(index, 0) & ~(1 << (offset & self.MASK))
         if bitmap:
             self._bitmaps[index] = bitmap
 
-    def next_free(self, number: int, *others: OffsetBitmap) -> int:
-        """Return the least number, from this one on, that is not in the set, nor in others."""
+    def next_free(self, offset: int, *others: OffsetBitmap) -> int:
+        """Return the least offset, from this one on, that is neither in this set nor in others."""
         while True:
-            rest = self._bitmaps.get(number >> self.SHIFT, 0)
+            index = offset >> self.SHIFT
+            used = self._bitmaps.get(index, 0)
             for other in others:
-                rest |= other._bitmaps.get(number >> self.SHIFT, 0)  # noqa: SLF001 - of our own
-            rest >>= number & self.MASK
-            number += (~rest & rest + 1).bit_length() - 1  # past the ones at its low end
-            if not rest & 1 or number & self.MASK:
-                return number
+                used |= other._bitmaps.get(index, 0)  # noqa: SLF001
+            used >>= offset & self.MASK
+
+            # Adding 1 turns the ones at the low end into zeros, and the zero above them into a one.
+            lowest_zero = (~used & (used + 1)).bit_length() - 1
+            offset += lowest_zero
+            if offset >> self.SHIFT == index:
+                return offset
 
 
 class BlockedRanges:
-    """Ranges that no block may touch: exclusions, routes of the host, its addresses."""
+    """Ranges that no block may overlap: exclusions, routes and addresses of the host."""
 
     def __init__(self, ranges: Iterable[Range]) -> None:
-        in_order = sorted(ranges)
-        self._firsts = [first for first, _ in in_order]
-        self._lasts = list(itertools.accumulate((last for _, last in in_order), max))
+        self._firsts: list[int] = []
+        # Running maximum, so that bisecting works although ranges nest.
+        self._lasts: list[int] = []
+        highest = -1
+        for first, last in sorted(ranges):
+            highest = max(highest, last)
+            self._firsts.append(first)
+            self._lasts.append(highest)
 
     def find_overlap(self, first: int, last: int) -> int | None:
-        """Return the last address of the first range that overlaps this one, None: none does."""
-        at = bisect.bisect_left(self._lasts, first)
-        return self._lasts[at] if at < len(self._lasts) and self._firsts[at] <= last else None
+        """Return the last address of the first range that overlaps this one, or None."""
+        index = bisect.bisect_left(self._lasts, first)
+        if index == len(self._lasts) or self._firsts[index] > last:
+            return None
+        return self._lasts[index]
 
 
 class PrefixTree:
-    """A multiset of prefixes ("covers") of one family, and what they leave free.
+    """A multiset of used prefixes of one family, and the free space that they leave.
 
-    A node is a prefix, numbered as in a heap: 1 is all addresses, 2n and 2n+1 are the halves of n.
-    Nodes that no cover touches are not stored; of the others the tree keeps the length of the
-    largest free block inside, and how many blocks of the usual length no cover touches. So each
-    answer takes a walk of at most 32 or 128 steps, however many prefixes are held and nest.
+    A node is a prefix, numbered as in a heap: 1 is the whole family, 2n and 2n+1 are the halves of
+    n. Only nodes that contain or are contained in a used prefix are stored. For each the tree keeps
+    the length of its largest free block and its number of free blocks of the default length, so
+    that every query takes at most 32 or 128 steps.
     """
 
-    def __init__(self, bits: int, usual: int) -> None:
-        self.bits, self.usual = bits, usual  # of an address, of a block
-        self._covers: dict[int, int] = {}  # node -> times covered
-        self._free: dict[int, tuple[int, int]] = {}  # node -> (shortest free prefixlen, blocks)
+    def __init__(self, address_bits: int, block_prefixlen: int) -> None:
+        self.address_bits = address_bits
+        self.block_prefixlen = block_prefixlen
+        self._use_counts: dict[int, int] = {}  # node -> times added
+        self._free_space: dict[int, tuple[int, int]] = {}  # as free_space()
 
-    def node(self, network: Network) -> int:
+    def node_of(self, network: Network) -> int:
         """Return the number of a prefix."""
-        return 1 << network.prefixlen | int(network[0]) >> self.bits - network.prefixlen
+        return 1 << network.prefixlen | int(network[0]) >> self.address_bits - network.prefixlen
 
-    def network(self, node: int) -> Network:
+    def network_of(self, node: int) -> Network:
         """Return the prefix of a number."""
         prefixlen = node.bit_length() - 1
-        first = (node ^ 1 << prefixlen) << self.bits - prefixlen
-        return ipaddress.ip_network((first.to_bytes(self.bits // 8, "big"), prefixlen))
+        first = (node ^ 1 << prefixlen) << self.address_bits - prefixlen
+        return ipaddress.ip_network((first.to_bytes(self.address_bits // 8, "big"), prefixlen))
 
-    def free(self, node: int) -> tuple[int, int]:
-        """Return (prefixlen of the largest free block, count of free usual ones) inside a node."""
-        length = node.bit_length() - 1
-        return self._free.get(node) or (length, (1 << self.usual) >> length)
+    def free_space(self, node: int) -> tuple[int, int]:
+        """Return (prefixlen of the largest free block, count of free default blocks) in a node."""
+        prefixlen = node.bit_length() - 1
+        return self._free_space.get(node) or (prefixlen, (1 << self.block_prefixlen) >> prefixlen)
 
-    def blocks(self, node: int) -> int:
-        """Return how many blocks of the usual length are free inside a node."""
-        is_covered = any(node >> up in self._covers for up in range(node.bit_length()))
-        return 0 if is_covered else self.free(node)[1]
+    def count_free_blocks(self, node: int) -> int:
+        """Return how many blocks of the default length are free in a node."""
+        ancestor = node
+        while ancestor:
+            if ancestor in self._use_counts:
+                return 0
+            ancestor >>= 1
+        return self.free_space(node)[1]
 
     def add(self, network: Network) -> None:
         """Add the prefix once more."""
-        self._count(network, 1)
+        node = self.node_of(network)
+        self._use_counts[node] = self._use_counts.get(node, 0) + 1
+        self._update_free_space(node)
 
     def remove(self, network: Network) -> None:
         """Remove the prefix once."""
-        self._count(network, -1)
+        node = self.node_of(network)
+        self._use_counts[node] -= 1
+        if not self._use_counts[node]:
+            del self._use_counts[node]
+        self._update_free_space(node)
 
-    def _count(self, network: Network, times: int) -> None:
-        """Change how often the prefix is in; bring its ancestors up to date."""
-        node, length = self.node(network), network.prefixlen
-        self._covers[node] = self._covers.get(node, 0) + times
-        if not self._covers[node]:
-            del self._covers[node]
+    def _update_free_space(self, node: int) -> None:
+        """Bring the free space of a node and of its ancestors up to date."""
+        prefixlen = node.bit_length() - 1
         while node:
-            half = (length + 1, (1 << self.usual) >> length + 1)  # as free() has a free half
-            left, right = self._free.get(2 * node, half), self._free.get(2 * node + 1, half)
-            if node in self._covers:
-                self._free[node] = (self.bits + 1, 0)
-            elif left == right == half:
-                self._free.pop(node, None)
+            free_half = (prefixlen + 1, (1 << self.block_prefixlen) >> prefixlen + 1)
+            left = self._free_space.get(2 * node, free_half)
+            right = self._free_space.get(2 * node + 1, free_half)
+            if node in self._use_counts:
+                self._free_space[node] = (self.address_bits + 1, 0)
+            elif left == right == free_half:
+                self._free_space.pop(node, None)
             else:
-                self._free[node] = (min(left[0], right[0]), left[1] + right[1])
-            node, length = node >> 1, length - 1
+                self._free_space[node] = (min(left[0], right[0]), left[1] + right[1])
+            node >>= 1
+            prefixlen -= 1
 
     def find_overlap(self, network: Network) -> Network | None:
-        """Return a cover that contains the prefix, else one inside it, else None."""
-        node = self.node(network)
-        for up in range(network.prefixlen + 1):
-            if node >> up in self._covers:
-                return self.network(node >> up)
-        if node not in self._free:
-            return None
-        while node not in self._covers:
-            node = 2 * node if 2 * node in self._free else 2 * node + 1
-        return self.network(node)
+        """Return a used prefix that contains this one, else one inside it, else None."""
+        node = self.node_of(network)
+        for generation in range(network.prefixlen + 1):
+            ancestor = node >> generation
+            if ancestor in self._use_counts:
+                return self.network_of(ancestor)
 
-    def find_free(self, prefixlen: int, low: int, obstacles: BlockedRanges,
-                  node: int = 1) -> int | None:
-        """Return the least free node of this length, from node low on, inside a node."""
-        shift = prefixlen - node.bit_length() + 1
-        if self.free(node)[0] > prefixlen or node + 1 << shift <= low:
+        if node not in self._free_space:
             return None
-        if node in self._free:
-            left = self.find_free(prefixlen, low, obstacles, 2 * node)
-            return left or self.find_free(prefixlen, low, obstacles, 2 * node + 1)
-        block, end, size = max(node << shift, low), node + 1 << shift, self.bits - prefixlen
+        while node not in self._use_counts:
+            node *= 2
+            if node not in self._free_space:
+                node += 1
+        return self.network_of(node)
+
+    def find_free(self, prefixlen: int, lowest: int, blocked: BlockedRanges,
+                  node: int = 1) -> int | None:
+        """Return the least free node of this length in a node, from node lowest on, or None."""
+        shift = prefixlen - node.bit_length() + 1
+        end = node + 1 << shift
+        if self.free_space(node)[0] > prefixlen or end <= lowest:
+            return None
+        if node in self._free_space:
+            left = self.find_free(prefixlen, lowest, blocked, 2 * node)
+            return left or self.find_free(prefixlen, lowest, blocked, 2 * node + 1)
+
+        block = max(node << shift, lowest)
+        host_bits = self.address_bits - prefixlen
         while block < end:
-            first = (block ^ 1 << prefixlen) << size
-            last = obstacles.find_overlap(first, first | (1 << size) - 1)
-            if last is None:
+            first = (block ^ 1 << prefixlen) << host_bits
+            last_blocked = blocked.find_overlap(first, first | (1 << host_bits) - 1)
+            if last_blocked is None:
                 return block
-            block = (1 << prefixlen | last >> size) + 1
+            block = (1 << prefixlen | last_blocked >> host_bits) + 1
         return None
 
 
-class LastAddress(NamedTuple):
-    """The address that an owner had last in a subnet."""
+class PastLease(NamedTuple):
+    """The last lease of an address of a subnet, as it is remembered after its release."""
 
     offset: int
+    owners: tuple[str, ...]  # container name, MAC address, or both
     seq: int  # of the record that released it
-    is_explicit: bool  # it had been asked for, as by --ip
+    is_explicit: bool  # the user had named the address
 
 
-class Affinity(Dict[str, LastAddress]):
-    """Which address of a subnet each owner had last: by its name and by its MAC address.
+class Affinity:
+    """The past leases of a subnet, by which each owner finds its address again.
 
-    The address rests with its owner: others get it only when nothing else is free. An owner has
-    one address; the owners of an address are forgotten together, the oldest first.
+    An address with a past lease rests: somebody else gets it only when no other address is free.
+    Each owner has one address. Iteration begins with what was released longest ago, which is also
+    forgotten first.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.at: dict[int, tuple[str, ...]] = {}  # owners by offset, the longest rested first
-        self.resting = OffsetBitmap()  # these offsets
+        self.offsets = OffsetBitmap()
+        self._by_offset: dict[int, PastLease] = {}  # released longest ago first
+        self._by_owner: dict[str, PastLease] = {}
 
-    def remember(self, last: LastAddress, owners: tuple[str, ...]) -> None:
-        """Remember whose the address is from now on, if that is known."""
-        if not owners:
-            return
-        for old in {last.offset, *(self[owner].offset for owner in owners if owner in self)}:
-            self._forget(old)
-        self.update(dict.fromkeys(owners, last))
-        self.at[last.offset] = owners
-        self.resting.add(last.offset)
-        if len(self.at) > MAX_AFFINITIES:
-            self._forget(next(iter(self.at)))
+    def __iter__(self) -> Iterator[PastLease]:
+        return iter(self._by_offset.values())
 
-    def restore(self, known: dict[str, LastAddress]) -> None:
-        """Remember all that another one knew."""
-        owners: dict[LastAddress, tuple[str, ...]] = {}
-        for owner, last in known.items():
-            owners[last] = (*owners.get(last, ()), owner)
-        for last in sorted(owners, key=lambda last: (last.seq, last.offset)):
-            self.remember(last, owners[last])
+    def resting_order(self) -> Iterator[PastLease]:
+        """Yield in which order addresses are taken from their last owners.
 
-    def find_longest_rested(self, is_usable: Callable[[int], bool]) -> int | None:
-        """Return the usable offset to be taken from its owner first, None: there is none.
-
-        That is the one that has rested longest; one that somebody had asked for comes after all
-        others, since its container cannot start with another. At most MAX_AFFINITIES steps.
+        What was given dynamically comes first, and then what a user had named: a container with
+        --ip cannot start with another address. Of each, the one released longest ago is first.
         """
-        first_explicit = None
-        for offset, owners in self.at.items():
-            if not is_usable(offset):
-                continue
-            if not self[owners[0]].is_explicit:
-                return offset
-            if first_explicit is None:
-                first_explicit = offset
-        return first_explicit
+        for past in self:
+            if not past.is_explicit:
+                yield past
+        for past in self:
+            if past.is_explicit:
+                yield past
+
+    def last_offset(self, owner: str) -> int | None:
+        """Return the offset that the owner had last, or None."""
+        past = self._by_owner.get(owner)
+        return past.offset if past else None
+
+    def record(self, past: PastLease) -> None:
+        """Remember a past lease, unless it had no owner; at the limit, forget the oldest."""
+        if not past.owners:
+            return
+        self._forget(past.offset)
+        for owner in past.owners:
+            offset = self.last_offset(owner)
+            if offset is not None:
+                self._forget(offset)
+
+        for owner in past.owners:
+            self._by_owner[owner] = past
+        self._by_offset[past.offset] = past
+        self.offsets.add(past.offset)
+        if len(self._by_offset) > MAX_AFFINITIES:
+            oldest_offset = next(iter(self._by_offset))
+            self._forget(oldest_offset)
+
+    def restore(self, past_leases: Iterable[PastLease]) -> None:
+        """Add saved past leases; what was released later wins."""
+        merged = sorted([*self, *past_leases], key=lambda past: (past.seq, past.offset))
+        for past in merged:
+            self._forget(past.offset)
+        for past in merged:
+            self.record(past)
 
     def _forget(self, offset: int) -> None:
-        for owner in self.at.pop(offset, ()):
-            del self[owner]
-            self.resting.discard(offset)
+        past = self._by_offset.pop(offset, None)
+        if past is None:
+            return
+        self.offsets.discard(offset)
+        for owner in past.owners:
+            del self._by_owner[owner]
 
 
 class Subnet:
-    """A prefix in use, and what all pools in it share: an address is held only once."""
+    """A prefix in use and the state shared by all pools of it: no address is allocated twice."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
         self.version: int = network.version
         self.first = int(network[0])
         self.last_offset = network.num_addresses - 1
-        self.allocated = OffsetBitmap()  # offsets from first; the reserved ones are always held
+        self.allocated = OffsetBitmap()  # the reserved offsets too
         self.affinity = Affinity()
         self.pools: dict[Network | None, Pool] = {}  # by sub_pool
         self.is_shared = False  # with other hosts
@@ -764,23 +894,37 @@ class Subnet:
 
     @property
     def reserved(self) -> set[int]:
-        """Return the offsets that are never handed out. Source: protocol.md 5.3."""
-        if self.version == 6:
-            return {0}  # the subnet-router anycast address
-        return {0, self.last_offset} if self.last_offset >= 3 else set()
+        """Return the offsets that are never handed out, as Docker's built-in IPAM has it.
 
-    def find_free(self, low: int, high: int, *others: OffsetBitmap) -> int | None:
-        """Return the first offset of a range that is free, and in no other set, None: none is."""
-        offset = self.allocated.next_free(low, *others)
+        Source: moby daemon/libnetwork/ipams/defaultipam/address_space.go
+        """
+        if self.version == 6:
+            # The subnet-router anycast address.
+            return {0}
+        if self.last_offset >= 3:
+            return {0, self.last_offset}
+        return set()
+
+    @property
+    def first_pool(self) -> Pool:
+        """Return the pool that stands for a subnet in use: the oldest."""
+        pools = iter(self.pools.values())
+        return next(pools)
+
+    def find_free(self, low: int, high: int, *unavailable: OffsetBitmap) -> int | None:
+        """Return the first free offset of a range that is in no other set either, or None."""
+        offset = self.allocated.next_free(low, *unavailable)
         return offset if offset <= high else None
 
     def find_lease(self, offset: int) -> Lease | None:
         """Return the lease of an address, None if nobody has it."""
-        leases = (pool.leases.get(offset) for pool in self.pools.values())
-        return next(filter(None, leases), None)
+        for pool in self.pools.values():
+            if offset in pool.leases:
+                return pool.leases[offset]
+        return None
 
     def lease_kind(self, address: str) -> str:
-        """Return as what an address is held, "" if it is not."""
+        """Return the kind of the lease of an address, "" if it has none."""
         lease = self.find_lease(parse_address(address, self.version) - self.first)
         return lease.kind if lease else ""
 
@@ -788,128 +932,171 @@ class Subnet:
 class Pool:
     """What one Docker network got: a subnet or a range of it, and the leases made there."""
 
-    def __init__(self, change: PoolGrant, subnet: Subnet, seq: int) -> None:
-        self.pool_id, self.subnet, self.seq = change.pool_id, subnet, seq
-        self.sub_pool = parse_prefix(change.sub_pool) if change.sub_pool else None
-        self.name, self.granted_s, self.cursor = change.name, change.granted_s, change.cursor
-        self._prefix = change.subnet
+    def __init__(self, grant: PoolGrant, subnet: Subnet, seq: int) -> None:
+        self.pool_id = grant.pool_id
+        self.subnet = subnet
+        self.sub_pool = parse_prefix(grant.sub_pool) if grant.sub_pool else None
+        self.name = grant.name
+        self.granted_s = grant.granted_s
+        self.seq = seq  # of the grant
+        self.cursor = grant.cursor
         self.leases: dict[int, Lease] = {}  # by offset in the subnet
-        dynamic = self.sub_pool or subnet.network
-        self.low, self.high = int(dynamic[0]) - subnet.first, int(dynamic[-1]) - subnet.first
+        self._subnet_text = grant.subnet
+
+        first, last = address_range(self.sub_pool or subnet.network)
+        self.low = first - subnet.first  # dynamic addresses: first offset
+        self.high = last - subnet.first  # and last
 
     @property
     def label(self) -> str:
-        """Return how the log calls it."""
-        return f"{self._prefix} ({self.name})" if self.name else self._prefix
+        """Return the pool's name in the log."""
+        if self.name:
+            return f"{self._subnet_text} ({self.name})"
+        return self._subnet_text
 
-    def format(self, offset: int) -> str:
+    def address_at(self, offset: int) -> str:
         """Return the bare address at the offset."""
         return format_address(self.subnet.first + offset, self.subnet.version)
 
-    def offset(self, address: str) -> int:
+    def offset_of(self, address: str) -> int:
         """Return the offset of a bare address, which may lie outside. Raises: ValueError."""
         return parse_address(address, self.subnet.version) - self.subnet.first
 
-    def inside(self, address: str) -> int:
+    def checked_offset(self, address: str) -> int:
         """Return the offset of a bare address in the subnet. Raises: ValueError."""
-        offset = self.offset(address)
+        offset = self.offset_of(address)
         if not 0 <= offset <= self.subnet.last_offset:
             raise ValueError(f"address {address} is outside {self.subnet.network}")
         return offset
 
     def capacity(self) -> int:
         """Return how many addresses of its range can be handed out."""
-        reserved = sum(self.low <= offset <= self.high for offset in self.subnet.reserved)
-        return self.high - self.low + 1 - reserved
+        reserved = [offset for offset in self.subnet.reserved if self.low <= offset <= self.high]
+        return self.high - self.low + 1 - len(reserved)
 
 
 class BlockReservation(NamedTuple):
-    """What is remembered of a gipam.name: its block, and who had what there while it is gone."""
+    """What is reserved for a gipam.name: its block, and who had which address there.
+
+    The past leases are kept here while no network uses the block.
+    """
 
     network: Network
-    owners: dict[str, LastAddress]
+    past_leases: tuple[PastLease, ...]
     seq: int
 
 
 class Family:
-    """IPv4 or IPv6: the bases, what is free in them, cursors, names, and the subnets in use."""
+    """IPv4 or IPv6: the bases, what is free in them, reservations, and the subnets in use."""
 
     def __init__(self, version: int, bases: list[Network], prefixlen: int,
                  excluded: list[Network]) -> None:
-        self.version, self.bases, self.excluded = version, bases, excluded
-        self.prefixlen = prefixlen  # of a block, where the network does not ask for another
-        self.used = PrefixTree(ADDRESS_BITS[version], prefixlen)  # subnets here and elsewhere
+        self.version = version
+        self.bases = bases
+        self.prefixlen = prefixlen  # of a block, by default
+        self.excluded = excluded
+        self.used = PrefixTree(ADDRESS_BITS[version], prefixlen)  # here and on other hosts
         self.subnets: dict[Network, Subnet] = {}
-        self.cursors: dict[int, int] = {}  # prefixlen -> number of the block to try next
-        self.names: dict[str, BlockReservation] = {}  # by gipam.name, the oldest first
-        self.remote_claims: dict[Network, Any] = {}  # held too: what others have claimed -> by whom
+        self.cursors: dict[int, int] = {}  # prefixlen -> next block to try
+        self.reservations: dict[str, BlockReservation] = {}  # by gipam.name, oldest first
+        self.remote_claims: dict[Network, Any] = {}  # used too -> by whom
 
     def find_block(self, bases: list[Network], prefixlen: int,
-                   obstacles: BlockedRanges) -> tuple[Network, int] | None:
-        """Return (a free block, its number over all these bases + 1): next-fit from the cursor."""
+                   blocked: BlockedRanges) -> tuple[Network, int] | None:
+        """Return (a free block, index of the next one to try), next-fit from the cursor, or None.
+
+        Blocks are counted over all these bases.
+        """
         counts = [1 << prefixlen - base.prefixlen for base in bases]
-        for start in (self.cursors.get(prefixlen, 0) % sum(counts), 0):
-            number = 0
+        total = sum(counts)
+        cursor = self.cursors.get(prefixlen, 0) % total
+        for start in (cursor, 0):
+            base_index = 0  # of the first block of the base
             for base, count in zip(bases, counts):
-                first = self.used.node(base) * count
-                found = self.used.find_free(prefixlen, first + max(start - number, 0), obstacles)
-                if found and found < first + count:
-                    return self.used.network(found), (number + found - first + 1) % sum(counts)
-                number += count
+                first = self.used.node_of(base) * count
+                lowest = first + max(start - base_index, 0)
+                node = self.used.find_free(prefixlen, lowest, blocked)
+                if node and node < first + count:
+                    next_index = (base_index + node - first + 1) % total
+                    return self.used.network_of(node), next_index
+                base_index += count
         return None
 
-    def count(self, *bases: Network) -> tuple[int, int, int]:
-        """Return how many blocks of the usual length bases have, are held, are free but excluded.
+    def block_counts(self, *bases: Network) -> tuple[int, int, int]:
+        """Return how many blocks of the default length bases have, use, and have excluded but free.
 
-        What is held or excluded in part counts as a whole.
+        A block that is used or excluded in part counts as a whole.
         """
-        total = sum(1 << self.prefixlen - base.prefixlen for base in bases)
-        excluded = (address_range(network) for network in self.excluded
-                    if any(base.overlaps(network) for base in bases))
-        return total, total - self.count_free(map(address_range, bases)), self.count_free(excluded)
+        total = 0
+        for base in bases:
+            total += 1 << self.prefixlen - base.prefixlen
+        excluded = []
+        for network in self.excluded:
+            if any(base.overlaps(network) for base in bases):
+                excluded.append(address_range(network))
+        used = total - self.count_free(map(address_range, bases))
+        return total, used, self.count_free(excluded)
+
+    def count_free(self, ranges: Iterable[Range]) -> int:
+        """Return how many free blocks of the default length prefixes, as ranges, touch."""
+        address_bits = ADDRESS_BITS[self.version]
+        block_size = 1 << address_bits - self.prefixlen
+        whole_blocks = set()
+        for first, last in ranges:
+            whole_blocks.add((first - first % block_size, last - last % block_size + block_size))
+
+        count = 0
+        counted_end = 0
+        for first, end in sorted(whole_blocks, key=lambda block: (block[0], -block[1])):
+            # Prefixes nest or are apart: this one may lie in the one before.
+            if first < counted_end:
+                continue
+            counted_end = end
+            node = (1 << address_bits | first) // (end - first)
+            count += self.used.count_free_blocks(node)
+        return count
 
     def find_conflict(self, network: Network, sub_pool: Network | None) -> Network | None:
-        """Return a subnet in use that overlaps the prefix, unless both are for other ranges of it.
+        """Return a used prefix that conflicts with this request, or None.
 
-        Source: macvlan networks share theirs, if it is equal (moby TestMacvlanIPAMOverlap).
+        Different sub_pools of the same subnet do not conflict, so that macvlan networks can share
+        it. Source: moby TestMacvlanIPAMOverlap
         """
         overlap = self.used.find_overlap(network)
-        subnet = self.subnets.get(network) if overlap == network and sub_pool else None
-        if subnet and not {None, sub_pool} & subnet.pools.keys():
+        if overlap != network or not sub_pool:
+            return overlap
+        subnet = self.subnets.get(network)
+        if subnet and None not in subnet.pools and sub_pool not in subnet.pools:
             return None
         return overlap
 
     def find_remote_conflict(self, network: Network) -> Network | None:
-        """Return what another host has claimed and overlaps this subnet, which is held here."""
+        """Return a claim of another host that overlaps this subnet, which is in use here too."""
         self.used.remove(network)
         overlap = self.used.find_overlap(network)
         self.used.add(network)
         return overlap
 
     def is_free_block(self, network: Network) -> bool:
-        """Return whether the prefix lies in a base and is not in use."""
-        return self.used.find_overlap(network) is None and any(
-            base.prefixlen <= network.prefixlen and base.overlaps(network) for base in self.bases)
+        """Return whether the prefix is within a base and not in use."""
+        if self.used.find_overlap(network) is not None:
+            return False
+        for base in self.bases:
+            if base.prefixlen <= network.prefixlen and base.overlaps(network):
+                return True
+        return False
 
-    def count_free(self, ranges: Iterable[Range]) -> int:
-        """Return how many free blocks of the usual length prefixes, as ranges, touch."""
-        size, end, free = 1 << ADDRESS_BITS[self.version] - self.prefixlen, 0, 0
-        for first, negated in sorted({(low & -size, -(high | size - 1)) for low, high in ranges}):
-            if first >= end:  # not inside the one before
-                end = 1 - negated
-                free += self.used.blocks((1 << ADDRESS_BITS[self.version] | first) // (end - first))
-        return free
-
-    def remember(self, name: str, kept: BlockReservation) -> None:
-        """Remember this of a name from now on, and forget the oldest name at the limit."""
-        self.names.pop(name, None)
-        self.names[name] = kept
-        if len(self.names) > MAX_AFFINITIES:
-            del self.names[next(iter(self.names))]
+    def reserve(self, name: str, reservation: BlockReservation) -> None:
+        """Reserve a block for a name from now on; at the limit, the oldest reservation goes."""
+        self.reservations.pop(name, None)
+        self.reservations[name] = reservation
+        if len(self.reservations) > MAX_AFFINITIES:
+            oldest = next(iter(self.reservations))
+            del self.reservations[oldest]
 
 
 class State:
-    """All that gipam knows. Only apply() changes it, in service and in recovery alike."""
+    """The complete state. apply() is the only way to change it, while serving and in recovery."""
 
     def __init__(self, families: Iterable[Family]) -> None:
         self.seq = 0
@@ -917,297 +1104,498 @@ class State:
         self.lease_count = 0
         self.families = {family.version: family for family in families}
 
-    def apply(self, change: Record) -> None:
-        """Apply the change as the next one, for good. Raises: ValueError, and all is as before."""
-        pool = self.pools.get(change.pool_id)
-        if isinstance(change, PoolGrant) == bool(pool) or not change.pool_id:
-            raise ValueError(f"pool {change.pool_id!r} is {'held twice' if pool else 'not held'}")
-        getattr(self, "_" + RECORD_NAMES[type(change)])(change, pool)
+    def apply(self, record: Record) -> None:
+        """Apply one record; it takes the next sequence number.
+
+        Raises: ValueError if it does not fit; nothing has changed.
+        """
+        pool = self.pools.get(record.pool_id)
+        if isinstance(record, PoolGrant):
+            if pool or not record.pool_id:
+                raise ValueError(f"pool {record.pool_id!r} is held twice, or has no id")
+            self._grant_pool(record)
+        elif pool is None:
+            raise ValueError(f"pool {record.pool_id!r} is not held")
+        elif isinstance(record, AddressGrant):
+            self._grant_address(record, pool)
+        elif isinstance(record, AddressRelease):
+            self._release_address(record, pool)
+        elif isinstance(record, PoolRelease):
+            self._release_pool(pool)
+        else:
+            self._bind_pool_id(record, pool)
         self.seq += 1
 
-    def _request_pool(self, change: PoolGrant, _: None) -> None:
-        network = parse_prefix(change.subnet)
+    def _grant_pool(self, grant: PoolGrant) -> None:
+        network = parse_prefix(grant.subnet)
         family = self.families[network.version]
         subnet = family.subnets.get(network) or Subnet(network)
-        pool = Pool(change, subnet, self.seq + 1)
-        rival = family.find_conflict(network, pool.sub_pool)
-        if rival:
-            raise ValueError(f"pool {network} overlaps {rival}")
-        if (pool.sub_pool or network).version != network.version \
-                or not 0 <= pool.low <= pool.high <= subnet.last_offset:
+        pool = Pool(grant, subnet, self.seq + 1)
+        conflict = family.find_conflict(network, pool.sub_pool)
+        if conflict:
+            raise ValueError(f"pool {network} overlaps {conflict}")
+        if pool.sub_pool and pool.sub_pool.version != network.version:
+            raise ValueError(f"sub_pool {pool.sub_pool} is of another family than {network}")
+        if not 0 <= pool.low <= pool.high <= subnet.last_offset:
             raise ValueError(f"sub_pool {pool.sub_pool} is outside {network}")
-        kept = family.names.get(pool.name)
-        block = family.subnets.get(kept.network) if kept else None
-        users = block.pools.values() if block else ()
-        if pool.name and all(other.name != pool.name for other in users):  # else it stays there
-            if kept and kept.network == network:
-                subnet.affinity.restore(kept.owners)
-            family.remember(pool.name, BlockReservation(network, {}, pool.seq))
+
+        if pool.name:
+            self._reserve_block(family, pool)
         if not subnet.pools:
-            subnet.is_shared = change.is_shared
+            subnet.is_shared = grant.is_shared
             family.subnets[network] = subnet
             family.used.add(network)
-        subnet.pools[pool.sub_pool] = self.pools[pool.pool_id] = pool
-        if change.next_block >= 0:
-            family.cursors[network.prefixlen] = change.next_block
+        subnet.pools[pool.sub_pool] = pool
+        self.pools[pool.pool_id] = pool
+        if grant.next_block >= 0:
+            family.cursors[network.prefixlen] = grant.next_block
 
-    def _release_pool(self, _: PoolRelease, pool: Pool) -> None:
-        subnet, family = pool.subnet, self.families[pool.subnet.version]
-        del self.pools[pool.pool_id], subnet.pools[pool.sub_pool]
+    def _reserve_block(self, family: Family, pool: Pool) -> None:
+        """Reserve the subnet of a new pool for its name, unless the name is in use elsewhere."""
+        network = pool.subnet.network
+        reservation = family.reservations.get(pool.name)
+        if reservation:
+            subnet = family.subnets.get(reservation.network)
+            if subnet and any(other.name == pool.name for other in subnet.pools.values()):
+                return
+            if reservation.network == network:
+                pool.subnet.affinity.restore(reservation.past_leases)
+        family.reserve(pool.name, BlockReservation(network, (), pool.seq))
+
+    def _release_pool(self, pool: Pool) -> None:
+        subnet = pool.subnet
+        family = self.families[subnet.version]
+        seq = self.seq + 1
+        del self.pools[pool.pool_id]
+        del subnet.pools[pool.sub_pool]
         self.lease_count -= len(pool.leases)
+
         latest = itertools.islice(reversed(pool.leases.items()), MAX_SAVED_AFFINITIES)
         for offset, lease in sorted(latest):
-            last = LastAddress(offset, self.seq + 1, lease.is_explicit)
-            subnet.affinity.remember(last, lease.owners)
+            subnet.affinity.record(PastLease(offset, lease.owners, seq, lease.is_explicit))
         if subnet.pools:
             for offset in pool.leases.keys() - subnet.reserved:
                 subnet.allocated.discard(offset)
             return
+
         del family.subnets[subnet.network]
         family.used.remove(subnet.network)
-        kept = family.names.get(pool.name)
-        if kept and kept.network == subnet.network:
-            newest = list(subnet.affinity.at.values())[-MAX_SAVED_AFFINITIES:]
-            owners = {owner: subnet.affinity[owner] for owner in itertools.chain(*newest)}
-            family.remember(pool.name, BlockReservation(kept.network, owners, self.seq + 1))
+        reservation = family.reservations.get(pool.name)
+        if reservation and reservation.network == subnet.network:
+            past_leases = tuple(subnet.affinity)[-MAX_SAVED_AFFINITIES:]
+            family.reserve(pool.name, BlockReservation(subnet.network, past_leases, seq))
 
-    def _bind_pool(self, change: PoolIdBinding, pool: Pool) -> None:
-        if not change.new_id or change.new_id in self.pools:
-            raise ValueError(f"pool {change.new_id!r} is held twice")
-        self.pools[change.new_id] = self.pools.pop(change.pool_id)
-        pool.pool_id = change.new_id
+    def _bind_pool_id(self, binding: PoolIdBinding, pool: Pool) -> None:
+        if not binding.new_id or binding.new_id in self.pools:
+            raise ValueError(f"pool {binding.new_id!r} is held twice, or has no id")
+        del self.pools[binding.pool_id]
+        self.pools[binding.new_id] = pool
+        pool.pool_id = binding.new_id
 
-    def _share_pool(self, _: LegacySharePool, pool: Pool) -> None:
-        pool.subnet.is_shared = True
-
-    def _request_address(self, change: AddressGrant, pool: Pool) -> None:
-        subnet, offset = pool.subnet, pool.inside(change.address)
+    def _grant_address(self, grant: AddressGrant, pool: Pool) -> None:
+        subnet = pool.subnet
+        offset = pool.checked_offset(grant.address)
         if offset in subnet.allocated:
-            raise ValueError(f"address {change.address} of {subnet.network} is held twice")
-        if change.kind not in LEASE_KINDS:
-            raise ValueError(f"{change.kind!r:.40} is not a kind of lease")
-        pool.leases[offset] = Lease(change.kind, change.mac, change.name, change.granted_s,
-                                     self.seq + 1, change.is_explicit)
+            raise ValueError(f"address {grant.address} of {subnet.network} is held twice")
+        if grant.kind not in LEASE_KINDS:
+            raise ValueError(f"{grant.kind!r:.40} is not a kind of lease")
+        pool.leases[offset] = Lease(grant.kind, grant.mac, grant.name, grant.granted_s,
+                                    self.seq + 1, grant.is_explicit)
         subnet.allocated.add(offset)
-        pool.cursor = change.cursor
+        pool.cursor = grant.cursor
         self.lease_count += 1
 
-    def _release_address(self, change: AddressRelease, pool: Pool) -> None:
-        offset = pool.offset(change.address)
+    def _release_address(self, release: AddressRelease, pool: Pool) -> None:
+        subnet = pool.subnet
+        offset = pool.offset_of(release.address)
         if offset not in pool.leases:
-            raise ValueError(f"address {change.address} is not held in {pool.subnet.network}")
+            raise ValueError(f"address {release.address} is not held in {subnet.network}")
         lease = pool.leases.pop(offset)
-        if offset not in pool.subnet.reserved:  # the Go program gave broadcast addresses out
-            pool.subnet.allocated.discard(offset)
-        last = LastAddress(offset, self.seq + 1, lease.is_explicit)
-        pool.subnet.affinity.remember(last, lease.owners)
+        # The Go program handed out broadcast addresses; they stay reserved.
+        if offset not in subnet.reserved:
+            subnet.allocated.discard(offset)
+        past = PastLease(offset, lease.owners, self.seq + 1, lease.is_explicit)
+        subnet.affinity.record(past)
         self.lease_count -= 1
 
 
 # === Records ======================================================================================
+#
+# The two forms of the state on disk: a Record is a JSON array in the journal, and the whole state
+# is the JSON object of the lease file (the snapshot). copy_state() takes a copy that later records
+# do not change, encode_snapshot() yields its text in chunks, and decode_snapshot() reads it.
+#
+# The rule: nothing that was read from disk is believed. Its types and bounds are checked against
+# the schemas here, its meaning in State.apply(). Whatever does not fit is a ValueError.
 
+FORMAT = 1  # of the lease file and the journal
+UNBOUND = "unbound"  # the token of an imported pool's id
 
-UNBOUND = "unbound"  # in place of the token, until Docker sends the id of a pool taken over
-STATE_KEYS: dict[str, Any] = {  # are checksummed; with their shapes
+# A schema is "", False, the least integer, [schema of each item], {"": schema of each value}, or
+# (schema of the first item, ...) for an array of that length. [] and {} are not looked into.
+STATE_KEYS: dict[str, Any] = {  # checksummed, in this order
     "Seq": 0, "V6Idx": 0, "V4Idx": 0, "Cursors": {"": 0}, "Names": [[]], "Free": [],
     "Allocated": [{}],
 }
+RESERVATION_ROW = ("", "", 0, {"": (0, 0, False)})
 POOL_KEYS: dict[str, Any] = {
     "ID": "", "V": 0, "Pool": "", "SubPool": "", "Name": "", "Granted": 0, "Seq": 0, "Idx": 0,
-    "Remembered": {"": ("", 0, False)}, "Free": [], "Shared": [], "Allocated": [], "Leases": [],
+    "Remembered": {"": ("", 0, False)}, "Free": [], "Shared": False, "Allocated": [], "Leases": [],
 }
+LEASE_TYPES = (str, str, str, int, int, bool)
+FIELD_SCHEMAS: dict[str, Any] = {  # of records; other fields are text
+    "granted_s": 0, "cursor": 0, "next_block": -1, "is_shared": False, "is_explicit": False}
+RECORD_TYPES: dict[str, Any] = {
+    "request_pool": PoolGrant,
+    "release_pool": PoolRelease,
+    "bind_pool": PoolIdBinding,
+    "request_address": AddressGrant,
+    "release_address": AddressRelease,
+}
+RECORD_NAMES = {record_type: name for name, record_type in RECORD_TYPES.items()}
+
 KEY_ALIASES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
 OPTION_KEYS = {**KEY_ALIASES, "exclude": "Exclude"}  # option -> its key in the lease file
-LEASE_FILE_KEYS = (*OPTION_KEYS.values(), "Options", *STATE_KEYS, "Journal", "Checksum")
+LEASE_FILE_KEYS = ("Format", "Version", *OPTION_KEYS.values(), "Options", *STATE_KEYS, "Journal",
+                   "Checksum")
 
 
-def copy_state(state: State) -> tuple[Json, list[Any]]:
-    """Return (the small keys, what changes of each pool): a shallow copy.
+def validate(label: str, value: Any, schema: Any) -> None:
+    """Check a JSON value from disk against a schema. Raises: ValueError."""
+    if isinstance(schema, tuple):
+        is_valid = type(value) is list and len(value) == len(schema)
+    else:
+        is_valid = type(value) is type(schema)
+    if is_valid and type(schema) is int:
+        is_valid = schema <= value <= 1 << ADDRESS_BITS[6]
+    if not is_valid:
+        raise ValueError(f"{label} is {value!r:.80}, which gipam does not write there")
 
-    It is taken in milliseconds, between two turns; the rest of a pool, and a lease, never change.
+    if isinstance(schema, tuple):
+        for item, item_schema in zip(value, schema):
+            validate(label, item, item_schema)
+    elif isinstance(schema, list) and schema:
+        for item in value:
+            validate(label, item, schema[0])
+    elif isinstance(schema, dict) and schema:
+        for item in value.values():
+            validate(label, item, schema[""])
+
+
+def read_keys(document: Json, schemas: Mapping[str, Any], label: str) -> Json:
+    """Return the value of each key, an empty one for null. Raises: ValueError."""
+    values = {}
+    for key, schema in schemas.items():
+        value = document.get(key)
+        if value is None:
+            make_empty = type(schema)
+            value = make_empty()
+        validate(f"{key} of {label}", value, schema)
+        values[key] = value
+    return values
+
+
+def normalise_keys(document: Json, keys: Iterable[str]) -> Json:
+    """Return the document with its keys spelt as these, whatever their case; unknown ones stay."""
+    spelling = {key.lower(): key for key in keys}
+    spelling.update(KEY_ALIASES)
+    return {spelling.get(key.lower(), key): value for key, value in document.items()}
+
+
+def decode_record(row: Any) -> Record:
+    """Return the record that an array of the journal stands for.
+
+    Raises: ValueError; TypeError and LookupError if it is not even an array with a name.
     """
-    families = [state.families[version] for version in (6, 4)]
-    names = [entry for family in families for entry in family.names.items()]
-    head: Json = {
-        "Seq": state.seq,
-        **{f"V{family.version}Idx": family.cursors.get(family.prefixlen, 0) for family in families},
-        "Cursors": {f"{family.version}/{length}": number for family in families
-                    for length, number in family.cursors.items() if length != family.prefixlen},
-        "Names": names, "Free": [kept.network for family in families
-                                 for kept in family.names.values()
-                                 if kept.network not in family.subnets]}
-    pools = []
-    gc.disable()  # it would look at all that is copied: 4 ms for 100,000 leases instead of 2
+    name, *values = row
+    record_type = RECORD_TYPES.get(str(name))
+    if not record_type:
+        raise ValueError(f"{name!r:.40} is not a change that this version knows")
+    schemas = [FIELD_SCHEMAS.get(field, "") for field in record_type._fields]
+    validate(name, values, tuple(schemas))
+    record: Record = record_type(*values)
+    return record
+
+
+class PoolCopy(NamedTuple):
+    """A pool as of one moment. What is not copied never changes: its other fields, and leases."""
+
+    pool: Pool
+    pool_id: str
+    cursor: int
+    leases: dict[int, Lease]
+    past_leases: list[PastLease]  # of the subnet, in its first pool
+    free_offsets: list[int]  # of these
+
+
+class StateCopy(NamedTuple):
+    """The state as of one moment, taken between two iterations of the event loop."""
+
+    header: Json
+    reservations: list[tuple[str, BlockReservation]]  # with their names
+    free_blocks: list[Network]
+    pools: list[PoolCopy]
+
+
+def copy_state(state: State) -> StateCopy:
+    """Return a shallow copy of the state; it takes milliseconds."""
+    header: Json = {"Seq": state.seq}
+    cursors = {}
+    reservations: list[tuple[str, BlockReservation]] = []
+    free_blocks = []
+    for version in (6, 4):
+        family = state.families[version]
+        header[f"V{version}Idx"] = family.cursors.get(family.prefixlen, 0)
+        for prefixlen, index in family.cursors.items():
+            if prefixlen != family.prefixlen:
+                cursors[f"{version}/{prefixlen}"] = index
+        reservations += family.reservations.items()
+        for reservation in family.reservations.values():
+            if reservation.network not in family.subnets:
+                free_blocks.append(reservation.network)
+    header["Cursors"] = cursors
+
+    # A collection would look at all that is copied: 100,000 leases take 2 ms, with one 4 ms.
+    gc.disable()
     try:
-        for pool in state.pools.values():
-            is_first = next(iter(pool.subnet.pools.values())) is pool  # it stands for its subnet
-            memory = pool.subnet.affinity.copy() if is_first else {}
-            free = {last.offset for last in memory.values()
-                    if last.offset not in pool.subnet.allocated}
-            pools.append((pool, pool.pool_id, pool.cursor, dict(pool.leases), memory, free))
+        pools = [copy_pool(pool) for pool in state.pools.values()]
     finally:
         gc.enable()
-    return head, pools
+    return StateCopy(header, reservations, free_blocks, pools)
 
 
-def encode_snapshot(config: Json, copy: Any, segment: int | None) -> Iterator[str]:
-    """Yield the lease file in portions: configuration, segment that goes on, state, checksum."""
-    keys = {**config, "Journal": segment}
-    lines = [f"{encode_json(key)}:{encode_json(value)},\n" for key, value in keys.items() if value]
-    yield "{\n" + "".join(lines)
+def copy_pool(pool: Pool) -> PoolCopy:
+    """Return a copy of a pool; the first of a subnet has the past leases of all."""
+    subnet = pool.subnet
+    past_leases: list[PastLease] = []
+    if pool is subnet.first_pool:
+        past_leases = list(subnet.affinity)
+    free_offsets = [past.offset for past in past_leases if past.offset not in subnet.allocated]
+    return PoolCopy(pool, pool.pool_id, pool.cursor, dict(pool.leases), past_leases, free_offsets)
+
+
+def encode_snapshot(config: Json, copy: StateCopy, segment: int | None) -> Iterator[str]:
+    """Yield the lease file in chunks; the segment is the one that goes on where the copy ends."""
+    keys = {"Format": FORMAT, "Version": __version__, **config, "Journal": segment}
+    yield "{\n"
+    for key, value in keys.items():
+        if value:
+            yield f"{encode_json(key)}:{encode_json(value)},\n"
+
     checksum = 0
-    for chunk in encode_state(*copy):
+    for chunk in encode_state(copy):
         checksum = zlib.crc32(chunk.encode(), checksum)
         yield chunk + "\n"
     yield f',"Checksum":"{checksum:08x}"}}\n'
 
 
-def encode_state(head: Json, pools: list[Any]) -> Iterator[str]:
-    """Yield the state as the JSON text that is checksummed, cut between elements."""
-    names, free_blocks = head.pop("Names"), head.pop("Free")
-    yield encode_json(head)[1:-1] + ',"Names":['
-    yield from encode_items(([name, str(kept.network), kept.seq, kept.owners]
-                            for name, kept in names), NAMES_PER_CHUNK)
+def encode_state(copy: StateCopy) -> Iterator[str]:
+    """Yield the STATE_KEYS as the JSON text that is checksummed, cut between items."""
+    yield encode_json(copy.header)[1:-1] + ',"Names":['
+    yield from encode_items(itertools.starmap(reservation_to_json, copy.reservations),
+                            NAMES_PER_CHUNK)
     yield '],"Free":['
-    yield from encode_items({"V": block.version, "Pool": str(block)} for block in free_blocks)
+    yield from encode_items({"V": block.version, "Pool": str(block)} for block in copy.free_blocks)
     yield '],"Allocated":['
     comma = ""
-    for pool, pool_id, cursor, leases, memory, free in pools:
-        owners = {owner: [pool.format(last.offset), last.seq, last.is_explicit]
-                  for owner, last in memory.items()}
-        values = (pool_id, pool.subnet.version, str(pool.subnet.network), str(pool.sub_pool or ""),
-                  pool.name, pool.granted_s, pool.seq, cursor, owners,
-                  [pool.format(offset) for offset in sorted(free)], [True] * pool.subnet.is_shared)
-        yield comma + encode_json(dict(zip(POOL_KEYS, values)))[:-1] + ',"Allocated":['
-        yield from encode_items(map(pool.format, leases))
+    for pool_copy in copy.pools:
+        yield comma + encode_json(pool_to_json(pool_copy))[:-1] + ',"Allocated":['
+        yield from encode_items(map(pool_copy.pool.address_at, pool_copy.leases))
         yield '],"Leases":['
-        yield from encode_items(leases.values())
+        yield from encode_items(pool_copy.leases.values())
         yield "]}"
         comma = ","
     yield "]"
 
 
-def encode_items(values: Iterable[Any], count: int = 0) -> Iterator[str]:
-    """Yield the inside of a JSON array in portions of so many, 0: as many as of leases."""
-    values, comma = iter(values), ""
-    for portion in iter(lambda: list(itertools.islice(values, count or LEASES_PER_CHUNK)), []):
-        yield comma + encode_json(portion)[1:-1]
+def encode_items(values: Iterable[Any], chunk_items: int | None = None) -> Iterator[str]:
+    """Yield the inside of a JSON array in chunks of so many items, by default LEASES_PER_CHUNK."""
+    if chunk_items is None:
+        chunk_items = LEASES_PER_CHUNK
+    values = iter(values)
+    comma = ""
+    while True:
+        items = list(itertools.islice(values, chunk_items))
+        if not items:
+            return
+        yield comma + encode_json(items)[1:-1]
         comma = ","
 
 
-def read_keys(document: Json, keys: Mapping[str, Any], what: str) -> Json:
-    """Return the value of each key, an empty one for null. Raises: ValueError."""
-    values = {}
-    for key, shape in keys.items():
-        values[key] = type(shape)() if document.get(key) is None else document[key]
-        validate(f"{key} of {what}", values[key], shape)
-    return values
+def reservation_to_json(name: str, reservation: BlockReservation) -> list[Any]:
+    """Return a RESERVATION_ROW."""
+    owners = {}
+    for past in reservation.past_leases:
+        for owner in past.owners:
+            owners[owner] = (past.offset, past.seq, past.is_explicit)
+    return [name, str(reservation.network), reservation.seq, owners]
 
 
-def decode_record(record: Any) -> Record:
-    """Return the change that a record of the journal is. Raises: as recover() knows it."""
-    name, *values = record
-    kind = RECORD_TYPES.get(str(name))
-    if not kind:
-        raise ValueError(f"{name!r:.40} is not a change that this version knows")
-    shape = [FIELD_SCHEMAS.get(field, "") for field in kind._fields]
-    needed = len(shape) - len(kind._field_defaults)  # older versions had not the others
-    validate(name, values, tuple(shape[:max(needed, len(values))]))
-    return kind(*values)  # type: ignore[no-any-return]
+def pool_to_json(copy: PoolCopy) -> Json:
+    """Return the POOL_KEYS of a pool but for Allocated and Leases, which may be long."""
+    pool = copy.pool
+    owners = {}
+    for past in copy.past_leases:
+        address = pool.address_at(past.offset)
+        for owner in past.owners:
+            owners[owner] = (address, past.seq, past.is_explicit)
+
+    return {
+        "ID": copy.pool_id,
+        "V": pool.subnet.version,
+        "Pool": str(pool.subnet.network),
+        "SubPool": str(pool.sub_pool or ""),
+        "Name": pool.name,
+        "Granted": pool.granted_s,
+        "Seq": pool.seq,
+        "Idx": copy.cursor,
+        "Remembered": owners,
+        "Free": [pool.address_at(offset) for offset in sorted(copy.free_offsets)],
+        "Shared": pool.subnet.is_shared,
+    }
+
+
+def require_format(document: Json) -> None:
+    """Check that this version reads a lease file. Raises: ValueError that says which one does.
+
+    The Go program's files have neither a Format nor a Checksum.
+    """
+    file_format = document.get("Format")
+    if file_format is None and "Checksum" not in document:
+        return
+    if type(file_format) is not int or file_format < 1:
+        raise ValueError(f"has Format {file_format!r:.40}, which no release of gipam has written")
+    if file_format > FORMAT:
+        version = printable(str(document.get("Version")))
+        raise ValueError(f"has format {file_format} and needs gipam {version} or later: this is "
+                         f"gipam {__version__}, which reads format {FORMAT}")
 
 
 def decode_snapshot(document: Json, state: State) -> None:
     """Fill the empty state from a lease file. Raises: ValueError with what is wrong there."""
-    if "Checksum" in document:  # else it is the Go program's
+    if "Checksum" in document:
         text = encode_json({key: document[key] for key in STATE_KEYS})[1:-1]
         if document["Checksum"] != f"{zlib.crc32(text.encode()):08x}":
             raise ValueError("its checksum does not match what it holds from Seq on")
     values = read_keys(document, STATE_KEYS, "the state")
+
+    # The memory of each pool that was read serves the next.
     entries = values["Allocated"]
     entries.reverse()
     while entries:
-        decode_pool(entries.pop(), state)  # whose memory serves the next
+        decode_pool(entries.pop(), state)
+
     for version, family in state.families.items():
         family.cursors[family.prefixlen] = values[f"V{version}Idx"]
-    for key, number in values["Cursors"].items():
-        version, _, prefixlen = key.partition("/")
-        if not 0 <= int(prefixlen) <= ADDRESS_BITS[int(version)]:
-            raise ValueError(f"Cursors has {key!r}: no length of IPv{version}")
-        state.families[int(version)].cursors[int(prefixlen)] = number
+    for key, index in values["Cursors"].items():
+        version_text, _, prefixlen_text = key.partition("/")
+        version = int(version_text)
+        prefixlen = int(prefixlen_text)
+        if not 0 <= prefixlen <= ADDRESS_BITS[version]:
+            raise ValueError(f"Cursors has {key!r}, which is not a length of IPv{version}")
+        state.families[version].cursors[prefixlen] = index
     for row in values["Names"]:
-        validate("Names", row, ("", "", 0, {"": (0, 0, False)}))
+        validate("Names", row, RESERVATION_ROW)
         name, text, seq, owners = row
-        last_addresses = {owner: LastAddress(*last) for owner, last in owners.items()}
-        kept = BlockReservation(parse_prefix(text), last_addresses, seq)
-        if any(last.offset >= kept.network.num_addresses for last in kept.owners.values()):
-            raise ValueError(f"{name} has owners outside {kept.network}")
-        state.families[kept.network.version].remember(name, kept)
+        reservation = BlockReservation(parse_prefix(text), tuple(decode_past_leases(owners)), seq)
+        network = reservation.network
+        if any(past.offset >= network.num_addresses for past in reservation.past_leases):
+            raise ValueError(f"{name} has owners outside {network}")
+        state.families[network.version].reserve(name, reservation)
     state.seq = values["Seq"]
 
 
-def convert_leases(entry: Json) -> Json:
-    """Make the leases of a pool what they will be while the JSON is still being read (object_hook).
+def decode_past_leases(rows: Json) -> list[PastLease]:
+    """Return the past leases that owner -> (offset, seq, is_explicit) stands for."""
+    owners_of_lease: dict[tuple[int, int, bool], list[str]] = {}
+    for owner, (offset, seq, is_explicit) in rows.items():
+        owners_of_lease.setdefault((offset, seq, is_explicit), []).append(owner)
+    past_leases = []
+    for (offset, seq, is_explicit), owners in owners_of_lease.items():
+        past_leases.append(PastLease(offset, tuple(owners), seq, is_explicit))
+    return past_leases
 
-    Lists that live longer leave holes: measured, 495 bytes a lease instead of 315.
+
+def convert_leases(entry: Json) -> Json:
+    """Convert lease rows to Lease while the JSON is still being parsed (object_hook).
+
+    Lists that live longer would fragment the memory: 495 bytes a lease instead of 315.
     """
-    with contextlib.suppress(LookupError, ValueError, TypeError):  # decode_pool() tells what it is
-        entry["Leases"] = [Lease(sys.intern(kind), *rest) for kind, *rest in entry["Leases"]]
+    # decode_pool() says what is wrong with a row.
+    with contextlib.suppress(LookupError, ValueError, TypeError):
+        entry["Leases"] = [Lease(sys.intern(kind), *fields) for kind, *fields in entry["Leases"]]
     return entry
 
 
 def decode_pool(entry: Json, state: State) -> None:
     """Add a pool of a lease file, with its leases. Raises: as decode_snapshot()."""
-    what = f"pool {entry.get('ID')!r:.80}"
-    values = read_keys(entry, POOL_KEYS, what)
-    pool_id, addresses = values["ID"], values["Allocated"]
-    state.apply(PoolGrant(pool_id, values["Pool"], values["SubPool"], "", values["Granted"],
-                            values["Idx"], -1, bool(values["Shared"])))  # once with its parts
-    pool = state.pools[pool_id]
+    label = f"pool {entry.get('ID')!r:.80}"
+    values = read_keys(entry, POOL_KEYS, label)
+    # The name goes in afterwards: what is reserved for it is read from Names.
+    state.apply(PoolGrant(
+        pool_id=values["ID"], subnet=values["Pool"], sub_pool=values["SubPool"], name="",
+        granted_s=values["Granted"], cursor=values["Idx"], next_block=-1,
+        is_shared=values["Shared"]))
+    pool = state.pools[values["ID"]]
+    pool.name = values["Name"]
+    pool.seq = values["Seq"]
     if values["V"] not in (0, pool.subnet.version):
-        raise ValueError(f"{what} is of another family than V says")
-    pool.name, pool.seq = values["Name"], values["Seq"]
-    leases, subnet = values["Leases"], pool.subnet
-    if "Leases" not in entry:  # the Go program has addresses alone
-        leases = [Lease(ENDPOINT, "", "", 0, 0, False)] * len(addresses)
+        raise ValueError(f"{label} is of another family than V says")
+
+    addresses = values["Allocated"]
+    leases = values["Leases"]
+    if "Leases" not in entry:
+        # The Go program saved addresses alone.
+        leases = [Lease(ENDPOINT, "", "", 0, 0, False) for _ in addresses]
     if len(leases) != len(addresses):
-        raise ValueError(f"{what} has {len(addresses)} addresses, {len(leases)} leases")
+        raise ValueError(f"{label} has {len(addresses)} addresses, {len(leases)} leases")
+    decode_leases(pool, addresses, leases)
+    state.lease_count += len(pool.leases)
+
+    rows = {}
+    for owner, (address, seq, is_explicit) in values["Remembered"].items():
+        rows[owner] = (pool.checked_offset(address), seq, is_explicit)
+    pool.subnet.affinity.restore(decode_past_leases(rows))
+
+
+def decode_leases(pool: Pool, addresses: list[Any], leases: list[Any]) -> None:
+    """Add leases to a pool. Raises: ValueError."""
+    subnet = pool.subnet
     for address, lease in zip(addresses, leases):
-        offset = pool.inside(address)
-        if offset in pool.leases or (offset in subnet.allocated and offset not in subnet.reserved):
+        offset = pool.checked_offset(address)
+        is_reserved = offset in subnet.reserved and offset not in pool.leases
+        if offset in subnet.allocated and not is_reserved:
             raise ValueError(f"address {address} of {subnet.network} is held twice")
-        types = [*map(type, lease)]
-        if types != [str, str, str, int, int, bool] or lease[0] not in LEASE_KINDS:
-            raise ValueError(f"address {address} of {subnet.network} has {lease!r:.80}: no lease")
+        if tuple(map(type, lease)) != LEASE_TYPES or lease[0] not in LEASE_KINDS:
+            raise ValueError(f"address {address} of {subnet.network} has {lease!r:.80}, which is "
+                             "not a lease")
         subnet.allocated.add(offset)
         pool.leases[offset] = lease if isinstance(lease, Lease) else Lease(*lease)
-    state.lease_count += len(pool.leases)
-    subnet.affinity.restore({
-        owner: LastAddress(pool.inside(address), seq, is_explicit)
-        for owner, (address, seq, is_explicit) in values["Remembered"].items()})
-
-
-def normalise_keys(document: Json, keys: Iterable[str]) -> Json:
-    """Return the document with those of its keys that are meant spelt as these."""
-    spelling = {**{key.lower(): key for key in keys}, **KEY_ALIASES}
-    return {spelling.get(key.lower(), key): value for key, value in document.items()}
 
 
 # === Allocator ====================================================================================
+#
+# The policy: which subnet a network gets, and which address a container. A decision takes the state
+# and a request (PoolRequest, AddressRequest), and returns the record that grants it, or raises the
+# error for Docker, in the words of moby's ipamapi/contract.go.
+#
+# The rule: decisions are pure. They change nothing, and what they depend on besides the state (the
+# time, a token, the host's routes) is an argument.
 
 
 class PoolRequest(NamedTuple):
-    """What a network asks for: a subnet, or any free block of a length."""
+    """A request for a subnet, or for any free block of a length."""
 
     version: int
-    subnet: Network | None
+    subnet: Network | None  # None: any block
     sub_pool: Network | None
-    prefixlen: int | None  # of the block, None: the family's default
+    prefixlen: int | None  # of the block; None: the default
     name: str
     is_shared: bool = False  # with other hosts
 
 
 class AddressRequest(NamedTuple):
-    """What a container, a gateway or an auxiliary address asks for."""
+    """A request for the address of a container, a gateway, or an auxiliary address."""
 
     address: str  # bare, or "": any
     kind: str
@@ -1215,23 +1603,24 @@ class AddressRequest(NamedTuple):
     name: str
 
 
-def decide_request_pool(state: State, request: PoolRequest, routes: list[Range], now_s: int,
-                        token: str) -> PoolGrant:
+def decide_pool(state: State, request: PoolRequest, routes: list[Range], now_s: int,
+                token: str) -> PoolGrant:
     """Decide which subnet a network gets. Raises: InvalidRequest, Forbidden, Unavailable."""
-    subnet, sub_pool, next_block = request.subnet, request.sub_pool, -1
+    subnet = request.subnet
+    next_block = -1
     if subnet is None:
         subnet, next_block = choose_block(state.families[request.version], request, routes)
     else:
-        require_grantable(state, subnet, sub_pool, now_s)
-    return make_pool_grant(subnet, sub_pool, token, now_s)._replace(
-        name=request.name, next_block=next_block, is_shared=request.is_shared)
+        require_grantable(state, subnet, request.sub_pool, now_s)
+    grant = make_pool_grant(subnet, request.sub_pool, token, now_s)
+    return grant._replace(name=request.name, next_block=next_block, is_shared=request.is_shared)
 
 
 def make_pool_grant(subnet: Network, sub_pool: Network | None, token: str, now_s: int) -> PoolGrant:
-    """Return the change that grants a subnet, or a range of it, from its first address on."""
+    """Return a grant of a subnet, or a range of it; its cursor is at the first address."""
     cursor = int((sub_pool or subnet)[0]) - int(subnet[0])
-    return PoolGrant(make_pool_id(subnet, sub_pool, token), str(subnet), str(sub_pool or ""), "",
-                       now_s, cursor, -1)
+    return PoolGrant(make_pool_id(subnet, sub_pool, token), str(subnet), str(sub_pool or ""),
+                     name="", granted_s=now_s, cursor=cursor, next_block=-1)
 
 
 def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
@@ -1261,8 +1650,8 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
         return
     pool = state.pools[pool_id]
     first = pool.subnet.allocated.next_free(pool.low)
-    if pool.capacity() > 1 and first <= pool.high and pool.format(first) != address:
-        yield decide_request_address(pool, AddressRequest("", GATEWAY, "", ""), now_s)
+    if pool.capacity() > 1 and first <= pool.high and pool.address_at(first) != address:
+        yield decide_address(pool, AddressRequest("", GATEWAY, "", ""), now_s)
 
 
 def decide_import(state: State, subnet: Network, sub_pool: Network | None, name: str,
@@ -1302,7 +1691,7 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
     for request in requests:
         # One that is held already stays as it is.
         with contextlib.suppress(Forbidden, Unavailable):
-            yield decide_request_address(pool, request, now_s)
+            yield decide_address(pool, request, now_s)
 
 
 def require_grantable(state: State, subnet: Network, sub_pool: Network | None, now_s: int) -> None:
@@ -1312,17 +1701,18 @@ def require_grantable(state: State, subnet: Network, sub_pool: Network | None, n
     if sub_pool and not (sub_pool.overlaps(subnet) and sub_pool.prefixlen >= subnet.prefixlen):
         raise InvalidRequest(f"invalid address subpool: {sub_pool} does not lie in {subnet}")
     family = state.families[subnet.version]
-    rival = family.find_conflict(subnet, sub_pool)
-    if rival is None:
+    conflict = family.find_conflict(subnet, sub_pool)
+    if conflict is None:
         return
-    what = f"Pool overlaps with other one on this address space: {subnet} with {rival}"
-    if rival not in family.subnets:
-        raise Forbidden(f"{what}, claimed by {family.remote_claims[rival]}")
-    pools = family.subnets[rival].pools
-    pool = pools.get(sub_pool) or next(iter(pools.values()))
-    raise Forbidden(f"{what}, held by pool {pool.pool_id!r} for "
-                    f"{format_age(now_s - pool.granted_s)}; should no network use that any more, "
-                    "`gipam check --fix` releases it")
+
+    reason = f"Pool overlaps with other one on this address space: {subnet} with {conflict}"
+    if conflict not in family.subnets:
+        raise Forbidden(f"{reason}, claimed by {family.remote_claims[conflict]}")
+    used = family.subnets[conflict]
+    pool = used.pools.get(sub_pool) or used.first_pool
+    age = format_age(now_s - pool.granted_s)
+    raise Forbidden(f"{reason}, held by pool {pool.pool_id!r} for {age}; should no network use "
+                    "that any more, `gipam check --fix` releases it")
 
 
 def format_age(age_s: int) -> str:
@@ -1335,26 +1725,31 @@ def format_age(age_s: int) -> str:
 
 def choose_block(family: Family, request: PoolRequest,
                  routes: list[Range]) -> tuple[Network, int]:
-    """Return a free block, and the number of the block to try next (-1: as it was).
+    """Return a free block, and the index of the block to try next (-1: unchanged).
 
-    First the block that the name had; then next-fit among those that no name had; then among all
-    that are free. Raises: InvalidRequest for an impossible length, Unavailable.
+    First the block reserved for the name; then, next-fit, one that is reserved for no name; then
+    any that is free. Raises: InvalidRequest for an impossible length, Unavailable.
     """
     prefixlen = family.prefixlen if request.prefixlen is None else request.prefixlen
     bases = choose_bases(family, prefixlen)
-    shut, kept = [*routes, *map(address_range, family.excluded)], family.names.get(request.name)
-    if kept and kept.network.prefixlen == prefixlen and family.is_free_block(kept.network) \
-            and BlockedRanges(shut).find_overlap(*address_range(kept.network)) is None:
-        return kept.network, -1
-    for names in (family.names.values(), ()):
-        obstacles = BlockedRanges([*shut, *(address_range(other.network) for other in names)])
-        found = family.find_block(bases, prefixlen, obstacles)
+    blocked = [*routes, *map(address_range, family.excluded)]
+
+    reservation = family.reservations.get(request.name)
+    if reservation and reservation.network.prefixlen == prefixlen:
+        block = reservation.network
+        overlap = BlockedRanges(blocked).find_overlap(*address_range(block))
+        if overlap is None and family.is_free_block(block):
+            return block, -1
+
+    reserved = [address_range(other.network) for other in family.reservations.values()]
+    for ranges in (blocked + reserved, blocked):
+        found = family.find_block(bases, prefixlen, BlockedRanges(ranges))
         if found:
             return found
-    total, held, excluded = family.count(*bases)
+    total, used, excluded = family.block_counts(*bases)
     raise Unavailable(f"all predefined address pools have been fully subnetted: of {total} blocks "
-                      f"of /{family.prefixlen} in {', '.join(map(str, bases))}, {held} are held, "
-                      f"{excluded} excluded, and {total - held - excluded} overlap routes "
+                      f"of /{family.prefixlen} in {', '.join(map(str, bases))}, {used} are held, "
+                      f"{excluded} excluded, and {total - used - excluded} overlap routes "
                       "or addresses of this host or lie in smaller pieces")
 
 
@@ -1363,89 +1758,115 @@ def choose_bases(family: Family, prefixlen: int) -> list[Network]:
     if not family.bases:
         raise Unavailable(f"no IPv{family.version} base to take a subnet from: start gipam with "
                           f"-v{family.version} PREFIX, or give the network a --subnet")
-    lowest, highest = min(base.prefixlen for base in family.bases), ADDRESS_BITS[family.version]
-    if not lowest <= prefixlen <= highest:
+    shortest = min(base.prefixlen for base in family.bases)
+    longest = ADDRESS_BITS[family.version]
+    if not shortest <= prefixlen <= longest:
         raise InvalidRequest(f"invalid address pool: the IPv{family.version} bases have blocks of "
-                             f"/{lowest} to /{highest}, not of /{prefixlen}")
+                             f"/{shortest} to /{longest}, not of /{prefixlen}")
     return [base for base in family.bases if base.prefixlen <= prefixlen]
 
 
+def decide_address(pool: Pool, request: AddressRequest, now_s: int, start: int | None = None,
+                   *unavailable: OffsetBitmap) -> AddressGrant:
+    """Decide which address is granted. In a shared subnet other hosts have those `unavailable`.
+
+    Raises: InvalidRequest, Forbidden, Unavailable.
+    """
+    subnet = pool.subnet
+    cursor = pool.cursor
+    offset: int | None
+    if request.address:
+        offset = require_free(pool, request)
+    elif request.kind == GATEWAY:
+        offset = subnet.find_free(pool.low, pool.high, *unavailable)
+    else:
+        owners = (request.name, request.mac)
+        offset, cursor = choose_offset(pool, owners, start, *unavailable)
+
+    if offset is None:
+        where = ", here or by other hosts" if unavailable else ""
+        raise Unavailable(f"no available addresses on this pool: all {pool.capacity()} of "
+                          f"{pool.sub_pool or subnet.network} are held{where}")
+    return AddressGrant(pool.pool_id, pool.address_at(offset), request.kind, request.mac,
+                        request.name, now_s, cursor, is_explicit=bool(request.address))
+
+
+def choose_offset(pool: Pool, owners: Iterable[str], start: int | None = None,
+                  *unavailable: OffsetBitmap) -> tuple[int | None, int]:
+    """Return (offset, new cursor) of a dynamic address; the offset is None if there is none.
+
+    First the address that an owner had last, if it is free; then the next one, from the start (by
+    default the cursor) on, that does not rest with an owner; then the one that has rested longest.
+    """
+    subnet = pool.subnet
+    for owner in owners:
+        last = subnet.affinity.last_offset(owner)
+        if last is None or not pool.low <= last <= pool.high:
+            continue
+        if subnet.find_free(last, last, *unavailable) is not None:
+            return last, pool.cursor
+
+    if start is None:
+        start = max(pool.cursor, pool.low)
+    for first in (start, pool.low):
+        offset = subnet.find_free(first, pool.high, subnet.affinity.offsets, *unavailable)
+        if offset is not None:
+            return offset, offset + 1
+    return choose_resting(pool, *unavailable), pool.cursor
+
+
+def choose_resting(pool: Pool, *unavailable: OffsetBitmap) -> int | None:
+    """Return the offset to take from its last owner, where nothing else is free, or None.
+
+    It takes at most 2 * MAX_AFFINITIES steps.
+    """
+    subnet = pool.subnet
+    if subnet.find_free(pool.low, pool.high, *unavailable) is None:
+        return None
+    for past in subnet.affinity.resting_order():
+        offset = past.offset
+        is_in_range = pool.low <= offset <= pool.high
+        if is_in_range and subnet.find_free(offset, offset, *unavailable) is not None:
+            return offset
+    return None
+
+
 def parse_offset(pool: Pool, address: str) -> int:
-    """Return the offset of an address, inside or not. Raises: InvalidRequest."""
+    """Return the offset of an address, inside the subnet or not. Raises: InvalidRequest."""
     try:
-        return pool.offset(address)
+        return pool.offset_of(address)
     except ValueError as error:
         raise InvalidRequest(f"invalid address: {error}, as {pool.subnet.network} "
                              "has them") from None
 
 
-def choose_offset(pool: Pool, owners: Iterable[str], place: int | None = None,
-                  *others: OffsetBitmap) -> tuple[int | None, int]:
-    """Return (offset, cursor): the owner's last, the next free, then what rests; None: none.
-
-    The next free one is looked for from the cursor on, or from a place in a subnet that hosts
-    share. No address is chosen that is in one of the others.
-    """
-    subnet = pool.subnet
-
-    def is_usable(offset: int) -> bool:
-        is_in_range = pool.low <= offset <= pool.high
-        return is_in_range and subnet.find_free(offset, offset, *others) == offset
-
-    for owner in owners:
-        last = subnet.affinity.get(owner)
-        if last and is_usable(last.offset):
-            return last.offset, pool.cursor
-
-    first = max(pool.cursor, pool.low) if place is None else place
-    for start in (first, pool.low):
-        offset = subnet.find_free(start, pool.high, subnet.affinity.resting, *others)
-        if offset is not None:
-            return offset, offset + 1
-    return subnet.affinity.find_longest_rested(is_usable), pool.cursor
-
-
-def decide_request_address(pool: Pool, request: AddressRequest, now_s: int,
-                           place: int | None = None, *others: OffsetBitmap) -> AddressGrant:
-    """Decide which address is given, as choose_offset() has it.
-
-    Raises: InvalidRequest, Forbidden, Unavailable.
-    """
-    subnet, cursor = pool.subnet, pool.cursor
-    offset: int | None
-    if request.address:  # of the subnet, in the sub_pool or not
-        offset = require_free(pool, request)
-    elif request.kind == GATEWAY:
-        offset = subnet.find_free(pool.low, pool.high, *others)
-    else:
-        offset, cursor = choose_offset(pool, (request.name, request.mac), place, *others)
-    if offset is None:
-        raise Unavailable(f"no available addresses on this pool: all {pool.capacity()} of "
-                          f"{pool.sub_pool or subnet.network} are held"
-                          + (", here or by other hosts" if others else ""))
-    return AddressGrant(pool.pool_id, pool.format(offset), *request[1:], now_s, cursor,
-                        is_explicit=bool(request.address))
-
-
 def require_free(pool: Pool, request: AddressRequest) -> int:
-    """Return the offset of an explicit address. Raises: InvalidRequest, Forbidden."""
-    subnet, address = pool.subnet, request.address
+    """Return the offset of an address that was asked for. Raises: InvalidRequest, Forbidden."""
+    subnet = pool.subnet
+    address = request.address
     offset = parse_offset(pool, address)
     if not 0 <= offset <= subnet.last_offset:
         raise InvalidRequest(f"requested address is out of range: {address} is not in "
                              f"{subnet.network}")
-    if offset in subnet.allocated:
-        lease = subnet.find_lease(offset)
-        how = "reserved" if not lease else f"held for {lease.owners[0]}" if lease.owners \
-            else f"held as {lease.kind}"
-        raise Forbidden(f"Address already in use: {address} is {how} in {subnet.network}")
-    return offset
+    if offset not in subnet.allocated:
+        return offset
+
+    lease = subnet.find_lease(offset)
+    if lease is None:
+        use = "reserved"
+    elif lease.owners:
+        use = f"held for {lease.owners[0]}"
+    else:
+        use = f"held as {lease.kind}"
+    raise Forbidden(f"Address already in use: {address} is {use} in {subnet.network}")
 
 
-def decide_release_address(pool: Pool, address: str) -> AddressRelease | None:
-    """Release what this very pool holds, None: nothing. Raises: InvalidRequest."""
+def decide_address_release(pool: Pool, address: str) -> AddressRelease | None:
+    """Release an address that this very pool holds; None: it does not. Raises: InvalidRequest."""
     offset = parse_offset(pool, address)
-    return AddressRelease(pool.pool_id, pool.format(offset)) if offset in pool.leases else None
+    if offset not in pool.leases:
+        return None
+    return AddressRelease(pool.pool_id, pool.address_at(offset))
 
 
 # === Journal ======================================================================================
@@ -3001,7 +3422,7 @@ class ClaimTable(NoClaims):
                 if not subnet.is_shared:
                     continue
                 for pool in subnet.pools.values():
-                    keys += [f"{network}/{pool.format(offset)}" for offset in pool.leases]
+                    keys += [f"{network}/{pool.address_at(offset)}" for offset in pool.leases]
         return keys
 
     def mark_dirty(self, *keys: str) -> None:
@@ -3563,7 +3984,7 @@ class SharedSubnets:
     ) -> AddressGrant:
         """Decide which address is granted; a free one is looked for from offset start on.
 
-        Raises: TransactionRequired; as decide_request_address(); as etcd.
+        Raises: TransactionRequired; as decide_address(); as etcd.
         """
         subnet = pool.subnet
         is_away = bool(outcome.error or self._table.failure)
@@ -3578,7 +3999,7 @@ class SharedSubnets:
 
         unavailable = self._table.remote_addresses.get(subnet.network) or OffsetBitmap()
         try:
-            grant = decide_request_address(pool, request, now_s, start, unavailable)
+            grant = decide_address(pool, request, now_s, start, unavailable)
         except Unavailable:
             self._table.require_fresh("", outcome)
             raise
@@ -3657,17 +4078,17 @@ class SharedSubnets:
             network, address = parse_claim_key(key)
             if network != subnet.network or not address:
                 continue
-            offset = pool.offset(address)
+            offset = pool.offset_of(address)
             is_ours = key in outcome.granted or self._owns(key, ENDPOINT)
             is_free = pool.low <= offset <= pool.high and offset not in subnet.allocated
             if is_ours and is_free:
                 offsets.append(offset)
 
         for owner in owners:
-            last = subnet.affinity.get(owner)
-            if last and last.offset in offsets:
-                return pool.format(last.offset)
-        return pool.format(offsets[0]) if offsets else ""
+            last = subnet.affinity.last_offset(owner)
+            if last is not None and last in offsets:
+                return pool.address_at(last)
+        return pool.address_at(offsets[0]) if offsets else ""
 
     def _choose_remote_gateway(self, subnet: Subnet) -> str:
         """Return a gateway that other hosts of the subnet have and this one has not, or ""."""
@@ -3940,7 +4361,7 @@ class Service:
     def request_pool(self, request: PoolRequest, outcome: Outcome = NO_OUTCOME) -> PoolGrant:
         """Grant a subnet.
 
-        Raises: as decide_request_pool(); TransactionRequired; StoreError.
+        Raises: as decide_pool(); TransactionRequired; StoreError.
         """
         self.claims.require_shareable(request)
         routes: list[Range] = []
@@ -3950,7 +4371,7 @@ class Service:
 
         with self.claims.deciding(request.subnet, request.sub_pool, request.version,
                                   request.is_shared, outcome):
-            grant = decide_request_pool(
+            grant = decide_pool(
                 self.state, request, routes, int(time.time()), secrets.token_hex(8))
             self.claims.require_claim(grant, outcome)
             self.apply(grant)
@@ -3969,7 +4390,7 @@ class Service:
         """Grant an address; return the prefixlen of its subnet too.
 
         A pool that Docker holds and the state does not know is adopted first, and stays so.
-        Raises: as decide_request_address() and decide_adoption(); TransactionRequired; StoreError.
+        Raises: as decide_address() and decide_adoption(); TransactionRequired; StoreError.
         """
         now_s = int(time.time())
         pool = self._find_pool(pool_id)
@@ -3982,7 +4403,7 @@ class Service:
             start = random.randint(pool.low, pool.high)  # noqa: S311
             grant = self.claims.decide_shared_address(pool, request, now_s, start, outcome)
         else:
-            grant = decide_request_address(pool, request, now_s)
+            grant = decide_address(pool, request, now_s)
         self.apply(grant)
         return grant, network.prefixlen
 
@@ -3996,7 +4417,7 @@ class Service:
             return None
         change: Record | None = PoolRelease(pool_id)
         if address:
-            change = decide_release_address(pool, address)
+            change = decide_address_release(pool, address)
         if change:
             self.apply(change)
         return change
@@ -4445,7 +4866,7 @@ def handle_request_pool(service: Service, arguments: Arguments,
     change = service.request_pool(request, outcome)
 
     # The name is remembered for one block a family, the first one.
-    kept = service.state.families[request.version].names.get(request.name)
+    kept = service.state.families[request.version].reservations.get(request.name)
     if kept and str(kept.network) != change.subnet:
         log.warning("gipam.name %r is in use for %s: %s is kept for no name", request.name,
                     kept.network, change.subnet)
@@ -4557,14 +4978,14 @@ def describe_base(family: Family, base: Network, routes: list[Range]) -> Json:
     """Return what `status --json` shows of a base."""
     version = family.version
     low, high = address_range(base)
-    total, used, excluded = family.count(base)
+    total, used, excluded = family.block_counts(base)
     removed = [network for network in family.excluded if base.overlaps(network)]
 
     # A route may lie in an excluded prefix, whose blocks count only once.
     routes = [route for route in routes if low <= route[0] <= high]
     routed_or_excluded = family.count_free([*routes, *map(address_range, removed)])
     remembered = {}
-    for name, kept in family.names.items():
+    for name, kept in family.reservations.items():
         if low <= int(kept.network.network_address) <= high:
             remembered[name] = str(kept.network)
 
@@ -4645,8 +5066,11 @@ def encode_pool_status(service: Service, pool: Pool, has_leases: bool) -> Iterat
         return
 
     # A large pool takes many portions: leases are encoded as the client takes them.
-    status["remembered"] = {owner: pool.format(last.offset)
-                            for owner, last in pool.subnet.affinity.items()}
+    remembered = {}
+    for past in pool.subnet.affinity:
+        for owner in past.owners:
+            remembered[owner] = pool.address_at(past.offset)
+    status["remembered"] = remembered
     yield encode_json(status)[:-1] + ',"addresses":['
     yield from encode_items(describe_leases(pool))
     yield "]}"
@@ -4657,7 +5081,7 @@ def describe_leases(pool: Pool) -> Iterator[Json]:
     for offset in list(pool.leases):
         lease = pool.leases.get(offset)
         if lease:
-            yield {"address": pool.format(offset), **lease._asdict()}
+            yield {"address": pool.address_at(offset), **lease._asdict()}
 
 
 Samples = Iterator[Tuple[str, Any]]  # of a metric: suffix and labels of a series, and its value
@@ -6379,7 +6803,7 @@ def read_holdings(service: Service, docker: DockerView, run_in_loop: RunInLoop) 
         holdings.append(holding)
         wanted = [address for address in addresses[holding.subnet] if address]
         for portion in portions_of(wanted, LEASES_PER_CHUNK):
-            offsets = {pool.offset(address): address for address in portion}
+            offsets = {pool.offset_of(address): address for address in portion}
             holdings += run_in_loop(holdings_at, pool, holding, offsets)
     return holdings
 
@@ -8246,6 +8670,10 @@ def read_lease_file(store: Store) -> Json | None:
     if document is None:
         return None
     document = normalise_keys(document, LEASE_FILE_KEYS)
+    try:
+        require_format(document)
+    except ValueError as error:
+        raise ConfigError(f"{store.path} {error}") from None
     unknown = document.keys() - LEASE_FILE_KEYS
     entries = document.get("Allocated")
     if entries is None:

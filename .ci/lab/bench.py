@@ -315,7 +315,7 @@ class Fixture:
             leases = []
             for number in range(count):
                 mac = next(macs).to_bytes(6, "big").hex(":")
-                leases.append(["endpoint", mac, "", 1700000000, number + 2])
+                leases.append(["endpoint", mac, "", 1700000000, number + 2, False])
             pools.append({
                 "ID": pool_id,
                 "Pool": subnet,
