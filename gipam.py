@@ -3001,7 +3001,7 @@ class Outcome(NamedTuple):
     """What came of a transaction: an argument of the next attempt, never stored."""
 
     is_committed: bool = False
-    granted: frozenset[str] = frozenset()  # keys of the claims that it wrote
+    granted: frozenset[str] = frozenset()  # keys of the claims that it wrote for this host
     deleted: frozenset[str] = frozenset()  # keys that it deleted
     is_fresh: bool = False  # the claims are as etcd has just told them
     error: GipamError | None = None  # etcd cannot be asked: no further transaction
@@ -3798,16 +3798,24 @@ class ClaimTable(NoClaims):
         require_no_conflict(); as etcd.
         """
         network = parse_prefix(grant.subnet)
-        if grant.subnet in outcome.granted:
-            # The transaction may have told that a host is behind.
-            self.members.require_grace_over()
-            return
         self.require_no_conflict(network, outcome)
         subnet = self.local_subnet(network)
         is_shared = subnet.is_shared if subnet is not None else grant.is_shared
         own = Claim((self.host,), "", is_shared, grant.granted_s)
-        claim = join_claim(self.claims.get(grant.subnet), own)
-        self.claim({grant.subnet: claim}, outcome)
+        if not self.is_granted(grant.subnet, own, outcome):
+            claim = join_claim(self.claims.get(grant.subnet), own)
+            self.claim({grant.subnet: claim}, outcome)
+
+    def is_granted(self, key: str, own: Claim, outcome: Outcome) -> bool:
+        """Return whether the transaction has just written this very claim for this host.
+
+        Raises: Unavailable in a grace period, of which the transaction may have told.
+        """
+        claim = self.claims.get(key)
+        if key not in outcome.granted or claim != join_claim(claim, own):
+            return False
+        self.members.require_grace_over()
+        return True
 
     def claim(self, claims: ClaimChanges, outcome: Outcome) -> NoReturn:
         """Have something new claimed. Raises: TransactionRequired; Unavailable; as etcd."""
@@ -4034,8 +4042,9 @@ class SharedSubnets:
         """
         table = self._table
         key = f"{network}/{grant.address}"
-        if key in outcome.granted:
-            table.members.require_grace_over()
+        own = Claim((table.host,), grant.kind, False, grant.granted_s)
+        claim = self.foreign_claim(key, grant.kind)
+        if claim is None and table.is_granted(key, own, outcome):
             return
 
         # The claim of the subnet may be missing after a loss: then it is written, too.
@@ -4043,7 +4052,6 @@ class SharedSubnets:
         if is_away and self._owns(key, grant.kind) and not missing:
             return
 
-        claim = self.foreign_claim(key, grant.kind)
         if claim is not None:
             table.require_fresh(key, outcome)
             raise Forbidden(f"Address already in use: {grant.address} of {network} is claimed by "
@@ -4056,7 +4064,6 @@ class SharedSubnets:
         # longer what is known.
         if not self._owns(key, grant.kind):
             table.releasing.add(key)
-        own = Claim((table.host,), grant.kind, False, grant.granted_s)
         missing[key] = join_claim(table.claims.get(key), own)
         table.claim(missing, outcome)
 
@@ -4079,9 +4086,8 @@ class SharedSubnets:
             if network != subnet.network or not address:
                 continue
             offset = pool.offset_of(address)
-            is_ours = key in outcome.granted or self._owns(key, ENDPOINT)
             is_free = pool.low <= offset <= pool.high and offset not in subnet.allocated
-            if is_ours and is_free:
+            if is_free and self._owns(key, ENDPOINT):
                 offsets.append(offset)
 
         for owner in owners:
@@ -7704,9 +7710,10 @@ class TransactionBatch:
     def __init__(self, table: ClaimTable) -> None:
         self.transaction: Transaction | None = None
         self._table = table
+        self._parts: dict[PendingRequest, Transaction] = {}
         self._blocked: list[Network] = []
 
-    def add(self, transaction: Transaction) -> None:
+    def add(self, request: PendingRequest, transaction: Transaction) -> None:
         """Merge a transaction, if it can be; else its request waits for the next batch."""
         merged = self.transaction
         if merged is None:
@@ -7717,6 +7724,7 @@ class TransactionBatch:
         else:
             return
         # The requests after this one are to choose something else.
+        self._parts[request] = transaction
         self._blocked += self._table.block_tentatively(transaction.claims)
 
     def _can_merge(self, merged: Transaction, other: Transaction) -> bool:
@@ -7731,6 +7739,15 @@ class TransactionBatch:
     def close(self) -> None:
         """Unblock what only this batch has blocked."""
         self._table.unblock(self._blocked)
+
+    def outcome_for(self, request: PendingRequest, outcome: Outcome) -> Outcome:
+        """Return what the outcome means to one request: it is granted only what it claimed."""
+        part = self._parts.get(request)
+        if part is None:
+            return Outcome(is_fresh=outcome.is_fresh)
+        granted = outcome.granted.intersection(part.claims)
+        deleted = outcome.deleted.intersection((*part.claims, *part.deleted_keys))
+        return outcome._replace(granted=granted, deleted=deleted)
 
 
 class PendingCall(PendingRequest):
@@ -7907,12 +7924,12 @@ class ClusterMember:
     def _run_transactions(self, requests: list[PendingRequest]) -> None:
         """Run transactions until each of these requests is decided, whatever happens."""
         try:
-            transaction = self._attempt(requests, None)
-            while transaction is not None:
+            batch = self._attempt(requests, TransactionBatch(self._table), None)
+            while batch.transaction is not None:
                 undecided = [request for request in requests if not request.is_decided]
                 deadline_s = min(request.deadline_s for request in undecided)
-                result = self._commit_by(transaction, deadline_s)
-                transaction = self._attempt(requests, result)
+                result = self._commit_by(batch.transaction, deadline_s)
+                batch = self._attempt(requests, batch, result)
         except (ShuttingDown, AlreadyRunning) as error:
             for request in requests:
                 request.finish(error)
@@ -7923,37 +7940,54 @@ class ClusterMember:
             self._fail(requests, GipamError("internal error of gipam: see its log"))
             raise
 
-    def _attempt(self, requests: list[PendingRequest],
-                 result: TransactionResult | None) -> Transaction | None:
-        """In one iteration, decide what can be decided; return the transaction for the others."""
+    def _attempt(
+        self,
+        requests: list[PendingRequest],
+        batch: TransactionBatch,
+        result: TransactionResult | None,
+    ) -> TransactionBatch:
+        """In one iteration, decide what can be decided; return a batch for the other requests.
+
+        The result is that of the given batch, None if there is none.
+        """
         undecided = [request for request in requests if not request.is_decided]
-        transaction: Transaction | None = self._run_in_loop(
-            self._apply_and_attempt, result, undecided)
+        next_batch: TransactionBatch = self._run_in_loop(
+            self._apply_and_attempt, undecided, batch, result)
         for request in undecided:
             if request.is_decided:
                 request.finish(None)
-        return transaction
+        return next_batch
 
-    def _apply_and_attempt(self, result: TransactionResult | None,
-                           requests: list[PendingRequest]) -> Transaction | None:
+    def _apply_and_attempt(
+        self,
+        requests: list[PendingRequest],
+        batch: TransactionBatch,
+        result: TransactionResult | None,
+    ) -> TransactionBatch:
         """Apply a result and decide on it. Runs in the loop, all of it in one iteration."""
         outcome = NO_OUTCOME
         if result is not None:
             outcome = self._apply(result)
-        batch = TransactionBatch(self._table)
+        next_batch = TransactionBatch(self._table)
         try:
             for request in requests:
-                transaction = request.attempt(self._outcome_for(request, outcome))
+                transaction = request.attempt(self._outcome_for(request, batch, outcome))
                 if transaction is not None:
-                    batch.add(transaction)
+                    next_batch.add(request, transaction)
         finally:
-            batch.close()
-        return batch.transaction
+            next_batch.close()
+        return next_batch
 
-    def _outcome_for(self, request: PendingRequest, outcome: Outcome) -> Outcome:
+    def _outcome_for(
+        self,
+        request: PendingRequest,
+        batch: TransactionBatch,
+        outcome: Outcome,
+    ) -> Outcome:
         """Return the outcome, or an error once the request has waited for too long."""
-        if time.monotonic() + ETCD_PAUSE_S < request.deadline_s or outcome.is_committed:
-            return outcome
+        is_late = time.monotonic() + ETCD_PAUSE_S >= request.deadline_s
+        if outcome.is_committed or not is_late:
+            return batch.outcome_for(request, outcome)
         reason = (self._table.failure
                   or "etcd was too slow, or other hosts faster each time: try again")
         return Outcome(error=Unavailable(reason))
@@ -8061,15 +8095,14 @@ class ClusterMember:
         outcome = self._outcome_of(transaction)
         return TransactionResult(head, transaction.claims, reply.values, outcome, sent_s)
 
-    @staticmethod
-    def _outcome_of(transaction: Transaction) -> Outcome:
+    def _outcome_of(self, transaction: Transaction) -> Outcome:
         """Return the outcome of a transaction that was committed."""
         granted = []
         deleted = list(transaction.deleted_keys)
         for key, claim in transaction.claims.items():
             if claim is None:
                 deleted.append(key)
-            else:
+            elif self._table.host in claim.hosts:
                 granted.append(key)
         return Outcome(True, frozenset(granted), frozenset(deleted), is_fresh=True)
 

@@ -9652,8 +9652,8 @@ class Host(Client):
         for _ in range(2):  # it has ended one look when it begins the next
             self.hurry()
             wait_until("a look at etcd", getattr, self.member, "_next_heartbeat_s")
+        self.finish_round()
         wait_until("nothing to reconcile", self.is_reconciled)
-        self.loop.run_in_loop(len, "")
 
     def is_reconciled(self) -> bool:
         return not self.table.dirty
@@ -10257,10 +10257,10 @@ class LossTest(TwoHosts):
 
     def test_host_that_has_not_noticed_heeds_another_that_is_behind(self) -> None:
         """It was cut off during the loss, and its own key is intact."""
+        self.patch(gipam, HEARTBEAT_INTERVAL_S=DEADLINE_S)
         self.tell(
             Network("one", "10.9.0.0/24"),
             Settle(("one", "two")))
-        self.patch(gipam, HEARTBEAT_INTERVAL_S=DEADLINE_S)
         value = json.loads(self.etcd.values["hosts/one"])
         value["is_behind"] = True
         self.tell(
@@ -10359,9 +10359,9 @@ class StartTest(ClusterCase):
         self.assertEqual(self.etcd.claims(), {"10.8.0.0/24": ["one"]})
 
     def test_adoption_in_a_shared_subnet_guesses_no_gateway(self) -> None:
-        """The first address may be another host's container: the claims say who is gateway."""
+        """The first address may be a container's: the claims say which one is the gateway."""
         self.etcd.set(f"claims/{LAN}", {"hosts": ["one", "two"], "shared": True})
-        taken = {"hosts": ["two"], "kind": "endpoint"}
+        taken = {"hosts": ["one"], "kind": "endpoint"}
         self.etcd.set(f"claims/{LAN}/192.168.1.1", taken)
         host = self.start("one")
         host.request_address(f"{LAN}#{TOKEN}", "192.168.1.9", MAC)

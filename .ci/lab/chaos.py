@@ -6,6 +6,7 @@ goes on, GIPAM_TEST_SEED repeats one (the schedule, not the moments). The helper
 
 from __future__ import annotations
 
+import concurrent.futures
 import glob
 import ipaddress
 import os
@@ -294,8 +295,8 @@ class LostFileTest(SiteCase):
         other.client.request_pool("10.2.6.0/24")
         site.assert_agreement()
 
-    def test_lost_file_in_a_shared_subnet_takes_no_address_of_another_host(self) -> None:
-        """The first address is another host's container: it does not become a gateway here."""
+    def test_lost_file_in_a_shared_subnet_makes_no_container_a_gateway(self) -> None:
+        """Nor does the first address, which a container has, become another host's gateway."""
         site = Site(self)
         host = site.host("here")
         other = site.host("there")
@@ -303,17 +304,19 @@ class LostFileTest(SiteCase):
         site.docker.before = take_time
         pool_id, _ = host.client.request_pool(lan, gipam_shared="true")
         theirs, _ = other.client.request_pool(lan, gipam_shared="true")
-        other.client.request_address(theirs, "192.168.1.1", MAC)
-        host.client.request_address(pool_id, "192.168.1.5", MAC)
+        for address in ("192.168.1.1", "192.168.1.5"):
+            host.client.request_address(pool_id, address, MAC)
         host.kill()
         host.lose_file()
         host.daemon.start()
         host.client.request_address(pool_id, "192.168.1.9", MAC)
         taken = host.client.request_address(pool_id)
         self.assertNotIn(taken, ("192.168.1.1/24", "192.168.1.5/24"))
+        gateway = other.client.request_address(theirs, gateway=True)
+        self.assertEqual(gateway, "192.168.1.2/24")
         claims = site.claims(has_addresses=True)
-        self.assertEqual(claims[f"{lan}/192.168.1.1"], ["there"])
-        self.assertEqual(claims[f"{lan}/192.168.1.5"], ["here"])
+        for address in ("192.168.1.1", "192.168.1.5"):
+            self.assertEqual(claims[f"{lan}/{address}"], ["here"])
 
 
 def take_time(_: str) -> None:
@@ -534,14 +537,15 @@ class RestoreTest(SiteCase):
 
     def test_host_that_was_cut_off_meanwhile_gets_nothing_that_is_still_claimed_again(self) -> None:
         """Its own key is intact, and nothing tells it of the loss but what the other says."""
-        self.site.add_proxies()
+        self.site.add_proxies("0.3")
         slow = self.site.host("slow")
         self.here.client.request_pool()
         self.here.cut_off()
         self.save()
-        held = [f"172.16.{number}.0/24" for number in range(200)]
-        for subnet in held:
-            slow.client.request_pool(subnet)
+        held = [f"172.16.{number}.0/25" for number in range(200)]
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            for subnet in held:
+                pool.submit(slow.daemon.client().request_pool, subnet)
         self.site.etcd.restore(self.snapshot)
 
         def is_noticed() -> bool:

@@ -51,6 +51,7 @@ PREFIX = "/gipam/gipam/"
 ODD_VALUES = ('{"odd":1,"hosts":5}', "true", "[" * 3000, '{"hosts":[{"a":[]}],"odd":1}')
 
 # A proxy before a member of etcd: 6 % of the replies are lost, 6 % of the requests 1 to 2.5 s late.
+# With a delay as third argument, each request is that late, and nothing is lost.
 PROXY = """
 import http.client, http.server, random, sys, time
 
@@ -60,7 +61,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         fate = random.random()
-        if fate < 0.06:
+        if len(sys.argv) > 3:
+            fate = 1.0
+            time.sleep(float(sys.argv[3]))
+        elif fate < 0.06:
             time.sleep(random.uniform(1, 2.5))
         member = http.client.HTTPConnection(sys.argv[2], 2379, timeout=20)
         self.close_connection = True
@@ -232,14 +236,15 @@ class Site:
         self.etcd.start()
         self.endpoints = self.etcd.endpoints
 
-    def add_proxies(self) -> None:
-        """Have the hosts to come speak to etcd through what loses replies and is late."""
+    def add_proxies(self, *delay: str) -> None:
+        """Have the hosts to come speak to etcd through proxies; see PROXY."""
         urls = []
         for number, member in enumerate(self.etcd.members, 101):
             address = f"10.77.0.{number}"
             self.namespace.ip(f"addr add {address}/16 dev site")
             proxy = subprocess.Popen([
-                *self.namespace.inside, sys.executable, "-c", PROXY, address, member.address])
+                *self.namespace.inside, sys.executable, "-c", PROXY, address, member.address,
+                *delay])
             self.test.addCleanup(proxy.wait)
             self.test.addCleanup(proxy.kill)
             urls.append(f"http://{address}:2379")
