@@ -9285,6 +9285,44 @@ class TableTest(unittest.TestCase):
         self.apply(is_committed=True)
         self.assertFalse(self.table.releasing)
 
+    def test_address_of_others_is_not_chosen_though_this_host_wrote_its_claim(self) -> None:
+        """As it does when it leaves a gateway to the others, beside a request for any address."""
+        grant = gipam.make_pool_grant(gipam.parse_prefix(LAN), None, TOKEN, 0)
+        self.table.state.apply(grant._replace(is_shared=True))
+        pool = self.table.state.pools[grant.pool_id]
+        key = f"{LAN}/192.168.1.1"
+        request = gipam.AddressRequest("", gipam.ENDPOINT, MAC, "")
+        for hosts in (("two",), ("one", "two")):
+            self.apply(is_committed=True, **{key: claim_of(*hosts, kind="gateway")})
+            outcome = gipam.Outcome(True, frozenset([key]), is_fresh=True)
+            with self.assertRaises(gipam.TransactionRequired) as required:
+                self.table.decide_shared_address(pool, request, 0, 1, outcome)
+            self.assertNotIn(key, required.exception.transaction.claims)
+            fixed = request._replace(address="192.168.1.1")
+            with self.assertRaisesRegex(gipam.Forbidden, "claimed by host"):
+                self.table.decide_shared_address(pool, fixed, 0, 1, outcome)
+
+    def test_subnet_of_others_is_not_granted_though_this_host_wrote_its_claim(self) -> None:
+        self.apply(is_committed=True, **{LAN: claim_of("two", shared=True)})
+        grant = gipam.make_pool_grant(gipam.parse_prefix(LAN), None, TOKEN, 0)
+        outcome = gipam.Outcome(True, frozenset([LAN]), is_fresh=True)
+        with self.assertRaises(gipam.TransactionRequired) as required:
+            self.table.require_claim(grant._replace(is_shared=True), outcome)
+        claim = required.exception.transaction.claims[LAN]
+        assert claim
+        self.assertEqual(claim.hosts, ("one", "two"))
+
+    def test_request_of_a_batch_is_granted_only_what_it_claimed(self) -> None:
+        batch = gipam.TransactionBatch(self.table)
+        requests = [gipam.PendingRequest(mock.Mock()) for _ in range(3)]
+        keys = ("10.8.0.0/24", "10.9.0.0/24", "10.9.0.0/24")
+        for request, key in zip(requests, keys):
+            transaction = gipam.Transaction({key: claim_of("one")}, gipam.Head("a"))
+            batch.add(request, transaction)
+        outcome = gipam.Outcome(True, frozenset(keys), is_fresh=True)
+        granted = [batch.outcome_for(request, outcome).granted for request in requests]
+        self.assertEqual(granted, [{"10.8.0.0/24"}, {"10.9.0.0/24"}, set()])
+
     def test_claim_is_let_go_of_only_right_after_etcd_has_answered(self) -> None:
         """Until then a container may need it while etcd is away."""
         self.apply(is_committed=True, **{"10.9.0.0/24": claim_of("one")})
@@ -9658,6 +9696,15 @@ class Host(Client):
     def is_reconciled(self) -> bool:
         return not self.table.dirty
 
+    def has_waiting(self, count: int) -> bool:
+        """Return whether so many requests wait for etcd, in the queue or in a transaction."""
+        waiting = 0
+        for connection in list(self.loop.connections):
+            request = connection.current_request
+            if request and request.awaits_etcd:
+                waiting += 1
+        return waiting == count
+
     def finish_round(self) -> None:
         """Wait until the thread of etcd has ended what it was at."""
         self.member.run_with_claim(bool)
@@ -9937,7 +9984,10 @@ class ClaimTest(TwoHosts):
         self.etcd.before("claims/", self.etcd.lose_reply)
         self.tell(
             Network("one", gets="198.18.3.0/24"),
-            Claimed({"10.9.1.0/24": ["other"], "198.18.0.0/24": ["other"], "198.18.1.0/24": ["other"],
+            Claimed({
+                "10.9.1.0/24": ["other"],
+                "198.18.0.0/24": ["other"],
+                "198.18.1.0/24": ["other"],
                      "198.18.2.0/24": ["one"], "198.18.3.0/24": ["one"]}))
         self.assertEqual(self.etcd.interventions, [])
 
@@ -9962,12 +10012,6 @@ class ClaimTest(TwoHosts):
             Network("one", gets="198.18.1.0/24"),
             RequestStep("one", "10.8.0.0/24", "10.8.0.9", refused="claimed by host other"))
 
-    def are_waiting(self, count: int) -> bool:
-        """Return whether so many requests wait for etcd, in the queue or in a transaction."""
-        requests = [connection.current_request for connection in list(self.one.loop.connections)]
-        waiting = [request for request in requests if request and request.awaits_etcd]
-        return len(waiting) >= count
-
     def test_several_requests_of_a_host_share_a_transaction(self) -> None:
         """And none of them gets what another one has."""
         paused = threading.Event()
@@ -9980,7 +10024,7 @@ class ClaimTest(TwoHosts):
         clients = [Client(self.one.path) for _ in range(8)]
         with concurrent.futures.ThreadPoolExecutor(len(clients)) as pool:
             replies = [pool.submit(client.request_pool) for client in clients]
-            wait_until("all are waiting", self.are_waiting, len(clients))
+            wait_until("all are waiting", self.one.has_waiting, len(clients))
             before = len(self.etcd.written)
             paused.set()
             subnets = {reply.result()[1] for reply in replies}
@@ -10423,12 +10467,8 @@ class EtcdAwayTest(TwoHosts):
 
         self.etcd.before("claims/", hold)
         peer = Peer(self, self.one.path).send(NEW_POOL)
-        wait_until("the request waits for etcd", self.is_waiting)
+        wait_until("the request waits for etcd", self.one.has_waiting, 1)
         return peer, held
-
-    def is_waiting(self) -> bool:
-        requests = [connection.current_request for connection in list(self.one.loop.connections)]
-        return any(request and request.awaits_etcd for request in requests)
 
     def test_only_new_pools_wait_for_it_and_what_is_released_is_let_go_of_later(self) -> None:
         self.tell(
@@ -10533,6 +10573,17 @@ class EtcdAwayTest(TwoHosts):
         with mock.patch.object(gipam.ClusterMember, "start", import_and_start):
             self.start("three")
         self.wait_for_claims({"10.9.0.0/24": ["three"]})
+
+    def test_claim_that_is_left_to_others_is_not_granted(self) -> None:
+        claims = {
+            LAN: claim_of("two"),
+            "10.9.0.0/24": claim_of("one"),
+            "10.8.0.0/24": None,
+        }
+        transaction = gipam.Transaction(claims, gipam.Head("a"))
+        outcome = self.one.member._outcome_of(transaction)
+        self.assertEqual(outcome.granted, {"10.9.0.0/24"})
+        self.assertEqual(outcome.deleted, {"10.8.0.0/24"})
 
     def test_unforeseen_exception_in_the_thread_is_answered(self) -> None:
         with mock.patch.object(self.one.member, "_commit", side_effect=ZeroDivisionError), \
