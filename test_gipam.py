@@ -1440,7 +1440,11 @@ class ParsingTest(unittest.TestCase):
     def test_what_is_no_prefix_is_refused_with_the_rule(self) -> None:
         form = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
         for text, rule in (
-                ("10.2.0.0", form), ("", form), ("/24", form), ("10.2.0.0/", form), ("web", form),
+                ("10.2.0.0", form),
+                ("", form),
+                ("/24", form),
+                ("10.2.0.0/", form),
+                ("web", form),
                 ("10.2.0.0/255.255.0.0", form), ("10.2.0.0/0.0.255.255", form),
                 ("10.2.0.0/+16", form), ("10.2.0.0/-1", form), ("10.2.0.0/ 16", form),
                 ("10.2.0.0/16/8", form), ("10.2.0.0/\u0661\u0666", form),
@@ -1465,7 +1469,11 @@ class ParsingTest(unittest.TestCase):
 
     def test_what_is_no_bare_address_of_the_family_is_refused(self) -> None:
         for text, version in (
-                ("", 4), ("", 6), ("10.2.0", 4), ("10.2.0.1/24", 4), ("10.2.0.256", 4),
+                ("", 4),
+                ("", 6),
+                ("10.2.0", 4),
+                ("10.2.0.1/24", 4),
+                ("10.2.0.256", 4),
                 (" 10.2.0.1", 4), ("010.2.0.1", 4), ("0x0a020001", 4), ("167903233", 4),
                 ("10.2.0.1\0", 4), ("\u0661.2.0.1", 4), ("10.2.0.1\n", 4), ("::1", 4),
                 ("10.2.0.1", 6), ("2001:db8::1/64", 6), ("fe80::1%eth0", 6), ("2001:db8", 6),
