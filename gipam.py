@@ -1234,13 +1234,29 @@ UNBOUND = "unbound"  # the token of an imported pool's id
 # A schema is "", False, the least integer, [schema of each item], {"": schema of each value}, or
 # (schema of the first item, ...) for an array of that length. [] and {} are not looked into.
 STATE_KEYS: dict[str, Any] = {  # checksummed, in this order
-    "Seq": 0, "V6Idx": 0, "V4Idx": 0, "Cursors": {"": 0}, "Names": [[]], "Free": [],
+    "Seq": 0,
+    "V6Idx": 0,
+    "V4Idx": 0,
+    "Cursors": {"": 0},
+    "Names": [[]],
+    "Free": [],
     "Allocated": [{}],
 }
 RESERVATION_ROW = ("", "", 0, {"": (0, 0, False)})
 POOL_KEYS: dict[str, Any] = {
-    "ID": "", "V": 0, "Pool": "", "SubPool": "", "Name": "", "Granted": 0, "Seq": 0, "Idx": 0,
-    "Remembered": {"": ("", 0, False)}, "Free": [], "Shared": False, "Allocated": [], "Leases": [],
+    "ID": "",
+    "V": 0,
+    "Pool": "",
+    "SubPool": "",
+    "Name": "",
+    "Granted": 0,
+    "Seq": 0,
+    "Idx": 0,
+    "Remembered": {"": ("", 0, False)},
+    "Free": [],
+    "Shared": False,
+    "Allocated": [],
+    "Leases": [],
 }
 LEASE_TYPES = (str, str, str, int, int, bool)
 FIELD_SCHEMAS: dict[str, Any] = {  # of records; other fields are text
