@@ -8316,60 +8316,73 @@ class UnreachableDockerTest(OperatedCase):
 # === Check ========================================================================================
 #
 # What differs between gipam and Docker: each kind of finding and how --fix fixes it, what on this
-# host keeps containers from being reached, and the import at a start and after an adoption. A
-# comparison reports nothing that is only passing, whatever changes while it reads the two.
+# host keeps containers from being reached, and the import at a start and after an adoption.
+# ChangesDuringCheckTest spreads events over the readings of a comparison, which reports none of
+# them. An import runs in this thread, or in a worker that the test waits for.
 
 
 class CheckTest(OperatedCase):
-    """Every kind of finding, in words, and its cure."""
+    """Each kind of finding, and how it is fixed."""
 
     def setUp(self) -> None:
         super().setUp()
         self.docker.make_network("web", "4", "6")
         self.docker.start("one", "web")
 
-    def assert_mended(self, text: str, *values: str) -> None:
-        """`check` says this of each of the values; --fix fixes it; then no difference is left."""
+    def assert_fixed(self, text: str, *values: str) -> None:
+        """Check that `check` reports the text with each value, and that --fix fixes all of it."""
         lines = [text.format(value) for value in values]
-        self.assertEqual(self.check(), [line + "; `gipam check --fix` fixes it" for line in lines])
+        with_remedy = [line + "; `gipam check --fix` fixes it" for line in lines]
+        self.assertEqual(self.check(), with_remedy)
         self.assertEqual(self.check("--fix"), [line + "; fixed" for line in lines])
         self.assertEqual(self.check(), [])
 
-    def mend_after(self, event: Callable[[], Any]) -> None:
-        """Let the event come between that the differences are found and that they are mended."""
-        mend = gipam.fix
-        self.patch(gipam, fix=lambda *arguments: (event(), mend(*arguments))[1])
-
-    def test_no_difference(self) -> None:
-        """Though before 29, neither gateways nor the blocks of size hints are shown."""
+    def test_no_difference_where_docker_hides_gateways_and_subnets(self) -> None:
+        """Before 29 it shows no gateway of a --subnet, and no subnet behind a size hint."""
         self.docker.make_network("lan", "10.9.0.0/24")
         self.make_ranges()
         self.docker.show_network("bridge", {"Subnet": "172.17.0.0/16"}, driver="default")
-        for name, hint in (("hint", "0.0.0.0/24"), ("any", "0.0.0.0/0")):
+        for name, hint in (
+                ("hint", "0.0.0.0/24"),
+                ("any", "0.0.0.0/0")):
             self.docker.make_network(name)
             self.docker.show_hint(name, hint)
         self.assertEqual(self.check(), [])
         self.docker.start("two", "lan", "low", "high", "hint", "any")
         self.assertEqual(self.check(), [])
-        self.docker.endpoint("two", "lan")["Gateway"] = "10.9.0.200"  # by the user
-        self.assertEqual([line for line in self.check() if "10.9.0.1 " in line], [])
+
+    def test_gateway_that_a_user_has_given_to_a_container(self) -> None:
+        self.docker.make_network("lan", "10.9.0.0/24")
+        self.docker.start("two", "lan")
+        self.docker.endpoint("two", "lan")["Gateway"] = "10.9.0.200"
+        self.assertNotIn("10.9.0.1 ", "\n".join(self.check()))
         self.docker.endpoint("two", "lan")["Gateway"] = "10.77.0.9"
         self.assertEqual(self.check(), [])
-        self.docker.stop("two")
+
+    def test_leak_in_a_network_that_shows_only_a_size_hint(self) -> None:
+        self.docker.make_network("hint")
+        self.docker.show_hint("hint", "0.0.0.0/24")
         self.docker.start("three", "hint")
+        leaked = self.docker.endpoint("three", "hint")["IPAddress"]
         self.docker.stop("three", is_released=False)
         self.docker.start("four", "hint")
-        self.assertEqual(len(self.check()), 1, "that of three")
+        finding, = self.check()
+        self.assertIn(f" {leaked} ", finding)
 
     def test_leaked_addresses(self) -> None:
         self.docker.stop("one", is_released=False)
         self.request("10.2.0.77")
         self.request("10.2.0.78", options=GATEWAY)
-        self.assert_mended("leaked_address: address {}, but nothing uses it", *(
-            f"{address} of network web is reserved for {owner}" for address, owner in (
-                ("10.2.0.2", "02:42:00:00:00:02"), ("10.2.0.77", "auxiliary"), ("10.2.0.78", "gateway"),
-                ("2001:db8:0:100::2", "02:42:00:00:00:02"))))
-        self.assertEqual(self.held(), {"10.2.0.0/24": ["10.2.0.1"], "2001:db8:0:100::/64": ["2001:db8:0:100::1"]})
+        self.assert_fixed(
+            "leaked_address: address {}, but nothing uses it",
+            "10.2.0.2 of network web is reserved for 02:42:00:00:00:02",
+            "10.2.0.77 of network web is reserved for auxiliary",
+            "10.2.0.78 of network web is reserved for gateway",
+            "2001:db8:0:100::2 of network web is reserved for 02:42:00:00:00:02")
+        self.assertEqual(self.held(), {
+            "10.2.0.0/24": ["10.2.0.1"],
+            "2001:db8:0:100::/64": ["2001:db8:0:100::1"],
+        })
 
     def test_leaked_pools(self) -> None:
         self.docker.stop("one")
@@ -8377,32 +8390,43 @@ class CheckTest(OperatedCase):
         self.docker.start("two", "low")
         for name in ("web", "high"):
             del self.docker.networks[name]
-        self.assert_mended("leaked_pool: subnet {} is held with 1 lease, but no network uses it",
-                           "10.2.0.0/24", "2001:db8:0:100::/64", "10.50.0.0/24 range 10.50.0.128/25")
+        self.assert_fixed(
+            "leaked_pool: subnet {} is held with 1 lease, but no network uses it",
+            "10.2.0.0/24",
+            "2001:db8:0:100::/64",
+            "10.50.0.0/24 range 10.50.0.128/25")
         self.assertEqual(self.held(), {"10.50.0.0/25": ["10.50.0.1", "10.50.0.2"]})
 
     def test_missing_addresses(self) -> None:
         self.release("10.2.0.2")
         self.release("10.2.0.1")
-        self.assert_mended("missing_address: address {} is not held: another container could get it",
-                           "10.2.0.1 of network web", "10.2.0.2 of container one")
+        self.assert_fixed(
+            "missing_address: address {} is not held: another container could get it",
+            "10.2.0.1 of network web",
+            "10.2.0.2 of container one")
         leases = self.status_now()["pools"][0]["addresses"]
         lease = max(leases, key=lambda lease: lease["address"])
-        self.assertEqual((lease["address"], lease["kind"], lease["mac"], lease["name"]),
-                         ("10.2.0.2", "endpoint", "02:42:00:00:00:02", "one"))
+        self.assertEqual(lease["address"], "10.2.0.2")
+        self.assertEqual(lease["kind"], "endpoint")
+        self.assertEqual(lease["mac"], "02:42:00:00:00:02")
+        self.assertEqual(lease["name"], "one")
 
-    def test_missing_pool_with_all_that_is_used_in_it(self) -> None:
-        self.docker.make_network("other", "10.9.0.0/24")  # --fix needs a pool that Docker knows
+    def test_missing_pool_with_all_its_addresses(self) -> None:
+        # --fix demands that Docker knows a pool.
+        self.docker.make_network("other", "10.9.0.0/24")
         before = self.held()
         for version in (4, 6):
             self.release_pool("web", version)
-        self.assert_mended("missing_pool: subnet {} of network web is not held: another network could get it",
-                           "10.2.0.0/24", "2001:db8:0:100::/64")
+        self.assert_fixed(
+            "missing_pool: subnet {} of network web is not held: another network could get it",
+            "10.2.0.0/24",
+            "2001:db8:0:100::/64")
         self.assertEqual(self.held(), before)
-        self.docker.stop("one")  # Docker's ids are taken for the pools
+        # Docker's ids are bound to the imported pools.
+        self.docker.stop("one")
         self.assertEqual(self.check(), [])
 
-    def test_what_only_a_person_can_mend(self) -> None:
+    def test_findings_that_only_a_person_can_fix(self) -> None:
         self.docker.start("two", "web")
         self.docker.start("three", "web")
         for key in ("IPAddress", "GlobalIPv6Address"):
@@ -8410,17 +8434,22 @@ class CheckTest(OperatedCase):
         self.docker.endpoint("three")["IPAddress"] = "10.3.0.2"
         self.docker.make_network("other")
         self.docker.show_network("old", {"Subnet": "10.2.0.0/22"}, driver="default")
-        self.docker.show_network("template", {"Subnet": "10.2.0.0/16"}, driver="default", ConfigOnly=True)
-        self.assertEqual(sorted(line for line in self.check() if "leaked" not in line), [
-            "address_outside: address 10.3.0.2 of container three is in no subnet of network web: recreate the "
-            "network",
-            *(f"address_twice: address {address} is used by container two and container one: restart one of them"
-              for address in ("10.2.0.2", "2001:db8:0:100::2")),
-            *(f"overlap: subnet 10.2.0.0/22 of network old, which another IPAM driver has, overlaps {subnet} of "
-              "gipam: remove one of the two networks" for subnet in ("10.2.0.0/24", "10.2.1.0/24"))])
+        self.docker.show_network("template", {"Subnet": "10.2.0.0/16"}, driver="default",
+                                 ConfigOnly=True)
+        expected = [
+            "address_outside: address 10.3.0.2 of container three is in no subnet of network web: "
+            "recreate the network"]
+        for address in ("10.2.0.2", "2001:db8:0:100::2"):
+            expected.append(f"address_twice: address {address} is used by container two and "
+                            "container one: restart one of them")
+        for subnet in ("10.2.0.0/24", "10.2.1.0/24"):
+            expected.append("overlap: subnet 10.2.0.0/22 of network old, which another IPAM driver "
+                            f"has, overlaps {subnet} of gipam: remove one of the two networks")
+        findings = [line for line in self.check() if "leaked" not in line]
+        self.assertEqual(sorted(findings), expected)
 
     def test_networks_that_swarm_makes_are_known_by_their_template(self) -> None:
-        """Seen on dockerd 26.1.5 killed with -9: the network is listed without a subnet until its next task."""
+        """A dockerd 26.1.5 killed with -9 lists them without a subnet until their next task."""
         self.docker.networks.clear()
         self.docker.containers.clear()
         self.docker.show_network("cfg", {"Subnet": "10.2.0.0/24"}, Driver="null", ConfigOnly=True)
@@ -8428,312 +8457,547 @@ class CheckTest(OperatedCase):
         self.assertEqual(len(self.check("--fix")), 2)
         self.assertEqual(self.held(), {})
 
-    def test_json_says_what_where_and_whether_it_is_mended(self) -> None:
+    def test_json_of_findings(self) -> None:
         self.docker.start("three", "web")
         self.release("10.2.0.3")
         self.request_pool("10.7.0.0/24")
         self.docker.show_network("old", {"Subnet": "10.2.0.0/22"}, driver="default")
         texts = [line.partition("; `gipam check --fix`")[0] for line in self.check()]
-        keys = ("kind", "subnet", "address", "network", "container", "is_fixed")
+        keys = ("kind", "subnet", "address", "network", "container")
+        rows = (
+            ("leaked_pool", "10.7.0.0/24", "", "", ""),
+            ("missing_address", "10.2.0.0/24", "10.2.0.3", "web", "three"),
+            ("overlap", "10.2.0.0/22", "", "old", ""))
         for option, is_fixed in (("--json", False), ("--fix", True)):
             done = self.run_gipam("check", "--json", option, "--grace", "0")
-            found = json.loads(done.out)["findings"]
-            self.assertEqual([f"{finding['kind']}: {finding.pop('text')}" for finding in found], texts)
-            self.assertEqual((done.status, found), (1, [dict(zip(keys, values)) for values in (
-                ("leaked_pool", "10.7.0.0/24", "", "", "", is_fixed),
-                ("missing_address", "10.2.0.0/24", "10.2.0.3", "web", "three", is_fixed),
-                ("overlap", "10.2.0.0/22", "", "old", "", False))]))
+            self.assertEqual(done.status, 1)
+            findings = json.loads(done.out)["findings"]
+            found_texts = []
+            for finding in findings:
+                found_texts.append(f"{finding['kind']}: {finding.pop('text')}")
+            self.assertEqual(found_texts, texts)
+            expected = []
+            for row in rows:
+                finding = dict(zip(keys, row))
+                finding["is_fixed"] = is_fixed and finding["kind"] != "overlap"
+                expected.append(finding)
+            self.assertEqual(findings, expected)
 
-    def test_what_leaks_is_overlooked_within_the_grace_time_what_is_missing_is_not(self) -> None:
+    def test_grace_time_is_for_leaks_and_not_for_missing_addresses(self) -> None:
         self.docker.stop("one", is_released=False)
         self.docker.make_network("gone")
         del self.docker.networks["gone"]
-        granted_s = [held["granted_s"] for pool in self.status_now()["pools"] for held in (pool, *pool["addresses"])]
-        for now_s, grace, count in ((min(granted_s) + 59, 60, 0), (max(granted_s) + 60, 60, 3), (max(granted_s), 0, 3)):
+        granted_s = []
+        for pool in self.status_now()["pools"]:
+            granted_s.append(pool["granted_s"])
+            granted_s += [lease["granted_s"] for lease in pool["addresses"]]
+        for now_s, grace, count in (
+                (min(granted_s) + 59, 60, 0),
+                (max(granted_s) + 60, 60, 3),
+                (max(granted_s), 0, 3)):
             with mock.patch.object(time, "time", return_value=now_s):
                 self.assertEqual(len(self.check(grace=grace)), count)
         self.release("10.2.0.1")
-        self.assertRegex("".join(self.check(grace=60)), "^missing_address: .*10.2.0.1")
+        findings = self.check(grace=60)
+        self.assertRegex("".join(findings), "^missing_address: .*10.2.0.1")
 
-    def test_networks_that_masquerade_are_noted(self) -> None:
-        bridge = "com.docker.network.bridge."
-        off, routed = bridge + "enable_ip_masquerade=false", bridge + "gateway_mode_ipv4=routed"
-        keys: Any  # of the network
-        routed6, unprotected = routed.replace("4", "6"), routed.replace("routed", "nat-unprotected")
-        for version, options, keys, expected in (
-                (26, (), {}, [off]), (26, (off,), {}, []), (26, (routed,), {}, [off]), (28, (), {}, [routed, routed6]),
-                (28, (routed,), {}, [routed6]), (28, (routed, routed6), {}, []), (28, (off,), {}, []),
-                (28, (), {"IPAM": self.docker.networks["web"]["IPAM"]}, [routed6]),  # its IPv4 is a private one
-                (29, (unprotected,), {}, [routed, routed6]), (29, (unprotected, off), {}, []),
-                *((28, (), {key: value}, []) for key, value in (
-                    ("Internal", True), ("Driver", "macvlan"), ("ConfigOnly", True)))):
-            with self.subTest(version=version, options=options, keys=keys):
-                self.docker.version = version
-                self.docker.show_network("web", {"Subnet": "100.2.0.0/24"}, {"Subnet": "2001:db8:0:100::/64"},
-                                         Options=dict(option.split("=") for option in options), **keys)
-                notes = list(gipam.host_warnings({"bases": []}, self.read_docker()[0], "/nothing"))
-                self.assertEqual([note.split(" -o ")[1] for note in notes], expected)
-                self.docker.show_network("bridge", {"Subnet": "172.17.0.0/16"}, driver="default",
-                                         Options=dict([off.split("=")]))  # with --iptables=false
-                self.assertEqual(list(gipam.host_warnings({"bases": []}, self.read_docker()[0], "/nothing")), [])
-                del self.docker.networks["bridge"]
-
-    def test_container_that_docker_gave_up_is_noted(self) -> None:
-        """One that Docker does not tell of, as it is about to start or stop it, holds nothing up."""
-        call = 'Post "http://plugin.moby.localhost/IpamDriver.RequestAddress": '
-        errors = {"one": 'plugin "gipam" not found', "stopped": call + "dial unix /run/docker/plugins/gipam.sock: connect: no",
-                  "tcp": call + "dial tcp [::1]:9090: connect: connection refused",
-                  "tcp2": call + "dial tcp [::1]:90901: connect: connection refused", "lan": 'plugin "lan" not found',
-                  "lan2": call + "dial unix /run/docker/plugins/lan.sock: connect: no", "full": call + "no addresses"}
-        self.service.daemon_info["listening"] = "[::1]:9090"
-        for name in ("stopped", "tcp", "tcp2", "lan", "lan2", "full", "locked"):
-            self.docker.start(name, "web")
-        self.docker.errors.update(errors)
-        for name in (*errors, "locked"):
-            self.docker.stop(name)
-        self.patch(gipam, NAMES_TIMEOUT_S=0.05)
-        is_over = threading.Event()
-        self.addCleanup(is_over.set)
-        self.docker.before = lambda path: make_docker_id("locked") in path and is_over.wait(DEADLINE_S)
-        noted = re.findall(r"note: container (\w+) did not start because gipam was down: run docker start \1", self.run_gipam("check").out)
-        self.assertEqual(sorted(noted), ["one", "stopped", "tcp"])
-
-    def test_notes_do_not_change_the_status(self) -> None:
-        self.docker.version = 28
-        notes = json.loads(self.run_gipam("check", "--json").out)["notes"]
-        self.assertRegex("\n".join(notes), "network web masquerades 2001:db8:0:100::/64, .*\n.+")
-        self.assertEqual(self.run_gipam("check"), (
-            0, "".join(f"note: {note}\n" for note in notes) + "no difference\n", ""))
-
-    def test_fix_is_refused_when_that_docker_knows_none_of_the_pools(self) -> None:
+    def test_fix_is_refused_if_that_docker_knows_none_of_the_pools(self) -> None:
         self.docker.networks.clear()
         self.docker.containers.clear()
-        self.docker.make_network("bridge", "172.17.0.0/16", IPAM={"Driver": "default", "Config": None})
+        self.docker.make_network("bridge", "172.17.0.0/16",
+                                 IPAM={"Driver": "default", "Config": None})
         before = self.held()
-        self.assert_fails(self.run_gipam("check", "--fix", "--grace", "0"), 2,
-                          "gipam: .*knows none of the pools held: is it the one that gipam serves.*--force.*")
+        done = self.run_gipam("check", "--fix", "--grace", "0")
+        self.assert_fails(done, 2, "gipam: .*knows none of the pools held: is it the one that "
+                                   "gipam serves.*--force.*")
         self.assertEqual(self.held(), before)
         self.assertEqual(len(self.check("--fix", "--force")), 3)
         self.assertEqual(self.held(), {})
 
-    def test_what_changed_meanwhile_is_not_touched(self) -> None:
-        """The leak that `check` saw is given to a new container before --fix comes to it."""
+    def test_record_that_has_changed_is_not_touched(self) -> None:
+        """A new container gets the leaked address before --fix would release it."""
         self.docker.stop("one", is_released=False)
+        fix = gipam.fix
 
-        def give_it_to_another() -> None:
+        def fix_after_a_change(*arguments: Any) -> int:
             self.docker.remove_network("web")
             self.docker.make_network("web", "10.2.0.0/24")
             self.docker.start("two", "web", address="10.2.0.2")
+            return fix(*arguments)
 
-        self.mend_after(give_it_to_another)
-        done = self.run_gipam("check", "--fix", "--grace", "0")
+        with mock.patch.object(gipam, "fix", fix_after_a_change):
+            done = self.run_gipam("check", "--fix", "--grace", "0")
         self.assertEqual(done.status, 0)
-        self.assertEqual(len(re.findall("not fixed: .* is not what it was as change", done.err)), 2)
+        refused = re.findall("not fixed: .* is not what it was as change", done.err)
+        self.assertEqual(len(refused), 2)
         self.assertEqual(self.held(), {"10.2.0.0/24": ["10.2.0.1", "10.2.0.2"]})
         self.assertEqual(self.check(), [])
 
 
-class HostWarningsTest(CommandCase):
-    """What on this host prevents containers from being reached, by files as /proc has them."""
+NO_MASQUERADE = BRIDGE_OPTION + "enable_ip_masquerade=false"
+ROUTED_V4 = BRIDGE_OPTION + "gateway_mode_ipv4=routed"
+ROUTED_V6 = BRIDGE_OPTION + "gateway_mode_ipv6=routed"
+UNPROTECTED = BRIDGE_OPTION + "gateway_mode_ipv4=nat-unprotected"
 
-    BASES: Any = {"bases": [{"prefix": "10.2.0.0/16"}, {"prefix": "2001:db8:0:100::/56"}],
-                  "config": {"onlink": {"value": "lan.7"}}}
-    ANY6 = 32 * "0"
-    ROUTE6 = "20010db8000001000000000000000000 38 " + ANY6 + " 00 {via} 400 1 0 {flags} {device}\n"
-    REJECT6 = ROUTE6.format(via=ANY6, flags="00200200", device="lo")
-    LINK6 = ROUTE6.format(via=ANY6, flags="00000001", device="eth0")
-    ROUTED6 = ROUTE6.format(via="fe8" + 28 * "0" + "1", flags="00000003", device="eth0")
-    DEFAULT6 = ANY6 + " 00 " + ROUTED6[36:]
-    LEARNED6 = ANY6 + " 00 " + ROUTE6[36:].format(via="fe8" + 28 * "0" + "1", flags="00450003", device="eth0.7")
-    EVERYTHING6 = ANY6 + " 00 " + ANY6 + " 00 " + ANY6 + " ffffffff 1 0 00200200 lo\n"
-    ROUTE4 = "{device}\t0000020A\t00000000\t{flags}\t0\t0\t0\t0000FFFF\t0\t0\t0\n"
-    HEADER4 = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
-    REJECT4 = ROUTE4.format(device="*", flags="0001")
-    DEFAULT4 = "eth0.7\t00000000\t00000000\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"
+
+class Masquerading(NamedTuple):
+    """A network of an IPv4 and an IPv6 subnet, and the options that notes advise for it."""
+
+    version: int
+    options: tuple[str, ...]
+    advised: list[str]
+    keys: dict[str, Any] = {}
+    subnet: str = "100.2.0.0/24"
+
+
+MASQUERADING = (
+    Masquerading(26, (), [NO_MASQUERADE]),
+    Masquerading(26, (NO_MASQUERADE,), []),
+    Masquerading(26, (ROUTED_V4,), [NO_MASQUERADE]),
+    Masquerading(28, (), [ROUTED_V4, ROUTED_V6]),
+    Masquerading(28, (ROUTED_V4,), [ROUTED_V6]),
+    Masquerading(28, (ROUTED_V4, ROUTED_V6), []),
+    Masquerading(28, (NO_MASQUERADE,), []),
+    # A private IPv4 subnet may be masqueraded.
+    Masquerading(28, (), [ROUTED_V6], subnet="10.2.0.0/24"),
+    Masquerading(29, (UNPROTECTED,), [ROUTED_V4, ROUTED_V6]),
+    Masquerading(29, (UNPROTECTED, NO_MASQUERADE), []),
+    Masquerading(28, (), [], {"Internal": True}),
+    Masquerading(28, (), [], {"Driver": "macvlan"}),
+    Masquerading(28, (), [], {"ConfigOnly": True}),
+)
+
+REQUEST_FAILED = 'Post "http://plugin.moby.localhost/IpamDriver.RequestAddress": '
+NOT_CONNECTED = REQUEST_FAILED + "dial {}: connect: connection refused"
+
+
+class FailedContainer(NamedTuple):
+    """A container that did not start, with Docker's reason."""
+
+    name: str
+    error: str
+    is_noted: bool  # because gipam was down
+
+
+FAILED_CONTAINERS = (
+    FailedContainer("one", 'plugin "gipam" not found', True),
+    FailedContainer("stopped", NOT_CONNECTED.format("unix /run/docker/plugins/gipam.sock"), True),
+    FailedContainer("tcp", NOT_CONNECTED.format("tcp [::1]:9090"), True),
+    FailedContainer("tcp2", NOT_CONNECTED.format("tcp [::1]:90901"), False),
+    FailedContainer("lan", 'plugin "lan" not found', False),
+    FailedContainer("lan2", NOT_CONNECTED.format("unix /run/docker/plugins/lan.sock"), False),
+    FailedContainer("full", REQUEST_FAILED + "no addresses", False),
+)
+
+
+class NotesTest(OperatedCase):
+    """Notes of `check`: about networks and containers that gipam cannot fix."""
+
+    def host_warnings(self) -> list[str]:
+        allocations = self.read_docker().ours
+        return list(gipam.host_warnings({"bases": []}, allocations, "/nothing"))
+
+    def test_networks_that_masquerade(self) -> None:
+        for case in MASQUERADING:
+            with self.subTest(case):
+                options = dict(option.split("=") for option in case.options)
+                configs = [{"Subnet": case.subnet}, {"Subnet": "2001:db8:0:100::/64"}]
+                self.docker.version = case.version
+                self.docker.show_network("web", *configs, Options=options, **case.keys)
+                advised = [note.split(" -o ")[1] for note in self.host_warnings()]
+                self.assertEqual(advised, case.advised)
+                # With dockerd --iptables=false nothing masquerades.
+                option, value = NO_MASQUERADE.split("=")
+                self.docker.show_network("bridge", {"Subnet": "172.17.0.0/16"}, driver="default",
+                                         Options={option: value})
+                self.assertEqual(self.host_warnings(), [])
+                del self.docker.networks["bridge"]
+
+    def test_containers_that_docker_gave_up(self) -> None:
+        """A container that Docker has locked, while it starts or stops it, delays nothing."""
+        self.service.daemon_info["listening"] = "[::1]:9090"
+        self.docker.make_network("web", "4", "6")
+        names = [case.name for case in FAILED_CONTAINERS] + ["locked"]
+        for name in names:
+            self.docker.start(name, "web")
+        for case in FAILED_CONTAINERS:
+            self.docker.errors[case.name] = case.error
+        for name in names:
+            self.docker.stop(name)
+        is_over = threading.Event()
+        self.addCleanup(is_over.set)
+
+        def wait_for_lock(path: str) -> None:
+            if make_docker_id("locked") in path:
+                is_over.wait(DEADLINE_S)
+
+        self.docker.before = wait_for_lock
+        self.patch(gipam, NAMES_TIMEOUT_S=0.05)
+        done = self.run_gipam("check")
+        noted = re.findall(r"note: container (\w+) did not start because gipam was down: "
+                           r"run docker start \1", done.out)
+        expected = [case.name for case in FAILED_CONTAINERS if case.is_noted]
+        self.assertEqual(sorted(noted), sorted(expected))
+
+    def test_notes_do_not_change_the_status(self) -> None:
+        self.docker.make_network("web", "4", "6")
+        self.docker.start("one", "web")
+        self.docker.version = 28
+        notes = json.loads(self.run_gipam("check", "--json").out)["notes"]
+        self.assertRegex("\n".join(notes), "network web masquerades 2001:db8:0:100::/64, .*\n.+")
+        lines = [f"note: {note}\n" for note in notes]
+        out = "".join(lines) + "no difference\n"
+        self.assertEqual(self.run_gipam("check"), (0, out, ""))
+
+
+IPV4_BASE = "10.2.0.0/16"
+IPV6_BASE = "2001:db8:0:100::/56"
+# Parts of lines of /proc/net/ipv6_route: destination and its length, and a next hop.
+ANY_V6 = "0" * 32
+DEFAULT_V6 = ANY_V6 + " 00"
+TO_BASE_V6 = "20010db8000001000000000000000000 38"
+LINK_V6 = "20010db8000001000000000000000000 30"
+ROUTER_V6 = "fe8" + "0" * 28 + "1"
+IPV4_HEADER = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
+
+
+def route_v4(device: str, flags: str = "0001", destination: str = "0000020A",
+             mask: str = "0000FFFF") -> str:
+    """Return a line of /proc/net/route, for the base unless told otherwise."""
+    return f"{device}\t{destination}\t00000000\t{flags}\t0\t0\t0\t{mask}\t0\t0\t0\n"
+
+
+def route_v6(device: str, flags: str = "00000001", destination: str = TO_BASE_V6,
+             via: str = ANY_V6, metric: str = "400") -> str:
+    """Return a line of /proc/net/ipv6_route, for the base unless told otherwise."""
+    return f"{destination} {ANY_V6} 00 {via} {metric} 1 0 {flags} {device}\n"
+
+
+def default_v4(device: str) -> str:
+    return route_v4(device, "0003", "00000000", "00000000")
+
+
+def learned_v6(device: str) -> str:
+    """Return a default route from a router advertisement."""
+    return route_v6(device, "00450003", DEFAULT_V6, ROUTER_V6)
+
+
+REJECT_V4 = route_v4("*")
+REJECT_V6 = route_v6("lo", "00200200")
+# Linux has this route in each namespace.
+UNREACHABLE_V6 = route_v6("lo", "00200200", DEFAULT_V6, metric="ffffffff")
+ROUTED_DEFAULT_V6 = route_v6("eth0", "00000003", DEFAULT_V6, ROUTER_V6)
+ACCEPT_RA = (r"eth0.7 ignores router advertisements: "
+             r"sysctl -w net\.ipv6\.conf\.eth0/7\.accept_ra=2")
+FORWARDING_V6 = r"net\.ipv6\.conf\.all\.forwarding=1"
+
+
+class Uplink(NamedTuple):
+    """Routes of a host that forwards IPv6 or not, and the warnings that they lead to."""
+
+    is_forwarding: bool
+    routes_v4: str
+    routes_v6: str
+    patterns: tuple[str, ...]
+
+
+UPLINKS = (
+    # The default route that was learned has expired.
+    Uplink(True, default_v4("eth0.7"), UNREACHABLE_V6,
+           ("IPv6 default route of this host is missing: .*" + ACCEPT_RA,)),
+    Uplink(True, default_v4("eth0.7"), ROUTED_DEFAULT_V6, ()),
+    # It has not expired yet.
+    Uplink(True, default_v4("eth0.7"), learned_v6("eth0.7"),
+           ("IPv6 default route of this host gets lost: .*" + ACCEPT_RA,)),
+    # Docker will turn forwarding on.
+    Uplink(False, "", learned_v6("eth0.7"), (ACCEPT_RA, FORWARDING_V6)),
+    Uplink(False, default_v4("eth0.7"), "", (FORWARDING_V6,)),
+    Uplink(True, route_v4("eth0.7", "3", "0000000A", "000000FF"), "", ()),
+    # eth1 has an accept_ra of 2.
+    Uplink(True, default_v4("eth1"), "", ()),
+    Uplink(True, default_v4("eth1"), learned_v6("eth1"), ()),
+)
+
+DOWN = "host {} has not been seen for 40 s and holds 3 claims: "
+
+
+class EtcdState(NamedTuple):
+    """What the status says of etcd and of another host, and the warning that it leads to."""
+
+    etcd: dict[str, Any]
+    host: str
+    is_present: bool | None
+    pattern: str
+
+
+ETCD_STATES = (
+    EtcdState({"failure": "etcd is away", "due": 0}, "web", None,
+              "etcd is away: new networks have to wait"),
+    EtcdState({"failure": "etcd is away", "due": 2}, "web", True,
+              "etcd is away: 2 claims and new networks have to wait"),
+    EtcdState({"failure": ""}, "db", False,
+              DOWN.format("db") + ".*`gipam evict db` drops them"),
+    EtcdState({"failure": ""}, "old", False,
+              DOWN.format("old") + "it is a former name of this host, `gipam evict old` takes "
+              "them over"),
+)
+
+
+class HostWarningsTest(CommandCase):
+    """What on this host keeps containers from being reached, by files as /proc has them."""
+
+    STATUS: dict[str, Any] = {
+        "bases": [{"prefix": IPV4_BASE}, {"prefix": IPV6_BASE}],
+        "config": {"onlink": {"value": "lan.7"}},
+    }
+    SYSCTLS = (
+        ("ipv4/neigh/lan.7/proxy_delay", "80"),
+        ("ipv6/neigh/lan.7/proxy_delay", "0"),
+        ("ipv6/conf/lan.7/proxy_ndp", "1"),
+        ("ipv6/conf/all/proxy_ndp", "0"),
+        ("ipv4/ip_forward", "1"),
+        ("ipv6/conf/all/forwarding", "1"),
+        ("ipv6/conf/eth0.7/accept_ra", "1"),
+        ("ipv6/conf/eth1/accept_ra", "2"),
+    )
 
     def setUp(self) -> None:
         super().setUp()
-        self.patch(gipam, find_missing_device=lambda device: "")
-        for name, text in (
-                ("ipv4/neigh/lan.7/proxy_delay", "80"), ("ipv6/neigh/lan.7/proxy_delay", "0"),
-                ("ipv6/conf/lan.7/proxy_ndp", "1"), ("ipv6/conf/all/proxy_ndp", "0"),
-                ("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1"),
-                ("ipv6/conf/eth0.7/accept_ra", "1"), ("ipv6/conf/eth1/accept_ra", "2")):
-            self.write("proc/sys/net/" + name, text)
-        self.write_routes(self.REJECT4, self.REJECT6)
+        self.patch(gipam, find_missing_device="".format)
+        for name, value in self.SYSCTLS:
+            self.write_sysctl(name, value)
+        self.write_routes(REJECT_V4, REJECT_V6)
 
-    def write_routes(self, routes4: str, routes6: str) -> None:
-        self.write("proc/self/net/route", self.HEADER4 + routes4)
-        self.write("proc/self/net/ipv6_route", routes6)
+    def write_sysctl(self, name: str, value: str) -> None:
+        self.write("proc/sys/net/" + name, value)
 
-    def assert_warned(self, *patterns: str, **status: Any) -> None:
-        """These are the warnings, one line each."""
-        warnings = gipam.host_warnings({**self.BASES, **status}, [], self.directory + "/proc")
+    def write_routes(self, routes_v4: str, routes_v6: str) -> None:
+        self.write("proc/self/net/route", IPV4_HEADER + routes_v4)
+        self.write("proc/self/net/ipv6_route", routes_v6)
+
+    def assert_warnings(self, *patterns: str, **status: Any) -> None:
+        """Check that each warning has its pattern; the status is changed as told."""
+        proc = self.directory + "/proc"
+        warnings = list(gipam.host_warnings({**self.STATUS, **status}, [], proc))
         lines = "".join(f".*{pattern}.*\n" for pattern in patterns)
-        self.assertRegex("".join(f"{warning}\n" for warning in warnings), rf"\A{lines}\Z")
+        text = "".join(f"{warning}\n" for warning in warnings)
+        self.assertRegex(text, rf"\A{lines}\Z")
 
     def test_nothing_to_warn_of(self) -> None:
-        self.assert_warned()
-        self.write_routes(self.ROUTE4.format(device="*", flags="0201"), self.REJECT6)
-        self.assert_warned()
+        self.assert_warnings()
+        self.write_routes(route_v4("*", "0201"), REJECT_V6)
+        self.assert_warnings()
 
     def test_etcd_and_hosts_that_are_down(self) -> None:
-        for etcd, hosts, pattern in (
-                ({"failure": "etcd is away", "due": 0}, {"web": None}, "etcd is away: new networks have to wait"),
-                ({"failure": "etcd is away", "due": 2}, {}, "etcd is away: 2 claims and new networks have to wait"),
-                ({"failure": ""}, {"web": True, "db": False},
-                 "host db has not been seen for 40 s and holds 3 claims: .*`gipam evict db` drops them"),
-                ({"failure": ""}, {"old": False},
-                 "host old .* holds 3 claims: it is a former name of this host, `gipam evict old` takes them over")):
-            rows = []
-            for host, is_present in hosts.items():
-                rows.append({"host": host, "is_present": is_present, "claims": 3, "is_own": host == "old"})
-            with self.subTest(pattern):
-                self.assert_warned(pattern, bases=[], config={}, etcd=etcd, hosts=rows)
+        for case in ETCD_STATES:
+            host = {
+                "host": case.host,
+                "is_present": case.is_present,
+                "claims": 3,
+                "is_own": case.host == "old",
+            }
+            present = {"host": "here", "is_present": True, "claims": 3, "is_own": False}
+            with self.subTest(case.pattern):
+                self.assert_warnings(case.pattern, bases=[], config={}, etcd=case.etcd,
+                                     hosts=[present, host])
+        self.assert_warnings("etcd is away: 2 claims .*", bases=[], config={}, hosts=[],
+                             etcd={"failure": "etcd is away", "due": 2})
 
     def test_disk_that_takes_no_writes(self) -> None:
-        self.assert_warned("gipam cannot write: nothing new is granted", trouble="cannot write")
+        self.assert_warnings("gipam cannot write: nothing new is granted", trouble="cannot write")
 
     def test_forwarding_that_is_off(self) -> None:
-        self.write("proc/sys/net/ipv4/ip_forward", "0")
-        self.assert_warned("sysctl -w net.ipv4.ip_forward=1")
-        self.write("proc/sys/net/ipv4/ip_forward", "1")
-        self.write("proc/sys/net/ipv6/conf/all/forwarding", "0")
-        self.assert_warned("sysctl -w net.ipv6.conf.all.forwarding=1")
+        self.write_sysctl("ipv4/ip_forward", "0")
+        self.assert_warnings("sysctl -w net.ipv4.ip_forward=1")
+        self.write_sysctl("ipv4/ip_forward", "1")
+        self.write_sysctl("ipv6/conf/all/forwarding", "0")
+        self.assert_warnings("sysctl -w net.ipv6.conf.all.forwarding=1")
 
     def test_router_advertisements_that_are_ignored(self) -> None:
-        """Before the default route that was learned has expired, and before forwarding is turned on."""
-        remedy = r"eth0.7 ignores router advertisements: sysctl -w net\.ipv6\.conf\.eth0/7\.accept_ra=2"
-        eth1 = self.DEFAULT4.replace("eth0.7", "eth1")
-        for is_forwarding, routes4, routes6, patterns in (
-                (True, self.DEFAULT4, self.EVERYTHING6, ["IPv6 default route of this host is missing: .*" + remedy]),
-                (True, self.DEFAULT4, self.DEFAULT6, []),
-                (True, self.DEFAULT4, self.LEARNED6, ["IPv6 default route of this host gets lost: .*" + remedy]),
-                (False, "", self.LEARNED6, [remedy, r"net\.ipv6\.conf\.all\.forwarding=1"]),
-                (False, self.DEFAULT4, "", [r"net\.ipv6\.conf\.all\.forwarding=1"]),
-                (True, "eth0.7\t0000000A\t0\t3\t0\t0\t0\t000000FF\n", "", []),
-                (True, eth1, "", []), (True, eth1, self.LEARNED6.replace("eth0.7", "eth1"), [])):
-            with self.subTest(is_forwarding=is_forwarding, routes4=routes4, routes6=routes6):
-                self.write("proc/sys/net/ipv6/conf/all/forwarding", "1" if is_forwarding else "0")
-                self.write_routes(routes4 + self.REJECT4, self.REJECT6 + routes6)
-                self.assert_warned(*patterns)
+        for case in UPLINKS:
+            with self.subTest(case):
+                forwarding = "1" if case.is_forwarding else "0"
+                self.write_sysctl("ipv6/conf/all/forwarding", forwarding)
+                self.write_routes(case.routes_v4 + REJECT_V4, REJECT_V6 + case.routes_v6)
+                self.assert_warnings(*case.patterns)
 
-    def test_routes_that_lack(self) -> None:
-        loops = []
-        for base in ("10.2.0.0/16", "2001:db8:0:100::/56"):
-            loops.append(f"ip route add blackhole {base} metric 9999; or, if it is on the link of lan.7, ip route add "
-                         f"{base} dev lan.7")
-        for routes4, routes6, patterns in (
-                ("", self.ROUTED6 + self.EVERYTHING6, loops),
-                (self.REJECT4, self.LINK6, ["is on-link on eth0: .* -onlink eth0"]),
-                (self.ROUTE4.format(device="eth0", flags="0001"), self.REJECT6,
-                 ["base 10.2.0.0/16 is on-link on eth0: .* -onlink eth0"])):
-            with self.subTest(patterns):
-                self.write_routes(routes4, routes6)
-                self.assert_warned(*patterns)
-        self.write_routes("", self.REJECT6)
-        self.assert_warned("add blackhole 10.2.0.0/16 metric 9999", bases=[{"prefix": "10.2.0.0/16"}],
-                           config={"onlink": {"value": "off"}}, pools=[])
+    def test_base_without_a_blackhole(self) -> None:
+        patterns = []
+        for base in (IPV4_BASE, IPV6_BASE):
+            patterns.append(f"ip route add blackhole {base} metric 9999; or, if it is on the link "
+                            f"of lan.7, ip route add {base} dev lan.7")
+        routed = route_v6("eth0", "00000003", via=ROUTER_V6)
+        self.write_routes("", routed + UNREACHABLE_V6)
+        self.assert_warnings(*patterns)
 
-    def test_base_that_is_one_networks(self) -> None:
-        own = self.ROUTE6.format(via=self.ANY6, flags="00000001", device="br-web")
-        wire = self.LINK6.replace(" 38 ", " 30 ")
-        pools = [{"subnet": "2001:db8:0:100::/56"}]
-        for routes6, patterns in (
-                (own, []), (own + wire, ["2001:db8:0:100::/56 is on-link on eth0: "]),
-                (own + wire.replace("eth0", "lan.7"), ["-onlink lan.7 needs .*proxy_ndp=1"])):
+        self.write_routes("", REJECT_V6)
+        self.assert_warnings("add blackhole 10.2.0.0/16 metric 9999",
+                             bases=[{"prefix": IPV4_BASE}],
+                             config={"onlink": {"value": "off"}}, pools=[])
+
+    def test_base_on_the_link_of_another_device(self) -> None:
+        self.write_routes(REJECT_V4, route_v6("eth0"))
+        self.assert_warnings("is on-link on eth0: .* -onlink eth0")
+        self.write_routes(route_v4("eth0"), REJECT_V6)
+        self.assert_warnings("base 10.2.0.0/16 is on-link on eth0: .* -onlink eth0")
+
+    def test_base_that_one_network_has(self) -> None:
+        pools = [{"subnet": IPV6_BASE}]
+        own = route_v6("br-web")
+        on_eth0 = route_v6("eth0", destination=LINK_V6)
+        on_lan = route_v6("lan.7", destination=LINK_V6)
+        for routes, patterns in (
+                (own, []),
+                (own + on_eth0, ["2001:db8:0:100::/56 is on-link on eth0: "]),
+                (own + on_lan, ["-onlink lan.7 needs .*proxy_ndp=1"])):
             with self.subTest(patterns):
-                self.write_routes(self.REJECT4, routes6)
-                self.assert_warned(*patterns, pools=pools)
+                self.write_routes(REJECT_V4, routes)
+                self.assert_warnings(*patterns, pools=pools)
 
     def test_sysctls_and_device_of_onlink(self) -> None:
-        self.write_routes(self.ROUTE4.format(device="lan.7", flags="0001"), self.LINK6.replace("eth0", "lan.7"))
-        sysctls = ("-onlink lan.7 needs sysctl -w net.ipv4.neigh.lan/7.proxy_delay=0",
-                   "-onlink lan.7 needs sysctl -w net.ipv6.conf.all.proxy_ndp=1")
-        self.assert_warned(*sysctls)
-        self.patch(gipam, find_missing_device=lambda device: f"-onlink {device}: there is no such device")
-        self.assert_warned("-onlink lan.7: there is no such device", *sysctls)
+        self.write_routes(route_v4("lan.7"), route_v6("lan.7"))
+        sysctls = (
+            "-onlink lan.7 needs sysctl -w net.ipv4.neigh.lan/7.proxy_delay=0",
+            "-onlink lan.7 needs sysctl -w net.ipv6.conf.all.proxy_ndp=1")
+        self.assert_warnings(*sysctls)
+        self.patch(gipam, find_missing_device="-onlink {}: there is no such device".format)
+        self.assert_warnings("-onlink lan.7: there is no such device", *sysctls)
+
+
+class Event(NamedTuple):
+    """A change of Docker, which a comparison must not report, and its number of steps."""
+
+    name: str
+    step_count: int
+    begin: Callable[..., Steps]
+    arguments: tuple[Any, ...] = ()
 
 
 class ChangesDuringCheckTest(OperatedCase):
-    """Docker and gipam change while they are compared, and nothing false is reported."""
+    """Docker and gipam change while they are compared, and no finding comes of that."""
 
-    POINTS = range(6)  # before gipam is read; /version; /networks; /containers; gipam again; the pause
-    LATER_POINTS = range(5, 11)  # and the same after the pause, if a first look has found anything
+    # Before gipam, /version, /networks, /containers and gipam again are read; the pause.
+    POINTS = range(6)
+    # The same after the pause, which follows if a first round has found anything.
+    LATER_POINTS = range(5, 11)
 
-    def find(self, pass_point: Callable[..., Any]) -> list[str]:
-        """Compare, and pass a point before each reading and at each pause. Return the texts."""
+    def setUp(self) -> None:
+        super().setUp()
+        docker = self.docker
+        self.events = (
+            Event("network made", 3, docker.making_network, ("new",)),
+            Event("network removed", 2, docker.removing_network, ("old",)),
+            Event("container started", 2, docker.starting, ("new", "web")),
+            Event("container stopped", 2, docker.stopping, ("one",)),
+            Event("container stopped, shown late", 2, docker.stopping, ("one", True)),
+            Event("container restarted", 4, self.restarting),
+            Event("container stopped, another gets its address", 4, self.replacing),
+        )
+
+    def restarting(self) -> Steps:
+        """Restart a container."""
+        yield from self.docker.stopping("one")
+        yield from self.docker.starting("one", "web")
+
+    def replacing(self) -> Steps:
+        """Stop a container, and start another with its address."""
+        address = self.docker.endpoint("one")["IPAddress"]
+        yield from self.docker.stopping("one")
+        yield from self.docker.starting("two", "web", address=address)
+
+    def compare(self, pass_point: Callable[[str], Any]) -> list[str]:
+        """Return what a comparison finds; it calls pass_point before each reading and pause."""
         def read_gipam() -> list[gipam.Holding]:
             pass_point("gipam")
             return list(gipam.holdings_of_json(self.status_now()))
 
-        with mock.patch.object(self.docker, "before", pass_point), mock.patch.object(gipam, "RECHECK_DELAY_S", 1), \
-                mock.patch.object(time, "sleep", lambda pause_s: pass_point("pause") if pause_s else None):
-            return [finding.text for finding in gipam.confirmed_differences(read_gipam, self.read_docker, 0).values()]
+        def pause(pause_s: float) -> None:
+            if pause_s:
+                pass_point("pause")
 
-    def find_during(self, schedule: Sequence[int], steps: Steps) -> list[str]:
-        """Compare; at point n those steps are made that the schedule has for it."""
+        with mock.patch.object(self.docker, "before", pass_point), \
+                mock.patch.object(gipam, "RECHECK_DELAY_S", 1), \
+                mock.patch.object(time, "sleep", pause):
+            findings = gipam.confirmed_differences(read_gipam, self.read_docker, 0)
+        return [finding.text for finding in findings.values()]
+
+    def compare_during(self, schedule: Sequence[int], steps: Steps) -> list[str]:
+        """Compare, and take a step at each point of the schedule."""
         points = itertools.count()
-        found = self.find(lambda _: finish(itertools.islice(steps, schedule.count(next(points)))))
-        finish(steps)  # a check that found nothing at first did not come so far
-        return found
+
+        def pass_point(_: str) -> None:
+            count = schedule.count(next(points))
+            finish(itertools.islice(steps, count))
+
+        texts = self.compare(pass_point)
+        # A comparison that found nothing at first has not come to the later points.
+        finish(steps)
+        return texts
 
     def reset(self) -> None:
+        """Begin with two networks and a container."""
         for pool_id in list(self.service.state.pools):
             self.call("IpamDriver.ReleasePool", PoolID=pool_id)
-        for known in (self.docker.networks, self.docker.containers, self.docker.pool_ids):
-            known.clear()
+        self.docker.networks.clear()
+        self.docker.containers.clear()
+        self.docker.pool_ids.clear()
         self.docker.make_network("web")
         self.docker.make_network("old")
         self.docker.start("one", "web")
 
     def test_order_of_reading(self) -> None:
-        """First gipam, then Docker, then gipam; all of it again if anything was found; however much there is."""
+        """First gipam, then Docker, then gipam; all of it again if anything was found.
+
+        The number of networks does not matter.
+        """
         for number in range(256):
-            self.docker.show_network(f"net{number}", {"Subnet": f"10.9.0.{number}/32"}, driver="other")
-        passed: list[str] = []
+            subnet = {"Subnet": f"10.9.0.{number}/32"}
+            self.docker.show_network(f"net{number}", subnet, driver="other")
+        points: list[str] = []
         docker = ["/version", "/networks", "/containers/json"]
-        self.find(passed.append)
-        self.assertEqual(passed, ["gipam", *docker])
+        self.compare(points.append)
+        self.assertEqual(points, ["gipam", *docker])
+
         self.request_pool("10.7.0.0/24")
-        passed.clear()
-        self.find(passed.append)
-        self.assertEqual(passed, ["gipam", *docker, "gipam", "pause", "gipam", *docker, "gipam"])
+        points.clear()
+        self.compare(points.append)
+        reading = ["gipam", *docker, "gipam"]
+        self.assertEqual(points, [*reading, "pause", *reading])
 
     def test_no_event_is_mistaken_for_a_difference(self) -> None:
-        """Each event is spread in every way over the points up to the pause, without any grace time."""
-        docker = self.docker
-        events: dict[str, tuple[int, Callable[[], Steps]]] = {
-            "network made": (3, lambda: docker.making_network("new")),
-            "network removed": (2, lambda: docker.removing_network("old")),
-            "container started": (2, lambda: docker.starting("new", "web")),
-            "container stopped": (2, lambda: docker.stopping("one")),
-            "container stopped, shown late": (2, lambda: docker.stopping("one", is_shown_late=True)),
-            "container restarted": (4, lambda: itertools.chain(docker.stopping("one"), docker.starting("one", "web"))),
-            "container killed, another gets its address": (4, lambda: itertools.chain(
-                docker.stopping("one"), docker.starting("two", "web", address=docker.endpoint("one")["IPAddress"]))),
-        }
-        for event, (count, begin) in events.items():
-            for schedule in itertools.combinations_with_replacement(self.POINTS, count):
-                with self.subTest(event, at=schedule):
+        """Each event is spread in every way over the points up to the pause, with no grace time."""
+        for event in self.events:
+            schedules = itertools.combinations_with_replacement(self.POINTS, event.step_count)
+            for schedule in schedules:
+                with self.subTest(event.name, at=schedule):
                     self.reset()
-                    self.assertEqual(self.find_during(schedule, begin()), [])
+                    steps = event.begin(*event.arguments)
+                    self.assertEqual(self.compare_during(schedule, steps), [])
+
+    def test_address_that_is_held_for_another_container_at_last(self) -> None:
         self.reset()
-        steps = events["container killed, another gets its address"][1]()
-        self.assertEqual(self.find_during((1, 5, 5), steps), [], "shown at last: it is held for another than at first")
+        self.assertEqual(self.compare_during((1, 5, 5), self.replacing()), [])
 
     def test_leak_is_found_whatever_happens_around_it(self) -> None:
-        """It is not hidden by an event, nor does that appear beside it, also after the pause."""
-        for points, is_start in itertools.product((self.POINTS, self.LATER_POINTS), (False, True)):
+        """No event hides it, nor is reported beside it, also after the pause."""
+        for points in (self.POINTS, self.LATER_POINTS):
             for schedule in itertools.combinations_with_replacement(points, 2):
-                with self.subTest(at=schedule, is_start=is_start):
-                    self.reset()
-                    self.docker.start("two", "web")
-                    leaked = self.docker.endpoint("one")["IPAddress"]
-                    self.docker.stop("one", is_released=False)
-                    event = self.docker.starting("new", "web") if is_start else self.docker.stopping("two")
-                    found = self.find_during(schedule, event)
-                    self.assertEqual([f" {leaked} " in text for text in found], [True], found)
+                for is_start in (False, True):
+                    with self.subTest(at=schedule, is_start=is_start):
+                        self.check_leak_is_found(schedule, is_start)
+
+    def check_leak_is_found(self, schedule: Sequence[int], is_start: bool) -> None:
+        """Leak an address, and compare while another container starts or stops."""
+        self.reset()
+        self.docker.start("two", "web")
+        leaked = self.docker.endpoint("one")["IPAddress"]
+        self.docker.stop("one", is_released=False)
+        if is_start:
+            steps = self.docker.starting("new", "web")
+        else:
+            steps = self.docker.stopping("two")
+        text, = self.compare_during(schedule, steps)
+        self.assertIn(f" {leaked} ", text)
 
 
 class ImportTest(OperatedCase):
