@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import bisect
 import concurrent.futures
 import contextlib
 import copy
@@ -729,7 +730,7 @@ record = record_changes
 PLAIN_SECTIONS = {
     "gipam.py": "all",
     "test_gipam.py": "Model Allocator Netlink Settings Daemon Helpers Style API Running Server Claims "
-                     "Cluster Commands Docker",
+                     "Cluster Commands Docker Journal",
     "bench.py": "all",
     "delegation.py": "all",
     "boot.py": "all",
@@ -2485,16 +2486,32 @@ def held_owners(state: gipam.State) -> dict[tuple[gipam.Network, str], tuple[str
     return owners
 
 
-# === Store ========================================================================================
+# === Journal ======================================================================================
+#
+# The Store on a Disk, which passes system calls on to real files. A Disk notes each call, can fail
+# it, and knows what a power cut would leave. JournalTest damages a segment at every byte, FilesTest
+# loses and mixes up files, and SnapshotFileTest damages the lease file. LockTest has two processes
+# on one lease file, CallsTest fails each call, and PowerCutTest crashes at each call.
+#
+# The rule: recovery finds every change that was acknowledged. If it cannot, gipam does not start,
+# and its message says what to do.
 
-CONFIG = {"V4Pool": "10.2.0.0/16", "V4AllocateBlock": 24,
-          "V6Pool": "2001:db8:0:100::/56", "V6AllocateBlock": 64}
+CONFIG = {
+    "V4Pool": "10.2.0.0/16",
+    "V4AllocateBlock": 24,
+    "V6Pool": "2001:db8:0:100::/56",
+    "V6AllocateBlock": 64,
+}
 UNKNOWN_ID = "10.2.0.0/24#0123456789abcdef"
 CHANGE = gipam.PoolGrant("192.168.0.0/24#0123456789abcdef", "192.168.0.0/24", "", "", 0, 0, -1)
 SECTOR_BYTES = 512
-NO_DOCKER = {"DOCKER_HOST": "unix:///nonexistent"}  # whoever is asked what is in use
-SHORT, HALF = "short", "half"  # faults of pwrite: half is written; and after that the disk is full
-CHANGING = ("open", "pwrite", "ftruncate", "fsync", "fdatasync", "replace", "unlink")
+NO_DOCKER = {"DOCKER_HOST": "unix:///nonexistent"}
+
+# Faults of pwrite: half is written; half is written, and then the disk is full.
+SHORT = "short"
+HALF = "half"
+
+CHANGING_CALLS = ("open", "pwrite", "ftruncate", "fsync", "fdatasync", "replace", "unlink")
 
 
 def snapshot_of(state: gipam.State, segment: int | None = None) -> Iterator[str]:
@@ -2523,19 +2540,24 @@ def recover(path: str) -> gipam.State:
 
 def begin(path: str, calls: Any = os) -> gipam.Service:
     """Start a service on the lease file as `serve` does."""
-    store, is_first = gipam.Store(path, calls), not os.path.exists(path)
+    store = gipam.Store(path, calls)
+    is_first = not os.path.exists(path)
     store.lock_segments()
     state = read_anew(store)
     if is_first:
-        place(store, state)
-    return gipam.Service(store, state, CONFIG, functools.partial(read_anew, store), Kernel())
+        write_lease_file(store, state)
+
+    def read_state() -> gipam.State:
+        return read_anew(store)
+
+    return gipam.Service(store, state, CONFIG, read_state, Kernel())
 
 
-def place(store: gipam.Store, state: gipam.State, named: int | None = None) -> None:
-    """Write the lease file."""
+def write_lease_file(store: gipam.Store, state: gipam.State, segment: int | None = None) -> None:
+    """Write the lease file; it references the segment."""
     store.create_temp()
-    store.write_temp(snapshot_of(state, named))
-    store.publish_temp(named)
+    store.write_temp(snapshot_of(state, segment))
+    store.publish_temp(segment)
 
 
 def active_segment(store: gipam.Store) -> gipam.Segment:
@@ -2546,24 +2568,45 @@ def active_segment(store: gipam.Store) -> gipam.Segment:
 
 def held(state: gipam.State) -> dict[str, list[str]]:
     """Return pool_id -> addresses."""
-    return {pool.pool_id: sorted(map(pool.address_at, pool.leases)) for pool in state.pools.values()}
+    addresses = {}
+    for pool in state.pools.values():
+        addresses[pool.pool_id] = sorted(map(pool.address_at, pool.leases))
+    return addresses
 
 
-def pictures(changes: list[gipam.Record]) -> list[Any]:
-    """Return what the state looks like before the changes, and after each."""
-    return [dump_state(state_after(*changes[:count])) for count in range(len(changes) + 1)]
+def dump_each_state(changes: list[gipam.Record]) -> list[Any]:
+    """Return the dump of the state before the changes, and after each."""
+    state = make_state()
+    dumps = [dump_state(state)]
+    for change in changes:
+        state.apply(change)
+        dumps.append(dump_state(state))
+    return dumps
 
 
 def launcher(directory: str, lines: str = "") -> tuple[str, ...]:
     """Return the command of a gipam.py that keeps to its directory, and runs these lines first."""
-    return sys.executable, "-c", "\n".join((
-        f"import os, sys; sys.path.insert(0, {os.path.dirname(GIPAM)!r}); import gipam",
-        f"gipam.PLUGIN_SOCKET_DIR = {os.path.realpath(directory)!r}", lines,
-        "sys.exit(gipam.main())"))
+    program = (
+        "import os, sys",
+        f"sys.path.insert(0, {os.path.dirname(GIPAM)!r})",
+        "import gipam",
+        f"gipam.PLUGIN_SOCKET_DIR = {os.path.realpath(directory)!r}",
+        lines,
+        "sys.exit(gipam.main())",
+    )
+    return sys.executable, "-c", "\n".join(program)
+
+
+def os_error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def do_nothing() -> None:
+    """Watch no call."""
 
 
 class Disk:
-    """What Store calls, on real files: each call is noted and can fail.
+    """The system calls of a Store, on real files: each is noted and can fail.
 
     It also knows what a power cut would leave, if it began with an empty directory.
     """
@@ -2571,16 +2614,19 @@ class Disk:
     def __init__(self) -> None:
         self.made: list[str] = []  # such as "fdatasync journal.1"
         self.faults: dict[int, Any] = {}  # number of the call -> errno, SHORT or HALF
-        self.next_fault: tuple[str, Any] = ("", None)  # note -> fault, of the next such call
+        self.next_fault: tuple[str, Any] = ("", None)  # note and fault of a later call
         self.misuse: list[str] = []  # calls on a closed descriptor
-        self.watch: Callable[[], Any] = lambda: None  # called before anything changes
-        self.files: dict[str, list[bytes]] = {}  # name -> versions of its content, [0] is on disk
-        self.on_disk: dict[str, list[bytes]] = {}  # the directory as it is there
-        self.pending: list[dict[str, list[bytes] | None]] = []  # what became of it since
+        self.watch: Callable[[], Any] = do_nothing  # called before anything changes
+        self.files: dict[str, list[bytes]] = {}  # name -> versions; the first is on disk
+        self.on_disk: dict[str, list[bytes]] = {}  # the directory as of its last sync
+        self.pending: list[dict[str, list[bytes] | None]] = []  # its changes since then
         self._paths: dict[int, str] = {}  # of open descriptors
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return functools.partial(self._call, name)
+        def call(*arguments: Any) -> Any:
+            return self.call(name, *arguments)
+
+        return call
 
     def open_files(self) -> list[str]:
         """Return the paths of the open descriptors."""
@@ -2592,71 +2638,101 @@ class Disk:
             os.close(fd)
         self._paths.clear()
 
-    def _call(self, name: str, *arguments: Any) -> Any:
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Make a function call of the module os, unless it is to fail."""
         target = arguments[0]
         if isinstance(target, int) and target not in self._paths:
-            self.misuse.append(f"{name} after {self.made[-1]}")  # it may be another file's by now
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        fault = self.faults.get(len(self.made))
-        self.made.append(self._note(name, target))
-        if self.made[-1] == self.next_fault[0]:
-            fault, self.next_fault = self.next_fault[1], ("", None)
-        if name in CHANGING:
+            # Another file may have this descriptor by now.
+            self.misuse.append(f"{name} after {self.made[-1]}")
+            raise os_error(errno.EBADF)
+        fault = self._note_call(name, target)
+        if name in CHANGING_CALLS:
             self.watch()
+
         if fault in (SHORT, HALF):
             fd, data, offset = arguments
-            arguments = fd, data[:(len(data) + 1) // 2], offset
-        elif fault is not None and name != "close":  # that descriptor is gone all the same
-            raise OSError(fault, os.strerror(fault))
-        result = getattr(os, name)(*arguments)
+            middle = (len(data) + 1) // 2
+            arguments = (fd, data[:middle], offset)
+        elif fault is not None and name != "close":
+            # After a failed close the descriptor is gone all the same.
+            raise os_error(fault)
+        function = getattr(os, name)
+        result = function(*arguments)
         self._follow(name, result, *arguments)
         if fault not in (None, SHORT):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise os_error(errno.ENOSPC)
         return result
 
-    def _note(self, name: str, target: Any) -> str:
+    def _note_call(self, name: str, target: Any) -> Any:
+        """Note a call; return its fault, or None."""
         path: str = self._paths[target] if isinstance(target, int) else target
         file = os.path.basename(path).replace("leases.json.", "")
-        return f"{name} {'directory' if os.path.isdir(path) else file}"
+        if os.path.isdir(path):
+            file = "directory"
+        note = f"{name} {file}"
+        fault = self.faults.get(len(self.made))
+        self.made.append(note)
+
+        next_note, next_fault = self.next_fault
+        if note == next_note:
+            fault = next_fault
+            self.next_fault = ("", None)
+        return fault
 
     def _follow(self, name: str, result: Any, target: Any, *rest: Any) -> None:
-        """Note what has become of the files."""
+        """Note how a call has changed the files."""
         if name == "open":
-            file, self._paths[result] = os.path.basename(target), target
-            if rest[0] & os.O_CREAT and file not in self.files:
-                self._enter({file: [b""]})
-            if rest[0] & os.O_TRUNC:
-                self.files[file].append(b"")
+            self._follow_open(result, target, *rest)
         elif name == "close":
             del self._paths[target]
         elif name in ("pwrite", "ftruncate"):
-            self._versions(target).append(pathlib.Path(f"/proc/self/fd/{target}").read_bytes())
-        elif name in ("fsync", "fdatasync") and os.path.isdir(self._paths[target]):
-            self.on_disk, self.pending = dict(self.files), []
+            contents = pathlib.Path(f"/proc/self/fd/{target}").read_bytes()
+            self._versions(target).append(contents)
         elif name in ("fsync", "fdatasync"):
-            del self._versions(target)[:-1]
+            self._follow_sync(target)
         elif name in ("replace", "unlink"):
+            change: dict[str, list[bytes] | None] = {}
             file = os.path.basename(target)
-            self._enter({**{os.path.basename(path): self.files[file] for path in rest}, file: None})
+            for path in rest:
+                change[os.path.basename(path)] = self.files[file]
+            change[file] = None
+            self._change_directory(change)
+
+    def _follow_open(self, fd: int, path: str, flags: int, *_: int) -> None:
+        self._paths[fd] = path
+        file = os.path.basename(path)
+        if flags & os.O_CREAT and file not in self.files:
+            self._change_directory({file: [b""]})
+        if flags & os.O_TRUNC:
+            self.files[file].append(b"")
+
+    def _follow_sync(self, fd: int) -> None:
+        if os.path.isdir(self._paths[fd]):
+            self.on_disk = dict(self.files)
+            self.pending = []
+        else:
+            del self._versions(fd)[:-1]
 
     def _versions(self, fd: int) -> list[bytes]:
         return self.files.setdefault(os.path.basename(self._paths[fd]), [b""])
 
-    def _enter(self, change: dict[str, list[bytes] | None]) -> None:
+    def _change_directory(self, change: dict[str, list[bytes] | None]) -> None:
         self.pending.append(change)
-        self.files.update((name, versions) for name, versions in change.items() if versions)
-        for name in (name for name, versions in change.items() if versions is None):
-            self.files.pop(name, None)
+        for name, versions in change.items():
+            if versions is None:
+                self.files.pop(name, None)
+            else:
+                self.files[name] = versions
 
     def after_kill(self) -> dict[str, bytes]:
-        """Return name -> content as the kernel has it."""
+        """Return name -> contents as the kernel has them."""
         return {name: versions[-1] for name, versions in self.files.items()}
 
     def survivor(self) -> Disk:
         """Return the disk as it is for the next process."""
         disk = Disk()
-        disk.files, disk.on_disk, disk.pending = copy.deepcopy(
-            (self.files, self.on_disk, self.pending))
+        everything = (self.files, self.on_disk, self.pending)
+        disk.files, disk.on_disk, disk.pending = copy.deepcopy(everything)
         return disk
 
     def after_power_cut(self, rng: random.Random) -> dict[str, bytes]:
@@ -2669,11 +2745,14 @@ class Disk:
 
     @staticmethod
     def _tear(versions: list[bytes], rng: random.Random) -> bytes:
-        """Return a content of any length it had, or on the way there, with sectors old or new."""
+        """Return contents of any length they had, or had in between, with sectors old or new."""
         lengths = [len(version) for version in versions]
-        length = rng.choice([*lengths, rng.randint(min(lengths), max(lengths))])
-        sectors = (rng.choice(versions)[at:at + SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0")
-                   for at in range(0, length, SECTOR_BYTES))
+        lengths.append(rng.randint(min(lengths), max(lengths)))
+        length = rng.choice(lengths)
+        sectors = []
+        for start in range(0, length, SECTOR_BYTES):
+            sector = rng.choice(versions)[start:start + SECTOR_BYTES]
+            sectors.append(sector.ljust(SECTOR_BYTES, b"\0"))
         return b"".join(sectors)[:length]
 
 
@@ -2683,30 +2762,33 @@ class StoreCase(Case):
     def setUp(self) -> None:
         self.directory = make_directory(self)
         self.path = os.path.join(self.directory, "leases.json")
-        self.seed = seeds(1)[0]
-        self.patch(gipam, PREALLOCATE_BYTES=1 << 14)  # Disk keeps all versions of it
+        self.seed = choose_seeds(1)[0]
+        # A Disk keeps all versions of what is preallocated.
+        self.patch(gipam, PREALLOCATE_BYTES=1 << 14)
         self.calls = Disk()
         self.addCleanup(self.calls.close_all)
 
     def subTest(self, *what: Any, **details: Any) -> Any:  # noqa: N802
-        return super().subTest(*what, **{"GIPAM_TEST_SEED": self.seed, **details})
+        details.setdefault("GIPAM_TEST_SEED", self.seed)
+        return super().subTest(*what, **details)
 
     def begin(self) -> gipam.Service:
         return begin(self.path, self.calls)
 
     def daemon(self, *options: str, lines: str = "", inside: tuple[str, ...] = ()) -> Daemon:
         """Return a daemon on the directory, which asks no Docker, and runs these lines first."""
-        return Daemon(self, *options, directory=self.directory, env=NO_DOCKER,
-                      command=(*inside, *launcher(self.directory, lines)))
+        command = (*inside, *launcher(self.directory, lines))
+        return Daemon(self, *options, directory=self.directory, env=NO_DOCKER, command=command)
 
     def read_files(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in pathlib.Path(self.directory).iterdir()
-                if path.is_file()}
+        paths = pathlib.Path(self.directory).iterdir()
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
     def write_files(self, files: dict[str, bytes]) -> None:
         """Let the directory hold these files and no others."""
-        for name in set(os.listdir(self.directory)) - set(files):
-            os.unlink(os.path.join(self.directory, name))
+        for name in os.listdir(self.directory):
+            if name not in files:
+                os.unlink(os.path.join(self.directory, name))
         for name, data in files.items():
             self.write_file(name, data)
 
@@ -2717,41 +2799,44 @@ class StoreCase(Case):
         data = self.read_files()["leases.json.journal.1"]
         return list(gipam.decode_records(data))
 
-    def live(self, steps: int) -> list[gipam.Record]:
-        """Return the changes of a short life with pools and addresses of all kinds, one held."""
+    def live(self, count: int) -> list[gipam.Record]:
+        """Return so many changes of a life with pools and addresses, a pool of which is left."""
         rng = random.Random(self.seed)
         while True:
             client = Alone()
-            changes, tenant = record(client.service), Tenant(client, rng)
-            while len(changes) < steps:
+            changes = record_changes(client.service)
+            tenant = Tenant(client, rng)
+            while len(changes) < count:
                 tenant.step()
             if client.service.state.pools:
                 return changes
 
-    def write(self, *segments: list[list[gipam.Record]]) -> dict[str, bytes]:
-        """Write an empty lease file, and what came after: a list of turns a segment."""
+    def write_segments(self, *segments: list[list[gipam.Record]]) -> dict[str, bytes]:
+        """Write an empty lease file and then segments, each a list of iterations."""
         self.write_files({})
         store = gipam.Store(self.path, self.calls)
-        for turns in segments:
+        for iterations in segments:
             store.referenced_segment = store.segment or None
             store.rotate(1 << 12)
             if store.segment == 1:
-                place(store, make_state(), store.segment)
-            for turn in turns:
-                self.append(store, *turn)
+                write_lease_file(store, make_state(), store.segment)
+            for changes in iterations:
+                self.append(store, *changes)
         store.close()
         return self.read_files()
 
     @staticmethod
     def append(store: gipam.Store, *changes: gipam.Record) -> None:
         """Write the changes as one line."""
-        records = [gipam.encode_json([gipam.RECORD_NAMES[type(change)], *change]) for change in changes]
-        for text in records:
+        texts = []
+        for change in changes:
+            text = gipam.encode_json([gipam.RECORD_NAMES[type(change)], *change])
             store.reserve(len(text))
-        store.append(records)
+            texts.append(text)
+        store.append(texts)
 
     def append_one(self) -> None:
-        """Go on where recovery ends, with one change more; check that recovery then has it."""
+        """Append a change where recovery ends; check that the next recovery finds it."""
         store = gipam.Store(self.path, self.calls)
         store.lock_segments()
         state = read_anew(store)
@@ -2761,9 +2846,9 @@ class StoreCase(Case):
         state.apply(CHANGE)
         self.assert_recovered(dump_state(state))
 
-    def assert_recovered(self, picture: Any) -> None:
+    def assert_recovered(self, dump: Any) -> None:
         """Check that a restart would find this state."""
-        self.assertEqual(dump_state(recover(self.path)), picture)
+        self.assertEqual(dump_state(recover(self.path)), dump)
 
     def assert_refused(self, pattern: str) -> str:
         """Check that gipam does not start, says why with what to do, and leaves the files alone."""
@@ -2772,44 +2857,122 @@ class StoreCase(Case):
             recover(self.path)
         self.assertEqual(raised.exception.exit_status, 78)
         self.assertEqual(self.read_files(), before)
-        self.assertRegex(str(raised.exception), f"^{re.escape(self.path)}.* refuses to guess: "
-                         ".*(put|move|truncate)")
-        return str(raised.exception)
+        message = str(raised.exception)
+        start = re.escape(self.path)
+        self.assertRegex(message, f"^{start}.* refuses to guess: .*(put|move|truncate)")
+        return message
 
     def do_as_told(self, message: str) -> None:
-        """Do what messages say to whoever has no backup, until gipam starts."""
-        while message:  # two things wrong have two messages
-            truncate = re.search("truncate -s [0-9]+ [^ ,]+", message)
-            if truncate:
-                subprocess.run(truncate[0].split(), check=True)
-            elif 'delete the line "Journal"' in message:
-                lines = self.read_files()["leases.json"].split(b"\n")
-                kept = [line for line in lines if b'"Journal"' not in line]
-                self.write_file("leases.json", b"\n".join(kept))
-            elif "move the extra one away" in message:
-                os.unlink(message.split(maxsplit=1)[0])
-            else:
-                self.assertIn(f"move {self.path}* away", message)
-                self.write_files({})
+        """Do what the messages advise without a backup, until gipam starts."""
+        while message:
+            self.follow_advice(message)
             message = ""
+            # The second of two things that are wrong has a message of its own.
             try:
                 recover(self.path)
             except gipam.CorruptionError as error:
                 message = str(error)
 
+    def follow_advice(self, message: str) -> None:
+        truncate = re.search("truncate -s [0-9]+ [^ ,]+", message)
+        if truncate:
+            subprocess.run(truncate[0].split(), check=True)
+        elif 'delete the line "Journal"' in message:
+            lines = self.read_files()["leases.json"].split(b"\n")
+            kept = [line for line in lines if b'"Journal"' not in line]
+            self.write_file("leases.json", b"\n".join(kept))
+        elif "move the extra one away" in message:
+            path, _, _ = message.partition(" ")
+            os.unlink(path)
+        else:
+            self.assertIn(f"move {self.path}* away", message)
+            self.write_files({})
+
+
+def flips(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (place, value, data with it) for each byte and several values, also NUL and LF."""
+    for place, byte in enumerate(data):
+        values = {0, 10, 32, 57}
+        for bit in (1, 2, 32, 128):
+            values.add(byte ^ bit)
+        values.discard(byte)
+        for value in sorted(values):
+            flipped = bytearray(data)
+            flipped[place] = value
+            yield place, value, bytes(flipped)
+
+
+def line_at(lines: list[gipam.CommitRecord], offset: int) -> gipam.CommitRecord:
+    """Return the line that has the byte at the offset."""
+    ends = [line.end for line in lines]
+    return lines[bisect.bisect_right(ends, offset)]
+
+
+# Texts that are no change, or that no state takes.
+BAD_CHANGES = (
+    '["resign"]',
+    '["release_pool"]',
+    "5",
+    "[]",
+    "{}",
+    '"release_pool"',
+    '[["release_pool"]]',
+    '["release_pool",["x"]]',
+    '["request_pool","","10.77.0.0/24","","",0,0,-1]',
+)
+
+# What follows the subnet of a pool, and the address of a lease.
+BAD_POOL_VALUES = (
+    '"::a4d:0/120","",0,0,-1',
+    '"","",-1,0,-1',
+    '"","",0,-1,-1',
+    '"","",0,0,-2',
+    '"","",0,0,true',
+    '"",7,0,0,-1',
+    'null,"",0,0,-1',
+)
+BAD_LEASE_VALUES = (
+    '"guest","","",0,0',
+    '"endpoint",7,"",0,0',
+    '"endpoint","",[],0,0',
+    '"endpoint","","","0",0',
+    '"endpoint","","",0,-1',
+    '"endpoint","","",0,0.5',
+)
+
+# Payloads with a right checksum that are no commit record.
+BAD_PAYLOADS = (
+    b"[" * 100_000,
+    b"5",
+    b"[]",
+    b'["11",[]]',
+    b"[11,{}]",
+    b"[11,[]]",
+    b"[true,[]]",
+    b"{}",
+)
+
 
 class JournalTest(StoreCase):
-    """Section 6 of the design: recovery finds what was acknowledged, or refuses."""
+    """Recovery finds what was acknowledged, or refuses."""
 
     NAME = "leases.json.journal.1"
+    PLACE = r"journal\.1.* line 6 at byte \d+ "  # of what follows the intact lines
 
     def setUp(self) -> None:
         super().setUp()
         changes = self.live(10)
-        self.pictures = pictures(changes)
-        self.turns = [[changes[0]], changes[1:4], [changes[4]], changes[5:7], changes[7:10]]
-        files = self.write(self.turns)
-        self.snapshot, self.data = files["leases.json"], files[self.NAME].rstrip(b"\0")
+        self.dumps = dump_each_state(changes)
+        self.iterations = [
+            changes[:1],
+            changes[1:4],
+            changes[4:5],
+            changes[5:7],
+            changes[7:],
+        ]
+        files = self.write_segments(self.iterations)
+        self.snapshot = files["leases.json"]
+        self.data = files[self.NAME].rstrip(b"\0")
         self.lines = list(gipam.decode_records(self.data))
 
     def put(self, journal: bytes) -> None:
@@ -2821,225 +2984,305 @@ class JournalTest(StoreCase):
         return gipam.encode_record(seq, [gipam.encode_json(values)])
 
     def test_line_of_the_docstring_is_a_real_one(self) -> None:
-        match = re.search(r"(?ms)^    ([0-9a-f]{8} [0-9a-f]{8} .*?\]\]\])$", gipam.__doc__ or "")
+        pattern = r"(?ms)^    ([0-9a-f]{8} [0-9a-f]{8} .*?\]\]\])$"
+        match = re.search(pattern, gipam.__doc__ or "")
         assert match
         data = re.sub(r"\n *", "", match[1]).encode() + b"\n"
         (line,) = gipam.decode_records(data)
-        self.assertEqual(gipam.encode_record(line.seq, map(gipam.encode_json, line.records)), data)
+        texts = map(gipam.encode_json, line.records)
+        encoded = gipam.encode_record(line.seq, texts)
+        self.assertEqual(encoded, data)
         kind, *values = line.records[0]
-        self.assertEqual(gipam.RECORD_TYPES[kind](*values).address, "10.2.0.2")
+        record_type = gipam.RECORD_TYPES[kind]
+        record: Any = record_type(*values)
+        self.assertEqual(record.address, "10.2.0.2")
 
     def test_cut_at_any_byte_it_holds_what_was_whole_and_goes_on(self) -> None:
-        """Where the disk had room ahead, NULs follow; where a fold had begun, a blank segment."""
-        for cut, nuls, is_folding in itertools.chain(
-                itertools.product(range(len(self.data) + 1), (0, 600), (False,)),
-                itertools.product(range(self.lines[-1].offset, len(self.data) + 1), (1,),
-                                  (False, True))):
-            with self.subTest(cut=cut, nuls=nuls, is_folding=is_folding):
-                self.put(self.data[:cut] + bytes(nuls))
-                if is_folding:
-                    self.write_file("leases.json.journal.2", bytes(99))
-                seq = max((line.seq for line in self.lines if line.end <= cut), default=0)
-                self.assert_recovered(self.pictures[seq])
-                self.append_one()
+        for cut in range(len(self.data) + 1):
+            self.check_cut(cut, 0)
+            self.check_cut(cut, 600)
+        for cut in range(self.lines[-1].offset, len(self.data) + 1):
+            self.check_cut(cut, 1)
+            self.check_cut(cut, 1, has_successor=True)
 
-    def test_torn_line_that_is_longer_than_the_room_goes(self) -> None:
-        self.put(self.data + self.line(11, "release_pool", "x" * 3 * gipam.PREALLOCATE_BYTES)[:-1])
+    def check_cut(self, cut: int, zeros: int, has_successor: bool = False) -> None:
+        """Cut off the journal; preallocated zeros may follow, or a blank segment."""
+        with self.subTest(cut=cut, zeros=zeros, has_successor=has_successor):
+            self.put(self.data[:cut] + bytes(zeros))
+            if has_successor:
+                self.write_file("leases.json.journal.2", bytes(99))
+            whole = [line.seq for line in self.lines if line.end <= cut]
+            self.assert_recovered(self.dumps[max(whole, default=0)])
+            self.append_one()
+
+    def test_torn_line_that_is_longer_than_preallocated_is_dropped(self) -> None:
+        text = "".ljust(3 * gipam.PREALLOCATE_BYTES, "x")
+        line = self.line(11, "release_pool", text)
+        torn = line[:-1]
+        self.put(self.data + torn)
         self.append_one()
 
     def test_segment_with_a_successor_lacks_nothing_or_is_refused(self) -> None:
-        data = self.write(self.turns[:3], self.turns[3:])[self.NAME].rstrip(b"\0")
+        files = self.write_segments(self.iterations[:3], self.iterations[3:])
+        data = files[self.NAME].rstrip(b"\0")
         for cut in range(len(data)):
             with self.subTest(cut=cut):
                 self.write_file(self.NAME, data[:cut])
                 self.assert_refused(r"journal\.1 is damaged|journal\.2 continues with change 6")
 
     def test_any_byte_flipped_it_holds_all_or_refuses_with_the_place(self) -> None:
-        files = self.write(self.turns[:3], self.turns[3:])
-        for name in sorted(files)[1:]:
+        files = self.write_segments(self.iterations[:3], self.iterations[3:])
+        names = sorted(files)[1:]
+        for name in names:
             lines = list(gipam.decode_records(files[name]))
-            for at, value, data in flips(files[name].rstrip(b"\0")):
+            for place, value, data in flips(files[name].rstrip(b"\0")):
                 self.write_file(name, data)
-                line = next(line for line in lines if at < line.end)
-                is_torn = value == 0 and (  # as if that sector had never reached the disk
-                    at == lines[-1].end - 1 or (at + 1) % SECTOR_BYTES == 0)
-                with self.subTest(name=name, at=at, value=value):
-                    if is_torn and line.seq == 10:
-                        self.assert_recovered(self.pictures[line.seq - len(line.records)])
-                        continue
-                    with self.assertRaises(gipam.CorruptionError) as raised:
-                        recover(self.path)
-                    if not is_torn:
-                        self.assertIn(f"{name} is damaged: line {line.number} at byte "
-                                      f"{line.offset} ", str(raised.exception))
+                with self.subTest(name=name, place=place, value=value):
+                    self.check_flip(name, lines, place, value)
             self.write_file(name, files[name])
 
-    def test_line_of_which_any_sectors_reached_the_disk_was_never_acknowledged(self) -> None:
-        """Also the first one, of which it may have a single byte; or as a short write left it."""
-        line, empty = self.line(11, "release_pool", "x" * 900), len(self.line(10, ""))
-        for start in (1, 9, 17, 18, 100, 511, 512):  # bytes of it in its first sector
-            whole = self.line(10, "x" * ((-start - empty) % SECTOR_BYTES))
-            cuts = [0, *range(start, len(line), SECTOR_BYTES), len(line)]
-            pieces = [line[low:high] for low, high in zip(cuts, cuts[1:])]
-            for there in itertools.product((False, True), repeat=len(pieces)):
-                tail = b"".join(piece if is_there else bytes(len(piece))
-                                for piece, is_there in zip(pieces, there))
-                with self.subTest(start=start, there=there):
-                    *_, last = gipam.decode_records(whole + tail + bytes(99))
-                    self.assertEqual(last.seq, 11 if all(there) else 10)
-            cut = len(whole) + start + 40
-            nuls = bytes(-cut % SECTOR_BYTES)
-            with self.subTest(start=start, cut=cut):
-                data = (whole + line)[:cut] + nuls + (whole + line)[cut + len(nuls):]
-                *_, last = gipam.decode_records(data + bytes(99))
-                self.assertEqual(last.seq, 10)
+    def check_flip(self, name: str, lines: list[gipam.CommitRecord], place: int,
+                   value: int) -> None:
+        """Check what recovery makes of a segment with another value at a place."""
+        line = line_at(lines, place)
+        # A NUL at the end of a sector is as if that sector had never reached the disk.
+        ends_sector = place == lines[-1].end - 1 or (place + 1) % SECTOR_BYTES == 0
+        is_torn = value == 0 and ends_sector
+        if is_torn and line.seq == 10:
+            self.assert_recovered(self.dumps[line.seq - len(line.records)])
+            return
+        with self.assertRaises(gipam.CorruptionError) as raised:
+            recover(self.path)
+        if not is_torn:
+            damage = f"{name} is damaged: line {line.number} at byte {line.offset} "
+            self.assertIn(damage, str(raised.exception))
 
-    def test_what_no_crash_leaves_is_refused(self) -> None:
-        """The last record starts at a sector here."""
+    def find_last_seq(self, data: bytes) -> int:
+        """Return the sequence number of the last line, in a segment with these bytes."""
+        *_, last = gipam.decode_records(data + bytes(99))
+        return last.seq
+
+    def line_that_leaves(self, size: int) -> bytes:
+        """Return a line with seq 10, after which a sector has so many bytes left."""
         overhead = len(self.line(10, ""))
-        first = self.line(10, "x" * (SECTOR_BYTES - overhead))
+        length = (-size - overhead) % SECTOR_BYTES
+        return self.line(10, "".ljust(length, "x"))
+
+    def test_line_of_which_any_sectors_reached_the_disk_was_never_acknowledged(self) -> None:
+        """The first sector may hold a single byte of it."""
+        line = self.line(11, "release_pool", "x" * 900)
+        for start in (1, 9, 17, 18, 100, 511, 512):
+            whole = self.line_that_leaves(start)
+            pieces = [line[:start]]
+            for offset in range(start, len(line), SECTOR_BYTES):
+                end = offset + SECTOR_BYTES
+                pieces.append(line[offset:end])
+            for written in itertools.product((False, True), repeat=len(pieces)):
+                tail = b""
+                for piece, is_written in zip(pieces, written):
+                    tail += piece if is_written else bytes(len(piece))
+                seq = 11 if all(written) else 10
+                with self.subTest(start=start, written=written):
+                    self.assertEqual(self.find_last_seq(whole + tail), seq)
+
+    def test_line_with_zeros_after_a_short_write_was_never_acknowledged(self) -> None:
+        line = self.line(11, "release_pool", "x" * 900)
+        for start in (1, 9, 17, 18, 100, 511, 512):
+            data = self.line_that_leaves(start)
+            cut = len(data) + start + 40
+            data += line
+            zeros = bytes(-cut % SECTOR_BYTES)
+            end = cut + len(zeros)
+            torn = data[:cut] + zeros + data[end:]
+            with self.subTest(start=start, cut=cut):
+                self.assertEqual(self.find_last_seq(torn), 10)
+
+    def test_damage_that_no_crash_leaves_is_refused(self) -> None:
+        """The last record starts at a sector here."""
+        first = self.line_that_leaves(0)
         short = self.line(11, "release_pool", "x")
-        long = self.line(11, "release_pool", "x" * 2 * SECTOR_BYTES)
-        zeros = bytes(SECTOR_BYTES)
+        long = self.line(11, "release_pool", "x" * 1024)
+        end = long[512:]
+        zeros = bytes(512)
+        garbage = b"x" * 512
+        header = short[:40].ljust(512, b"\0")
         for what, tail in (
                 ("a line end within a few bytes", b"x\nx"),
-                ("zeros, then the end of a record and another", zeros + long[SECTOR_BYTES:] + short),
-                ("garbage, then zeros", b"x" * SECTOR_BYTES + zeros + b"x"),
-                ("more than the header says", short[:40].ljust(SECTOR_BYTES, b"\0") + zeros + b"x")):
+                ("zeros, then the end of a record and another", zeros + end + short),
+                ("garbage, then zeros", garbage + zeros + b"x"),
+                ("more than the header says", header + zeros + b"x")):
             with self.subTest(what), self.assertRaisesRegex(ValueError, "line 2 at byte 512"):
                 list(gipam.decode_records(first + tail))
 
-    def test_damage_is_refused_with_its_place_and_given_up_as_the_message_says(self) -> None:
-        line, place = self.line(11, "release_pool", UNKNOWN_ID), r"journal\.1.* line 6 at byte \d+ "
-        held_pool = next(iter(recover(self.path).pools.values()))
-        pool = gipam.encode_json(held_pool.pool_id)
-        usable = held_pool.address_at(held_pool.subnet.allocated.next_free(0))
-        wrong = place + "does not match its length and checksum"
-        for what, tail, pattern in (
-            ("an end of line", b"\n", wrong), ("garbage", b"x" * 40, wrong),
-            ("half a line", line[:40] + b"\n", wrong),
-            ("a wrong checksum", line[:9] + b"00000000 " + line[18:], wrong),
-            ("a NUL", line[:40] + b"\0" + line[41:], wrong),
-            ("a wrong length", b"00000001" + line[8:], wrong),
-            ("too great a length", b"00000fff" + line[8:], wrong),
-            ("NULs before another line", bytes(40) + line[40:] + line, wrong),
-            ("NULs in a line", line[:40] + bytes(9) + line[49:], wrong),
-            ("NULs before its end", bytes(40) + line[40:], wrong),
-            ("a line of NULs", bytes(600) + b"\n", wrong),
-            ("the past", self.line(9, "release_pool", "x"), "with change 9 instead of 11"),
-            ("the future", self.line(12, "release_pool", "x"), "with change 12 instead of 11"),
-            ("not held", self.line(11, "release_pool", "x"), place + "contradicts .* is not held"),
-            ("unknown", self.line(11, "resign"), place + "contradicts"),
-            ("too little", self.line(11, "release_pool"), place + "contradicts"),
-            *((text, gipam.encode_record(11, [text]), place + "contradicts") for text in (
-                "5", "[]", "{}", '"release_pool"', '[["release_pool"]]', '["release_pool",["x"]]',
-                *(f'["request_pool","x","10.77.0.0/24",{text}]' for text in (
-                    '"::a4d:0/120","",0,0,-1', '"","",-1,0,-1', '"","",0,-1,-1', '"","",0,0,-2',
-                    '"","",0,0,true', '"",7,0,0,-1', 'null,"",0,0,-1')),
-                '["request_pool","","10.77.0.0/24","","",0,0,-1]',
-                *(f'["request_address",{pool},"{usable}",{text}]' for text in (
-                    '"guest","","",0,0', '"endpoint",7,"",0,0', '"endpoint","",[],0,0',
-                    '"endpoint","","","0",0', '"endpoint","","",0,-1', '"endpoint","","",0,0.5')),
-                f'["bind_pool",{pool},""]', f'["bind_pool",{pool},7]')),
-            *((str(payload[:9]), b"%08x %08x %b\n" % (len(payload), zlib.crc32(payload), payload),
-               place + "is not a commit record;") for payload in (
-                   b"[" * 100_000, b"5", b"[]", b'["11",[]]', b"[11,{}]", b"[11,[]]", b"[true,[]]", b"{}")),
-        ):
-            with self.subTest(what):
-                self.put(self.data + tail)
-                self.give_up(pattern, 10)
-        for line_of in self.lines:
-            at = line_of.offset + 30
-            with self.subTest(line=line_of.number):
-                self.put(self.data[:at] + bytes([self.data[at] ^ 1]) + self.data[at + 1:])
-                self.give_up(f"line {line_of.number} at byte {line_of.offset}",
-                             line_of.seq - len(line_of.records))
+    def check_tail(self, what: Any, tail: bytes, pattern: str) -> None:
+        """Check the refusal of what follows the intact lines."""
+        with self.subTest(what):
+            self.put(self.data + tail)
+            self.give_up(pattern, 10)
 
     def give_up(self, pattern: str, seq: int) -> None:
         """Check the refusal, and that to do as it says leaves so many changes, or none."""
         message = self.assert_refused(pattern)
         self.do_as_told(message)
-        self.assert_recovered(self.pictures[seq if "truncate" in message else 0])
         if "truncate" in message:
+            self.assert_recovered(self.dumps[seq])
             self.append_one()
+        else:
+            self.assert_recovered(self.dumps[0])
 
+    def test_damaged_line_is_refused_with_its_place(self) -> None:
+        line = self.line(11, "release_pool", UNKNOWN_ID)
+        length, checksum, text = line.split(b" ", 2)
+        start = line[:40]
+        end = line[40:]
+        for what, tail in (
+                ("an end of line", b"\n"),
+                ("garbage", b"x" * 40),
+                ("half a line", start + b"\n"),
+                ("a wrong checksum", b" ".join((length, b"00000000", text))),
+                ("a NUL", start + b"\0" + end[1:]),
+                ("a wrong length", b" ".join((b"00000001", checksum, text))),
+                ("too great a length", b" ".join((b"00000fff", checksum, text))),
+                ("NULs before another line", bytes(40) + end + line),
+                ("NULs in a line", start + bytes(9) + end[9:]),
+                ("NULs before its end", bytes(40) + end),
+                ("a line of NULs", bytes(600) + b"\n")):
+            self.check_tail(what, tail, self.PLACE + "does not match its length and checksum")
 
-def flips(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (place, value, data with it) for each byte and several values, also NUL and LF."""
-    for at, byte in enumerate(data):
-        for value in sorted({0, 10, 32, 57, byte ^ 1, byte ^ 2, byte ^ 32, byte ^ 128} - {byte}):
-            yield at, value, data[:at] + bytes([value]) + data[at + 1:]
+    def test_damaged_line_before_others_is_refused_with_its_place(self) -> None:
+        for line in self.lines:
+            flipped = bytearray(self.data)
+            flipped[line.offset + 30] ^= 1
+            with self.subTest(line=line.number):
+                self.put(bytes(flipped))
+                seq = line.seq - len(line.records)
+                self.give_up(f"line {line.number} at byte {line.offset}", seq)
+
+    def test_line_of_another_time_is_refused(self) -> None:
+        for seq in (9, 12):
+            tail = self.line(seq, "release_pool", "x")
+            self.check_tail(seq, tail, f"with change {seq} instead of 11")
+
+    def test_change_that_contradicts_the_state_is_refused(self) -> None:
+        state = recover(self.path)
+        pool = next(iter(state.pools.values()))
+        pool_id = gipam.encode_json(pool.pool_id)
+        free_offset = pool.subnet.allocated.next_free(0)
+        free_address = pool.address_at(free_offset)
+        texts = list(BAD_CHANGES)
+        for values in BAD_POOL_VALUES:
+            texts.append(f'["request_pool","x","10.77.0.0/24",{values}]')
+        for values in BAD_LEASE_VALUES:
+            texts.append(f'["request_address",{pool_id},"{free_address}",{values}]')
+        texts.append(f'["bind_pool",{pool_id},""]')
+        texts.append(f'["bind_pool",{pool_id},7]')
+
+        for text in texts:
+            self.check_tail(text, gipam.encode_record(11, [text]), self.PLACE + "contradicts")
+        not_held = self.line(11, "release_pool", "x")
+        self.check_tail("not held", not_held, self.PLACE + "contradicts .* is not held")
+
+    def test_payload_that_is_no_commit_record_is_refused(self) -> None:
+        for payload in BAD_PAYLOADS:
+            header = b"%08x %08x " % (len(payload), zlib.crc32(payload))
+            line = header + payload + b"\n"
+            self.check_tail(payload[:9], line, self.PLACE + "is not a commit record;")
 
 
 class FilesTest(StoreCase):
     """Files that do not belong together are refused by name, and what the message says helps."""
 
+    # Name -> changes in the lease file, and the segment that it references.
+    LEASE_FILES = {
+        "first": (0, 1),
+        "second": (4, 2),
+        "third": (8, 3),
+        "third, inside a line": (9, 3),
+        "last": (12, None),
+        "last of an earlier time": (4, None),
+    }
+
     def setUp(self) -> None:
         super().setUp()
-        changes = self.changes = self.live(12)
-        self.pictures = pictures(changes)
-        files = self.write([changes[:2], changes[2:4]], [changes[4:8]],
-                           [changes[8:11], changes[11:]])
-        self.segments = [files[f"leases.json.journal.{number}"] for number in (1, 2, 3)]
+        self.changes = self.live(12)
+        self.dumps = dump_each_state(self.changes)
+        changes = self.changes
+        files = self.write_segments(
+            [changes[:2], changes[2:4]],
+            [changes[4:8]],
+            [changes[8:11], changes[11:]])
+        self.segments = {}
+        for number in "123":
+            self.segments[number] = files[f"leases.json.journal.{number}"]
 
-    def arrange(self, snapshot: bytes | None, *segments: bytes | None) -> None:
-        """Let these files be there, the segments from the first on; None is not."""
-        files = {"leases.json": snapshot, **{f"leases.json.journal.{number}": data
-                                             for number, data in enumerate(segments, 1)}}
-        self.write_files({name: data for name, data in files.items() if data is not None})
+    def arrange(self, lease_file: str, segments: str) -> None:
+        """Write a lease file, or none, and these segments as the first, second, ...; - is none."""
+        files = {}
+        if lease_file:
+            seq, referenced = self.LEASE_FILES[lease_file]
+            files["leases.json"] = self.snapshot(seq, referenced)
+        for number, name in enumerate(segments.split(), 1):
+            if name != "-":
+                files[f"leases.json.journal.{number}"] = self.segments[name]
+        self.write_files(files)
 
     def snapshot(self, seq: int, segment: int | None) -> bytes:
         """Return the lease file as it is after so many changes."""
-        return "".join(snapshot_of(state_after(*self.changes[:seq]), segment)).encode()
+        state = state_after(*self.changes[:seq])
+        return "".join(snapshot_of(state, segment)).encode()
 
-    def test_what_a_fold_may_leave_is_whole_and_a_file_missing_or_surplus_is_named(self) -> None:
-        one, two, three = self.segments
-        first, fourth, eighth = self.snapshot(0, 1), self.snapshot(4, 2), self.snapshot(8, 3)
-        stopped = self.snapshot(12, None)
-        gap, alone = "continues with change {} instead of {}", "is there without its lease file"
-        for what, files, pattern in (
-            ("never folded", (first, one, two, three), ""),
-            ("not yet renamed", (fourth, one, two, three), ""),
-            ("renamed", (eighth, one, two, three), ""),
-            ("the oldest deleted", (eighth, None, two, three), ""),
-            ("all deleted", (eighth, None, None, three), ""),
-            ("an older one come back", (eighth, one, None, three), ""),
-            ("the snapshot ends inside a line", (self.snapshot(9, 3), None, two, three), ""),
-            ("the stop, renamed", (stopped, one, two, three), ""),
-            ("the stop, all deleted", (stopped,), ""),
-            ("the stop, the oldest come back", (stopped, one), ""),
-            ("the stop, the newest come back", (stopped, None, None, three), ""),
-            ("the first missing", (first, None, two, three), "1 is missing"),
-            ("the middle one missing", (first, one, None, three), "3 " + gap.format(9, 5)),
-            ("the named one missing", (fourth, None, None, three), "2 is missing"),
-            ("the newest missing", (eighth, one, two), "3 is missing"),
-            ("all missing", (first,), "1 is missing"),
-            ("one there twice", (first, one, one, two), "2 " + gap.format(1, 5)),
-            ("the newest there twice", (first, one, two, three, three), "4 " + gap.format(9, 13)),
-            ("two in wrong order", (first, two, one, three), "1 " + gap.format(5, 1)),
-            ("an old lease file, named", (first, None, None, three), "1 is missing"),
-            ("an old lease file, alone", (self.snapshot(4, None), None, None, three),
-             "3 " + gap.format(9, 5)),
-            ("no lease file", (None, one, two, three), "1 " + alone),
-            ("no lease file, and a late one", (None, None, None, three), "3 " + alone),
-        ):
+    def test_files_that_a_checkpoint_may_leave_are_complete(self) -> None:
+        for what, lease_file, segments in (
+                ("no checkpoint yet", "first", "1 2 3"),
+                ("not yet renamed", "second", "1 2 3"),
+                ("renamed", "third", "1 2 3"),
+                ("the oldest deleted", "third", "- 2 3"),
+                ("all deleted", "third", "- - 3"),
+                ("an older one come back", "third", "1 - 3"),
+                ("the snapshot ends inside a line", "third, inside a line", "- 2 3"),
+                ("the stop, renamed", "last", "1 2 3"),
+                ("the stop, all deleted", "last", ""),
+                ("the stop, the oldest come back", "last", "1"),
+                ("the stop, the newest come back", "last", "- - 3")):
             with self.subTest(what):
-                self.arrange(*files)
-                if pattern:
-                    self.do_as_told(self.assert_refused(r"journal\." + pattern))
+                self.arrange(lease_file, segments)
+                self.assert_recovered(self.dumps[-1])
+
+    def test_file_missing_or_surplus_is_named(self) -> None:
+        early = "last of an earlier time"
+        lonely = "is there without its lease file"
+        for what, lease_file, segments, reason in (
+                ("the first missing", "first", "- 2 3", "1 is missing"),
+                ("the middle one missing", "first", "1 - 3", "3 continues with 9 instead of 5"),
+                ("the referenced one missing", "second", "- - 3", "2 is missing"),
+                ("the newest missing", "third", "1 2", "3 is missing"),
+                ("all missing", "first", "", "1 is missing"),
+                ("one there twice", "first", "1 1 2", "2 continues with 1 instead of 5"),
+                ("the newest there twice", "first", "1 2 3 3", "4 continues with 9 instead of 13"),
+                ("two in wrong order", "first", "2 1 3", "1 continues with 5 instead of 1"),
+                ("an old lease file with a reference", "first", "- - 3", "1 is missing"),
+                ("an old lease file, alone", early, "- - 3", "3 continues with 9 instead of 5"),
+                ("no lease file", "", "1 2 3", "1 " + lonely),
+                ("no lease file, and a late one", "", "- - 3", "3 " + lonely)):
+            with self.subTest(what):
+                self.arrange(lease_file, segments)
+                pattern = reason.replace("continues with", "continues with change")
+                message = self.assert_refused(r"journal\." + pattern)
+                self.do_as_told(message)
                 state = recover(self.path)
-                self.assertEqual(dump_state(state), self.pictures[state.seq if pattern else -1])
+                self.assertEqual(dump_state(state), self.dumps[state.seq])
 
     def test_name_that_gipam_gives_to_none_is_refused(self) -> None:
-        for name in ("0", "01", "\u0663"):
-            self.write_files({"leases.json": self.snapshot(0, None), f"leases.json.journal.{name}": b""})
-            with self.subTest(name):
-                self.assert_refused(f"journal.{name} is not a name that gipam gives")
+        for number in ("0", "01", "\u0663"):
+            name = f"leases.json.journal.{number}"
+            self.write_files({"leases.json": self.snapshot(0, None), name: b""})
+            with self.subTest(number):
+                self.assert_refused(f"journal.{number} is not a name that gipam gives")
 
     def test_without_bases_the_message_helps_as_well(self) -> None:
         state = state_after(CHANGE, bases="")
-        snapshot = "".join(gipam.encode_snapshot({}, gipam.copy_state(state), 1))
-        self.arrange(snapshot.encode())
+        chunks = gipam.encode_snapshot({}, gipam.copy_state(state), 1)
+        self.write_files({"leases.json": "".join(chunks).encode()})
         self.do_as_told(self.assert_refused(r"journal\.1 is missing"))
         self.assertEqual(held(recover(self.path)), held(state))
 
@@ -3051,44 +3294,82 @@ class SnapshotFileTest(StoreCase):
         super().setUp()
         state = state_after(*self.live(8))
         self.snapshot = "".join(snapshot_of(state)).encode()
-        self.picture = dump_state(state)
+        self.dump = dump_state(state)
+        self.refusal = f"^{self.path} .*: restore a backup; or move"
 
-    def test_any_byte_of_the_state_flipped_or_cut_anywhere_it_holds_all_or_is_refused(self) -> None:
+    def test_any_byte_of_the_state_flipped_it_holds_all_or_is_refused(self) -> None:
         start = self.snapshot.index(b'"Seq"')
-        for at, value, data in (
-                *((start + at, value, self.snapshot[:start] + data)
-                  for at, value, data in flips(self.snapshot[start:])),
-                *((cut, None, self.snapshot[:cut]) for cut in range(len(self.snapshot) - 1))):
-            self.write_file("leases.json", data)
-            with self.subTest(at=at, value=value):
+        head = self.snapshot[:start]
+        for place, value, data in flips(self.snapshot[start:]):
+            self.write_file("leases.json", head + data)
+            with self.subTest(place=start + place, value=value):
                 try:
-                    self.assert_recovered(self.picture)
-                    self.assertIsNotNone(value)
+                    self.assert_recovered(self.dump)
                 except gipam.CorruptionError as error:
-                    self.assertRegex(str(error), f"^{self.path} .*: restore a backup; or move")
+                    self.assertRegex(str(error), self.refusal)
+
+    def test_cut_anywhere_it_is_refused(self) -> None:
+        for cut in range(len(self.snapshot) - 1):
+            self.write_file("leases.json", self.snapshot[:cut])
+            with self.subTest(cut=cut), \
+                    self.assertRaisesRegex(gipam.CorruptionError, self.refusal):
+                recover(self.path)
 
     def test_edited_while_gipam_runs_it_is_kept_beside(self) -> None:
         """Also when the state has been read anew since."""
         service = self.begin()
-        for number, text in enumerate((b'{"V4Pool": "10.8.0.0/16"}', b'{"V4Pool": "10.9', b"[]"), 1):
-            self.write_file("leases.json~", text)
-            os.replace(self.path + "~", self.path)
-            if number == 1:
-                service.reload(gipam.StoreError("the disk is full"))
-            with self.subTest(text), self.assertLogs(gipam.log, "WARNING") as logged:
-                self.assertTrue(checkpoint(service))
-                self.assertIn(f"is kept as {self.path}.edited-{number}", logged.output[-1])
-                files = self.read_files()
-                self.assertEqual(files[f"leases.json.edited-{number}"], text)
-                self.assertEqual(json.loads(files["leases.json"])["V4Pool"], "10.2.0.0/16")
+        self.edit(b'{"V4Pool": "10.8.0.0/16"}')
+        service.reload(gipam.StoreError("the disk is full"))
+        self.check_edit(service, 1)
+        self.edit(b'{"V4Pool": "10.9')
+        self.check_edit(service, 2)
+        self.edit(b"[]")
+        self.check_edit(service, 3)
+
+    def edit(self, text: bytes) -> None:
+        """Replace the lease file, as an editor does."""
+        self.write_file("leases.json~", text)
+        os.replace(self.path + "~", self.path)
+
+    def check_edit(self, service: gipam.Service, number: int) -> None:
+        """Check that the next checkpoint keeps the edited file under this number."""
+        edited = self.read_files()["leases.json"]
+        with self.subTest(edited), self.assertLogs(gipam.log, "WARNING") as logged:
             self.assertTrue(checkpoint(service))
-            self.assertEqual(len(glob.glob(self.path + ".edited-*")), number)
+            self.assertIn(f"is kept as {self.path}.edited-{number}", logged.output[-1])
+            files = self.read_files()
+            self.assertEqual(files[f"leases.json.edited-{number}"], edited)
+            self.assertEqual(json.loads(files["leases.json"])["V4Pool"], "10.2.0.0/16")
+        self.assertTrue(checkpoint(service))
+        self.assertEqual(len(glob.glob(self.path + ".edited-*")), number)
 
     def test_it_is_written_for_its_owner_only(self) -> None:
-        Direct(self.begin()).request_pool()
+        DirectClient(self.begin()).request_pool()
         for name in os.listdir(self.directory):
-            mode = os.stat(os.path.join(self.directory, name)).st_mode
-            self.assertEqual(stat.S_IMODE(mode), 0o600, name)
+            status = os.stat(os.path.join(self.directory, name))
+            self.assertEqual(stat.S_IMODE(status.st_mode), 0o600, name)
+
+
+# A process that begins a segment when it reads a line; it cannot complete that checkpoint.
+FIRST_PROCESS = """
+import os, sys, test_gipam
+
+def fail(*_):
+    raise OSError("no checkpoint")
+
+service = test_gipam.begin(sys.argv[1])
+client = test_gipam.DirectClient(service)
+client.request_pool()
+test_gipam.checkpoint(service)
+client.request_pool()
+print(flush=True)
+input()
+os.replace = fail
+test_gipam.checkpoint(service)
+client.request_pool()
+print(flush=True)
+sys.stdin.read()
+"""
 
 
 class LockTest(StoreCase):
@@ -3100,57 +3381,64 @@ class LockTest(StoreCase):
         self.assertEqual(second.stop(0), 75)
         return second.read_log()
 
-    def read_journal(self) -> dict[str, bytes]:
+    def read_store(self) -> dict[str, bytes]:
         """Return the files of the store but for its lock."""
-        names = {"log", "leases.json.lock"}
-        return {name: data for name, data in self.read_files().items() if name not in names}
+        files = self.read_files()
+        files.pop("log", None)
+        files.pop("leases.json.lock", None)
+        return files
+
+    def has_checkpoint(self) -> bool:
+        """Return whether the lease file references a segment."""
+        return b'"Journal"' in self.read_files()["leases.json"]
 
     def test_second_one_is_told_who_holds_it_and_changes_nothing(self) -> None:
         """Also when somebody has deleted the lock: the journal is locked as well."""
         first = self.daemon().start()
+        client = first.client()
         assert first.process
-        first.client().request_pool("10.10.0.0/24")
-        wait_for(lambda: b'"Journal"' in self.read_files()["leases.json"], "the first fold")
-        self.write_file("leases.json.tmp", b"as if a fold were under way")
-        for text in (f"gipam: lease file {self.path} is held by process {first.process.pid}: stop",
-                     f"gipam: {self.path}.journal.1 is written by another gipam: stop it"):
-            before = self.read_journal()
-            self.assertIn(text, self.refusal())
-            self.assertEqual(self.read_journal(), before)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path + ".lock")
-        first.client().request_pool("10.11.0.0/24")
+        client.request_pool("10.10.0.0/24")
+        wait_until("the first checkpoint", self.has_checkpoint)
+        self.write_file("leases.json.tmp", b"as if a checkpoint were under way")
+        before = self.read_store()
+        self.assertIn(f"gipam: lease file {self.path} is held by process {first.process.pid}: stop",
+                      self.refusal())
+        self.assertEqual(self.read_store(), before)
+
+        os.unlink(self.path + ".lock")
+        self.assertIn(f"gipam: {self.path}.journal.1 is written by another gipam: stop it",
+                      self.refusal())
+        self.assertEqual(self.read_store(), before)
+        client.request_pool("10.11.0.0/24")
         self.assertEqual(first.stop(), 0)
 
     def test_second_one_reads_and_cuts_nothing_whatever_the_first_does_meanwhile(self) -> None:
         """The first begins a segment just when the second opens the one before it."""
-        program = (f"import os, sys, test_gipam as t; s = t.begin({self.path!r}); c = t.Direct(s)\n"
-                   "c.request_pool(); t.checkpoint(s); c.request_pool(); print(flush=True); input()\n"
-                   "os.replace = None\nt.checkpoint(s)\n"
-                   "c.request_pool(); print(flush=True); sys.stdin.read()")
-        first = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, encoding="utf-8",
-                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        first = subprocess.Popen([sys.executable, "-B", "-c", FIRST_PROCESS, self.path], cwd=HERE,
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         self.addCleanup(first.communicate)
         assert first.stdin and first.stdout
-        stdin, stdout = first.stdin, first.stdout
-        before: dict[str, bytes] = {}
+        stdin = first.stdin
+        stdout = first.stdout
         stdout.readline()
+        before: dict[str, bytes] = {}
 
         def go_on() -> None:
             if not before and "journal" in self.calls.made[-1]:
                 stdin.write("\n")
                 stdin.flush()
                 stdout.readline()
-                before.update(self.read_files())
+                before.update(self.read_store())
 
-        second, self.calls.watch = gipam.Store(self.path, self.calls), go_on
+        self.calls.watch = go_on
+        second = gipam.Store(self.path, self.calls)
         with self.assertRaises(gipam.AlreadyRunning):
             second.lock()
             second.lock_segments()
             read_anew(second)
             second.prepare_append()
-        self.assertEqual({**self.read_files(), "leases.json.lock": b""},
-                         {**before, "leases.json.lock": b""})
+        self.assertIn("leases.json.journal.2", before)
+        self.assertEqual(self.read_store(), before)
 
     def test_journal_that_another_has_begun_ends_the_first(self) -> None:
         """Where there was none, only the lock kept others out."""
@@ -3158,82 +3446,106 @@ class LockTest(StoreCase):
         os.unlink(self.path + ".lock")
         with open(self.path + ".journal.1", "wb") as other:
             fcntl.lockf(other, fcntl.LOCK_EX)
-            with self.assertRaisesRegex(Refused, "is written by another gipam"):
+            with self.assertRaisesRegex(ErrorReply, "is written by another gipam"):
                 first.client().request_pool("10.9.0.0/24")
             self.assertEqual(first.stop(0), 74)
 
     def test_second_one_waits_for_the_first_to_end(self) -> None:
         with open(self.path + ".lock", "w", encoding="ascii") as first:
             fcntl.flock(first, fcntl.LOCK_EX)
-            with mock.patch("gipam.time.sleep", side_effect=lambda _: first.close()) as sleep:
+
+            def end_first(_: float) -> None:
+                first.close()
+
+            with mock.patch("gipam.time.sleep", side_effect=end_first) as sleep:
                 gipam.Store(self.path).lock()
         self.assertTrue(sleep.called)
         self.assertEqual(self.read_files()["leases.json.lock"], b"%d\n" % os.getpid())
 
 
 class CallsTest(StoreCase):
-    """The order of file operations, and each of them failing."""
+    """The order of system calls, and each of them failing."""
 
     def assert_in_order(self, calls: list[str], wanted: list[str]) -> None:
-        rest = iter(calls)  # each `in` goes on where the last one ended
-        self.assertEqual([call for call in wanted if call not in rest], [], calls)
+        """Check that the wanted calls are among those made, in this order."""
+        rest = iter(calls)
+        # Each `in` goes on where the last one ended.
+        missing = [call for call in wanted if call not in rest]
+        self.assertEqual(missing, [], calls)
+
+    def take_step(self, step: str) -> None:
+        if step == "start":
+            self.begin()
+        elif step == "request":
+            DirectClient(self.service).request_pool()
+        elif step == "checkpoint":
+            checkpoint(self.service)
+        else:
+            checkpoint_at_stop(self.service)
 
     def test_everything_is_synced_before_what_depends_on_it(self) -> None:
-        begun = "open journal.{0}", "pwrite journal.{0}", "fdatasync journal.{0}", "fsync directory"
-        request = "pwrite journal.{0}", "fdatasync journal.{0}", "fstat journal.{0}", "reply"
-        written = "pwrite tmp", "fsync tmp", "replace tmp", "fsync directory"
-        service = self.begin()
-        self.assert_in_order(self.calls.made, [*written])
-        client = Direct(service)
-        for what, action, number, wanted in (
-            ("first request", client.request_pool, 1, [*begun, *request]),
-            ("request", client.request_pool, 1, [*request]),
-            ("first fold", lambda: checkpoint(service), 1, [*written]),
-            ("request after it", client.request_pool, 1, [*request]),
-            ("fold", lambda: checkpoint(service), 2, [*begun, *written, "unlink journal.1"]),
-            ("request after that", client.request_pool, 2, [*request]),
-            ("start: a sync may have failed", self.begin, 2, [*request[:2]]),
-            ("stop", lambda: checkpoint_at_stop(service), 2, [*written, "unlink journal.{0}"]),
-        ):
+        new_1 = "open journal.1, pwrite journal.1, fdatasync journal.1, fsync directory, "
+        new_2 = new_1.replace("journal.1", "journal.2")
+        sync_1 = "pwrite journal.1, fdatasync journal.1"
+        request_1 = sync_1 + ", fstat journal.1, reply"
+        request_2 = request_1.replace("journal.1", "journal.2")
+        lease_file = "pwrite tmp, fsync tmp, replace tmp, fsync directory"
+        self.service = self.begin()
+        self.assert_in_order(self.calls.made, lease_file.split(", "))
+        for what, step, calls in (
+                ("first request", "request", new_1 + request_1),
+                ("second request", "request", request_1),
+                ("first checkpoint", "checkpoint", lease_file),
+                ("request after it", "request", request_1),
+                ("second checkpoint", "checkpoint", new_2 + lease_file + ", unlink journal.1"),
+                ("request after that", "request", request_2),
+                ("a sync may have failed", "start", sync_1.replace("journal.1", "journal.2")),
+                ("last checkpoint", "stop", lease_file + ", unlink journal.2")):
             with self.subTest(what):
                 del self.calls.made[:]
-                action()
-                self.assert_in_order([*self.calls.made, "reply"],
-                                     [call.format(number) for call in wanted])
-                deleted = [call for call in self.calls.made if call.startswith("unlink")]
-                self.assertEqual(self.calls.made[len(self.calls.made) - len(deleted):], deleted)
+                self.take_step(step)
+                made = list(self.calls.made)
+                self.assert_in_order([*made, "reply"], calls.split(", "))
+                # Nothing follows what is deleted.
+                deleted = [call for call in made if call.startswith("unlink")]
+                self.assertEqual(made[len(made) - len(deleted):], deleted)
 
     def test_start_that_cannot_cut_back_or_sync_says_so_and_is_tried_again(self) -> None:
-        Direct(self.begin()).request_pool()
+        DirectClient(self.begin()).request_pool()
+        pattern = f"cannot .*{self.path}.*: Input/output error"
         for call in ("ftruncate journal.1", "fdatasync journal.1", "fsync directory"):
-            self.calls.next_fault = call, errno.EIO
-            with self.subTest(call), self.assertRaisesRegex(
-                    gipam.FatalStoreError, f"cannot .*{self.path}.*: Input/output error"):
+            self.calls.next_fault = (call, errno.EIO)
+            with self.subTest(call), self.assertRaisesRegex(gipam.FatalStoreError, pattern):
                 self.begin()
 
-    def test_whatever_fails_memory_disk_and_answers_agree(self) -> None:
+    def test_whatever_fails_memory_disk_and_replies_agree(self) -> None:
         changes = self.live(6)
-        files = self.write([changes[:3], changes[3:]])
-        journal = "leases.json.journal.1"
-        data = files[journal].rstrip(b"\0")
-        for what, found in (("first start", {}),
-                            ("a line without its end", {**files, journal: data[:-1]}),
-                            ("half a line", {**files, journal: data[:-40]})):
-            for number, note in enumerate(self.run_with(found, {})):
+        files = self.write_segments([changes[:3], changes[3:]])
+        name = "leases.json.journal.1"
+        data = files[name].rstrip(b"\0")
+        for what, start in (
+                ("first start", {}),
+                ("a line without its end", {**files, name: data[:-1]}),
+                ("half a line", {**files, name: data[:-40]})):
+            for number, note in enumerate(self.run_with(start, {})):
                 for fault, faults in self.faults_of(note, number).items():
-                    with self.subTest(what, call=(number, note), fault=fault):
-                        self.run_with(found, faults)
+                    with self.subTest(what, call=number, note=note, fault=fault):
+                        self.run_with(start, faults)
 
     @staticmethod
     def faults_of(note: str, number: int) -> dict[str, dict[int, Any]]:
+        """Return faults of a call, and of the next one, by a name."""
         if note.startswith(("listdir", "lockf")):
             return {}
         faults: dict[str, dict[int, Any]] = {
-            "no space": {number: errno.ENOSPC}, "input/output error": {number: errno.EIO},
-            "nor does the next": {number: errno.ENOSPC, number + 1: errno.EIO}}
+            "no space": {number: errno.ENOSPC},
+            "input/output error": {number: errno.EIO},
+            "nor does the next": {number: errno.ENOSPC, number + 1: errno.EIO},
+        }
         if note.startswith("pwrite"):
-            faults.update({"short": {number: SHORT}, "half": {number: HALF},
-                           "half, nor does the next": {number: HALF, number + 1: errno.EIO}})
+            faults["short"] = {number: SHORT}
+            faults["half"] = {number: HALF}
+            faults["half, nor does the next"] = {number: HALF, number + 1: errno.EIO}
         return faults
 
     def run_with(self, files: dict[str, bytes], faults: dict[int, Any]) -> list[str]:
@@ -3242,44 +3554,64 @@ class CallsTest(StoreCase):
         calls = Disk()
         self.addCleanup(calls.close_all)
         calls.faults = dict(faults)
-        service = None
-        while service is None:  # the first start may fail, before anything is answered
-            with contextlib.suppress(OSError, gipam.ConfigError, gipam.FatalStoreError):
-                service = begin(self.path, calls)
-        tenant = Tenant(Direct(service), random.Random(self.seed))
+        service = self.start_at_last(calls)
+        tenant = Tenant(DirectClient(service), random.Random(self.seed))
         tenant.pools.update(held(service.state))
         for step in range(3 if files else 10):
             if step in (3, 8):
                 checkpoint(service)
             else:
                 tenant.step()
-            if min(faults, default=1 << 20) < len(calls.made):
+            if faults and min(faults) < len(calls.made):
                 self.check(service, tenant)
+
         if service.store.fatal_error:
-            culprits = {calls.made[at].split()[0] for at in faults if at < len(calls.made)}
-            self.assertTrue(culprits & {"fdatasync", "ftruncate", "stat", "fstat", "open"})
-            with self.assertRaisesRegex(Refused, "cannot|was moved"):
-                tenant.client.request_pool()
+            self.check_fatal(service, calls)
         else:
-            calls.faults, after = {}, calls.faults
-            tenant.pools[tenant.client.request_pool("192.168.0.0/24")[0]] = []  # it serves on
-            calls.faults = after
-            self.check(service, tenant)
-            checkpoint_at_stop(service)
-            self.check(service, tenant)
+            self.check_serves_on(service, tenant, calls)
         self.assertEqual(calls.misuse, [])
         return calls.made
 
+    def start_at_last(self, calls: Disk) -> gipam.Service:
+        """Start a service. The first start may fail, before anything is granted."""
+        while True:
+            with contextlib.suppress(OSError, gipam.ConfigError, gipam.FatalStoreError):
+                return begin(self.path, calls)
+
+    def check_fatal(self, service: gipam.Service, calls: Disk) -> None:
+        """Check that the disk is lost for a reason, and nothing more is granted."""
+        failed = set()
+        for number in calls.faults:
+            if number < len(calls.made):
+                name, _, _ = calls.made[number].partition(" ")
+                failed.add(name)
+        self.assertTrue(failed & {"fdatasync", "ftruncate", "stat", "fstat", "open"})
+        with self.assertRaisesRegex(ErrorReply, "cannot|was moved"):
+            DirectClient(service).request_pool()
+
+    def check_serves_on(self, service: gipam.Service, tenant: Tenant, calls: Disk) -> None:
+        """Check that it grants more without faults, and what a stop with faults leaves."""
+        faults = calls.faults
+        calls.faults = {}
+        pool_id, _ = tenant.client.request_pool("192.168.0.0/24")
+        tenant.pools[pool_id] = []
+        calls.faults = faults
+        self.check(service, tenant)
+        checkpoint_at_stop(service)
+        self.check(service, tenant)
+
     def check(self, service: gipam.Service, tenant: Tenant) -> None:
-        """Check that answers, memory and disk agree; a lost disk may be ahead by what failed."""
-        disk = recover(self.path)
-        if service.store.fatal_error:  # nobody knows of the last turn, but that it was not acknowledged
-            self.assertIn(disk.seq, (service.store.seq, service.store.seq + 1))
-            if disk.seq > service.store.seq:
+        """Check that replies, memory and disk agree."""
+        on_disk = recover(self.path)
+        if service.store.fatal_error:
+            # The disk may have the last iteration, which was not acknowledged.
+            seq = service.store.seq
+            self.assertIn(on_disk.seq, (seq, seq + 1))
+            if on_disk.seq > seq:
                 return
         else:
-            self.assertEqual(dump_state(disk), dump_state(service.state))
-        self.assertEqual(held(disk), tenant.held())
+            self.assertEqual(dump_state(on_disk), dump_state(service.state))
+        self.assertEqual(held(on_disk), tenant.held())
 
 
 class RotationTest(StoreCase):
@@ -3347,19 +3679,22 @@ class PreallocationTest(StoreCase):
     def fail_writes(self, fault: Any, count: int) -> None:
         """Let the next writes fail; a failed preallocation truncates after each."""
         first = len(self.calls.made)
-        self.calls.faults = {first + 2 * index: fault for index in range(count)}
+        self.calls.faults = {}
+        for index in range(count):
+            self.calls.faults[first + 2 * index] = fault
 
     def reserve_beyond(self) -> None:
         """Reserve one byte more than is preallocated."""
-        self.store.reserve(self.segment.allocated - self.segment.end)
+        free_bytes = self.segment.allocated - self.segment.end
+        self.store.reserve(free_bytes)
 
     def test_failed_preallocation_leaves_no_space_taken(self) -> None:
         """Else its zeros would take the last space of the disk."""
+        pattern = "cannot write .*: No space left on device; nothing has"
         for fault in (errno.ENOSPC, HALF):
             length = os.path.getsize(self.journal)
             self.fail_writes(fault, 2)
-            with self.subTest(fault), self.assertRaisesRegex(
-                    gipam.StoreError, "cannot write .*: No space left on device; nothing has"):
+            with self.subTest(fault), self.assertRaisesRegex(gipam.StoreError, pattern):
                 self.reserve_beyond()
             self.assertEqual(os.path.getsize(self.journal), length)
             self.assertEqual(self.segment.allocated, length)
@@ -3368,9 +3703,10 @@ class PreallocationTest(StoreCase):
         length = self.segment.allocated
         self.fail_writes(HALF, 1)
         self.reserve_beyond()
-        self.assertGreater(self.segment.allocated, length)
-        self.assertLess(self.segment.allocated, length + gipam.RECORD_OVERHEAD_BYTES + 1)
-        self.assertEqual(os.path.getsize(self.journal), self.segment.allocated)
+        allocated = self.segment.allocated
+        self.assertGreater(allocated, length)
+        self.assertLessEqual(allocated, length + gipam.RECORD_OVERHEAD_BYTES)
+        self.assertEqual(os.path.getsize(self.journal), allocated)
 
     def test_full_disk_does_not_forbid_starting(self) -> None:
         self.calls.next_fault = "pwrite journal.1", errno.ENOSPC
@@ -3379,7 +3715,8 @@ class PreallocationTest(StoreCase):
     def test_last_free_space_is_not_for_a_checkpoint(self) -> None:
         checkpoint(self.service)
         DirectClient(self.service).request_pool()
-        free = mock.Mock(f_bavail=2 * gipam.PREALLOCATE_BYTES - 1, f_frsize=1)
+        free_bytes = 2 * gipam.PREALLOCATE_BYTES - 1
+        free = mock.Mock(f_bavail=free_bytes, f_frsize=1)
         with mock.patch.object(os, "statvfs", return_value=free):
             with self.assertLogs(gipam.log, "WARNING") as logged:
                 self.assertFalse(checkpoint(self.service))
@@ -3399,8 +3736,8 @@ class PreallocationTest(StoreCase):
         self.fail_writes(errno.ENOSPC, 1)
         self.store.last_error = "the disk is full"
         self.store.probe()
-        self.assertEqual(self.segment.allocated - length,
-                         gipam.PREALLOCATE_BYTES + gipam.PROBE_BYTES)
+        growth = self.segment.allocated - length
+        self.assertEqual(growth, gipam.PREALLOCATE_BYTES + gipam.PROBE_BYTES)
 
     def test_probe_asks_nothing_of_a_disk_that_is_well_or_lost(self) -> None:
         made = len(self.calls.made)
@@ -3421,89 +3758,114 @@ class PreallocationTest(StoreCase):
         self.calls.next_fault = "open leases.json2.journal.1", errno.ENOSPC
         self.assertRaises(gipam.StoreError, store.reserve, 1)
         store.probe()
-        self.assertEqual((store.last_error, store.segment), ("", 1))
+        self.assertEqual(store.last_error, "")
+        self.assertEqual(store.segment, 1)
 
 
 class PowerCutTest(StoreCase):
     """At any moment the power fails: of what was not synced, any part may be gone."""
 
-    def live_on(self, rng: random.Random, at_call: Callable[[int], None]) -> list[gipam.Record]:
-        """Live on the disk, and tell at each call how many changes have been acknowledged."""
+    def setUp(self) -> None:
+        super().setUp()
+        self.acknowledged = 0  # changes of live_on()
+
+    def live_on(self, rng: random.Random, at_call: Callable[[], None]) -> list[gipam.Record]:
+        """Live on an empty disk, with a function called before each change of it."""
         self.write_files({})
-        self.calls, acknowledged = Disk(), 0
+        self.acknowledged = 0
+        self.calls = Disk()
         self.addCleanup(self.calls.close_all)
-        self.calls.watch = lambda: at_call(acknowledged)
+        self.calls.watch = at_call
         service = self.begin()
-        changes, tenant = record(service), Tenant(Direct(service), rng)
+        changes = record_changes(service)
+        tenant = Tenant(DirectClient(service), rng)
         for step in range(45):
             if step % 10 == 9:
                 checkpoint(service)
-            elif step % 10 == 4:  # a fold leaves a blank segment, and no more
+            elif step % 10 == 4:
+                # A checkpoint that fails leaves a blank segment, and no more.
                 service.store.rotate(1)
                 service.reload(gipam.StoreError("a write has failed"))
             else:
                 tenant.step()
-            acknowledged = len(changes)
+            self.acknowledged = len(changes)
         checkpoint_at_stop(service)
-        at_call(acknowledged)
+        at_call()
         return changes
 
     @seeded(2)
-    def test_everything_acknowledged_is_there_after_a_power_cut_or_kill(
+    def test_acknowledged_change_is_there_after_a_power_cut_or_kill(
             self, rng: random.Random) -> None:
-        images = {}  # name and content of the files -> what is acknowledged
+        images = {}  # names and contents of the files -> changes acknowledged
 
-        def photograph(acknowledged: int) -> None:
-            for files in (self.calls.after_kill(),
-                          *(self.calls.after_power_cut(rng) for _ in range(5))):
-                images[tuple(sorted(files.items()))] = acknowledged
+        def photograph() -> None:
+            cuts = [self.calls.after_power_cut(rng) for _ in range(5)]
+            for files in (self.calls.after_kill(), *cuts):
+                images[tuple(sorted(files.items()))] = self.acknowledged
 
-        expected = pictures(self.live_on(rng, photograph))
+        dumps = dump_each_state(self.live_on(rng, photograph))
         for image, acknowledged in images.items():
             self.write_files(dict(image))
             state = recover(self.path)
             self.assertGreaterEqual(state.seq, acknowledged)
-            self.assertEqual(dump_state(state), expected[state.seq])
+            self.assertEqual(dump_state(state), dumps[state.seq])
 
     @seeded(1)
-    def test_everything_seen_after_a_kill_is_there_after_a_power_cut(
+    def test_change_seen_after_a_kill_is_there_after_a_power_cut(
             self, rng: random.Random) -> None:
         """A reply of the second life may rest on what the first had written and not synced."""
         kills: list[Disk] = []
-        self.live_on(rng, lambda _: kills.append(self.calls.survivor()))
-        for method, argument in ((Direct.request_pool, "192.168.0.0/24"),
-                                 (Direct.release_pool, UNKNOWN_ID)):
-            for first in kills if IS_LONG else rng.sample(kills, 60):
-                self.write_files(first.after_kill())
-                second = first.survivor()
-                service = begin(self.path, second)
-                method(Direct(service), argument)
-                second.close_all()
-                for _ in range(4):
-                    self.write_files(second.after_power_cut(rng))
-                    self.assert_recovered(dump_state(service.state))
+
+        def kill() -> None:
+            kills.append(self.calls.survivor())
+
+        self.live_on(rng, kill)
+        for step in ("grant a pool", "release a pool that is not there"):
+            chosen = kills if IS_LONG else rng.sample(kills, 60)
+            for first in chosen:
+                with self.subTest(step):
+                    self.check_second_life(first, step, rng)
+
+    def check_second_life(self, first: Disk, step: str, rng: random.Random) -> None:
+        """Start on what a kill has left and make a call; check what a power cut then leaves."""
+        self.write_files(first.after_kill())
+        second = first.survivor()
+        service = begin(self.path, second)
+        client = DirectClient(service)
+        if step == "grant a pool":
+            client.request_pool("192.168.0.0/24")
+        else:
+            client.release_pool(UNKNOWN_ID)
+        second.close_all()
+        for _ in range(4):
+            self.write_files(second.after_power_cut(rng))
+            self.assert_recovered(dump_state(service.state))
 
     def test_lease_file_is_there_before_the_first_request(self) -> None:
         self.begin()
         for _ in range(20):
-            self.assertEqual(list(self.calls.after_power_cut(random.Random())), ["leases.json"])
+            files = self.calls.after_power_cut(random.Random())
+            self.assertEqual(list(files), ["leases.json"])
 
 
 class LostDiskTest(StoreCase):
     """A real daemon whose disk goes away; full and read-only ones are in .ci/lab/long.py."""
 
     def test_directory_that_is_gone_costs_errors_until_it_is_back(self) -> None:
-        gone = os.path.join(self.directory, "gone")
-        os.mkdir(gone)
-        daemon = self.daemon("-file", os.path.join(gone, "leases.json")).start()
-        shutil.rmtree(gone)
+        directory = os.path.join(self.directory, "gone")
+        path = os.path.join(directory, "leases.json")
+        os.mkdir(directory)
+        daemon = self.daemon("-file", path).start()
+        shutil.rmtree(directory)
         client = daemon.client()
-        with self.assertRaisesRegex(Refused, r"cannot write .*/gone/.*journal\.1: No such file"):
+        pattern = r"cannot write .*/gone/.*journal\.1: No such file"
+        with self.assertRaisesRegex(ErrorReply, pattern):
             client.request_pool("10.9.0.0/24")
-        os.mkdir(gone)
-        client.request_pool("10.9.0.0/24")  # it was not held, and is now
+        os.mkdir(directory)
+        # The pool was not held, and is now.
+        client.request_pool("10.9.0.0/24")
         self.assertEqual(daemon.stop(), 0)
-        self.assertEqual(len(recover(os.path.join(gone, "leases.json")).pools), 1)
+        self.assertEqual(len(recover(path).pools), 1)
 
 
 # === Netlink ======================================================================================
@@ -4040,7 +4402,7 @@ class CommitTest(ServiceCase):
         segment = active_segment(self.service.store)
         segment.allocated = self.service.store.journal_bytes + spare_bytes
         os.truncate(self.journal, segment.allocated)
-        call = self.calls._call
+        call = self.calls.call
 
         def call_on_full_disk(name: str, *arguments: Any) -> Any:
             if name == "pwrite":
@@ -4051,7 +4413,7 @@ class CommitTest(ServiceCase):
                     raise OSError(errno.ENOSPC, "No space left")
             return call(name, *arguments)
 
-        with mock.patch.object(self.calls, "_call", call_on_full_disk):
+        with mock.patch.object(self.calls, "call", call_on_full_disk):
             return self.run_iteration(*self.address_calls(9))
 
     def test_full_disk_with_room_for_single_records(self) -> None:
