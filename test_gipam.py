@@ -9362,52 +9362,54 @@ class ChangesDuringCheckTest(OperatedCase):
         self.assertIn(f" {leaked} ", text)
 
 
-class ImportTest(OperatedCase):
-    """Starts of gipam, and adoptions: Docker is asked what is in use."""
-
-    COMPLETE = "INFO:gipam:compared with Docker: nothing is missing"
+class ImportCase(OperatedCase):
+    """gipam that starts without its lease file, beside a Docker with networks and containers."""
 
     def setUp(self) -> None:
         super().setUp()
         self.docker.make_network("web", "4", "6")
         self.docker.make_network("lan", "10.9.0.0/24", sub_pool="10.9.0.64/26")
-        for number in range(3):
-            self.docker.start(f"c{number}", "web", "lan")
-        self.answers = threading.Event()  # set while Docker answers, from await_answers() on
+        for name in ("c0", "c1", "c2"):
+            self.docker.start(name, "web", "lan")
+        self.answers = threading.Event()  # cleared while silence_docker() is in force
         self.is_over = False
         self.patch(gipam, IMPORT_BACKOFF_S=0.01, IMPORT_TIMEOUT_S=DEADLINE_S,
                    docker_socket_path=self.docker_path)
         self.lose_file()
 
     def docker_path(self) -> str:
+        """Return where Docker listens; end the worker when the test is over."""
         if self.is_over:
             raise gipam.ShuttingDown
         return self.docker.path
 
     def lose_file(self) -> None:
+        """Let the next start find no lease file."""
         self.file = os.path.join(make_directory(self), "leases.json")
 
     def restore_file(self, text: bytes) -> None:
-        """Put a copy of the lease file in the place of all that is there."""
+        """Let the next start find this lease file, and no journal."""
         self.lose_file()
         self.write(self.file, text)
 
     def copy_file(self) -> bytes:
         """Return the lease file as a clean stop leaves it."""
-        self.loop.run_in_loop(gipam.Checkpoint(self.service, self.service.run_once).run_at_stop)
+        checkpoint = gipam.Checkpoint(self.service, self.service.run_once)
+        self.loop.run_in_loop(checkpoint.run_at_stop)
         return pathlib.Path(self.file).read_bytes()
 
     def start(self, is_alive: bool = True, has_worker: bool = True) -> gipam.Service:
-        """Start gipam, also after a crash; Docker's requests go to this one from now on."""
+        """Start gipam, also as after a crash; Docker's requests go to this one from now on."""
         settings = gipam.read_settings({}, argparse.Namespace(**self.options()))
         # Its predecessor still has the lock.
         with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive), \
                 mock.patch.object(gipam.Store, "lock"):
             config, store, document, state = gipam.open_store(settings)
             self.service = gipam.make_service(config, store, document, state)
-            run_with_claim = gipam.NoCluster(self.service.run_once).run_with_claim
-            gipam.start_import(config, self.service, document, self.service.run_once, run_with_claim)
-        # Not before: two threads would use it.
+            run_once = self.service.run_once
+            run_with_claim = gipam.NoCluster(run_once).run_with_claim
+            gipam.start_import(config, self.service, document, run_once, run_with_claim)
+        # Before, the loop's thread would have used it beside this one.
         self.loop.service = self.service
         self.service.daemon_info = gipam.describe_daemon(config, self.socket)
         if has_worker:
@@ -9415,11 +9417,13 @@ class ImportTest(OperatedCase):
         return self.service
 
     def start_worker(self) -> None:
+        """Run the worker of the import in a thread until the test ends."""
+        service = self.service
         run_in_loop = self.loop.run_in_loop
         run_with_claim = gipam.NoCluster(run_in_loop).run_with_claim
-        service = self.service
         worker = threading.Thread(
-            target=gipam.import_worker, args=(service, "gipam", run_in_loop, run_with_claim), daemon=True)
+            target=gipam.import_worker, args=(service, "gipam", run_in_loop, run_with_claim),
+            daemon=True)
         worker.start()
 
         def end() -> None:
@@ -9430,22 +9434,31 @@ class ImportTest(OperatedCase):
 
         self.addCleanup(end)
 
-    def compare(self, run_in_loop: Any = None) -> None:
-        """Compare with Docker as the worker does, in this thread."""
+    def import_now(self, run_in_loop: Any = None) -> None:
+        """Import from Docker as the worker does, in this thread."""
         run_in_loop = run_in_loop or self.loop.run_in_loop
-        gipam.import_from_docker(self.service, "gipam", DEADLINE_S, run_in_loop,
-                                 gipam.NoCluster(run_in_loop).run_with_claim)
+        run_with_claim = gipam.NoCluster(run_in_loop).run_with_claim
+        gipam.import_from_docker(self.service, "gipam", DEADLINE_S, run_in_loop, run_with_claim)
+
+    def is_import_due(self) -> bool:
+        return self.service.docker_import.is_due
 
     def wait_for_import(self) -> None:
-        wait_for(lambda: not self.service.docker_import.is_due, "the import")
+        """Wait until no import is due."""
+        for _ in sleeping_retry("the import"):
+            if not self.is_import_due():
+                break
 
-    def wait_until_docker_is_asked_in_vain(self) -> None:
-        asked = len(self.docker.asked)
-        wait_for(lambda: len(self.docker.asked) > asked + 12, "Docker is asked again and again")
-        self.assertTrue(self.service.docker_import.is_due)
+    def wait_for_vain_attempts(self) -> None:
+        """Wait until the worker has asked Docker some times, and the import is still due."""
+        count = len(self.docker.asked) + 12
+        for _ in sleeping_retry("more requests to Docker"):
+            if len(self.docker.asked) > count:
+                break
+        self.assertTrue(self.is_import_due())
 
-    def await_answers(self) -> None:
-        """Let Docker be silent."""
+    def silence_docker(self) -> None:
+        """Let Docker reply only when `answers` is set."""
         self.answers.clear()
         self.docker.before = self.wait_for_answers
 
@@ -9453,7 +9466,9 @@ class ImportTest(OperatedCase):
         self.answers.wait(DEADLINE_S)
 
     def assert_all_held(self) -> None:
-        used = {allocation.address for allocation in self.read_docker().ours if allocation.address}
+        """Check that gipam holds what Docker uses, and nothing else."""
+        ours = self.read_docker().ours
+        used = {allocation.address for allocation in ours if allocation.address}
         held = set()
         for addresses in self.held().values():
             held.update(addresses)
@@ -9461,25 +9476,28 @@ class ImportTest(OperatedCase):
         self.assertEqual(held - used, {"10.9.0.64"}, "the gateway that Docker does not show")
         self.assertEqual(self.check(), [])
 
-    # Starts
+
+class ImportAtStartTest(ImportCase):
+    """A start with a lost, a restored or a sound lease file."""
 
     def test_lost_file_with_docker_alive_is_replaced_before_anything_is_served(self) -> None:
-        """But not by what Docker only shows."""
-        self.docker.show_network("template", {"Subnet": "10.60.0.0/24"}, ConfigOnly=True, Driver="null")
+        """Networks that use nothing of gipam are not imported."""
+        self.docker.show_network("template", {"Subnet": "10.60.0.0/24"}, ConfigOnly=True,
+                                 Driver="null")
         self.docker.show_network("six", {"Subnet": "fd00:7::/64"}, EnableIPv6=False)
         self.docker.show_network("hint", {"Subnet": "0.0.0.0/28"})
         self.start(has_worker=False)
-        self.assertFalse(self.service.docker_import.is_due)
+        self.assertFalse(self.is_import_due())
         self.assert_all_held()
 
     def test_docker_that_does_not_answer_does_not_hold_up_the_start(self) -> None:
         for is_alive in (False, True):
             with self.subTest(is_alive=is_alive):
-                self.await_answers()
+                self.silence_docker()
                 self.lose_file()
                 with mock.patch.object(gipam, "IMPORT_TIMEOUT_S", 0.05):
                     self.start(is_alive)
-                self.assertTrue(self.service.docker_import.is_due)
+                self.assertTrue(self.is_import_due())
                 self.assertEqual(self.held(), {})
                 # Nor does it hold up a request.
                 self.docker.start("adopted", "web")
@@ -9488,30 +9506,7 @@ class ImportTest(OperatedCase):
                 self.assertLess({"10.2.0.0/24", "10.9.0.64/26"}, set(self.held()))
                 self.docker.stop("adopted")
 
-    def test_import_consumes_the_request_that_it_serves(self) -> None:
-        """Also where a pool stays unconfirmed; not what is requested while Docker is read."""
-        self.start(has_worker=False)
-        self.assertFalse(self.service.docker_import.requested.is_set())
-
-        self.lose_file()
-        with mock.patch.object(gipam, "confirmed_seqs", return_value=[]):
-            self.start(has_worker=False)
-        self.assertTrue(self.service.docker_import.is_due)
-        self.assertFalse(self.service.docker_import.requested.is_set())
-
-        adopted = ("10.7.0.0/24", "")
-
-        def adopt(_: str) -> None:
-            docker_import = self.service.docker_import
-            if docker_import.unconfirmed and adopted not in docker_import.unconfirmed.values():
-                docker_import.add(10**6, adopted)
-
-        self.lose_file()
-        self.docker.before = adopt
-        self.start(has_worker=False)
-        self.assertTrue(self.service.docker_import.requested.is_set())
-
-    def test_sound_file_costs_one_look_at_docker_and_one_line(self) -> None:
+    def test_sound_file_costs_one_reading_of_docker_and_one_line(self) -> None:
         self.start(has_worker=False)
         file = self.copy_file()
         self.restore_file(file)
@@ -9520,12 +9515,14 @@ class ImportTest(OperatedCase):
             service = self.start()
             seq = service.state.seq
             self.wait_for_import()
-        self.assertEqual(logged.output, [self.COMPLETE])
+        self.assertEqual(logged.output, ["INFO:gipam:compared with Docker: nothing is missing"])
         self.assertEqual(self.docker.asked, ["/version", "/networks", "/containers/json"])
-        self.assertEqual((service.state.seq, service.store.journal_bytes), (seq, 0))
+        self.assertEqual(service.state.seq, seq)
+        self.assertEqual(service.store.journal_bytes, 0)
         self.assertEqual(pathlib.Path(self.file).read_bytes(), file)
 
-    def test_restored_backup_gets_what_happened_since(self) -> None:
+    def test_restored_backup_gets_later_grants(self) -> None:
+        """Only `check` releases what Docker has released since, because its age is not known."""
         self.start(has_worker=False)
         backup = self.copy_file()
         self.start(has_worker=False)
@@ -9535,14 +9532,15 @@ class ImportTest(OperatedCase):
         self.restore_file(backup)
         self.start()
         self.wait_for_import()
-        self.assertIn("10.8.0.0/24", self.held())
-        self.assertIn(self.docker.endpoint("late")["IPAddress"], self.held()["10.2.0.0/24"])
-        # What Docker has released since only `check` may release: nobody knows how old it is.
-        self.assertRegex("\n".join(self.check()), r"\A(leaked_address: .*\n?){3}\Z")
+        held = self.held()
+        self.assertIn("10.8.0.0/24", held)
+        self.assertIn(self.docker.endpoint("late")["IPAddress"], held["10.2.0.0/24"])
+        findings = "\n".join(self.check())
+        self.assertRegex(findings, r"\A(leaked_address: .*\n?){3}\Z")
 
-    def test_adoption_before_a_crash_has_docker_asked_at_the_next_start(self) -> None:
-        """The lease file knows the pool of that container, and none of the other containers."""
-        self.await_answers()
+    def test_import_follows_an_adoption_before_a_crash(self) -> None:
+        """The lease file knows the pool of the container, and none of the other containers."""
+        self.silence_docker()
         self.start(is_alive=False, has_worker=False)
         self.docker.start("adopted", "lan", address="10.9.0.99")
         self.assertEqual(self.held(), {"10.9.0.64/26": ["10.9.0.64", "10.9.0.99"]})
@@ -9551,113 +9549,220 @@ class ImportTest(OperatedCase):
         self.wait_for_import()
         self.assert_all_held()
 
-    def test_import_that_is_cut_short_by_a_crash_is_completed_at_the_next_start(self) -> None:
-        """After each of its portions."""
-        for portions in range(3):
-            with self.subTest(portions=portions):
+    def test_import_that_a_crash_cuts_short_is_completed_at_the_next_start(self) -> None:
+        for portion_count in range(3):
+            with self.subTest(portions=portion_count):
                 self.lose_file()
                 self.start(is_alive=False, has_worker=False)
-                results = [*[mock.DEFAULT] * portions, gipam.StoreError("the host is switched off")]
-                with mock.patch.object(gipam, "post_in_loop", side_effect=results, wraps=gipam.post_in_loop), \
+                results: list[Any] = [mock.DEFAULT for _ in range(portion_count)]
+                results.append(gipam.StoreError("the host is switched off"))
+                with mock.patch.object(gipam, "post_in_loop", side_effect=results,
+                                       wraps=gipam.post_in_loop), \
                         self.assertRaises(gipam.StoreError):
-                    self.compare()
+                    self.import_now()
                 self.assertLess(len(self.held()), 3)
                 self.start(has_worker=False)
-                self.compare()
+                self.import_now()
                 self.assert_all_held()
 
-    # The thread
+    def test_finding_that_cannot_be_fixed_does_not_stop_the_others(self) -> None:
+        config = self.docker.networks["web"]["IPAM"]["Config"][0]
+        config["AuxiliaryAddresses"] = {"a": "10.77.0.7", "b": "10.2.0.77"}
+        self.docker.endpoint("c0", "lan")["IPAddress"] = "10.77.0.8"
+        self.docker.show_network("twice", {"Subnet": "10.2.0.0/22"})
+        with self.assertLogs("gipam", "WARNING") as logged:
+            self.start()
+        self.assertRegex("\n".join(logged.output),
+                         "not fixed: subnet 10.2.0.0/22 of network twice .*: Pool overlaps")
+        held = self.held()
+        self.assertLess({"10.2.0.1", "10.2.0.77"}, set(held["10.2.0.0/24"]))
+        self.assertEqual(len(held["10.9.0.64/26"]), 3)
+
+    def test_docker_is_alive_if_its_pid_file_names_a_process(self) -> None:
+        kill = mock.Mock(wraps=os.kill)
+        for text, error, is_alive in (
+                (str(os.getpid()), None, True),
+                ("1", PermissionError(), True),
+                ("4194305", None, False),
+                ("garbage", None, False),
+                ("", None, False)):
+            kill.side_effect = error
+            with self.subTest(text), mock.patch.object(os, "kill", kill), \
+                    mock.patch("builtins.open", mock.mock_open(read_data=text)):
+                self.assertIs(gipam.is_docker_alive(), is_alive)
+        with mock.patch("builtins.open", side_effect=FileNotFoundError()):
+            self.assertFalse(gipam.is_docker_alive())
+
+
+class ImportWorkerTest(ImportCase):
+    """The thread that imports: its attempts, pauses, portions and log."""
 
     def test_docker_that_cannot_be_reached_costs_one_line(self) -> None:
         path = self.docker.path
         self.docker.path = self.directory + "/nothing.sock"
+        attempts = mock.Mock(wraps=gipam.import_from_docker)
         with self.assertLogs("gipam", "INFO") as logged:
             self.start()
-            attempts = mock.Mock(wraps=gipam.import_from_docker)
             with mock.patch.object(gipam, "import_from_docker", attempts):
-                wait_for(lambda: attempts.call_count > 3, "some attempts")
+                for _ in sleeping_retry("some attempts"):
+                    if attempts.call_count > 3:
+                        break
             self.docker.path = path
             self.wait_for_import()
         lines = [line for line in logged.output if "compared" in line]
-        self.assertRegex("\n".join(lines), r"\AINFO:gipam:not compared with Docker yet, trying again in the "
-                         r"background: Docker does not answer on .*nothing.sock: No such file.*\n"
-                         r"INFO:gipam:compared with Docker: imported 15 pools and addresses\Z")
+        self.assertEqual(len(lines), 2)
+        self.assertRegex(lines[0], "^INFO:gipam:not compared with Docker yet, trying again in the "
+                                   "background: Docker does not answer on .*nothing.sock: "
+                                   "No such file.*")
+        imported = "INFO:gipam:compared with Docker: imported 15 pools and addresses"
+        self.assertEqual(lines[1], imported)
 
-    def test_thread_goes_on_after_an_error_that_nobody_foresaw(self) -> None:
+    def test_worker_goes_on_after_an_unexpected_exception(self) -> None:
         results = [RuntimeError("a bug"), mock.DEFAULT]
-        with mock.patch.object(gipam, "import_from_docker", side_effect=results, wraps=gipam.import_from_docker), \
+        with mock.patch.object(gipam, "import_from_docker", side_effect=results,
+                               wraps=gipam.import_from_docker), \
                 self.assertLogs("gipam", "ERROR") as logged:
             self.start(is_alive=False)
             self.wait_for_import()
-        self.assertRegex("\n".join(logged.output), "cannot compare with Docker, which is a bug.*\n(.*\n)*.*a bug")
+        self.assertRegex("\n".join(logged.output),
+                         "cannot compare with Docker, which is a bug.*\n(.*\n)*.*a bug")
         self.assert_all_held()
 
     def test_pauses_grow_to_a_minute_until_an_adoption(self) -> None:
         service = mock.Mock(docker_import=mock.Mock(is_due=True))
+        wait = service.docker_import.requested.wait
+        wait.side_effect = [True, *[False] * 7, True, False]
         attempts = [None] * 9 + [gipam.ShuttingDown]
-        service.docker_import.requested.wait.side_effect = [True, *[False] * 7, True, False]
         with mock.patch.object(gipam, "try_import", side_effect=attempts), \
                 mock.patch.object(gipam, "IMPORT_BACKOFF_S", 1.0):
             gipam.import_worker(service, "gipam", mock.Mock(), mock.Mock())
-        pauses = [call.args[0] for call in service.docker_import.requested.wait.mock_calls]
+        pauses = [call.args[0] for call in wait.mock_calls]
         self.assertEqual(pauses, [1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 1.0])
 
-    def test_portions_of_an_iteration(self) -> None:
-        """No iteration looks up, imports or confirms more than a few hundred leases."""
+    def test_import_consumes_the_request_that_it_serves(self) -> None:
+        """Also where a pool stays unconfirmed."""
         self.start(has_worker=False)
-        pool = gipam.DockerAllocation("pool", subnet="10.8.0.0/21", driver="gipam", docker_id="n", network="n")
-        used = [f"10.8.{number >> 8}.{number & 255}" for number in (*range(1, 200), *range(300, 1900), 2000)]
-        allocations = [pool]
-        for address in used:
-            allocations.append(pool._replace(kind="endpoint", address=address, docker_id=address))
-        sizes = []
-        given: list[str] = []
+        self.assertFalse(self.service.docker_import.requested.is_set())
 
-        def measure(function: Callable[..., Any], *args: Any) -> Any:
-            before = self.service.state.seq
-            result = function(*args)
-            sizes.append(self.service.state.seq - before)
-            for value in (result, *args):
-                if isinstance(value, (list, dict)):
-                    sizes.append(len(value))
-            if self.service.state.seq > before and not given:
-                # Docker starts a container in a pool that has been imported in part.
-                request = gipam.AddressRequest("", "endpoint", "", "")
-                grant, _ = self.service.request_address(f"{pool.subnet}#{TOKEN}", request)
-                given.append(grant.address)
-            return result
+        self.lose_file()
+        with mock.patch.object(gipam, "confirmed_seqs", return_value=[]):
+            self.start(has_worker=False)
+        self.assertTrue(self.is_import_due())
+        self.assertFalse(self.service.docker_import.requested.is_set())
 
-        def run_in_loop(function: Callable[..., Any], *args: Any) -> Any:
-            if function in (self.service.docker_import.take, self.service.docker_import.unconfirmed.copy):
-                # A copy of small values, which is made at once.
-                return self.loop.run_in_loop(function)
-            return self.loop.run_in_loop(measure, function, *args)
+    def test_import_keeps_a_request_that_comes_while_docker_is_read(self) -> None:
+        adopted = ("10.7.0.0/24", "")
 
-        with mock.patch.object(gipam, "read_docker_allocations", return_value=gipam.DockerView(allocations, [])):
-            self.compare(run_in_loop)
-        held = self.held()["10.8.0.0/21"]
-        self.assertEqual(set(used) - set(held), set())
-        self.assertNotIn(given[0], used)
-        self.assertIn(given[0], held, "though Docker does not show it yet")
-        self.assertLessEqual(max(sizes), gipam.LEASES_PER_CHUNK)
-        self.assertFalse(self.service.docker_import.is_due)
+        def adopt_once(_: str) -> None:
+            docker_import = self.service.docker_import
+            unconfirmed = docker_import.unconfirmed
+            if unconfirmed and adopted not in unconfirmed.values():
+                docker_import.add(10**6, adopted)
+
+        self.docker.before = adopt_once
+        self.start(has_worker=False)
+        self.assertTrue(self.service.docker_import.requested.is_set())
 
     def test_order_of_import_leaves_the_widest_gap_to_containers_that_start_meanwhile(self) -> None:
         pool = gipam.DockerAllocation("pool", subnet="10.8.0.0/24", sub_pool="10.8.0.64/26")
+        hidden = pool._replace(kind="gateway")
         for offsets, expected in (
-                ([], []), ([70], [70]), ([65, 66, 90], [90, 66, 65]), ([64, 127], [64, 127]),
-                ([100, 120], [120, 100]), ([66, 100, 126, 3, 200], [66, 3, 200, 126, 100])):
+                ([], []),
+                ([70], [70]),
+                ([65, 66, 90], [90, 66, 65]),
+                ([64, 127], [64, 127]),
+                ([100, 120], [120, 100]),
+                ([66, 100, 126, 3, 200], [66, 3, 200, 126, 100])):
             with self.subTest(offsets):
-                users = [pool._replace(kind="endpoint", address=f"10.8.0.{offset}") for offset in offsets]
-                hidden = pool._replace(kind="gateway")
+                users = []
+                for offset in offsets:
+                    users.append(pool._replace(kind="endpoint", address=f"10.8.0.{offset}"))
                 ordered = gipam.order_for_import(pool, [hidden, *users])
                 self.assertEqual(ordered.pop(), hidden)
-                self.assertEqual([int(user.address.split(".")[3]) for user in ordered], expected)
+                ordered_offsets = [int(user.address.split(".")[3]) for user in ordered]
+                self.assertEqual(ordered_offsets, expected)
 
-    # Releases beside the import
+
+class Iterations:
+    """Runs functions in the loop of a test, and measures how much each iteration handles.
+
+    When a pool has been imported in part, Docker starts a container in it.
+    """
+
+    def __init__(self, test: ImportCase, subnet: str) -> None:
+        self.test = test
+        self.pool_id = f"{subnet}#{TOKEN}"
+        self.sizes: list[int] = []
+        self.granted = ""  # address of the container
+        docker_import = test.service.docker_import
+        # Each copies small values at once.
+        self.not_measured = (docker_import.take, docker_import.unconfirmed.copy)
+
+    def run_in_loop(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if function in self.not_measured:
+            return self.test.loop.run_in_loop(function, *arguments)
+        return self.test.loop.run_in_loop(self.measure, function, *arguments)
+
+    def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call the function, and note how many records it applies and leases it passes."""
+        service = self.test.service
+        seq = service.state.seq
+        result = function(*arguments)
+        change_count = service.state.seq - seq
+        self.sizes.append(change_count)
+        for value in (result, *arguments):
+            if isinstance(value, (list, dict)):
+                self.sizes.append(len(value))
+        if change_count and not self.granted:
+            request = gipam.AddressRequest("", "endpoint", "", "")
+            grant, _ = service.request_address(self.pool_id, request)
+            self.granted = grant.address
+        return result
+
+
+class ImportOfManyTest(ImportCase):
+    """The import of more leases than an iteration of the loop may handle."""
+
+    SUBNET = "10.8.0.0/21"
+
+    def use_addresses(self) -> list[str]:
+        """Return addresses with gaps between them."""
+        addresses = []
+        for number in (*range(1, 200), *range(300, 1900), 2000):
+            addresses.append(f"10.8.{number >> 8}.{number & 255}")
+        return addresses
+
+    def docker_view(self, addresses: list[str]) -> gipam.DockerView:
+        """Return a reading of Docker with one pool, in which these addresses are used."""
+        pool = gipam.DockerAllocation("pool", subnet=self.SUBNET, driver="gipam", docker_id="n",
+                                      network="n")
+        allocations = [pool]
+        for address in addresses:
+            endpoint = pool._replace(kind="endpoint", address=address, docker_id=address)
+            allocations.append(endpoint)
+        return gipam.DockerView(allocations, [])
+
+    def test_iteration_handles_a_few_hundred_leases(self) -> None:
+        """When it looks up, imports or confirms them; and containers start meanwhile."""
+        self.start(has_worker=False)
+        used = self.use_addresses()
+        iterations = Iterations(self, self.SUBNET)
+        view = self.docker_view(used)
+        with mock.patch.object(gipam, "read_docker_allocations", return_value=view):
+            self.import_now(iterations.run_in_loop)
+        held = self.held()[self.SUBNET]
+        self.assertEqual(set(used) - set(held), set())
+        self.assertNotIn(iterations.granted, used)
+        self.assertIn(iterations.granted, held, "though Docker does not show it yet")
+        self.assertLessEqual(max(iterations.sizes), gipam.LEASES_PER_CHUNK)
+        self.assertFalse(self.is_import_due())
+
+
+class ReleaseDuringImportTest(ImportCase):
+    """Docker releases an address while gipam imports what Docker has shown."""
 
     def test_address_that_is_released_while_docker_is_read_is_not_imported(self) -> None:
-        """Its container stops when gipam starts again: Docker's reading is older than the release."""
+        """Its container stops when gipam starts again, so the reading is older than the release."""
         self.start(has_worker=False)
         steps = self.docker.stopping("c0", is_shown_late=True)
 
@@ -9671,7 +9776,7 @@ class ImportTest(OperatedCase):
         self.docker.before = stop_after_containers
         seq = self.service.state.seq
         with mock.patch.object(self.service, "import_pool") as import_pool:
-            self.compare()
+            self.import_now()
         import_pool.assert_not_called()
         self.assertGreater(self.service.state.seq, seq, "it has been released")
 
@@ -9680,92 +9785,98 @@ class ImportTest(OperatedCase):
         self.start(has_worker=False)
         self.release(self.docker.endpoint("c0")["IPAddress"])
 
-        def forget_before_second_reading(path: str) -> None:
+        def hide_at_second_reading(path: str) -> None:
             if path in self.docker.asked:
                 self.docker.hide_addresses("c0")
 
         self.docker.asked.clear()
-        self.docker.before = forget_before_second_reading
+        self.docker.before = hide_at_second_reading
         seq = self.service.state.seq
-        self.compare()
+        self.import_now()
         self.assertEqual(self.service.state.seq, seq, "imported, if only for a moment")
 
-    def test_what_docker_releases_between_reading_and_import_is_released(self) -> None:
-        """gipam does not hold it then, so the release does nothing, and nobody would repeat it.
+    def release_before_import(self) -> None:
+        """Let Docker release a network and a container's addresses just before an import.
 
-        If Docker cannot be asked again before the start, it is asked later.
+        gipam does not hold them yet, so the releases do nothing, and Docker does not repeat them.
         """
-        real = gipam.Service.import_pool
+        import_pool = gipam.Service.import_pool
 
-        def import_pool(service: gipam.Service, *arguments: Any) -> Any:
+        def import_after_release(service: gipam.Service, *arguments: Any) -> Any:
             if "old" in self.docker.networks:
-                before, self.loop.service = self.loop.service, service
+                # No iteration may use this service while its start goes on.
+                previous = self.loop.service
+                self.loop.service = service
                 self.docker.stop("c0")
                 self.docker.remove_network("old")
-                # No iteration may use it while this thread goes on.
-                self.loop.service = before
-            return real(service, *arguments)
+                self.loop.service = previous
+            return import_pool(service, *arguments)
 
-        def hang_up(path: str) -> None:
+        self.docker.make_network("old", "10.8.0.0/24")
+        self.patch(gipam.Service, import_pool=import_after_release)
+
+    def test_released_pool_is_released_after_its_import(self) -> None:
+        self.release_before_import()
+        self.start()
+        self.assertFalse(self.is_import_due())
+        self.assertNotIn("10.8.0.0/24", self.held())
+        self.assert_all_held()
+
+    def test_released_pool_is_released_later_if_docker_cannot_be_asked_again(self) -> None:
+        def hang_up(_: str) -> None:
             if "old" not in self.docker.networks:
                 raise ConnectionResetError
 
-        self.patch(gipam.Service, import_pool=import_pool)
-        for is_late, before in ((False, self.docker.before), (True, hang_up)):
-            with self.subTest(is_late=is_late), mock.patch.object(self.docker, "before", before):
-                self.lose_file()
-                self.docker.make_network("old", "10.8.0.0/24")
-                self.start()
-                self.assertEqual(self.service.docker_import.is_due, is_late)
-                self.assertEqual("10.8.0.0/24" in self.held(), is_late)
-                self.docker.before = self.docker_answers
-                self.wait_for_import()
-                self.assertNotIn("10.8.0.0/24", self.held())
-                self.assert_all_held()
-                self.docker.start("c0", "web", "lan")
+        self.release_before_import()
+        self.docker.before = hang_up
+        self.start()
+        self.assertTrue(self.is_import_due())
+        self.assertIn("10.8.0.0/24", self.held())
+        self.docker.before = reply_at_once
+        self.wait_for_import()
+        self.assertNotIn("10.8.0.0/24", self.held())
+        self.assert_all_held()
 
-    @staticmethod
-    def docker_answers(_: str) -> None:
-        """Do nothing before Docker answers."""
 
-    # Adopted pools
+class ImportOfAdoptedPoolTest(ImportCase):
+    """A pool that gipam has adopted by the id of a request, until Docker confirms it."""
 
-    def test_first_address_of_an_adopted_pool_waits_for_docker(self) -> None:
-        """Before 29, an empty network with a size hint does not show its subnet: its container adopts it."""
+    def test_first_address_is_kept_for_the_gateway_until_docker_shows_it(self) -> None:
+        """Before 29, an empty network with a size hint does not show its subnet."""
         self.docker.make_network("hint", options={"gipam.v4ab": "29"})
         self.docker.show_hint("hint", "0.0.0.0/29")
         self.start()
-        subnet = self.docker.pool_ids["hint", 4].partition("#")[0]
+        subnet = subnet_of(self.docker.pool_ids["hint", 4])
+        gateway = str(subnet[1])
         steps = self.docker.starting("first", "hint")
-        # Its address is granted, and not shown yet.
+        # gipam grants its address, which Docker does not show yet.
         next(steps)
-        self.wait_until_docker_is_asked_in_vain()
+        self.wait_for_vain_attempts()
         for _ in range(4):
             self.request("", "hint")
-        with self.assertRaisesRegex(Refused, "no available addresses"):
+        with self.assertRaisesRegex(ErrorReply, "no available addresses"):
             self.request("", "hint")
 
-        gateway = str(ipaddress.ip_network(subnet)[1])
-        for pool in self.status_now()["pools"]:
-            if pool["subnet"] == subnet:
-                kinds = {lease["address"]: lease["kind"] for lease in pool["addresses"]}
-                self.assertEqual(kinds[gateway], "gateway")
+        pools = self.status_now()["pools"]
+        pool, = [pool for pool in pools if pool["subnet"] == str(subnet)]
+        kinds = {lease["address"]: lease["kind"] for lease in pool["addresses"]}
+        self.assertEqual(kinds[gateway], "gateway")
         finish(steps)
         self.docker.endpoint("first", "hint")["Gateway"] = gateway
         self.wait_for_import()
-        self.assertIn(gateway, self.held()[subnet])
+        self.assertIn(gateway, self.held()[str(subnet)])
 
-    def test_pool_that_docker_asks_of_is_not_released_though_no_network_shows_it(self) -> None:
+    def test_pool_that_docker_requests_from_is_not_released_though_no_network_has_it(self) -> None:
         self.start()
-        self.docker.pool_ids["hint", 4] = "10.8.0.0/24#0123456789abcdef"
+        self.docker.pool_ids["hint", 4] = f"10.8.0.0/24#{TOKEN}"
         self.request("10.8.0.9", "hint")
-        self.wait_until_docker_is_asked_in_vain()
+        self.wait_for_vain_attempts()
         self.assertEqual(self.held()["10.8.0.0/24"], ["10.8.0.1", "10.8.0.9"])
 
-    def test_first_address_of_an_adopted_pool_is_released_if_it_is_no_gateway(self) -> None:
+    def test_first_address_is_released_if_it_is_no_gateway(self) -> None:
         self.docker.version = 29
         self.docker.make_network("bare", "10.8.0.0/29", has_gateway=False, Driver="macvlan")
-        self.await_answers()
+        self.silence_docker()
         self.start(is_alive=False)
         self.docker.start("one", "bare")
         address = self.docker.endpoint("one", "bare")["IPAddress"]
@@ -9775,41 +9886,21 @@ class ImportTest(OperatedCase):
         self.assertEqual(self.held()["10.8.0.0/29"], [address])
         self.docker.start("two", "bare", address="10.8.0.1")
 
-    def test_what_cannot_be_imported_does_not_stop_the_rest(self) -> None:
-        config = self.docker.networks["web"]["IPAM"]["Config"][0]
-        config["AuxiliaryAddresses"] = {"a": "10.77.0.7", "b": "10.2.0.77"}
-        self.docker.endpoint("c0", "lan")["IPAddress"] = "10.77.0.8"
-        self.docker.show_network("twice", {"Subnet": "10.2.0.0/22"})
-        with self.assertLogs("gipam", "WARNING") as logged:
-            self.start()
-        self.assertRegex("\n".join(logged.output),
-                         "not fixed: subnet 10.2.0.0/22 of network twice .*: Pool overlaps")
-        self.assertLess({"10.2.0.1", "10.2.0.77"}, set(self.held()["10.2.0.0/24"]))
-        self.assertEqual(len(self.held()["10.9.0.64/26"]), 3)
-
     def test_first_parseable_id_is_bound_to_an_imported_pool(self) -> None:
         pool_id = self.docker.pool_ids["lan", 4]
         unbound = "10.9.0.0/24,10.9.0.64/26#unbound"
         self.start()
-        self.assertIn(unbound, self.service.state.pools)
+        pools = self.service.state.pools
+        self.assertIn(unbound, pools)
         self.docker.stop("c0")
-        self.assertNotIn(unbound, self.service.state.pools)
+        self.assertNotIn(unbound, pools)
         self.assert_all_held()
-        # The id of a network that had this range before.
-        late = pool_id[:-1] + ("0" if pool_id[-1] != "0" else "1")
-        self.call("IpamDriver.ReleasePool", PoolID=late)
-        self.assertIn(pool_id, self.service.state.pools)
-        self.assertEqual(set(recover(self.file).pools), set(self.service.state.pools))
 
-    def test_docker_is_alive_if_its_pid_file_names_a_process(self) -> None:
-        for text, error, is_alive in (
-                (str(os.getpid()), None, True), ("1", PermissionError(), True), ("4194305", None, False),
-                ("garbage", None, False), ("", None, False)):
-            with self.subTest(text), mock.patch("builtins.open", mock.mock_open(read_data=text)), \
-                    mock.patch.object(os, "kill", side_effect=error) if error else contextlib.nullcontext():
-                self.assertIs(gipam.is_docker_alive(), is_alive)
-        with mock.patch("builtins.open", side_effect=FileNotFoundError()):
-            self.assertFalse(gipam.is_docker_alive())
+        # The id of a network that had this range before.
+        digit = "1" if pool_id.endswith("0") else "0"
+        self.call("IpamDriver.ReleasePool", PoolID=pool_id[:-1] + digit)
+        self.assertIn(pool_id, pools)
+        self.assertEqual(set(recover(self.file).pools), set(pools))
 
 
 class ByHandTest(OperatedCase):
