@@ -730,7 +730,7 @@ record = record_changes
 PLAIN_SECTIONS = {
     "gipam.py": "all",
     "test_gipam.py": "Model Allocator Netlink Settings Daemon Helpers Style API Running Server Claims "
-                     "Cluster Commands Docker Journal",
+                     "Cluster Commands Docker Journal Service",
     "bench.py": "all",
     "delegation.py": "all",
     "boot.py": "all",
@@ -4273,10 +4273,10 @@ class ProxiesTest(Case):
 
 # === Service ======================================================================================
 #
-# The Service on a watched disk, without sockets. CommitTest has the rules of a commit: one record
-# an iteration, room before changes, all or nothing. CheckpointTest writes the lease file step by
-# step, with requests and failures between any two steps. RollBackServiceTest releases grants whose
-# reply was lost, AdoptionTest adopts pools by their ids, and KillTest kills a real daemon.
+# The Service on a Disk, without sockets. CommitTest has the rules of a commit: one record an
+# iteration, space preallocated before changes, all or nothing. CheckpointTest writes the lease file
+# step by step, with requests and failures between any two steps. LostReplyTest releases grants
+# whose reply was lost, AdoptionTest adopts pools by their ids, and KillTest kills a real daemon.
 
 
 @contextlib.contextmanager
@@ -4334,14 +4334,20 @@ class ApiCall(NamedTuple):
     arguments: dict[str, Any]
 
 
+def api_call(method: str, **arguments: Any) -> ApiCall:
+    return ApiCall(method, arguments)
+
+
 class CommitTest(ServiceCase):
     """An iteration: decide and apply each request, commit one record, then all replies."""
 
+    def ask(self, call: ApiCall) -> gipam.Reply:
+        """Return the reply as it is before the commit."""
+        return self.client.ask("IpamDriver." + call.method, **call.arguments)
+
     def run_iteration(self, *calls: ApiCall) -> list[gipam.Reply]:
         """Return the replies of one iteration, as they would leave after its commit."""
-        replies = []
-        for method, arguments in calls:
-            replies.append(self.client.ask("IpamDriver." + method, **arguments))
+        replies = [self.ask(call) for call in calls]
         error = self.service.commit()
         if error:
             return [gipam.error_reply(error) for _ in replies]
@@ -4349,44 +4355,45 @@ class CommitTest(ServiceCase):
 
     def address_calls(self, count: int) -> list[ApiCall]:
         """Return so many requests for an address."""
-        return [ApiCall("RequestAddress", {"PoolID": self.pool_id}) for _ in range(count)]
+        call = api_call("RequestAddress", PoolID=self.pool_id)
+        return [call for _ in range(count)]
 
     def dependent_calls(self) -> list[ApiCall]:
         """Return requests of which each can only be granted after those before it."""
         lease = {"PoolID": self.pool_id, "Address": "10.9.0.3"}
         named = {"gipam.name": "web"}
         return [
-            ApiCall("ReleaseAddress", lease),
-            ApiCall("RequestAddress", lease),
-            ApiCall("RequestPool", {"Pool": "10.8.0.0/24", "Options": named}),
-            ApiCall("RequestPool", {"Pool": "10.10.0.0/24", "SubPool": "10.10.0.0/28"}),
-            ApiCall("RequestPool", {"Pool": "10.10.0.0/24", "SubPool": "10.10.0.16/28"}),
-            ApiCall("ReleasePool", {"PoolID": self.pool_id}),
-            ApiCall("RequestPool", {"Pool": "10.9.0.0/24"}),
-            ApiCall("RequestPool", {"Pool": ""}),
+            api_call("ReleaseAddress", **lease),
+            api_call("RequestAddress", **lease),
+            api_call("RequestPool", Pool="10.8.0.0/24", Options=named),
+            api_call("RequestPool", Pool="10.10.0.0/24", SubPool="10.10.0.0/28"),
+            api_call("RequestPool", Pool="10.10.0.0/24", SubPool="10.10.0.16/28"),
+            api_call("ReleasePool", PoolID=self.pool_id),
+            api_call("RequestPool", Pool="10.9.0.0/24"),
+            api_call("RequestPool", Pool=""),
             # This adopts a pool.
-            ApiCall("RequestAddress", {"PoolID": f"10.7.0.0/24#{TOKEN}"}),
+            api_call("RequestAddress", PoolID=f"10.7.0.0/24#{TOKEN}"),
         ]
 
     def test_iteration_that_changes_nothing_writes_nothing(self) -> None:
         count = len(self.calls.made)
-        held_address = {"PoolID": self.pool_id, "Address": "10.9.0.2"}
         replies = self.run_iteration(
-            ApiCall("ReleasePool", {"PoolID": "none"}),
-            ApiCall("RequestPool", {"Pool": 1}),
-            ApiCall("RequestAddress", held_address))
+            api_call("ReleasePool", PoolID="none"),
+            api_call("RequestPool", Pool=1),
+            api_call("RequestAddress", PoolID=self.pool_id, Address="10.9.0.2"))
         statuses = [reply.status for reply in replies]
         self.assertEqual(statuses, [200, 400, 403])
-        self.assertEqual(self.calls.made[count:], [])
+        self.assertEqual(len(self.calls.made), count)
 
     def test_failed_write_fails_the_iteration_and_nothing_else(self) -> None:
         """Grants, refusals and idempotent successes alike, since each may have seen a change."""
         before = dump_state(self.service.state)
         self.fail_next("pwrite journal.1", errno.EIO)
-        held_address = {"PoolID": self.pool_id, "Address": "10.9.0.2"}
-        unchanging = [ApiCall("ReleasePool", {"PoolID": "none"}),
-                      ApiCall("RequestAddress", held_address),
-                      ApiCall("GetCapabilities", {})]
+        unchanging = [
+            api_call("ReleasePool", PoolID="none"),
+            api_call("RequestAddress", PoolID=self.pool_id, Address="10.9.0.2"),
+            api_call("GetCapabilities"),
+        ]
         for reply in self.run_iteration(*unchanging, *self.dependent_calls(), *unchanging):
             self.assertEqual(reply.status, 503)
             self.assertRegex(reply.body.decode(),
@@ -4407,7 +4414,8 @@ class CommitTest(ServiceCase):
         def call_on_full_disk(name: str, *arguments: Any) -> Any:
             if name == "pwrite":
                 fd, data, offset = arguments
-                zeros = len(data) - len(data.rstrip(b"\0"))
+                text = data.rstrip(b"\0")
+                zeros = len(data) - len(text)
                 if zeros > limit_bytes:
                     os.pwrite(fd, data[:99], offset)
                     raise OSError(errno.ENOSPC, "No space left")
@@ -4416,12 +4424,15 @@ class CommitTest(ServiceCase):
         with mock.patch.object(self.calls, "call", call_on_full_disk):
             return self.run_iteration(*self.address_calls(9))
 
-    def test_full_disk_with_room_for_single_records(self) -> None:
+    def test_full_disk_with_space_for_single_records(self) -> None:
         count = len(self.calls.made)
         replies = self.run_on_full_disk(0, 999)
-        self.assertEqual([reply.status for reply in replies], [200] * 9)
+        self.assertEqual(len(replies), 9)
+        for reply in replies:
+            self.assertEqual(reply.status, 200)
+        writes = self.calls.made[count:].count("pwrite journal.1")
         # Preallocated nine times, and the record itself.
-        self.assertEqual(self.calls.made[count:].count("pwrite journal.1"), 10)
+        self.assertEqual(writes, 10)
         self.assert_agreed()
 
     def test_full_disk_refuses_before_anything_is_changed(self) -> None:
@@ -4436,40 +4447,40 @@ class CommitTest(ServiceCase):
 
     def test_exception_in_the_middle_of_a_change_loses_nothing(self) -> None:
         """A MemoryError can come anywhere; the state that it leaves is not used."""
-        grant = ("IpamDriver.RequestAddress", "")
-        give_up = ("IpamDriver.ReleaseAddress", "10.9.0.3")
+        grant = api_call("RequestAddress", PoolID=self.pool_id)
+        release = api_call("ReleaseAddress", PoolID=self.pool_id, Address="10.9.0.3")
         for target, name, call in (
                 (gipam.OffsetBitmap, "add", grant),
-                (gipam.Affinity, "record", give_up),
+                (gipam.Affinity, "record", release),
                 (gipam, "AppliedRecord", grant)):
             with self.subTest(name):
-                self.break_change(target, name, *call)
+                self.break_change(target, name, call)
                 # It goes on serving.
                 self.client.release_address(self.pool_id, "10.9.0.3")
                 self.client.request_address(self.pool_id, "10.9.0.3", name="web")
 
-    def break_change(self, target: Any, name: str, method: str, address: str) -> None:
+    def break_change(self, target: Any, name: str, call: ApiCall) -> None:
         """Let a function fail in the second of three calls of an iteration."""
         count = len(self.service.state.pools[self.pool_id].leases)
-        first = self.client.ask("IpamDriver.RequestAddress", PoolID=self.pool_id)
+        first = self.ask(*self.address_calls(1))
         with failing_once(target, name, MemoryError()), self.assertLogs("gipam", "ERROR"):
-            broken = self.client.ask(method, PoolID=self.pool_id, Address=address)
+            broken = self.ask(call)
         (last,) = self.run_iteration(*self.address_calls(1))
-        self.assertEqual(first.status, 200)
-        self.assertEqual(broken.status, 500)
-        self.assertEqual(last.status, 200)
+        statuses = [first.status, broken.status, last.status]
+        self.assertEqual(statuses, [200, 500, 200])
         pool = self.service.state.pools[self.pool_id]
         self.assertEqual(len(pool.leases), count + 2)
         self.assert_agreed()
 
     def test_failed_write_after_an_exception_in_a_change_fails_all(self) -> None:
         """What was decided before the exception is committed at once, and must not be lost."""
-        self.client.ask("IpamDriver.RequestAddress", PoolID=self.pool_id)
+        (call,) = self.address_calls(1)
+        self.ask(call)
         full = gipam.StoreError("the disk is full")
         with failing_once(self.service.store, "append", full), \
                 failing_once(gipam.OffsetBitmap, "add", MemoryError()), \
                 self.assertLogs("gipam", "ERROR"):
-            self.client.ask("IpamDriver.RequestAddress", PoolID=self.pool_id)
+            self.ask(call)
         self.assertIsNotNone(self.service.commit())
         self.assert_lost()
 
@@ -4483,7 +4494,7 @@ class CommitTest(ServiceCase):
             with self.subTest(loss):
                 self.renew()
                 self.lose_journal(loss)
-                later = [ApiCall("RequestPool", {"Pool": "10.77.0.0/24"})]
+                later = [api_call("RequestPool", Pool="10.77.0.0/24")]
                 for calls in (self.dependent_calls(), later):
                     for reply in self.run_iteration(*calls):
                         self.assertRegex(json.loads(reply.body)["Error"], pattern)
@@ -4513,9 +4524,11 @@ class CommitTest(ServiceCase):
             pool_id, _ = self.client.request_pool(gipam_name="web")
             self.client.release_pool(pool_id)
         allocated = active_segment(store).allocated
+        free_bytes = allocated - store.journal_bytes
+        syncs = self.calls.made[count:].count("fdatasync journal.1")
         self.assertGreater(allocated, started + gipam.PREALLOCATE_BYTES)
-        self.assertLessEqual(allocated - store.journal_bytes, gipam.PREALLOCATE_BYTES)
-        self.assertLess(self.calls.made[count:].count("fdatasync journal.1"), 405)
+        self.assertLessEqual(free_bytes, gipam.PREALLOCATE_BYTES)
+        self.assertLess(syncs, 405)
         self.assertEqual(os.path.getsize(self.journal), allocated)
         self.assert_agreed()
 
@@ -4590,15 +4603,24 @@ class CheckpointTest(ServiceCase):
     """Writing the lease file while requests go on."""
 
     def journal_numbers(self) -> list[str]:
-        """Return the numbers of the segments that are there."""
-        return sorted(path.rpartition(".")[2] for path in glob.glob(self.path + ".journal.*"))
+        """Return the numbers of the segments on disk."""
+        numbers = []
+        for path in glob.glob(self.path + ".journal.*"):
+            _, _, number = path.rpartition(".")
+            numbers.append(number)
+        return sorted(numbers)
+
+    def has_temp(self) -> bool:
+        return os.path.lexists(self.path + ".tmp")
 
     def test_requests_go_on_beside_it(self) -> None:
         """What comes while it is written is in the next segment, and not in the lease file."""
-        tenant = Tenant(self.client, random.Random(self.seed), 1, (self.pool_id,))
+        rng = random.Random(self.seed)
+        tenant = Tenant(self.client, rng, 1, (self.pool_id,))
         tenant.pools.update(held(self.service.state))
+        count = 300 if IS_LONG else 60
         with self.subTest():
-            for number in range(300 if IS_LONG else 60):
+            for number in range(count):
                 stepped = SteppedCheckpoint(self)
                 while stepped.go_on():
                     tenant.step()
@@ -4627,7 +4649,7 @@ class CheckpointTest(ServiceCase):
         while self.fails_at(moment):
             with self.subTest(moment=moment):
                 self.assertEqual(self.calls.open_files(), [self.journal])
-                self.assertEqual(glob.glob(self.path + ".tmp"), [])
+                self.assertFalse(self.has_temp())
                 self.assert_agreed()
             self.renew()
             moment += 1
@@ -4669,7 +4691,7 @@ class CheckpointTest(ServiceCase):
                     stepped.finish()
                     self.assertEqual(held(self.service.state), granted)
                     self.assert_agreed()
-                    self.assertEqual(glob.glob(self.path + ".tmp"), [])
+                    self.assertFalse(self.has_temp())
                     self.assertTrue(checkpoint(self.service))
             self.assertGreater(moment, 5)
 
@@ -4680,7 +4702,8 @@ class CheckpointTest(ServiceCase):
         stepped.go_on()
         for _ in range(200):
             self.client.ask("IpamDriver.RequestAddress", PoolID=self.pool_id)
-        stepped.go_on()  # the segment, in the same iteration
+        # The segment begins in the same iteration.
+        stepped.go_on()
         self.assertEqual(self.service.store.segment, 2)
         self.assertGreater(self.service.store.journal_bytes, gipam.PREALLOCATE_BYTES)
         stepped.finish()
@@ -4696,7 +4719,8 @@ class CheckpointTest(ServiceCase):
         with mock.patch.object(gipam, "MIN_CHECKPOINT_BYTES", 1000):
             written = 0
             while not self.service.needs_checkpoint():
-                address = self.client.request_address(self.pool_id).partition("/")[0]
+                cidr = self.client.request_address(self.pool_id)
+                address, _, _ = cidr.partition("/")
                 self.client.release_address(self.pool_id, address)
                 written += 200
                 self.assertLess(written, 5000)
@@ -4728,7 +4752,7 @@ class CheckpointTest(ServiceCase):
 
     def test_last_of_a_disk_is_left_to_the_requests(self) -> None:
         checkpoint(self.service)
-        full = os.statvfs_result((4096, 4096, 1 << 20, 7, 7, 0, 0, 0, 0, 255))
+        full = mock.Mock(f_bavail=7, f_frsize=4096)
         with mock.patch.object(os, "statvfs", return_value=full):
             self.assertFalse(checkpoint(self.service))
         self.assertEqual(self.journal_numbers(), ["1"])
@@ -4782,81 +4806,128 @@ class LostReplyTest(ServiceCase):
                 self.assert_agreed()
 
 
-class AdoptionTest(ServiceCase):
-    """An id that Docker has and the lease file has not."""
+class Adoption(NamedTuple):
+    """A request in a pool that only Docker knows: the address asked for, and what is reserved."""
 
-    def test_what_was_not_written_is_not_adopted(self) -> None:
+    prefixes: str
+    address: str
+    gateway: str
+
+
+class AdoptionTest(ServiceCase):
+    """A pool id that Docker has and the lease file has not."""
+
+    ADOPTIONS = (
+        Adoption("10.6.0.0/24", "10.6.0.5", "10.6.0.1"),
+        Adoption("10.6.1.0/24", "", "10.6.1.1"),
+        Adoption("10.8.0.0/24,10.8.0.16/28", "10.8.0.20", "10.8.0.16"),
+        Adoption("10.9.2.0/24,10.9.2.64/26", "", "10.9.2.64"),
+        Adoption("10.9.3.0/31", "", "10.9.3.0"),
+        Adoption("2001:db8:0:105::/64", "2001:db8:0:105::9", "2001:db8:0:105::1"),
+        Adoption("2001:db8:5::/64", "", "2001:db8:5::1"),
+        # A container asks for the very address.
+        Adoption("10.9.4.0/30", "10.9.4.1", ""),
+        # There is no other address.
+        Adoption("10.9.5.0/32", "", ""),
+    )
+
+    def test_pool_that_was_not_written_is_not_adopted(self) -> None:
         """Else the import would release what is granted later under the same numbers."""
         self.fail_next("pwrite journal.1", errno.EIO)
-        self.assertRaises(Refused, self.client.request_address, f"10.6.0.0/24#{TOKEN}")
+        self.assertRaises(ErrorReply, self.client.request_address, f"10.6.0.0/24#{TOKEN}")
         self.assertEqual(self.service.docker_import.unconfirmed, {})
 
-    def test_unknown_pool_is_adopted_with_its_address_in_one_line(self) -> None:
-        """Docker does not ask for the gateway again, so the first address is kept back as it, ...
-
-        ... unless a container asks for that very address, or there is no other.
-        """
-        for prefixes, address, gateway in (
-                ("10.6.0.0/24", "10.6.0.5", "10.6.0.1"), ("10.6.1.0/24", "", "10.6.1.1"),
-                ("10.8.0.0/24,10.8.0.16/28", "10.8.0.20", "10.8.0.16"),
-                ("10.9.2.0/24,10.9.2.64/26", "", "10.9.2.64"), ("10.9.3.0/31", "", "10.9.3.0"),
-                ("2001:db8:0:105::/64", "2001:db8:0:105::9", "2001:db8:0:105::1"),
-                ("2001:db8:5::/64", "", "2001:db8:5::1"), ("10.9.4.0/30", "10.9.4.1", ""),
-                ("10.9.5.0/32", "", "")):
-            with self.subTest(prefixes):
-                pool_id = f"{prefixes}#{TOKEN}"
-                given, _, length = self.client.request_address(pool_id, address).partition("/")
-                self.assertEqual(given, address or given)
-                self.assertEqual(length, prefixes.partition(",")[0].partition("/")[2])
-                pool = self.service.state.pools[pool_id]
-                self.assertEqual([pool.address_at(offset) for offset, lease in pool.leases.items()
-                                  if lease.kind == "gateway"], [gateway] if gateway else [])
-                self.assertEqual([record[0] for record in self.journal_lines()[-1].records],
-                                 ["request_pool", *["request_address"] * (1 + bool(gateway))])
+    def test_unknown_pool_is_adopted_with_its_gateway_and_address_in_one_record(self) -> None:
+        """Docker does not request the gateway again, so the first address is leased to it."""
+        for adoption in self.ADOPTIONS:
+            with self.subTest(adoption.prefixes):
+                self.adopt(adoption)
         self.assert_agreed()
 
-    def test_adopted_pool_begins_where_its_token_says(self) -> None:
-        """In the lower half of its range, past what may be the gateway."""
-        for text, token, address in (
+    def adopt(self, adoption: Adoption) -> None:
+        """Request an address, and check what is granted and written."""
+        pool_id = f"{adoption.prefixes}#{TOKEN}"
+        subnet, _, _ = adoption.prefixes.partition(",")
+        cidr = self.client.request_address(pool_id, adoption.address)
+        address, _, length = cidr.partition("/")
+        if adoption.address:
+            self.assertEqual(address, adoption.address)
+        self.assertEqual(length, subnet.partition("/")[2])
+
+        kinds = ["request_pool", "request_address"]
+        if adoption.gateway:
+            kinds.append("request_address")
+            self.assertEqual(self.find_gateways(pool_id), [adoption.gateway])
+        else:
+            self.assertEqual(self.find_gateways(pool_id), [])
+        last = self.journal_lines()[-1]
+        self.assertEqual([record[0] for record in last.records], kinds)
+
+    def find_gateways(self, pool_id: str) -> list[str]:
+        """Return the addresses of a pool that are leased to gateways."""
+        pool = self.service.state.pools[pool_id]
+        gateways = []
+        for offset, lease in pool.leases.items():
+            if lease.kind == "gateway":
+                gateways.append(pool.address_at(offset))
+        return gateways
+
+    def test_search_in_an_adopted_pool_begins_where_its_token_says(self) -> None:
+        """That is in the lower half of its range, past what may be the gateway."""
+        for prefixes, token, cidr in (
                 ("10.2.0.0/24,10.2.0.64/26", 30 << 40 | 5, "10.2.0.71/24"),
                 ("2001:db8::/64", 1 << 40 | 5, "2001:db8::100:0:7/64"),
-                ("10.3.0.0/24", 126 << 40 | 5, "10.3.0.7/24"), ("10.4.0.0/29", 7, "10.4.0.3/29")):
-            with self.subTest(text), \
+                ("10.3.0.0/24", 126 << 40 | 5, "10.3.0.7/24"),
+                ("10.4.0.0/29", 7, "10.4.0.3/29")):
+            with self.subTest(prefixes), \
                     mock.patch("gipam.secrets.token_hex", return_value=f"{token:016x}"):
-                self.assertEqual(self.client.request_address(f"{text}#{TOKEN}"), address)
+                self.assertEqual(self.client.request_address(f"{prefixes}#{TOKEN}"), cidr)
 
-    def test_error_leaves_at_most_the_adopted_pool(self) -> None:
-        before = held(self.service.state)
-        for prefixes, address, pattern, is_adopted in (
-            ("10.8.0.0/24", "10.7.0.1", "requested address is out of range", True),
-            ("10.8.0.0/24", "10.8.0.0", "Address already in use: .* reserved", True),
-            ("10.8.0.0/24", "2001:db8::1", "invalid address", True),
-            ("10.9.0.0/24", "", f"cannot find address pool for '10.9.0.0/24#{TOKEN}', nor adopt "
-             "it: Pool overlaps with other one on this address space: 10.9.0.0/24 with", False),
-            ("10.9.0.0/24,10.9.0.0/28", "", "nor adopt it: Pool overlaps", False),
-            ("10.8.0.0/24,10.9.0.0/28", "", "nor adopt it: invalid address subpool", False),
-            ("0.0.0.0/0", "", "nor adopt it: invalid address pool", False),  # no dynamic pool more
-            ("0.0.0.0/26,0.0.0.0/27", "", "nor adopt it: invalid address pool", False),
-            ("::/0", "::1", "nor adopt it: invalid address pool", False),
-            ("10.8.0.1/24", "", "cannot find address pool", False),
-            ("web", "", f"cannot find address pool for 'web#{TOKEN}': no pool has this id", False),
-        ):
-            pool_id = f"{prefixes}#{TOKEN}"
-            with self.subTest(pool_id=pool_id, address=address):
-                with self.assertRaisesRegex(Refused, pattern):
-                    self.client.request_address(pool_id, address)
-                self.assertEqual(held(self.service.state),
-                                 {**before, **({pool_id: ["10.8.0.1"]} if is_adopted else {})})
-                self.assert_agreed()
-                self.client.release_pool(pool_id)
+    def assert_refused_in(self, prefixes: str, address: str, pattern: str,
+                          granted: dict[str, list[str]]) -> None:
+        """Check that a request in an unknown pool fails, and that just this is held then."""
+        pool_id = f"{prefixes}#{TOKEN}"
+        with self.subTest(pool_id=pool_id, address=address):
+            with self.assertRaisesRegex(ErrorReply, pattern):
+                self.client.request_address(pool_id, address)
+            self.assertEqual(held(self.service.state), granted)
+            self.assert_agreed()
+            self.client.release_pool(pool_id)
+
+    def test_request_for_a_bad_address_leaves_the_adopted_pool_and_its_gateway(self) -> None:
+        granted = held(self.service.state)
+        granted[f"10.8.0.0/24#{TOKEN}"] = ["10.8.0.1"]
+        for address, pattern in (
+                ("10.7.0.1", "requested address is out of range"),
+                ("10.8.0.0", "Address already in use: .* reserved"),
+                ("2001:db8::1", "invalid address")):
+            self.assert_refused_in("10.8.0.0/24", address, pattern, granted)
+
+    def test_pool_that_cannot_be_adopted_leaves_nothing(self) -> None:
+        granted = held(self.service.state)
+        overlap = "Pool overlaps with other one on this address space"
+        for prefixes, address, pattern in (
+                ("10.9.0.0/24", "",
+                 f"cannot find address pool for '10.9.0.0/24#{TOKEN}', nor adopt it: {overlap}: "
+                 "10.9.0.0/24 with"),
+                ("10.9.0.0/24,10.9.0.0/28", "", "nor adopt it: " + overlap),
+                ("10.8.0.0/24,10.9.0.0/28", "", "nor adopt it: invalid address subpool"),
+                # Prefixes that only ask for a length.
+                ("0.0.0.0/0", "", "nor adopt it: invalid address pool"),
+                ("0.0.0.0/26,0.0.0.0/27", "", "nor adopt it: invalid address pool"),
+                ("::/0", "::1", "nor adopt it: invalid address pool"),
+                ("10.8.0.1/24", "", "cannot find address pool"),
+                ("web", "", f"cannot find address pool for 'web#{TOKEN}': no pool has this id")):
+            self.assert_refused_in(prefixes, address, pattern, granted)
 
     def test_adoption_that_a_full_disk_cuts_short_has_docker_asked(self) -> None:
-        """There is room for the pool, and none for its gateway."""
+        """There is space for the pool, and none for its gateway."""
         store = self.service.store
         active_segment(store).allocated = store.journal_bytes + 220
-        made = len(self.calls.made)
-        self.calls.faults = {made: errno.ENOSPC, made + 2: errno.ENOSPC}  # writes
-        with self.assertRaisesRegex(Refused, "No space left"):
+        count = len(self.calls.made)
+        # Two writes, with a truncation between them.
+        self.calls.faults = {count: errno.ENOSPC, count + 2: errno.ENOSPC}
+        with self.assertRaisesRegex(ErrorReply, "No space left"):
             self.client.request_address(f"10.8.0.0/24#{TOKEN}")
         self.assertEqual(len(self.service.state.pools), 2)
         self.assertTrue(self.service.docker_import.is_due)
@@ -4933,7 +5004,8 @@ class Load:
             for offset, lease in pool.leases.items():
                 octets = lease.mac.split(":")
                 number = int(octets[4], 16)
-                leases[number].add((pool.pool_id, pool.address_at(offset)))
+                address = pool.address_at(offset)
+                leases[number].add((pool.pool_id, address))
         return leases
 
     def reconcile(self, state: gipam.State) -> None:
@@ -4961,9 +5033,9 @@ class Load:
         action, pool_id, address = pending
         gone = tenant.pools.keys() - state.pools.keys()
         known: set[tuple[str, str]] = set()
-        for known_id in tenant.pools.keys() - gone:
-            for known_address in tenant.pools[known_id]:
-                known.add((known_id, known_address))
+        for known_id, addresses in tenant.pools.items():
+            if known_id not in gone:
+                known.update((known_id, known_address) for known_address in addresses)
         surplus = leases - known
         missing = known - leases
 
@@ -4979,25 +5051,35 @@ class Load:
         for surplus_id, _ in surplus:
             self.test.assertEqual(surplus_id, pool_id)
 
-        pool_ids = [tenant_id for tenant_id in tenant.pools if tenant_id not in gone]
-        tenant.pools = {tenant_id: [] for tenant_id in pool_ids}
+        for gone_id in gone:
+            del tenant.pools[gone_id]
+        for addresses in tenant.pools.values():
+            addresses.clear()
         for lease_id, lease_address in leases:
             tenant.pools[lease_id].append(lease_address)
+
+
+CHECKPOINT_OFTEN = """
+gipam.MIN_CHECKPOINT_BYTES = 2000
+gipam.CHECKPOINT_RETRY_S = 0.01
+gipam.TIMER_INTERVAL_S = 0.01
+"""
 
 
 class KillTest(StoreCase):
     """A real daemon under load, which makes a checkpoint each few dozen requests."""
 
     def test_no_kill_under_load_loses_or_doubles_a_lease(self) -> None:
-        lines = ("gipam.MIN_CHECKPOINT_BYTES = 2000\ngipam.CHECKPOINT_RETRY_S = 0.01\n"
-                 "gipam.TIMER_INTERVAL_S = 0.01")
-        daemon = self.daemon("-v4", "10.2.0.0/16", "-v6", "2001:db8:0:100::/56", lines=lines)
+        daemon = self.daemon("-v4", "10.2.0.0/16", "-v6", "2001:db8:0:100::/56",
+                             lines=CHECKPOINT_OFTEN)
         daemon.start()
         seed = choose_seeds(1)[0]
         rng = random.Random(seed)
-        load = Load(self, daemon, 16 if IS_LONG else 8, seed)
+        clients = 16 if IS_LONG else 8
+        kills = 250 if IS_LONG else 20
+        load = Load(self, daemon, clients, seed)
         with self.subTest(GIPAM_TEST_SEED=seed):
-            for _ in range(250 if IS_LONG else 20):
+            for _ in range(kills):
                 load.start()
                 load.wait_for(rng.randrange(400))
                 load.is_dying.set()
