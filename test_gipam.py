@@ -730,7 +730,7 @@ record = record_changes
 PLAIN_SECTIONS = {
     "gipam.py": "all",
     "test_gipam.py": "Model Allocator Netlink Settings Daemon Helpers Style API Running Server Claims "
-                     "Cluster Commands Docker Journal Service",
+                     "Cluster Commands Docker Journal Service Discovery",
     "bench.py": "all",
     "delegation.py": "all",
     "boot.py": "all",
@@ -7673,8 +7673,9 @@ class FuzzTest(Case):
 
 # === Discovery ====================================================================================
 #
-# Sockets, links and plugin files by which Docker finds gipam: where, with which mode, and gone at
-# the end. ManagerTest plays the part of systemd, which keeps the listener over a restart.
+# Sockets, links and plugin files by which Docker finds gipam. NameTest shows where they are, with
+# which mode, that nothing of another process is replaced, and that a clean stop removes them.
+# ManagerTest plays the part of systemd, which keeps the listener over a restart.
 
 
 class NameTest(unittest.TestCase):
@@ -7683,33 +7684,39 @@ class NameTest(unittest.TestCase):
     def setUp(self) -> None:
         self.directory = make_directory(self)
         self.plugins = self.path("plugins")  # where dockerd looks
+        self.link = self.plugins + "/gipam.sock"
 
     def path(self, *names: str) -> str:
         return os.path.join(self.directory, *names)
 
     def daemon(self, *options: str, kind: type[Daemon] = Daemon) -> Daemon:
         """Return a daemon with its socket outside its own directory; not yet started."""
-        return kind(self, "-socket", self.path("gipam.sock"), *options,
-                    command=launcher(self.plugins))
+        command = launcher(self.plugins)
+        return kind(self, "-socket", self.path("gipam.sock"), *options, command=command)
 
     def serve(self, daemon: Daemon) -> Daemon:
-        """Start it and let it answer: then all names are made (it listens a little earlier)."""
-        self.assertEqual(Peer(self, daemon.start().address).ask(), ACTIVATED)
+        """Start a daemon and let it reply; it creates some paths after it begins to listen."""
+        daemon.start()
+        self.assert_serves(daemon.address)
         return daemon
+
+    def assert_serves(self, address: Any) -> None:
+        self.assertEqual(Peer(self, address).ask(), ACTIVATED)
 
     def assert_fails(self, daemon: Daemon, status: int, text: str) -> None:
         daemon.start(wait=False)
         self.assertEqual(daemon.stop(0), status)
-        self.assertIn(text, daemon.read_log())
-        self.assertNotIn("Traceback", daemon.read_log())
+        log = daemon.read_log()
+        self.assertIn(text, log)
+        self.assertNotIn("Traceback", log)
 
     def assert_leaves(self, daemon: Daemon, path: str, *names: str) -> None:
         """Check that after a clean stop only these names are in the directory."""
         self.assertEqual(daemon.stop(), 0)
-        self.assertEqual(os.listdir(path), [*names])
+        self.assertEqual(os.listdir(path), list(names))
 
     def bind(self, path: str) -> socket.socket:
-        """Return a socket that is bound there, but does not listen: once closed, a dead one."""
+        """Return a socket that is bound to a path, but does not listen: once closed, a dead one."""
         os.makedirs(os.path.dirname(path), exist_ok=True)
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.addCleanup(bound.close)
@@ -7717,187 +7724,269 @@ class NameTest(unittest.TestCase):
         return bound
 
     def overfill(self, path: str) -> None:
-        """Let so many dial a listener that another one would have to wait."""
+        """Connect to a listener until another connection would have to wait."""
         self.bind(path).listen(0)
         with contextlib.suppress(BlockingIOError):
             while True:
-                peer = socket.socket(socket.AF_UNIX)
-                self.addCleanup(peer.close)
-                peer.setblocking(False)
-                peer.connect(path)
+                client = socket.socket(socket.AF_UNIX)
+                self.addCleanup(client.close)
+                client.setblocking(False)
+                client.connect(path)
 
-    def assert_modes(self, *modes: tuple[str, int]) -> None:
-        for path, mode in modes:
-            self.assertEqual(oct(stat.S_IMODE(os.lstat(path).st_mode)), oct(mode), path)
+    def assert_mode(self, path: str, mode: int) -> None:
+        status = os.lstat(path)
+        permissions = stat.S_IMODE(status.st_mode)
+        self.assertEqual(oct(permissions), oct(mode), path)
 
-    def test_what_is_in_the_way(self) -> None:
+    def obstruct(self, path: str, obstacle: str) -> None:
+        """Put something in the way of a socket or a link."""
+        if obstacle == "dead socket":
+            self.bind(path).close()
+        elif obstacle == "link to a dead socket":
+            os.symlink(self.path("dead"), path)
+        elif obstacle == "link to nowhere":
+            os.symlink("/nowhere", path)
+        elif obstacle == "listening socket":
+            self.bind(path).listen()
+        elif obstacle == "socket of a stopped process":
+            self.overfill(path)
+        elif obstacle == "link to a listening socket":
+            os.symlink(self.path("listening"), path)
+        elif obstacle == "file":
+            pathlib.Path(path).touch()
+        elif obstacle == "directory":
+            os.mkdir(path)
+        elif obstacle == "FIFO":
+            os.mkfifo(path)
+
+    def test_only_what_nobody_uses_is_replaced(self) -> None:
         """The same where the socket is to be, its link, or what would hide a plugin file."""
-        way, living, dead = self.path("new", "way"), self.path("living"), self.path("dead")
-        self.bind(living).listen()
-        self.bind(dead).close()
-        busy = (75, f"another daemon listens on {way}: stop it, or use another name")
-        other = (78, f"{way} exists and is not a socket: remove it, or use another name")
-        rows: tuple[tuple[str, Callable[[], Any], tuple[int, str]], ...] = (
-            ("nothing", lambda: None, (0, "")),
-            ("a dead socket", lambda: self.bind(way).close(), (0, "")),
-            ("a link to a dead one", lambda: os.symlink(dead, way), (0, "")),
-            ("a link to nowhere", lambda: os.symlink("/nowhere", way), (0, "")),
-            ("a living socket", lambda: self.bind(way).listen(), busy),
-            ("one whose owner is stopped", lambda: self.overfill(way), busy),
-            ("a link to one", lambda: os.symlink(living, way), busy),
-            ("a file", lambda: open(way, "w").close(), other),
-            ("a directory", lambda: os.mkdir(way), other),
-            ("a FIFO", lambda: os.mkfifo(way), other))
-        for what, make, expected in rows:
-            with self.subTest(what):
-                make()
-                said = (0, "")
-                try:
-                    gipam.remove_stale(way)
-                except gipam.GipamError as error:
-                    said = (error.exit_status, str(error))
-                    os.rename(way, self.path(what))  # it is still there
-                self.assertEqual(said, expected)
-                self.assertFalse(os.path.lexists(way))
-        self.assert_modes((self.path("new"), 0o700))
+        path = self.path("new", "socket")
+        self.bind(self.path("listening")).listen()
+        self.bind(self.path("dead")).close()
+        free = (0, "")
+        used = (75, f"another daemon listens on {path}: stop it, or use another name")
+        other = (78, f"{path} exists and is not a socket: remove it, or use another name")
+        for obstacle, expected in (
+                ("nothing", free),
+                ("dead socket", free),
+                ("link to a dead socket", free),
+                ("link to nowhere", free),
+                ("listening socket", used),
+                ("socket of a stopped process", used),
+                ("link to a listening socket", used),
+                ("file", other),
+                ("directory", other),
+                ("FIFO", other)):
+            with self.subTest(obstacle):
+                self.obstruct(path, obstacle)
+                self.assertEqual(self.try_to_remove(path), expected)
+                if expected != free:
+                    # The obstacle is still there; make way for the next one.
+                    os.rename(path, self.path(obstacle))
+                self.assertFalse(os.path.lexists(path))
+        self.assert_mode(self.path("new"), 0o700)
+
+    @staticmethod
+    def try_to_remove(path: str) -> tuple[int, str]:
+        """Return with which status and message remove_stale() ends gipam."""
+        try:
+            gipam.remove_stale(path)
+        except gipam.GipamError as error:
+            return error.exit_status, str(error)
+        return 0, ""
 
     def test_socket_and_the_link_for_dockerd(self) -> None:
         os.mkdir(self.path("old"), 0o755)
         self.bind(self.plugins + "/other.sock").close()
-        link, new = self.plugins + "/gipam.sock", self.path("old", "new")
-        daemon = self.serve(self.daemon("-socket", new + "/newer/gipam.sock"))
-        self.assert_modes((self.path("old"), 0o755), (new, 0o700), (new + "/newer", 0o700),
-                          (daemon.socket, 0o600))
-        self.assertEqual(os.readlink(link), daemon.socket)
-        self.assertEqual(Peer(self, link).ask(), ACTIVATED)
+        directory = self.path("old", "new", "newer")
+        daemon = self.daemon("-socket", directory + "/gipam.sock")
+        self.serve(daemon)
+        self.assert_mode(self.path("old"), 0o755)
+        self.assert_mode(self.path("old", "new"), 0o700)
+        self.assert_mode(directory, 0o700)
+        self.assert_mode(daemon.socket, 0o600)
+        self.assertEqual(os.readlink(self.link), daemon.socket)
+        self.assert_serves(self.link)
+
+        # The next process starts in spite of both.
         daemon.kill()
-        self.assertTrue(os.path.exists(link))
-        self.serve(daemon)  # in spite of both
-        self.assert_leaves(daemon, new + "/newer")
+        self.assertTrue(os.path.exists(self.link))
+        self.serve(daemon)
+        self.assert_leaves(daemon, directory)
         self.assertEqual(os.listdir(self.plugins), ["other.sock"])
-        daemon = self.serve(self.daemon("-socket", link))  # where dockerd looks
-        self.assertFalse(os.path.islink(link))
+
+    def test_socket_where_dockerd_looks_needs_no_link(self) -> None:
+        self.bind(self.plugins + "/other.sock").close()
+        daemon = self.serve(self.daemon("-socket", self.link))
+        self.assertFalse(os.path.islink(self.link))
         self.assert_leaves(daemon, self.plugins, "other.sock")
 
-    def test_what_somebody_deletes_is_made_again(self) -> None:
-        """The socket, its link, both with their directories; who was connected still is.
+    def wait_for_path(self, path: str) -> None:
+        wait_until(f"{path} to be created again", os.path.exists, path)
 
-        And the plugin file.
-        """
-        daemon, link = self.serve(self.daemon()), self.plugins + "/gipam.sock"
-        peer = Peer(self, daemon.socket)
-        for delete, name in ((os.unlink, daemon.socket), (os.unlink, link),
-                             (shutil.rmtree, self.plugins)):
-            delete(name)
-            wait_for(lambda: os.path.exists(link) and os.path.exists(name), "it")  # noqa: B023
-            self.assertEqual((Peer(self, link).ask(), peer.ask()), (ACTIVATED, ACTIVATED))
+    def test_deleted_socket_and_link_are_created_again(self) -> None:
+        """Also with their directory; a client that was connected still is."""
+        daemon = self.serve(self.daemon())
+        client = Peer(self, daemon.socket)
+        for delete, path in (
+                (os.unlink, daemon.socket),
+                (os.unlink, self.link),
+                (shutil.rmtree, self.plugins)):
+            delete(path)
+            self.wait_for_path(self.link)
+            self.wait_for_path(path)
+            self.assert_serves(self.link)
+            self.assertEqual(client.ask(), ACTIVATED)
         self.assertEqual(daemon.read_log().count(" was deleted: creating it again"), 3)
-        shutil.rmtree(self.plugins)
-        pathlib.Path(self.plugins).touch()  # in the way: which is foreseen, and fails no turn
-        wait_for(lambda: f"cannot create {link}: " in daemon.read_log(), "a warning")
-        self.assertNotIn("failed", daemon.read_log())
-        os.unlink(self.plugins)
-        wait_for(lambda: os.path.exists(link), "it")
-        self.assertEqual(Peer(self, link).ask(), ACTIVATED)
         self.assert_leaves(daemon, self.plugins)
         self.assertFalse(os.path.exists(daemon.socket))
-        daemon = self.serve(self.daemon("-spec", self.path("gipam.spec"), kind=TcpDaemon))
+
+    def test_link_that_cannot_be_created_again_is_tried_until_it_can(self) -> None:
+        """That is foreseen, and fails no iteration."""
+        daemon = self.serve(self.daemon())
+        shutil.rmtree(self.plugins)
+        pathlib.Path(self.plugins).touch()
+
+        def has_warned() -> bool:
+            return f"cannot create {self.link}: " in daemon.read_log()
+
+        wait_until("a warning", has_warned)
+        self.assertNotIn("failed", daemon.read_log())
+        os.unlink(self.plugins)
+        self.wait_for_path(self.link)
+        self.assert_serves(self.link)
+        self.assert_leaves(daemon, self.plugins)
+        self.assertFalse(os.path.exists(daemon.socket))
+
+    def test_deleted_plugin_file_is_created_again(self) -> None:
+        daemon = self.daemon("-spec", self.path("gipam.spec"), kind=TcpDaemon)
+        self.serve(daemon)
         os.unlink(daemon.spec)
-        wait_for(lambda: os.path.exists(daemon.spec), "it")
-        self.assert_leaves(daemon, self.directory, "plugins")
+        self.wait_for_path(daemon.spec)
+        self.assert_leaves(daemon, self.directory)
+
+    def assert_takes_nothing(self, text: str, *options: str) -> None:
+        """Check that a daemon says why it does not start, and leaves nothing."""
+        daemon = self.daemon(*options)
+        self.assert_fails(daemon, 75, text)
+        self.assertEqual(daemon.read_log().count("\n"), 1)
+        self.assertEqual(os.listdir(daemon.directory), ["log"])
 
     def test_second_daemon_takes_nothing_over(self) -> None:
-        """Neither the socket, nor the name for dockerd that another one's has, nor a port.
-
-        It says just that, and leaves nothing.
-        """
-        first, link = self.serve(self.daemon()), self.plugins + "/gipam.sock"
+        """Neither the socket of another one, nor its name for dockerd, nor a port."""
+        first = self.serve(self.daemon())
+        other = self.path("other", "gipam.sock")
+        web = self.path("web.sock")
+        spec = self.path("web.spec")
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            place = f"127.0.0.1:{taken.getsockname()[1]}"
-            for words, said in (
-                    ([], f"another daemon listens on {first.socket}"),
-                    (["-socket", self.path("other", "gipam.sock")], f"daemon listens on {link}"),
-                    (["-unix=false"], f"another daemon listens on {link}"),
-                    (["-socket", self.path("web.sock"), f"-metrics={place}"],
-                     f"-metrics {place!r} from the command line: Address already in use"),
-                    (["-unix=false", "-spec", self.path("web.spec"), f"-address={place}"],
-                     f"-address {place!r} from the command line: Address already in use")):
-                second = self.daemon(*words)
-                self.assert_fails(second, 75, said)
-                self.assertEqual(second.read_log().count("\n"), 1)
-                self.assertEqual(os.listdir(second.directory), ["log"])
+            port = taken.getsockname()[1]
+            address = f"127.0.0.1:{port}"
+            in_use = f"{address!r} from the command line: Address already in use"
+            stories: tuple[tuple[list[str], str], ...] = (
+                ([], f"another daemon listens on {first.socket}"),
+                (["-socket", other], f"daemon listens on {self.link}"),
+                (["-unix=false"], f"another daemon listens on {self.link}"),
+                (["-socket", web, f"-metrics={address}"], f"-metrics {in_use}"),
+                (["-unix=false", "-spec", spec, f"-address={address}"], f"-address {in_use}"),
+            )
+            for options, text in stories:
+                with self.subTest(options):
+                    self.assert_takes_nothing(text, *options)
         self.assertFalse(os.path.exists(self.path("other")))
-        self.assertEqual(Peer(self, link).ask(), ACTIVATED)
+        self.assert_serves(self.link)
 
-    # -- plugin files
-
-    def test_plugin_file(self) -> None:
-        """TestFileSpecPlugin: an URL with a scheme, and the port that was really bound.
-
-        Rootless Docker finds a socket by it, too; by default there is none.
-        """
+    def check_plugin_file(self, pattern: str, *options: str, kind: type[Daemon]) -> None:
+        """Check the URL in a plugin file, its directory, and that a stop removes it."""
+        directory = self.path("new")
         spec = self.path("new", "gipam.spec")
-        for kind, options, url in (
-                (Daemon, (), "unix:///.*/gipam.sock"),
-                (TcpDaemon, ("-address", ":0"), r"tcp://127\.0\.0\.1:[1-9]\d*"),
-                (TcpDaemon, ("-address", "127.9.9.9:0"), r"tcp://127\.9\.9\.9:[1-9]\d*"),
-                (TcpDaemon, ("-address", "[::1]:0"), r"tcp://\[::1\]:[1-9]\d*")):
-            with self.subTest(options):
-                if "[::1]:0" in options and not [*gipam.read_words("/proc/net/if_inet6")]:
-                    self.skipTest("has no IPv6")
-                daemon = self.serve(self.daemon("-spec", spec, *options, kind=kind))
-                with open(spec, encoding="ascii") as file:
-                    self.assertRegex(file.read(), f"^{url}\n$")
-                self.assert_modes((self.path("new"), 0o700))
-                self.assertEqual(os.listdir(self.path("new")), ["gipam.spec"])
-                self.assert_leaves(daemon, self.path("new"))
+        with self.subTest(options):
+            daemon = self.daemon("-spec", spec, *options, kind=kind)
+            self.serve(daemon)
+            url = pathlib.Path(spec).read_text(encoding="ascii")
+            self.assertRegex(url, f"^{pattern}\n$")
+            self.assert_mode(directory, 0o700)
+            self.assertEqual(os.listdir(directory), ["gipam.spec"])
+            self.assert_leaves(daemon, directory)
+
+    def test_plugin_file_has_the_port_that_was_bound(self) -> None:
+        """It is an URL with a scheme. Source: TestFileSpecPlugin of moby."""
+        patterns = {
+            ":0": r"tcp://127\.0\.0\.1:[1-9]\d*",
+            "127.9.9.9:0": r"tcp://127\.9\.9\.9:[1-9]\d*",
+        }
+        for address, pattern in patterns.items():
+            self.check_plugin_file(pattern, "-address", address, kind=TcpDaemon)
+
+    def test_plugin_file_has_an_ipv6_address_in_brackets(self) -> None:
+        if not list(gipam.read_words("/proc/net/if_inet6")):
+            self.skipTest("has no IPv6")
+        pattern = r"tcp://\[::1\]:[1-9]\d*"
+        self.check_plugin_file(pattern, "-address", "[::1]:0", kind=TcpDaemon)
+
+    def test_plugin_file_of_a_socket_is_for_rootless_docker(self) -> None:
+        """By default there is none."""
+        self.check_plugin_file("unix:///.*/gipam.sock", kind=Daemon)
         if os.path.ismount("/etc/docker"):
             self.serve(self.daemon())
             self.assertEqual(os.listdir("/etc/docker"), [])
 
     def test_plugin_file_is_replaced_whole(self) -> None:
-        """Whoever reads it meanwhile has the old one or the new one."""
-        spec = pathlib.Path(self.path("gipam.spec"))
-        spec.write_text("tcp://192.0.2.1:1\n", encoding="ascii")
-        with spec.open(encoding="ascii") as old:
-            gipam.PluginFile(str(spec), "tcp://127.0.0.1:2").create()
-            self.assertEqual(old.read(), "tcp://192.0.2.1:1\n")
-        self.assertEqual(spec.read_text(encoding="ascii"), "tcp://127.0.0.1:2\n")
+        """A process that reads it meanwhile has the old one or the new one."""
+        path = self.path("gipam.spec")
+        pathlib.Path(path).write_bytes(b"tcp://192.0.2.1:1\n")
+        plugin_file = gipam.PluginFile(path, "tcp://127.0.0.1:2")
+        with open(path, "rb") as old:
+            plugin_file.create()
+            self.assertEqual(old.read(), b"tcp://192.0.2.1:1\n")
+        self.assertEqual(pathlib.Path(path).read_bytes(), b"tcp://127.0.0.1:2\n")
         self.assertEqual(os.listdir(self.directory), ["gipam.spec"])
-        self.assert_modes((str(spec), 0o600))
-        os.mkfifo(f"{spec}.tmp")  # whoever opens it would wait for a reader
-        self.assertRaises(OSError, gipam.PluginFile(str(spec), "").create)
+        self.assert_mode(path, 0o600)
 
-    def test_dead_socket_that_hides_the_plugin_file(self) -> None:
-        """dockerd looks for NAME.sock first, and does not try whether it lives."""
-        for name in ("driver", "other"):
-            self.bind(f"{self.plugins}/{name}.sock").close()
-        daemon = self.serve(self.daemon("-spec", self.path("driver.spec"), kind=TcpDaemon))
-        self.assertIn(f"removed {self.plugins}/driver.sock, which hid {daemon.spec}; restart "
-                      "dockerd", daemon.read_log())
+        # To open a FIFO would be to wait for a reader.
+        os.mkfifo(path + ".tmp")
+        self.assertRaises(OSError, plugin_file.create)
+
+    def test_dead_socket_that_hides_the_plugin_file_is_removed(self) -> None:
+        """dockerd looks for NAME.sock first, and does not try whether anything listens there."""
+        driver_socket = self.plugins + "/driver.sock"
+        self.bind(driver_socket).close()
+        self.bind(self.plugins + "/other.sock").close()
+        daemon = self.daemon("-spec", self.path("driver.spec"), kind=TcpDaemon)
+        self.serve(daemon)
+        removed = f"removed {driver_socket}, which hid {daemon.spec}; restart dockerd"
+        self.assertIn(removed, daemon.read_log())
         self.assert_leaves(daemon, self.plugins, "other.sock")
-        self.bind(f"{self.plugins}/driver.sock").listen()
-        self.assert_fails(daemon, 75, f"another daemon listens on {self.plugins}/driver.sock")
+        self.bind(driver_socket).listen()
+        self.assert_fails(daemon, 75, f"another daemon listens on {driver_socket}")
         self.assertEqual(os.listdir(self.directory), ["plugins"])
 
 
-HANDS_ON = """
+# Runs gipam with descriptors from 3 on, as systemd does: sd_listen_fds(3).
+START_WITH_DESCRIPTORS = """
 import fcntl, os, sys
 gipam, names, fds, *options = sys.argv[1:]
 high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 1000) for fd in fds.split(":") if fd]
-for at, fd in enumerate(high):
-    os.dup2(fd, 3 + at)
+for index, fd in enumerate(high):
+    os.dup2(fd, 3 + index)
 os.closerange(3 + len(high), 4096)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(high)), LISTEN_FDNAMES=names)
 os.execv(sys.executable, [sys.executable, gipam, *options])
 """
 
 
+class StoredDescriptor(NamedTuple):
+    """A descriptor that systemd keeps."""
+
+    name: str
+    fd: int
+
+
 class ManagerTest(unittest.TestCase):
-    """What of systemd a restart needs: it keeps the descriptors that it is given, by name."""
+    """The part of systemd that a restart needs: it keeps descriptors by their names."""
 
     def setUp(self) -> None:
-        self.stored: list[tuple[str, int]] = []
+        self.stored: list[StoredDescriptor] = []
         self.addCleanup(self.forget)
         self.address = "@" + make_directory(self)
         self.socket = self.listen(self.address)
@@ -7910,36 +7999,51 @@ class ManagerTest(unittest.TestCase):
         return manager
 
     def receive_until(self, text: str) -> str:
-        """Do what the service asks for, until it says this; return all that it has said."""
-        said = ""
-        while text not in said:
+        """Do what the service asks for, until it sends this; return all that it has sent."""
+        received = ""
+        while text not in received:
             data, rights, _, _ = self.socket.recvmsg(4096, 4096)
-            said += data.decode() + "\n"
-            fields = dict(line.split("=", 1) for line in data.decode().splitlines())
+            message = data.decode()
+            received += message + "\n"
+            fields = {}
+            for line in message.splitlines():
+                name, _, value = line.partition("=")
+                fields[name] = value
             if "FDSTOREREMOVE" in fields:
                 self.forget(fields["FDNAME"])
             for _, _, packed in rights:
-                self.stored += [(fields["FDNAME"], fd) for fd, in struct.iter_unpack("i", packed)]
-        return said
+                for (fd,) in struct.iter_unpack("i", packed):
+                    entry = StoredDescriptor(fields["FDNAME"], fd)
+                    self.stored.append(entry)
+        return received
 
     def forget(self, name: str = "") -> None:
-        for entry in [entry for entry in self.stored if name in ("", entry[0])]:
-            os.close(entry[1])
-            self.stored.remove(entry)
+        """Close the descriptors of a name, or all."""
+        for entry in list(self.stored):
+            if name in ("", entry.name):
+                os.close(entry.fd)
+                self.stored.remove(entry)
 
     def store(self, path: str, *names: str) -> None:
-        """Keep a socket that listens there, under these names."""
+        """Keep a socket that listens on a path, under these names."""
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen()
-            self.stored += [(name, os.dup(listener.fileno())) for name in names]
+            for name in names:
+                fd = os.dup(listener.fileno())
+                self.stored.append(StoredDescriptor(name, fd))
+
+    def stored_names(self) -> list[str]:
+        return [entry.name for entry in self.stored]
 
     def serve(self, daemon: Daemon) -> Daemon:
-        """Start a daemon with all that is kept, and let it answer."""
-        names, fds = (":".join(str(entry[at]) for entry in self.stored) for at in (0, 1))
+        """Start a daemon with all that is kept, and let it reply."""
+        names = ":".join(self.stored_names())
+        daemon.pass_fds = [entry.fd for entry in self.stored]
+        fds = ":".join(map(str, daemon.pass_fds))
         daemon.env.update(NOTIFY_SOCKET=self.address, FDSTORE="1")
-        daemon.command = (sys.executable, "-c", HANDS_ON, GIPAM, names, fds)
-        daemon.pass_fds = [fd for _, fd in self.stored]
+        program = (sys.executable, "-c", START_WITH_DESCRIPTORS)
+        daemon.command = (*program, GIPAM, names, fds)
         daemon.start(wait=False)
         self.receive_until("READY=1")
         self.assertEqual(Peer(self, daemon.socket).ask(), ACTIVATED)
@@ -7951,20 +8055,22 @@ class ManagerTest(unittest.TestCase):
             gipam.sd_notify("END=1")
         self.assertIn("STOPPING=1", self.receive_until("END=1"))
 
-    def test_notify_socket(self) -> None:
-        """By path, too; one that nobody reads from, or that is gone, holds nobody up.
+    @staticmethod
+    def notify_often() -> None:
+        for _ in range(1000):
+            gipam.sd_notify("WATCHDOG=1")
 
-        Each time it would have been a second.
+    def test_notification_waits_for_nobody(self) -> None:
+        """The socket has a path, or nobody reads from it, or it is gone.
+
+        Each message would have waited a second.
         """
-        def beat() -> None:
-            for _ in range(1000):
-                gipam.sd_notify("WATCHDOG=1")
-
         address = make_directory(self) + "/notify"
         manager = self.listen(address)
-        for place in (address, "/nowhere", self.address):
-            with mock.patch.dict(os.environ, NOTIFY_SOCKET=place):
-                thread = threading.Thread(target=beat, daemon=True)
+        for notify_socket in (address, "/nowhere", self.address):
+            with self.subTest(notify_socket), \
+                    mock.patch.dict(os.environ, NOTIFY_SOCKET=notify_socket):
+                thread = threading.Thread(target=self.notify_often, daemon=True)
                 thread.start()
                 thread.join(DEADLINE_S)
                 self.assertFalse(thread.is_alive())
@@ -7974,49 +8080,70 @@ class ManagerTest(unittest.TestCase):
         """The second is a copy of the first: shutting it down would end both."""
         daemon = Daemon(self)
         self.store(daemon.socket, "gipam.socket", "gipam")
-        self.stop(self.serve(daemon))
-        self.assertTrue(os.path.exists(daemon.socket))  # the next process listens there
+        self.serve(daemon)
+        self.stop(daemon)
+        # The next process listens there.
+        self.assertTrue(os.path.exists(daemon.socket))
 
     def test_restart_refuses_nobody(self) -> None:
-        """Connections end while the listener is there; who dials waits for the next process."""
+        """Connections end while the listener stays; a new client waits for the next process."""
         daemon = self.serve(Daemon(self, "-v4", CASES_V4))
-        idle, busy = Peer(self, daemon.socket), Peer(self, daemon.socket).send(NEW_POOL[:50])
+        idle = Peer(self, daemon.socket)
+        busy = Peer(self, daemon.socket)
+        busy.send(NEW_POOL[:50])
         self.assertEqual(idle.ask(), ACTIVATED)
         assert daemon.process
         daemon.process.terminate()
-        wait_for(idle.is_retired, "the connection to be shut")
-        late = Peer(self, daemon.socket).send(ACTIVATE)
+        wait_until("the connection to be shut down", idle.is_retired)
+        late = Peer(self, daemon.socket)
+        late.send(ACTIVATE)
         self.assertTrue(busy.ask(NEW_POOL[50:]))
-        self.stop(daemon, 0)  # a second SIGTERM might hit an interpreter that has ended
-        self.assertEqual((idle.answers(), busy.answers()), ([], []))
+
+        # A second SIGTERM might hit an interpreter that has ended.
+        self.stop(daemon, 0)
+        self.assertEqual(idle.answers(), [])
+        self.assertEqual(busy.answers(), [])
         self.serve(daemon)
         self.assertEqual(late.answer().body, ACTIVATED)
-        self.assertEqual([name for name, _ in self.stored], ["gipam"])  # there is room for one
+        # systemd has space for one.
+        self.assertEqual(self.stored_names(), ["gipam"])
         self.stop(daemon)
 
-    def test_socket_that_is_made_again_is_kept_instead(self) -> None:
+    def test_socket_that_is_created_again_is_kept_instead(self) -> None:
         daemon = self.serve(Daemon(self))
         os.unlink(daemon.socket)
-        wait_for(daemon.is_answering, "the socket to be made again")
+        wait_until("the socket to be created again", daemon.is_answering)
         self.stop(daemon)
-        self.assertEqual([name for name, _ in self.stored], ["gipam"])
-        self.assertEqual(Peer(self, self.serve(daemon).socket).ask(), ACTIVATED)
+        self.assertEqual(self.stored_names(), ["gipam"])
+        self.serve(daemon)
+        self.assertEqual(Peer(self, daemon.socket).ask(), ACTIVATED)
         self.stop(daemon)
 
-    def test_kept_socket_that_leads_nowhere_is_given_back_but_to_its_unit(self) -> None:
-        """It has lost its name, or is for another address."""
-        for unit, is_here, left in (("gipam", True, ["gipam"]), ("gipam", False, ["gipam"]),
-                                    ("gipam.socket", False, ["gipam.socket", "gipam"])):
-            with self.subTest(unit, is_here=is_here):
-                daemon, other = Daemon(self), os.path.join(make_directory(self), "old.sock")
-                self.store(daemon.socket if is_here else other, unit)
-                if is_here:
-                    os.unlink(daemon.socket)
-                self.serve(daemon)
-                self.assertEqual(os.path.lexists(other), unit == "gipam.socket")
-                self.assertEqual([name for name, _ in self.stored], left)
-                self.stop(daemon)
-                self.forget()
+    def names_after_start(self, daemon: Daemon) -> list[str]:
+        """Start a daemon with what is stored; return the names of what is stored then."""
+        self.serve(daemon)
+        self.addCleanup(self.stop, daemon)
+        return self.stored_names()
+
+    def test_stored_socket_whose_path_was_deleted_is_given_up(self) -> None:
+        daemon = Daemon(self)
+        self.store(daemon.socket, "gipam")
+        os.unlink(daemon.socket)
+        self.assertEqual(self.names_after_start(daemon), ["gipam"])
+
+    def test_stored_socket_for_another_address_is_given_up_with_its_path(self) -> None:
+        path = make_directory(self) + "/old.sock"
+        self.store(path, "gipam")
+        names = self.names_after_start(Daemon(self))
+        self.assertEqual(names, ["gipam"])
+        self.assertFalse(os.path.lexists(path))
+
+    def test_socket_of_a_unit_for_another_address_is_left_to_the_unit(self) -> None:
+        path = make_directory(self) + "/old.sock"
+        self.store(path, "gipam.socket")
+        names = self.names_after_start(Daemon(self))
+        self.assertEqual(names, ["gipam.socket", "gipam"])
+        self.assertTrue(os.path.lexists(path))
 
 
 # === Docker =======================================================================================
