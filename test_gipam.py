@@ -710,13 +710,7 @@ class CommandCase(Case):
 
 
 # Former names, until all sections use those above.
-seeds = choose_seeds
-prefixes = parse_prefixes
-ranges = integer_ranges
-dial = connect
 Refused = ErrorReply
-Direct = DirectClient
-record = record_changes
 
 
 # === Style ========================================================================================
@@ -3911,12 +3905,12 @@ class HostRoutesTest(Case):
 
     def test_routes_and_own_addresses_in_a_base_are_used(self) -> None:
         for name, routes, addresses, expected in self.ROWS:
-            for base in prefixes(BASES):
+            for base in parse_prefixes(BASES):
                 with self.subTest(name, base=base):
                     used = gipam.read_used_ranges(Kernel(routes, addresses), base.version, [base])
-                    of_family = [network for network in prefixes(expected)
+                    of_family = [network for network in parse_prefixes(expected)
                                  if network.version == base.version]
-                    self.assertEqual(used, ranges(of_family))
+                    self.assertEqual(used, integer_ranges(of_family))
 
     def dump(self, *datagrams: list[tuple[int, int, bytes]]) -> list[bytes]:
         """Return what netlink_request() does if the kernel sends these (type, flags, payload)."""
@@ -4076,7 +4070,7 @@ class ProxiesTest(Case):
         self.patch(socket, if_nametoindex=self.link.find_device)
         self.patch(time, monotonic=self.read_clock)
         self.client = Alone()
-        self.proxies = gipam.ProxyNeighbours("eth0", prefixes(BASES), self.link)
+        self.proxies = gipam.ProxyNeighbours("eth0", parse_prefixes(BASES), self.link)
         self.proxies.event_socket.close()
         self.proxies.event_socket = mock.Mock(recv=self.next_event)
         self.client.service.proxies = self.proxies
@@ -4229,7 +4223,7 @@ class ProxiesTest(Case):
     def test_base_is_on_the_link_by_a_route_without_a_gateway(self) -> None:
         for text, device, more, expected in self.ROUTES:
             routes = [route(text, device, more)]
-            for base in prefixes(BASES):
+            for base in parse_prefixes(BASES):
                 with self.subTest(text, device=device, more=more, base=base):
                     is_on_link = gipam.is_on_link(base, routes, 2)
                     self.assertEqual(is_on_link, str(base) == expected)
@@ -13417,9 +13411,9 @@ class BaseMapTest(unittest.TestCase):
                                       v6ab=case.block_prefixlen, excluded=case.excluded))
             for subnet in case.held.split():
                 client.request_pool(subnet)
-            client.routes = prefixes(case.routes)
+            client.routes = parse_prefixes(case.routes)
             (base,) = client.state()["bases"]
-            marks = {"o": [], "+": prefixes(case.held)}
+            marks = {"o": [], "+": parse_prefixes(case.held)}
             numbers, *lines = gipam.render_base(base, marks, 110)
             if case.unit:
                 self.assertEqual(lines.pop(), f"  {case.unit}")
