@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A Docker IPAM driver: every Docker network gets its own prefix, every container an address.
 
-A prefix is routed to this host, or is on-link there. Every Docker network created with
+A prefix is routed to this host, or is on-link. Every Docker network created with
 `--ipam-driver gipam` gets the next free block of that prefix, so its containers are reachable from
 outside without NAT. To run and to test it:
 
@@ -18,11 +18,11 @@ The sections. Each uses only what stands above it (`grep -n '^# ===' gipam.py` l
     Allocator   pure decisions: (state, request) -> record, or an error
     Journal     the lease file, its journal segments and its lock
     Netlink     routes, addresses and proxy neighbours of this host
-    Claims      what the hosts of a site have claimed in etcd; no I/O
+    Claims      what the hosts of a cluster have claimed in etcd; no I/O
     Service     applies records and commits them; the only code that changes the state
     API         plugin methods, status, metrics and health: bytes in, bytes out
     Server      the event loop, its connections and its listeners
-    Discovery   the socket, the plugin file and systemd: how Docker finds gipam
+    Discovery   the socket, the plugin file and systemd, by which Docker finds gipam
     Docker      a client of Docker's API, and what Docker uses
     Check       differences between gipam and Docker, their repair, and the import
     Cluster     a client of etcd, and the thread that runs transactions
@@ -57,9 +57,9 @@ acknowledged and is dropped. Any other inconsistency stops gipam with an error t
 Files are created, renamed and removed only in the loop thread.
 
 Durability. A reply that Docker has read is on disk: it survives SIGKILL and, if the disk honours
-fdatasync, a power cut. A full disk causes errors but never loses a lease. What cannot be recovered
-is what Docker and gipam never told each other: a reply lost when dockerd crashed, a release sent
-while gipam was down. Such an address stays allocated until somebody releases it.
+fdatasync, a power cut. A full disk causes errors but never loses a lease. A reply that was lost
+when dockerd crashed, or a release that Docker sent while gipam was down, leaves an address or a
+pool allocated that no container uses. `gipam check --fix` releases it.
 """
 
 from __future__ import annotations
@@ -128,32 +128,32 @@ __version__ = "1.0.0"
 # === Constants ====================================================================================
 #
 # Limits, intervals and sizes, grouped by the section that uses them. A name ends in its unit: _S
-# for seconds, _BYTES, _CHARS. Spellings that one section alone uses, such as the keys of the lease
-# file, stand there. A limit bounds what one peer, iteration or subnet can cost; no limit loses
-# what is on disk.
+# for seconds, _BYTES, _CHARS. Constants that only one section uses, such as the keys of the lease
+# file, are defined there. A limit bounds the cost of one client, iteration or subnet; no limit
+# deletes a lease.
 
 # Logging and texts.
 MAX_TEXT_CHARS = 255  # of a stored name or quoted text
 MAX_LOG_RECORDS = 1_000  # buffered while stderr is not writable
 MAX_LOG_CHARS = 4_000  # of one line
-# Errors of a host that is short of something: a later try may succeed.
+# The host is short of a resource; a later attempt may succeed.
 TRANSIENT_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
 
-# Model: addresses, and what is remembered of those that were released.
+# Model.
 ADDRESS_BITS = {4: 32, 6: 128}
 SOCKET_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 GATEWAY = "gateway"
 AUXILIARY = "auxiliary"
 ENDPOINT = "endpoint"
 LEASE_KINDS = (GATEWAY, AUXILIARY, ENDPOINT)
-MAX_AFFINITIES = 1024  # addresses a subnet, reservations a family
-MAX_SAVED_AFFINITIES = 256  # addresses of a released subnet
+MAX_AFFINITIES = 1024  # past leases per subnet, reservations per family
+MAX_SAVED_AFFINITIES = 256  # past leases of a released subnet
 
-# Records: the lease file is encoded in chunks that no client waits for.
+# Records: the loop encodes the lease file in chunks, so that no request waits long.
 LEASES_PER_CHUNK = 250  # measured: 0.4 ms
 NAMES_PER_CHUNK = 4  # each with up to MAX_SAVED_AFFINITIES addresses
 
-# Journal: preallocated space makes an append change no metadata.
+# Journal: an append to preallocated space changes no metadata of the file.
 CHUNK_BYTES = 16384  # of a snapshot or a page
 PREALLOCATE_BYTES = 1 << 17
 PROBE_BYTES = 4096  # a file-system block
@@ -170,8 +170,8 @@ PROXY_UPDATES_PER_ITERATION = 10  # measured: 60 us each
 MAX_NETLINK_EVENTS = 100  # read in an iteration
 RESYNC_INTERVAL_S = 0.25  # between full comparisons of proxy entries
 
-# API. Docker 27 and later leaves the check of routes to a driver whose local and global address
-# spaces are the same.
+# API. If the local and the global address space are the same, Docker 27 and later leaves the check
+# for overlapping routes to the driver.
 ADDRESS_SPACE = "gipam"
 REPLY_TYPE = "application/vnd.docker.plugins.v1.2+json"
 MAX_BODY_BYTES = 1 << 18
@@ -184,7 +184,7 @@ MAX_HEAD_BYTES = 1 << 18  # of a request
 RECEIVE_BYTES = 65536
 REQUEST_TIMEOUT_S = 10.0  # on TCP, for a request or reply
 MAX_TCP_CONNECTIONS = 256  # per listener
-MAX_ACCEPTS = 64  # an iteration; measured: 0.1 ms each
+MAX_ACCEPTS = 64  # per iteration; measured: 0.1 ms each
 TIMER_INTERVAL_S = 1.0
 DRAIN_IDLE_S = 0.1  # for a disconnected client to reconnect
 DRAIN_MAX_S = 2.0  # for a connected client's request
@@ -200,26 +200,28 @@ IMPORT_TIMEOUT_S = 2.0  # at a start without lease file
 IMPORT_BACKOFF_S = 1.0
 MAX_IMPORT_BACKOFF_S = 60.0
 
-# Cluster. The codes are gRPC's InvalidArgument, PermissionDenied, ResourceExhausted,
-# FailedPrecondition, OutOfRange and Unauthenticated: another member of etcd would say the same.
-# An older transaction is decided again, because this host may have been evicted meanwhile.
+# Cluster.
 ETCD_AUTH_PATH = "/v3/auth/authenticate"
+# InvalidArgument, PermissionDenied, ResourceExhausted, FailedPrecondition, OutOfRange and
+# Unauthenticated: every endpoint of etcd would return the same error.
 GRPC_PERMANENT_CODES = (3, 7, 8, 9, 11, 16)
 ETCD_TIMEOUT_S = 3.0  # of a request that needs etcd
-ETCD_ATTEMPT_S = 1.0  # for one member
-ETCD_PAUSE_S = 0.05  # before all members are tried again
+ETCD_ATTEMPT_S = 1.0  # for one endpoint
+ETCD_PAUSE_S = 0.05  # before the next endpoint
 ETCD_MIN_LOOK_S = 0.25  # between readings of others' changes
 ETCD_PAGE_KEYS = 250  # read at a time; measured: 0.24 ms
 MAX_ETCD_BYTES = 1 << 24  # of one reply
 HEARTBEAT_INTERVAL_S = 10.0
 MISSED_HEARTBEATS = 4  # until a host is absent
-TRANSACTION_MAX_AGE_S = 10.0  # when its grant is applied
+# Nothing is granted on an older result, because this host may have been evicted meanwhile.
+TRANSACTION_MAX_AGE_S = 10.0
 GRACE_PERIOD_S = 5.0  # without new claims after a loss
 CLAIMS_PER_TRANSACTION = 40  # etcd's --max-txn-ops is 128
 CLAIMS_PER_ITERATION = 25  # measured: 60 us each
 MAX_CLAIM_LOG_CHARS = 2000
 
-# Daemon and Commands. Replies of Docker and etcd are parsed in other threads, beside the loop.
+# Daemon and Commands.
+# Threads that parse replies of Docker and etcd give way to the loop after this time.
 THREAD_SWITCH_S = 0.0005
 START_TIMEOUT_S = 300  # asked of the service manager
 DAEMON_TIMEOUT_S = 60.0  # of commands, for the daemon
@@ -228,20 +230,20 @@ log = logging.getLogger("gipam")
 
 # === Errors =======================================================================================
 #
-# One class for each way in which an error is reported. Its text is shown to Docker or to the
-# operator; http_status is that of a reply, exit_status that of the process. Classes are grouped as
-# moby groups them (daemon/libnetwork/ipamapi/contract.go). An exception of another class is a bug.
+# One class for each way in which an error is reported: http_status is the status of the reply,
+# exit_status that of the process. Classes are grouped as moby groups them
+# (daemon/libnetwork/ipamapi/contract.go). An exception of another class is a bug.
 
 
 class GipamError(Exception):
-    """Base class. Its text is shown to Docker or to the operator."""
+    """Base class. Docker and the operator see the text."""
 
     http_status = 500
     exit_status = 1
 
 
 class InvalidRequest(GipamError):
-    """The request breaks a rule, whatever the state is (moby: InvalidParameter)."""
+    """The request would be invalid in any state (moby: InvalidParameter)."""
 
     def __init__(self, text: str, http_status: int = 400) -> None:
         super().__init__(text)
@@ -255,13 +257,13 @@ class Forbidden(GipamError):
 
 
 class Unavailable(GipamError):
-    """Nothing is left to hand out (moby: Unavailable)."""
+    """No subnet or address is free, or etcd or the kernel does not answer (moby: Unavailable)."""
 
     http_status = 503
 
 
 class StoreError(GipamError):
-    """The change could not be written; the state and the disk are as before it."""
+    """The change could not be written; the state and the disk are unchanged."""
 
     http_status = 503
 
@@ -277,7 +279,7 @@ class FatalStoreError(StoreError):
 
 
 class ConfigError(GipamError):
-    """An option, a variable, the lease file or another file is unusable; a restart is no help."""
+    """An option, a variable or a file is unusable, so that a restart would fail too."""
 
     exit_status = os.EX_CONFIG
 
@@ -289,7 +291,7 @@ class UsageError(GipamError):
 
 
 class CorruptionError(ConfigError):
-    """The files on disk are not as gipam wrote them; it refuses to guess."""
+    """The lease file or the journal is not as gipam wrote it."""
 
 
 class Unreachable(GipamError):
@@ -326,9 +328,9 @@ def format_os_error(error: Exception) -> str:
 # === Logging ======================================================================================
 #
 # A LogHandler writes lines to stderr: under systemd with a priority, else with a time. It never
-# blocks, because nothing may wait for whoever reads the log: what stderr does not take is kept, the
-# oldest line is dropped at the limit. Only text is kept: a log record would keep its exception and
-# with it the body of a request.
+# blocks, because a request must not wait for the reader of the log. Lines that stderr does not
+# accept are buffered as text (a log record would keep its exception, and with it the body of a
+# request); at the limit the oldest is dropped.
 
 
 def printable(text: str, limit: int = MAX_TEXT_CHARS) -> str:
@@ -347,8 +349,8 @@ def plural(count: int, noun: str) -> str:
 def open_stderr() -> Callable[[bytes], int]:
     """Return a function that writes to stderr without blocking, and returns how many bytes.
 
-    Other processes may share the descriptor and keep it blocking, so a pipe or a terminal is
-    opened anew. (select() reports a terminal as writable although a longer line would block.)
+    Other processes may share the descriptor and need it blocking, so a pipe or a terminal is
+    reopened. (select() reports a terminal as writable although a longer line would block.)
     """
     file_type = stat.S_IFMT(os.fstat(2).st_mode)
     if file_type == stat.S_IFSOCK:
@@ -364,7 +366,7 @@ def open_stderr() -> Callable[[bytes], int]:
         try:
             fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError:
-            # It belongs to another user, who may not open it.
+            # Another user owns it, and this one may not open it.
             os.set_blocking(2, False)
 
     def write(data: bytes) -> int:
@@ -373,7 +375,7 @@ def open_stderr() -> Callable[[bytes], int]:
     return write
 
 
-# Priorities under systemd, of the levels below an error. Source: sd-daemon(3)
+# Priorities under systemd of the levels below an error. Source: sd-daemon(3)
 LOG_PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>"}
 ERROR_PRIORITY = "<3>"
 
@@ -395,7 +397,7 @@ class LogHandler(logging.Handler):
         self._formatter = logging.Formatter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the text of a record, and write it unless output waits."""
+        """Buffer the text of a record; write it unless is_buffering."""
         try:
             text = self.format(record)
         except Exception as error:  # noqa: BLE001
@@ -404,19 +406,19 @@ class LogHandler(logging.Handler):
         self.write_line(text)
 
     def write_error(self, text: str) -> None:
-        """Write why the command fails: one line, under systemd with the priority of an error."""
+        """Write the error of a command in one line, under systemd with the priority of an error."""
         prefix = ERROR_PRIORITY if "JOURNAL_STREAM" in os.environ else "gipam: "
         self.write_line(prefix + text)
 
     def write_line(self, text: str) -> None:
-        """Write a line as soon as stderr takes it; at the limit, the oldest kept line goes."""
+        """Buffer a line, at the limit instead of the oldest; write it unless is_buffering."""
         self._lines.append(text.encode(errors="backslashreplace") + b"\n")
         if not self.is_buffering:
             self.flush()
 
     def flush(self) -> None:
-        """Write as much as can be written now."""
-        # Errors are expected: perhaps nobody ever reads the log.
+        """Write as much of the buffer as stderr accepts now."""
+        # The log may have no reader any more.
         with self._write_lock, contextlib.suppress(OSError):
             if self._write is None:
                 self._write = open_stderr()
@@ -427,7 +429,7 @@ class LogHandler(logging.Handler):
                 self._partial = self._partial[written:]
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return its lines, each with a priority under systemd, else with a time."""
+        """Return the lines of a record, each with a priority under systemd, else with a time."""
         if "JOURNAL_STREAM" in os.environ:
             prefix = LOG_PRIORITIES.get(record.levelno, ERROR_PRIORITY)
         else:
@@ -438,13 +440,14 @@ class LogHandler(logging.Handler):
 
 # === Model ========================================================================================
 #
-# Prefixes, pools, leases, and the state that they make up. A State has a Family for IPv4 and one
-# for IPv6; a Family has bases, and a Subnet for each prefix in use; a Subnet has a Pool for each
-# Docker network (or --ip-range) in it; a Pool has a Lease for each address. Inside a subnet an
-# address is an offset from the first one. A Record is one change, as it stands in the journal.
+# A State has a Family for IPv4 and one for IPv6; a Family has bases, and a Subnet for each prefix
+# in use; a Subnet has a Pool for each Docker network (or --ip-range) in it; a Pool has a Lease for
+# each address. Inside a subnet, an address is an offset from the first one. A Record is one change,
+# as the journal stores it.
 #
 # The rule: State.apply() is the only way to change the state, both while serving and during
-# recovery. It depends on the state and the record alone: no clock, no randomness, no I/O.
+# recovery. It depends on the state and the record alone: no clock, no randomness, no I/O. It
+# refuses a record that would allocate an address twice.
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 Range = Tuple[int, int]  # first and last address
@@ -452,10 +455,10 @@ Json = Dict[str, Any]  # an object
 
 
 def parse_prefix(text: str, mask: bool = False) -> Network:
-    """Return the prefix of CIDR text; mask clears host bits. Raises: ValueError with the rule."""
+    """Return the prefix of CIDR text; mask: clear its host bits. Raises: ValueError."""
     address, _, length = text.partition("/")
     try:
-        # ip_network() also takes netmasks, scopes and bare addresses.
+        # ip_network() also accepts netmasks, scopes and bare addresses.
         if "%" in address or not (length.isascii() and length.isdigit()):
             raise ValueError
         network = ipaddress.ip_network(text, strict=False)
@@ -492,7 +495,7 @@ def format_endpoint(address: Any) -> str:
 
 
 def address_range(network: Network) -> Range:
-    """Return its first and last address as numbers."""
+    """Return the first and last address of a prefix as numbers."""
     return int(network.network_address), int(network.broadcast_address)
 
 
@@ -502,7 +505,10 @@ def is_size_hint(subnet: Network) -> bool:
 
 
 def make_pool_id(subnet: Network, sub_pool: Network | None, token: str) -> str:
-    """Return SUBNET[,SUB_POOL]#TOKEN, which is enough to adopt the pool; a token is used once."""
+    """Return SUBNET[,SUB_POOL]#TOKEN, from which a lost pool can be adopted.
+
+    The token is random: Docker may still use the id of an older pool of the same subnet.
+    """
     if sub_pool:
         return f"{subnet},{sub_pool}#{token}"
     return f"{subnet}#{token}"
@@ -522,7 +528,7 @@ def parse_pool_id(pool_id: str) -> tuple[Network, Network | None] | None:
     except ValueError:
         return None
 
-    # gipam spells a prefix in one way only.
+    # An id with another spelling of a prefix is not gipam's.
     if make_pool_id(subnet, sub_pool, match[3]) != pool_id:
         return None
     return subnet, sub_pool
@@ -546,7 +552,7 @@ def make_json_encoder() -> Callable[[Any, bool], Iterable[str]]:
 
 
 iterencode_json = make_json_encoder()
-# json.loads() looks for the encoding of its text first.
+# json.loads() would detect the encoding first.
 raw_decode = json.JSONDecoder().raw_decode
 
 
@@ -556,7 +562,7 @@ def encode_json(value: Any) -> str:
 
 
 class PoolGrant(NamedTuple):
-    """Journal record: a pool was granted, on request or by adopting the id that Docker has."""
+    """Journal record: a pool was granted, adopted or imported."""
 
     pool_id: str
     subnet: str  # CIDR
@@ -564,7 +570,7 @@ class PoolGrant(NamedTuple):
     name: str  # gipam.name or ""
     granted_s: int  # UNIX time
     cursor: int  # offset of the next address to try
-    next_block: int  # to try at this prefixlen; -1: unchanged
+    next_block: int  # index to try next at this prefixlen; -1: unchanged
     is_shared: bool = False  # with other hosts
 
 
@@ -588,19 +594,19 @@ class AddressGrant(NamedTuple):
 
 
 class AddressRelease(NamedTuple):
-    """Journal record: an address was released; its last owner is remembered."""
+    """Journal record: an address was released; its last owners are remembered."""
 
     pool_id: str
     address: str
 
 
 class PoolIdBinding(NamedTuple):
-    """Journal record: an imported pool got its id from the first request that Docker sent for it.
+    """Journal record: an imported pool got its id from Docker's first request for it.
 
     Docker's API, from which the pool was imported, does not show ids.
     """
 
-    pool_id: str
+    pool_id: str  # with the token UNBOUND
     new_id: str
 
 
@@ -656,7 +662,7 @@ class OffsetBitmap:
             self._bitmaps[index] = bitmap
 
     def next_free(self, offset: int, *others: OffsetBitmap) -> int:
-        """Return the least offset, from this one on, that is neither in this set nor in others."""
+        """Return the first offset, from this one on, that is neither in this set nor in others."""
         while True:
             index = offset >> self.SHIFT
             used = self._bitmaps.get(index, 0)
@@ -676,7 +682,7 @@ class BlockedRanges:
 
     def __init__(self, ranges: Iterable[Range]) -> None:
         self._firsts: list[int] = []
-        # Running maximum, so that bisecting works although ranges nest.
+        # Running maximum, so that bisect works although ranges nest.
         self._lasts: list[int] = []
         highest = -1
         for first, last in sorted(ranges):
@@ -697,8 +703,8 @@ class PrefixTree:
 
     A node is a prefix, numbered as in a heap: 1 is the whole family, 2n and 2n+1 are the halves of
     n. Only nodes that contain or are contained in a used prefix are stored. For each the tree keeps
-    the length of its largest free block and its number of free blocks of the default length, so
-    that every query takes at most 32 or 128 steps.
+    the length of its largest free block and its number of free blocks of the default length.
+    A query takes at most 32 or 128 steps, but for the blocked ranges that find_free() skips.
     """
 
     def __init__(self, address_bits: int, block_prefixlen: int) -> None:
@@ -708,11 +714,11 @@ class PrefixTree:
         self._free_space: dict[int, tuple[int, int]] = {}  # as free_space()
 
     def node_of(self, network: Network) -> int:
-        """Return the number of a prefix."""
+        """Return the node of a prefix."""
         return 1 << network.prefixlen | int(network[0]) >> self.address_bits - network.prefixlen
 
     def network_of(self, node: int) -> Network:
-        """Return the prefix of a number."""
+        """Return the prefix of a node."""
         prefixlen = node.bit_length() - 1
         first = (node ^ 1 << prefixlen) << self.address_bits - prefixlen
         return ipaddress.ip_network((first.to_bytes(self.address_bits // 8, "big"), prefixlen))
@@ -746,7 +752,7 @@ class PrefixTree:
         self._update_free_space(node)
 
     def _update_free_space(self, node: int) -> None:
-        """Bring the free space of a node and of its ancestors up to date."""
+        """Update the free space of a node and of its ancestors."""
         prefixlen = node.bit_length() - 1
         while node:
             free_half = (prefixlen + 1, (1 << self.block_prefixlen) >> prefixlen + 1)
@@ -779,7 +785,7 @@ class PrefixTree:
 
     def find_free(self, prefixlen: int, lowest: int, blocked: BlockedRanges,
                   node: int = 1) -> int | None:
-        """Return the least free node of this length in a node, from node lowest on, or None."""
+        """Return the first free node of this length in a node, from node lowest on, or None."""
         shift = prefixlen - node.bit_length() + 1
         end = node + 1 << shift
         if self.free_space(node)[0] > prefixlen or end <= lowest:
@@ -800,7 +806,7 @@ class PrefixTree:
 
 
 class PastLease(NamedTuple):
-    """The last lease of an address of a subnet, as it is remembered after its release."""
+    """What a subnet remembers of the last lease of an address after its release."""
 
     offset: int
     owners: tuple[str, ...]  # container name, MAC address, or both
@@ -809,26 +815,26 @@ class PastLease(NamedTuple):
 
 
 class Affinity:
-    """The past leases of a subnet, by which each owner finds its address again.
+    """The past leases of a subnet, so that an owner gets its last address again.
 
-    An address with a past lease rests: somebody else gets it only when no other address is free.
-    Each owner has one address. Iteration begins with what was released longest ago, which is also
-    forgotten first.
+    An address with a past lease is kept for its owners: another owner gets it only when no other
+    address is free. Each owner has one address. Iteration yields the oldest release first, which
+    is also forgotten first.
     """
 
     def __init__(self) -> None:
         self.offsets = OffsetBitmap()
-        self._by_offset: dict[int, PastLease] = {}  # released longest ago first
+        self._by_offset: dict[int, PastLease] = {}  # oldest release first
         self._by_owner: dict[str, PastLease] = {}
 
     def __iter__(self) -> Iterator[PastLease]:
         return iter(self._by_offset.values())
 
-    def resting_order(self) -> Iterator[PastLease]:
-        """Yield in which order addresses are taken from their last owners.
+    def reclaim_order(self) -> Iterator[PastLease]:
+        """Yield past leases in the order in which other owners get their addresses.
 
-        What was given dynamically comes first, and then what a user had named: a container with
-        --ip cannot start with another address. Of each, the one released longest ago is first.
+        Dynamic addresses come first, then those that a user named, because a container with --ip
+        cannot start with another address. Of each kind, the oldest release is first.
         """
         for past in self:
             if not past.is_explicit:
@@ -861,7 +867,7 @@ class Affinity:
             self._forget(oldest_offset)
 
     def restore(self, past_leases: Iterable[PastLease]) -> None:
-        """Add saved past leases; what was released later wins."""
+        """Add saved past leases; of two that collide, the later release wins."""
         merged = sorted([*self, *past_leases], key=lambda past: (past.seq, past.offset))
         for past in merged:
             self._forget(past.offset)
@@ -878,7 +884,7 @@ class Affinity:
 
 
 class Subnet:
-    """A prefix in use and the state shared by all pools of it: no address is allocated twice."""
+    """A prefix in use, and the addresses that all pools of it have allocated."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -894,7 +900,7 @@ class Subnet:
 
     @property
     def reserved(self) -> set[int]:
-        """Return the offsets that are never handed out, as Docker's built-in IPAM has it.
+        """Return the offsets that are never granted: the same as in Docker's built-in IPAM.
 
         Source: moby daemon/libnetwork/ipams/defaultipam/address_space.go
         """
@@ -907,17 +913,17 @@ class Subnet:
 
     @property
     def first_pool(self) -> Pool:
-        """Return the pool that stands for a subnet in use: the oldest."""
+        """Return the oldest pool."""
         pools = iter(self.pools.values())
         return next(pools)
 
     def find_free(self, low: int, high: int, *unavailable: OffsetBitmap) -> int | None:
-        """Return the first free offset of a range that is in no other set either, or None."""
+        """Return the first offset of a range that is free and not unavailable, or None."""
         offset = self.allocated.next_free(low, *unavailable)
         return offset if offset <= high else None
 
     def find_lease(self, offset: int) -> Lease | None:
-        """Return the lease of an address, None if nobody has it."""
+        """Return the lease at an offset, or None."""
         for pool in self.pools.values():
             if offset in pool.leases:
                 return pool.leases[offset]
@@ -930,7 +936,7 @@ class Subnet:
 
 
 class Pool:
-    """What one Docker network got: a subnet or a range of it, and the leases made there."""
+    """A subnet, or a range of it, that one Docker network was granted, and its leases."""
 
     def __init__(self, grant: PoolGrant, subnet: Subnet, seq: int) -> None:
         self.pool_id = grant.pool_id
@@ -944,8 +950,9 @@ class Pool:
         self._subnet_text = grant.subnet
 
         first, last = address_range(self.sub_pool or subnet.network)
-        self.low = first - subnet.first  # dynamic addresses: first offset
-        self.high = last - subnet.first  # and last
+        # Offsets of the first and the last dynamic address.
+        self.low = first - subnet.first
+        self.high = last - subnet.first
 
     @property
     def label(self) -> str:
@@ -959,7 +966,7 @@ class Pool:
         return format_address(self.subnet.first + offset, self.subnet.version)
 
     def offset_of(self, address: str) -> int:
-        """Return the offset of a bare address, which may lie outside. Raises: ValueError."""
+        """Return the offset of a bare address, inside the subnet or not. Raises: ValueError."""
         return parse_address(address, self.subnet.version) - self.subnet.first
 
     def checked_offset(self, address: str) -> int:
@@ -970,24 +977,21 @@ class Pool:
         return offset
 
     def capacity(self) -> int:
-        """Return how many addresses of its range can be handed out."""
+        """Return how many addresses of its range can be granted."""
         reserved = [offset for offset in self.subnet.reserved if self.low <= offset <= self.high]
         return self.high - self.low + 1 - len(reserved)
 
 
 class BlockReservation(NamedTuple):
-    """What is reserved for a gipam.name: its block, and who had which address there.
-
-    The past leases are kept here while no network uses the block.
-    """
+    """A block that is reserved for a gipam.name, and its past leases while no network uses it."""
 
     network: Network
     past_leases: tuple[PastLease, ...]
-    seq: int
+    seq: int  # of the last record about it
 
 
 class Family:
-    """IPv4 or IPv6: the bases, what is free in them, reservations, and the subnets in use."""
+    """The bases of IPv4 or IPv6, the free space in them, reservations, and the subnets in use."""
 
     def __init__(self, version: int, bases: list[Network], prefixlen: int,
                  excluded: list[Network]) -> None:
@@ -997,15 +1001,16 @@ class Family:
         self.excluded = excluded
         self.used = PrefixTree(ADDRESS_BITS[version], prefixlen)  # here and on other hosts
         self.subnets: dict[Network, Subnet] = {}
-        self.cursors: dict[int, int] = {}  # prefixlen -> next block to try
+        self.cursors: dict[int, int] = {}  # prefixlen -> index of the next block to try
         self.reservations: dict[str, BlockReservation] = {}  # by gipam.name, oldest first
-        self.remote_claims: dict[Network, Any] = {}  # used too -> by whom
+        # Prefixes that claims block, which are in `used` too -> text that names the claim.
+        self.remote_claims: dict[Network, str] = {}
 
     def find_block(self, bases: list[Network], prefixlen: int,
                    blocked: BlockedRanges) -> tuple[Network, int] | None:
         """Return (a free block, index of the next one to try), next-fit from the cursor, or None.
 
-        Blocks are counted over all these bases.
+        An index counts the blocks of all these bases, in order.
         """
         counts = [1 << prefixlen - base.prefixlen for base in bases]
         total = sum(counts)
@@ -1023,7 +1028,7 @@ class Family:
         return None
 
     def block_counts(self, *bases: Network) -> tuple[int, int, int]:
-        """Return how many blocks of the default length bases have, use, and have excluded but free.
+        """Return (total, used, excluded and unused) counts of blocks of the default length.
 
         A block that is used or excluded in part counts as a whole.
         """
@@ -1038,7 +1043,7 @@ class Family:
         return total, used, self.count_free(excluded)
 
     def count_free(self, ranges: Iterable[Range]) -> int:
-        """Return how many free blocks of the default length prefixes, as ranges, touch."""
+        """Return how many free blocks of the default length overlap these ranges, each a prefix."""
         address_bits = ADDRESS_BITS[self.version]
         block_size = 1 << address_bits - self.prefixlen
         whole_blocks = set()
@@ -1048,7 +1053,7 @@ class Family:
         count = 0
         counted_end = 0
         for first, end in sorted(whole_blocks, key=lambda block: (block[0], -block[1])):
-            # Prefixes nest or are apart: this one may lie in the one before.
+            # Two prefixes nest or are disjoint: this one may lie in the previous one.
             if first < counted_end:
                 continue
             counted_end = end
@@ -1071,7 +1076,7 @@ class Family:
         return overlap
 
     def find_remote_conflict(self, network: Network) -> Network | None:
-        """Return a claim of another host that overlaps this subnet, which is in use here too."""
+        """Return a used prefix that overlaps this subnet, which is in use here too, or None."""
         self.used.remove(network)
         overlap = self.used.find_overlap(network)
         self.used.add(network)
@@ -1087,7 +1092,7 @@ class Family:
         return False
 
     def reserve(self, name: str, reservation: BlockReservation) -> None:
-        """Reserve a block for a name from now on; at the limit, the oldest reservation goes."""
+        """Reserve a block for a name; at the limit, drop the oldest reservation."""
         self.reservations.pop(name, None)
         self.reservations[name] = reservation
         if len(self.reservations) > MAX_AFFINITIES:
@@ -1096,7 +1101,7 @@ class Family:
 
 
 class State:
-    """The complete state. apply() is the only way to change it, while serving and in recovery."""
+    """The complete state. Only apply() changes it."""
 
     def __init__(self, families: Iterable[Family]) -> None:
         self.seq = 0
@@ -1107,7 +1112,7 @@ class State:
     def apply(self, record: Record) -> None:
         """Apply one record; it takes the next sequence number.
 
-        Raises: ValueError if it does not fit; nothing has changed.
+        Raises: ValueError if it contradicts the state, with nothing changed.
         """
         pool = self.pools.get(record.pool_id)
         if isinstance(record, PoolGrant):
@@ -1211,7 +1216,7 @@ class State:
         if offset not in pool.leases:
             raise ValueError(f"address {release.address} is not held in {subnet.network}")
         lease = pool.leases.pop(offset)
-        # The Go program handed out broadcast addresses; they stay reserved.
+        # gipam was once a Go program, which granted broadcast addresses. They stay reserved.
         if offset not in subnet.reserved:
             subnet.allocated.discard(offset)
         past = PastLease(offset, lease.owners, self.seq + 1, lease.is_explicit)
@@ -1225,14 +1230,15 @@ class State:
 # is the JSON object of the lease file (the snapshot). copy_state() takes a copy that later records
 # do not change, encode_snapshot() yields its text in chunks, and decode_snapshot() reads it.
 #
-# The rule: nothing that was read from disk is believed. Its types and bounds are checked against
-# the schemas here, its meaning in State.apply(). Whatever does not fit is a ValueError.
+# The rule: nothing read from disk is trusted. Types and bounds are checked against the schemas
+# here, the meaning in State.apply(). What contradicts them is a ValueError.
 
 FORMAT = 1  # of the lease file and the journal
 UNBOUND = "unbound"  # the token of an imported pool's id
 
 # A schema is "", False, the least integer, [schema of each item], {"": schema of each value}, or
-# (schema of the first item, ...) for an array of that length. [] and {} are not looked into.
+# (schema of the first item, ...) for an array of that length. The items of [] and {} are not
+# checked.
 STATE_KEYS: dict[str, Any] = {  # checksummed, in this order
     "Seq": 0,
     "V6Idx": 0,
@@ -1299,7 +1305,7 @@ def validate(label: str, value: Any, schema: Any) -> None:
 
 
 def read_keys(document: Json, schemas: Mapping[str, Any], label: str) -> Json:
-    """Return the value of each key, an empty one for null. Raises: ValueError."""
+    """Return the value of each key, an empty one if it is missing or null. Raises: ValueError."""
     values = {}
     for key, schema in schemas.items():
         value = document.get(key)
@@ -1312,16 +1318,16 @@ def read_keys(document: Json, schemas: Mapping[str, Any], label: str) -> Json:
 
 
 def normalise_keys(document: Json, keys: Iterable[str]) -> Json:
-    """Return the document with its keys spelt as these, whatever their case; unknown ones stay."""
+    """Return the document with the case of its keys corrected to these; unknown ones stay."""
     spelling = {key.lower(): key for key in keys}
     spelling.update(KEY_ALIASES)
     return {spelling.get(key.lower(), key): value for key, value in document.items()}
 
 
 def decode_record(row: Any) -> Record:
-    """Return the record that an array of the journal stands for.
+    """Return the record of a JSON array of the journal.
 
-    Raises: ValueError; TypeError and LookupError if it is not even an array with a name.
+    Raises: ValueError; TypeError if it is not an array.
     """
     name, *values = row
     record_type = RECORD_TYPES.get(str(name))
@@ -1334,14 +1340,14 @@ def decode_record(row: Any) -> Record:
 
 
 class PoolCopy(NamedTuple):
-    """A pool as of one moment. What is not copied never changes: its other fields, and leases."""
+    """A pool as of one moment. Its other fields, and each Lease, never change."""
 
     pool: Pool
     pool_id: str
     cursor: int
     leases: dict[int, Lease]
-    past_leases: list[PastLease]  # of the subnet, in its first pool
-    free_offsets: list[int]  # of these
+    past_leases: list[PastLease]  # of the subnet, with its first pool
+    free_offsets: list[int]  # of those past leases
 
 
 class StateCopy(NamedTuple):
@@ -1371,7 +1377,7 @@ def copy_state(state: State) -> StateCopy:
                 free_blocks.append(reservation.network)
     header["Cursors"] = cursors
 
-    # A collection would look at all that is copied: 100,000 leases take 2 ms, with one 4 ms.
+    # A garbage collection would visit every copy: 100,000 leases take 4 ms with one, 2 ms without.
     gc.disable()
     try:
         pools = [copy_pool(pool) for pool in state.pools.values()]
@@ -1381,7 +1387,7 @@ def copy_state(state: State) -> StateCopy:
 
 
 def copy_pool(pool: Pool) -> PoolCopy:
-    """Return a copy of a pool; the first of a subnet has the past leases of all."""
+    """Return a copy of a pool; the first one of a subnet has the past leases of the subnet."""
     subnet = pool.subnet
     past_leases: list[PastLease] = []
     if pool is subnet.first_pool:
@@ -1391,7 +1397,7 @@ def copy_pool(pool: Pool) -> PoolCopy:
 
 
 def encode_snapshot(config: Json, copy: StateCopy, segment: int | None) -> Iterator[str]:
-    """Yield the lease file in chunks; the segment is the one that goes on where the copy ends."""
+    """Yield the lease file in chunks; later changes are in the segment."""
     keys = {"Format": FORMAT, "Version": __version__, **config, "Journal": segment}
     yield "{\n"
     for key, value in keys.items():
@@ -1406,7 +1412,7 @@ def encode_snapshot(config: Json, copy: StateCopy, segment: int | None) -> Itera
 
 
 def encode_state(copy: StateCopy) -> Iterator[str]:
-    """Yield the STATE_KEYS as the JSON text that is checksummed, cut between items."""
+    """Yield the STATE_KEYS in chunks: the JSON text that is checksummed."""
     yield encode_json(copy.header)[1:-1] + ',"Names":['
     yield from encode_items(itertools.starmap(reservation_to_json, copy.reservations),
                             NAMES_PER_CHUNK)
@@ -1425,7 +1431,7 @@ def encode_state(copy: StateCopy) -> Iterator[str]:
 
 
 def encode_items(values: Iterable[Any], chunk_items: int | None = None) -> Iterator[str]:
-    """Yield the inside of a JSON array in chunks of so many items, by default LEASES_PER_CHUNK."""
+    """Yield the text of a JSON array without its brackets, LEASES_PER_CHUNK items at a time."""
     if chunk_items is None:
         chunk_items = LEASES_PER_CHUNK
     values = iter(values)
@@ -1448,7 +1454,7 @@ def reservation_to_json(name: str, reservation: BlockReservation) -> list[Any]:
 
 
 def pool_to_json(copy: PoolCopy) -> Json:
-    """Return the POOL_KEYS of a pool but for Allocated and Leases, which may be long."""
+    """Return the POOL_KEYS of a pool, except Allocated and Leases, which may be long."""
     pool = copy.pool
     owners = {}
     for past in copy.past_leases:
@@ -1472,9 +1478,9 @@ def pool_to_json(copy: PoolCopy) -> Json:
 
 
 def require_format(document: Json) -> None:
-    """Check that this version reads a lease file. Raises: ValueError that says which one does.
+    """Check that this version can read a lease file. Raises: ValueError.
 
-    The Go program's files have neither a Format nor a Checksum.
+    Files of the Go program have neither a Format nor a Checksum.
     """
     file_format = document.get("Format")
     if file_format is None and "Checksum" not in document:
@@ -1488,14 +1494,17 @@ def require_format(document: Json) -> None:
 
 
 def decode_snapshot(document: Json, state: State) -> None:
-    """Fill the empty state from a lease file. Raises: ValueError with what is wrong there."""
+    """Fill the empty state from a lease file.
+
+    Raises: ValueError; LookupError and TypeError if keys are missing or of another type.
+    """
     if "Checksum" in document:
         text = encode_json({key: document[key] for key in STATE_KEYS})[1:-1]
         if document["Checksum"] != f"{zlib.crc32(text.encode()):08x}":
             raise ValueError("its checksum does not match what it holds from Seq on")
     values = read_keys(document, STATE_KEYS, "the state")
 
-    # The memory of each pool that was read serves the next.
+    # pop() frees the memory of each entry for the next pool.
     entries = values["Allocated"]
     entries.reverse()
     while entries:
@@ -1522,7 +1531,7 @@ def decode_snapshot(document: Json, state: State) -> None:
 
 
 def decode_past_leases(rows: Json) -> list[PastLease]:
-    """Return the past leases that owner -> (offset, seq, is_explicit) stands for."""
+    """Return the past leases of the rows owner -> (offset, seq, is_explicit)."""
     owners_of_lease: dict[tuple[int, int, bool], list[str]] = {}
     for owner, (offset, seq, is_explicit) in rows.items():
         owners_of_lease.setdefault((offset, seq, is_explicit), []).append(owner)
@@ -1537,7 +1546,7 @@ def convert_leases(entry: Json) -> Json:
 
     Lists that live longer would fragment the memory: 495 bytes a lease instead of 315.
     """
-    # decode_pool() says what is wrong with a row.
+    # decode_leases() reports an invalid row.
     with contextlib.suppress(LookupError, ValueError, TypeError):
         entry["Leases"] = [Lease(sys.intern(kind), *fields) for kind, *fields in entry["Leases"]]
     return entry
@@ -1547,7 +1556,7 @@ def decode_pool(entry: Json, state: State) -> None:
     """Add a pool of a lease file, with its leases. Raises: as decode_snapshot()."""
     label = f"pool {entry.get('ID')!r:.80}"
     values = read_keys(entry, POOL_KEYS, label)
-    # The name goes in afterwards: what is reserved for it is read from Names.
+    # Without its name, so that no block is reserved: reservations are read from Names.
     state.apply(PoolGrant(
         pool_id=values["ID"], subnet=values["Pool"], sub_pool=values["SubPool"], name="",
         granted_s=values["Granted"], cursor=values["Idx"], next_block=-1,
@@ -1595,8 +1604,8 @@ def decode_leases(pool: Pool, addresses: list[Any], leases: list[Any]) -> None:
 # and a request (PoolRequest, AddressRequest), and returns the record that grants it, or raises the
 # error for Docker, in the words of moby's ipamapi/contract.go.
 #
-# The rule: decisions are pure. They change nothing, and what they depend on besides the state (the
-# time, a token, the host's routes) is an argument.
+# The rule: decisions are pure. They change nothing, and all other inputs (the time, a token, the
+# host's routes) are arguments.
 
 
 class PoolRequest(NamedTuple):
@@ -1633,7 +1642,7 @@ def decide_pool(state: State, request: PoolRequest, routes: list[Range], now_s: 
 
 
 def make_pool_grant(subnet: Network, sub_pool: Network | None, token: str, now_s: int) -> PoolGrant:
-    """Return a grant of a subnet, or a range of it; its cursor is at the first address."""
+    """Return a grant of a subnet, or a range of it, with the cursor at the first address."""
     cursor = int((sub_pool or subnet)[0]) - int(subnet[0])
     return PoolGrant(make_pool_id(subnet, sub_pool, token), str(subnet), str(sub_pool or ""),
                      name="", granted_s=now_s, cursor=cursor, next_block=-1)
@@ -1641,11 +1650,11 @@ def make_pool_grant(subnet: Network, sub_pool: Network | None, token: str, now_s
 
 def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
                     token: str, guesses_gateway: bool = True) -> Iterator[Record]:
-    """Adopt the pool of an id that the state does not know, for a request of an address in it.
+    """Adopt the pool of an id that the state lacks, for a request of an address in it.
 
-    Docker does not request its gateway again: most likely that is the first address, which is held
-    until Docker shows the pool. Others are in use too, so dynamic addresses start at a random
-    place in the lower half. Apply each record before the next.
+    Docker does not request the gateway again. Most likely it is the first address, so that one is
+    allocated until Docker's API shows the pool. Other addresses are probably in use too, so the
+    cursor starts at a random place in the lower half. Apply each record before the next.
     Raises: InvalidRequest if gipam did not make the id, or its subnet could not be granted now.
     """
     parsed = parse_pool_id(pool_id)
@@ -1672,10 +1681,10 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
 
 def decide_import(state: State, subnet: Network, sub_pool: Network | None, name: str,
                   requests: list[AddressRequest], seq: int, now_s: int) -> Iterator[Record]:
-    """Import what Docker uses and the state does not hold; apply each record before the next.
+    """Import what Docker uses and the state lacks; apply each record before the next.
 
-    The pool must still be the one that record seq granted; 0: there must be none. A new pool goes
-    on after the first of its endpoints, because later calls may import more of it.
+    The pool must still be the one that record seq granted; 0: there must be none. The cursor of a
+    new pool starts after its first endpoint, because later calls may import other addresses.
     Raises: Forbidden, InvalidRequest, as require_grantable(), all before the first record.
     """
     known = state.families[subnet.version].subnets.get(subnet)
@@ -1705,7 +1714,7 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
         yield grant._replace(name=name, cursor=cursor)
         pool = state.pools[grant.pool_id]
     for request in requests:
-        # One that is held already stays as it is.
+        # An address that is allocated already stays as it is.
         with contextlib.suppress(Forbidden, Unavailable):
             yield decide_address(pool, request, now_s)
 
@@ -1743,8 +1752,8 @@ def choose_block(family: Family, request: PoolRequest,
                  routes: list[Range]) -> tuple[Network, int]:
     """Return a free block, and the index of the block to try next (-1: unchanged).
 
-    First the block reserved for the name; then, next-fit, one that is reserved for no name; then
-    any that is free. Raises: InvalidRequest for an impossible length, Unavailable.
+    The block reserved for the name is preferred; then, next-fit, one without a reservation; then
+    any free block. Raises: InvalidRequest for an impossible length, Unavailable.
     """
     prefixlen = family.prefixlen if request.prefixlen is None else request.prefixlen
     bases = choose_bases(family, prefixlen)
@@ -1759,9 +1768,9 @@ def choose_block(family: Family, request: PoolRequest,
 
     reserved = [address_range(other.network) for other in family.reservations.values()]
     for ranges in (blocked + reserved, blocked):
-        found = family.find_block(bases, prefixlen, BlockedRanges(ranges))
-        if found:
-            return found
+        block_and_next = family.find_block(bases, prefixlen, BlockedRanges(ranges))
+        if block_and_next:
+            return block_and_next
     total, used, excluded = family.block_counts(*bases)
     raise Unavailable(f"all predefined address pools have been fully subnetted: of {total} blocks "
                       f"of /{family.prefixlen} in {', '.join(map(str, bases))}, {used} are held, "
@@ -1784,7 +1793,7 @@ def choose_bases(family: Family, prefixlen: int) -> list[Network]:
 
 def decide_address(pool: Pool, request: AddressRequest, now_s: int, start: int | None = None,
                    *unavailable: OffsetBitmap) -> AddressGrant:
-    """Decide which address is granted. In a shared subnet other hosts have those `unavailable`.
+    """Decide which address is granted; in a shared subnet, other hosts have `unavailable` ones.
 
     Raises: InvalidRequest, Forbidden, Unavailable.
     """
@@ -1811,8 +1820,8 @@ def choose_offset(pool: Pool, owners: Iterable[str], start: int | None = None,
                   *unavailable: OffsetBitmap) -> tuple[int | None, int]:
     """Return (offset, new cursor) of a dynamic address; the offset is None if there is none.
 
-    First the address that an owner had last, if it is free; then the next one, from the start (by
-    default the cursor) on, that does not rest with an owner; then the one that has rested longest.
+    The last address of an owner is preferred; then the next one, from the start (by default the
+    cursor) on, that is not kept for its last owners; then the one that was released longest ago.
     """
     subnet = pool.subnet
     for owner in owners:
@@ -1828,18 +1837,18 @@ def choose_offset(pool: Pool, owners: Iterable[str], start: int | None = None,
         offset = subnet.find_free(first, pool.high, subnet.affinity.offsets, *unavailable)
         if offset is not None:
             return offset, offset + 1
-    return choose_resting(pool, *unavailable), pool.cursor
+    return choose_reclaimed(pool, *unavailable), pool.cursor
 
 
-def choose_resting(pool: Pool, *unavailable: OffsetBitmap) -> int | None:
-    """Return the offset to take from its last owner, where nothing else is free, or None.
+def choose_reclaimed(pool: Pool, *unavailable: OffsetBitmap) -> int | None:
+    """Return the offset to take from its last owners, or None.
 
     It takes at most 2 * MAX_AFFINITIES steps.
     """
     subnet = pool.subnet
     if subnet.find_free(pool.low, pool.high, *unavailable) is None:
         return None
-    for past in subnet.affinity.resting_order():
+    for past in subnet.affinity.reclaim_order():
         offset = past.offset
         is_in_range = pool.low <= offset <= pool.high
         if is_in_range and subnet.find_free(offset, offset, *unavailable) is not None:
@@ -1857,7 +1866,7 @@ def parse_offset(pool: Pool, address: str) -> int:
 
 
 def require_free(pool: Pool, request: AddressRequest) -> int:
-    """Return the offset of an address that was asked for. Raises: InvalidRequest, Forbidden."""
+    """Return the offset of the requested address. Raises: InvalidRequest, Forbidden."""
     subnet = pool.subnet
     address = request.address
     offset = parse_offset(pool, address)
@@ -1878,7 +1887,7 @@ def require_free(pool: Pool, request: AddressRequest) -> int:
 
 
 def decide_address_release(pool: Pool, address: str) -> AddressRelease | None:
-    """Release an address that this very pool holds; None: it does not. Raises: InvalidRequest."""
+    """Release an address of this pool; None: the pool does not have it. Raises: InvalidRequest."""
     offset = parse_offset(pool, address)
     if offset not in pool.leases:
         return None
@@ -1886,14 +1895,15 @@ def decide_address_release(pool: Pool, address: str) -> AddressRelease | None:
 
 
 # === Journal ======================================================================================
+#
 # The lease file (a snapshot of the state), the journal segments beside it, and their locks. A Store
-# knows records and bytes, not what they mean. A Segment is one open, locked journal file, and a
+# knows records and bytes, not their meaning. A Segment is one open, locked journal file, and a
 # CommitRecord is one line of it: all changes of one iteration of the event loop.
 #
 # A record is acknowledged only after it is written to preallocated space and synced. What a failed
 # sync leaves on the disk is unknown, so the process then exits and recovers. Files are created,
-# renamed and removed only in the loop thread, one step an iteration; the thread of a checkpoint
-# only writes the temporary file. Nothing is read or truncated before every segment is locked.
+# renamed and removed only in the loop thread, one step an iteration; the checkpoint thread only
+# writes the temporary file. Nothing is read or truncated before every segment is locked.
 
 
 class CommitRecord(NamedTuple):
@@ -1960,9 +1970,10 @@ def is_torn(data: bytes, offset: int, end: int | None) -> bool:
     """Return whether the bytes from the offset on can be a torn last record.
 
     Such a record was never acknowledged. A kill truncates it. After a power cut each sector holds
-    either the new bytes or the preallocated zeros (JSON has no NUL), from the start of the record
-    or from where a short write had ended; its first sector may hold a single byte of it. `end` is
-    where its header says that it ends, None without a header. The data has no trailing zeros.
+    either the new bytes or the preallocated zeros (JSON has no NUL). The new bytes may begin at the
+    start of the record, or where an earlier short write ended; the first sector may hold a single
+    byte of them. `end` is where the header says that the record ends, None without a header. The
+    data has no trailing zeros.
     """
     tail = data[offset:]
     if b"\n" in tail[:-1]:
@@ -1985,8 +1996,11 @@ def is_torn(data: bytes, offset: int, end: int | None) -> bool:
     return True
 
 
-def join_portions(texts: Iterable[str]) -> Iterator[bytes]:
-    """Yield the joined text in chunks of a good size for a disk or a socket."""
+def join_chunks(texts: Iterable[str]) -> Iterator[bytes]:
+    """Yield the joined text in chunks of at least CHUNK_BYTES, and a last one, which may be empty.
+
+    CHUNK_BYTES is a good size for a disk and a socket.
+    """
     chunk = ""
     for text in texts:
         chunk += text
@@ -1997,7 +2011,7 @@ def join_portions(texts: Iterable[str]) -> Iterator[bytes]:
 
 
 class DiskFile:
-    """An open regular file. Its changes go through `syscalls`, so that a test can fail them."""
+    """An open regular file. It is written through `syscalls`, so that tests can make calls fail."""
 
     def __init__(self, syscalls: Any, path: str, flags: int = os.O_RDWR) -> None:
         """Open the file. Raises: OSError, also for a directory, a FIFO and a symbolic link."""
@@ -2032,7 +2046,7 @@ class DiskFile:
             return False
 
     def close(self) -> None:
-        """Close the file, which was synced or is given up."""
+        """Close the file. An error is ignored, because what matters was synced before."""
         with contextlib.suppress(OSError):
             self._syscalls.close(self.fd)
 
@@ -2045,8 +2059,8 @@ class Segment(DiskFile):
         super().__init__(syscalls, path, flags)
         self.number = number
         self.end = 0  # past the last record
-        self.allocated = 0  # bytes that take no more space of the disk
-        self.last_record = b""  # as recovery has read it
+        self.allocated = 0  # end of the preallocated space
+        self.last_record = b""  # as read by recovery
         try:
             syscalls.lockf(self.fd, os.F_TLOCK, 0)
         except BlockingIOError:
@@ -2101,7 +2115,7 @@ class Segment(DiskFile):
         """
         self._syscalls.ftruncate(self.fd, self.end)
         self.allocated = self.end
-        # A full disk must not forbid starting.
+        # A full disk must not prevent a start.
         with contextlib.suppress(OSError):
             self.write(self.last_record, self.end - len(self.last_record))
 
@@ -2109,15 +2123,20 @@ class Segment(DiskFile):
 class Store:
     """The lease file, its journal segments and its lock.
 
-    To open one: lock(), lock_segments(), read_snapshot(), replay(), prepare_append(). From then on
-    reserve() and append() write one record each iteration; rotate(), create_temp(), write_temp(),
+    To open one: lock(), lock_segments(), read_snapshot(), replay(), prepare_append(). Then
+    reserve() and append() write one record per iteration; rotate(), create_temp(), write_temp(),
     publish_temp() and remove_segment() are the steps of a checkpoint, in this order.
+
+    A full disk is noticed by reserve(), before anything changes: the request fails, and probe()
+    finds out when the disk accepts writes again. If append() fails half-way, Service.commit()
+    reads the state again from disk, where the torn record is dropped.
     """
 
     def __init__(self, path: str, syscalls: Any = os) -> None:
         self.path = path
         self.seq = 0  # of the last change on disk
-        self.referenced_segment: int | None = None  # where the snapshot says that it continues
+        # The segment that continues the snapshot, as the snapshot itself says.
+        self.referenced_segment: int | None = None
         self.snapshot_id: tuple[int, ...] = ()  # of the lease file as read or written
         self.fatal_error: FatalStoreError | None = None  # nothing is written after it
         self.last_error = ""  # why the last write failed
@@ -2131,12 +2150,12 @@ class Store:
 
     @property
     def segment(self) -> int:
-        """Return the number of the segment that is written, 0 if there is none yet."""
+        """Return the number of the active segment, 0 if there is none yet."""
         return self.active.number if self.active else 0
 
     @property
     def journal_bytes(self) -> int:
-        """Return the length of the records in the segment that is written."""
+        """Return the length of the records in the active segment."""
         return self.active.end if self.active else 0
 
     @property
@@ -2151,7 +2170,7 @@ class Store:
         return self.fatal_error
 
     def corruption(self, place: str, reason: str, remedy: str = "") -> CorruptionError:
-        """Return the error that names the place, what is wrong there, and what to do."""
+        """Return the error that names the place, the reason and the remedy."""
         remedy = remedy or (f"restore a backup; or move {self.path}* away: gipam then starts "
                             "without them and recovers what Docker uses")
         return CorruptionError(f"{place} {reason}; gipam refuses to guess: {remedy}")
@@ -2159,7 +2178,11 @@ class Store:
     # Opening
 
     def lock(self, timeout_s: float = LOCK_TIMEOUT_S) -> None:
-        """Lock the lease file for the life of this process. Raises: AlreadyRunning, OSError."""
+        """Lock the lease file for the life of this process. Raises: AlreadyRunning, OSError.
+
+        The process that holds this lock, and the locks of all segments, is the only one that
+        writes the lease file or its journal.
+        """
         deadline_s = time.monotonic() + timeout_s
         lock_file = DiskFile(self._syscalls, self.path + ".lock", os.O_RDWR | os.O_CREAT)
         self._lock_file = lock_file
@@ -2174,7 +2197,7 @@ class Store:
                                          "stop it, or give this one another -file") from None
                 time.sleep(0.02)
 
-        # A full disk must not forbid starting.
+        # A full disk must not prevent a start.
         with contextlib.suppress(OSError):
             os.ftruncate(lock_file.fd, 0)
             os.pwrite(lock_file.fd, b"%d\n" % os.getpid(), 0)
@@ -2183,7 +2206,7 @@ class Store:
         """Lock all segments, so that no other process writes. Raises: GipamError, OSError."""
         while set(self._segments) != set(self.segment_numbers()):
             self.close()
-            # A checkpoint of the process that holds the lock removes segments: look again.
+            # Another process may remove segments meanwhile, as the last step of a checkpoint.
             with contextlib.suppress(FileNotFoundError):
                 for number in self.segment_numbers():
                     path = self.segment_path(number)
@@ -2216,7 +2239,7 @@ class Store:
         return f"{self.path}.journal.{number}"
 
     def read_snapshot(self, object_hook: Any = None) -> Json | None:
-        """Return the JSON object of the lease file, None if there is no such file.
+        """Return the JSON object of the lease file, None if there is no file.
 
         Raises: CorruptionError, OSError.
         """
@@ -2262,14 +2285,14 @@ class Store:
                         path, f"continues with change {first_seq} instead of {self.seq + 1}",
                         "put the missing segment back, or move the extra one away")
 
-                # The snapshot holds the changes of a record, or the first of them, already.
+                # The snapshot may already contain the changes of a record, or the first of them.
                 for record_seq, record in enumerate(commit.records, first_seq):
                     if record_seq > self.seq:
                         self.seq = record_seq
                         yield f"{path} line {commit.number} at byte {commit.offset}", record
 
     def _numbers_to_replay(self) -> list[int]:
-        """Return the numbers of the segments that belong to the snapshot, oldest first."""
+        """Return the numbers of the segments to replay, oldest first. Raises: CorruptionError."""
         numbers = sorted(self._segments)
         referenced = self.referenced_segment
         if referenced is not None and referenced not in numbers:
@@ -2277,7 +2300,7 @@ class Store:
                 self.segment_path(referenced), "is missing", "put it back; or give up its changes: "
                 f'delete the line "Journal" from {self.path}, start gipam, and run '
                 "`gipam check --fix`")
-        # A checkpoint that did not complete leaves a blank segment, which the next one uses.
+        # An incomplete checkpoint leaves a blank segment, which the next checkpoint uses.
         while len(numbers) > 1 and numbers[-1] != referenced \
                 and self._segments[numbers[-1]].is_blank():
             numbers.pop()
@@ -2295,7 +2318,7 @@ class Store:
     def prepare_append(self) -> None:
         """Prepare to append after recovery, and sync what recovery has read.
 
-        The previous process may have been killed between its write and its sync.
+        The previous process may have been killed between a write and its sync.
         Raises: FatalStoreError.
         """
         try:
@@ -2323,7 +2346,7 @@ class Store:
     def probe(self) -> None:
         """After a failed write, try to preallocate; a success clears last_error.
 
-        The loop's timer calls this, so that an idle daemon notices that its disk works again.
+        A timer calls this, so that an idle daemon notices when its disk accepts writes again.
         """
         if not self.last_error or self.fatal_error:
             return
@@ -2332,7 +2355,7 @@ class Store:
             self._allocate(allocated + PROBE_BYTES)
 
     def _allocate(self, needed: int) -> None:
-        """Let the active segment have so many bytes of space. Raises: StoreError."""
+        """Preallocate the active segment up to the needed length. Raises: StoreError."""
         try:
             if not self.active:
                 self.rotate(needed)
@@ -2344,9 +2367,10 @@ class Store:
             raise self.fail(str(error)) from None
 
     def append(self, records: list[str]) -> None:
-        """Write the changes that reserve() was called for as one record. Durable: on return.
+        """Write the reserved changes as one record. Durable: on return.
 
-        Raises: StoreError: the state must be recovered from disk; FatalStoreError.
+        Raises: StoreError if part of the record may be on disk, so that the state must be read
+        again; FatalStoreError.
         """
         assert self.active
         segment = self.active
@@ -2356,7 +2380,7 @@ class Store:
         try:
             segment.write(data, segment.end)
         except OSError as error:
-            # A bad disk, or a file system that had only promised the preallocated space.
+            # A bad disk, or a file system that does not keep preallocated space.
             raise self._write_error(error) from None
         self._sync(segment)
         segment.end += len(data)
@@ -2368,14 +2392,14 @@ class Store:
         return StoreError(f"{self.last_error}; nothing has changed")
 
     def _preallocate(self, segment: Segment, needed: int) -> None:
-        """Let a segment have at least the needed bytes. Durable: on return. Raises: OSError."""
+        """Preallocate a segment to at least this length. Durable: on return. Raises: OSError."""
         end = segment.write_zeros(needed)
         self._sync(segment)
         segment.allocated = end
         self.last_error = ""
 
     def _sync(self, segment: Segment) -> None:
-        """Sync a segment. Raises: FatalStoreError, because the disk may hold anything then."""
+        """Sync a segment. Raises: FatalStoreError, because the disk may then hold anything."""
         try:
             self._syscalls.fdatasync(segment.fd)
         except OSError as error:
@@ -2395,12 +2419,12 @@ class Store:
     # Checkpoints
 
     def rotate(self, needed: int) -> None:
-        """Start the next segment, or use the blank one of a checkpoint that did not complete.
+        """Start the next segment, or use the blank one of an incomplete checkpoint.
 
-        Does nothing if the active one is blank, or is not the one that the snapshot references:
-        then the last checkpoint did not complete.
+        Does nothing if the active segment is blank, or is not the one that the snapshot references,
+        because then the last checkpoint is incomplete.
         Durable: its name, and at least the needed bytes of preallocated space.
-        Raises: OSError, and no segment is left behind; AlreadyRunning; FatalStoreError.
+        Raises: OSError, with no segment left behind; AlreadyRunning; FatalStoreError.
         """
         active = self.active
         if active and (active.end == 0 or active.number != self.referenced_segment):
@@ -2432,14 +2456,14 @@ class Store:
         DiskFile(self._syscalls, self._temp_path, os.O_RDWR | os.O_CREAT).close()
 
     def write_temp(self, chunks: Iterable[str]) -> None:
-        """Write the temporary file, in any thread. Durable: its bytes, not its name.
+        """Write the temporary file, in any thread. Durable: its content, not its name.
 
         Raises: OSError.
         """
         file = DiskFile(self._syscalls, self._temp_path, os.O_RDWR | os.O_TRUNC)
         size = 0
         try:
-            for data in join_portions(chunks):
+            for data in join_chunks(chunks):
                 file.write(data, size)
                 size += len(data)
             self._syscalls.fsync(file.fd)
@@ -2451,9 +2475,9 @@ class Store:
             file.close()
 
     def publish_temp(self, referenced_segment: int | None) -> None:
-        """Rename the temporary file over the lease file, whose edited content is kept beside it.
+        """Rename the temporary file over the lease file; keep an edited one under another name.
 
-        Durable: on return. Raises: OSError; the old lease file is then intact.
+        Durable: on return. Raises: OSError, with the old or the new lease file in place.
         """
         present_id = self._identify(self.path)
         if present_id not in ((), self.snapshot_id):
@@ -2476,7 +2500,7 @@ class Store:
 
     @staticmethod
     def _identify(path: str) -> tuple[int, ...]:
-        """Return values that change whenever a file does, () if there is none."""
+        """Return values that change with the content of a file, () if there is no file."""
         try:
             status = os.stat(path)
         except FileNotFoundError:
@@ -2484,7 +2508,7 @@ class Store:
         return status.st_ino, status.st_size, status.st_mtime_ns
 
     def remove_temp(self) -> None:
-        """Remove the temporary file of a checkpoint that has failed."""
+        """Remove the temporary file of a failed checkpoint."""
         # If that fails, the next checkpoint overwrites it.
         with contextlib.suppress(OSError):
             self._syscalls.unlink(self._temp_path)
@@ -4788,7 +4812,7 @@ def route(service: Service, verb: str, path: str, query: str, body: bytes,
 
     # The first chunk is the body, so that a short page has a Content-Length.
     page = PAGES[path]
-    chunks = join_portions(page.function(service, query))
+    chunks = join_chunks(page.function(service, query))
     reply = Reply(200, next(chunks, b""))
     reply.content_type = page.content_type
     reply.page = chunks
@@ -6187,6 +6211,7 @@ class EventLoop:
 
 
 # === Discovery ====================================================================================
+#
 # How Docker finds gipam: a socket in /run/docker/plugins, or a symbolic link there, or a plugin
 # file with a URL. And how the socket outlives a restart: systemd keeps it (FileDescriptorStoreMax)
 # and hands it to the next process, so that Docker never sees a refused connection.
@@ -8334,6 +8359,7 @@ class NoCluster:
 
 
 # === Settings =====================================================================================
+#
 # The options of gipam, and where their values come from: the default, the environment, the command
 # line, and the lease file, whose keys people edit. OPTIONS is the one list of them. Settings map
 # the name of each option to the Option that is in effect; a Config has the parsed values.
@@ -8778,6 +8804,7 @@ def open_store(settings: Settings) -> tuple[Config, Store, Json | None, State]:
 
 
 # === Daemon =======================================================================================
+#
 # `gipam serve` as a process: start, run, stop. The order of the steps is what this section is
 # about; the comments of Daemon.start() and Daemon.stop() give the reason for each place.
 #

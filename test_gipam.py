@@ -1584,7 +1584,7 @@ class AffinityTest(unittest.TestCase):
     def test_dynamic_ones_go_first_and_those_that_have_rested_longest(self) -> None:
         order = (self.OLD, self.NEW, self.OLD_EXPLICIT, self.NEW_EXPLICIT)
         affinity = self.affinity_of(*self.BY_TIME)
-        self.assertEqual(tuple(affinity.resting_order()), order)
+        self.assertEqual(tuple(affinity.reclaim_order()), order)
 
     def test_the_oldest_is_forgotten_at_the_limit(self) -> None:
         with mock.patch.object(gipam, "MAX_AFFINITIES", 2):
