@@ -272,7 +272,7 @@ class HostsTest(unittest.TestCase):
                 second("systemctl restart gipam")
                 for host in before:
                     host("docker restart web1")
-                first.wait_until("gipam status | grep -q 'not heard of'")
+                first.wait_until("gipam status | grep -q unknown")
                 first("docker restart lan1")  # its address is still claimed for this host
                 self.assert_refused(first, CREATE + "later", "etcd does not answer", *(
                     f"https://192.0.2.{number}:2379" for number in HOSTS.values()))
