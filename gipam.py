@@ -2520,11 +2520,11 @@ class Store:
 
 # === Netlink ======================================================================================
 #
-# What the kernel knows and does about addresses: the routes and addresses of this host, which no
-# pool may overlap, and the proxy neighbour entries that make it answer for containers on a link.
-# A netlink message is a fixed part (struct rtmsg, ifaddrmsg or ndmsg) and attributes behind it.
-# ProxyNeighbours keeps one rule: the entries that gipam has made (NDA_PROTOCOL 103) are those of
-# the containers in bases on the link of its device, and entries of others are never touched.
+# Routes and addresses of this host, which no block may overlap, and proxy neighbour entries, by
+# which the kernel answers for containers on a link. A netlink message is a fixed part (struct
+# rtmsg, ifaddrmsg or ndmsg) followed by attributes. ProxyNeighbours keeps one rule: the entries
+# that gipam made (NDA_PROTOCOL 103) are those of the containers in bases that are on-link on its
+# device, and other entries are never changed.
 # Source: linux/netlink.h, linux/rtnetlink.h, linux/neighbour.h, rtnetlink(7).
 
 NetlinkRequest = Callable[..., Iterable[bytes]]  # netlink_request()
@@ -2557,8 +2557,10 @@ RTA_DST = 1
 RTA_OIF = 4
 RTA_GATEWAY = 5
 RTA_VIA = 18
+# Flags of /proc/net/route and ipv6_route. Source: linux/route.h, linux/ipv6_route.h.
 RTF_GATEWAY = 0x2
 RTF_REJECT = 0x200
+RTF_ADDRCONF = 0x40000
 IFLA_IFNAME = 3
 NDA_DST = 1
 NDA_PROTOCOL = 12
@@ -2568,7 +2570,7 @@ GIPAM_PROTOCOL = bytes((103,))  # in NDA_PROTOCOL, for `ip neigh show proxy`
 
 
 def nlmsg_align(length: int) -> int:
-    """Return the length rounded up to a multiple of four, as netlink pads what it sends."""
+    """Return the length rounded up to a multiple of four, to which netlink pads."""
     return (length + 3) & ~3
 
 
@@ -2580,7 +2582,7 @@ def pack_attribute(attribute_type: int, payload: bytes) -> bytes:
 
 
 def read_attributes(message: bytes, offset: int = RTMSG.size) -> dict[int, bytes]:
-    """Return the attributes of a message by type; they begin behind its fixed part."""
+    """Return the attributes of a message by type; the offset is the length of its fixed part."""
     attributes = {}
     while offset < len(message):
         length, attribute_type = ATTRIBUTE.unpack_from(message, offset)
@@ -2593,7 +2595,7 @@ def netlink_request(message_type: int, body: bytes, flags: int = NLM_F_DUMP) -> 
     """Send a netlink request and return the payloads of its replies. Source: netlink(7).
 
     Dumping 20,000 routes takes 12 ms (/proc/net/ipv6_route: 280 ms, since each read() searches its
-    position again). The dump is repeated while the kernel reports that it was inconsistent.
+    position again). A dump that the kernel reports as inconsistent is repeated up to five times.
     Raises: OSError.
     """
     payloads: list[bytes] = []
@@ -2608,7 +2610,7 @@ def netlink_request(message_type: int, body: bytes, flags: int = NLM_F_DUMP) -> 
 
 
 def _exchange(message_type: int, body: bytes, flags: int) -> tuple[list[bytes], int]:
-    """Return the payloads of all replies, the last of which has the error code, and their flags."""
+    """Return the payloads of all replies and their flags; the last payload has the error code."""
     payloads = []
     all_flags = 0
     reply_type = 0
@@ -2629,12 +2631,12 @@ def _exchange(message_type: int, body: bytes, flags: int) -> tuple[list[bytes], 
 
 
 def read_used_ranges(netlink: NetlinkRequest, version: int, bases: list[Network]) -> list[Range]:
-    """Return the routes and addresses of this host that lie in a base, as the kernel has them now.
+    """Return the routes and addresses of this host that lie in a base.
 
-    A route that contains a whole base is the routed prefix itself, or the default route.
-    Raises: OSError.
+    A route that contains a whole base does not count: it is the routed prefix itself, or the
+    default route. Raises: OSError.
     """
-    # Of 20,000 messages only those are parsed that contain the first bytes of a base.
+    # There may be 20,000 messages: only those that contain the first bytes of a base are parsed.
     stems = [base.network_address.packed[:base.prefixlen // 8] for base in bases]
     has_stem = re.compile(b"|".join(map(re.escape, stems))).search
     ranges = set()
@@ -2656,7 +2658,7 @@ def read_used_ranges(netlink: NetlinkRequest, version: int, bases: list[Network]
 def read_prefix(message_type: int, message: bytes) -> tuple[int, int]:
     """Return (address, prefixlen) of a route or an own address; (0, 0) for a broadcast route."""
     if message_type == RTM_GETADDR:
-        # IFA_ADDRESS has the number of RTA_DST, and struct ifaddrmsg eight bytes.
+        # struct ifaddrmsg has eight bytes, and IFA_ADDRESS is the same number as RTA_DST.
         address = read_attributes(message, 8).get(RTA_DST, b"")
         return int.from_bytes(address, "big"), 8 * len(address)
 
@@ -2668,7 +2670,7 @@ def read_prefix(message_type: int, message: bytes) -> tuple[int, int]:
 
 
 def is_within(base: Network, address: int, prefixlen: int) -> bool:
-    """Return whether a prefix, which is no default route, contains the base."""
+    """Return whether a prefix contains the base; a default route does not."""
     if not 0 < prefixlen <= base.prefixlen:
         return False
     host_bits = base.max_prefixlen - prefixlen
@@ -2676,13 +2678,13 @@ def is_within(base: Network, address: int, prefixlen: int) -> bool:
 
 
 def is_on_link(base: Network, routes: Iterable[bytes], device: int) -> bool:
-    """Return whether a connected route of the device contains the base; a default route is none."""
+    """Return whether a connected route of the device, not a default route, contains the base."""
     base_family = SOCKET_FAMILY[base.version]
     packed = base.network_address.packed
     output_device = pack_attribute(RTA_OIF, struct.pack("=i", device))
     for route in routes:
         family, prefixlen = RTMSG.unpack_from(route)
-        # All of 20,000 routes may use this device: the cheap tests come first.
+        # There may be 20,000 routes on this device, so the cheap tests come first.
         if family != base_family or prefixlen > base.prefixlen:
             continue
         whole_bytes = packed[:prefixlen // 8]
@@ -2697,9 +2699,9 @@ def is_on_link(base: Network, routes: Iterable[bytes], device: int) -> bool:
 
 
 def read_words(path: str) -> Iterator[list[bytes]]:
-    """Yield the words of each line; none if there is no such file (IPv6 is off).
+    """Yield the words of each line, nothing if there is no such file (IPv6 is off).
 
-    They are bytes, since the name of an interface may have any encoding.
+    They are bytes, because the name of an interface may have any encoding.
     """
     with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=1 << 16) as file:
         for line in file:
@@ -2709,7 +2711,7 @@ def read_words(path: str) -> Iterator[list[bytes]]:
 def read_covering_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
     """Yield (device, flags) of each route that contains a base, except default routes.
 
-    An IPv4 blackhole has the device *. Source: linux/route.h, RTF_*.
+    An IPv4 blackhole has the device "*". The flags are RTF_*.
     """
     if base.version == 6:
         yield from _read_covering_ipv6_routes(proc, base)
@@ -2778,7 +2780,7 @@ class NeighbourEntry(NamedTuple):
 
 
 def parse_neighbour(message: bytes) -> tuple[NeighbourEntry, bool]:
-    """Return a proxy neighbour entry, and whether gipam has made it."""
+    """Return a proxy neighbour entry, and whether gipam made it."""
     _, device, _, _ = NDMSG.unpack_from(message)
     attributes = read_attributes(message, NDMSG.size)
     packed = attributes.get(NDA_DST, b"")
@@ -2789,15 +2791,15 @@ def parse_neighbour(message: bytes) -> tuple[NeighbourEntry, bool]:
 
 
 class ProxyNeighbours:
-    """Proxy neighbour entries: on the link of a device, this host answers for its containers.
+    """Proxy neighbour entries, so that this host answers for its containers on a device's link.
 
-    on_record() notes entries that have to change, sync() changes a few of them in each iteration.
-    A comparison of all entries with all leases follows a start, an event of the device or of its
-    routes, and a failure.
+    on_record() marks entries as pending, and sync() updates a few of them in each iteration. It
+    compares all entries with all leases after a start, an event of the device or of its routes,
+    and a failure.
     """
 
     def __init__(self, device: str, bases: list[Network], netlink: NetlinkRequest) -> None:
-        """Listen to the events of the kernel. Raises: ConfigError without CAP_NET_ADMIN."""
+        """Subscribe to events of the kernel. Raises: ConfigError without CAP_NET_ADMIN."""
         self._device = device
         self._device_index = 0
         self._bases = bases
@@ -2808,13 +2810,13 @@ class ProxyNeighbours:
         self._min_resync_s = 0.0
         self._is_failing = False
         self._last_report = ""
-        self.pending: dict[NeighbourEntry, bool] = {}  # whether it is wanted
+        self.pending: dict[NeighbourEntry, bool] = {}  # entry -> whether it should exist
         self.event_socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
         self.event_socket.bind((0, RTMGRP_LINK | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE))
         self._require_permission()
 
     def _require_permission(self) -> None:
-        """Delete an entry that cannot exist. Raises: ConfigError, if that is not permitted."""
+        """Try to delete an entry that cannot exist. Raises: ConfigError if that is forbidden."""
         ndmsg = NDMSG.pack(socket.AF_INET, 0, 0, NTF_PROXY)
         no_address = pack_attribute(NDA_DST, b"")
         try:
@@ -2840,7 +2842,7 @@ class ProxyNeighbours:
                 self._request_resync()
 
     def _concerns_device(self, event: bytes) -> bool:
-        """Return whether an event is about the device, or a connected route of it to a base."""
+        """Return whether an event is about the device, or about its route to a base."""
         _, message_type, _ = NLMSGHDR.unpack_from(event)
         payload = event[NLMSGHDR.size:]
         if message_type in (RTM_NEWROUTE, RTM_DELROUTE):
@@ -2851,11 +2853,11 @@ class ProxyNeighbours:
         return device == self._device_index or name in payload
 
     def _request_resync(self) -> None:
-        """Have sync() compare all entries, but not more often than each RESYNC_INTERVAL_S."""
+        """Let sync() compare all entries, but at most once per RESYNC_INTERVAL_S."""
         self._next_resync_s = min(self._next_resync_s, self._min_resync_s)
 
     def on_record(self, pool: Pool, record: Record) -> None:
-        """Note what a record changes about the entries; the pool is the one that it is about."""
+        """Mark the entries that a record of this pool changes."""
         subnet = pool.subnet
         if not any(subnet.network.overlaps(base) for base in self._onlink):
             return
@@ -2869,9 +2871,9 @@ class ProxyNeighbours:
             self._request_resync()
 
     def sync(self, state: State) -> None:
-        """Apply a limited number of pending entries.
+        """Update a limited number of pending entries.
 
-        Nothing is raised: a failure is logged once, and followed by a comparison at the next tick.
+        Raises: nothing. A failure is logged once; TIMER_INTERVAL_S later all are compared.
         """
         now_s = time.monotonic()
         try:
@@ -2881,7 +2883,7 @@ class ProxyNeighbours:
             for _ in range(count):
                 entry, is_wanted = self.pending.popitem()
                 self._set_entry(entry, is_wanted)
-        except Exception as error:  # noqa: BLE001 - requests must be answered all the same
+        except Exception as error:  # noqa: BLE001 - requests are still answered
             if not self._is_failing:
                 log.error("-onlink %s: %s; retrying", self._device, format_os_error(error))
             self._is_failing = True
@@ -2892,7 +2894,7 @@ class ProxyNeighbours:
                 self._is_failing = False
 
     def _resync(self, state: State) -> None:
-        """Find all entries that differ from what containers have in bases on the link."""
+        """Compare the entries in the kernel with the containers in on-link bases."""
         self._state = state
         self._next_resync_s = math.inf
         self._device_index = 0
@@ -2917,7 +2919,7 @@ class ProxyNeighbours:
         self._min_resync_s = time.monotonic() + RESYNC_INTERVAL_S
 
     def _report(self) -> None:
-        """Log what gipam answers for, when that has changed."""
+        """Log which bases gipam answers for, if that has changed."""
         report = find_missing_device(self._device)
         level = logging.WARNING
         if self._onlink:
@@ -2947,7 +2949,7 @@ class ProxyNeighbours:
         return any(address in base for base in self._bases)
 
     def _set_entry(self, entry: NeighbourEntry, is_wanted: bool) -> None:
-        """Create or delete an entry, unless it is there, or another's. Raises: OSError."""
+        """Create an entry that is absent, or delete one that gipam made. Raises: OSError."""
         try:
             (message,) = self._netlink(RTM_GETNEIGH, entry.pack(), NLM_F_ACK)
         except FileNotFoundError:
@@ -2961,7 +2963,10 @@ class ProxyNeighbours:
             self._netlink(RTM_DELNEIGH, entry.pack(), NLM_F_ACK)
 
     def _is_behind_another_device(self, entry: NeighbourEntry) -> bool:
-        """Return whether the address is routed to another device: macvlan answers for itself."""
+        """Return whether the address is routed to another device.
+
+        A macvlan container is on the link itself, and answers there.
+        """
         packed = entry.packed_address
         family = SOCKET_FAMILY[entry.version]
         rtmsg = RTMSG.pack(family, 8 * len(packed))
@@ -2979,19 +2984,19 @@ class ProxyNeighbours:
 
 # === Claims =======================================================================================
 #
-# What the hosts of a site have claimed in etcd. Two rules keep every address on one host:
+# What the hosts of a cluster have claimed in etcd. Two rules keep every address on one host:
 #
-#   1. A grant is made on a transaction of the moment, never on what was known before. Whoever
-#      decides raises TransactionRequired; etcd carries the Transaction out only if no claim has
-#      changed since; the iteration that learns so decides anew, with the Outcome as an argument.
-#   2. A host's claims in etcd follow what its journal holds; see desired_claim(), which also says
-#      when a claim is deleted. What another host has claimed is blocked here.
+#   1. A grant follows a transaction made for it. A decision that needs one raises
+#      TransactionRequired; etcd commits the Transaction only if no claim has changed since; the
+#      iteration that applies the result decides again, with the Outcome as an argument.
+#   2. The claims of a host follow its journal; see desired_claim(), which also says when a claim
+#      is deleted. A claim of another host blocks its space here.
 #
-# Nothing here does I/O; only the grace period after a loss of data reads the monotonic clock.
+# Nothing here does I/O; only the grace period after a data loss reads the monotonic clock.
 
 
 class Claim(NamedTuple):
-    """The value that etcd has for a subnet, or for an address in a shared subnet."""
+    """The value in etcd of a claim: of a subnet, or of an address in a shared subnet."""
 
     hosts: tuple[str, ...]  # sorted
     kind: str = ""  # of an address
@@ -3003,7 +3008,7 @@ class Claim(NamedTuple):
         return f"{noun} {', '.join(self.hosts)}"
 
     def other_hosts(self, host: str) -> tuple[str, ...]:
-        """Return the hosts of the claim but this one."""
+        """Return the hosts of the claim except this one."""
         return tuple(other for other in self.hosts if other != host)
 
     def to_json(self) -> Json:
@@ -3017,41 +3022,41 @@ class Claim(NamedTuple):
         return {field: item for field, item in value.items() if item}
 
 
-ClaimDict = Dict[str, Union[Claim, None]]  # by key; None: deleted, or to be deleted
+ClaimDict = Dict[str, Union[Claim, None]]  # by key; None: deleted
 ClaimChanges = Mapping[str, Union[Claim, None]]
 
 
 class Head(NamedTuple):
-    """The version of all claims in etcd. Where no version is known there is no Head."""
+    """The version of all claims in etcd."""
 
     token: str | None  # None: etcd has no claims yet
 
 
 class Transaction(NamedTuple):
-    """Claims to write, if etcd is as expected; the only retry is to decide again from scratch."""
+    """Claims to write, if the preconditions hold. If they do not, the request is decided again."""
 
     claims: ClaimChanges  # by key; None deletes
     expected_head: Head | None  # None: unknown, so that all claims are read instead
     expected_keys: Mapping[str, str | None] = {}  # further preconditions; None: absent
-    deleted_keys: tuple[str, ...] = ()  # other keys that go with the claims
-    log_text: str = ""  # what is logged once it is committed
+    deleted_keys: tuple[str, ...] = ()  # other keys to delete
+    log_text: str = ""  # logged after the commit
 
 
 class Outcome(NamedTuple):
-    """What came of a transaction: an argument of the next attempt, never stored."""
+    """The outcome of a transaction for one request: an argument of its next attempt, not stored."""
 
     is_committed: bool = False
     granted: frozenset[str] = frozenset()  # keys of the claims that it wrote for this host
     deleted: frozenset[str] = frozenset()  # keys that it deleted
-    is_fresh: bool = False  # the claims are as etcd has just told them
-    error: GipamError | None = None  # etcd cannot be asked: no further transaction
+    is_fresh: bool = False  # the claims were just read
+    error: GipamError | None = None  # no further transaction is possible
 
 
 NO_OUTCOME = Outcome()
 
 
 class TransactionRequired(Exception):
-    """Control flow: the request is to be decided again, with the outcome of this transaction."""
+    """Control flow: decide the request again with the outcome of this transaction."""
 
     def __init__(self, transaction: Transaction) -> None:
         super().__init__(transaction)
@@ -3059,7 +3064,7 @@ class TransactionRequired(Exception):
 
 
 class PendingRequest:
-    """A request that waits for etcd. attempt() runs in the loop, finish() in the thread of etcd."""
+    """A request that waits for etcd. attempt() runs in the loop, finish() in the etcd thread."""
 
     def __init__(self, decide: Callable[[Outcome], Any]) -> None:
         self._decide = decide
@@ -3077,35 +3082,35 @@ class PendingRequest:
         return None
 
     def finish(self, error: GipamError | None) -> None:
-        """Note that the decision is durable, or why it is not."""
+        """Report that the decision is durable; error: why it is not."""
 
 
 class TransactionResult(NamedTuple):
-    """What etcd told, to be applied in the very iteration that decides on the outcome."""
+    """The result of a transaction. The iteration that applies it also decides on its outcome."""
 
     head: Head
     claims: ClaimChanges  # that have changed
-    keys: Mapping[str, str]  # among them hosts/HOST of every member
+    keys: Mapping[str, str]  # with hosts/HOST of every member
     outcome: Outcome
-    sent_s: float  # on the clock that also runs while the machine sleeps
+    sent_s: float  # boottime_s()
     is_complete: bool = False  # all claims have been read
     is_loss: bool = False  # etcd has lost data
 
 
 class MachineId(NamedTuple):
-    """Tells machines apart that use one host name. It is the same after a reboot or a restore."""
+    """Distinguishes machines with the same host name. It survives a reboot and a restore."""
 
     machine: str  # digest of the machine-id and the path of the lease file
     product: str  # digest of the hardware's UUID, "" where that cannot be read
 
     def wrote(self, value: Json) -> bool:
-        """Return whether the value of a key hosts/HOST is of this machine."""
+        """Return whether this machine wrote the value of a key hosts/HOST."""
         product = value.get("product")
         is_other_product = bool(product and self.product and product != self.product)
         return value.get("machine") == self.machine and not is_other_product
 
     def is_foreign(self, value: Json) -> bool:
-        """Return whether another machine wrote the value; an older gipam wrote no product."""
+        """Return whether another machine wrote the value; older versions wrote no product."""
         return isinstance(value.get("product"), str) and not self.wrote(value)
 
 
@@ -3119,9 +3124,9 @@ def parse_json_object(text: str | None) -> Json:
 
 
 def parse_claim(value: Any) -> Claim | None:
-    """Return the claim that a JSON value makes, None for null.
+    """Return the claim of a JSON value, None for null.
 
-    A value that gipam did not write is a claim all the same, of host "?".
+    A malformed value still counts as a claim, of host "?".
     """
     if value is None:
         return None
@@ -3146,12 +3151,12 @@ def parse_claim(value: Any) -> Claim | None:
     )
 
 
-# The loop applies what the thread of etcd has just parsed.
+# The etcd thread parses each key once, and the loop then finds it here.
 @functools.lru_cache(2 * ETCD_PAGE_KEYS)
 def parse_claim_key(key: str) -> tuple[Network, str]:
-    """Return the subnet of a claim, and the address or "". Raises: ValueError, if it is neither.
+    """Return the subnet of a claim, and the address or "".
 
-    Only the spelling that gipam writes counts: 10.2.0.0/024 is nobody's claim.
+    Raises: ValueError, also for a spelling that gipam does not write, such as 10.2.0.0/024.
     """
     prefix, _, rest = key.partition("/")
     length, _, address = rest.partition("/")
@@ -3171,7 +3176,7 @@ def parse_claim_key(key: str) -> tuple[Network, str]:
 
 
 def join_claim(claim: Claim | None, own: Claim) -> Claim:
-    """Return the claim in etcd with this host added to it; own names this host alone."""
+    """Return the claim in etcd with this host added; own is the claim of this host alone."""
     if claim is None:
         return own
     others = claim.other_hosts(own.hosts[0])
@@ -3187,10 +3192,11 @@ def desired_claim(
     is_barred: bool,
     is_kept: bool,
 ) -> Claim | None:
-    """Return what etcd should have under a key: `claim` is there now, `own` is held here.
+    """Return the claim that etcd should have under a key: `claim` is there, `own` is held here.
 
-    is_barred: another host's claim is in conflict with what is held here; nothing is written over
-    it. is_kept: a claim that nothing here holds stays, for Docker or an address may need it.
+    A claim is deleted, or loses this host, if this host has released what it claims and is_kept is
+    false. is_kept: Docker, or an address in the subnet, may still need the claim. is_barred:
+    another host's claim conflicts with what is held here, and is not overwritten.
     """
     if is_barred:
         return claim
@@ -3206,49 +3212,48 @@ def desired_claim(
 
 
 class Member(NamedTuple):
-    """A host of the site, as its key in etcd shows it."""
+    """A host of the cluster, as its key in etcd describes it."""
 
     key: str
     text: str  # the value of the key
-    missed: int = 0  # readings in a row that found the same value
+    missed: int = 0  # consecutive readings with the same value
     is_awaited: bool = False  # it has not written its key since etcd lost data
 
     @property
     def is_present(self) -> bool:
-        """Return whether the host has shown itself of late."""
+        """Return whether the host has sent a heartbeat recently."""
         return self.missed < MISSED_HEARTBEATS
 
     @property
     def is_behind(self) -> bool:
-        """Return whether what the host holds may be missing from etcd."""
+        """Return whether etcd may lack claims of the host."""
         says_so = bool(parse_json_object(self.text).get("is_behind"))
         return self.is_present and (self.is_awaited or says_so)
 
 
 class Members:
-    """The hosts of the site, and the grace period after etcd has lost data.
+    """The hosts of the cluster, and the grace period after etcd has lost data.
 
-    Nothing new is claimed while this host, or any that is present, is behind, nor for
-    GRACE_PERIOD_S after that: what a host holds may be missing from etcd until it has tried to
-    claim all of it again.
+    After a data loss, a host is behind until it has tried to claim again all that it holds. Nothing
+    new is claimed while any present host is behind, nor for GRACE_PERIOD_S after that.
     """
 
     def __init__(self, host: str, machine: MachineId) -> None:
         self.host = host
         self.machine = machine
         self.by_host: dict[str, Member] = {}
-        self.unclaimed: set[str] = set()  # keys held here that etcd has lost
+        self.unclaimed: set[str] = set()  # keys of lost claims that are held here
         self._behind_s = -math.inf  # when a host was last known to be behind
 
     @property
     def is_behind(self) -> bool:
-        """Return what this host says of itself: that it, or a host that it knew, is behind."""
+        """Return whether this host, or a host that it awaits, is behind: hosts/HOST says so."""
         awaited = [host for host, member in self.by_host.items()
                    if member.is_awaited and member.is_present]
         return bool(self.unclaimed or awaited)
 
     def hosts_behind(self) -> list[str]:
-        """Return the hosts that all others wait for."""
+        """Return the hosts that are behind."""
         hosts = [host for host, member in self.by_host.items()
                  if member.is_behind and host != self.host]
         if self.unclaimed:
@@ -3256,7 +3261,7 @@ class Members:
         return hosts
 
     def update(self, keys: Mapping[str, str]) -> None:
-        """Take over what etcd has under hosts/."""
+        """Apply the keys hosts/HOST."""
         was_behind = bool(self.hosts_behind())
         members = {}
         for key, text in keys.items():
@@ -3270,7 +3275,7 @@ class Members:
             else:
                 members[host] = Member(key, text)
 
-        # A host that is awaited stays known, although etcd has lost its key, until it is absent.
+        # etcd may have lost the key of an awaited host; it is remembered until it is absent.
         for host, known in self.by_host.items():
             if known.is_awaited and known.is_present:
                 members.setdefault(host, known)
@@ -3278,7 +3283,7 @@ class Members:
         self.extend_grace_period(was_behind)
 
     def count_reading(self) -> None:
-        """Count, at most once each HEARTBEAT_INTERVAL_S, that the members have been looked at."""
+        """Count a reading of the keys hosts/HOST. Call it once per HEARTBEAT_INTERVAL_S."""
         was_behind = bool(self.hosts_behind())
         for host, member in self.by_host.items():
             self.by_host[host] = member._replace(missed=member.missed + 1)
@@ -3286,8 +3291,7 @@ class Members:
 
     def on_data_loss(self, keys: Mapping[str, str]) -> None:
         """Start the grace period: wait until every host that was present has written its key."""
-        # What etcd has now may be an older key, which a restore has brought back: only one that
-        # differs from it is a sign of life.
+        # A restore may have brought back an older key: only a value that differs is a heartbeat.
         known_hosts = self.by_host
         self.by_host = {}
         self.update(keys)
@@ -3298,24 +3302,24 @@ class Members:
         self._behind_s = time.monotonic()
 
     def on_tried(self, keys: Iterable[str]) -> None:
-        """Note that etcd has these keys again, or has a claim of another host instead."""
+        """Note that etcd has these claims again, or one of another host instead."""
         was_behind = bool(self.hosts_behind())
         self.unclaimed.difference_update(keys)
         self.extend_grace_period(was_behind)
 
     def extend_grace_period(self, was_behind: bool = False) -> None:
-        """Let it last from now on, if a host is behind, or was up to now."""
+        """Start the grace period again if a host is behind, or was until now."""
         if was_behind or self.hosts_behind():
             self._behind_s = time.monotonic()
 
     def grace_remaining_s(self) -> float:
-        """Return for how long at least nothing new is claimed, 0 if that is over."""
+        """Return the least remaining time of the grace period, 0 if it is over."""
         if self.hosts_behind():
             return GRACE_PERIOD_S
         return max(self._behind_s + GRACE_PERIOD_S - time.monotonic(), 0.0)
 
     def require_grace_over(self) -> None:
-        """Check that something new may be claimed. Raises: Unavailable."""
+        """Check that no grace period forbids new claims. Raises: Unavailable."""
         remaining_s = self.grace_remaining_s()
         if remaining_s > 0:
             behind = self.hosts_behind()
@@ -3325,7 +3329,7 @@ class Members:
                 f"nothing new for at least {remaining_s:.0f} s: try again")
 
     def is_former_name(self, host: str) -> bool:
-        """Return whether a host is this machine under the name that it had before."""
+        """Return whether a host is this machine under a former name."""
         member = self.by_host.get(host)
         if member is None or host == self.host:
             return False
@@ -3342,7 +3346,7 @@ class Members:
 
 
 class NoClaims:
-    """The claims where no etcd is configured: nobody else has any. ClaimTable overrides it all."""
+    """The claims without etcd: there are none. ClaimTable overrides every method."""
 
     is_enabled = False
 
@@ -3351,16 +3355,16 @@ class NoClaims:
         self.failure = ""  # why etcd does not answer
 
     def rebind(self, state: State) -> None:
-        """Go on with a state that was read again from disk."""
+        """Use a state that was read again from disk."""
 
     def on_record(self, record: Record, subnet: Subnet) -> None:
-        """Follow a change of what is held here."""
+        """Follow a record of this host, which was applied to the subnet."""
 
     def on_docker_compared(self) -> None:
-        """Note that all that Docker uses is held here."""
+        """Note that this host holds everything that Docker uses."""
 
     def require_shareable(self, request: PoolRequest) -> None:
-        """Check that a subnet may be shared with other hosts, if the request wants that."""
+        """Check that a subnet may be shared with other hosts, if the request asks for that."""
         if request.is_shared:
             raise InvalidRequest("option gipam.shared needs -etcd, through which hosts share")
 
@@ -3381,10 +3385,10 @@ class NoClaims:
         return False
 
     def require_claim(self, grant: PoolGrant, outcome: Outcome) -> None:
-        """Check that a pool follows a transaction made for it."""
+        """Check that a transaction has claimed the subnet of a pool for this grant."""
 
     def require_no_conflict(self, network: Network, outcome: Outcome) -> None:
-        """Check that nobody else has claimed a subnet that is held here."""
+        """Check that no other host has claimed a subnet that is held here."""
 
     def decide_shared_address(
         self,
@@ -3403,16 +3407,22 @@ class NoClaims:
         raise InvalidRequest("cannot evict: -etcd is not set")
 
     def conflict_text(self, network: Network) -> str:
-        """Return who else has claimed a subnet that is held here, or an address in it, or ""."""
+        """Return which other hosts have claimed a held subnet, or an address in it, or ""."""
         return ""
 
     def describe(self) -> Json:
-        """Return what `status --json` shows of the site."""
+        """Return what `status --json` shows of the cluster."""
         return {}
 
 
 class ClaimTable(NoClaims):
-    """What the hosts of a site have claimed, as of a head, and what that means for this host."""
+    """The claims of all hosts as of a head: what they block here, and what etcd should have.
+
+    A grant of a subnet passes require_claim(), one of an address in a shared subnet
+    SharedSubnets.decide(). Records of this host arrive by on_record(), changes in etcd by
+    apply_claims(). reconcile() then makes etcd equal to what is held here; desired_claim() says
+    when it deletes a claim.
+    """
 
     is_enabled = True
 
@@ -3424,25 +3434,27 @@ class ClaimTable(NoClaims):
         self.shared_subnets = SharedSubnets(self)
         self.state = state
         self.head: Head | None = None  # None: not all claims are known
-        self.has_joined = False  # all claims were known once
+        self.has_joined = False  # all claims have been read once
         self.address_keys: dict[Network, dict[str, None]] = {}  # of each shared subnet
         self.remote_addresses: dict[Network, OffsetBitmap] = {}  # offsets that are not free here
         self.dirty: dict[str, None] = {}  # keys to compare with what is held here
-        self.releasing: set[str] = set()  # keys that etcd may have been asked to change or delete
-        self.unconfirmed: set[str] = set()  # keys of this host that Docker may need: see below
+        # Keys that a transaction without a known result may have changed or deleted.
+        self.releasing: set[str] = set()
+        # Keys that etcd has for this host, which does not hold them, but Docker may use them.
+        self.unconfirmed: set[str] = set()
         self.conflicts: dict[str, Claim] = {}  # keys of what is held here -> another's claim
-        self.wake_up: Callable[[], None] | None = None  # the thread that reconciles
-        self._reported: dict[str, str] = {}  # conflicts that were reported
+        self.wake_up: Callable[[], None] | None = None  # wakes the etcd thread
+        self._reported: dict[str, str] = {}  # conflicts that were logged
         self._is_docker_compared = False
         self._answered_s: float | None = None
         self.rebind(state)
 
-    # Applying what etcd told, and what is held here
+    # Applying changes in etcd and of this host
 
     def rebind(self, state: State) -> None:
-        """Go on with a state that was read again: block what others have, compare everything."""
+        """Use a state that was read again: block the claims of others, compare everything."""
         self.state = state
-        # The families of the new state know nothing of claims yet.
+        # In the new state no claim blocks anything yet.
         self.conflicts.clear()
         for key in self.claims:
             network, address = parse_claim_key(key)
@@ -3454,7 +3466,7 @@ class ClaimTable(NoClaims):
             self._update_conflict(key)
 
     def _held_keys(self) -> list[str]:
-        """Return the keys of all that is held here."""
+        """Return the keys of everything that is held here."""
         keys = []
         for family in self.state.families.values():
             for network, subnet in family.subnets.items():
@@ -3466,13 +3478,13 @@ class ClaimTable(NoClaims):
         return keys
 
     def mark_dirty(self, *keys: str) -> None:
-        """Have these keys compared with what is held here."""
+        """Queue keys to be reconciled."""
         self.dirty.update(dict.fromkeys(keys))
         if self.wake_up:
             self.wake_up()
 
     def on_record(self, record: Record, subnet: Subnet) -> None:
-        """Follow a change of what is held here: block, or no longer, and compare."""
+        """Follow a record of this host: update what claims block, and queue the keys."""
         network = subnet.network
         if isinstance(record, (PoolGrant, PoolRelease)):
             key = str(network)
@@ -3494,7 +3506,7 @@ class ClaimTable(NoClaims):
             self.mark_dirty(key)
 
     def on_docker_compared(self) -> None:
-        """Let go of the claims that neither this host nor Docker needs."""
+        """Queue the claims that neither this host nor Docker needs, so that they are deleted."""
         self._is_docker_compared = True
         keys = self.unconfirmed
         self.unconfirmed = set()
@@ -3507,13 +3519,13 @@ class ClaimTable(NoClaims):
         self.mark_dirty(*keys)
 
     def apply_result(self, result: TransactionResult) -> None:
-        """Take over what etcd told."""
+        """Apply the result of a transaction, or of a reading."""
         self._answered_s = time.monotonic()
         self.apply_claims(result.claims)
         self.head = result.head
         if result.outcome.is_committed:
-            # It compared and raised the count in this host's key, so that whatever was asked for
-            # earlier, and may still be on its way, can no longer be carried out.
+            # It expected this host's key and changed it, so that an earlier transaction of this
+            # host that is still under way can no longer succeed.
             self.releasing.clear()
 
         if result.is_loss:
@@ -3531,7 +3543,7 @@ class ClaimTable(NoClaims):
         self.head = None
 
     def _find_lost_claims(self) -> None:
-        """Find what is held here and missing from etcd; until it is there, this host is behind."""
+        """Find what is held here, but not claimed in etcd; until it is, this host is behind."""
         for key in self._held_keys():
             claim = self.claims.get(key)
             is_claimed = claim is not None and self.host in claim.hosts
@@ -3540,10 +3552,10 @@ class ClaimTable(NoClaims):
         self.members.extend_grace_period()
 
     def _find_unconfirmed_claims(self) -> None:
-        """Find what etcd lists for this host at its start and what it does not hold.
+        """Find the claims of this host, at its start, for what it does not hold.
 
-        The lease file may be older than that, or lost. Until Docker has been asked, Docker may use
-        it: it is not let go of, and not granted here either.
+        The lease file may be lost, or older than the claims. Until Docker has been asked whether it
+        uses them, they are not deleted, and not granted here either.
         """
         if self._is_docker_compared:
             return
@@ -3558,7 +3570,7 @@ class ClaimTable(NoClaims):
                 self._update_blocked(network)
 
     def apply_claims(self, claims: ClaimChanges) -> None:
-        """Take over claims by their keys; None: it is gone."""
+        """Apply claims by their keys; None: deleted."""
         for key, claim in claims.items():
             known = self.claims.get(key)
             if claim == known:
@@ -3585,25 +3597,25 @@ class ClaimTable(NoClaims):
         return self.state.families[network.version].subnets.get(network)
 
     def _is_blocked(self, network: Network, is_admitted: bool) -> bool:
-        """Return whether the claim of a subnet keeps its space from this host.
+        """Return whether the claim of a subnet blocks its space here.
 
-        is_admitted: this host is about to join the claim, or to take up what it had before.
+        is_admitted: this host is about to join the claim, or to import the subnet.
         """
         key = str(network)
         claim = self.claims.get(key)
         if claim is None:
             return False
         if not claim.other_hosts(self.host):
-            # What this host alone has claimed is its own, but for what it may have forgotten.
+            # A claim of this host alone blocks nothing, unless Docker may use the subnet.
             return key in self.unconfirmed and not is_admitted
 
-        # Others' claims block, unless all of them share the subnet with this host.
+        # A claim of other hosts blocks, unless they share the subnet with this host.
         subnet = self.local_subnet(network)
         is_joined = is_admitted or (subnet is not None and subnet.is_shared)
         return not (claim.is_shared and is_joined)
 
     def _update_blocked(self, network: Network, is_admitted: bool = False) -> None:
-        """Block the space of a claimed subnet here, or no longer."""
+        """Block or unblock the space of a claimed subnet."""
         family = self.state.families[network.version]
         is_blocked = self._is_blocked(network, is_admitted)
         was_blocked = network in family.remote_claims
@@ -3618,7 +3630,7 @@ class ClaimTable(NoClaims):
         else:
             family.remote_claims.pop(network, None)
 
-        # Only what overlaps a held subnet, which is rare, can begin or end a conflict.
+        # Only a claim that overlaps a held subnet, which is rare, can begin or end a conflict.
         keys = set(self.conflicts)
         if overlaps_held:
             for held in family.subnets:
@@ -3628,14 +3640,14 @@ class ClaimTable(NoClaims):
             self._update_conflict(key)
 
     def _describe_block(self, key: str) -> str:
-        """Return who has claimed what is blocked here."""
+        """Return which hosts have claimed a blocked subnet, for an error."""
         text = str(self.claims[key])
         if key in self.unconfirmed:
             text += ", before gipam started here; if Docker does not use it, it is free soon"
         return text
 
     def _update_remote_address(self, key: str) -> None:
-        """Keep an address of a shared subnet from being chosen here, or no longer."""
+        """Block or unblock an address of a shared subnet."""
         network, address = parse_claim_key(key)
         keys = self.address_keys.setdefault(network, {})
         offsets = self.remote_addresses.setdefault(network, OffsetBitmap())
@@ -3657,10 +3669,10 @@ class ClaimTable(NoClaims):
             del self.address_keys[network]
             del self.remote_addresses[network]
 
-    # Conflicts: what is held here, and claimed by others
+    # Conflicts: held here, but claimed by another host
 
     def _update_conflict(self, key: str) -> None:
-        """Note whether another host has claimed what is held here."""
+        """Note whether another host's claim conflicts with what is held here."""
         claim = self._find_foreign_claim(key)
         if claim is None:
             if self.conflicts.pop(key, None):
@@ -3670,7 +3682,7 @@ class ClaimTable(NoClaims):
             self.mark_dirty(key)
 
     def _find_foreign_claim(self, key: str) -> Claim | None:
-        """Return another host's claim that what is held under this key is in conflict with."""
+        """Return the claim of another host that conflicts with what is held under this key."""
         own = self._own_claim(key)
         if own is None:
             return None
@@ -3689,18 +3701,18 @@ class ClaimTable(NoClaims):
         return key in self.conflicts or str(network) in self.conflicts
 
     def new_conflicts(self) -> list[str]:
-        """Return the keys of conflicts that have come up, each once."""
+        """Return the keys of conflicts that have not been reported yet."""
         texts = {}
-        new = []
+        keys = []
         for key, claim in self.conflicts.items():
             texts[key] = self.describe_claim(claim)
             if self._reported.get(key) != texts[key]:
-                new.append(key)
+                keys.append(key)
         self._reported = texts
-        return new
+        return keys
 
     def describe_claim(self, claim: Claim) -> str:
-        """Return who has a claim; for this machine's old name, what to do."""
+        """Return the hosts of a claim; for a former name of this machine, also the remedy."""
         for host in claim.other_hosts(self.host):
             if self.members.is_former_name(host):
                 return (f"{claim} (this machine before: `gipam evict {host}` makes it "
@@ -3708,16 +3720,16 @@ class ClaimTable(NoClaims):
         return str(claim)
 
     def conflict_text(self, network: Network) -> str:
-        """Return who else has claimed a subnet that is held here, or an address in it, or ""."""
+        """Return which other hosts have claimed a held subnet, or an address in it, or ""."""
         for key, claim in self.conflicts.items():
             if parse_claim_key(key)[0] == network:
                 return self.describe_claim(claim)
         return ""
 
-    # Reconciling: etcd is to say what is held here
+    # Reconciling: making etcd equal to what is held here
 
     def _own_claim(self, key: str) -> Claim | None:
-        """Return the claim that what is held here makes, None if it is not held."""
+        """Return the claim of this host alone, None if it does not hold the key."""
         network, address = parse_claim_key(key)
         subnet = self.local_subnet(network)
         if subnet is None:
@@ -3734,11 +3746,10 @@ class ClaimTable(NoClaims):
         return Claim((self.host,), lease.kind, False, lease.granted_s)
 
     def differences(self, keys: Iterable[str]) -> ClaimDict:
-        """Return what etcd should have under these keys, where it has something else."""
+        """Return the desired claims of these keys, where etcd has another one."""
         differences = {}
         for key in keys:
             claim = self.claims.get(key)
-            # A subnet's claim stays as long as addresses in it are claimed: those go first.
             own = self._own_claim(key)
             is_barred = own is not None and self._is_barred(key)
             is_kept = key in self.unconfirmed or self._has_own_addresses(key)
@@ -3748,7 +3759,7 @@ class ClaimTable(NoClaims):
         return differences
 
     def _has_own_addresses(self, key: str) -> bool:
-        """Return whether this host has claimed addresses in the subnet: those go first."""
+        """Return whether this host has claimed addresses in the subnet: they are deleted first."""
         network, address = parse_claim_key(key)
         if address:
             return False
@@ -3756,10 +3767,11 @@ class ClaimTable(NoClaims):
         return any(self.host in self.claims[address_key].hosts for address_key in keys)
 
     def reconcile(self, keys: Iterable[str], outcome: Outcome) -> None:
-        """Have etcd say under these keys what is held here. Raises: TransactionRequired; as etcd.
+        """Make the claims of these keys equal to what is held here.
 
-        A claim is let go of only right after etcd has answered: from then on it is not relied upon,
-        and while etcd is away a container may need it.
+        A claim is deleted only if etcd has just answered, because this host does not rely on it
+        from then on (see `releasing`), and a container may need it while etcd is unreachable.
+        Raises: TransactionRequired, until it is done; outcome.error.
         """
         if outcome.error:
             raise outcome.error
@@ -3767,7 +3779,7 @@ class ClaimTable(NoClaims):
         tried = [key for key in keys if key not in differences]
         for key in tried:
             self.dirty.pop(key, None)
-        # What another host has by now is tried, too: it is a conflict, and no reason to wait.
+        # This includes keys that another host claims: they are conflicts, and need no waiting.
         self.members.on_tried(tried)
         if not differences:
             return
@@ -3780,13 +3792,13 @@ class ClaimTable(NoClaims):
         raise TransactionRequired(Transaction({}, self.head))
 
     def heartbeat(self, outcome: Outcome) -> None:
-        """Have this host's key written. Raises: TransactionRequired, until it is; as etcd."""
+        """Write this host's key. Raises: TransactionRequired, until it is done; outcome.error."""
         if outcome.error:
             raise outcome.error
         if not outcome.is_committed:
             raise TransactionRequired(Transaction({}, self.head))
 
-    # Requests of Docker's
+    # Requests of Docker
 
     def require_shareable(self, request: PoolRequest) -> None:
         """Check that a subnet may be shared with other hosts. Raises: Forbidden."""
@@ -3806,9 +3818,9 @@ class ClaimTable(NoClaims):
         is_admitted: bool,
         outcome: Outcome,
     ) -> Iterator[None]:
-        """Surround the decision on a pool; is_admitted: of a subnet that this host may join.
+        """Surround the decision on a pool; is_admitted: this host may join the claim of the subnet.
 
-        Raises: TransactionRequired, for a refusal that rests on claims which are not fresh.
+        Raises: TransactionRequired, if claims that are not fresh have caused a refusal.
         """
         if subnet is not None and is_admitted:
             self._update_blocked(subnet, is_admitted=True)
@@ -3832,10 +3844,10 @@ class ClaimTable(NoClaims):
         return claim is not None and claim.is_shared and self.host in claim.hosts
 
     def require_claim(self, grant: PoolGrant, outcome: Outcome) -> None:
-        """Check that a pool follows a transaction made for it.
+        """Check that a transaction has claimed the subnet of a pool for this grant.
 
         Raises: TransactionRequired; Unavailable in a grace period; Forbidden, see
-        require_no_conflict(); as etcd.
+        require_no_conflict(); outcome.error.
         """
         network = parse_prefix(grant.subnet)
         self.require_no_conflict(network, outcome)
@@ -3847,9 +3859,9 @@ class ClaimTable(NoClaims):
             self.claim({grant.subnet: claim}, outcome)
 
     def is_granted(self, key: str, own: Claim, outcome: Outcome) -> bool:
-        """Return whether the transaction has just written this very claim for this host.
+        """Return whether the transaction of this request wrote the claim for this host.
 
-        Raises: Unavailable in a grace period, of which the transaction may have told.
+        Raises: Unavailable in a grace period, which the result of the transaction may have started.
         """
         claim = self.claims.get(key)
         if key not in outcome.granted or claim != join_claim(claim, own):
@@ -3858,17 +3870,20 @@ class ClaimTable(NoClaims):
         return True
 
     def claim(self, claims: ClaimChanges, outcome: Outcome) -> NoReturn:
-        """Have something new claimed. Raises: TransactionRequired; Unavailable; as etcd."""
+        """Request a transaction with new claims.
+
+        Raises: TransactionRequired; Unavailable in a grace period; outcome.error.
+        """
         if outcome.error:
             raise outcome.error
         self.members.require_grace_over()
         raise TransactionRequired(Transaction(claims, self.head))
 
     def require_fresh(self, key: str, outcome: Outcome) -> None:
-        """Check that etcd has just told its claims. Raises: TransactionRequired; as etcd.
+        """Check that the claims were just read. Raises: TransactionRequired; outcome.error.
 
-        A claim under this key that gipam did not write may have been deleted without a new head:
-        then it is deleted once more, for all to learn of it.
+        A malformed claim may have been deleted by a program that does not write a new head. If so,
+        this host deletes it again, so that the new head shows every host that it is gone.
         """
         if outcome.error:
             raise outcome.error
@@ -3881,9 +3896,9 @@ class ClaimTable(NoClaims):
         raise TransactionRequired(Transaction({}, self.head))
 
     def require_no_conflict(self, network: Network, outcome: Outcome) -> None:
-        """Check that nobody else has claimed a subnet that is held here.
+        """Check that no other host has claimed a subnet that is held here.
 
-        Raises: TransactionRequired; Forbidden; as etcd.
+        Raises: TransactionRequired; Forbidden; outcome.error.
         """
         claim = self.conflicts.get(str(network))
         if claim is None:
@@ -3906,9 +3921,9 @@ class ClaimTable(NoClaims):
         return self.shared_subnets.decide(pool, request, now_s, start, outcome)
 
     def evict(self, host: str, outcome: Outcome) -> None:
-        """Delete the claims of an absent host; those of this machine's old name become this host's.
+        """Delete the claims of an absent host; those of a former name become this host's.
 
-        Raises: InvalidRequest, Forbidden; TransactionRequired, until it is done; as etcd.
+        Raises: InvalidRequest, Forbidden; TransactionRequired, until it is done; outcome.error.
         """
         if host == self.host:
             raise InvalidRequest(f"{host!r} is this host")
@@ -3920,14 +3935,14 @@ class ClaimTable(NoClaims):
             return
         self.require_fresh("", outcome)
 
-        # A large host is evicted in several transactions; each attempt finds what is left.
+        # A host with many claims is evicted in several transactions: each attempt finds the others.
         keys = [key for key, claim in self.claims.items() if host in claim.hosts]
         if not keys and member is None:
             raise InvalidRequest(f"there is no host {host!r} in etcd, only "
                                  f"{', '.join(self._known_hosts())}", 404)
         self.members.require_absent(host)
 
-        keys.sort(key=lambda key: (-key.count("/"), key))  # addresses go first
+        keys.sort(key=lambda key: (-key.count("/"), key))  # addresses first
         claims: ClaimDict = {}
         for key in keys[:CLAIMS_PER_TRANSACTION]:
             claim = self.claims[key]
@@ -3939,7 +3954,7 @@ class ClaimTable(NoClaims):
             if hosts:
                 claims[key] = claim._replace(hosts=tuple(sorted(hosts)))
 
-        # Last of all the key of the host goes, and only if it has not come back.
+        # The key of the host is deleted last, and only if the host has not come back.
         is_last = len(keys) <= CLAIMS_PER_TRANSACTION
         deleted_keys = (member_key,) if is_last else ()
         expected = {member_key: member.text if member is not None else None}
@@ -3947,10 +3962,10 @@ class ClaimTable(NoClaims):
         raise TransactionRequired(
             Transaction(claims, self.head, expected, deleted_keys, log_text))
 
-    # Tentative claims: several requests may share a transaction
+    # Tentative claims, because several requests may share a transaction
 
     def block_tentatively(self, claims: ClaimChanges) -> list[Network]:
-        """Block subnets that a request is about to claim for the next one; return them."""
+        """Block the subnets that a request is about to claim from other requests; return them."""
         blocked = []
         for key, claim in claims.items():
             network, address = parse_claim_key(key)
@@ -3963,7 +3978,7 @@ class ClaimTable(NoClaims):
         return blocked
 
     def unblock(self, networks: Iterable[Network]) -> None:
-        """Take back block_tentatively()."""
+        """Undo block_tentatively()."""
         for network in networks:
             family = self.state.families[network.version]
             family.used.remove(network)
@@ -3972,21 +3987,21 @@ class ClaimTable(NoClaims):
     # Status
 
     def _known_hosts(self) -> list[str]:
-        """Return all hosts that etcd knows, in order."""
+        """Return all hosts that have a key or a claim in etcd, in order."""
         hosts = set(self.members.by_host)
         for claim in self.claims.values():
             hosts.update(claim.hosts)
         return sorted(hosts)
 
     def is_present(self, host: str) -> bool | None:
-        """Return whether a host has shown itself of late, None while etcd does not answer."""
+        """Return whether a host has sent a heartbeat recently, None while etcd does not answer."""
         if self.failure:
             return None
         member = self.members.by_host.get(host)
         return host == self.host or (member is not None and member.is_present)
 
     def describe(self) -> Json:
-        """Return what `status --json` shows of the site."""
+        """Return what `status --json` shows of the cluster."""
         counts: collections.Counter[str] = collections.Counter()
         for key, claim in self.claims.items():
             if key.count("/") == 1:
@@ -4014,9 +4029,10 @@ class ClaimTable(NoClaims):
 class SharedSubnets:
     """Decides which addresses this host grants in subnets that it shares with other hosts.
 
-    An endpoint's address is claimed by one host, a gateway's or an auxiliary one by all that have
-    it. Each new address follows a transaction made for it. While etcd is away, an address whose
-    claim this host surely has may be granted again, so that containers restart.
+    The address of an endpoint is claimed by one host, a gateway or auxiliary address by every host
+    that has it. A new address is granted only after a transaction has claimed it. While etcd is
+    unreachable, an address that this host certainly has claimed may be granted again, so that
+    containers can restart.
     """
 
     def __init__(self, table: ClaimTable) -> None:
@@ -4030,9 +4046,9 @@ class SharedSubnets:
         start: int,
         outcome: Outcome,
     ) -> AddressGrant:
-        """Decide which address is granted; a free one is looked for from offset start on.
+        """Decide which address is granted; the search for a free one begins at offset start.
 
-        Raises: TransactionRequired; as decide_address(); as etcd.
+        Raises: TransactionRequired; as decide_address(); outcome.error.
         """
         subnet = pool.subnet
         is_away = bool(outcome.error or self._table.failure)
@@ -4055,15 +4071,15 @@ class SharedSubnets:
         return grant._replace(is_explicit=is_explicit)
 
     def foreign_claim(self, key: str, kind: str) -> Claim | None:
-        """Return the claim of other hosts that an address of this kind does not go with."""
+        """Return the claim of other hosts that conflicts with an address of this kind, or None."""
         claim = self._table.claims.get(key)
         if claim is None or not claim.other_hosts(self._table.host):
             return None
-        is_one_hosts = kind == ENDPOINT or claim.kind in (ENDPOINT, "")
-        return claim if is_one_hosts else None
+        is_exclusive = kind == ENDPOINT or claim.kind in (ENDPOINT, "")
+        return claim if is_exclusive else None
 
     def _owns(self, key: str, kind: str) -> bool:
-        """Return whether this host surely has an address, for a lease of this kind."""
+        """Return whether this host certainly has claimed an address, for a lease of this kind."""
         host = self._table.host
         claim = self._table.claims.get(key)
         if claim is None or host not in claim.hosts:
@@ -4078,7 +4094,7 @@ class SharedSubnets:
                        outcome: Outcome) -> None:
         """Check that this host may grant the address.
 
-        Raises: TransactionRequired; Forbidden, Unavailable; as etcd.
+        Raises: TransactionRequired; Forbidden, Unavailable; outcome.error.
         """
         table = self._table
         key = f"{network}/{grant.address}"
@@ -4087,7 +4103,7 @@ class SharedSubnets:
         if claim is None and table.is_granted(key, own, outcome):
             return
 
-        # The claim of the subnet may be missing after a loss: then it is written, too.
+        # etcd may have lost the claim of the subnet: then it is written again, too.
         missing = table.differences([str(network)])
         if is_away and self._owns(key, grant.kind) and not missing:
             return
@@ -4100,8 +4116,8 @@ class SharedSubnets:
             raise Unavailable(f"{grant.address} of {network} was claimed by this host before gipam "
                               "started; if Docker does not use it, it is free soon: try again")
 
-        # The transaction may be carried out although nobody hears of it; what it changes is then no
-        # longer what is known.
+        # The transaction may succeed although its reply is lost; then this host does not know
+        # whether it has the claim.
         if not self._owns(key, grant.kind):
             table.releasing.add(key)
         missing[key] = join_claim(table.claims.get(key), own)
@@ -4114,9 +4130,9 @@ class SharedSubnets:
         is_away: bool,
         outcome: Outcome,
     ) -> str:
-        """Return an address that was just claimed for this request, or still is, or ""."""
+        """Return an address that is claimed for this request, or ""."""
         subnet = pool.subnet
-        # What was granted a moment ago comes first; while etcd is away, also what this host has.
+        # The transaction has claimed one; while etcd is unreachable, the host's own claims serve.
         keys = outcome.granted
         if is_away:
             keys = keys.union(self._table.address_keys.get(subnet.network, ()))
@@ -4137,7 +4153,7 @@ class SharedSubnets:
         return pool.address_at(offsets[0]) if offsets else ""
 
     def _choose_remote_gateway(self, subnet: Subnet) -> str:
-        """Return a gateway that other hosts of the subnet have and this one has not, or ""."""
+        """Return a gateway that other hosts of the subnet have and this one lacks, or ""."""
         addresses = []
         for key in self._table.address_keys.get(subnet.network, ()):
             _, address = parse_claim_key(key)
@@ -7338,10 +7354,6 @@ def forwarding_warnings(versions: Container[int], proc: str) -> Iterator[str]:
             yield "this host does not forward IPv6: sysctl -w net.ipv6.conf.all.forwarding=1"
 
 
-RTF_REJECT = 0x200  # flags of /proc/net/route and ipv6_route; source: linux/route.h, ipv6_route.h
-RTF_ADDRCONF = 0x40000
-
-
 def uplink_warnings(is_forwarding: bool, proc: str) -> Iterator[str]:
     """Yield interfaces that ignore router advertisements on a host that forwards.
 
@@ -7382,7 +7394,7 @@ def route_warnings(base: Network, onlink: str, held: set[str], proc: str) -> Ite
     links = []
     is_ended = False
     for device, flags in routes:
-        if device not in ("lo", "*") and not flags & 2:  # RTF_GATEWAY
+        if device not in ("lo", "*") and not flags & RTF_GATEWAY:
             links.append(device)
         if device == "*" or flags & RTF_REJECT:
             is_ended = True
@@ -9065,8 +9077,7 @@ def log_startup_warnings(config: Config, used: Container[Network], proc: str) ->
         if base in used:
             continue
         for device, flags in read_covering_routes(proc, base):
-            is_gateway_route = flags & 2  # RTF_GATEWAY
-            if device in ("*", config.onlink) or is_gateway_route:
+            if device in ("*", config.onlink) or flags & RTF_GATEWAY:
                 continue
             log.warning("base %s is part of an on-link route of %s: Docker up to 26 rejects every "
                         "block of it; replace the route: ip route add blackhole %s metric 9999",
