@@ -709,10 +709,6 @@ class CommandCase(Case):
             return json.load(file)
 
 
-# Former names, until all sections use those above.
-Refused = ErrorReply
-
-
 # === Style ========================================================================================
 #
 # How the files read, as far as a program can tell. DENSE_KINDS lists expressions that have to be
@@ -720,7 +716,7 @@ Refused = ErrorReply
 # measure_density() counts tokens, comments and blank lines, as a reader meets them. gipam.py is
 # held to the strictest limits; the tests and the lab may be a little denser.
 
-# Sections that keep the limits; the others are still being rewritten. "all" is a whole file.
+# Files that keep the limits: all of them, or the sections of these titles.
 PLAIN_SECTIONS = {
     "gipam.py": "all",
     "test_gipam.py": "all",
@@ -6409,11 +6405,6 @@ class ByHandTest(unittest.TestCase):
 # for what no HTTP library would send. The tests go from one connection (heads, requests, limits)
 # to the iteration of the loop, then to faults, checkpoints and the stop; random input comes last.
 # HEADS is compared with what http.server makes of it.
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> None:
-    """Wait until the condition holds."""
-    wait_until(what, condition)
 
 
 def request(path: str, arguments: Any = None, *headers: str, verb: str = "POST") -> bytes:
