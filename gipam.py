@@ -4164,19 +4164,18 @@ class SharedSubnets:
 
 # === Service ======================================================================================
 #
-# Service is the driver, and the only code that changes the state. A request is decided by the
-# Allocator, apply() changes the state in memory, and commit() writes everything that was applied
-# since the last time as one journal record. Checkpoint writes the lease file in the background;
-# Metrics counts.
+# Service is the driver, and the only code that changes the state. The Allocator decides a request,
+# apply() changes the state in memory, and commit() writes all changes since the last commit as one
+# journal record. Checkpoint writes the lease file in the background; Metrics counts.
 #
-# The rule: apply() only goes forward. Room for the record is reserved before anything changes, and
-# if the record cannot be written all the same, the state is read again from disk.
+# The rule: a change is never undone in memory. apply() reserves space in the journal before it
+# changes anything, and if the append fails all the same, the state is read again from disk.
 
 RunInLoop = Callable[..., Any]  # EventLoop.run_in_loop, or Service.run_once where no loop runs
 
 
 class Histogram:
-    """How often something took how long. Source: Prometheus text format 0.0.4."""
+    """A histogram of durations. Source: Prometheus text format 0.0.4."""
 
     BOUNDS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1.0)
 
@@ -4190,7 +4189,7 @@ class Histogram:
         self.sum_s += duration_s
 
     def samples(self) -> Iterator[tuple[str, Any]]:
-        """Yield what follows the name of the metric, and the value, of each series."""
+        """Yield the suffix, with labels, and the value of each series."""
         total = 0
         for bound, count in zip((*self.BOUNDS_S, "+Inf"), self.counts):
             total += count
@@ -4209,7 +4208,7 @@ class Metrics:
         self.last_write_s = 0.0  # Unix time
 
     def count_request(self, method: str, result: str, duration_s: float) -> None:
-        """Count a request as what was delivered."""
+        """Count a request by its method and the result that was delivered."""
         self.requests[method, result] += 1
         self.request_s.observe(duration_s)
 
@@ -4229,7 +4228,7 @@ class AppliedRecord(NamedTuple):
     started_s: float
 
     def describe(self, now_s: float) -> str:
-        """Return the log line: who got what where, then the numbers."""
+        """Return the log line: the change in words, then its numbers."""
         return f"{self._describe_change()} seq={self.seq} ms={(now_s - self.started_s) * 1e3:.2f}"
 
     def _describe_change(self) -> str:
@@ -4252,39 +4251,39 @@ class AppliedRecord(NamedTuple):
 
 
 class DockerImport:
-    """How far this process has compared itself with Docker.
+    """The progress of the comparison with Docker.
 
-    That is due after each start and each adoption, so nothing of it is saved. Only the thread of
-    the loop changes it. Claims in etcd that nothing here holds are deleted only after
+    An import is due after each start and each adoption, so nothing of it is saved. Only the loop
+    thread changes it. Claims in etcd of what is not held here are deleted only after
     Service.end_import(), because until then Docker may use their subnets.
     """
 
     def __init__(self) -> None:
         self.is_due = True
         self.has_failed = False  # the last attempt
-        # What was adopted or imported, and Docker has yet to show: seq -> (subnet, address or "").
+        # Adopted or imported, and not yet shown by Docker: seq -> (subnet, address or "").
         self.unconfirmed: dict[int, tuple[str, str]] = {}
         self.requested = threading.Event()  # wakes the import thread
         self.requested.set()
 
     def add(self, seq: int, key: tuple[str, str]) -> None:
-        """Have Docker asked soon whether it uses what this record has adopted or imported."""
+        """Request that Docker confirms what this record has adopted or imported."""
         self.unconfirmed[seq] = key
         self.is_due = True
         self.requested.set()
 
     def confirm(self, seqs: Iterable[int]) -> None:
-        """Note that Docker has shown these, or that they are not held any more."""
+        """Note that Docker has shown what these records granted, or that it was released."""
         for seq in seqs:
             self.unconfirmed.pop(seq, None)
 
     def take(self) -> dict[int, tuple[str, str]]:
-        """Return what is unconfirmed; this import serves what was requested until now."""
+        """Return what is unconfirmed, for this import to confirm."""
         self.requested.clear()
         return self.unconfirmed.copy()
 
     def end(self) -> None:
-        """Note that Docker has been asked; it is asked again while something is unconfirmed."""
+        """Note that Docker has been compared; while something is unconfirmed, stay due."""
         if not self.unconfirmed:
             self.is_due = False
 
@@ -4295,10 +4294,10 @@ class DockerImport:
 
 
 class Service:
-    """The driver: it decides and applies, and commits one journal record an iteration.
+    """The driver: it decides and applies requests, and commits one journal record per iteration.
 
-    Only one thread at a time calls it, the loop's while that serves, so that it needs no lock.
-    Nothing here waits, but for the disk.
+    Only one thread at a time calls it (the loop thread while it serves), so it needs no lock. The
+    only blocking call is the write to the disk.
     """
 
     def __init__(self, store: Store, state: State, config: Json, read_state: Callable[[], State],
@@ -4309,12 +4308,12 @@ class Service:
         self.proxies = proxies
         self.metrics = Metrics()
         self.config = config  # the keys of the lease file
-        self.daemon_info: Json = {}  # what /status tells of the daemon
-        self.has_macs = True  # whether Docker is asked to tell those of containers
+        self.daemon_info: Json = {}  # keys of /status about the daemon
+        self.has_macs = True  # whether Docker sends the MAC addresses of containers
         self._read_state = read_state
         self._uncommitted: list[AppliedRecord] = []
         self._unlogged: list[AppliedRecord] = []
-        self._is_applying = False  # if an exception leaves it set, the state is not to be used
+        self._is_applying = False  # left set by an exception: the state is invalid
 
         self.claims = NoClaims()  # ClaimTable where several hosts share etcd
         self.etcd_s = Histogram()
@@ -4324,7 +4323,7 @@ class Service:
     def apply(self, change: Record) -> None:
         """Apply a change, which is on disk after commit().
 
-        Raises: StoreError if the disk has no room for it; nothing has changed.
+        Raises: StoreError if the disk is full, with nothing changed.
         """
         if self.store.fatal_error:
             raise self.store.fatal_error
@@ -4332,7 +4331,7 @@ class Service:
         text = encode_json([RECORD_NAMES[type(change)], *change])
         self.store.reserve(len(text))
 
-        # From here on there is no way back.
+        # From here on, the change cannot be undone.
         self._is_applying = True
         pool = self.state.pools.get(change.pool_id)
         self.state.apply(change)
@@ -4344,10 +4343,10 @@ class Service:
         self.claims.on_record(change, pool.subnet)
 
     def commit(self) -> StoreError | None:
-        """Write what was applied since the last commit as one record; return why that failed.
+        """Write the changes since the last commit as one record; return why that failed.
 
-        Durable: on return of None, all that was ever applied. On failure, the state is read again
-        from disk, and nothing that was decided since the last commit may be told to anybody.
+        Durable: on return of None, all changes so far. If the append fails, even half-way, the
+        state is read again from disk, and no reply about a change since the last commit may leave.
         """
         applied = self._uncommitted
         if self.store.fatal_error:
@@ -4359,7 +4358,7 @@ class Service:
         started_s = time.perf_counter()
         try:
             self.store.append([record.text for record in applied])
-        except Exception as error:  # noqa: BLE001 - nobody knows what is on disk
+        except Exception as error:  # noqa: BLE001 - part of the record may be on disk
             if not isinstance(error, StoreError):
                 error = StoreError(f"cannot write the journal: {error!r}")
             return self.reload(error)
@@ -4368,17 +4367,17 @@ class Service:
         return None
 
     def log_committed(self) -> None:
-        """Log the changes that were committed; after the replies, since this takes time."""
+        """Log the committed changes, after their replies, because logging takes time."""
         if self._unlogged:
             now_s = time.perf_counter()
             log.info("\n".join([record.describe(now_s) for record in self._unlogged]))
             self._unlogged = []
 
     def recover_from_exception(self) -> None:
-        """After an unexpected exception: if it came in the middle of a change, reload the state.
+        """After an unexpected exception that interrupted apply(), reload the state.
 
-        The changes before it are whole, and are committed first. If they cannot be, gipam ends: too
-        much depends on them that has been decided already.
+        The changes before it are complete, and are committed first. If that fails, gipam exits,
+        because this iteration may have decided other requests on them.
         """
         if not self._is_applying:
             return
@@ -4390,7 +4389,7 @@ class Service:
     def reload(self, error: StoreError) -> StoreError:
         """Read the state again from disk, after this error; return it, or the fatal one.
 
-        A checkpoint that is under way ends at its next step.
+        A running checkpoint ends at its next step.
         """
         log.error("%s", error)
         self.store.last_error = str(error)
@@ -4403,12 +4402,12 @@ class Service:
                 self.docker_import.forget_after(self.state.seq)
                 self.store.prepare_append()
                 self.claims.rebind(self.state)
-        except Exception as failure:  # noqa: BLE001 - whatever it is, start again
+        except Exception as failure:  # noqa: BLE001 - the process restarts after any of them
             self.store.fail(f"cannot read the state again: {failure!r}")
         return self.store.fatal_error or error
 
     def run_once(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run function(*args) as an iteration of its own, where no loop runs; return its result.
+        """Run function(*args) as an iteration of its own, while no loop runs; return its result.
 
         Durable: on return, what it changed. Raises: as the function; StoreError.
         """
@@ -4428,7 +4427,7 @@ class Service:
         self.claims.require_shareable(request)
         routes: list[Range] = []
         if request.subnet is None:
-            # Read now, never cached: a VPN may have come up.
+            # Routes are never cached, because a VPN may have come up.
             routes = self.read_obstacles(self.state.families[request.version])
 
         with self.claims.deciding(request.subnet, request.sub_pool, request.version,
@@ -4440,7 +4439,10 @@ class Service:
         return grant
 
     def read_obstacles(self, family: Family) -> list[Range]:
-        """Return what of this host no block may touch. Raises: Unavailable, if it cannot tell."""
+        """Return routes and addresses of this host, which no block may overlap.
+
+        Raises: Unavailable if the kernel refuses.
+        """
         try:
             return read_used_ranges(self.netlink, family.version, family.bases)
         except OSError as error:
@@ -4451,7 +4453,7 @@ class Service:
                         outcome: Outcome = NO_OUTCOME) -> tuple[AddressGrant, int]:
         """Grant an address; return the prefixlen of its subnet too.
 
-        A pool that Docker holds and the state does not know is adopted first, and stays so.
+        A pool that Docker uses and the state lacks is adopted first, and stays adopted.
         Raises: as decide_address() and decide_adoption(); TransactionRequired; StoreError.
         """
         now_s = int(time.time())
@@ -4461,7 +4463,7 @@ class Service:
         network = pool.subnet.network
         self.claims.require_no_conflict(network, outcome)
         if pool.subnet.is_shared:
-            # From a random place on, so that hosts seldom choose the same address.
+            # The start is random, so that hosts seldom choose the same address.
             start = random.randint(pool.low, pool.high)  # noqa: S311
             grant = self.claims.decide_shared_address(pool, request, now_s, start, outcome)
         else:
@@ -4470,7 +4472,7 @@ class Service:
         return grant, network.prefixlen
 
     def release(self, pool_id: str, address: str = "") -> Record | None:
-        """Release a pool with its leases, or an address in it; None: it is gone already.
+        """Release a pool with its leases, or an address in it; None: it is not held.
 
         Raises: InvalidRequest, StoreError.
         """
@@ -4485,10 +4487,10 @@ class Service:
         return change
 
     def _find_pool(self, pool_id: str) -> Pool | None:
-        """Return the pool of an id, None if there is none.
+        """Return the pool of an id, or None.
 
-        Docker's API does not show ids: a pool that was imported from there is bound to the first
-        id for its subnet and range. Raises: StoreError.
+        Docker's API does not show ids: an imported pool is bound to the first id that Docker sends
+        for its subnet and range. Raises: StoreError.
         """
         if pool_id not in self.state.pools:
             parsed = parse_pool_id(pool_id)
@@ -4498,7 +4500,7 @@ class Service:
         return self.state.pools.get(pool_id)
 
     def release_if_unchanged(self, pool_id: str, address: str, seq: int) -> Record | None:
-        """Release a pool, or an address in it, if it still is what was granted as change seq.
+        """Release a pool, or an address in it, if change seq granted it.
 
         Raises: Forbidden, InvalidRequest, StoreError.
         """
@@ -4512,7 +4514,7 @@ class Service:
         return self.release(pool_id, address)
 
     def roll_back(self, change: Record | None, seq: int) -> None:
-        """Release what was granted by a reply that never arrived, if it is still the very same.
+        """Release what a reply granted that the client did not read, if it has not changed since.
 
         A release is never rolled back.
         """
@@ -4523,17 +4525,17 @@ class Service:
             return
         with contextlib.suppress(Forbidden, StoreError):
             self.release_if_unchanged(change.pool_id, address, seq)
-            log.warning("took back %s in %s: nobody has read the reply", address or "all",
+            log.warning("took back %s in %s: the client has not read the reply", address or "all",
                         change.pool_id)
 
     def _adopt_pool(self, pool_id: str, address: str, now_s: int, outcome: Outcome) -> Pool:
-        """Adopt the pool of an id that Docker has and the state has not; have Docker asked soon.
+        """Adopt the pool of an id that Docker uses and the state lacks.
 
-        The adoption stays, whatever becomes of the request for this address in it.
+        The pool stays adopted even if the request for this address in it is refused.
         Raises: as decide_adoption(); TransactionRequired; StoreError.
         """
         subnet, sub_pool = parse_pool_id(pool_id) or (None, None)
-        # In a shared subnet no gateway is guessed: the claims say which address is the gateway.
+        # In a shared subnet the claims say which address is the gateway.
         guesses_gateway = subnet is None or not self.claims.is_own_shared(subnet)
         records = decide_adoption(
             self.state, pool_id, address, now_s, secrets.token_hex(8), guesses_gateway)
@@ -4544,9 +4546,9 @@ class Service:
     def import_pool(self, subnet: Network, sub_pool: Network | None, name: str,
                     requests: list[AddressRequest], seq: int,
                     outcome: Outcome = NO_OUTCOME) -> range:
-        """Import what Docker uses, as decide_import() has it; return the numbers of the records.
+        """Import what Docker uses, as decide_import() decides; return the seqs of the records.
 
-        Raises: as decide_import(), and nothing is imported; TransactionRequired; StoreError.
+        Raises: as decide_import(), with nothing imported; TransactionRequired; StoreError.
         """
         last_seq = self.state.seq
         records = decide_import(self.state, subnet, sub_pool, name, requests, seq,
@@ -4556,7 +4558,7 @@ class Service:
 
     def _apply_import(self, subnet: Network | None, sub_pool: Network | None,
                       records: Iterator[Record], outcome: Outcome) -> None:
-        """Apply each record before the next is decided, and have Docker asked to confirm them."""
+        """Apply each record before the next is decided, and request that Docker confirms it."""
         version = subnet.version if subnet else 4
         is_shared = subnet is not None and self.claims.is_own_shared(subnet)
         with self.claims.deciding(subnet, sub_pool, version, True, outcome):
@@ -4571,29 +4573,29 @@ class Service:
                 self.docker_import.add(self.state.seq, (str(subnet), address))
 
     def end_import(self) -> bool:
-        """Note that all that Docker uses is held; return whether nothing is left to confirm."""
+        """Note that all that Docker uses is held; return whether everything is confirmed."""
         self.docker_import.end()
         self.claims.on_docker_compared()
         return not self.docker_import.is_due
 
     def needs_checkpoint(self) -> bool:
-        """Return whether the journal has outgrown the lease file, or that lacks what it needs."""
+        """Return whether the journal is long, or the lease file does not reference its segment."""
         store = self.store
         if store.fatal_error:
             return False
-        # The lease file does not name the segment yet, or a checkpoint has failed.
-        is_unnamed = store.segment != (store.referenced_segment or 0)
+        # The first append, or a failed checkpoint, leaves the segment unreferenced.
+        is_unreferenced = store.segment != (store.referenced_segment or 0)
         limit_bytes = max(MIN_CHECKPOINT_BYTES, store.snapshot_bytes)
-        return is_unnamed or store.journal_bytes > limit_bytes
+        return is_unreferenced or store.journal_bytes > limit_bytes
 
 
 class Checkpoint:
-    """Writes the state to the lease file, and removes the journal segments that this replaces.
+    """Writes the state to the lease file, and removes the journal segments that it replaces.
 
-    It runs in a thread of its own. That thread only fills the temporary file: each step that
-    touches the state, or a name on disk, is small and runs in the loop, so that no request waits
-    long. No change is lost: a new segment is begun before the state is copied, and the old ones
-    go after the lease file that holds their changes has its name.
+    The checkpoint thread only writes the temporary file. Each step that reads the state, or changes
+    a file name, is short and runs in the loop, so that no request waits long. No change is lost: a
+    new segment is started before the state is copied, and the old segments are removed only after
+    the lease file with their changes is in place.
     """
 
     def __init__(self, service: Service, run_in_loop: RunInLoop) -> None:
@@ -4607,7 +4609,7 @@ class Checkpoint:
         return self._run(is_stopping=False)
 
     def run_at_stop(self) -> bool:
-        """Make one without a journal, so that the lease file stands alone, to be copied."""
+        """Make a checkpoint that leaves no journal, so that the lease file can be copied alone."""
         return self._run(is_stopping=True)
 
     def _run(self, is_stopping: bool) -> bool:
@@ -4619,7 +4621,7 @@ class Checkpoint:
                         format_os_error(error))
         except Exception:
             log.exception("a checkpoint failed, which is a bug of gipam")
-        # If the state has been reloaded, the file is gone already, or another checkpoint's.
+        # After a reload the step fails: the file is removed already, or another checkpoint's.
         with contextlib.suppress(GipamError):
             self._step(self._store.remove_temp)
         return False
@@ -4640,7 +4642,7 @@ class Checkpoint:
                 self._step(store.remove_segment, number)
 
     def _chunks_in_loop(self, chunks: Iterator[str]) -> Iterator[str]:
-        """Yield chunks, each made in an iteration: what they encode is part of the state."""
+        """Yield the chunks; each is encoded in the loop, because it reads the state."""
         while True:
             chunk = self._step(next, chunks, None)
             if chunk is None:
@@ -4648,7 +4650,7 @@ class Checkpoint:
             yield chunk
 
     def _step(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a step in the loop. Raises: as it; StoreError."""
+        """Run a step in the loop. Raises: as the function; StoreError."""
         return self._run_in_loop(self._run_step, function, *args)
 
     def _run_step(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -4660,9 +4662,9 @@ class Checkpoint:
 
 
 def recover(store: Store, document: Json | None, state: State) -> None:
-    """Fill the state with what is on disk.
+    """Fill the empty state from disk.
 
-    Raises: CorruptionError that names the place and what to do.
+    Raises: CorruptionError that names the place and the remedy.
     """
     place = store.path
     contradicted = "itself"
@@ -4674,18 +4676,18 @@ def recover(store: Store, document: Json | None, state: State) -> None:
             contradicted = "what stands before it"
             state.apply(decode_record(record))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        # A plain ValueError has a text for people; others are known by their type.
+        # A plain ValueError has a text for people; of others, the type matters.
         reason = str(error) if type(error) is ValueError else repr(error)
         raise store.corruption(place, f"contradicts {contradicted}: {reason}") from None
 
 
 # === API ==========================================================================================
 #
-# What Docker, the commands and Prometheus ask: the plugin methods (METHODS), and the pages /status,
-# /metrics and /healthz (PAGES). dispatch() turns a request into a Reply, bytes in and bytes out;
-# Arguments reads and checks what a method was given. Wire keys such as PoolID stand only here.
+# The plugin methods (METHODS), for Docker and the commands, and the pages /status, /metrics and
+# /healthz (PAGES). dispatch() maps a request to a Reply, bytes in and bytes out; Arguments reads
+# and checks the arguments of a method.
 #
-# The rule: bad input is answered with an error that says what was wrong, and changes nothing.
+# The rule: a request with invalid input gets an error that says what is wrong, and changes nothing.
 
 NAME_OPTION = "gipam.name"
 LENGTH_OPTIONS = {4: "gipam.v4ab", 6: "gipam.v6ab"}
@@ -4698,7 +4700,7 @@ RESULT_LABELS = {FatalStoreError: "StoreLost", ShuttingDown: "Stopping", RemoteE
 
 
 class Reply:
-    """What goes back to a client, and what to roll back if it never arrives."""
+    """A reply, and the change to roll back if the client does not read it."""
 
     __slots__ = ("body", "change", "content_type", "page", "result", "seq", "status")
 
@@ -4710,25 +4712,25 @@ class Reply:
         self.change = change  # made by the request
         self.seq = 0  # of the change
         self.content_type = REPLY_TYPE
-        self.page: Iterator[bytes] | None = None  # chunks that follow the body
+        self.page: Iterator[bytes] | None = None  # chunks after the body
 
 
 def quote_value(value: Any) -> str:
-    """Return a JSON value for a message; of nested ones the type, since repr() takes long."""
+    """Return a JSON value for a message; of an object or array only the type, as it may be long."""
     if isinstance(value, (list, dict)):
         return type(value).__name__
     return printable(repr(value))
 
 
 class Arguments(Dict[str, Any]):
-    """The arguments of an API call. A method that reads one raises InvalidRequest."""
+    """The arguments of an API call. Each method raises InvalidRequest."""
 
-    def text(self, key: str, is_needed: bool = False) -> str:
-        """Return a string that may be stored and printed, "" if there is none."""
+    def text(self, key: str, is_required: bool = False) -> str:
+        """Return a string that may be stored and printed, "" if it is missing."""
         value = self.get(key, "")
         if not isinstance(value, str):
             raise InvalidRequest(f"{key} is not a string: {quote_value(value)}")
-        if is_needed and not value:
+        if is_required and not value:
             raise InvalidRequest(f"{key} is empty or missing")
         if len(value) > MAX_TEXT_CHARS:
             raise InvalidRequest(f"{key} is longer than {MAX_TEXT_CHARS} characters")
@@ -4736,9 +4738,9 @@ class Arguments(Dict[str, Any]):
             raise InvalidRequest(f"{key} has unprintable characters: {value!r}")
         return value
 
-    def address(self, is_needed: bool = False) -> str:
-        """Return a bare address of either family, "" if there is none."""
-        text = self.text("Address", is_needed)
+    def address(self, is_required: bool = False) -> str:
+        """Return a bare address of either family, "" if it is missing."""
+        text = self.text("Address", is_required)
         if not text:
             return ""
         version = 6 if ":" in text else 4
@@ -4755,7 +4757,7 @@ class Arguments(Dict[str, Any]):
         return value
 
     def prefix(self, key: str) -> Network | None:
-        """Return a prefix with its host bits cleared, since Docker <= 24 does not clear them."""
+        """Return a prefix with its host bits cleared (Docker up to 24 does not clear them)."""
         text = self.text(key)
         if not text:
             return None
@@ -4765,7 +4767,7 @@ class Arguments(Dict[str, Any]):
             raise InvalidRequest(f"invalid address {key.lower()}: {error}") from None
 
     def options(self) -> Arguments:
-        """Return the map of driver options, {} if there is none."""
+        """Return the map of driver options, {} if it is missing."""
         options = self.get("Options")
         if options is None:
             options = {}
@@ -4778,9 +4780,9 @@ def dispatch(service: Service, verb: str, target: str, body: bytes, outcome: Out
              paths: frozenset[str] = frozenset()) -> Reply:
     """Decide a request; if there are paths, only they are served.
 
-    What it changes is not on disk before Service.commit(). If it is refused, nothing has changed,
-    except that a pool may have been adopted on the way.
-    Raises: TransactionRequired: to be decided again with the outcome of the transaction.
+    What it changes is not on disk before Service.commit(). A refused request has changed nothing,
+    except that it may have adopted a pool.
+    Raises: TransactionRequired; then call it again with the outcome of the transaction.
     """
     path, _, query = target.partition("?")
     try:
@@ -4796,7 +4798,7 @@ def dispatch(service: Service, verb: str, target: str, body: bytes, outcome: Out
         return error_reply(error)
 
     except Exception:
-        # Docker gets a reply, the operator the traceback.
+        # Docker gets a short reply, and the log the traceback.
         log.exception("failed at %s, which is a bug of gipam; got %r", printable(path),
                       body[:MAX_TEXT_CHARS])
         service.recover_from_exception()
@@ -4821,7 +4823,6 @@ def route(service: Service, verb: str, path: str, query: str, body: bytes,
     if verb != needed:
         raise InvalidRequest(f"{path} takes {needed}, not {printable(verb)}", 405)
 
-    # What Docker asks at its start depends on nothing.
     if path in STATIC_REPLIES:
         replies = STATIC_REPLIES if service.has_macs else STATIC_REPLIES_WITHOUT_MAC
         return Reply(200, replies[path])
@@ -4836,7 +4837,7 @@ def route(service: Service, verb: str, path: str, query: str, body: bytes,
 
 
 def error_reply(error: GipamError) -> Reply:
-    """Turn an error into a reply. dockerd reads Err if the status is not 200, others Error."""
+    """Return the reply for an error. dockerd reads its Err, and the commands its Error."""
     text = str(error)
     body = encode_json({"Err": text, "Error": text}).encode()
     result = RESULT_LABELS.get(type(error), type(error).__name__)
@@ -4853,7 +4854,8 @@ def method_label(target: str) -> str:
 
 def decode_arguments(body: bytes) -> Arguments:
     """Return the arguments of an API call. Raises: InvalidRequest."""
-    # moby#39331: dockerd retries a request without its body. That is no request with defaults.
+    # moby#39331: when dockerd retries a request, it may lose the body. An empty body is refused,
+    # because decided with default values the request would get another subnet or address.
     if not body:
         raise InvalidRequest("the request has no body: dockerd lost it in a retry; "
                              "run the command again")
@@ -4861,7 +4863,7 @@ def decode_arguments(body: bytes) -> Arguments:
         text = body.decode().strip()
         arguments, end = raw_decode(text)
     except (ValueError, RecursionError):
-        # Their texts differ between versions of Python.
+        # The texts of these errors differ between versions of Python.
         raise InvalidRequest("the body is not JSON") from None
     if end < len(text):
         raise InvalidRequest("the body is not JSON")
@@ -4871,7 +4873,7 @@ def decode_arguments(body: bytes) -> Arguments:
 
 
 def parse_pool_request(arguments: Arguments) -> PoolRequest:
-    """Return what a network asks for. Raises: InvalidRequest."""
+    """Return the request of a network. Raises: InvalidRequest."""
     space = arguments.text("AddressSpace")
     if space not in ("", ADDRESS_SPACE):
         raise InvalidRequest(f"invalid address space: {space!r} is not {ADDRESS_SPACE!r}")
@@ -4887,7 +4889,7 @@ def parse_pool_request(arguments: Arguments) -> PoolRequest:
         version = subnet.version
     prefixlen = parse_prefixlen(options, version)
 
-    # A subnet of zeros, such as 0.0.0.0/26, only tells the length of the block.
+    # A subnet of zeros, such as 0.0.0.0/26, requests any block of that length.
     if subnet and is_size_hint(subnet):
         prefixlen = subnet.prefixlen or prefixlen
         subnet = None
@@ -4904,13 +4906,13 @@ def parse_pool_request(arguments: Arguments) -> PoolRequest:
 
 
 def parse_prefixlen(options: Arguments, version: int) -> int | None:
-    """Return the prefix length asked for. Raises: InvalidRequest, also for unknown options."""
+    """Return the requested prefix length. Raises: InvalidRequest, also for unknown options."""
     known = (NAME_OPTION, *LENGTH_OPTIONS.values(), SHARED_OPTION)
     for key in options:
         if key.startswith("gipam.") and key not in known:
             raise InvalidRequest(f"unknown option {printable(repr(key))}: "
                                  f"gipam has {', '.join(known)}")
-        # Options of other drivers are ignored, but not in silence if they look like gipam's.
+        # Options of other drivers are ignored, but one that looks like gipam's is logged.
         if "gipam." + key in known:
             log.warning("option %r does nothing: did you mean 'gipam.%s'?", key, key)
 
@@ -4927,25 +4929,29 @@ def handle_request_pool(service: Service, arguments: Arguments,
     request = parse_pool_request(arguments)
     change = service.request_pool(request, outcome)
 
-    # The name is remembered for one block a family, the first one.
-    kept = service.state.families[request.version].reservations.get(request.name)
-    if kept and str(kept.network) != change.subnet:
+    # In each family, a name reserves one block.
+    reservation = service.state.families[request.version].reservations.get(request.name)
+    if reservation and str(reservation.network) != change.subnet:
         log.warning("gipam.name %r is in use for %s: %s is kept for no name", request.name,
-                    kept.network, change.subnet)
+                    reservation.network, change.subnet)
     return {"PoolID": change.pool_id, "Pool": change.subnet, "Data": {}}, change
 
 
 def handle_request_address(service: Service, arguments: Arguments,
                            outcome: Outcome) -> tuple[Json, Record]:
-    """Grant an address to a gateway, to a container, or to nobody (auxiliary)."""
-    pool_id = arguments.text("PoolID", is_needed=True)
+    """Grant an address.
+
+    Its kind is a gateway's if Docker says so; an endpoint's if Docker names the container or leaves
+    the choice to gipam; else it is an auxiliary address (--aux-address), which Docker requests by
+    its text alone. With -mac=false, Docker before 29 never names the container, so that only the
+    gateway can be told apart.
+    """
+    pool_id = arguments.text("PoolID", is_required=True)
     address = arguments.address()
     options = arguments.options()
     mac = options.text(ENDPOINT_MAC)
     name = options.text(ENDPOINT_NAME)
 
-    # An auxiliary address is asked for by its text alone. Without MAC addresses, Docker < 29 asks
-    # so for the address of a container, too.
     kind = AUXILIARY
     if mac or name or not address or not service.has_macs:
         kind = ENDPOINT
@@ -4959,8 +4965,8 @@ def handle_request_address(service: Service, arguments: Arguments,
 
 def handle_release_pool(service: Service, arguments: Arguments,
                         _: Outcome) -> tuple[Json, Record | None]:
-    """Release a pool; success also if it is not held."""
-    pool_id = arguments.text("PoolID", is_needed=True)
+    """Release a pool; it is no error if it is not held."""
+    pool_id = arguments.text("PoolID", is_required=True)
     change = service.release(pool_id)
     if change is None:
         log.warning("nothing to release: %s is not held", pool_id)
@@ -4969,9 +4975,9 @@ def handle_release_pool(service: Service, arguments: Arguments,
 
 def handle_release_address(service: Service, arguments: Arguments,
                            _: Outcome) -> tuple[Json, Record | None]:
-    """Release an address; success also if it is not held."""
-    pool_id = arguments.text("PoolID", is_needed=True)
-    address = arguments.address(is_needed=True)
+    """Release an address; it is no error if it is not held."""
+    pool_id = arguments.text("PoolID", is_required=True)
+    address = arguments.address(is_required=True)
     change = service.release(pool_id, address)
     if change is None:
         log.warning("nothing to release: %s in %s is not held", address, pool_id)
@@ -4980,8 +4986,8 @@ def handle_release_address(service: Service, arguments: Arguments,
 
 def handle_release_if_unchanged(service: Service, arguments: Arguments,
                                 _: Outcome) -> tuple[Json, Record | None]:
-    """Release what `check` or `release` has seen, if it is still the same."""
-    pool_id = arguments.text("PoolID", is_needed=True)
+    """Release what `check` or `release` has seen, if it has not changed since."""
+    pool_id = arguments.text("PoolID", is_required=True)
     change = service.release_if_unchanged(pool_id, arguments.address(), arguments.seq())
     return {}, change
 
@@ -5008,27 +5014,27 @@ def parse_leases(leases: Any) -> list[AddressRequest]:
 
 
 def handle_import(service: Service, arguments: Arguments, outcome: Outcome) -> tuple[Json, None]:
-    """Take over what Docker uses; answer how many changes that was, and the last one's Seq."""
+    """Import what Docker uses; reply with the number of changes and the seq of the last one."""
     subnet = arguments.prefix("Subnet")
     sub_pool = arguments.prefix("SubPool")
     if not subnet:
         raise InvalidRequest("Subnet is missing")
     requests = parse_leases(arguments.get("Leases"))
-    done = service.import_pool(subnet, sub_pool, arguments.text("Name"), requests, arguments.seq(),
+    seqs = service.import_pool(subnet, sub_pool, arguments.text("Name"), requests, arguments.seq(),
                                outcome)
-    log.info("recovered %s from Docker: %s", sub_pool or subnet, plural(len(done), "change"))
-    return {"Adopted": len(done), "Seq": done.stop - 1}, None
+    log.info("recovered %s from Docker: %s", sub_pool or subnet, plural(len(seqs), "change"))
+    return {"Adopted": len(seqs), "Seq": seqs.stop - 1}, None
 
 
 def handle_evict(service: Service, arguments: Arguments, outcome: Outcome) -> tuple[Json, None]:
     """Delete the claims of a host that will never come back."""
-    host = arguments.text("Host", is_needed=True)
+    host = arguments.text("Host", is_required=True)
     service.claims.evict(host, outcome)
     return {"Host": host}, None
 
 
 def describe_bases(state: State, routes: Mapping[int, list[Range]]) -> list[Json]:
-    """Return what `status --json` shows of the bases, with those routes of the host inside them."""
+    """Return what `status --json` shows of the bases, with the routes of the host inside them."""
     descriptions = []
     for version, family in state.families.items():
         for base in family.bases:
@@ -5041,15 +5047,15 @@ def describe_base(family: Family, base: Network, routes: list[Range]) -> Json:
     version = family.version
     low, high = address_range(base)
     total, used, excluded = family.block_counts(base)
-    removed = [network for network in family.excluded if base.overlaps(network)]
+    exclusions = [network for network in family.excluded if base.overlaps(network)]
 
     # A route may lie in an excluded prefix, whose blocks count only once.
     routes = [route for route in routes if low <= route[0] <= high]
-    routed_or_excluded = family.count_free([*routes, *map(address_range, removed)])
+    routed_or_excluded = family.count_free([*routes, *map(address_range, exclusions)])
     remembered = {}
-    for name, kept in family.reservations.items():
-        if low <= int(kept.network.network_address) <= high:
-            remembered[name] = str(kept.network)
+    for name, reservation in family.reservations.items():
+        if low <= int(reservation.network.network_address) <= high:
+            remembered[name] = str(reservation.network)
 
     return {
         "prefix": str(base),
@@ -5059,7 +5065,7 @@ def describe_base(family: Family, base: Network, routes: list[Range]) -> Json:
         "blocks_used": used,
         "blocks_excluded": excluded,
         "blocks_routed": routed_or_excluded - excluded,
-        "excluded": list(map(str, removed)),
+        "excluded": list(map(str, exclusions)),
         "routes": [format_range(first, last, version) for first, last in routes],
         "remembered": remembered,
     }
@@ -5072,7 +5078,7 @@ def format_range(first: int, last: int, version: int) -> str:
 
 
 def status_page(service: Service, query: str) -> Iterator[str]:
-    """Yield the JSON of the status, of pools as they are when it is their turn."""
+    """Yield the JSON of the status in chunks; each pool is encoded when its chunk is sent."""
     has_leases = "leases=1" in query.split("&")
     yield encode_json(describe_service(service))[:-1] + ',"claims":['
     yield from encode_items(describe_claims(service.claims, has_leases))
@@ -5086,7 +5092,7 @@ def status_page(service: Service, query: str) -> Iterator[str]:
 
 
 def describe_service(service: Service) -> Json:
-    """Return the part of the status that is not about a pool or a claim."""
+    """Return the part of the status that is not about pools or claims."""
     routes = {version: service.read_obstacles(family)
               for version, family in service.state.families.items() if family.bases}
     status = {**service.daemon_info, "version": __version__, "seq": service.state.seq,
@@ -5095,7 +5101,7 @@ def describe_service(service: Service) -> Json:
 
 
 def describe_claims(table: NoClaims, has_addresses: bool) -> Iterator[Json]:
-    """Yield what the status shows of the claims, on subnets only or on addresses, too."""
+    """Yield what the status shows of the claims of subnets, and of addresses if wanted."""
     for key, claim in list(table.claims.items()):
         network, address = parse_claim_key(key)
         if has_addresses or not address:
@@ -5109,7 +5115,7 @@ def describe_claims(table: NoClaims, has_addresses: bool) -> Iterator[Json]:
 
 
 def encode_pool_status(service: Service, pool: Pool, has_leases: bool) -> Iterator[str]:
-    """Yield the JSON of a pool in the status, in portions."""
+    """Yield the JSON of a pool in the status, in chunks."""
     network = pool.subnet.network
     status: Json = {
         "id": pool.pool_id,
@@ -5127,7 +5133,7 @@ def encode_pool_status(service: Service, pool: Pool, has_leases: bool) -> Iterat
         yield encode_json(status)
         return
 
-    # A large pool takes many portions: leases are encoded as the client takes them.
+    # A large pool takes many chunks: leases are encoded as the client reads them.
     remembered = {}
     for past in pool.subnet.affinity:
         for owner in past.owners:
@@ -5139,7 +5145,7 @@ def encode_pool_status(service: Service, pool: Pool, has_leases: bool) -> Iterat
 
 
 def describe_leases(pool: Pool) -> Iterator[Json]:
-    """Yield what the status shows of the leases; of those that go meanwhile, nothing."""
+    """Yield what the status shows of the leases, except those that are released meanwhile."""
     for offset in list(pool.leases):
         lease = pool.leases.get(offset)
         if lease:
@@ -5159,7 +5165,7 @@ class Metric(NamedTuple):
 
 
 def base_samples(service: Service, key: str) -> Samples:
-    """Yield a figure of each base, by its key in the status."""
+    """Yield a number of each base, by its key in the status."""
     for base in describe_bases(service.state, {}):
         yield f'{{base="{base["prefix"]}",family="{base["family"]}"}}', base[key]
 
@@ -5202,7 +5208,7 @@ def build_samples(_: Service) -> Samples:
 
 
 def request_samples(service: Service) -> Samples:
-    """Yield the counts of requests, those that are 0 too, so that increase() sees the first."""
+    """Yield the counts of requests; zeros too, so that increase() counts the first request."""
     counts = service.metrics.requests.copy()
     for method in (*PATHS, "unknown"):
         for result in RESULTS:
@@ -5227,7 +5233,7 @@ def journal_samples(service: Service) -> Samples:
 
 
 def last_write_samples(service: Service) -> Samples:
-    """Yield when the journal was last written, nothing before the first time."""
+    """Yield when the journal was last written, nothing before the first write."""
     if service.metrics.last_write_s:
         yield "", service.metrics.last_write_s
 
@@ -5287,7 +5293,7 @@ def metrics_page(service: Service, _: str) -> Iterator[str]:
 
 
 def health_page(service: Service, _: str) -> list[str]:
-    """Say whether gipam answers and can write. Raises: StoreError."""
+    """Return "ok". Raises: StoreError if the last write failed."""
     if service.store.last_error:
         raise StoreError(service.store.last_error)
     return ["ok\n"]
@@ -5297,8 +5303,8 @@ def make_static_replies(has_macs: bool) -> dict[str, bytes]:
     """Return the replies that do not depend on the request or on the state."""
     replies = {
         "/Plugin.Activate": {"Implements": ["IpamDriver"]},
-        # A replay of requests that fails makes dockerd up to 28 panic, or releases live pools
-        # (moby libnetwork/controller.go); the MAC address identifies an owner before Docker 29.
+        # A replay of requests that fails makes dockerd up to 28 panic, or release pools in use
+        # (moby libnetwork/controller.go). Before Docker 29, only the MAC address names the owner.
         "/IpamDriver.GetCapabilities": {"RequiresMACAddress": has_macs,
                                         "RequiresRequestReplay": False},
         "/IpamDriver.GetDefaultAddressSpaces": {"LocalDefaultAddressSpace": ADDRESS_SPACE,
@@ -5329,7 +5335,7 @@ METHODS = {
     "/IpamDriver.RequestAddress": Method("an address", handle_request_address),
     "/IpamDriver.ReleaseAddress": Method("to release an address", handle_release_address),
     "/Gipam.Release": Method("to release", handle_release_if_unchanged),
-    "/Gipam.Adopt": Method("to take over", handle_import),
+    "/Gipam.Adopt": Method("to import", handle_import),
     "/Gipam.Evict": Method("to evict", handle_evict),
 }
 PAGES = {
@@ -5343,49 +5349,49 @@ METRICS_LISTENER_PATHS = frozenset(("/metrics", "/healthz"))  # served on the -m
 
 # === Server =======================================================================================
 #
-# An event loop in one thread serves all connections, so that nothing needs a lock. EventLoop has
-# the phases of an iteration (run_once) and the only way in for other threads, run_in_loop(). A
-# Server is a listener, a ClientConnection one connection; its RequestReader splits what the client
-# has sent into requests. A Delivery is something that an iteration decided: a Request with its
-# reply, or a Callback with the result for its thread.
+# An event loop in one thread serves all connections, so no locks are needed. EventLoop.run_once()
+# has the phases of an iteration; other threads use run_in_loop(). A Server is a listener, a
+# ClientConnection one connection; its RequestReader splits the bytes of the client into requests.
+# A Delivery is a decision of an iteration: a Request with its reply, or a Callback with the result
+# for its thread.
 #
-# The rule: nothing that an iteration decided leaves before commit() has returned. Then everything
-# leaves at once, in EventLoop._deliver(): as it was decided, or as the error of commit().
+# The rule: no reply or result leaves before the commit() of its iteration has returned. Then
+# EventLoop._deliver() sends them all: as they were decided, or as the error of commit().
 
-# What dockerd sends, to the letter (moby pkg/plugins/client.go). It is read in 2 us; the parser of
-# http.server takes 20.
+# The head of a request of dockerd (moby pkg/plugins/client.go). Matching takes 2 us; the parser of
+# http.server takes 20 us.
 match_plain_head = re.compile(
     rb"POST (/[A-Za-z.]+) HTTP/1\.1\r\nHost: ([!-~]+)\r\nUser-Agent: [!-~]+\r\n"
     rb"Content-Length: ([0-9]{1,4})\r\nAccept: [!-~]+\r\n(?:Accept-Encoding: gzip\r\n)?\r\n").match
-# An empty line; or the one line of an HTTP/0.9 request, which has no headers.
+# An empty line, or the only line of an HTTP/0.9 request, which has no headers.
 search_head_end = re.compile(rb"\n\r?\n|\A[!-~]+ [!-~]+\r?\n").search
 match_local_host = re.compile(
     r"(|(plugin\.moby\.)?localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?", re.IGNORECASE).fullmatch
 FDSTORE_NAME = "gipam"  # name of the socket in the descriptor store of systemd
 
 
-def sd_notify(state: str, *fds: int, patience_s: float = 0.0) -> None:
-    """Send a state to the service manager, if there is one and it takes it.
+def sd_notify(state: str, *fds: int, timeout_s: float = 0.0) -> None:
+    """Send a state, and descriptors, to the service manager, if there is one.
 
     Source: sd_notify(3).
     """
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.settimeout(patience_s)
+        manager.settimeout(timeout_s)
         manager.connect(re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", "")))
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         manager.sendmsg([state.encode()], rights)
 
 
 class RequestReader:
-    """Splits the bytes that a client has sent into the heads and bodies of requests."""
+    """Splits the bytes of a client into the heads and bodies of requests."""
 
     __slots__ = ("body_length", "is_eof", "received", "scanned")
 
     def __init__(self) -> None:
-        self.received = bytearray()  # neither taken as a head nor as a body yet
+        self.received = bytearray()  # not yet taken
         self.scanned = 0  # bytes of it in which no head ends
-        self.body_length = -1  # of the request whose head was taken last
-        self.is_eof = False  # the client has shut down its side
+        self.body_length = -1  # of the request whose head was taken, else -1
+        self.is_eof = False  # the client will send nothing more
 
     def has_begun(self) -> bool:
         """Return whether part of a request has arrived."""
@@ -5401,8 +5407,8 @@ class RequestReader:
         if not self.scanned and received.startswith((b"\r\n", b"\n")):
             del received[:received.index(b"\n") + 1]
 
-        # An empty line may have begun in the last three bytes that were scanned before. The one
-        # line of HTTP/0.9 is only found from the start.
+        # An empty line may begin in the last three bytes that were scanned before. The line of an
+        # HTTP/0.9 request is found only from the start.
         start = max(self.scanned - 3, 0)
         if received.find(b"\n") >= self.scanned:
             start = 0
@@ -5423,7 +5429,7 @@ class RequestReader:
         return head
 
     def take_body(self) -> bytes | None:
-        """Return the body, None while it is incomplete. Raises: InvalidRequest: it is cut off."""
+        """Return the body, None while it is incomplete. Raises: InvalidRequest if it is cut off."""
         length = self.body_length
         if len(self.received) < length:
             if self.is_eof:
@@ -5436,20 +5442,20 @@ class RequestReader:
         return body
 
     def clear(self) -> None:
-        """Drop what has arrived, because nobody can tell where the next request begins."""
+        """Drop all bytes, because it is unknown where the next request begins."""
         self.received.clear()
         self.body_length = -1
         self.scanned = 0
 
 
 class Delivery:
-    """Something that an iteration decided, which leaves after the commit of this iteration."""
+    """A decision of an iteration, to be delivered after the commit of this iteration."""
 
     __slots__ = ()
     connection: ClientConnection | None = None  # closed if the delivery fails unexpectedly
 
     def deliver(self, error: GipamError | None) -> None:
-        """Deliver what was decided, or the error."""
+        """Deliver the decision, or the error in its place."""
         raise NotImplementedError
 
 
@@ -5470,9 +5476,9 @@ class Request(Delivery):
         self.awaits_etcd = False
 
     def decide(self, outcome: Outcome = NO_OUTCOME) -> None:
-        """Decide it, unless its connection does not wait for it any more.
+        """Decide the request, unless its connection no longer waits for it.
 
-        Raises: TransactionRequired; then it is decided again with the outcome of the transaction.
+        Raises: TransactionRequired; then call it again with the outcome of the transaction.
         """
         server = self.connection.server
         if self.connection.current_request is self:
@@ -5481,7 +5487,7 @@ class Request(Delivery):
             server.loop.deliveries.append(self)
 
     def deliver(self, error: GipamError | None) -> None:
-        """Count the request as what it became, and send its reply."""
+        """Count the request by its result, and send its reply."""
         connection = self.connection
         if connection.current_request is not self:
             return
@@ -5506,14 +5512,14 @@ class Callback(Delivery):
         self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def run(self) -> None:
-        """Call the function. Its exception is delivered, too."""
+        """Call the function; its exception is delivered instead of a result."""
         try:
             self._result = self._function(*self._args)
         except Exception as error:  # noqa: BLE001 - the other thread raises it
             self.error = error
 
     def deliver(self, error: GipamError | None) -> None:
-        """Let the thread go on with the result, or with the exception."""
+        """Wake the thread with the result or the exception."""
         reason = error or self.error
         if reason:
             self.future.set_exception(reason)
@@ -5522,9 +5528,9 @@ class Callback(Delivery):
 
 
 class ClientConnection(http.server.BaseHTTPRequestHandler):
-    """A connection. It moves bytes when the loop tells it to, and never waits.
+    """One client connection, driven by the event loop; it never blocks.
 
-    While unsent is not empty, nothing more is read from the client.
+    While `unsent` is not empty, nothing more is read from the client.
     """
 
     protocol_version = "HTTP/1.1"
@@ -5532,27 +5538,27 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
     headers: http.client.HTTPMessage
 
     def __init__(self, request: socket.socket, _: Any, server: Server) -> None:
-        """Add the connection to the loop; socketserver's own constructor would serve it here."""
+        """Add the connection to the loop; the constructor of socketserver would serve it here."""
         self.connection = request
         self.server = server
         self.reader = RequestReader()
         self.unsent = b""
-        self.page: Iterator[bytes] | None = None  # chunks that follow what is unsent
+        self.page: Iterator[bytes] | None = None  # chunks after `unsent`
         self.command = ""  # of the last request
         self.current_request: Request | None = None  # until its reply is delivered
         self.closes_after_reply = False
-        # The last reply, until the client's next request proves that it has been read.
+        # The last reply, until the next request of the client proves that it was read.
         self.last_reply: Reply | None = None
         self.active_s = time.monotonic()  # when it became idle or made progress
         self.events = 0  # of the selector
         server.loop.add_connection(self)
 
     def is_busy(self) -> bool:
-        """Return whether the connection is in the middle of a request or of a reply."""
+        """Return whether a request or a reply has begun and not ended."""
         return bool(self.unsent or self.current_request) or self.reader.has_begun()
 
     def receive(self) -> None:
-        """Read what has arrived, unless more than one request of any size is there already."""
+        """Read what has arrived, unless more than the largest request is buffered already."""
         reader = self.reader
         if len(reader.received) > MAX_HEAD_BYTES + MAX_BODY_BYTES:
             return
@@ -5570,9 +5576,9 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         reader.is_eof = not data
 
     def next_request(self) -> Request | None:
-        """Return the next request that is complete, None if there is none.
+        """Return the next complete request, or None.
 
-        Raises: GipamError: nobody can tell where the next one would begin.
+        Raises: GipamError, after which it is unknown where the next request begins.
         """
         reader = self.reader
         if reader.body_length < 0:
@@ -5603,7 +5609,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         if len(self.raw_requestline) > MAX_LINE_BYTES:
             self.send_error(414)
 
-        # For a line of blanks, parse_request() returns False without an error.
+        # For a blank line, parse_request() returns False without an error.
         if not self.parse_request():
             self.send_error(400)
         # HTTP/0.9 has no headers, and no status in its replies.
@@ -5613,7 +5619,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         return self._parse_body_length()
 
     def _check_origin(self) -> None:
-        """Refuse requests of web pages, which reach loopback addresses too. Raises: Forbidden."""
+        """Refuse requests of web pages, which can reach loopback addresses. Raises: Forbidden."""
         if not self.server.is_loopback:
             return
         host = self.headers.get("Host", "")
@@ -5623,7 +5629,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
                             f"this one: {printable(host)!r}")
 
     def _parse_body_length(self) -> int:
-        """Return the length of the body as the headers have it. Raises: InvalidRequest."""
+        """Return the length of the body from the headers. Raises: InvalidRequest."""
         is_encoded = "Transfer-Encoding" in self.headers
         if is_encoded and "Content-Length" not in self.headers:
             raise InvalidRequest("a body is served only with Content-Length", 411)
@@ -5640,14 +5646,14 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         raise InvalidRequest(message or self.responses[code][0], code)
 
     def handle_expect_100(self) -> bool:
-        """Tell a client to send the body that it holds back."""
-        # If this line is all that the client leaves unread, it has read the reply before it.
+        """Ask the client to send the body that it holds back."""
+        # If the client leaves only this line unread, it has read the previous reply.
         self.last_reply = None
         self.unsent += b"HTTP/1.1 100 Continue\r\n\r\n"
         return True
 
     def reject(self, error: GipamError) -> Request:
-        """Return the delivery of an error for what is no request; it ends the connection."""
+        """Return the delivery of an error for an invalid request; it ends the connection."""
         log.warning("refused what is not a request: %s", error)
         self.close_connection = True
         self.reader.clear()
@@ -5657,7 +5663,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         return request
 
     def queue_reply(self, reply: Reply) -> None:
-        """Put a reply into what is unsent, head and body in one piece."""
+        """Append the head and the body of a reply to `unsent`."""
         self.page = reply.page
         chunk = self._next_chunk() if self.page else b""
 
@@ -5682,7 +5688,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         return chunk
 
     def send(self) -> None:
-        """Send what the socket takes now; of a page, prepare one chunk more."""
+        """Send what the socket accepts now; of a page, prepare the next chunk."""
         try:
             sent = self.connection.send(self.unsent)
         except BlockingIOError:
@@ -5697,11 +5703,11 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
             self.unsent = self._next_chunk()
 
     def _on_disconnect(self, is_unread: bool) -> None:
-        """End a broken connection; if its last reply was not read, roll back what that granted.
+        """End a broken connection; is_unread: roll back what its last reply granted.
 
-        Only a reset on a UNIX socket proves this. On TCP a firewall can cause one, and rolling back
-        a reply that was read would allow a duplicate address. `check` repairs a leak, but not a
-        duplicate.
+        Unsent bytes, or a reset on a UNIX socket, prove that the reply was not read. On TCP a
+        firewall can cause a reset, and rolling back a reply that was read would allow a duplicate
+        address. `check` repairs a leak, but not a duplicate.
         """
         if self.last_reply and is_unread:
             self.server.loop.lost_replies.append(self.last_reply)
@@ -5712,7 +5718,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
 
 
 class Server(socketserver.TCPServer):
-    """A listener on TCP, without HTTPServer, which would look up the name of the host."""
+    """A TCP listener. HTTPServer would look up the name of the host."""
 
     allow_reuse_address = True
     request_queue_size = BACKLOG
@@ -5732,12 +5738,12 @@ class Server(socketserver.TCPServer):
             self.socket = listener
             self.server_address = listener.getsockname()
         self.socket.setblocking(False)
-        # Only users of this host reach it, but a web page can make their browser do so.
+        # Only users of this host can reach it, but so can a web page, through their browser.
         self.is_loopback = not self.is_unix and (
             ipaddress.ip_address(str(self.server_address[0])).is_loopback)
 
     def server_bind(self) -> None:
-        """Bind, on a UNIX socket for root only. Raises: OSError that names the address."""
+        """Bind; a UNIX socket is for root only. Raises: OSError that names the address."""
         try:
             super().server_bind()
         except OSError as error:
@@ -5764,27 +5770,27 @@ class UnixServer(Server):
 
 
 def refuse_pending(pending: PendingRequest) -> None:
-    """Refuse a request that needs etcd where there is none."""
+    """Refuse a request that needs etcd, if none is configured."""
     pending.attempt(Outcome(error=Unavailable("gipam runs without -etcd")))
 
 
 class EventLoop:
-    """Serves all connections in one thread. Other threads use run_in_loop(), and nothing else."""
+    """Serves all connections in one thread. Others use only run_in_loop(), wake_up() and stop()."""
 
     def __init__(self, service: Service, flush_log: Callable[[], None] | None = None) -> None:
         self.service = service
         self._flush_log = flush_log
         self.servers: list[Server] = []
         self.connections: dict[ClientConnection, None] = {}
-        # What to do each second: functions and their arguments.
+        # Called every TIMER_INTERVAL_S: functions and their arguments.
         self.timers: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._next_timers_s = 0.0
         self.submit_to_etcd: Callable[[PendingRequest], None] = refuse_pending
-        self.is_draining = False  # each reply is the last of its connection
+        self.is_draining = False  # each connection closes after its reply
         self.is_closed = False
         self.stop_requested = False
 
-        # What the phases hand on to each other
+        # Passed between the phases of an iteration.
         self._acceptable: list[Server] = []
         self._ready: collections.deque[ClientConnection] = collections.deque()
         self._callbacks: collections.deque[Callback] = collections.deque()
@@ -5811,12 +5817,12 @@ class EventLoop:
     # For signal handlers and other threads
 
     def stop(self, *_: Any) -> None:
-        """Let run_forever() return after the present iteration."""
+        """Let run_forever() return after the current iteration."""
         self.stop_requested = True
         self.wake_up()
 
     def wake_up(self) -> None:
-        """Begin an iteration now."""
+        """Start an iteration now."""
         with contextlib.suppress(OSError):  # full, or closed
             self._wakeup_sender.send(b"\0")
 
@@ -5836,10 +5842,10 @@ class EventLoop:
     # An iteration
 
     def run_once(self, timeout_s: float) -> None:
-        """Run one iteration, which waits at most timeout_s for something to do.
+        """Run one iteration, which waits at most timeout_s for events.
 
-        An unexpected exception ends the connection, callback or timer that has raised it, and
-        nothing else. Any other ends gipam with status 74, so that it starts again from the disk.
+        An unexpected exception ends only the connection, callback or timer that raised it. In
+        another place it ends gipam with status 74, so that it restarts from the disk.
         """
         try:
             self._poll(timeout_s)
@@ -5859,7 +5865,7 @@ class EventLoop:
             self.service.store.fail("the event loop failed: see the log")
 
     def _poll(self, timeout_s: float) -> None:
-        """Wait for something to do; find out which connections and listeners are ready."""
+        """Wait for events; note which connections and listeners are ready."""
         proxies = self.service.proxies
         if (self._ready or self._page_queue or self.lost_replies
                 or (proxies and proxies.pending)):
@@ -5875,9 +5881,9 @@ class EventLoop:
                 source(events)
 
     def _on_ready(self, connection: ClientConnection) -> None:
-        """Note that a connection can be read, or written if something is unsent."""
+        """Note that a connection is readable, or writable if it has unsent bytes."""
         if connection.page or connection.server.paths:
-            # Out of the selector until its turn, so that it is not noted twice.
+            # Out of the selector while it is queued, so that it is not queued twice.
             self._page_queue.append(connection)
             self._set_events(connection, 0)
         else:
@@ -5923,7 +5929,7 @@ class EventLoop:
         self.close(min(idle, key=lambda other: other.active_s))
 
     def _run_callbacks(self) -> None:
-        """Run what other threads have asked for by now."""
+        """Run the callbacks that other threads have queued so far."""
         for _ in range(len(self._callbacks)):
             callback = self._callbacks.popleft()
             callback.run()
@@ -5932,7 +5938,7 @@ class EventLoop:
             self.deliveries.append(callback)
 
     def _process_requests(self) -> None:
-        """Roll back replies that were lost; decide the next request of each connection."""
+        """Roll back lost replies; decide the next request of each ready connection."""
         while self.lost_replies:
             self._roll_back(self.lost_replies.popleft())
         while self._ready:
@@ -5949,7 +5955,7 @@ class EventLoop:
             self._on_exception(None)
 
     def _process(self, connection: ClientConnection) -> None:
-        """Send what is left to a connection; else read from it, and decide its next request."""
+        """Send unsent bytes to a connection; else read from it, and decide its next request."""
         if connection not in self.connections:
             return
         if connection.unsent:
@@ -5957,7 +5963,7 @@ class EventLoop:
             return
 
         connection.receive()
-        # Those behind a request that waits for etcd wait, too.
+        # Later requests of a connection wait behind one that waits for etcd.
         if connection.current_request:
             return
 
@@ -5969,7 +5975,7 @@ class EventLoop:
             self._decide(request)
 
     def _next_request(self, connection: ClientConnection) -> Request | None:
-        """Return the next request, None if there is none; an error goes back to the client."""
+        """Return the next complete request, or None; an error is delivered to the client."""
         request = None
         try:
             if not connection.closes_after_reply:
@@ -5983,7 +5989,7 @@ class EventLoop:
         return request
 
     def _decide(self, request: Request) -> None:
-        """Decide a request, or hand it to the cluster until etcd lets it be decided."""
+        """Decide a request; if that needs etcd, pass it to the etcd thread."""
         try:
             request.decide()
         except TransactionRequired:
@@ -5992,14 +5998,15 @@ class EventLoop:
             self.submit_to_etcd(PendingRequest(request.decide))
 
     def _sync_proxy_neighbours(self) -> None:
-        """Let the kernel answer for new containers before Docker hears of them."""
+        """Let the kernel answer for new addresses before Docker gets them."""
         if self.service.proxies:
             self.service.proxies.sync(self.service.state)
 
     def _deliver(self, error: StoreError | None) -> None:
-        """Deliver everything that this iteration has decided; the error is that of its commit.
+        """Deliver all decisions of this iteration; the error is that of its commit.
 
-        This is the only place where a reply or a result leaves.
+        This is the only place where a reply or a result leaves, except the error for a request that
+        etcd has kept waiting: it was not decided.
         """
         while self.deliveries:
             delivery = self.deliveries.popleft()
@@ -6009,7 +6016,7 @@ class EventLoop:
                 self._on_exception(delivery.connection)
 
     def send(self, connection: ClientConnection) -> None:
-        """Send what is unsent; go on with the requests that have arrived behind it."""
+        """Send unsent bytes; then continue with requests that have already arrived."""
         connection.send()
         if not connection.unsent and (connection.reader.received or connection.reader.is_eof):
             self._ready.append(connection)
@@ -6017,9 +6024,9 @@ class EventLoop:
             self._update_interest(connection)
 
     def _serve_next_page(self) -> None:
-        """Serve one of the clients that only look, because a page or a chunk of it costs a ms.
+        """Serve a chunk of a page to one client, because each takes about 1 ms.
 
-        This comes after the commit, so that a page shows nothing that is not on disk.
+        This follows the commit, so that a page shows only what is on disk.
         """
         if self._page_queue:
             connection = self._page_queue.popleft()
@@ -6054,7 +6061,7 @@ class EventLoop:
                 self._on_exception(None)
 
     def _on_exception(self, connection: ClientConnection | None) -> None:
-        """Log the present exception, and close the connection that it belongs to."""
+        """Log the current exception, and close the connection that caused it."""
         log.exception("this is a bug of gipam")  # noqa: LOG004 - in a handler of its callers
         self.service.recover_from_exception()
         if connection:
@@ -6063,7 +6070,7 @@ class EventLoop:
     # Connections
 
     def _update_interest(self, connection: ClientConnection) -> None:
-        """Close a connection that has nothing more to do, else wait for what it needs."""
+        """Wait for the events that a connection needs; close it if it is done."""
         if connection.unsent:
             self._set_events(connection, selectors.EVENT_WRITE)
         elif connection.closes_after_reply:
@@ -6071,12 +6078,12 @@ class EventLoop:
         elif not connection.reader.is_eof:
             self._set_events(connection, selectors.EVENT_READ)
         elif self.is_draining and connection.server.is_unix:
-            self._set_events(connection, 0)  # drain() has shut it, and closes it later
+            self._set_events(connection, 0)  # drain() closes it later
         else:
             self.close(connection)
 
     def _set_events(self, connection: ClientConnection, events: int) -> None:
-        """Let the selector watch a connection for these events; if it cannot, close it."""
+        """Register these events of a connection in the selector; if that fails, close it."""
         if events == connection.events:
             return
         if connection.events:
@@ -6092,7 +6099,7 @@ class EventLoop:
             self.close(connection)
 
     def close(self, connection: ClientConnection) -> None:
-        """Close a connection. A reply that it has not sent is not rolled back."""
+        """Close a connection. An unsent reply is not rolled back."""
         if connection in self.connections:
             del self.connections[connection]
             connection.current_request = None
@@ -6102,7 +6109,7 @@ class EventLoop:
     # Timers
 
     def add_timer(self, function: Callable[..., None], *args: Any) -> None:
-        """Call function(*args) each second, in the loop."""
+        """Call function(*args) every TIMER_INTERVAL_S, in the loop."""
         self.timers.append((function, args))
 
     def _resume_accepting(self) -> None:
@@ -6110,7 +6117,7 @@ class EventLoop:
             self.add_listener(server)
 
     def _close_overdue(self) -> None:
-        """Close slow TCP clients; fail requests for which the etcd thread has found no time."""
+        """Close slow TCP connections; fail requests that have waited too long for etcd."""
         now_s = time.monotonic()
         for connection in list(self.connections):
             is_overdue = connection.active_s + REQUEST_TIMEOUT_S < now_s
@@ -6121,7 +6128,7 @@ class EventLoop:
             self.service.claims.failure or "etcd does not answer"))
 
     def _expire_etcd_waits(self, age_s: float, error: GipamError) -> None:
-        """Fail requests that have waited so long for etcd: its thread may be stuck, as in DNS."""
+        """Fail requests that have waited so long for etcd. Its thread may be stuck, as in DNS."""
         started_before_s = time.perf_counter() - age_s
         for connection in list(self.connections):
             request = connection.current_request
@@ -6129,7 +6136,7 @@ class EventLoop:
                 request.deliver(error)
 
     def _probe_disk(self) -> None:
-        """Find out whether the disk takes writes again, although nobody asks for a change."""
+        """Find out whether the disk accepts writes again, even if no request arrives."""
         self.service.store.probe()
 
     def _start_checkpoint(self) -> None:
@@ -6155,27 +6162,27 @@ class EventLoop:
     # Start and stop
 
     def add_listener(self, server: Server) -> None:
-        """Accept connections of a server; also again, after a shortage of descriptors."""
+        """Accept connections of a server, also again after a shortage of descriptors."""
         if server not in self.servers:
             self.servers.append(server)
         if server.socket.fileno() not in self._selector.get_map():
             self._selector.register(server.socket, selectors.EVENT_READ, server)
 
     def run_forever(self) -> None:
-        """Serve until stop() is called, or until nothing can be written any more."""
+        """Serve until stop() is called or a fatal error occurs."""
         while not (self.stop_requested or self.service.store.fatal_error):
             self.run_once(max(self._next_timers_s - time.monotonic(), 0.0))
 
     def drain(self, remove_names: Callable[[], None]) -> None:
-        """Answer every request that was sent, then close all connections so that Docker loses none.
+        """Answer every request that was sent, then close all connections: Docker loses no request.
 
-        Idle UNIX connections are shut for reading first: a client whose write fails connects anew
+        Idle UNIX connections are first shut down for reading: a client whose write fails reconnects
         and sends its request again, to this listener or to the next process. (A Go client that sees
         the end of a connection just as it uses it again loses the body: golang/go#22158.) A client
-        that has connected, but sent nothing yet, is about to.
+        that has connected, but sent nothing yet, is about to send its request.
         """
         self.is_draining = True
-        self.run_once(0.0)  # so that a request that lies in a socket counts as begun
+        self.run_once(0.0)  # reads requests that have arrived
         for connection in self.connections:
             if connection.server.is_unix and connection.command and not connection.is_busy():
                 with contextlib.suppress(OSError):  # the client has gone
@@ -6200,23 +6207,24 @@ class EventLoop:
         started_s = time.monotonic()
         while self.connections and not self.service.store.fatal_error:
             elapsed_s = time.monotonic() - started_s
-            is_awaited = any(it.is_busy() or not it.command for it in self.connections)
+            is_awaited = any(connection.is_busy() or not connection.command
+                             for connection in self.connections)
             if elapsed_s >= (max_s if is_awaited else min_s):
                 break
             self.run_once(0.01)
 
     def close_listener(self, server: Server) -> None:
-        """Close a listener. Unless systemd keeps it, accept its backlog, which would be reset."""
+        """Close a listener. Unless systemd keeps it, first accept its backlog, else it is reset."""
         if not server.is_fd_stored:
             while self._accept(server):
                 pass
         self.servers.remove(server)
-        with contextlib.suppress(KeyError):  # not registered, for want of descriptors
+        with contextlib.suppress(KeyError):  # not registered after a shortage of descriptors
             self._selector.unregister(server.socket)
         server.server_close()
 
     def close_callbacks(self) -> None:
-        """Refuse what other threads ask for from now on, and wait for a checkpoint to end."""
+        """Refuse the callbacks of other threads from now on, and wait for a checkpoint to end."""
         self.is_closed = True
         error = self.service.store.fatal_error or ShuttingDown("gipam is stopping: try again")
         while self._callbacks:
@@ -6253,9 +6261,9 @@ def open_listener(server_class: type[Server], address: Any, loop: EventLoop) -> 
     server.is_fd_stored = has_fd_store or bool(inherited)
     # The store has room for one socket.
     if has_fd_store and FDSTORE_NAME not in inherited:
-        sd_notify(f"FDSTOREREMOVE=1\nFDNAME={FDSTORE_NAME}", patience_s=TIMER_INTERVAL_S)
+        sd_notify(f"FDSTOREREMOVE=1\nFDNAME={FDSTORE_NAME}", timeout_s=TIMER_INTERVAL_S)
         sd_notify(f"FDSTORE=1\nFDNAME={FDSTORE_NAME}", server.socket.fileno(),
-                  patience_s=TIMER_INTERVAL_S)
+                  timeout_s=TIMER_INTERVAL_S)
 
     # A listener on the same path is one whose path somebody has deleted.
     for other in list(loop.servers):
