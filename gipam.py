@@ -6236,16 +6236,16 @@ class EventLoop:
 
 # === Discovery ====================================================================================
 #
-# How Docker finds gipam: a socket in /run/docker/plugins, or a symbolic link there, or a plugin
-# file with a URL. And how the socket outlives a restart: systemd keeps it (FileDescriptorStoreMax)
-# and hands it to the next process, so that Docker never sees a refused connection.
+# Docker finds gipam by a socket in /run/docker/plugins, by a symbolic link there, or by a plugin
+# file with a URL; each is a PublishedPath. Over a restart of gipam, systemd keeps the socket
+# (FileDescriptorStoreMax) and passes it to the next process, so that no connection is refused.
 #
-# Each such file is a PublishedPath. Nothing that another process uses is replaced: a socket is
-# removed only after a connection to it was refused.
+# The rule: nothing that another process uses is replaced. A socket is removed only after a
+# connection to it was refused.
 
 
 def open_listener(server_class: type[Server], address: Any, loop: EventLoop) -> Server:
-    """Listen on an address, on a socket that systemd hands over if there is one.
+    """Listen on an address; if systemd passes a socket for it, on that one.
 
     Raises: GipamError, OSError.
     """
@@ -6259,13 +6259,13 @@ def open_listener(server_class: type[Server], address: Any, loop: EventLoop) -> 
 
     has_fd_store = "FDSTORE" in os.environ
     server.is_fd_stored = has_fd_store or bool(inherited)
-    # The store has room for one socket.
+    # The store holds one socket (FileDescriptorStoreMax=1).
     if has_fd_store and FDSTORE_NAME not in inherited:
         sd_notify(f"FDSTOREREMOVE=1\nFDNAME={FDSTORE_NAME}", timeout_s=TIMER_INTERVAL_S)
         sd_notify(f"FDSTORE=1\nFDNAME={FDSTORE_NAME}", server.socket.fileno(),
                   timeout_s=TIMER_INTERVAL_S)
 
-    # A listener on the same path is one whose path somebody has deleted.
+    # An older listener on the same path cannot be reached any more: its path was deleted.
     for other in list(loop.servers):
         if other.server_address == server.server_address:
             other.is_fd_stored = False
@@ -6275,17 +6275,17 @@ def open_listener(server_class: type[Server], address: Any, loop: EventLoop) -> 
 
 
 def inherited_sockets(address: Any) -> dict[str, socket.socket]:
-    """Return the sockets that systemd hands over for the address, by name (sd_listen_fds(3)).
+    """Return the sockets that systemd passes for the address, by name (sd_listen_fds(3)).
 
     A socket may come twice, from a socket unit and from the store; shutting one down would end
-    both. A stored one for another address is of former options; its path is removed, so that it
-    does not look alive.
+    both. A stored socket for another address belongs to former options: its path is removed, so
+    that it does not look alive.
     """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     count = int(os.environ.pop("LISTEN_FDS", "0"))
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    # The path of the socket may be deleted.
+    # The path of the socket may have been deleted.
     is_reachable = not isinstance(address, str) or os.path.exists(address)
     matching = {}
     for index in range(count):
@@ -6316,16 +6316,16 @@ def remove_stale(path: str) -> None:
 def require_no_listener(path: str) -> None:
     """Check that no process listens on a UNIX socket. Raises: AlreadyRunning."""
     with socket.socket(socket.AF_UNIX) as client:
-        # The backlog of a process that is stopped may be full: EAGAIN.
+        # EAGAIN: there is a listener with a full backlog; its process may be suspended.
         client.setblocking(False)
         if client.connect_ex(path) in (0, errno.EAGAIN):
             raise AlreadyRunning(f"another daemon listens on {path}: stop it, or use another name")
 
 
 class PublishedPath:
-    """A path by which Docker finds gipam. It is created again if somebody deletes it."""
+    """A path by which Docker finds gipam. It is created again if it is deleted."""
 
-    is_kept = False  # after the end, because systemd keeps the socket
+    is_kept = False  # at exit, because systemd keeps the socket
     is_needed = True
 
     def __init__(self, path: str) -> None:
@@ -6336,7 +6336,7 @@ class PublishedPath:
         raise NotImplementedError
 
     def restore(self) -> None:
-        """Create the file again if somebody has deleted it; a failure is logged."""
+        """Create the file again if it was deleted; a failure is logged."""
         if not self.is_needed or os.path.lexists(self.path):
             return
         log.warning("%s was deleted: creating it again", self.path)
@@ -6394,7 +6394,7 @@ class PluginFile(PublishedPath):
         self._url = url
 
     def create(self) -> None:
-        """Write the file, whole or not at all. Raises: OSError."""
+        """Write the file atomically. Raises: OSError."""
         os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
         temp_path = self.path + ".tmp"
         fd = os.open(temp_path, CREATE_FLAGS, 0o600)
@@ -6404,7 +6404,7 @@ class PluginFile(PublishedPath):
 
 
 def unix_paths(config: Config, loop: EventLoop) -> list[PublishedPath]:
-    """Return the socket, its link where dockerd looks, and the plugin file if it was asked for."""
+    """Return the socket, its link where dockerd looks, and the plugin file if -spec is given."""
     socket_path = SocketPath(config.socket, loop)
     link = os.path.join(PLUGIN_SOCKET_DIR, os.path.basename(config.socket))
     paths: list[PublishedPath] = [socket_path]
@@ -6431,15 +6431,17 @@ def tcp_paths(config: Config, loop: EventLoop) -> list[PublishedPath]:
 
 # === Docker =======================================================================================
 #
-# A client of Docker's API, and what Docker uses: subnets, and addresses in them, as
+# A client of Docker's API, and what Docker uses: each subnet, and each address in it, is a
 # DockerAllocation. DockerNetwork reads a network as Docker 26 to 29 show it. Before 29 the API
-# hides some of it: the gateway of a network with a --subnet and no --gateway, and the subnet of a
-# network that was made with a size hint and has no container. Only this section knows that. No
-# request may be sent to Docker while gipam handles one: Docker may hold a lock until gipam replies.
+# hides the gateway of a network with a --subnet and no --gateway (see has_hidden_gateway()), and
+# the subnet of a network that was created with a size hint and has no container.
+#
+# The rule: gipam sends no request to Docker while it decides one of Docker's, because Docker may
+# hold a lock until gipam replies.
 
 
 class ApiConnection(http.client.HTTPConnection):
-    """HTTP to Docker, etcd or a gipam: at the path of a socket, or at (host, port)."""
+    """An HTTP connection to Docker, etcd or a gipam, at the path of a socket or at (host, port)."""
 
     def __init__(self, address: Any, timeout_s: float, tls: ssl.SSLContext | None = None,
                  peer: str = "the daemon", settings: str = "-socket or -address") -> None:
@@ -6464,7 +6466,7 @@ class ApiConnection(http.client.HTTPConnection):
 
 
 def keep_object(value: Json) -> Json:
-    """Return an object that was parsed: as an object_hook it lets other threads run meanwhile."""
+    """Return the value. As an object_hook in Python, it lets other threads run during a parse."""
     return value
 
 
@@ -6512,7 +6514,9 @@ def docker_socket_path() -> str:
 class DockerAllocation(NamedTuple):
     """A subnet that Docker uses (address ""), or an address in it, or in no subnet (subnet "")."""
 
-    kind: str  # of a lease; or "pool", "template", "hint" (a subnet not shown)
+    # That of a lease, or: "pool" (a subnet), "template" (a subnet of a config-only network, which
+    # is not requested), "hint" (a size hint, in place of a subnet that Docker does not show).
+    kind: str
     address: str = ""  # bare
     subnet: str = ""
     sub_pool: str = ""
@@ -6523,7 +6527,7 @@ class DockerAllocation(NamedTuple):
     mac: str = ""
     pool_name: str = ""  # gipam.name
     has_hidden_gateway: bool = False
-    routed_option: str = ""  # network option that would end masquerading
+    routed_option: str = ""  # network option that would turn off masquerading
 
     @property
     def key(self) -> tuple[str, str]:
@@ -6535,20 +6539,20 @@ class DockerAllocation(NamedTuple):
 
 
 class DockerView(NamedTuple):
-    """What Docker uses at one moment."""
+    """What Docker uses, as read at one moment."""
 
     ours: list[DockerAllocation]  # of networks with this IPAM driver
     others: list[DockerAllocation]  # of other networks, and of templates
 
 
 def normalise_address(text: str) -> str:
-    """Return an address as gipam spells it; Docker shows what the user typed, or a CIDR."""
+    """Return a bare address as gipam spells it. Docker shows what the user typed, or a CIDR."""
     address = ipaddress.ip_address(text.partition("/")[0])
     return format_address(int(address), address.version)
 
 
 def size_hints_of(subnet: str) -> set[str]:
-    """Return the size hints that may have led to a subnet: of its length, or of the default one."""
+    """Return the size hints that may have requested a subnet: of its length, or the default."""
     prefixlen = subnet.partition("/")[2]
     unspecified = "::" if ":" in subnet else "0.0.0.0"  # noqa: S104
     return {f"{unspecified}/{prefixlen}", f"{unspecified}/0"}
@@ -6597,14 +6601,14 @@ class DockerNetwork:
             pool_name=printable(ipam_options.get(NAME_OPTION, "")))
 
     def allocations(self) -> Iterator[DockerAllocation]:
-        """Yield the subnets, then each address that the network or a container in it has."""
+        """Yield the subnets, then each address of the network and of its containers."""
         subnets = list(self.subnets())
         yield from subnets
         if subnets:
             yield from self.addresses(subnets)
 
     def subnets(self) -> Iterator[DockerAllocation]:
-        """Yield each subnet; where Docker before 29 shows a size hint, those of the containers."""
+        """Yield each subnet; if Docker shows only a size hint, the subnets of its containers."""
         for config in self._requested_configs():
             shown = str(parse_prefix(config["Subnet"], mask=True))
             version = 6 if ":" in shown else 4
@@ -6621,7 +6625,7 @@ class DockerNetwork:
                 yield template._replace(kind=kind, subnet=subnet)
 
     def addresses(self, subnets: list[DockerAllocation]) -> Iterator[DockerAllocation]:
-        """Yield each address, with the subnet that contains it, or with none."""
+        """Yield each address, with the subnet that contains it, if any."""
         prefixes = [(parse_prefix(subnet.subnet), subnet) for subnet in subnets]
         for allocation in itertools.chain(self._configured_addresses(), self._endpoints):
             if not allocation.address:
@@ -6638,23 +6642,23 @@ class DockerNetwork:
                 mac=allocation.mac, docker_id=allocation.docker_id or pool.docker_id)
 
     def has_hidden_gateway(self, version: int) -> bool:
-        """Return whether a subnet of the family has a gateway though none is shown.
+        """Return whether a subnet of the family has a gateway that the API does not show.
 
-        Up to 27 Docker requests a gateway for each network, 28 unless the driver needs none, and
-        from 29 on each is shown. Source: moby daemon/libnetwork/drivers, GetSkipGwAlloc().
+        Docker up to 27 requests a gateway for every subnet, Docker 28 unless the driver needs none.
+        Docker 29 shows every gateway. Source: moby daemon/libnetwork/drivers, GetSkipGwAlloc().
         """
         if self._api < API_28:
             return True
         return self._api < API_29 and not self._needs_no_gateway(version)
 
     def find_routed_option(self, version: int) -> str:
-        """Return the network option that would end masquerading, "" where there is none."""
+        """Return the network option that would turn off masquerading, "" if it is off already."""
         if self._network.get("Driver") != "bridge" or self._network.get("Internal"):
             return ""
         if self._options.get(BRIDGE + "enable_ip_masquerade") == "false":
             return ""
         if self._api < API_27:
-            # It has no gateway modes, and does not masquerade IPv6.
+            # Docker up to 26 has no gateway modes, and does not masquerade IPv6.
             return BRIDGE + "enable_ip_masquerade=false" if version == 4 else ""
         mode = f"{BRIDGE}gateway_mode_ipv{version}"
         return "" if self._options.get(mode) == "routed" else mode + "=routed"
@@ -6664,12 +6668,12 @@ class DockerNetwork:
         for config in configs:
             subnet = config.get("Subnet") or ""
             version = 6 if ":" in subnet else 4
-            # Docker shows the subnet of a family that is off, but has never requested it.
+            # Docker shows the subnet of a family that is off, but did not request it.
             if subnet and self._network.get(f"EnableIPv{version}", True):
                 yield config
 
     def _subnets_behind(self, shown: str) -> list[str]:
-        """Return the subnets that containers show for a size hint; else what is shown."""
+        """Return the subnets of containers that a size hint requested, else what is shown."""
         subnets = set()
         if shown in size_hints_of(shown):
             for endpoint in self._endpoints:
@@ -6715,7 +6719,7 @@ class DockerClient:
         return request_json(connection, "GET", target)
 
     def networks(self) -> Iterator[Json]:
-        """Yield each network; the list leaves out the IPAM of one made from a template."""
+        """Yield each network. The list lacks the IPAM part of a network made from a template."""
         for network in self.get("/networks"):
             template: Json = network.get("ConfigFrom") or {}
             if template.get("Network"):
@@ -6746,7 +6750,7 @@ def read_docker_allocations(path: str, driver: str, timeout_s: float) -> DockerV
         raise Unreachable(
             f"the Docker at {path} sends what gipam does not understand") from error
 
-    # If dockerd runs with --iptables=false, nothing of it masquerades.
+    # If dockerd runs with --iptables=false, none of its networks masquerades.
     if any(allocation.network == "bridge" and not allocation.routed_option
            for allocation in allocations):
         allocations = [allocation._replace(routed_option="") for allocation in allocations]
@@ -6760,14 +6764,14 @@ def read_docker_allocations(path: str, driver: str, timeout_s: float) -> DockerV
 
 
 def failed_starts(path: str, status: Json) -> Iterator[str]:
-    """Yield the containers that Docker did not start since gipam was down; it does not retry."""
+    """Yield a text for each container that Docker failed to start because gipam was down."""
     driver = re.escape(status["driver"])
     address = re.escape(status["listening"])
     pattern = (f'plugin "{driver}" not found|'
                f"IpamDriver.*: dial .*(/{driver}.sock|tcp {address}):")
     docker = DockerClient(path, DOCKER_TIMEOUT_S)
     for container in docker.get(STOPPED_CONTAINERS_PATH):
-        # One that has been removed meanwhile, or is locked, is skipped.
+        # A container that was removed meanwhile, or is locked, is skipped.
         with contextlib.suppress(RemoteError, Unreachable):
             details = docker.get(f"/containers/{container['Id']}/json", NAMES_TIMEOUT_S)
             if re.search(pattern, details["State"]["Error"]):
@@ -6778,13 +6782,14 @@ def failed_starts(path: str, status: Json) -> Iterator[str]:
 
 # === Check ========================================================================================
 #
-# What differs between gipam and Docker, and how that is fixed. A Holding is what gipam holds, read
-# from its state or from the JSON of /status; a DockerAllocation is what Docker uses; a Finding is a
-# difference between the two. `check` reports findings, `check --fix` fixes them, and the import
-# does the same inside the daemon for what is missing: once after each start and each adoption, so
-# that a lost or restored lease file costs nothing that is in use. Adopting is by the id that Docker
-# sends with a request, importing from Docker's API. The rule: fix() names the record that it has
-# seen, so that nothing that changed meanwhile is touched.
+# A Holding is what gipam holds, read from its state or from the JSON of /status; a DockerAllocation
+# is what Docker uses; a Finding is a difference between the two. `check` reports findings and
+# `check --fix` fixes them. After each start and each adoption, the daemon imports what is missing,
+# so that a lost or restored lease file loses nothing that is in use. To import is to take a pool
+# from Docker's API, to adopt is to take it from the id in a request of Docker.
+#
+# The rule: fix() names the record that granted what it releases or completes; if that has changed
+# meanwhile, it is left alone.
 
 Key = Tuple[str, str]  # a subnet, and an address or a range in it, or ""
 Post = Callable[[str, Json], Any]  # sends a request to the daemon: path, body -> reply
@@ -6833,13 +6838,13 @@ def holdings_of_json(status: Json) -> Iterator[Holding]:
             yield holding_of_json(pool, lease)
 
 
-def portions_of(values: Sequence[Any], size: int) -> list[Any]:
+def chunks_of(values: Sequence[Any], size: int) -> list[Any]:
     """Return the values in slices of at most that size."""
     return [values[start:start + size] for start in range(0, len(values), size)]
 
 
 def holdings_at(pool: Pool, template: Holding, offsets: dict[int, str]) -> list[Holding]:
-    """Return the leases of a pool at these offsets, which come with their addresses."""
+    """Return the leases of a pool at the offsets of these addresses."""
     holdings = []
     for offset, address in offsets.items():
         lease = pool.leases.get(offset)
@@ -6858,8 +6863,8 @@ def list_pools(service: Service) -> list[Pool]:
 def read_holdings(service: Service, docker: DockerView, run_in_loop: RunInLoop) -> list[Holding]:
     """Return all pools of the state, and the leases that Docker uses or has yet to confirm.
 
-    For a thread: each iteration of the loop looks up a few hundred leases. How long this takes
-    depends on what Docker uses, not on how many leases there are.
+    Call it in a thread: each iteration of the loop looks up LEASES_PER_CHUNK leases. The cost
+    depends on what Docker uses, not on the number of leases.
     """
     unconfirmed: dict[int, Key] = run_in_loop(service.docker_import.unconfirmed.copy)
     addresses = collections.defaultdict(set)
@@ -6873,8 +6878,8 @@ def read_holdings(service: Service, docker: DockerView, run_in_loop: RunInLoop) 
         holding = holding_of_pool(pool)
         holdings.append(holding)
         wanted = [address for address in addresses[holding.subnet] if address]
-        for portion in portions_of(wanted, LEASES_PER_CHUNK):
-            offsets = {pool.offset_of(address): address for address in portion}
+        for chunk in chunks_of(wanted, LEASES_PER_CHUNK):
+            offsets = {pool.offset_of(address): address for address in chunk}
             holdings += run_in_loop(holdings_at, pool, holding, offsets)
     return holdings
 
@@ -6884,13 +6889,13 @@ class Finding(NamedTuple):
 
     kind: str
     text: str
-    subject: DockerAllocation  # what it is about
+    subject: DockerAllocation
     holding: Holding | None = None  # what leaked, or the pool that lacks addresses
-    missing: tuple[DockerAllocation, ...] = ()  # what fix() imports into the subject's pool
+    missing: tuple[DockerAllocation, ...] = ()  # to be imported into the subject's pool
 
     @property
     def key(self) -> tuple[str, int]:
-        """Return what tells this difference from a later one of the same text."""
+        """Return the text, and a number that distinguishes a later finding with the same text."""
         return self.text, self.holding.seq if self.holding else 0
 
     @property
@@ -6932,13 +6937,13 @@ def find_leaks(holdings: Sequence[Holding],
 
 
 def is_size_hinted(subnet: str, used: Mapping[Key, DockerAllocation]) -> bool:
-    """Return whether a network may have the subnet that shows only a size hint."""
+    """Return whether a network that shows only a size hint may have the subnet."""
     return any((hint, "") in used for hint in size_hints_of(subnet))
 
 
 def is_leaked_lease(lease: Holding, network: DockerAllocation,
                     used: Mapping[Key, DockerAllocation]) -> bool:
-    """Return whether no allocation accounts for a lease of a network."""
+    """Return whether Docker does not use a lease of a network."""
     if lease.kind == GATEWAY and network.has_hidden_gateway:
         return False
     return lease.key not in used
@@ -6946,7 +6951,7 @@ def is_leaked_lease(lease: Holding, network: DockerAllocation,
 
 def find_missing(holdings: Iterable[Holding],
                  allocations: list[DockerAllocation]) -> Iterator[Finding]:
-    """Yield what Docker uses and gipam does not hold, or holds for one of two users."""
+    """Yield what Docker uses and gipam does not hold, and addresses with two users."""
     held = {holding.key: holding for holding in holdings}
     networks: dict[Key, dict[str, DockerAllocation]] = {}  # pool -> address -> its first user
     endpoints: dict[Key, DockerAllocation] = {}
@@ -6978,7 +6983,7 @@ def find_missing_pool(pool: DockerAllocation, users: list[DockerAllocation]) -> 
     """Return the finding that a pool is missing, with all of its addresses."""
     has_gateway = any(user.kind == GATEWAY for user in users)
     if pool.has_hidden_gateway and not has_gateway:
-        # Its address is not known: the import takes the first that is free.
+        # Its address is not known: the import allocates the first free one.
         users.append(pool._replace(kind=GATEWAY))
     return Finding("missing_pool", f"subnet {pool.subnet} of {pool} is not held: another network "
                    "could get it", pool, None, tuple(users))
@@ -6986,7 +6991,7 @@ def find_missing_pool(pool: DockerAllocation, users: list[DockerAllocation]) -> 
 
 def find_conflicts(holdings: Iterable[Holding],
                    others: list[DockerAllocation]) -> Iterator[Finding]:
-    """Yield the pools whose subnet another IPAM driver, or another host, has too."""
+    """Yield the pools whose subnet another IPAM driver or another host uses too."""
     pools = [holding for holding in holdings if not holding.address]
     foreign = [(parse_prefix(other.subnet), other) for other in others if other.kind == "pool"]
     for pool in pools:
@@ -6999,14 +7004,14 @@ def find_conflicts(holdings: Iterable[Holding],
         if pool.foreign_claim:
             text = f"subnet {subnet} is held here, but claimed in etcd by {pool.foreign_claim}"
             if "`" not in pool.foreign_claim:
-                # Otherwise it names the command that helps.
+                # A text with a backquote names its own remedy.
                 text += ": remove one of the two networks"
             yield Finding("claimed_elsewhere", text,
                           DockerAllocation("pool", "", pool.subnet, pool.sub_pool))
 
 
 def diff(holdings: list[Holding], docker: DockerView, until_s: float) -> Findings:
-    """Return all differences, but for leaks of what was granted after that time."""
+    """Return all differences, except leaks of what was granted after that time."""
     findings = itertools.chain(
         find_leaks(holdings, docker.ours), find_missing(holdings, docker.ours),
         find_conflicts(holdings, docker.others))
@@ -7020,24 +7025,24 @@ def diff(holdings: list[Holding], docker: DockerView, until_s: float) -> Finding
 
 def confirmed_differences(read_gipam: Callable[[], list[Holding]],
                           read_docker: Callable[[], DockerView], grace_s: int) -> Findings:
-    """Compare gipam with Docker, twice, to filter out what only passes. Raises: Unreachable.
+    """Compare gipam with Docker twice, to filter out transient differences. Raises: Unreachable.
 
-    Each round reads gipam, Docker, gipam, and keeps only what both readings show. A second round
-    follows a moment later, because Docker shows a container as stopped before it releases its
-    address.
+    Each round reads gipam, Docker, gipam, and keeps only the differences that both readings of
+    gipam show. A second round follows RECHECK_DELAY_S later, because Docker shows a container as
+    stopped before it releases its address.
     """
     differences: Findings = {}
     for round_number in (1, 2):
         holdings = read_gipam()
         until_s = time.time() // 1 - grace_s
         docker = read_docker()
-        seen = diff(holdings, docker, until_s)
+        before = diff(holdings, docker, until_s)
         if round_number == 2:
-            seen = {key: finding for key, finding in seen.items() if key in differences}
-        if not seen:
+            before = {key: finding for key, finding in before.items() if key in differences}
+        if not before:
             return {}
-        again = diff(read_gipam(), docker, until_s)
-        differences = {key: finding for key, finding in seen.items() if key in again}
+        after = diff(read_gipam(), docker, until_s)
+        differences = {key: finding for key, finding in before.items() if key in after}
         if not differences:
             return {}
         if round_number == 1:
@@ -7046,7 +7051,7 @@ def confirmed_differences(read_gipam: Callable[[], list[Holding]],
 
 
 def release_request(holding: Holding) -> tuple[str, Json]:
-    """Return path and body of the request that releases this, if it has not changed."""
+    """Return path and body of a request to release this, if it has not changed since."""
     return "/Gipam.Release", {"PoolID": holding.pool_id, "Address": holding.address,
                               "Seq": holding.seq}
 
@@ -7059,7 +7064,7 @@ def fix(findings: Iterable[Finding], post: Post) -> int:
     imports: dict[Key, Finding] = {}
     for finding in findings:
         if finding.is_missing:
-            # All that one pool lacks is one import.
+            # All findings about one pool become one import.
             key = finding.subject.subnet, finding.subject.sub_pool
             first = imports.setdefault(key, finding._replace(missing=()))
             imports[key] = first._replace(missing=first.missing + finding.missing)
@@ -7077,7 +7082,7 @@ def fix(findings: Iterable[Finding], post: Post) -> int:
 
 @contextlib.contextmanager
 def logged_as_not_fixed(finding: Finding) -> Iterator[None]:
-    """Log that a finding could not be fixed, and go on with the next."""
+    """Log that a finding could not be fixed."""
     try:
         yield
     except (RemoteError, Forbidden, InvalidRequest) as error:
@@ -7085,9 +7090,9 @@ def logged_as_not_fixed(finding: Finding) -> Iterator[None]:
 
 
 def import_missing(finding: Finding, post: Post) -> int:
-    """Import what a finding lacks, and its pool if that is missing; return how much that was.
+    """Import the missing part of a finding; return how many pools and leases that was.
 
-    Raises: as Service.import_pool(), or what it is as the reply of a daemon.
+    Raises: as Service.import_pool(), or RemoteError if post() asks another process.
     """
     pool = finding.subject
     count = 0
@@ -7096,12 +7101,12 @@ def import_missing(finding: Finding, post: Post) -> int:
     for user in order_for_import(pool, finding.missing):
         leases.append({"Address": user.address, "Kind": user.kind, "MAC": user.mac,
                        "Name": user.container})
-    # A pool without leases is one portion, too.
-    portions = portions_of(leases, MAX_IMPORT_LEASES) or [[]]
-    for portion in portions:
+    # A pool without leases is imported by one request, too.
+    chunks = chunks_of(leases, MAX_IMPORT_LEASES) or [[]]
+    for chunk in chunks:
         reply = post("/Gipam.Adopt", {
             "Subnet": pool.subnet, "SubPool": pool.sub_pool, "Name": pool.pool_name,
-            "Leases": portion, "Seq": seq})
+            "Leases": chunk, "Seq": seq})
         count += reply["Adopted"]
         if not seq:
             # The first record granted the pool.
@@ -7111,9 +7116,9 @@ def import_missing(finding: Finding, post: Post) -> int:
 
 def order_for_import(pool: DockerAllocation,
                      users: Iterable[DockerAllocation]) -> list[DockerAllocation]:
-    """Return the users of a pool in descending order, from below the widest gap on.
+    """Return the users of a pool in descending order of address, starting below the widest gap.
 
-    In that gap the pool goes on if Docker requests an address before the import is complete. A
+    So if Docker requests an address before the import is complete, gipam grants one of that gap. A
     gateway whose address is not known comes last.
     """
     low, high = address_range(parse_prefix(pool.sub_pool or pool.subnet))
@@ -7133,11 +7138,11 @@ def order_for_import(pool: DockerAllocation,
 
 
 def index_below_widest_gap(descending: list[int], size: int) -> int:
-    """Return which of these offsets in a range of that size the widest gap follows, as an index."""
+    """Return the index of the offset, in a range of that size, that the widest gap follows."""
     inside = [index for index, offset in enumerate(descending) if 0 <= offset < size]
     if not inside:
         return 0
-    # The range is a ring: behind its highest offset the lowest follows.
+    # The range is a ring: the lowest offset follows the highest.
     above = descending[inside[-1]] + size
     widest = 0
     widest_index = 0
@@ -7152,11 +7157,12 @@ def index_below_widest_gap(descending: list[int], size: int) -> int:
 
 def import_from_docker(service: Service, driver: str, timeout_s: float,
                        run_in_loop: RunInLoop, run_with_claim: RunInLoop) -> None:
-    """Import all that Docker uses of this driver. Raises: GipamError; what was imported stays.
+    """Import everything that Docker uses of this driver.
 
-    What was imported or adopted is confirmed by another reading of Docker; what that does not show
-    any more is released. A pool stays unconfirmed until Docker shows it: before Docker 29, an
-    empty network that was made with a size hint does not show its subnet.
+    Another reading of Docker confirms what was imported or adopted; what it no longer shows is
+    released. A pool stays unconfirmed until Docker shows it: before Docker 29, an empty network
+    that was created with a size hint does not show its subnet.
+    Raises: GipamError; what was imported stays.
     """
     path = docker_socket_path()
     deadline_s = time.monotonic() + timeout_s
@@ -7177,8 +7183,8 @@ def import_from_docker(service: Service, driver: str, timeout_s: float,
         docker = read_docker()
         release_unused(read_gipam(docker), docker, unconfirmed, post)
         confirmed = confirmed_seqs(read_gipam(docker), docker, unconfirmed)
-        for portion in portions_of(confirmed, LEASES_PER_CHUNK):
-            run_in_loop(docker_import.confirm, portion)
+        for chunk in chunks_of(confirmed, LEASES_PER_CHUNK):
+            run_in_loop(docker_import.confirm, chunk)
     is_complete = run_in_loop(service.end_import)
     if count:
         log.info("compared with Docker: imported %d pools and addresses", count)
@@ -7191,9 +7197,9 @@ def confirmed_missing(read_gipam: Callable[[DockerView], list[Holding]],
                       unconfirmed: Container[int]) -> list[Finding]:
     """Return what Docker uses and gipam does not hold, if two readings of both show that.
 
-    Between the readings, what Docker is just releasing goes. It shows an address a little longer
-    than it uses it, so an address that lacks in a pool of the lease file is looked at again after
-    a moment; all others at once, and imported before somebody else gets them.
+    The second reading excludes what Docker was just releasing: Docker shows an address a little
+    longer than it uses it. If a pool of the lease file lacks an address, the second reading follows
+    RECHECK_DELAY_S later; else at once, so that nobody else is granted what is missing.
     """
     docker = read_docker()
     missing = set()
@@ -7208,12 +7214,12 @@ def confirmed_missing(read_gipam: Callable[[DockerView], list[Holding]],
 
     time.sleep(pause_s)
     docker = read_docker()
-    again = find_missing(read_gipam(docker), docker.ours)
-    return [finding for finding in again if finding.key in missing]
+    findings = find_missing(read_gipam(docker), docker.ours)
+    return [finding for finding in findings if finding.key in missing]
 
 
 def post_in_loop(service: Service, path: str, body: Json, outcome: Outcome) -> Any:
-    """Do in the loop what a POST request does, and return its reply."""
+    """Handle a POST request in the loop; return its reply."""
     method = METHODS[path]
     reply, _ = method.function(service, Arguments(body), outcome)
     return reply
@@ -7221,12 +7227,12 @@ def post_in_loop(service: Service, path: str, body: Json, outcome: Outcome) -> A
 
 def release_unused(holdings: list[Holding], docker: DockerView, unconfirmed: Container[int],
                    post: Post) -> None:
-    """Release what was imported, but is not in use any more: its release came before the import."""
+    """Release imported leases and pools that Docker had released before they were imported."""
     for leak in find_leaks(holdings, docker.ours):
         holding = leak.holding
         if holding is None or holding.seq not in unconfirmed:
             continue
-        # Docker itself releases a pool whose id it has sent.
+        # Docker itself releases a pool whose id it knows.
         if holding.address or parse_pool_id(holding.pool_id) is None:
             path, body = release_request(holding)
             # If it has changed, Docker has just released it.
@@ -7236,7 +7242,7 @@ def release_unused(holdings: list[Holding], docker: DockerView, unconfirmed: Con
 
 def confirmed_seqs(holdings: list[Holding], docker: DockerView,
                    unconfirmed: Iterable[int]) -> list[int]:
-    """Return the records whose pool Docker shows, or which are not held any more."""
+    """Return the records whose pool Docker shows, or whose grant is no longer held."""
     shown = {allocation.key for allocation in docker.ours}
     hidden = set()
     for holding in holdings:
@@ -7246,7 +7252,7 @@ def confirmed_seqs(holdings: list[Holding], docker: DockerView,
 
 
 def is_docker_alive() -> bool:
-    """Return whether Docker's pid file names a process that lives."""
+    """Return whether Docker's pid file names a running process."""
     try:
         with open("/var/run/docker.pid", encoding="ascii") as file:
             os.kill(int(file.read()), 0)
@@ -7262,9 +7268,9 @@ def try_import(service: Service, driver: str, timeout_s: float, run_in_loop: Run
     """Compare with Docker; log only the first of several failures. Raises: ShuttingDown."""
     docker_import = service.docker_import
     is_collecting = gc.isenabled()
-    # Looking for cycles among what Docker shows holds all threads up: 30 ms for 20,000 leases.
+    # A garbage collection would stop all threads: 30 ms for 20,000 leases of Docker.
     gc.disable()
-    # One that fails is tried again after a pause, unless something is adopted meanwhile.
+    # After a failure the worker pauses, unless an adoption sets the event again.
     docker_import.requested.clear()
     try:
         import_from_docker(service, driver, timeout_s, run_in_loop, run_with_claim)
@@ -7284,10 +7290,7 @@ def try_import(service: Service, driver: str, timeout_s: float, run_in_loop: Run
 
 def import_worker(service: Service, driver: str, run_in_loop: RunInLoop,
                   run_with_claim: RunInLoop) -> None:
-    """Compare gipam with Docker whenever that is due, until Docker answers. Runs in a thread.
-
-    Never in a request, because Docker may hold a lock until gipam replies.
-    """
+    """Compare with Docker whenever an import is due, until Docker answers. Runs in a thread."""
     docker_import = service.docker_import
     pause_s = IMPORT_BACKOFF_S
     while True:
@@ -7300,7 +7303,7 @@ def import_worker(service: Service, driver: str, run_in_loop: RunInLoop,
 
 
 def host_warnings(status: Json, allocations: list[DockerAllocation], proc: str) -> Iterator[str]:
-    """Yield what on this host prevents containers from being reached without NAT."""
+    """Yield what prevents containers of this host from being reached without NAT."""
     bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
     yield from etcd_warnings(status)
     if status.get("trouble"):
@@ -7326,7 +7329,7 @@ def host_warnings(status: Json, allocations: list[DockerAllocation], proc: str) 
 
 
 def etcd_warnings(status: Json) -> Iterator[str]:
-    """Yield what etcd keeps from working, and the claims of hosts that are down."""
+    """Yield a failure of etcd, and the claims of hosts that are down."""
     etcd = status.get("etcd", {})
     if etcd.get("failure"):
         waiting = "new networks"
@@ -7345,14 +7348,14 @@ def etcd_warnings(status: Json) -> Iterator[str]:
 
 
 def read_sysctl(proc: str, name: str) -> str:
-    """Return the value of a sysctl, whose name has slashes, "" if this host has none of it."""
+    """Return the value of a sysctl, whose name has slashes, "" if it does not exist."""
     for words in read_words(f"{proc}/sys/{name}"):
         return words[0].decode()
     return ""
 
 
 def forwarding_warnings(versions: Container[int], proc: str) -> Iterator[str]:
-    """Yield what forwarding lacks in the families of the bases."""
+    """Yield why this host does not forward packets of these families."""
     if 4 in versions and read_sysctl(proc, "net/ipv4/ip_forward") == "0":
         yield "this host does not forward IPv4: sysctl -w net.ipv4.ip_forward=1"
     if 6 in versions:
@@ -7365,8 +7368,8 @@ def forwarding_warnings(versions: Container[int], proc: str) -> Iterator[str]:
 def uplink_warnings(is_forwarding: bool, proc: str) -> Iterator[str]:
     """Yield interfaces that ignore router advertisements on a host that forwards.
 
-    Linux takes them there only if accept_ra is 2. The default routes that it has learned go when
-    forwarding is turned on, which Docker does with its first IPv6 network, or expire later.
+    Linux accepts them there only if accept_ra is 2. Default routes that it has learned are deleted
+    when forwarding is turned on, which Docker does with its first IPv6 network, or expire later.
     Source: linux/Documentation/networking/ip-sysctl.rst, net/ipv6/addrconf.c.
     """
     learned = set()
@@ -7380,7 +7383,7 @@ def uplink_warnings(is_forwarding: bool, proc: str) -> Iterator[str]:
     for row in read_words(proc + "/self/net/route"):
         is_default = row[1] == row[7] == b"00000000"
         if is_default and is_forwarding and not has_default:
-            # An IPv6 default route is missing, and most likely it would use this interface.
+            # The missing IPv6 default route would most likely use this interface.
             learned.add(row[0])
 
     for name in sorted(learned):
@@ -7393,26 +7396,26 @@ def uplink_warnings(is_forwarding: bool, proc: str) -> Iterator[str]:
 
 
 def route_warnings(base: Network, onlink: str, held: set[str], proc: str) -> Iterator[str]:
-    """Yield what the routes to a base lack: somebody who answers on its link, or a blackhole."""
+    """Yield what the routes to a base lack: -onlink, or a blackhole."""
     routes = list(read_covering_routes(proc + "/self/net", base))
     if str(base) in held and onlink not in dict(routes):
-        # One network has the whole base, so that nothing loops; its own route is as long as the
-        # base, and does not count.
+        # One network has the whole base, so that no packet loops. The route of that network is as
+        # long as the base, and does not count.
         routes = [("*", 0), *read_covering_routes(proc + "/self/net", base.supernet())]
     links = []
-    is_ended = False
+    has_blackhole = False
     for device, flags in routes:
         if device not in ("lo", "*") and not flags & RTF_GATEWAY:
             links.append(device)
         if device == "*" or flags & RTF_REJECT:
-            is_ended = True
+            has_blackhole = True
 
     if onlink in links:
         yield from onlink_warnings(base.version, onlink, proc)
     elif links:
         yield (f"the base {base} is on-link on {links[0]}: routers there ask for each address; let "
                f"gipam answer with -onlink {links[0]}, or have it routed to this host")
-    elif not is_ended:
+    elif not has_blackhole:
         warning = (f"packets to free blocks of {base} may loop between this host and its router: "
                    f"ip route add blackhole {base} metric 9999")
         if onlink:
@@ -7421,10 +7424,10 @@ def route_warnings(base: Network, onlink: str, held: set[str], proc: str) -> Ite
 
 
 def onlink_warnings(version: int, device: str, proc: str) -> Iterator[str]:
-    """Yield the sysctls that answering for containers on the link of a device needs.
+    """Yield the sysctls that -onlink needs.
 
-    With the device's own proxy_ndp alone, a router that probes an address that it knows gets no
-    answer, and systemd-networkd sets that to 0. IPv4 has no such switch.
+    If only the proxy_ndp of the device is set, a router that probes an address in its cache gets no
+    answer, and systemd-networkd resets it to 0. IPv4 has no such switch.
     """
     for name, value in ((f"neigh/{device}/proxy_delay", "0"), ("conf/all/proxy_ndp", "1")):
         path = f"net/ipv{version}/{name}"
