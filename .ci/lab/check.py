@@ -6,6 +6,7 @@ What crashes leave behind is made, found, mended, and not found again.
 from __future__ import annotations
 
 import contextlib
+import glob
 import ipaddress
 import itertools
 import json
@@ -22,10 +23,28 @@ from typing import Any
 from engine import DOCKER, ROUTED, SOCKET, DockerCase, endpoint_addresses
 from machines import main, until
 
-from test_gipam import ENDPOINT, Client, FakeDocker
+from test_gipam import ENDPOINT, Client, FakeDocker, wait_until
 
 BLIND = "DOCKER_HOST=tcp://192.0.2.1:1"  # gipam cannot ask Docker
 CHURN_S = 60.0
+# gipam that is killed in a request of its import: count, the path of gipam.py, arguments.
+KILLED_IN_IMPORT = """
+import itertools, os, signal, sys
+count, path = int(sys.argv[1]), sys.argv[2]
+sys.path.insert(0, os.path.dirname(path))
+import gipam
+
+post_in_loop = gipam.post_in_loop
+numbers = itertools.count(1)
+
+def post_or_die(*arguments):
+    if next(numbers) == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return post_in_loop(*arguments)
+
+gipam.post_in_loop = post_or_die
+sys.exit(gipam.main(sys.argv[3:]))
+"""
 WAYS = (("restart", "-t", "0"), ("stop", "-t", "0"), ("kill",))
 
 
@@ -188,9 +207,6 @@ class CheckTest(DockerCase):
         self.docker("start", "one")
         self.assert_no_address_is_twice()
 
-    def wait_for_import(self) -> None:
-        until(self.is_import_done, "end of the import")
-
     def test_lease_file_restored_from_an_old_copy(self) -> None:
         self.docker.network("web", "--ipv6", containers=("one",))
         self.docker.network("gone")
@@ -203,7 +219,7 @@ class CheckTest(DockerCase):
         self.docker.network("new", containers=("three",))
         self.docker.replace_lease_file(copy)
         # What is missing the start imports; what is held too much only check may release.
-        self.wait_for_import()
+        wait_until("the end of the import", self.is_import_done)
         self.assert_found_and_fixed(*leaked)
         self.docker.container("four", "web")
         self.docker.container("five", "new")
@@ -311,6 +327,118 @@ class LostFileTest(DockerCase):
         self.assertIn(ipaddress.ip_address(self.docker.address("web0", "web")), ipaddress.ip_network("10.9.64.0/18"))
         self.assert_reaches("web0", self.docker.address("web3", "web"))
         self.assert_reaches("old0", self.docker.address("old3", "old", v6=True))
+
+
+class ImportTest(DockerCase):
+    """Starts of gipam with no lease file, an old one or a sound one, whatever dockerd does then."""
+
+    NETWORKS = ("web", "lan", "six")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(self.docker.start)
+        self.addCleanup(self.docker.stop, "gipam", number=signal.SIGKILL)
+        self.docker.network("web", "--ipv6")
+        self.docker.network("lan", "--subnet", "10.9.0.0/24", "--ip-range", "10.9.0.64/26")
+        self.docker.network("six", "--ipv6", "--subnet", "fd00:7::/64")
+        for name in self.NETWORKS:
+            self.docker.container("in-" + name, name, "--restart", "always")
+
+    def lose_file(self) -> None:
+        """Kill gipam and remove all that it has written."""
+        self.docker.stop("gipam", number=signal.SIGKILL)
+        for name in glob.glob(self.docker.leases + "*"):
+            os.unlink(name)
+
+    def assert_imported(self) -> None:
+        """All is held, and what is new gets none of it."""
+        wait_until("the end of the import", self.is_import_done)
+        self.assert_agreement()
+        for name in self.NETWORKS:
+            self.docker.container("new-" + name, name)
+        self.docker.network("new", "--ipv6")
+        self.assert_agreement(10)
+
+    def test_file_is_lost_with_docker_alive(self) -> None:
+        before = self.docker.held_by_gipam()
+        self.lose_file()
+        self.docker.start_gipam()
+        self.assertEqual(self.docker.held_by_gipam(), before, "imported before anything is served")
+        self.assert_imported()
+
+    def test_file_is_lost_with_docker_down(self) -> None:
+        self.docker.stop("dockerd", number=signal.SIGKILL)
+        self.lose_file()
+        self.docker.start_gipam()
+        self.assertEqual(self.docker.held_by_gipam(), {})
+        self.docker.start_dockerd()
+        self.assert_imported()
+
+    def test_file_is_lost_with_docker_starting(self) -> None:
+        """It waits for gipam, so that asking it first would be in vain."""
+        self.docker.stop("dockerd", number=signal.SIGKILL)
+        self.lose_file()
+        self.docker.start_dockerd(wait=False)
+        socket_path = self.docker.path("/run/docker.sock")
+        wait_until("the socket of dockerd", lambda: os.path.exists(socket_path))
+        self.docker.start_gipam()
+        self.docker.wait_for_dockerd()
+        self.assert_imported()
+
+    def test_gipam_is_killed_in_the_middle_of_the_import(self) -> None:
+        """In each of its requests, of which those before are on disk."""
+        for count in (1, 2, 3):
+            with self.subTest(count=count):
+                self.lose_file()
+                gipam = self.docker.spawn("python3", "-c", KILLED_IN_IMPORT, str(count),
+                                          *self.docker.command()[1:])
+                wait_until("the end of gipam", lambda: not gipam.is_running())
+                self.docker.start_gipam()
+                wait_until("the end of the import", self.is_import_done)
+                self.assert_agreement(5)
+        self.assert_imported()
+
+    def test_backup_of_an_hour_ago_is_restored(self) -> None:
+        document = json.loads(self.docker.read_lease_file())
+        del document["Checksum"]  # a file that somebody has edited
+        for pool in document["Allocated"]:
+            for lease in pool["Leases"]:
+                lease[3] -= 3600
+        self.docker.network("late", "--ipv6", containers=("late",))
+        self.docker("network", "connect", "lan", "late")
+        self.docker.replace_lease_file(json.dumps(document))
+        wait_until("the end of the import", self.is_import_done)
+        self.assert_agreement(8)
+        self.docker("rm", "-f", "late")
+        self.docker("network", "rm", "late")
+        self.assert_imported()
+
+    def test_adoption_is_cut_short_by_a_crash_before_its_checkpoint(self) -> None:
+        """The pools of what has restarted are held then, and none of the other containers."""
+        self.docker.container("other", "lan")
+        self.lose_file()
+        self.docker.start_gipam(BLIND)
+        self.docker("restart", "-t", "0", "in-lan")
+        held = self.docker.held_by_gipam()
+        self.assertNotIn(self.docker.address("other", "lan"), held["10.9.0.0/24"])
+        self.docker.stop("gipam", number=signal.SIGKILL)
+        self.docker.start_gipam()
+        wait_until("the end of the import", self.is_import_done)
+        self.assert_agreement(6)
+        self.docker("rm", "-f", "other")
+        self.assert_imported()
+
+    def test_sound_file_stays_as_it_is(self) -> None:
+        """And is worth one line."""
+        before = self.docker.held_by_gipam()
+        file = self.docker.read_lease_file()
+        wait_until("the end of the import", self.is_import_done)
+        assert self.docker.gipam is not None
+        lines = [line for line in self.docker.gipam.read_log().splitlines() if "Docker" in line]
+        self.assertEqual(len(lines), 1, lines)
+        self.assertIn("compared with Docker: nothing is missing", lines[0])
+        self.assertEqual(self.docker.held_by_gipam(), before)
+        self.assertEqual(self.docker.read_lease_file(), file)
 
 
 if __name__ == "__main__":

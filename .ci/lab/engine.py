@@ -330,7 +330,7 @@ class DockerCase(unittest.TestCase):
 
     def is_import_done(self) -> bool:
         assert self.docker.gipam is not None
-        return "compared with Docker" in self.docker.gipam.read_log()
+        return " compared with Docker: " in self.docker.gipam.read_log()
 
     def leave_nothing_behind(self) -> None:
         self.docker.remove_everything()
@@ -367,8 +367,6 @@ class DockerCase(unittest.TestCase):
         self.assertEqual(self.docker.check(), sorted(findings))
         self.assertEqual(self.docker.check("--fix"), sorted(findings))
         self.assert_agreement()
-
-    assert_found_and_fixed = assert_found_and_fixed  # former name
 
     def assert_refused(self, words: str, *arguments: str) -> None:
         with self.assertRaises(CommandError) as caught:

@@ -178,6 +178,7 @@ class Process:
         self.log = log
         self.command = command
         with open(log, "ab") as file:
+            self.log_start = file.tell()  # those before it have written there too
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file,
                                             stderr=file, env=env)
 
@@ -210,8 +211,10 @@ class Process:
                 raise AssertionError(f"{command} has ended:\n" + self.read_log()[-4000:])
 
     def read_log(self) -> str:
-        with open(self.log, encoding="utf-8", errors="replace") as log:
-            return log.read()
+        """Return what this process has printed, and others in the same log since its start."""
+        with open(self.log, "rb") as log:
+            log.seek(self.log_start)
+            return log.read().decode("utf-8", "replace")
 
 
 # === Trees and sandboxes ==========================================================================
