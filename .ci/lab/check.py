@@ -341,6 +341,8 @@ class ImportTest(DockerCase):
         self.docker.network("web", "--ipv6")
         self.docker.network("lan", "--subnet", "10.9.0.0/24", "--ip-range", "10.9.0.64/26")
         self.docker.network("six", "--ipv6", "--subnet", "fd00:7::/64")
+        # dockerd asks again for what restarts, but for nothing of this one.
+        self.docker.network("idle", "--ipv6")
         for name in self.NETWORKS:
             self.docker.container("in-" + name, name, "--restart", "always")
 

@@ -12,7 +12,7 @@ from machines import Router, main, until, works
 
 
 class NetworkTest(DockerCase):
-    """Networks: protocol.md 4.1 and 4.8."""
+    """Networks: moby daemon/libnetwork/network.go, ipamAllocate()."""
 
     def test_subnet_range_gateway_and_auxiliary_addresses_are_honoured(self) -> None:
         self.docker.network(
@@ -59,7 +59,7 @@ class NetworkTest(DockerCase):
 
 
 class ContainerTest(DockerCase):
-    """Containers: protocol.md 4.3."""
+    """Containers: moby daemon/libnetwork/endpoint.go, assignAddress() and releaseAddress()."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -102,7 +102,7 @@ class ContainerTest(DockerCase):
 
 
 class RefusalTest(DockerCase):
-    """What gipam refuses, and what Docker gives back then: protocol.md 4.2."""
+    """What gipam refuses, and what Docker gives back then."""
 
     LAN = ("--subnet", "10.9.0.0/24", "--gateway", "10.9.0.1", "--aux-address", "router=10.9.0.5",
            "--ipv6", "--subnet", "fd00:9::/64", "--gateway", "fd00:9::1", "--aux-address", "router6=fd00:9::5")
@@ -132,7 +132,10 @@ class RefusalTest(DockerCase):
         self.assert_agreement()
 
     def test_ipv6_address_of_another_is_refused(self) -> None:
-        """Docker then leaks the IPv4 address that it got first: protocol.md 4.3; check finds it."""
+        """Docker then leaks the IPv4 address that it got first, and check finds it.
+
+        moby daemon/libnetwork/network.go: createEndpoint() releases only once both are assigned.
+        """
         for number, address in enumerate(("fd00:9::7", "fd00:9::1", "fd00:9::5", "fd00:9::")):
             with self.subTest(address):
                 self.assert_refused(self.USED, "run", "--network", "lan", "--ip6", address, "--mac-address",
@@ -149,7 +152,8 @@ class RefusalTest(DockerCase):
             with self.subTest(options):
                 self.assert_refused(words, "network", "create", "--ipam-driver", "gipam",
                                     *options.format(**names).split(), "other")
-                if "{wire}" in options and DOCKER == 28:  # protocol.md 4.2: it keeps the first, which is either
+                if "{wire}" in options and DOCKER == 28:
+                    # libnetwork/network.go, ipamAllocateVersion(): err is shadowed, so it keeps the first, which is either.
                     self.assertRegex("".join(self.docker.check("--fix")), r"\A(leaked_pool: subnet 10\.8\.\S+ .*)?\Z")
                 self.assertEqual(self.docker.held_by_gipam(), before)
         self.docker("restart", "one")
@@ -160,7 +164,11 @@ class RefusalTest(DockerCase):
 
 
 class RestartTest(DockerCase):
-    """gipam and dockerd stopped and killed under live containers: protocol.md 4.5 to 4.7."""
+    """gipam and dockerd stopped and killed under live containers.
+
+    A dockerd that was killed releases the endpoints that it has stored, then asks anew; with
+    live-restore it asks for nothing: moby daemon/libnetwork/sandbox_store.go, sandboxRestore().
+    """
 
     def setUp(self) -> None:
         super().setUp()
@@ -249,7 +257,7 @@ class RestartTest(DockerCase):
 
 
 class RoutedTest(DockerCase):
-    """Containers are reached without NAT: protocol.md 11.1.
+    """Containers are reached without NAT, as seen on dockerd 28.5.2 and 29.1.5.
 
     Up to Docker 26, IPv6 is open here, without ip6tables; readme.py has it filtered.
     """
@@ -304,7 +312,9 @@ class RoutedTest(DockerCase):
 
 
 class SwarmTest(DockerCase):
-    """A node-local network of a swarm, the kind that a v1 plugin can serve: protocol.md 4.9.
+    """A node-local network of a swarm, the kind that a v1 plugin can serve.
+
+    moby daemon/libnetwork/cnmallocator/provider.go refuses it where managers run the IPAM.
 
     The node has no other network: check must see that it is of the same Docker all the same.
     """
