@@ -21,7 +21,7 @@ import time
 from typing import Any
 
 from engine import DOCKER, ROUTED, SOCKET, DockerCase, endpoint_addresses
-from machines import main, until
+from machines import DOCKER_DEADLINE_S, main, until
 
 from test_gipam import ENDPOINT, Client, FakeDocker, wait_until
 
@@ -394,7 +394,7 @@ class ImportTest(DockerCase):
                 self.lose_file()
                 gipam = self.docker.spawn("python3", "-c", KILLED_IN_IMPORT, str(count),
                                           *self.docker.command()[1:])
-                wait_until("the end of gipam", lambda: not gipam.is_running())
+                gipam.process.wait(DOCKER_DEADLINE_S)
                 self.docker.start_gipam()
                 wait_until("the end of the import", self.is_import_done)
                 self.assert_agreement(5)
