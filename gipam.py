@@ -7439,24 +7439,24 @@ def onlink_warnings(version: int, device: str, proc: str) -> Iterator[str]:
 
 # === Cluster ======================================================================================
 #
-# The thread that asks etcd on behalf of this host. Keys in etcd, below /gipam/DRIVER/:
+# The thread that runs transactions in etcd. Keys in etcd, below /gipam/DRIVER/:
 #
 #   head                   a random token, new with each change of claims
-#   changes                the last of these changes: [[the head before, {key: value}], ...]
-#   hosts/HOST             the machine, token and count of its process, whether it is behind
-#   claims/SUBNET          the hosts that have it, since when, whether it is shared
-#   claims/SUBNET/ADDRESS  in a shared subnet: the hosts that have it, the kind of the lease
+#   changes                the latest changes: [[the head before, {key: value}], ...]
+#   hosts/HOST             machine, product, process token, transaction count, is_behind
+#   claims/SUBNET          the hosts that hold it, since when, whether it is shared
+#   claims/SUBNET/ADDRESS  in a shared subnet: the hosts that hold it, the kind of the lease
 #
-# Every transaction expects `head`, and hosts/HOST as this host wrote it last, and writes it anew.
-# So one that succeeds voids all that this host sent earlier. Requests, heartbeats and reconciling
-# meet etcd in one function, ClusterMember._run_transactions().
+# Every transaction expects `head`, and hosts/HOST with the value that this host wrote last, and
+# writes a new one. So a success invalidates all earlier transactions of this host. Requests,
+# heartbeats and reconciling all use ClusterMember._run_transactions().
 
 
-ClaimLog = List[Tuple[str, Json]]  # the head before each change, and what it changed
+ClaimLog = List[Tuple[str, Json]]  # of each change: the head before it, and the changed values
 
 
 class EtcdEndpoint(NamedTuple):
-    """Where a member of etcd listens, and the user to ask it as."""
+    """The address of an etcd server, and the credentials for it."""
 
     scheme: str
     host: str
@@ -7469,7 +7469,7 @@ class EtcdEndpoint(NamedTuple):
 
 
 def to_base64(text: str) -> str:
-    """Return text as the JSON gateway has it."""
+    """Return the form of a key or a value in the JSON gateway."""
     return base64.b64encode(text.encode("utf-8", "surrogateescape")).decode()
 
 
@@ -7490,15 +7490,15 @@ class DeadlineReader(io.RawIOBase):
         self._raw = sock.makefile("rb", buffering=0)
 
     def makefile(self, *_: Any) -> io.BufferedReader:
-        """Return what http.client reads from in place of a socket."""
+        """Return the file that http.client reads from."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
-        """Return that it can be read."""
+        """Return True, as io.BufferedReader requires."""
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """Read what has come. Raises: OSError after the deadline."""
+        """Read what has arrived. Raises: OSError after the deadline."""
         remaining_s = self._deadline_s - time.monotonic()
         if remaining_s <= 0:
             raise OSError("its reply does not end")
@@ -7507,15 +7507,15 @@ class DeadlineReader(io.RawIOBase):
 
 
 class EtcdReply(NamedTuple):
-    """A reply of etcd's."""
+    """A reply of etcd."""
 
     body: Json
-    values: dict[str, str]  # of all keys in it
+    values: dict[str, str]  # by key
     revision: int
 
 
 class EtcdClient:
-    """A client of etcd's JSON gateway, for one thread. It stays with the member that answered last.
+    """A client of etcd's JSON gateway, for one thread. It keeps the endpoint that answered last.
 
     Source: etcd.io/docs/v3.5/dev-guide/api_grpc_gateway; 64-bit numbers are strings there.
     """
@@ -7539,9 +7539,9 @@ class EtcdClient:
         writes: Mapping[str, str | None],
         deadline_s: float,
     ) -> EtcdReply:
-        """Write all keys (None: delete), if the expected ones have these values (None: absent).
+        """Write keys (None: delete), if the expected keys have these values (None: absent).
 
-        The reply has hosts/ of all; if it did not succeed, also the head and the log of claims.
+        The reply has all hosts/ keys; if the transaction failed, also the head and the claim log.
         Raises: Unavailable, RemoteError.
         """
         compare = [self._comparison(key, text) for key, text in expected.items()]
@@ -7580,7 +7580,7 @@ class EtcdClient:
         }}
 
     def read_page(self, start: str, revision: int, deadline_s: float) -> EtcdReply:
-        """Read some of all keys from start on, as of a revision (0: the latest).
+        """Read at most ETCD_PAGE_KEYS keys from start on, as of a revision (0: the latest).
 
         Raises: Unavailable, RemoteError.
         """
@@ -7592,7 +7592,7 @@ class EtcdClient:
         }, deadline_s)
 
     def _post_any(self, path: str, body: Json, deadline_s: float) -> EtcdReply:
-        """Return the first valid reply. A member that does not answer, or not as etcd, is skipped.
+        """Return the first valid reply. An endpoint that gives none is skipped.
 
         Raises: Unavailable, RemoteError.
         """
@@ -7608,7 +7608,7 @@ class EtcdClient:
                     AttributeError):
                 reason = "what answers there is not etcd"
 
-            # Go on with the next member, and a token of its own.
+            # Try the next endpoint, and request a token there.
             if self._connection:
                 self._connection.close()
             self._connection = None
@@ -7624,14 +7624,14 @@ class EtcdClient:
         for response in body.get("responses", ()):
             ranges.append(response.get("response_range", {}))
         values = {}
-        for each in ranges:
-            for pair in each.get("kvs", ()):
+        for key_range in ranges:
+            for pair in key_range.get("kvs", ()):
                 key = from_base64(pair["key"])[len(self._prefix):]
                 values[key] = from_base64(pair.get("value", ""))
         return EtcdReply(body, values, int(body["header"]["revision"]))
 
     def _connect(self, endpoint: EtcdEndpoint, deadline_s: float) -> ApiConnection:
-        """Return a connection to a member, a new one if the last reply has ended it."""
+        """Return the connection, a new one if the last reply has closed it."""
         remaining_s = max(deadline_s - time.monotonic(), ETCD_PAUSE_S)
         connection = self._connection
         if connection is None or connection.sock is None:
@@ -7643,9 +7643,9 @@ class EtcdClient:
         return connection
 
     def _post(self, path: str, body: Json, deadline_s: float) -> Json:
-        """Return the reply of a member.
+        """Return the reply of the current endpoint.
 
-        Raises: RemoteError; others, where another member may answer.
+        Raises: RemoteError; others, if another endpoint may give a valid reply.
         """
         endpoint = self._endpoints[0]
         connection = self._connect(endpoint, deadline_s)
@@ -7664,9 +7664,9 @@ class EtcdClient:
         text = reply["message"]
         code = reply["code"]
         if type(code) is not int or not isinstance(text, str):
-            raise ValueError("this is no error of etcd's")
+            raise ValueError("not an error of etcd")
         if code not in GRPC_PERMANENT_CODES:
-            # It has no leader, or is starting, or it is no etcd.
+            # It has no leader, is starting, or is not etcd.
             raise ConnectionError(printable(text))
         if self._token and not has_new_token:
             # The token may have expired.
@@ -7676,7 +7676,7 @@ class EtcdClient:
 
     @staticmethod
     def _read_response(connection: ApiConnection, deadline_s: float) -> tuple[Any, int]:
-        """Return the JSON value that a member answered, and the status."""
+        """Return the JSON value of a reply, and its status."""
 
         def make_response(sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
             reader = DeadlineReader(sock, deadline_s)
@@ -7691,7 +7691,7 @@ class EtcdClient:
 
 
 def parse_claim_log(text: str | None) -> ClaimLog:
-    """Return the changes that etcd keeps, each with the head before it; [] if they are none."""
+    """Return the claim log from its text in etcd, [] if the text is malformed."""
     try:
         changes = [(str(before), changed) for before, changed in json.loads(text or "[]")]
     except (ValueError, TypeError, RecursionError):
@@ -7701,7 +7701,7 @@ def parse_claim_log(text: str | None) -> ClaimLog:
 
 
 def parse_claims(values: Mapping[str, Any], known: Container[str]) -> ClaimDict:
-    """Return the claims among these values; a key that gipam would not write is ignored."""
+    """Return the claims of these values; a key that gipam would not write is ignored."""
     claims = {}
     for key, value in values.items():
         try:
@@ -7714,7 +7714,7 @@ def parse_claims(values: Mapping[str, Any], known: Container[str]) -> ClaimDict:
 
 
 def load_tls(directory: str) -> ssl.SSLContext:
-    """Return the TLS settings of a client of etcd: its CA, its own certificate if it has one.
+    """Return the TLS settings of the etcd client: the CA, and a client certificate if there is one.
 
     Raises: ConfigError.
     """
@@ -7735,15 +7735,15 @@ def load_tls(directory: str) -> ssl.SSLContext:
 
 
 def boottime_s() -> float:
-    """Return a time that also runs while the machine sleeps."""
+    """Return the time of a clock that also runs while the machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def read_machine_id(lease_path: str, machine_id_file: str = "/etc/machine-id",
                     product_file: str = "/sys/class/dmi/id/product_uuid") -> MachineId:
-    """Return what tells this machine from others; see MachineId.
+    """Return the MachineId of this machine.
 
-    Device and inode numbers are no part of it: they change over a reboot.
+    It does not include device and inode numbers, because a reboot may change them.
     """
     path = os.path.abspath(lease_path)
     machine = f"{first_line(machine_id_file)} {path}"
@@ -7761,13 +7761,13 @@ def first_line(path: str) -> str:
 
 
 def digest_of(text: str) -> str:
-    """Return 16 hexadecimal digits that stand for the text."""
+    """Return 16 hexadecimal digits of the SHA-256 of the text."""
     data = text.encode("utf-8", "surrogateescape")
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 class TransactionBatch:
-    """Merges the transactions that several requests need at one moment into one."""
+    """Merges the transactions that several requests need into one."""
 
     MAX_CLAIMS = 2 * CLAIMS_PER_TRANSACTION
 
@@ -7778,7 +7778,7 @@ class TransactionBatch:
         self._blocked: list[Network] = []
 
     def add(self, request: PendingRequest, transaction: Transaction) -> None:
-        """Merge a transaction, if it can be; else its request waits for the next batch."""
+        """Merge a transaction, if possible; else its request waits for the next batch."""
         merged = self.transaction
         if merged is None:
             self.transaction = transaction
@@ -7787,13 +7787,13 @@ class TransactionBatch:
             self.transaction = merged._replace(claims=claims)
         else:
             return
-        # The requests after this one are to choose something else.
+        # Later requests of the batch must choose other subnets.
         self._parts[request] = transaction
         self._blocked += self._table.block_tentatively(transaction.claims)
 
     def _can_merge(self, merged: Transaction, other: Transaction) -> bool:
-        for each in (merged, other):
-            if each.expected_keys or each.deleted_keys:
+        for transaction in (merged, other):
+            if transaction.expected_keys or transaction.deleted_keys:
                 return False
         if not merged.claims.keys().isdisjoint(other.claims):
             return False
@@ -7801,11 +7801,11 @@ class TransactionBatch:
         return count <= self.MAX_CLAIMS
 
     def close(self) -> None:
-        """Unblock what only this batch has blocked."""
+        """Undo block_tentatively()."""
         self._table.unblock(self._blocked)
 
     def outcome_for(self, request: PendingRequest, outcome: Outcome) -> Outcome:
-        """Return what the outcome means to one request: it is granted only what it claimed."""
+        """Return the outcome for one request, which is granted only what it claimed itself."""
         part = self._parts.get(request)
         if part is None:
             return Outcome(is_fresh=outcome.is_fresh)
@@ -7815,7 +7815,7 @@ class TransactionBatch:
 
 
 class PendingCall(PendingRequest):
-    """A function that a thread wants to run in the loop, with the outcomes of transactions.
+    """A function to run in the loop, which may need transactions, and whose result a thread awaits.
 
     The function takes the outcome as its last argument.
     """
@@ -7835,7 +7835,7 @@ class PendingCall(PendingRequest):
             return None
 
     def finish(self, error: GipamError | None) -> None:
-        """Let the thread go on."""
+        """Wake the thread with the result or the error."""
         failure = error or self._error
         if self._future.done():
             return
@@ -7852,8 +7852,11 @@ class PendingCall(PendingRequest):
 class ClusterMember:
     """The thread that keeps the claims in etcd equal to what is held here.
 
-    It runs the transactions of requests, shows every HEARTBEAT_INTERVAL_S that this host is alive,
-    and reconciles. All that it decides, it has decided in the loop.
+    It runs the transactions of requests, sends a heartbeat every HEARTBEAT_INTERVAL_S, and
+    reconciles claims. Its decisions run in the loop.
+
+    No two machines use one host name: hosts/HOST says which machine wrote it, and a process whose
+    MachineId differs stops with AlreadyRunning (see _check_own_key()).
     """
 
     def __init__(self, service: Service, table: ClaimTable, etcd: EtcdClient) -> None:
@@ -7862,14 +7865,14 @@ class ClusterMember:
         self._etcd = etcd
         self._token = secrets.token_hex(8)  # of this process
         self._sent = 0  # transactions
-        self._acknowledged = 0  # the count that etcd has been seen to have
-        self._own_key_text: str | None = None  # what etcd has of this host, as far as is known
+        self._acknowledged = 0  # count in this host's key when last read or written
+        self._own_key_text: str | None = None  # last known value of this host's key
         self._claim_log: ClaimLog = []  # as of the head
-        self._revision = 0  # the highest seen
-        self._has_lost_data = False  # etcd, and not all has been read since
-        self._misses = 0  # transactions in a row that found another head
-        self._resume_s = 0.0  # when the next one may follow
-        self._followed_s = 0.0  # when the head was known last
+        self._revision = 0  # of the last reply
+        self._has_lost_data = False  # etcd, since all claims were read
+        self._misses = 0  # consecutive transactions that found another head
+        self._resume_s = 0.0  # when the next transaction may follow
+        self._followed_s = 0.0  # when the head was last current
         self._next_heartbeat_s = 0.0
         self._next_reading_s = 0.0
         self._queue: collections.deque[PendingRequest] = collections.deque()
@@ -7880,18 +7883,18 @@ class ClusterMember:
         self.name_conflict: AlreadyRunning | None = None
         table.wake_up = self._wakeup.set
 
-    # What others may call
+    # For other threads
 
     def join(self) -> None:
-        """Before serving: read all claims, and announce this host. Raises: AlreadyRunning.
+        """Before serving, read all claims and announce this host. Raises: AlreadyRunning.
 
-        An etcd that does not answer does not delay the start.
+        An unreachable etcd does not delay the start.
         """
         with contextlib.suppress(Unavailable, RemoteError):
             self._beat()
 
     def start(self, run_in_loop: RunInLoop, stop_loop: Callable[[], None]) -> None:
-        """Go on in a thread; stop_loop() is called if another machine has the name."""
+        """Start the thread; it calls stop_loop() if another machine uses the host name."""
         self._run_in_loop = run_in_loop
         self._stop_loop = stop_loop
         self._thread = threading.Thread(
@@ -7939,12 +7942,12 @@ class ClusterMember:
                 time.sleep(ETCD_ATTEMPT_S)
 
     def _hurry_heartbeat(self) -> None:
-        """Have the next heartbeat within ETCD_ATTEMPT_S."""
+        """Let the next heartbeat follow within ETCD_ATTEMPT_S."""
         soon_s = time.monotonic() + ETCD_ATTEMPT_S
         self._next_heartbeat_s = min(self._next_heartbeat_s, soon_s)
 
     def _run_once(self) -> None:
-        """Run what was submitted, send a heartbeat if it is due, then reconcile what is dirty."""
+        """Run submitted requests, send a heartbeat if it is due, then reconcile dirty keys."""
         wait_s = self._next_heartbeat_s - time.monotonic()
         self._wakeup.wait(max(wait_s, 0.0))
         self._wakeup.clear()
@@ -7952,7 +7955,7 @@ class ClusterMember:
         if time.monotonic() >= self._next_heartbeat_s:
             self._beat()
 
-        # Requests that come meanwhile share the transactions of reconciling.
+        # Requests that arrive meanwhile share the transactions of reconciling.
         keys = list(self._table.dirty)
         was_behind = self._table.members.is_behind
         while keys:
@@ -7962,14 +7965,17 @@ class ClusterMember:
             self._run_transactions([*self._take_queue(), call])
             call.wait()
         if was_behind and not self._table.members.is_behind:
-            self._next_heartbeat_s = 0.0  # to say so at once
+            self._next_heartbeat_s = 0.0  # announces it at once
 
     def _take_queue(self) -> list[PendingRequest]:
-        """Return what has been submitted by now: later ones wait, so that each round ends."""
+        """Return the requests submitted so far; later ones wait, so that each round ends."""
         return [self._queue.popleft() for _ in range(len(self._queue))]
 
     def _beat(self) -> None:
-        """Show that this host is alive, and look at the others. Raises: as etcd; AlreadyRunning."""
+        """Send a heartbeat; count a reading of the members if one is due.
+
+        Raises: AlreadyRunning, Unavailable, RemoteError.
+        """
         interval_s = HEARTBEAT_INTERVAL_S
         if self._table.members.grace_remaining_s() > 0:
             interval_s = ETCD_ATTEMPT_S
@@ -7978,7 +7984,7 @@ class ClusterMember:
         self._run_transactions([call])
         call.wait()
 
-        # Heartbeats come more often now and then, readings do not: a host must not look absent.
+        # Heartbeats may be more frequent. Readings must not be, else a host would look absent.
         if time.monotonic() >= self._next_reading_s:
             self._next_reading_s = time.monotonic() + HEARTBEAT_INTERVAL_S
             self._run_in_loop(self._table.members.count_reading)
@@ -7986,7 +7992,7 @@ class ClusterMember:
     # Transactions
 
     def _run_transactions(self, requests: list[PendingRequest]) -> None:
-        """Run transactions until each of these requests is decided, whatever happens."""
+        """Run transactions until each of these requests is decided."""
         try:
             batch = self._attempt(requests, TransactionBatch(self._table), None)
             while batch.transaction is not None:
@@ -8010,9 +8016,9 @@ class ClusterMember:
         batch: TransactionBatch,
         result: TransactionResult | None,
     ) -> TransactionBatch:
-        """In one iteration, decide what can be decided; return a batch for the other requests.
+        """In one iteration, attempt all requests; return the batch that the undecided ones need.
 
-        The result is that of the given batch, None if there is none.
+        The result is that of the given batch, None if etcd gave none.
         """
         undecided = [request for request in requests if not request.is_decided]
         next_batch: TransactionBatch = self._run_in_loop(
@@ -8028,7 +8034,7 @@ class ClusterMember:
         batch: TransactionBatch,
         result: TransactionResult | None,
     ) -> TransactionBatch:
-        """Apply a result and decide on it. Runs in the loop, all of it in one iteration."""
+        """Apply a result and attempt the requests. Runs in the loop, in one iteration."""
         outcome = NO_OUTCOME
         if result is not None:
             outcome = self._apply(result)
@@ -8048,7 +8054,7 @@ class ClusterMember:
         batch: TransactionBatch,
         outcome: Outcome,
     ) -> Outcome:
-        """Return the outcome, or an error once the request has waited for too long."""
+        """Return the outcome, or an error if the request has waited too long."""
         is_late = time.monotonic() + ETCD_PAUSE_S >= request.deadline_s
         if outcome.is_committed or not is_late:
             return batch.outcome_for(request, outcome)
@@ -8057,10 +8063,10 @@ class ClusterMember:
         return Outcome(error=Unavailable(reason))
 
     def _apply(self, result: TransactionResult) -> Outcome:
-        """Apply what etcd told; return what may be decided on it.
+        """Apply a result; return its outcome.
 
-        A process that was suspended since it sent the transaction may have been evicted meanwhile:
-        then nothing is granted on it.
+        If this process was suspended since it sent the transaction, its host may have been evicted
+        meanwhile. So nothing is granted on a result older than TRANSACTION_MAX_AGE_S.
         """
         age_s = boottime_s() - result.sent_s
         if result.outcome.is_committed and age_s > TRANSACTION_MAX_AGE_S:
@@ -8078,8 +8084,7 @@ class ClusterMember:
         return result.outcome
 
     def _fail(self, requests: list[PendingRequest], error: GipamError) -> None:
-        """Answer all requests that are undecided, or whose decision is not on disk."""
-        # With an error as the outcome, each of them is decided without etcd.
+        """Decide the undecided requests with an error as the outcome, and finish all of them."""
         undecided = [request for request in requests if not request.is_decided]
         try:
             self._run_in_loop(self._refuse, undecided, error)
@@ -8103,14 +8108,14 @@ class ClusterMember:
             return None
 
     def _commit(self, transaction: Transaction, deadline_s: float) -> TransactionResult:
-        """Write the claims and this host's key, if etcd is as expected; return what it told.
+        """Write the claims and this host's key, if the preconditions hold; return the result.
 
         Raises: Unavailable, RemoteError; AlreadyRunning.
         """
-        # With an unknown head nothing can be written: what was decided rests on too little.
         self._let_others_go_first()
         expected_head = transaction.expected_head
         if expected_head is None:
+            # The request was decided without knowing all claims, so nothing may be written.
             return self._read_all()
 
         head = expected_head
@@ -8131,7 +8136,7 @@ class ClusterMember:
             writes["head"] = head.token
             writes["changes"] = encode_json(claim_log)
 
-        # No claim has changed since the decision, and no other process has written as this host.
+        # No claim has changed since the decision, and no other process has written this key.
         expected = {
             "head": expected_head.token,
             own_key: self._own_key_text,
@@ -8140,7 +8145,7 @@ class ClusterMember:
         sent_s = boottime_s()
         reply = self._call_etcd(self._etcd.txn, expected, writes, deadline_s)
         if self._has_lost_data:
-            # Even if it was carried out: what it was decided on is gone.
+            # Even if it was committed: the claims that it was decided on may be lost.
             return self._read_all()
         if reply.body.get("succeeded") is not True:
             self._misses += 1
@@ -8171,10 +8176,10 @@ class ClusterMember:
         return Outcome(True, frozenset(granted), frozenset(deleted), is_fresh=True)
 
     def _let_others_go_first(self) -> None:
-        """Pause after a success that other hosts raced for.
+        """Pause after a success that other hosts competed for.
 
-        It alone knows the head, and would win again and again: of ten busy hosts some waited for
-        seconds. Who loses goes on at once, for each loss is another host's success.
+        The host that succeeded is the only one that knows the head, and would succeed again and
+        again: of ten busy hosts some waited for seconds. A host that failed does not pause.
         """
         pause_s = self._resume_s - time.monotonic()
         if pause_s > 0:
@@ -8191,7 +8196,7 @@ class ClusterMember:
         })
 
     def _extended_log(self, before: Head, claims: ClaimChanges) -> ClaimLog:
-        """Return the log of claims with these changes; the oldest go past the bound."""
+        """Return the claim log with these changes; the oldest are dropped at the limit."""
         changed: Json = {}
         for key, claim in claims.items():
             changed[key] = None
@@ -8203,9 +8208,10 @@ class ClusterMember:
         return claim_log
 
     def _call_etcd(self, function: Callable[..., EtcdReply], *args: Any) -> EtcdReply:
-        """Call etcd, note how that went, and whether it has lost data. Raises: as the function.
+        """Call etcd; note whether it answers, and whether it has lost data.
 
-        Revisions only grow: a lower one than before is that of an older etcd, or of another one.
+        Revisions only grow: a lower one than before means that etcd was restored or replaced.
+        Raises: as the function.
         """
         started_s = time.perf_counter()
         failure = ""
@@ -8225,7 +8231,7 @@ class ClusterMember:
         return reply
 
     def _set_failure(self, failure: str) -> None:
-        """Note whether etcd answers, and log a change of that. Runs in the loop."""
+        """Note why etcd does not answer, "" if it does; log a change. Runs in the loop."""
         before = self._table.failure
         self._table.failure = failure
         if failure and failure != before:
@@ -8233,10 +8239,10 @@ class ClusterMember:
         elif before and not failure:
             log.info("etcd answers")
 
-    # Following what others change
+    # Following the changes of other hosts
 
     def _catch_up(self, values: dict[str, str], sent_s: float) -> TransactionResult:
-        """Return what has changed since the head that is known, by the log or by reading all."""
+        """Return the changes since the known head, from the claim log or by reading all."""
         is_own_key = self._check_own_key(values)
         head = Head(values.get("head"))
         claim_log = parse_claim_log(values.get("changes"))
@@ -8256,7 +8262,7 @@ class ClusterMember:
         return TransactionResult(head, claims, values, Outcome(is_fresh=True), sent_s)
 
     def _find_in_log(self, head: Head, claim_log: ClaimLog) -> int | None:
-        """Return the index of the first change that is not known here, None if the log lacks it."""
+        """Return the index of the first unknown change, None if the log begins after it."""
         if head == self._table.head:
             return len(claim_log)
         for index in reversed(range(len(claim_log))):
@@ -8266,9 +8272,9 @@ class ClusterMember:
         return None
 
     def _plan_heartbeat(self, kept: int, followed: int) -> None:
-        """Look again before other hosts have replaced half of the log, so that it suffices.
+        """Schedule a heartbeat before other hosts have replaced half of the claim log.
 
-        A larger log would be written with each change of claims; a look costs its readers less.
+        Heartbeats cost less than a longer log, which each change of claims would write.
         """
         now_s = time.monotonic()
         elapsed_s = now_s - self._followed_s
@@ -8280,7 +8286,8 @@ class ClusterMember:
     def _check_own_key(self, values: Mapping[str, str]) -> bool:
         """Return whether etcd has this host's key as this process wrote it.
 
-        Raises: AlreadyRunning, if another machine wrote it: no name is ever taken over by waiting.
+        Raises: AlreadyRunning if another machine wrote it, however long ago. Only `gipam evict`
+        frees a host name.
         """
         host = self._table.host
         text = values.get(f"hosts/{host}")
@@ -8299,39 +8306,39 @@ class ClusterMember:
         return True
 
     def _read_all(self) -> TransactionResult:
-        """Read all claims, in portions that are applied as they come; return the rest to apply.
+        """Read all claims, and apply them page by page; return a result with the other keys.
 
         Raises: Unavailable, RemoteError; AlreadyRunning.
         """
         table = self._table
         sent_s = boottime_s()
-        # While it is read in portions, nothing can be decided on it: it has no head.
+        # Without a head, no request is decided on claims that are only partly read.
         self._run_in_loop(table.forget_head)
-        gone = set(table.claims)
+        deleted = set(table.claims)
         other_values: dict[str, str] = {}
-        odd_keys: list[str] = []
+        unknown_keys: list[str] = []
         revision = 0
         start = ""
         while True:
             deadline_s = time.monotonic() + ETCD_TIMEOUT_S
             reply = self._call_etcd(self._etcd.read_page, start, revision, deadline_s)
             revision = revision or reply.revision
-            claims = self._split_page(reply.values, other_values, odd_keys)
-            gone.difference_update(claims)
-            self._apply_in_portions(claims)
+            claims = self._split_page(reply.values, other_values, unknown_keys)
+            deleted.difference_update(claims)
+            self._apply_in_chunks(claims)
             if reply.body.get("more") is not True or not reply.values:
                 break
             start = max(reply.values) + "\0"
-        self._apply_in_portions(dict.fromkeys(gone))
+        self._apply_in_chunks(dict.fromkeys(deleted))
 
         is_own_key = self._check_own_key(other_values)
         is_loss = table.has_joined and (self._has_lost_data or not is_own_key)
         self._has_lost_data = False
         self._claim_log = parse_claim_log(other_values.get("changes"))
         self._followed_s = time.monotonic()
-        if odd_keys and not table.has_joined:
-            log.warning("%d keys in etcd are none of gipam's, and ignored, such as %s",
-                        len(odd_keys), printable(odd_keys[0]))
+        if unknown_keys and not table.has_joined:
+            log.warning("%d keys in etcd are not gipam's and are ignored, such as %s",
+                        len(unknown_keys), printable(unknown_keys[0]))
         return TransactionResult(
             Head(other_values.get("head")),
             {},
@@ -8343,8 +8350,8 @@ class ClusterMember:
         )
 
     def _split_page(self, values: Mapping[str, str], other_values: dict[str, str],
-                    odd_keys: list[str]) -> ClaimDict:
-        """Return the claims of a page, and add what else is in it to the other arguments."""
+                    unknown_keys: list[str]) -> ClaimDict:
+        """Return the claims of a page; add its other keys to the other arguments."""
         claim_values = {}
         for key, text in values.items():
             table_name, _, claim_key = key.partition("/")
@@ -8359,11 +8366,11 @@ class ClusterMember:
                 continue
             other_values[key] = text
             if key not in ("head", "changes") and table_name != "hosts":
-                odd_keys.append(key)
+                unknown_keys.append(key)
         return claims
 
-    def _apply_in_portions(self, claims: ClaimChanges) -> None:
-        """Apply claims, CLAIMS_PER_ITERATION in an iteration of the loop."""
+    def _apply_in_chunks(self, claims: ClaimChanges) -> None:
+        """Apply claims, CLAIMS_PER_ITERATION per iteration of the loop."""
         items = list(claims.items())
         while items:
             self._run_in_loop(self._table.apply_claims, dict(items[:CLAIMS_PER_ITERATION]))
@@ -8371,7 +8378,7 @@ class ClusterMember:
 
 
 class NoCluster:
-    """Runs what may need claims where no etcd is configured, and nothing has to be claimed."""
+    """Runs functions that may need claims, if no etcd is configured."""
 
     def __init__(self, run_in_loop: RunInLoop) -> None:
         self._run_in_loop = run_in_loop

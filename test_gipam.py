@@ -11569,7 +11569,7 @@ class FollowTest(TwoHosts):
             self.etcd.set(key, '[["a",{"b":[]}],5]')
         with self.assertLogs("gipam", "WARNING") as logged:
             host = self.start("three")
-        lines = [line for line in logged.output if "none of gipam's" in line]
+        lines = [line for line in logged.output if "not gipam's" in line]
         self.assertEqual(len(lines), 1, logged.output)
         self.assertIn(f"{len(names)} keys in etcd", lines[0])
         self.tell(
