@@ -22,6 +22,12 @@ LOAD_COUNT = 50  # containers that start and stop under load
 DISTURBANCES = 20 if os.environ.get("GIPAM_LONG") else 3
 LOST_BODY = "the request has no body: dockerd lost it in a retry"
 GIPAM_PID = "$(systemctl show gipam -p MainPID --value)"
+READ_IDENTITY = """python3 -B -c '
+import sys
+sys.path.insert(0, "/opt/gipam")
+import gipam
+print(gipam.read_machine_id("/var/lib/gipam/leases.json"))
+'"""
 
 # Notes are not shown, since the networks of these machines masquerade.
 CHECK = "check() { python3 /opt/gipam/gipam.py check --grace 0 $* | grep -v ^note:; }; check"
@@ -214,6 +220,19 @@ class BootTest(unittest.TestCase):
         machine = self.machine()
         self.assert_all_is_well(machine)  # its disk comes from a poweroff
         self.assert_gipam_started_before_docker(machine)
+
+    def test_machine_is_recognised_over_a_power_cut_and_on_a_copy_of_its_disk(self) -> None:
+        """In the service and by hand: with -etcd, another identity would be another machine's."""
+        machine = self.machine()
+        identity = machine(READ_IDENTITY)
+        in_service = f"nsenter -t {GIPAM_PID} --all --setuid 0 --setgid 0 {READ_IDENTITY}"
+        self.assertRegex(identity, r"^MachineId\(machine='[0-9a-f]{16}', product='.*'\)$")
+        self.assertEqual(machine(in_service), identity)
+        machine.end()
+        machine.boot()
+        self.assertEqual(machine(READ_IDENTITY), identity)
+        # Another file system, with device and inode numbers of its own.
+        self.assertEqual(self.machine()(READ_IDENTITY), identity)
 
     # Restarts, crashes and hangs under load.
 
