@@ -26,7 +26,7 @@ READ_IDENTITY = """python3 -B -c '
 import sys
 sys.path.insert(0, "/opt/gipam")
 import gipam
-print(gipam.read_machine_id("/var/lib/gipam/leases.json"))
+print(gipam.read_machine_id("/var/lib/leases.json"))
 '"""
 
 # Notes are not shown, since the networks of these machines masquerade.
@@ -232,7 +232,8 @@ class BootTest(unittest.TestCase):
         machine.boot()
         self.assertEqual(machine(READ_IDENTITY), identity)
         # Another file system, with device and inode numbers of its own.
-        self.assertEqual(self.machine()(READ_IDENTITY), identity)
+        copy = self.machine()
+        self.assertEqual(copy(READ_IDENTITY), identity)
 
     # Restarts, crashes and hangs under load.
 
