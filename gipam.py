@@ -8390,12 +8390,12 @@ class NoCluster:
 
 # === Settings =====================================================================================
 #
-# The options of gipam, and where their values come from: the default, the environment, the command
-# line, and the lease file, whose keys people edit. OPTIONS is the one list of them. Settings map
-# the name of each option to the Option that is in effect; a Config has the parsed values.
+# The options of gipam. OPTIONS lists them. A value comes from the default, the environment, the
+# command line, or the lease file, which people may edit. Settings map the name of each option to
+# the Option in effect; a Config has the parsed values.
 #
-# Of the lease file and the other sources, the one that was changed last wins. Every invalid value
-# is an error that names the option, its text, its origin and the rule.
+# The rule: of the lease file and the other sources, the one that was changed last wins; see
+# latest(). The error for an invalid value names the option, its text, its origin and the rule.
 
 
 def parse_number(text: str, lowest: int, highest: int, rule: str) -> int:
@@ -8499,7 +8499,7 @@ def parse_host_name(text: str) -> str:
 
 
 def parse_endpoints(text: str) -> list[EtcdEndpoint]:
-    """Return the endpoints of etcd of a list of URLs. Raises: ValueError."""
+    """Return the etcd endpoints of a list of URLs. Raises: ValueError."""
     rule = ("not a list of endpoints, such as http://10.0.0.1:2379 or "
             "https://user:password@etcd2:2379")
     endpoints = []
@@ -8525,13 +8525,13 @@ VALUE_TYPES: dict[str, Callable[[str], Any]] = {
 
 
 def suggest(word: str, known: list[str]) -> str:
-    """Return a question for the known word that is most like this one, if there is one."""
+    """Return ": did you mean WORD?" with the most similar known word, "" if none is similar."""
     matches = difflib.get_close_matches(word, known, 1, 0.75)
     return f": did you mean {matches[0]}?" if matches else ""
 
 
 class Origin(enum.IntEnum):
-    """Where the text of an option comes from; of the first three the highest wins."""
+    """Where the text of an option comes from; of the first three, the highest wins."""
 
     DEFAULT = 0
     ENVIRONMENT = 1
@@ -8540,16 +8540,16 @@ class Origin(enum.IntEnum):
 
 
 class Option(NamedTuple):
-    """An option -NAME, which is also the variable GIPAM_NAME, and the text that it was given."""
+    """An option -NAME, which is also the variable GIPAM_NAME, and its text."""
 
     name: str
-    kind: str  # of value: a key of VALUE_TYPES
+    kind: str  # a key of VALUE_TYPES
     default: str
     help: str
     text: str = ""
     origin: Origin = Origin.DEFAULT
-    given_text: str | None = None  # of environment or command line
-    lease_file: str = ""  # path, if the text is from there
+    given_text: str | None = None  # in the environment or on the command line
+    lease_file: str = ""  # path, if that is the origin
 
     @property
     def variable(self) -> str:
@@ -8616,7 +8616,7 @@ OPTIONS = (
 
 UNUSABLE_PREFIXES = parse_prefixes("0.0.0.0/8,127.0.0.0/8,224.0.0.0/4,::/127,ff00::/8")
 Settings = Dict[str, Option]  # by name
-Config = argparse.Namespace  # each option by name, parsed; and what build_config() adds
+Config = argparse.Namespace  # each option by name, parsed; build_config() adds derived values
 
 
 def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace) -> Settings:
@@ -8636,24 +8636,24 @@ def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace)
 
 
 def digest(text: str | None) -> str | None:
-    """Return what the lease file notes of a text, so that search-and-replace does not change it."""
+    """Return the digest by which the lease file notes a text, safe from search-and-replace."""
     if text is None:
         return None
-    # An edited file may have half of a surrogate pair, which is refused later.
+    # An edited file may have half of a surrogate pair, which is an error later.
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def latest(option: Option, in_file: Option, note: Sequence[Any] | None) -> tuple[Option, str]:
-    """Return the setting that was changed last, and why, "" if that is nothing to log.
+    """Return the setting that was changed last, and why it wins, "" if there is nothing to log.
 
     The note has digests of the text that gipam wrote into the file, and of the text that the
     option was given then. It is None in a file that gipam has not written.
 
         edited in the file                        the file
         option not given, nor when it was noted   the file
-        option not given any more                 the file
+        option no longer given                    the file
         option given as when it was noted         the file
-        option given otherwise                    the option
+        option given with another text            the option
     """
     noted_text, noted_given_text = note or (digest(in_file.text), digest(option.given_text))
     if in_file.text == option.text:
@@ -8710,7 +8710,7 @@ def settings_to_json(settings: Settings) -> Json:
 
 
 def describe_daemon(config: Config, address: Any) -> Json:
-    """Return what /status says of the daemon that listens there, without passwords."""
+    """Return the keys of /status about the daemon that listens on an address, without passwords."""
     rows = {}
     for name, option in config.settings.items():
         text = option.redacted_text
@@ -8835,11 +8835,11 @@ def open_store(settings: Settings) -> tuple[Config, Store, Json | None, State]:
 
 # === Daemon =======================================================================================
 #
-# `gipam serve` as a process: start, run, stop. The order of the steps is what this section is
-# about; the comments of Daemon.start() and Daemon.stop() give the reason for each place.
+# `gipam serve` as a process: start, run, stop. The order of the steps matters; comments in
+# Daemon.start() and Daemon.stop() give the reasons.
 #
-# A start that fails says why in one line and ends with the status of its error. It never waits for
-# a reader of its stderr, which is why even uncaught exceptions go to the log handler.
+# A start that fails logs one line and exits with the status of its error. It never waits for a
+# reader of its stderr, so uncaught exceptions go to the log handler too.
 
 
 class Daemon:
@@ -8853,8 +8853,8 @@ class Daemon:
 
     def start(self) -> None:
         """Recover the state and begin to listen. Raises: GipamError, OSError."""
-        # Before anything is changed: a second daemon must not disturb the first. Sockets that
-        # systemd hands over are already bound, by this service.
+        # This comes before any change, because a second daemon must not disturb the first. Sockets
+        # that systemd passes are already bound by this service.
         if "LISTEN_FDS" not in os.environ:
             require_addresses_free(self._settings)
 
@@ -8862,22 +8862,22 @@ class Daemon:
         gc.disable()
         config, store, document, state = open_store(self._settings)
         self._service = make_service(config, store, document, state)
-        # What other hosts have claimed is known before anything is granted, and before the import
+        # The claims of other hosts are read before anything is granted, and before the import
         # claims what Docker uses.
         self._member = join_cluster(config, self._service, store)
         cluster = self._member or NoCluster(self._service.run_once)
         start_import(config, self._service, document, self._service.run_once,
                      cluster.run_with_claim)
-        # It need not look at the leases later: 270 ms for a million.
+        # The garbage collector need not visit these leases again: 270 ms for a million.
         gc.freeze()
         gc.enable()
 
-        # Signals end the loop from here on, so that what is published below is removed again.
+        # From here on a signal ends the loop, so that the paths published below are removed.
         self._loop = EventLoop(self._service, self._log_handler.flush)
         self._handle_signals()
         self._listen(config)
-        # Threads call the loop, and dockerd connects as soon as gipam listens: both wait until
-        # run(), in which everything below is set.
+        # Threads that call the loop, and dockerd, which connects as soon as gipam listens, wait
+        # until run(); everything below is set by then.
         self._start_threads(config)
         log_startup_warnings(config, self._service.state.families[4].subnets, "/proc/self/net")
         addresses = [format_endpoint(server.server_address) for server in self._loop.servers]
@@ -8888,18 +8888,18 @@ class Daemon:
 
     def _handle_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # nohup has SIGHUP ignored.
+            # Under nohup, SIGHUP is ignored.
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._loop.stop)
 
     def _listen(self, config: Config) -> None:
-        """Listen, and publish where. Raises: GipamError, OSError."""
+        """Listen, and publish the paths. Raises: GipamError, OSError."""
         paths = unix_paths(config, self._loop) if config.unix else tcp_paths(config, self._loop)
         for path in paths:
             path.create()
             self._paths.append(path)
             self._loop.add_timer(path.restore)
-        # Last, so that the first server is the plugin's.
+        # This comes last, so that the first server is that of the plugin.
         if config.metrics:
             server = Server(config.metrics, self._loop, paths=METRICS_LISTENER_PATHS)
             self._loop.add_listener(server)
@@ -8914,7 +8914,7 @@ class Daemon:
         threading.Thread(target=import_worker, args=arguments, name="import", daemon=True).start()
 
     def run(self) -> None:
-        """Serve until a signal, or until nothing can be written any more."""
+        """Serve until a signal or a fatal error."""
         sd_notify("READY=1")
         self._loop.add_timer(send_watchdog, self._service)
         # The replies of an iteration are sent before its log lines.
@@ -8927,7 +8927,8 @@ class Daemon:
     def stop(self) -> int:
         """End without losing a request; return the exit status."""
         sd_notify("STOPPING=1")
-        # The paths go while the listeners still accept, so that no client finds a dead socket.
+        # The paths are removed while the listeners still accept, so that no client finds a dead
+        # socket.
         self._loop.drain(self.unpublish)
         error: GipamError | None = self._service.store.fatal_error
         if not error and self._member:
@@ -8935,7 +8936,7 @@ class Daemon:
         if error:
             log.error("%s", error)
             return error.exit_status
-        # Last: nothing changes the state any more.
+        # This comes last, when nothing changes the state any more.
         Checkpoint(self._service, self._service.run_once).run_at_stop()
         log.info("stopped")
         return 0
@@ -8949,7 +8950,7 @@ class Daemon:
 def cmd_serve(arguments: argparse.Namespace) -> int:
     """Run the driver until SIGTERM, SIGINT or SIGHUP. The default."""
     os.umask(0o077)
-    # If the watchdog ends gipam (SIGABRT), the log says where it hung.
+    # If the watchdog kills gipam (SIGABRT), the log shows where it hung.
     faulthandler.enable()
     log_uncaught_exceptions()
     sys.setswitchinterval(THREAD_SWITCH_S)
@@ -8964,7 +8965,7 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
 
 
 def log_uncaught_exceptions() -> None:
-    """Let the log have what Python would write to stderr, where it could block for ever."""
+    """Log what Python would write to stderr, because that could block for ever."""
     def on_thread_exception(raised: Any) -> None:
         name = raised.thread.name if raised.thread else "that has ended"
         log.error("a bug of gipam in thread %s", name,
@@ -9006,7 +9007,7 @@ def require_port_free(option: Option) -> None:
 
 
 def send_watchdog(service: Service) -> None:
-    """Tell the service manager that no iteration hangs, what is held, and what is wrong."""
+    """Send the service manager a sign of life, the number of pools and leases, and an error."""
     pools = len(service.state.pools)
     status = f"{pools} pools, {service.state.lease_count} leases"
     if service.store.last_error:
@@ -9015,10 +9016,7 @@ def send_watchdog(service: Service) -> None:
 
 
 def join_cluster(config: Config, service: Service, store: Store) -> ClusterMember | None:
-    """Read from etcd what other hosts hold, if there is any.
-
-    Raises: AlreadyRunning, ConfigError.
-    """
+    """Read the claims in etcd, if it is configured. Raises: AlreadyRunning, ConfigError."""
     if not config.etcd:
         return None
     tls = load_tls(config.etcdtls)
@@ -9031,7 +9029,7 @@ def join_cluster(config: Config, service: Service, store: Store) -> ClusterMembe
 
 
 def make_service(config: Config, store: Store, document: Json | None, state: State) -> Service:
-    """Return the service; a first start writes the lease file, before anything is served.
+    """Return the service; a first start writes the lease file before anything is served.
 
     Raises: ConfigError if the kernel refuses to list its routes; OSError.
     """
@@ -9062,17 +9060,17 @@ def start_import(config: Config, service: Service, document: Json | None,
                  run_in_loop: RunInLoop, run_with_claim: RunInLoop) -> None:
     """Import what Docker uses before anything is served, if there was no lease file.
 
-    But only if dockerd is alive: while it starts, its socket accepts connections, but dockerd waits
-    for gipam. All other starts compare in the background, in import_worker().
+    This requires that dockerd is running: while it starts, its socket accepts connections, but
+    dockerd waits for gipam. All other starts compare in the background, in import_worker().
     """
     if document is None and is_docker_alive():
         try_import(service, config.driver, IMPORT_TIMEOUT_S, run_in_loop, run_with_claim)
 
 
 def log_startup_warnings(config: Config, used: Container[Network], proc: str) -> None:
-    """Log what may surprise: unknown variables, open TCP, no base, an on-link route.
+    """Log unknown variables, open TCP, missing bases, and on-link routes.
 
-    dockerd up to 26 rejects each pool that overlaps an on-link route of the host, as recorded with
+    dockerd up to 26 rejects each pool that overlaps an on-link route of the host, as seen with
     `ip route add 10.99.0.0/16 dev lo` on 26.1.5.
     """
     known = [option.variable for option in OPTIONS]
@@ -9104,15 +9102,15 @@ def log_startup_warnings(config: Config, used: Container[Network], proc: str) ->
 
 # === Commands =====================================================================================
 #
-# What people type. Each command but `serve` asks the running daemon, over its socket or address,
+# The command line. Each command but `serve` asks the running daemon, over its socket or address,
 # and prints text for people, or JSON for programs. A command is a function that takes the parsed
-# arguments and returns the exit status; COMMANDS lists them with the arguments of their own.
-# Functions that begin with render_ or draw_ return text and print nothing. An error is raised as a
-# GipamError; main() alone prints it, in one line, and chooses the exit status.
+# arguments and returns the exit status; COMMANDS lists each with its own arguments. Functions whose
+# names begin with render_ or draw_ return text and print nothing. An error is raised as a
+# GipamError; only main() prints it, in one line, and chooses the exit status.
 
 
 def daemon_request(settings: Settings, verb: str, path: str, body: Any = None) -> Any:
-    """Send a request to the daemon and return its answer. Raises: as request_json()."""
+    """Send a request to the daemon and return its reply. Raises: as request_json()."""
     addresses = daemon_addresses(settings)
     for address in addresses:
         with contextlib.suppress(NotListening):
@@ -9123,9 +9121,9 @@ def daemon_request(settings: Settings, verb: str, path: str, body: Any = None) -
 
 
 def daemon_addresses(settings: Settings) -> list[Any]:
-    """Return where the daemon may listen.
+    """Return the addresses where the daemon may listen.
 
-    The socket is skipped if -address was set at a later stage than -socket and -unix.
+    The socket is left out if the origin of -address is higher than that of -socket and -unix.
     """
     socket_origin = settings["socket"].origin
     if settings["unix"].value:
@@ -9190,9 +9188,9 @@ def find_pools(pools: list[Json], text: str) -> list[Json]:
 
 
 def search_pools(status: Json, text: str, docker_error: str) -> list[Json]:
-    """Return the pools that match, or those with only the leases that match.
+    """Return the pools that match, or pools with only the leases that match.
 
-    An address that nobody has is shown as free or resting, in each range of its subnet.
+    An address that is not allocated gets a row of its own, in each range of its subnet.
     Raises: InvalidRequest.
     """
     names = {text, text.lower()}
@@ -9231,7 +9229,7 @@ def find_held_leases(pools: list[Json], names: set[str]) -> list[Json]:
 
 
 def find_free_addresses(status: Json, names: set[str], address: str) -> list[Json]:
-    """Return pools with rows for an address that nobody has, or for those that rest with names."""
+    """Return pools with rows for an unallocated address, or for those last owned by these names."""
     held: set[str] = set()
     for pool in status["pools"]:
         held.update(lease["address"] for lease in pool["addresses"])
@@ -9249,7 +9247,11 @@ def find_free_addresses(status: Json, names: set[str], address: str) -> list[Jso
 
 
 def free_address_row(status: Json, pool: Json, address: str) -> Json:
-    """Return an address that nobody here has in the form of a lease, with its last owners."""
+    """Return an unallocated address in the form of a lease.
+
+    Its kind is "resting" if it is kept for its last owners, "claimed" if another host has it,
+    "reserved", or "free".
+    """
     subnet = Subnet(parse_prefix(pool["subnet"]))
     offset = parse_address(address, subnet.version) - subnet.first
     names = [owner for owner, last in pool["remembered"].items() if last == address]
@@ -9271,7 +9273,7 @@ def free_address_row(status: Json, pool: Json, address: str) -> Json:
 
 
 def name_claimants(status: Json, address: Any) -> str:
-    """Return which hosts claim a subnet with this address, "" if none does."""
+    """Return the hosts that claim a subnet with this address, as text, or ""."""
     for claim in status["claims"]:
         if address in parse_prefix(claim["subnet"]):
             hosts = ", ".join(claim["hosts"])
@@ -9300,23 +9302,23 @@ def print_status(status: Json) -> None:
 
 
 def fit_line(line: str, width: int) -> str:
-    """Return the line, cut to the width, and not within a number: half of it would be wrong."""
+    """Return the line, cut to the width, but not within a number."""
     if len(line) <= width:
         return line
     return re.sub("[0-9]+$", "", line[:width - 1]) + "…"
 
 
 def colour_map(line: str) -> str:
-    """Return the line; what is held is yellow in a row of a map, and in the legend."""
+    """Return the line; in a row of a map and in the legend, blocks in use are yellow."""
     if MAP_ROW.fullmatch(line) or line.startswith(LEGEND[:8]):
         return re.sub("[#+]+", "\033[33m\\g<0>\033[0m", line)
     return line
 
 
 def render_status(status: Json, width: int, now_s: int, height: int = sys.maxsize) -> list[str]:
-    """Return the text form of the status: bases, hosts, then pools, parted by blank lines.
+    """Return the text form of the status: bases, hosts, then pools, separated by blank lines.
 
-    On a terminal too small for all, the pools come first, so that the summary stays visible.
+    If the terminal is too small, the pools come first, so that the summary stays visible.
     """
     bases = render_bases(status, width)
     hosts = render_hosts(status, width)
@@ -9328,7 +9330,7 @@ def render_status(status: Json, width: int, now_s: int, height: int = sys.maxsiz
 
 
 def join_paragraphs(*paragraphs: list[str]) -> list[str]:
-    """Return the lines of all, with a blank one between two that are not empty."""
+    """Return the lines of all paragraphs that are not empty, separated by blank lines."""
     lines: list[str] = []
     for paragraph in paragraphs:
         if lines and paragraph:
@@ -9338,7 +9340,7 @@ def join_paragraphs(*paragraphs: list[str]) -> list[str]:
 
 
 def render_bases(status: Json, width: int) -> list[str]:
-    """Return a bar and a map of each base, IPv4 first, and what the characters mean."""
+    """Return a bar and a map of each base, IPv4 first, and a legend."""
     host = status.get("host")
     claimed = []
     for claim in status.get("claims", ()):
@@ -9361,7 +9363,7 @@ def render_bases(status: Json, width: int) -> list[str]:
 
 
 def render_base(base: Json, marks: Mapping[str, list[Network]], width: int) -> list[str]:
-    """Return the lines of a base: numbers with a bar, and a map in rows behind their addresses."""
+    """Return the lines of a base: numbers with a bar, then a map in rows with their addresses."""
     prefix = parse_prefix(base["prefix"])
     total = base["blocks"]
     used = base["blocks_used"]
@@ -9399,7 +9401,7 @@ def render_base(base: Json, marks: Mapping[str, list[Network]], width: int) -> l
 def draw_map(base: Network, count: int, marks: Mapping[str, list[Network]]) -> str:
     """Return a map of a base: a character for each of its count parts.
 
-    It is the last mark with a network in that part; # where networks marked + fill the part.
+    It is the last mark with a network in that part, or # if networks marked + fill the part.
     """
     start, end = address_range(base)
     part_size = base.num_addresses // count
@@ -9436,7 +9438,7 @@ def largest_power_of_two(limit: int) -> int:
 
 
 def format_count(count: int) -> str:
-    """Return a number; a large one as the power of two next to it."""
+    """Return a number as text; a large one as the next power of two."""
     if count < 10 ** 7:
         return str(count)
     exponent = (count - 1).bit_length()
@@ -9444,7 +9446,7 @@ def format_count(count: int) -> str:
 
 
 def render_hosts(status: Json, width: int) -> list[str]:
-    """Return a table of the hosts that share the bases, and how old it is; none without etcd."""
+    """Return a table of the hosts that share the bases, and its age; nothing without etcd."""
     rows = [("HOST", "CLAIMS", "STATE")]
     for host in status.get("hosts", ()):
         presence = PRESENCE_TEXT[host["is_present"]]
@@ -9461,7 +9463,7 @@ def render_hosts(status: Json, width: int) -> list[str]:
 
 
 def render_pools(status: Json, now_s: int) -> list[str]:
-    """Return a table of the pools, each with those of its leases that the status has."""
+    """Return a table of the pools, each with the leases that the status lists."""
     rows = [("SUBNET", "HELD", "OF", "AGE", "RANGE", "NETWORK")]
     for pool in status["pools"]:
         rows.append((
@@ -9482,16 +9484,17 @@ def render_pools(status: Json, now_s: int) -> list[str]:
     return format_table(rows) or ["no pools yet"]
 
 
-def age_of(held: Json, now_s: int) -> str:
+def age_of(pool_or_lease: Json, now_s: int) -> str:
     """Return how long ago a pool or lease was granted, "" if that is not known."""
-    return format_age(now_s - held["granted_s"]) if held["granted_s"] else ""
+    granted_s = pool_or_lease["granted_s"]
+    return format_age(now_s - granted_s) if granted_s else ""
 
 
 def format_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a table, none if there is nothing below its header.
+    """Return the lines of a table, none if it has only a header.
 
-    A column without a value is left out, and an empty cell is shown as a dash. A row with nothing
-    but its first cell is text, and makes no column wider.
+    A column without a value is left out, and an empty cell is shown as a dash. A row with only a
+    first cell is text, and makes no column wider.
     """
     if not rows[1:]:
         return []
@@ -9550,7 +9553,7 @@ def cmd_check(arguments: argparse.Namespace) -> int:
 
 
 def require_same_docker(status: Json, docker: DockerView, path: str) -> None:
-    """Check that this Docker knows one of the pools held, or none is. Raises: Unreachable."""
+    """Check that this Docker knows a pool that is held, if any is. Raises: Unreachable."""
     held = {pool["subnet"] for pool in status["pools"]}
     known = set()
     for allocation in docker.ours + docker.others:
@@ -9562,7 +9565,7 @@ def require_same_docker(status: Json, docker: DockerView, path: str) -> None:
 
 
 def print_report(differences: Findings, left: Findings, notes: list[str], as_json: bool) -> None:
-    """Print what was found, and what is left or has come up meanwhile."""
+    """Print the differences, and those that are left or new."""
     all_findings = {**differences, **left}
     if as_json:
         print_json_report(all_findings, left, notes)
@@ -9617,7 +9620,7 @@ def cmd_release(arguments: argparse.Namespace) -> int:
 
 
 def find_pool(pools: list[Json], name: str) -> Json:
-    """Return the one pool with a name, as find_pools() has it. Raises: InvalidRequest."""
+    """Return the only pool that find_pools() finds by this name. Raises: InvalidRequest."""
     matches = find_pools(pools, name)
     if not matches:
         raise InvalidRequest(f"no pool that is held here is called {name!r}: `gipam status` shows "
@@ -9645,7 +9648,7 @@ def find_lease(pool: Json, text: str) -> Json:
 
 
 def require_unused(status: Json, pool: Json, lease: Json | None) -> None:
-    """Ask Docker whether it uses a pool or a lease. Raises: Forbidden, Unreachable."""
+    """Check that Docker does not use a pool or a lease. Raises: Forbidden, Unreachable."""
     docker = read_docker_allocations(docker_socket_path(), status["driver"], DOCKER_TIMEOUT_S)
     holdings = list(holdings_of_json(status))
     leaks = {finding.holding for finding in find_leaks(holdings, docker.ours)}
@@ -9662,7 +9665,7 @@ def require_unused(status: Json, pool: Json, lease: Json | None) -> None:
 
 
 def confirm(question: str) -> bool:
-    """Return whether a person at the terminal says yes. Raises: InvalidRequest without one."""
+    """Ask a yes-or-no question at the terminal. Raises: InvalidRequest without a terminal."""
     if not sys.stdin.isatty():
         raise InvalidRequest("not a terminal: use --yes to skip the confirmation")
     with contextlib.suppress(EOFError):
@@ -9691,7 +9694,7 @@ def cmd_evict(arguments: argparse.Namespace) -> int:
             is_known = True
             is_former_name = bool(member.get("is_own"))
 
-    # The daemon refuses a host that it does not know: nobody is asked about it.
+    # The daemon refuses an unknown host, so there is nothing to confirm.
     if is_known and not arguments.yes:
         verb = "take over" if is_former_name else "drop"
         names = textwrap.shorten(" ".join(subnets), 200, placeholder=" ...")
@@ -9714,7 +9717,7 @@ def cmd_config(arguments: argparse.Namespace) -> int:
 
 
 class Command(NamedTuple):
-    """A command: what runs it, and the help of each argument that only it has."""
+    """A command: its function, and the help of each of its own arguments."""
 
     function: Callable[[argparse.Namespace], int]
     arguments: dict[str, str]
@@ -9749,7 +9752,7 @@ EXAMPLES = """
   gipam -unix -v6 2001:db8:0:100::/56 -v4 10.2.0.0/16
   gipam -unix -v4 10.2.0.0/16,10.9.0.0/20 -v4ab 26 -exclude 10.2.0.0/24
   gipam status --leases
-  gipam status web1                    who has it: a container, an address, a MAC address
+  gipam status web1                    the leases of a container, an address or a MAC address
   gipam check                          where Docker and gipam disagree
   gipam check --fix
   gipam release 10.2.0.0/24
@@ -9768,7 +9771,7 @@ def parse_grace(text: str) -> int:
     return int(text)
 
 
-ARGUMENT_SPECS: dict[str, Json] = {  # of arguments that are no switches
+ARGUMENT_SPECS: dict[str, Json] = {  # of arguments that take a value
     "--grace": {"type": parse_grace, "default": 60, "metavar": "SECONDS"},
     "POOL": {},
     "HOST": {},
@@ -9778,9 +9781,9 @@ ARGUMENT_SPECS: dict[str, Json] = {  # of arguments that are no switches
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises errors, and writes settings as README does: with one dash.
+    """An ArgumentParser that raises errors, and shows settings with one dash, as README does.
 
-    argparse itself gets them with two, since it takes abbreviations of those with one.
+    argparse itself gets them with two dashes, because it accepts abbreviations of one-dash options.
     """
 
     color: bool  # of Python 3.14
@@ -9789,7 +9792,7 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Return the help."""
         text = super().format_help()
-        # The space at the end keeps the column of helps where it is.
+        # The space at the end keeps the column of help texts aligned.
         return re.sub(rf"(?m)^  {self.SETTING}( \S+)", r"  -\1\2 ", text)
 
     def error(self, message: str) -> NoReturn:
@@ -9799,7 +9802,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(name: str) -> Parser:
-    """Return the parser of a command, which takes all settings; serve's help shows them."""
+    """Return the parser of a command. All take all settings; the help of serve shows them."""
     command = COMMANDS[name]
     is_serve = name == "serve"
     examples = re.findall(f".* gipam {'-' if is_serve else name}.*", EXAMPLES)
@@ -9843,9 +9846,9 @@ def describe_commands() -> Iterator[str]:
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:
-    """Turn Go's one dash into two, and join each setting with its value, the next word.
+    """Replace the one dash of Go's options by two, and join each setting with its value.
 
-    A boolean setting takes the next word only if that is a boolean, and needs none.
+    A boolean setting takes the next word only if that is a boolean, and needs no value.
     """
     is_boolean = {"--" + option.name: option.kind == "BOOL" for option in OPTIONS}
     remaining = collections.deque(arguments)
@@ -9896,14 +9899,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def is_configured() -> bool:
-    """Return whether a lease file lies here, or a GIPAM_ variable is set."""
+    """Return whether this directory has a lease file, or a GIPAM_ variable is set."""
     if os.path.lexists("leases.json"):
         return True
     return any(name.startswith("GIPAM_") for name in os.environ)
 
 
 def describe_unknown(word: str, arguments: list[str], known: list[str], prog: str) -> str:
-    """Return why a word is refused, as it was typed, with the nearest of the known ones."""
+    """Return why a word is refused, as it was typed, with the most similar known word."""
     previous = ""
     name = word.partition("=")[0].lstrip("-")
     for argument in arguments:
@@ -9923,7 +9926,7 @@ def describe_unknown(word: str, arguments: list[str], known: list[str], prog: st
 
 
 def open_missing_streams() -> None:
-    """Open /dev/null in the place of standard streams that the caller has closed."""
+    """Open /dev/null in place of standard streams that the caller has closed."""
     sys.stdin = sys.stdin or open(os.devnull, "r+")  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "r+")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "r+")  # noqa: SIM115
