@@ -391,7 +391,7 @@ class LogHandler(logging.Handler):
         super().__init__()
         self.is_buffering = False
         self._lines: collections.deque[bytes] = collections.deque(maxlen=MAX_LOG_RECORDS)
-        self._partial = b""  # the rest of the line being written
+        self._partial = b""  # unwritten part of a line
         self._write: Callable[[bytes], int] | None = None  # opened by the first line
         self._write_lock = threading.Lock()
         self._formatter = logging.Formatter()
@@ -484,7 +484,7 @@ def format_address(number: int, version: int) -> str:
     return socket.inet_ntop(SOCKET_FAMILY[version], packed)
 
 
-def format_endpoint(address: Any) -> str:
+def format_socket_address(address: Any) -> str:
     """Return the text of a socket's address: HOST:PORT, or the path of a UNIX socket."""
     if not isinstance(address, tuple):
         return os.fsdecode(address)
@@ -1501,7 +1501,7 @@ def decode_snapshot(document: Json, state: State) -> None:
     if "Checksum" in document:
         text = encode_json({key: document[key] for key in STATE_KEYS})[1:-1]
         if document["Checksum"] != f"{zlib.crc32(text.encode()):08x}":
-            raise ValueError("its checksum does not match what it holds from Seq on")
+            raise ValueError("its checksum does not match its content from Seq on")
     values = read_keys(document, STATE_KEYS, "the state")
 
     # pop() frees the memory of each entry for the next pool.
@@ -1691,7 +1691,7 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
     pool = known.pools.get(sub_pool) if known else None
     known_seq = pool.seq if pool else 0
     if seq != known_seq:
-        raise Forbidden(f"pool {sub_pool or subnet} is not what it was as change {seq}: look again")
+        raise Forbidden(f"pool {sub_pool or subnet} has changed since change {seq}: look again")
     if pool is None:
         require_grantable(state, subnet, sub_pool, now_s)
 
@@ -1736,8 +1736,8 @@ def require_grantable(state: State, subnet: Network, sub_pool: Network | None, n
     used = family.subnets[conflict]
     pool = used.pools.get(sub_pool) or used.first_pool
     age = format_age(now_s - pool.granted_s)
-    raise Forbidden(f"{reason}, held by pool {pool.pool_id!r} for {age}; should no network use "
-                    "that any more, `gipam check --fix` releases it")
+    raise Forbidden(f"{reason}, held by pool {pool.pool_id!r} for {age}; if no network uses it any "
+                    "more, `gipam check --fix` releases it")
 
 
 def format_age(age_s: int) -> str:
@@ -1861,8 +1861,7 @@ def parse_offset(pool: Pool, address: str) -> int:
     try:
         return pool.offset_of(address)
     except ValueError as error:
-        raise InvalidRequest(f"invalid address: {error}, as {pool.subnet.network} "
-                             "has them") from None
+        raise InvalidRequest(f"invalid address: {error} of {pool.subnet.network}") from None
 
 
 def require_free(pool: Pool, request: AddressRequest) -> int:
@@ -2437,7 +2436,7 @@ class Store:
         path = self.segment_path(number)
         segment = Segment(self._syscalls, path, number, os.O_RDWR | os.O_CREAT)
         if not segment.is_blank():
-            raise self.fail(f"{path} was put there by another program")
+            raise self.fail(f"{path} was written by another program")
         try:
             self._preallocate(segment, needed + self._reserved_bytes)
             self._sync_directory()
@@ -2741,7 +2740,7 @@ def _read_covering_ipv4_routes(proc: str, base: Network) -> Iterator[tuple[str, 
             yield device, flags
 
 
-def find_missing_device(device: str) -> str:
+def device_warning(device: str) -> str:
     """Return a warning if the device of -onlink does not exist on this host, else ""."""
     try:
         socket.if_nametoindex(device)
@@ -2920,7 +2919,7 @@ class ProxyNeighbours:
 
     def _report(self) -> None:
         """Log which bases gipam answers for, if that has changed."""
-        report = find_missing_device(self._device)
+        report = device_warning(self._device)
         level = logging.WARNING
         if self._onlink:
             level = logging.INFO
@@ -3158,8 +3157,8 @@ def parse_claim_key(key: str) -> tuple[Network, str]:
 
     Raises: ValueError, also for a spelling that gipam does not write, such as 10.2.0.0/024.
     """
-    prefix, _, rest = key.partition("/")
-    length, _, address = rest.partition("/")
+    prefix, _, suffix = key.partition("/")
+    length, _, address = suffix.partition("/")
     network = parse_prefix(f"{prefix}/{length}")
     canonical = str(network)
     if address:
@@ -4289,7 +4288,8 @@ class DockerImport:
 
     def forget_after(self, seq: int) -> None:
         """Forget records that were lost when the state was read again from disk."""
-        for lost in [known for known in self.unconfirmed if known > seq]:
+        lost_seqs = [known for known in self.unconfirmed if known > seq]
+        for lost in lost_seqs:
             del self.unconfirmed[lost]
 
 
@@ -4509,8 +4509,8 @@ class Service:
         if pool and address:
             granted = pool.leases.get(parse_offset(pool, address))
         if not granted or granted.seq != seq:
-            raise Forbidden(f"{address or 'pool'} of {pool_id!r} is not what it was as change "
-                            f"{seq}: look again")
+            raise Forbidden(f"{address or 'pool'} of {pool_id!r} has changed since change {seq}: "
+                            "look again")
         return self.release(pool_id, address)
 
     def roll_back(self, change: Record | None, seq: int) -> None:
@@ -4620,7 +4620,7 @@ class Checkpoint:
             log.warning("could not make a checkpoint in %s: %s", self._store.path,
                         format_os_error(error))
         except Exception:
-            log.exception("a checkpoint failed, which is a bug of gipam")
+            log.exception("a checkpoint failed, which is a bug in gipam")
         # After a reload the step fails: the file is removed already, or another checkpoint's.
         with contextlib.suppress(GipamError):
             self._step(self._store.remove_temp)
@@ -4799,8 +4799,8 @@ def dispatch(service: Service, verb: str, target: str, body: bytes, outcome: Out
 
     except Exception:
         # Docker gets a short reply, and the log the traceback.
-        log.exception("failed at %s, which is a bug of gipam; got %r", printable(path),
-                      body[:MAX_TEXT_CHARS])
+        log.exception("failed to handle %s, which is a bug in gipam; the body was %r",
+                      printable(path), body[:MAX_TEXT_CHARS])
         service.recover_from_exception()
         reply = error_reply(GipamError("internal error of gipam: see its log"))
         reply.result = "bug"
@@ -4896,10 +4896,10 @@ def parse_pool_request(arguments: Arguments) -> PoolRequest:
 
     if sub_pool and not subnet:
         raise InvalidRequest(
-            f"invalid address subpool: {sub_pool} comes without the subnet it is in")
+            f"invalid address subpool: {sub_pool} needs the subnet that contains it")
     shared = options.text(SHARED_OPTION) or "false"
     if shared not in ("true", "false") or (shared == "true" and not subnet):
-        raise InvalidRequest(f"option {SHARED_OPTION} is true or false, and takes a --subnet: "
+        raise InvalidRequest(f"option {SHARED_OPTION} must be true or false, and needs a --subnet: "
                              f"{shared!r}")
     return PoolRequest(version, subnet, sub_pool, prefixlen, options.text(NAME_OPTION),
                        shared == "true")
@@ -4932,7 +4932,7 @@ def handle_request_pool(service: Service, arguments: Arguments,
     # In each family, a name reserves one block.
     reservation = service.state.families[request.version].reservations.get(request.name)
     if reservation and str(reservation.network) != change.subnet:
-        log.warning("gipam.name %r is in use for %s: %s is kept for no name", request.name,
+        log.warning("gipam.name %r is in use for %s: %s is not reserved for it", request.name,
                     reservation.network, change.subnet)
     return {"PoolID": change.pool_id, "Pool": change.subnet, "Data": {}}, change
 
@@ -5007,7 +5007,7 @@ def parse_leases(leases: Any) -> list[AddressRequest]:
         fields = Arguments(lease)
         kind = fields.text("Kind")
         if kind not in LEASE_KINDS:
-            raise InvalidRequest(f"Kind is none of {', '.join(LEASE_KINDS)}: {kind!r}")
+            raise InvalidRequest(f"Kind is not one of {', '.join(LEASE_KINDS)}: {kind!r}")
         requests.append(AddressRequest(fields.text("Address"), kind, fields.text("MAC"),
                                        fields.text("Name")))
     return requests
@@ -5625,14 +5625,14 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         is_web_page = "Origin" in self.headers or "Sec-Fetch-Site" in self.headers
         if is_web_page or not match_local_host(host):
-            raise Forbidden("requests from web pages are not served, nor for another host than "
-                            f"this one: {printable(host)!r}")
+            raise Forbidden("requests from web pages, or for another host than this one, are not "
+                            f"served: {printable(host)!r}")
 
     def _parse_body_length(self) -> int:
         """Return the length of the body from the headers. Raises: InvalidRequest."""
         is_encoded = "Transfer-Encoding" in self.headers
         if is_encoded and "Content-Length" not in self.headers:
-            raise InvalidRequest("a body is served only with Content-Length", 411)
+            raise InvalidRequest("a body needs a Content-Length", 411)
         lengths = self.headers.get_all("Content-Length", ["0"])
         length = ", ".join(map(str.strip, lengths))
         if is_encoded or not re.fullmatch("[0-9]{1,19}", length):
@@ -5654,7 +5654,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
 
     def reject(self, error: GipamError) -> Request:
         """Return the delivery of an error for an invalid request; it ends the connection."""
-        log.warning("refused what is not a request: %s", error)
+        log.warning("refused an invalid request: %s", error)
         self.close_connection = True
         self.reader.clear()
         request = Request(self, "", "", b"")
@@ -5747,7 +5747,7 @@ class Server(socketserver.TCPServer):
         try:
             super().server_bind()
         except OSError as error:
-            error.filename = format_endpoint(self.server_address)
+            error.filename = format_socket_address(self.server_address)
             raise
         if self.is_unix:
             os.chmod(self.socket.getsockname(), 0o600)
@@ -5861,7 +5861,7 @@ class EventLoop:
             if self._flush_log:
                 self._flush_log()
         except Exception:
-            log.exception("the event loop failed, which is a bug of gipam")
+            log.exception("the event loop failed, which is a bug in gipam")
             self.service.store.fail("the event loop failed: see the log")
 
     def _poll(self, timeout_s: float) -> None:
@@ -6062,7 +6062,7 @@ class EventLoop:
 
     def _on_exception(self, connection: ClientConnection | None) -> None:
         """Log the current exception, and close the connection that caused it."""
-        log.exception("this is a bug of gipam")  # noqa: LOG004 - in a handler of its callers
+        log.exception("this is a bug in gipam")  # noqa: LOG004 - in a handler of its callers
         self.service.recover_from_exception()
         if connection:
             self.close(connection)
@@ -6095,7 +6095,7 @@ class EventLoop:
             self._selector.register(connection.connection, events, connection)
             connection.events = events
         except OSError as error:
-            log.error("closed a connection that the kernel does not watch: %s", error.strerror)
+            log.error("closed a connection that cannot be watched: %s", error.strerror)
             self.close(connection)
 
     def close(self, connection: ClientConnection) -> None:
@@ -6426,7 +6426,7 @@ def tcp_paths(config: Config, loop: EventLoop) -> list[PublishedPath]:
         remove_stale(dead_socket)
         log.warning("removed %s, which hid %s; restart dockerd if it has used it", dead_socket,
                     config.spec)
-    return [PluginFile(config.spec, f"tcp://{format_endpoint(server.server_address)}")]
+    return [PluginFile(config.spec, f"tcp://{format_socket_address(server.server_address)}")]
 
 
 # === Docker =======================================================================================
@@ -6448,7 +6448,7 @@ class ApiConnection(http.client.HTTPConnection):
         host, port = address if isinstance(address, tuple) else ("localhost", None)
         super().__init__(host, port, timeout=timeout_s)
         self.peer = peer
-        self.silence = f"{peer} does not answer on {format_endpoint(address)}"
+        self.silence = f"{peer} does not answer on {format_socket_address(address)}"
         self.remedy = f"start it, or say where it is with {settings}"
         self._address = address
         self._tls = tls
@@ -6506,8 +6506,8 @@ def docker_socket_path() -> str:
     scheme = "unix://"
     if not host.startswith(scheme):
         raise Unreachable(
-            f"DOCKER_HOST {host!r} is not a UNIX socket (unix:///...): gipam serves the Docker of "
-            "its own host, and to another one everything would look leaked")
+            f"DOCKER_HOST {host!r} is not a UNIX socket (unix:///...): gipam serves only the "
+            "Docker of its own host")
     return host[len(scheme):]
 
 
@@ -6748,7 +6748,7 @@ def read_docker_allocations(path: str, driver: str, timeout_s: float) -> DockerV
         allocations = DockerClient(path, timeout_s).allocations()
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Unreachable(
-            f"the Docker at {path} sends what gipam does not understand") from error
+            f"the Docker at {path} sent a reply that gipam does not understand") from error
 
     # If dockerd runs with --iptables=false, none of its networks masquerades.
     if any(allocation.network == "bridge" and not allocation.routed_option
@@ -7282,7 +7282,7 @@ def try_import(service: Service, driver: str, timeout_s: float, run_in_loop: Run
             docker_import.has_failed = True
             log.info("not compared with Docker yet, trying again in the background: %s", error)
     except Exception:
-        log.exception("cannot compare with Docker, which is a bug of gipam")
+        log.exception("cannot compare with Docker, which is a bug in gipam")
     finally:
         if is_collecting:
             gc.enable()
@@ -7321,8 +7321,8 @@ def host_warnings(status: Json, allocations: list[DockerAllocation], proc: str) 
     onlink = option.get("value", "")
     if onlink == "off":
         onlink = ""
-    if onlink and find_missing_device(onlink):
-        yield find_missing_device(onlink)
+    if onlink and device_warning(onlink):
+        yield device_warning(onlink)
     held = {pool["subnet"] for pool in status.get("pools", ())}
     for base in bases:
         yield from route_warnings(base, onlink, held, proc)
@@ -7465,7 +7465,7 @@ class EtcdEndpoint(NamedTuple):
     password: str
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{format_endpoint((self.host, self.port))}"
+        return f"{self.scheme}://{format_socket_address((self.host, self.port))}"
 
 
 def to_base64(text: str) -> str:
@@ -7501,7 +7501,7 @@ class DeadlineReader(io.RawIOBase):
         """Read what has arrived. Raises: OSError after the deadline."""
         remaining_s = self._deadline_s - time.monotonic()
         if remaining_s <= 0:
-            raise OSError("its reply does not end")
+            raise OSError("its reply is incomplete")
         self._sock.settimeout(remaining_s)
         return self._raw.readinto(buffer)
 
@@ -7606,7 +7606,7 @@ class EtcdClient:
                     reason = "timed out"
             except (http.client.HTTPException, RecursionError, ValueError, LookupError, TypeError,
                     AttributeError):
-                reason = "what answers there is not etcd"
+                reason = "the reply is not etcd's"
 
             # Try the next endpoint, and request a token there.
             if self._connection:
@@ -7938,7 +7938,7 @@ class ClusterMember:
                     log.warning("%s", error)
                 self._hurry_heartbeat()
             except Exception:
-                log.exception("failed to ask etcd: this is a bug of gipam")
+                log.exception("the etcd thread failed, which is a bug in gipam")
                 time.sleep(ETCD_ATTEMPT_S)
 
     def _hurry_heartbeat(self) -> None:
@@ -8059,7 +8059,7 @@ class ClusterMember:
         if outcome.is_committed or not is_late:
             return batch.outcome_for(request, outcome)
         reason = (self._table.failure
-                  or "etcd was too slow, or other hosts faster each time: try again")
+                  or "etcd is too slow, or other hosts changed claims each time: try again")
         return Outcome(error=Unavailable(reason))
 
     def _apply(self, result: TransactionResult) -> Outcome:
@@ -8717,7 +8717,7 @@ def describe_daemon(config: Config, address: Any) -> Json:
         if option.kind in ("FILE", "SOCKET", "NAME"):
             text = option.value
         rows[name] = {"value": text, "origin": option.origin_text}
-    return {"driver": config.driver, "listening": format_endpoint(address), "config": rows}
+    return {"driver": config.driver, "listening": format_socket_address(address), "config": rows}
 
 
 def build_config(settings: Settings) -> Config:
@@ -8880,7 +8880,7 @@ class Daemon:
         # until run(); everything below is set by then.
         self._start_threads(config)
         log_startup_warnings(config, self._service.state.families[4].subnets, "/proc/self/net")
-        addresses = [format_endpoint(server.server_address) for server in self._loop.servers]
+        addresses = [format_socket_address(server.server_address) for server in self._loop.servers]
         self._service.daemon_info = describe_daemon(config, addresses[0])
         self._service.has_macs = config.mac
         log.info("serving on %s with %d pools", ", and metrics on ".join(addresses),
@@ -8968,7 +8968,7 @@ def log_uncaught_exceptions() -> None:
     """Log what Python would write to stderr, because that could block for ever."""
     def on_thread_exception(raised: Any) -> None:
         name = raised.thread.name if raised.thread else "that has ended"
-        log.error("a bug of gipam in thread %s", name,
+        log.error("a bug in gipam, in thread %s", name,
                   exc_info=(raised.exc_type, raised.exc_value, raised.exc_traceback))
 
     def on_unraisable_exception(raised: Any) -> None:
@@ -9115,7 +9115,7 @@ def daemon_request(settings: Settings, verb: str, path: str, body: Any = None) -
     for address in addresses:
         with contextlib.suppress(NotListening):
             return request_json(ApiConnection(address, DAEMON_TIMEOUT_S), verb, path, body)
-    where = " or ".join(map(format_endpoint, addresses))
+    where = " or ".join(map(format_socket_address, addresses))
     raise NotListening(f"no gipam answers on {where}: start it, or say where it is with -socket or "
                        "-address")
 
@@ -9208,7 +9208,7 @@ def search_pools(status: Json, text: str, docker_error: str) -> list[Json]:
     if not pools:
         reason = f", and Docker's names are not known: {docker_error}" if docker_error else ""
         if address:
-            reason = name_claimants(status, address)
+            reason = claimants_text(status, address)
         raise InvalidRequest(f"{text!r} is not an address, subnet, network or container that is "
                              f"held here{reason}")
     return pools
@@ -9272,7 +9272,7 @@ def free_address_row(status: Json, pool: Json, address: str) -> Json:
     }
 
 
-def name_claimants(status: Json, address: Any) -> str:
+def claimants_text(status: Json, address: Any) -> str:
     """Return the hosts that claim a subnet with this address, as text, or ""."""
     for claim in status["claims"]:
         if address in parse_prefix(claim["subnet"]):
@@ -9963,7 +9963,7 @@ def main(argv: list[str] | None = None) -> int:
         # Another start may succeed.
         return os.EX_IOERR if error.errno in TRANSIENT_ERRNOS else 1
     except Exception:
-        log.exception("this is a bug of gipam")
+        log.exception("this is a bug in gipam")
         return 1
 
 

@@ -1298,7 +1298,7 @@ LOG_LINES = (
     "10.9.0.0/25 with 10.9.0.0/24, held by .*--fix` releases it",
     r"<4>option 'v4ab' does nothing: did you mean 'gipam.v4ab'\?",
     r"<6>a network got 10.2.1.0/24 \(web\) #7",
-    "<4>gipam.name 'web' is in use for 10.2.1.0/24: 10.2.2.0/24 is kept for no name",
+    "<4>gipam.name 'web' is in use for 10.2.1.0/24: 10.2.2.0/24 is not reserved for it",
     r"<6>a network got 10.2.2.0/24 \(web\) #8",
     "<6>stopped",
 )
@@ -1596,7 +1596,7 @@ class ParsingTest(unittest.TestCase):
                 (b"\0x", "\0x"),
                 ("", "")):
             with self.subTest(text):
-                self.assertEqual(gipam.format_endpoint(address), text)
+                self.assertEqual(gipam.format_socket_address(address), text)
 
     def test_prefix_is_an_address_and_a_decimal_length(self) -> None:
         for text in ("10.2.0.0/16", "0.0.0.0/0", "10.2.0.1/32", "2001:db8:0:100::/56", "::/0",
@@ -2211,7 +2211,7 @@ class RestingAddressTest(unittest.TestCase):
 
 
 OVERLAP = ("Pool overlaps with other one on this address space: {} with {}, held by pool {!r} for "
-           "{}; should no network use that any more, `gipam check --fix` releases it")
+           "{}; if no network uses it any more, `gipam check --fix` releases it")
 BLOCKS = ("all predefined address pools have been fully subnetted: of {} blocks of {}, {} are "
           "held, {} excluded, and {} overlap routes or addresses of this host or lie in smaller "
           "pieces")
@@ -2306,8 +2306,8 @@ class ErrorTextTest(unittest.TestCase):
         pool_id, _ = self.request_pool("10.2.0.0/24", "10.2.0.252/30")
         pool6_id, _ = self.request_pool("2001:db8::/64")
         for asked, address, family in ((pool_id, "2001:db8::1", 4), (pool6_id, "10.2.0.1", 6)):
-            text = (f"invalid address: {address!r} is not a bare IPv{family} address, as "
-                    f"{subnet_of(asked)} has them")
+            text = (f"invalid address: {address!r} is not a bare IPv{family} address of "
+                    f"{subnet_of(asked)}")
             for call in (request, self.client.release_address):
                 self.assert_error(400, text, call, asked, address)
         for address in ("10.2.1.0", "10.1.255.255"):
@@ -6127,7 +6127,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
                  {"Pool": "10.9.0.0/255.255.0.0"}),
                 (f"invalid address pool: 'fe80::%eth0/64' {form}", {"Pool": "fe80::%eth0/64"}),
                 (f"invalid address subpool: 'x' {form}", {"Pool": "10.8.0.0/24", "SubPool": "x"}),
-                ("invalid address subpool: 10.8.0.0/25 comes without the subnet it is in",
+                ("invalid address subpool: 10.8.0.0/25 needs the subnet that contains it",
                  {"SubPool": "10.8.0.0/25"}),
                 ("invalid address pool: 10.8.0.0/24 with V6 True",
                  {"Pool": "10.8.0.0/24", "V6": True}),
@@ -6272,7 +6272,7 @@ class ByHandTest(unittest.TestCase):
         "Leases": [LEASE],
         "Seq": 0,
     }
-    CHANGED = "is not what it was as change .*: look again"
+    CHANGED = "has changed since change .*: look again"
 
     def setUp(self) -> None:
         self.client = InMemory(self, v4="10.2.0.0/20")
@@ -9197,7 +9197,7 @@ class UnreachableDockerTest(OperatedCase):
             with self.subTest(text):
                 self.show_networks(text)
                 self.assert_check_fails("unix://" + self.docker.path, (
-                    f"the Docker at {path} sends what gipam does not understand"))
+                    f"the Docker at {path} sent a reply that gipam does not understand"))
 
 
 # === Check ========================================================================================
@@ -9422,7 +9422,7 @@ class CheckTest(OperatedCase):
         with mock.patch.object(gipam, "fix", fix_after_a_change):
             done = self.run_gipam("check", "--fix", "--grace", "0")
         self.assertEqual(done.status, 0)
-        refused = re.findall("not fixed: .* is not what it was as change", done.err)
+        refused = re.findall("not fixed: .* has changed since change", done.err)
         self.assertEqual(len(refused), 2)
         self.assertEqual(self.held(), {"10.2.0.0/24": ["10.2.0.1", "10.2.0.2"]})
         self.assertEqual(self.check(), [])
@@ -9660,7 +9660,7 @@ class HostWarningsTest(CommandCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.patch(gipam, find_missing_device="".format)
+        self.patch(gipam, device_warning="".format)
         for name, value in self.SYSCTLS:
             self.write_sysctl(name, value)
         self.write_routes(REJECT_V4, REJECT_V6)
@@ -9760,7 +9760,7 @@ class HostWarningsTest(CommandCase):
             "-onlink lan.7 needs sysctl -w net.ipv4.neigh.lan/7.proxy_delay=0",
             "-onlink lan.7 needs sysctl -w net.ipv6.conf.all.proxy_ndp=1")
         self.assert_warnings(*sysctls)
-        self.patch(gipam, find_missing_device="-onlink {}: there is no such device".format)
+        self.patch(gipam, device_warning="-onlink {}: there is no such device".format)
         self.assert_warnings("-onlink lan.7: there is no such device", *sysctls)
 
 
@@ -12241,7 +12241,7 @@ class SharedTest(TwoHosts):
                     refused="not shared"),
             Network("one", "10.9.0.0/16", shared=True,
                     refused="with 10.9.0.0/24, claimed by host three"),
-            Network("three", shared=True, refused="takes a --subnet"))
+            Network("three", shared=True, refused="needs a --subnet"))
         self.assertNotIn("shared", self.etcd.values["claims/10.9.0.0/24"])
         self.assertNotIn("claims/10.9.0.0/16", self.etcd.values)
         three.request_address(self.pool_ids["three", "10.9.0.0/24"])
@@ -13210,7 +13210,7 @@ class FailedStartTest(StoreCase):
 
     def test_unexpected_exception_is_logged_with_its_traceback(self) -> None:
         daemon = self.daemon(lines="gipam.open_store = lambda *_: 1 / 0")
-        self.assert_start_fails(daemon, 1, "(?s:.* ERROR this is a bug of gipam\n.*Traceback"
+        self.assert_start_fails(daemon, 1, "(?s:.* ERROR this is a bug in gipam\n.*Traceback"
                                            ".*ZeroDivisionError: division by zero)")
 
     def test_start_that_fails_leaves_no_name_and_no_pool(self) -> None:
@@ -13233,7 +13233,7 @@ class ThreadTest(StoreCase):
         daemon = self.daemon(lines=FAILING_THREAD.format(begun=begun)).start()
         daemon.client().request_pool("10.9.0.0/24")
         self.assertEqual(daemon.stop(), 0)
-        self.assertRegex(daemon.read_log(), "(?s)ERROR a bug of gipam in thread import\n.*"
+        self.assertRegex(daemon.read_log(), "(?s)ERROR a bug in gipam, in thread import\n.*"
                                             "ZeroDivisionError: division by zero")
 
     def test_exception_in_a_thread_waits_for_nobody_to_read_stderr(self) -> None:
