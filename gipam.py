@@ -1112,7 +1112,8 @@ class State:
     def apply(self, record: Record) -> None:
         """Apply one record; it takes the next sequence number.
 
-        Raises: ValueError if it contradicts the state, with nothing changed.
+        Raises: ValueError if it contradicts the state, as by granting an address twice, with
+        nothing changed.
         """
         pool = self.pools.get(record.pool_id)
         if isinstance(record, PoolGrant):
@@ -3194,8 +3195,9 @@ def desired_claim(
     """Return the claim that etcd should have under a key: `claim` is there, `own` is held here.
 
     A claim is deleted, or loses this host, if this host has released what it claims and is_kept is
-    false. is_kept: Docker, or an address in the subnet, may still need the claim. is_barred:
-    another host's claim conflicts with what is held here, and is not overwritten.
+    false. The release is then on disk, because a transaction is sent only after the commit of the
+    iteration that asks for it. is_kept: Docker, or an address in the subnet, may still need the
+    claim. is_barred: another host's claim conflicts with what is held here, and is not overwritten.
     """
     if is_barred:
         return claim
@@ -6174,7 +6176,7 @@ class EventLoop:
             self.run_once(max(self._next_timers_s - time.monotonic(), 0.0))
 
     def drain(self, remove_names: Callable[[], None]) -> None:
-        """Answer every request that was sent, then close all connections: Docker loses no request.
+        """Answer all requests, then close all connections, so that a restart loses no request.
 
         Idle UNIX connections are first shut down for reading: a client whose write fails reconnects
         and sends its request again, to this listener or to the next process. (A Go client that sees
