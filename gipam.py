@@ -8944,9 +8944,13 @@ class Daemon:
         return 0
 
     def unpublish(self) -> None:
-        """Remove the published paths. Raises: OSError."""
+        """Remove the published paths; a failure is logged."""
         while self._paths:
-            self._paths.pop().remove()
+            published = self._paths.pop()
+            try:
+                published.remove()
+            except OSError as error:
+                log.warning("cannot remove %s: %s", published.path, error.strerror)
 
 
 def cmd_serve(arguments: argparse.Namespace) -> int:

@@ -13225,6 +13225,22 @@ class FailedStartTest(StoreCase):
         self.assertEqual(dump_state(recover(self.path)), dump_state(make_state()))
 
 
+class EndTest(StoreCase):
+    """The end of a daemon whose files have been tampered with."""
+
+    def test_path_that_cannot_be_removed_does_not_keep_gipam_from_ending_well(self) -> None:
+        daemon = self.daemon().start()
+        daemon.client().request_pool("10.9.0.0/24")
+        os.unlink(daemon.socket)
+        os.mkdir(daemon.socket)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertIn(f"cannot remove {daemon.socket}: Is a directory\n", daemon.read_log())
+        # The last checkpoint leaves the lease file without a journal.
+        journal = [name for name in os.listdir(self.directory) if ".journal." in name]
+        self.assertEqual(journal, [])
+        self.assertIn("10.9.0.0/24", pathlib.Path(self.path).read_text(encoding="utf-8"))
+
+
 class ThreadTest(StoreCase):
     """A thread whose exception nobody foresaw ends nothing else."""
 
