@@ -3827,7 +3827,7 @@ class RotationTest(StoreCase):
 
     def test_segment_of_another_program_is_left_alone(self) -> None:
         self.write_file("leases.json.journal.2", b"notes\n")
-        with self.assertRaisesRegex(gipam.FatalStoreError, "put there by another program"):
+        with self.assertRaisesRegex(gipam.FatalStoreError, "written by another program"):
             self.store.rotate(1)
         self.assertEqual(pathlib.Path(self.next_path).read_bytes(), b"notes\n")
 
