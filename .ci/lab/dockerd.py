@@ -256,6 +256,47 @@ class RestartTest(DockerCase):
         self.assert_agreement(4 + 3 * 8 * 2)
 
 
+class RestingAddressTest(DockerCase):
+    """A stopped container's --ip in a network of 13 addresses, which others use up many times."""
+
+    FIXED = "10.90.0.2"
+    SHOW_ADDRESS = ("ip", "-o", "-4", "addr", "show", "eth0")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.docker.network("small", "--subnet", "10.90.0.0/28")
+        self.docker.container("fixed", "small", "--ip", self.FIXED)
+        self.docker("stop", "fixed")
+
+    def come_and_go(self) -> str:
+        """Return the address of a container that ends by itself."""
+        shown = self.docker("run", "--rm", "--network", "small", "bb", *self.SHOW_ADDRESS)
+        # 12: eth0    inet 10.90.0.3/28 brd 10.90.0.15 scope global eth0
+        cidr = shown.split()[3]
+        return cidr.partition("/")[0]
+
+    def assert_fixed_starts(self) -> None:
+        self.docker("start", "fixed")
+        self.assertEqual(self.docker.address("fixed", "small"), self.FIXED)
+        self.assert_agreement()
+
+    def test_containers_that_come_and_go_do_not_get_it(self) -> None:
+        addresses = [self.come_and_go() for _ in range(29)]
+        self.assertNotIn(self.FIXED, addresses)
+        self.assertEqual(len(set(addresses)), 12, addresses)
+        self.assert_fixed_starts()
+
+    def test_containers_that_run_at_once_do_not_get_it(self) -> None:
+        run = ("run", "-d", "--network", "small", "bb")
+        for _ in range(3):
+            self.docker.at_once(*[run] * 12)
+            self.assertEqual(len(self.docker.running_addresses()), 12)
+            self.assertNotIn(self.FIXED + "/28", self.docker.running_addresses())
+            running = self.docker("ps", "-q").split()
+            self.docker("rm", "-f", *running)
+        self.assert_fixed_starts()
+
+
 class RoutedTest(DockerCase):
     """Containers are reached without NAT, as seen on dockerd 28.5.2 and 29.1.5.
 
