@@ -10,14 +10,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
-import threading
 import unittest
 from typing import Any, Iterable
 
 from engine import DOCKER
-from machines import FILES, Block, Machine, main, make_tree, read_blocks
+from machines import FILES, Block, Machine, cable, main, make_tree, read_blocks, run
 from readme import EQUIP
 
 from test_gipam import sleeping_retry, wait_until
@@ -32,17 +30,12 @@ ME = "me=192.0.2.7"  # stands for each host's own address
 # A machine whose packages have just been installed. The image says whom it sees: busybox has REMOTE_ADDR in brackets.
 SET_UP = EQUIP.replace("tar c .", r"""mkdir www/cgi-bin; printf '#!/bin/sh\necho; echo $REMOTE_ADDR\n' > www/cgi-bin/who
 chmod +x www/cgi-bin/who; cp -r www /; tar c .""") + r"""
-cat > /usr/local/bin/cable << 'END'
-#!/bin/bash
+systemctl enable bird etcd
+""" + cable("""
 number=$((6 + ${HOSTNAME#host}))
-ip link add eth0 type veth peer name cable; ip link set eth0 up
 ip addr add 192.0.2.$number/24 dev eth0; ip addr add 2001:db8:ffff::$number/64 dev eth0 nodad
 ip route add default via 192.0.2.1; ip -6 route add default via 2001:db8:ffff::1
-END
-printf '%s\n' [Unit] Before=network.target [Service] Type=oneshot RemainAfterExit=yes ExecStart=/usr/local/bin/cable \
-  [Install] WantedBy=multi-user.target > /etc/systemd/system/cable.service
-chmod +x /usr/local/bin/cable; systemctl enable cable bird etcd
-"""
+""")
 CONNECT_ROUTER = """
 systemctl stop docker.socket docker; iptables -P FORWARD ACCEPT; ip link del eth0
 echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
@@ -74,21 +67,17 @@ class Host(Machine):
         """Run the commands of a block as they are, with the address of this host in its place."""
         return self(block.script().replace(ME, f"me=192.0.2.{HOSTS.get(self.name)}"))
 
-    def boot(self, *files: str, end: str = "cut") -> None:
-        """Boot, and plug the cable in meanwhile: etcd starts with others."""
-        plug = threading.Thread(target=self.plug_in)
-        plug.start()
-        super().boot(*files, end=end)
-        plug.join()
+    def plug_in(self, pid: str) -> None:
+        """Make eth0 of the host that starts with this process; its other end is in the switch."""
+        make = ["nsenter", "-t", pid, "-n", "ip", "link", "add", "eth0"]
+        if self.switch is None:
+            run(*make, "type", "bridge")
+            return
 
-    def plug_in(self) -> None:
-        if self.switch:
-            pid = wait_until("systemd", self.find_init)
-            plug = f"ip link set cable netns {self.switch.pid} name {self.name} 2> /dev/null"
-            for _ in sleeping_retry("eth0"):
-                if subprocess.call(["nsenter", "-t", pid, "-n", "sh", "-c", plug]) == 0:
-                    break
-            self.switch(f"ip link set {self.name} master eth0 up")
+        # The kernel takes its time to remove the devices of a machine that has lost its power.
+        self.switch(f"ip link del {self.name} 2> /dev/null || true")
+        run(*make, "type", "veth", "peer", "name", self.name, "netns", self.switch.pid)
+        self.switch(f"ip link set {self.name} master eth0 up")
 
     def addresses_of(self, container: str) -> list[str]:
         return self(ADDRESSES + container).split()

@@ -390,11 +390,15 @@ class Machine(Disk):
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         encoding="utf-8", env=environment)
         assert self.process.stdout
-        if self.router is not None:
-            self.router.plug_in(wait_until("systemd", self.find_init))
+        self.plug_in(wait_until("systemd", self.find_init))
         if self.process.stdout.readline() != "is up\n":
             raise AssertionError("the machine did not boot")
         self.pid = self.find_init()
+
+    def plug_in(self, pid: str) -> None:
+        """Connect the machine that starts with this process."""
+        if self.router is not None:
+            self.router.plug_in(pid)
 
     def find_init(self) -> str:
         """Return the id of the machine's first process, or "" while there is none."""
