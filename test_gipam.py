@@ -1041,6 +1041,18 @@ def split_sections(source: str) -> dict[str, str]:
     return sections
 
 
+def sections_out_of_order(source: str, tests: str) -> list[str]:
+    """Return the titles of sections of the tests that the source lacks, or has further above.
+
+    The source has no Helpers, Style and Running.
+    """
+    titles = [title for title in split_sections(tests)
+              if title not in ("", "Helpers", "Style", "Running")]
+    # Each `in` goes on where the last one ended.
+    remaining = iter(split_sections(source))
+    return [title for title in titles if title not in remaining]
+
+
 def count_prose(section: str) -> int:
     """Return how many lines of comment follow the banner of a section."""
     count = 0
@@ -1110,6 +1122,14 @@ class StyleChecksTest(unittest.TestCase):
         sections = split_sections(source)
         self.assertEqual(list(sections), ["", "A", "B"])
         self.assertEqual(count_prose(sections["A"]), 2)
+
+    def test_section_of_the_tests_that_is_out_of_order_is_found(self) -> None:
+        source = "# === A ===\n# === B ===\n# === C ===\n"
+        for titles, wrong in (("A C", []), ("B A C", ["A", "C"]), ("A X", ["X"])):
+            words = ["Helpers", "Style", *titles.split(), "Running"]
+            tests = "".join(f"# === {title} ===\n" for title in words)
+            with self.subTest(titles):
+                self.assertEqual(sections_out_of_order(source, tests), wrong)
 
     def test_name_of_a_later_section_is_found(self) -> None:
         source = "# === A ===\ndef f():\n    return g()\n# === B ===\ndef g():\n    return f()\n"
@@ -1214,6 +1234,9 @@ class StyleTest(unittest.TestCase):
         self.assertEqual(banners, titles)
         self.assertEqual(self.source.count("\n# ==="), len(banners))
         self.assertGreaterEqual(len(banners), 9)
+
+    def test_sections_of_the_tests_have_the_titles_and_the_order_of_gipam(self) -> None:
+        self.assertEqual(sections_out_of_order(self.source, self.sources[1].text), [])
 
     def test_each_banner_is_followed_by_three_to_ten_lines_of_prose(self) -> None:
         for source in self.sources[:2]:
@@ -1464,9 +1487,9 @@ class LogHandlerTest(Case):
 
 # === Model ========================================================================================
 #
-# Texts of prefixes, addresses and pool ids; the state as records make it, and its forms on disk.
-# make_state() and Alone are the fixtures of all tests that need no disk: a state over two bases, and
-# a client of a service that has only that.
+# Texts of prefixes, addresses and pool ids; the state as records make it. make_state() and Alone are
+# the fixtures of all tests that need no disk: a state over two bases, and a client of a service that
+# has only that.
 
 NOW_S = 1_700_000_000
 TOKEN = "0123456789abcdef"
@@ -1525,14 +1548,6 @@ def dump_subnet(subnet: gipam.Subnet) -> Any:
     past_leases = list(subnet.affinity)
     bitmaps = (dump_attributes(subnet.allocated), dump_attributes(subnet.affinity.offsets))
     return bitmaps, past_leases, pool_ids, subnet.is_shared
-
-
-def snapshot_after(state: gipam.State) -> gipam.State:
-    """Return the state that its lease file stands for."""
-    text = "".join(gipam.encode_snapshot({}, gipam.copy_state(state), None))
-    restored = make_state()
-    gipam.decode_snapshot(json.loads(text), restored)
-    return restored
 
 
 def random_state(rng: random.Random) -> gipam.State:
@@ -1795,6 +1810,21 @@ class AffinityTest(unittest.TestCase):
         self.assertEqual(tuple(affinity), (past_lease(6, "mac", 3),))
         affinity.record(gipam.PastLease(6, (), 4, False))
         self.assertEqual(affinity.last_offset("mac"), 6)
+
+
+# === Records ======================================================================================
+#
+# The two forms of the state on disk: a state that is written and read again is the same state, and
+# what contradicts the format of a lease file or a record is refused. The values of a lease file that
+# a person has edited are under Settings, since `gipam config` shows how a start refuses them.
+
+
+def snapshot_after(state: gipam.State) -> gipam.State:
+    """Return the state that its lease file stands for."""
+    text = "".join(gipam.encode_snapshot({}, gipam.copy_state(state), None))
+    restored = make_state()
+    gipam.decode_snapshot(json.loads(text), restored)
+    return restored
 
 
 class SnapshotTest(unittest.TestCase):
@@ -4444,6 +4474,331 @@ class ProxiesTest(Case):
         pattern = "^-onlink 'eth0' needs CAP_NET_ADMIN: .*onlink.conf"
         with self.assertRaisesRegex(gipam.ConfigError, pattern):
             gipam.ProxyNeighbours("eth0", [], self.link)
+
+
+# === Claims =======================================================================================
+#
+# What follows from the claims in etcd, as pure functions and as a table without an etcd: when a
+# claim is written, deleted, or let alone; how long nothing new is claimed after a loss of data;
+# which machine is which.
+
+
+def claim_of(
+    *hosts: str,
+    kind: str = "",
+    shared: bool = False,
+    since: int = 1,
+) -> gipam.Claim:
+    """Return a claim of these hosts."""
+    return gipam.Claim(hosts, kind, shared, since)
+
+
+MACHINE = gipam.MachineId("machine", "product")
+MAC = "02:42:00:00:00:01"
+LAN = "192.168.1.0/24"  # shared by hosts
+
+
+class DesiredClaimTest(unittest.TestCase):
+    """When a claim is written, joined, left, deleted, or let alone."""
+
+    ONE = claim_of("one")
+    TWO = claim_of("two")
+    BOTH = claim_of("one", "two", shared=True)
+    HELD = claim_of("one", shared=True, since=7)
+
+    def assert_desired(
+        self,
+        desired: gipam.Claim | None,
+        claim: gipam.Claim | None,
+        own: gipam.Claim | None = None,
+        is_barred: bool = False,
+        is_kept: bool = False,
+    ) -> None:
+        with self.subTest(claim=claim, own=own, is_barred=is_barred, is_kept=is_kept):
+            result = gipam.desired_claim("one", claim, own, is_barred, is_kept)
+            self.assertEqual(result, desired)
+
+    def test_held_subnet_is_claimed_and_a_shared_claim_is_joined(self) -> None:
+        self.assert_desired(self.HELD, None, own=self.HELD)
+        joined = self.HELD._replace(since_s=1)
+        self.assert_desired(joined, self.ONE, own=self.HELD)
+        shared = claim_of("two", shared=True)
+        self.assert_desired(self.BOTH, shared, own=self.HELD)
+
+    def test_claim_of_another_host_is_not_written_over(self) -> None:
+        self.assert_desired(self.TWO, self.TWO, own=self.HELD, is_barred=True)
+        self.assert_desired(None, None, own=self.HELD, is_barred=True)
+
+    def test_claim_that_nothing_holds_is_deleted_or_left_to_the_others(self) -> None:
+        self.assert_desired(None, self.ONE)
+        self.assert_desired(claim_of("two", shared=True), self.BOTH)
+        self.assert_desired(self.TWO, self.TWO)
+        self.assert_desired(None, None)
+
+    def test_claim_is_kept_while_docker_or_an_address_may_need_it(self) -> None:
+        self.assert_desired(self.ONE, self.ONE, is_kept=True)
+        self.assert_desired(self.BOTH, self.BOTH, is_kept=True)
+
+    def test_kind_of_an_address_follows_its_lease_unless_others_have_it_too(self) -> None:
+        endpoint = claim_of("one", kind="endpoint")
+        self.assert_desired(endpoint, claim_of("one", kind="gateway"), own=endpoint)
+        both = claim_of("one", "two", kind="gateway")
+        self.assert_desired(both, claim_of("two", kind="gateway"), own=endpoint)
+
+
+class MembersTest(Case):
+    """Presence, and the one grace period after a loss of data."""
+
+    def setUp(self) -> None:
+        self.now_s = 1000.0
+        self.patch(time, monotonic=self.now)
+        self.members = gipam.Members("one", MACHINE)
+
+    def now(self) -> float:
+        return self.now_s
+
+    def update(self, **texts: Any) -> None:
+        """Show the members what etcd has under hosts/; a value that is no text is_behind."""
+        self.members.update(self.keys(**texts))
+
+    @staticmethod
+    def keys(**texts: Any) -> dict[str, str]:
+        return {f"hosts/{host}": json.dumps({"count": count, "is_behind": count < 0})
+                for host, count in texts.items()}
+
+    def assert_grace(self, is_on: bool) -> None:
+        if is_on:
+            self.assertRaisesRegex(gipam.Unavailable, "nothing new for",
+                                   self.members.require_grace_over)
+        else:
+            self.members.require_grace_over()
+
+    def assert_grace_ends(self) -> None:
+        """Check that the grace period goes on for its length from now, and then is over."""
+        self.now_s += gipam.GRACE_PERIOD_S - 0.1
+        self.assert_grace(True)
+        self.now_s += 0.2
+        self.assert_grace(False)
+
+    def test_nothing_is_awaited_before_a_loss(self) -> None:
+        self.update(one=1, two=1)
+        self.assert_grace(False)
+
+    def test_grace_period_lasts_while_another_host_says_that_it_is_behind(self) -> None:
+        """Whether or not this host has noticed the loss itself."""
+        self.update(one=1, two=-1)
+        self.now_s += 60
+        self.assert_grace(True)
+        self.update(one=1, two=2)
+        self.assert_grace_ends()
+
+    def test_grace_period_lasts_while_this_host_has_not_claimed_all_again(self) -> None:
+        self.members.unclaimed.update(("10.9.0.0/24", "10.9.1.0/24"))
+        self.members.extend_grace_period()
+        self.now_s += 60
+        self.members.on_tried(["10.9.0.0/24"])
+        self.assert_grace(True)
+        self.assertTrue(self.members.is_behind)
+        self.members.on_tried(["10.9.1.0/24"])
+        self.assertFalse(self.members.is_behind)
+        self.assert_grace_ends()
+
+    def test_host_that_was_present_is_awaited_until_it_writes_its_key(self) -> None:
+        """And so this host says that it is behind, for those that do not know of the loss."""
+        self.update(one=1, two=1)
+        self.members.on_data_loss(self.keys(one=1))
+        for _ in range(2):
+            self.now_s += 10
+            self.members.update({})
+            self.assert_grace(True)
+            self.assertTrue(self.members.is_behind)
+        self.update(two=2)
+        self.assertFalse(self.members.is_behind)
+        self.assert_grace_ends()
+
+    def test_older_key_that_a_restore_has_brought_back_is_no_sign_of_life(self) -> None:
+        self.update(two=5)
+        self.members.on_data_loss(self.keys(two=3))
+        self.update(two=3)
+        self.now_s += 60
+        self.assert_grace(True)
+
+    def test_absent_host_is_not_awaited(self) -> None:
+        self.update(two=1)
+        for _ in range(gipam.MISSED_HEARTBEATS):
+            self.members.count_reading()
+        self.members.on_data_loss({})
+        self.assert_grace_ends()
+
+    def test_awaited_host_that_never_comes_is_absent_some_day(self) -> None:
+        self.update(two=1)
+        self.members.on_data_loss({})
+        for _ in range(gipam.MISSED_HEARTBEATS):
+            self.assert_grace(True)
+            self.members.count_reading()
+        self.assertFalse(self.members.is_behind)
+        self.assert_grace_ends()
+        self.members.update({})
+        self.assertEqual(self.members.by_host, {})
+
+    def test_host_is_absent_when_four_readings_in_a_row_found_the_same_key(self) -> None:
+        for count in (1, 2, 3, 4, 5):
+            self.update(two=count)
+            self.members.count_reading()
+        for _ in range(gipam.MISSED_HEARTBEATS - 1):
+            self.assertRaisesRegex(gipam.Forbidden, "two is alive or was seen within the last 40 s",
+                                   self.members.require_absent, "two")
+            self.update(two=5)
+            self.members.count_reading()
+        self.members.require_absent("two")
+
+    def test_names_of_hosts_are_made_printable(self) -> None:
+        self.members.update({"hosts/\x1b[31mtwo": "{}"})
+        self.assertEqual(list(self.members.by_host), ["\\x1b[31mtwo"])
+
+
+class TableTest(unittest.TestCase):
+    """What a table does with what etcd told."""
+
+    def setUp(self) -> None:
+        self.table = gipam.ClaimTable("one", MACHINE, make_state())
+
+    def apply(self, is_committed: bool, **claims: Any) -> None:
+        outcome = gipam.Outcome(is_committed, is_fresh=True)
+        self.table.apply_result(
+            gipam.TransactionResult(gipam.Head("a"), claims, {}, outcome, 0.0))
+
+    def test_only_a_committed_transaction_voids_what_was_sent_before(self) -> None:
+        self.table.releasing.add(f"{LAN}/192.168.1.9")
+        self.apply(is_committed=False)
+        self.assertTrue(self.table.releasing)
+        self.apply(is_committed=True)
+        self.assertFalse(self.table.releasing)
+
+    def test_address_of_others_is_not_chosen_though_this_host_wrote_its_claim(self) -> None:
+        """As it does when it leaves a gateway to the others, beside a request for any address."""
+        grant = gipam.make_pool_grant(gipam.parse_prefix(LAN), None, TOKEN, 0)
+        self.table.state.apply(grant._replace(is_shared=True))
+        pool = self.table.state.pools[grant.pool_id]
+        key = f"{LAN}/192.168.1.1"
+        request = gipam.AddressRequest("", gipam.ENDPOINT, MAC, "")
+        for hosts in (("two",), ("one", "two")):
+            self.apply(is_committed=True, **{key: claim_of(*hosts, kind="gateway")})
+            outcome = gipam.Outcome(True, frozenset([key]), is_fresh=True)
+            with self.assertRaises(gipam.TransactionRequired) as required:
+                self.table.decide_shared_address(pool, request, 0, 1, outcome)
+            self.assertNotIn(key, required.exception.transaction.claims)
+            fixed = request._replace(address="192.168.1.1")
+            with self.assertRaisesRegex(gipam.Forbidden, "claimed by host"):
+                self.table.decide_shared_address(pool, fixed, 0, 1, outcome)
+
+    def test_subnet_of_others_is_not_granted_though_this_host_wrote_its_claim(self) -> None:
+        self.apply(is_committed=True, **{LAN: claim_of("two", shared=True)})
+        grant = gipam.make_pool_grant(gipam.parse_prefix(LAN), None, TOKEN, 0)
+        outcome = gipam.Outcome(True, frozenset([LAN]), is_fresh=True)
+        with self.assertRaises(gipam.TransactionRequired) as required:
+            self.table.require_claim(grant._replace(is_shared=True), outcome)
+        claim = required.exception.transaction.claims[LAN]
+        assert claim
+        self.assertEqual(claim.hosts, ("one", "two"))
+
+    def test_request_of_a_batch_is_granted_only_what_it_claimed(self) -> None:
+        batch = gipam.TransactionBatch(self.table)
+        requests = [gipam.PendingRequest(mock.Mock()) for _ in range(3)]
+        keys = ("10.8.0.0/24", "10.9.0.0/24", "10.9.0.0/24")
+        for request, key in zip(requests, keys):
+            transaction = gipam.Transaction({key: claim_of("one")}, gipam.Head("a"))
+            batch.add(request, transaction)
+        outcome = gipam.Outcome(True, frozenset(keys), is_fresh=True)
+        granted = [batch.outcome_for(request, outcome).granted for request in requests]
+        self.assertEqual(granted, [{"10.8.0.0/24"}, {"10.9.0.0/24"}, set()])
+
+    def test_claim_is_let_go_of_only_right_after_etcd_has_answered(self) -> None:
+        """Until then a container may need it while etcd is away."""
+        self.apply(is_committed=True, **{"10.9.0.0/24": claim_of("one")})
+        self.table.on_docker_compared()
+        fresh = gipam.Outcome(is_fresh=True)
+        for outcome, claims in (
+                (gipam.NO_OUTCOME, {}),
+                (fresh, {"10.9.0.0/24": None})):
+            with self.assertRaises(gipam.TransactionRequired) as required:
+                self.table.reconcile(["10.9.0.0/24"], outcome)
+            self.assertEqual(required.exception.transaction.claims, claims)
+            self.assertEqual(self.table.releasing, set(claims))
+
+    def test_tentative_claims_block_only_until_they_are_unblocked(self) -> None:
+        used = self.table.state.families[4].used
+        network = gipam.parse_prefix("10.9.0.0/24")
+        blocked = self.table.block_tentatively({
+            "10.9.0.0/24": claim_of("one"),
+            f"{LAN}/192.168.1.9": claim_of("one"),
+            "10.8.0.0/24": None})
+        self.assertEqual(blocked, [network])
+        self.assertEqual(used.find_overlap(network), network)
+        self.table.unblock(blocked)
+        self.assertIsNone(used.find_overlap(network))
+
+    def test_conflict_is_reported_once_and_again_when_it_changes(self) -> None:
+        network = gipam.parse_prefix("10.9.0.0/24")
+        grant = gipam.make_pool_grant(network, None, TOKEN, 0)
+        self.table.state.apply(grant)
+        subnet = self.table.state.pools[grant.pool_id].subnet
+        self.table.on_record(grant, subnet)
+        for host, count in (("two", 1), ("two", 0), ("three", 1)):
+            self.table.apply_claims({"10.9.0.0/16": claim_of(host)})
+            conflicts = self.table.new_conflicts()
+            self.assertEqual(len(conflicts), count)
+        self.table.apply_claims({"10.9.0.0/16": None})
+        self.assertEqual(self.table.conflicts, {})
+
+
+class MachineTest(Case):
+    """Which key under the own name is another machine's."""
+
+    def test_machines_with_one_name_are_told_apart(self) -> None:
+        here = {"machine": "machine", "product": "product"}
+        unknown = gipam.MachineId("machine", "")
+        for is_foreign, value in (
+                (False, here),
+                (False, {**here, "product": ""}),
+                (True, {**here, "product": "clone"}),
+                (True, {**here, "machine": "another"}),
+                (True, {"machine": "another", "product": ""}),
+                (False, {"machine": "another", "token": "of an older gipam"}),
+                (False, {})):
+            with self.subTest(value):
+                self.assertEqual(MACHINE.is_foreign(value), is_foreign)
+        self.assertFalse(unknown.is_foreign({**here, "product": "clone"}))
+
+    def test_machine_is_its_id_and_the_path_of_its_lease_file_and_its_product(self) -> None:
+        """Nothing that a reboot, a restore or a new file system changes."""
+        directory = make_directory(self)
+
+        def write(name: str, text: str) -> str:
+            path = os.path.join(directory, name)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+            return path
+
+        machine_file = write("machine-id", "0123456789abcdef0123456789abcdef\n")
+        product_file = write("product_uuid", "5A1E\n")
+        lease_path = os.path.join(directory, "leases.json")
+        first = gipam.read_machine_id(lease_path, machine_file, product_file)
+        write("leases.json", "made anew")
+        self.assertEqual(gipam.read_machine_id(lease_path, machine_file, product_file), first)
+        unreadable = gipam.read_machine_id(lease_path, machine_file, directory + "/none")
+        self.assertEqual(unreadable, first._replace(product=""))
+        elsewhere = gipam.read_machine_id(directory + "/other.json", machine_file, product_file)
+        self.assertNotEqual(elsewhere.machine, first.machine)
+        write("product_uuid", "C10E\n")
+        clone = gipam.read_machine_id(lease_path, machine_file, product_file)
+        self.assertEqual(clone.machine, first.machine)
+        self.assertNotEqual(clone.product, first.product)
+
+    def test_clock_of_transactions_runs_while_the_machine_sleeps(self) -> None:
+        with mock.patch.object(time, "clock_gettime", return_value=5.0) as clock:
+            self.assertEqual(gipam.boottime_s(), 5.0)
+        clock.assert_called_once_with(time.CLOCK_BOOTTIME)
 
 
 # === Service ======================================================================================
@@ -10452,331 +10807,6 @@ class ImportOfAdoptedPoolTest(ImportCase):
         self.assertEqual(set(recover(self.file).pools), set(pools))
 
 
-# === Claims =======================================================================================
-#
-# What follows from the claims in etcd, as pure functions and as a table without an etcd: when a
-# claim is written, deleted, or let alone; how long nothing new is claimed after a loss of data;
-# which machine is which.
-
-
-def claim_of(
-    *hosts: str,
-    kind: str = "",
-    shared: bool = False,
-    since: int = 1,
-) -> gipam.Claim:
-    """Return a claim of these hosts."""
-    return gipam.Claim(hosts, kind, shared, since)
-
-
-MACHINE = gipam.MachineId("machine", "product")
-MAC = "02:42:00:00:00:01"
-LAN = "192.168.1.0/24"  # shared by hosts
-
-
-class DesiredClaimTest(unittest.TestCase):
-    """When a claim is written, joined, left, deleted, or let alone."""
-
-    ONE = claim_of("one")
-    TWO = claim_of("two")
-    BOTH = claim_of("one", "two", shared=True)
-    HELD = claim_of("one", shared=True, since=7)
-
-    def assert_desired(
-        self,
-        desired: gipam.Claim | None,
-        claim: gipam.Claim | None,
-        own: gipam.Claim | None = None,
-        is_barred: bool = False,
-        is_kept: bool = False,
-    ) -> None:
-        with self.subTest(claim=claim, own=own, is_barred=is_barred, is_kept=is_kept):
-            result = gipam.desired_claim("one", claim, own, is_barred, is_kept)
-            self.assertEqual(result, desired)
-
-    def test_held_subnet_is_claimed_and_a_shared_claim_is_joined(self) -> None:
-        self.assert_desired(self.HELD, None, own=self.HELD)
-        joined = self.HELD._replace(since_s=1)
-        self.assert_desired(joined, self.ONE, own=self.HELD)
-        shared = claim_of("two", shared=True)
-        self.assert_desired(self.BOTH, shared, own=self.HELD)
-
-    def test_claim_of_another_host_is_not_written_over(self) -> None:
-        self.assert_desired(self.TWO, self.TWO, own=self.HELD, is_barred=True)
-        self.assert_desired(None, None, own=self.HELD, is_barred=True)
-
-    def test_claim_that_nothing_holds_is_deleted_or_left_to_the_others(self) -> None:
-        self.assert_desired(None, self.ONE)
-        self.assert_desired(claim_of("two", shared=True), self.BOTH)
-        self.assert_desired(self.TWO, self.TWO)
-        self.assert_desired(None, None)
-
-    def test_claim_is_kept_while_docker_or_an_address_may_need_it(self) -> None:
-        self.assert_desired(self.ONE, self.ONE, is_kept=True)
-        self.assert_desired(self.BOTH, self.BOTH, is_kept=True)
-
-    def test_kind_of_an_address_follows_its_lease_unless_others_have_it_too(self) -> None:
-        endpoint = claim_of("one", kind="endpoint")
-        self.assert_desired(endpoint, claim_of("one", kind="gateway"), own=endpoint)
-        both = claim_of("one", "two", kind="gateway")
-        self.assert_desired(both, claim_of("two", kind="gateway"), own=endpoint)
-
-
-class MembersTest(Case):
-    """Presence, and the one grace period after a loss of data."""
-
-    def setUp(self) -> None:
-        self.now_s = 1000.0
-        self.patch(time, monotonic=self.now)
-        self.members = gipam.Members("one", MACHINE)
-
-    def now(self) -> float:
-        return self.now_s
-
-    def update(self, **texts: Any) -> None:
-        """Show the members what etcd has under hosts/; a value that is no text is_behind."""
-        self.members.update(self.keys(**texts))
-
-    @staticmethod
-    def keys(**texts: Any) -> dict[str, str]:
-        return {f"hosts/{host}": json.dumps({"count": count, "is_behind": count < 0})
-                for host, count in texts.items()}
-
-    def assert_grace(self, is_on: bool) -> None:
-        if is_on:
-            self.assertRaisesRegex(gipam.Unavailable, "nothing new for",
-                                   self.members.require_grace_over)
-        else:
-            self.members.require_grace_over()
-
-    def assert_grace_ends(self) -> None:
-        """Check that the grace period goes on for its length from now, and then is over."""
-        self.now_s += gipam.GRACE_PERIOD_S - 0.1
-        self.assert_grace(True)
-        self.now_s += 0.2
-        self.assert_grace(False)
-
-    def test_nothing_is_awaited_before_a_loss(self) -> None:
-        self.update(one=1, two=1)
-        self.assert_grace(False)
-
-    def test_grace_period_lasts_while_another_host_says_that_it_is_behind(self) -> None:
-        """Whether or not this host has noticed the loss itself."""
-        self.update(one=1, two=-1)
-        self.now_s += 60
-        self.assert_grace(True)
-        self.update(one=1, two=2)
-        self.assert_grace_ends()
-
-    def test_grace_period_lasts_while_this_host_has_not_claimed_all_again(self) -> None:
-        self.members.unclaimed.update(("10.9.0.0/24", "10.9.1.0/24"))
-        self.members.extend_grace_period()
-        self.now_s += 60
-        self.members.on_tried(["10.9.0.0/24"])
-        self.assert_grace(True)
-        self.assertTrue(self.members.is_behind)
-        self.members.on_tried(["10.9.1.0/24"])
-        self.assertFalse(self.members.is_behind)
-        self.assert_grace_ends()
-
-    def test_host_that_was_present_is_awaited_until_it_writes_its_key(self) -> None:
-        """And so this host says that it is behind, for those that do not know of the loss."""
-        self.update(one=1, two=1)
-        self.members.on_data_loss(self.keys(one=1))
-        for _ in range(2):
-            self.now_s += 10
-            self.members.update({})
-            self.assert_grace(True)
-            self.assertTrue(self.members.is_behind)
-        self.update(two=2)
-        self.assertFalse(self.members.is_behind)
-        self.assert_grace_ends()
-
-    def test_older_key_that_a_restore_has_brought_back_is_no_sign_of_life(self) -> None:
-        self.update(two=5)
-        self.members.on_data_loss(self.keys(two=3))
-        self.update(two=3)
-        self.now_s += 60
-        self.assert_grace(True)
-
-    def test_absent_host_is_not_awaited(self) -> None:
-        self.update(two=1)
-        for _ in range(gipam.MISSED_HEARTBEATS):
-            self.members.count_reading()
-        self.members.on_data_loss({})
-        self.assert_grace_ends()
-
-    def test_awaited_host_that_never_comes_is_absent_some_day(self) -> None:
-        self.update(two=1)
-        self.members.on_data_loss({})
-        for _ in range(gipam.MISSED_HEARTBEATS):
-            self.assert_grace(True)
-            self.members.count_reading()
-        self.assertFalse(self.members.is_behind)
-        self.assert_grace_ends()
-        self.members.update({})
-        self.assertEqual(self.members.by_host, {})
-
-    def test_host_is_absent_when_four_readings_in_a_row_found_the_same_key(self) -> None:
-        for count in (1, 2, 3, 4, 5):
-            self.update(two=count)
-            self.members.count_reading()
-        for _ in range(gipam.MISSED_HEARTBEATS - 1):
-            self.assertRaisesRegex(gipam.Forbidden, "two is alive or was seen within the last 40 s",
-                                   self.members.require_absent, "two")
-            self.update(two=5)
-            self.members.count_reading()
-        self.members.require_absent("two")
-
-    def test_names_of_hosts_are_made_printable(self) -> None:
-        self.members.update({"hosts/\x1b[31mtwo": "{}"})
-        self.assertEqual(list(self.members.by_host), ["\\x1b[31mtwo"])
-
-
-class TableTest(unittest.TestCase):
-    """What a table does with what etcd told."""
-
-    def setUp(self) -> None:
-        self.table = gipam.ClaimTable("one", MACHINE, make_state())
-
-    def apply(self, is_committed: bool, **claims: Any) -> None:
-        outcome = gipam.Outcome(is_committed, is_fresh=True)
-        self.table.apply_result(
-            gipam.TransactionResult(gipam.Head("a"), claims, {}, outcome, 0.0))
-
-    def test_only_a_committed_transaction_voids_what_was_sent_before(self) -> None:
-        self.table.releasing.add(f"{LAN}/192.168.1.9")
-        self.apply(is_committed=False)
-        self.assertTrue(self.table.releasing)
-        self.apply(is_committed=True)
-        self.assertFalse(self.table.releasing)
-
-    def test_address_of_others_is_not_chosen_though_this_host_wrote_its_claim(self) -> None:
-        """As it does when it leaves a gateway to the others, beside a request for any address."""
-        grant = gipam.make_pool_grant(gipam.parse_prefix(LAN), None, TOKEN, 0)
-        self.table.state.apply(grant._replace(is_shared=True))
-        pool = self.table.state.pools[grant.pool_id]
-        key = f"{LAN}/192.168.1.1"
-        request = gipam.AddressRequest("", gipam.ENDPOINT, MAC, "")
-        for hosts in (("two",), ("one", "two")):
-            self.apply(is_committed=True, **{key: claim_of(*hosts, kind="gateway")})
-            outcome = gipam.Outcome(True, frozenset([key]), is_fresh=True)
-            with self.assertRaises(gipam.TransactionRequired) as required:
-                self.table.decide_shared_address(pool, request, 0, 1, outcome)
-            self.assertNotIn(key, required.exception.transaction.claims)
-            fixed = request._replace(address="192.168.1.1")
-            with self.assertRaisesRegex(gipam.Forbidden, "claimed by host"):
-                self.table.decide_shared_address(pool, fixed, 0, 1, outcome)
-
-    def test_subnet_of_others_is_not_granted_though_this_host_wrote_its_claim(self) -> None:
-        self.apply(is_committed=True, **{LAN: claim_of("two", shared=True)})
-        grant = gipam.make_pool_grant(gipam.parse_prefix(LAN), None, TOKEN, 0)
-        outcome = gipam.Outcome(True, frozenset([LAN]), is_fresh=True)
-        with self.assertRaises(gipam.TransactionRequired) as required:
-            self.table.require_claim(grant._replace(is_shared=True), outcome)
-        claim = required.exception.transaction.claims[LAN]
-        assert claim
-        self.assertEqual(claim.hosts, ("one", "two"))
-
-    def test_request_of_a_batch_is_granted_only_what_it_claimed(self) -> None:
-        batch = gipam.TransactionBatch(self.table)
-        requests = [gipam.PendingRequest(mock.Mock()) for _ in range(3)]
-        keys = ("10.8.0.0/24", "10.9.0.0/24", "10.9.0.0/24")
-        for request, key in zip(requests, keys):
-            transaction = gipam.Transaction({key: claim_of("one")}, gipam.Head("a"))
-            batch.add(request, transaction)
-        outcome = gipam.Outcome(True, frozenset(keys), is_fresh=True)
-        granted = [batch.outcome_for(request, outcome).granted for request in requests]
-        self.assertEqual(granted, [{"10.8.0.0/24"}, {"10.9.0.0/24"}, set()])
-
-    def test_claim_is_let_go_of_only_right_after_etcd_has_answered(self) -> None:
-        """Until then a container may need it while etcd is away."""
-        self.apply(is_committed=True, **{"10.9.0.0/24": claim_of("one")})
-        self.table.on_docker_compared()
-        fresh = gipam.Outcome(is_fresh=True)
-        for outcome, claims in (
-                (gipam.NO_OUTCOME, {}),
-                (fresh, {"10.9.0.0/24": None})):
-            with self.assertRaises(gipam.TransactionRequired) as required:
-                self.table.reconcile(["10.9.0.0/24"], outcome)
-            self.assertEqual(required.exception.transaction.claims, claims)
-            self.assertEqual(self.table.releasing, set(claims))
-
-    def test_tentative_claims_block_only_until_they_are_unblocked(self) -> None:
-        used = self.table.state.families[4].used
-        network = gipam.parse_prefix("10.9.0.0/24")
-        blocked = self.table.block_tentatively({
-            "10.9.0.0/24": claim_of("one"),
-            f"{LAN}/192.168.1.9": claim_of("one"),
-            "10.8.0.0/24": None})
-        self.assertEqual(blocked, [network])
-        self.assertEqual(used.find_overlap(network), network)
-        self.table.unblock(blocked)
-        self.assertIsNone(used.find_overlap(network))
-
-    def test_conflict_is_reported_once_and_again_when_it_changes(self) -> None:
-        network = gipam.parse_prefix("10.9.0.0/24")
-        grant = gipam.make_pool_grant(network, None, TOKEN, 0)
-        self.table.state.apply(grant)
-        subnet = self.table.state.pools[grant.pool_id].subnet
-        self.table.on_record(grant, subnet)
-        for host, count in (("two", 1), ("two", 0), ("three", 1)):
-            self.table.apply_claims({"10.9.0.0/16": claim_of(host)})
-            conflicts = self.table.new_conflicts()
-            self.assertEqual(len(conflicts), count)
-        self.table.apply_claims({"10.9.0.0/16": None})
-        self.assertEqual(self.table.conflicts, {})
-
-
-class MachineTest(Case):
-    """Which key under the own name is another machine's."""
-
-    def test_machines_with_one_name_are_told_apart(self) -> None:
-        here = {"machine": "machine", "product": "product"}
-        unknown = gipam.MachineId("machine", "")
-        for is_foreign, value in (
-                (False, here),
-                (False, {**here, "product": ""}),
-                (True, {**here, "product": "clone"}),
-                (True, {**here, "machine": "another"}),
-                (True, {"machine": "another", "product": ""}),
-                (False, {"machine": "another", "token": "of an older gipam"}),
-                (False, {})):
-            with self.subTest(value):
-                self.assertEqual(MACHINE.is_foreign(value), is_foreign)
-        self.assertFalse(unknown.is_foreign({**here, "product": "clone"}))
-
-    def test_machine_is_its_id_and_the_path_of_its_lease_file_and_its_product(self) -> None:
-        """Nothing that a reboot, a restore or a new file system changes."""
-        directory = make_directory(self)
-
-        def write(name: str, text: str) -> str:
-            path = os.path.join(directory, name)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-            return path
-
-        machine_file = write("machine-id", "0123456789abcdef0123456789abcdef\n")
-        product_file = write("product_uuid", "5A1E\n")
-        lease_path = os.path.join(directory, "leases.json")
-        first = gipam.read_machine_id(lease_path, machine_file, product_file)
-        write("leases.json", "made anew")
-        self.assertEqual(gipam.read_machine_id(lease_path, machine_file, product_file), first)
-        unreadable = gipam.read_machine_id(lease_path, machine_file, directory + "/none")
-        self.assertEqual(unreadable, first._replace(product=""))
-        elsewhere = gipam.read_machine_id(directory + "/other.json", machine_file, product_file)
-        self.assertNotEqual(elsewhere.machine, first.machine)
-        write("product_uuid", "C10E\n")
-        clone = gipam.read_machine_id(lease_path, machine_file, product_file)
-        self.assertEqual(clone.machine, first.machine)
-        self.assertNotEqual(clone.product, first.product)
-
-    def test_clock_of_transactions_runs_while_the_machine_sleeps(self) -> None:
-        with mock.patch.object(time, "clock_gettime", return_value=5.0) as clock:
-            self.assertEqual(gipam.boottime_s(), 5.0)
-        clock.assert_called_once_with(time.CLOCK_BOOTTIME)
-
-
 # === Cluster ======================================================================================
 #
 # Several hosts, each a service with a loop in this process, and an etcd that can be made to fail at
@@ -13357,7 +13387,7 @@ class MetricsAddressTest(Case):
 # What people type and read: help, status, release, and where a command looks for the daemon. The
 # commands run in this process, against a daemon that is served from it, beside a fake Docker;
 # run_gipam() returns what they printed. The comparison with Docker has its tests in Check,
-# `evict` in Hosts.
+# `evict` in Cluster.
 
 
 class HelpTest(CommandLineCase):
