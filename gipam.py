@@ -189,6 +189,9 @@ TIMER_INTERVAL_S = 1.0
 DRAIN_IDLE_S = 0.1  # for a disconnected client to reconnect
 DRAIN_MAX_S = 2.0  # for a connected client's request
 
+# Service.
+SLOW_COMMIT_S = 0.25  # from here on the log says it
+
 # Discovery. Source: moby pkg/plugins/discovery_unix.go
 PLUGIN_SOCKET_DIR = "/run/docker/plugins"
 
@@ -4224,31 +4227,43 @@ class AppliedRecord(NamedTuple):
 
     change: Record
     text: str  # JSON
-    seq: int
     pool: Pool
     started_s: float
 
     def describe(self, now_s: float) -> str:
-        """Return the log line: the change in words, then its numbers."""
-        return f"{self._describe_change()} seq={self.seq} ms={(now_s - self.started_s) * 1e3:.2f}"
+        """Return the log line: the change, and how long it took if the disk was slow."""
+        duration_s = now_s - self.started_s
+        text = self._describe_change()
+        if duration_s < SLOW_COMMIT_S:
+            return text
+        return f"{text}, which took {duration_s:.1f} s"
 
     def _describe_change(self) -> str:
         change = self.change
         label = self.pool.label
         if isinstance(change, AddressGrant):
-            owner = change.name or change.mac or change.kind
-            if change.name and change.mac:
-                owner += f" ({change.mac})"
-            return f"{owner} got {change.address} in {label}"
+            return f"allocated {describe_grant(change)} in {label}"
         if isinstance(change, AddressRelease):
-            return f"{change.address} in {label} is free again"
+            return f"released {change.address} in {label}"
         if isinstance(change, PoolGrant):
+            network = f"network {change.name}" if change.name else "a network"
+            prefix = change.subnet
             if change.sub_pool:
-                label = f"{change.sub_pool} of {label}"
-            return f"a network got {label}"
+                prefix = f"{change.sub_pool} of {prefix}"
+            return f"allocated {prefix} to {network}"
         if isinstance(change, PoolRelease):
-            return f"{label} is free again"
-        return f"{label}: {' '.join(map(str, change[1:]))}"
+            return f"released {label}"
+        return f"recognised {label} as Docker's pool {change.new_id}"
+
+
+def describe_grant(grant: AddressGrant) -> str:
+    """Return the address and its owner for the log: "gateway 10.2.0.1", "10.2.0.2 to web1 (MAC)"."""
+    owner = grant.name or grant.mac
+    if not owner:
+        return grant.address if grant.kind == ENDPOINT else f"{grant.kind} {grant.address}"
+    if grant.name and grant.mac:
+        owner += f" ({grant.mac})"
+    return f"{grant.address} to {owner}"
 
 
 class DockerImport:
@@ -4340,7 +4355,7 @@ class Service:
         pool = pool or self.state.pools[change.pool_id]
         if self.proxies:
             self.proxies.on_record(pool, change)
-        self._uncommitted.append(AppliedRecord(change, text, self.state.seq, pool, started_s))
+        self._uncommitted.append(AppliedRecord(change, text, pool, started_s))
         self._is_applying = False
         self.claims.on_record(change, pool.subnet)
 
@@ -4393,7 +4408,9 @@ class Service:
 
         A running checkpoint ends at its next step.
         """
-        log.error("%s", error)
+        # A fatal error is logged when the daemon ends.
+        if not self.store.fatal_error:
+            log.error("%s", error)
         self.store.last_error = str(error)
         self._is_applying = False
         try:
@@ -4619,8 +4636,10 @@ class Checkpoint:
             self._write_lease_file(is_stopping)
             return True
         except (OSError, GipamError) as error:
-            log.warning("could not make a checkpoint in %s: %s", self._store.path,
-                        format_os_error(error))
+            text = format_os_error(error)
+            if self._store.path not in text:
+                text = f"{self._store.path}: {text}"
+            log.warning("the checkpoint failed, and the journal keeps all changes: %s", text)
         except Exception:
             log.exception("a checkpoint failed, which is a bug in gipam")
         # After a reload the step fails: the file is removed already, or another checkpoint's.
@@ -4796,7 +4815,9 @@ def dispatch(service: Service, verb: str, target: str, body: bytes, outcome: Out
         raise
     except GipamError as error:
         label = METHODS[path].label if path in METHODS else "a request"
-        log.warning("refused %s: %s", label, error)
+        # Monitors ask for /healthz every few seconds, and what failed is in the log already.
+        if path != "/healthz":
+            log.warning("refused %s: %s", label, error)
         return error_reply(error)
 
     except Exception:
@@ -8416,7 +8437,7 @@ BOOLEANS = {  # the words of Go's strconv.ParseBool
 def parse_boolean(text: str) -> bool:
     """Return a boolean. Raises: ValueError."""
     if text not in BOOLEANS:
-        raise ValueError("not a boolean: use 1, t, true, 0, f or false")
+        raise ValueError("not a boolean: use true or false (or 1, 0, t, f)")
     return BOOLEANS[text]
 
 
@@ -9629,14 +9650,13 @@ def find_pool(pools: list[Json], name: str) -> Json:
     """Return the only pool that find_pools() finds by this name. Raises: InvalidRequest."""
     matches = find_pools(pools, name)
     if not matches:
-        raise InvalidRequest(f"no pool that is held here is called {name!r}: `gipam status` shows "
-                             "them all")
+        raise InvalidRequest(f"no pool matches {name!r}: `gipam status` lists them")
     if len(matches) > 1:
         ids = [pool["id"] for pool in matches]
         shown = "".join(f"\n  {pool_id}" for pool_id in ids[:9])
         if len(ids) > 9:
             shown += f"\n  and {len(ids) - 9} more"
-        raise InvalidRequest(f"{len(ids)} pools are called {name!r}: give the id of one{shown}")
+        raise InvalidRequest(f"{len(ids)} pools match {name!r}: give the id of one{shown}")
     return matches[0]
 
 
@@ -9882,7 +9902,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
     words = normalise_arguments(arguments)
     names = [word for word in words if not word.startswith("-")]
-    if names and names[0] in META_COMMANDS:
+    while names and names[0] in META_COMMANDS:
         words.remove(names[0])
         words.append("--" + names.pop(0))
     name = "serve"
