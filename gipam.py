@@ -3962,7 +3962,7 @@ class ClaimTable(NoClaims):
         is_last = len(keys) <= CLAIMS_PER_TRANSACTION
         deleted_keys = (member_key,) if is_last else ()
         expected = {member_key: member.text if member is not None else None}
-        log_text = f"evicted host {host}, which had claimed {', '.join(claims) or 'nothing'}"
+        log_text = f"evicted {host}, which had claimed {', '.join(claims) or 'nothing'}"
         raise TransactionRequired(
             Transaction(claims, self.head, expected, deleted_keys, log_text))
 
@@ -4257,7 +4257,7 @@ class AppliedRecord(NamedTuple):
 
 
 def describe_grant(grant: AddressGrant) -> str:
-    """Return the address and its owner for the log: "gateway 10.2.0.1", "10.2.0.2 to web1 (MAC)"."""
+    """Return the address and its owner for the log: "10.2.0.2 to web1 (MAC)"."""
     owner = grant.name or grant.mac
     if not owner:
         return grant.address if grant.kind == ENDPOINT else f"{grant.kind} {grant.address}"
@@ -7210,7 +7210,7 @@ def import_from_docker(service: Service, driver: str, timeout_s: float,
             run_in_loop(docker_import.confirm, chunk)
     is_complete = run_in_loop(service.end_import)
     if count:
-        log.info("compared with Docker: imported %d pools and addresses", count)
+        log.info("compared with Docker: imported %s", plural(count, "missing item"))
     elif is_complete:
         log.info("compared with Docker: nothing is missing")
 
@@ -7365,7 +7365,7 @@ def etcd_warnings(status: Json) -> Iterator[str]:
         remedy = "if it will never come back, `gipam evict {}` drops them"
         if host.get("is_own"):
             remedy = "it is a former name of this host, `gipam evict {}` takes them over"
-        yield (f"host {host['host']} has not been seen for "
+        yield (f"{host['host']} has not been seen for "
                f"{MISSED_HEARTBEATS * HEARTBEAT_INTERVAL_S:.0f} s and holds "
                f"{plural(host['claims'], 'claim')}: {remedy.format(host['host'])}")
 
@@ -7412,9 +7412,9 @@ def uplink_warnings(is_forwarding: bool, proc: str) -> Iterator[str]:
     for name in sorted(learned):
         device = os.fsdecode(name)
         if read_sysctl(proc, f"net/ipv6/conf/{device}/accept_ra") == "1":
-            state = "gets lost" if has_default else "is missing"
-            yield (f"the IPv6 default route of this host {state}: while it forwards, {device} "
-                   "ignores router advertisements: sysctl -w "
+            state = "will lose its" if has_default else "has no"
+            yield (f"this host {state} IPv6 default route, because a host that forwards ignores "
+                   f"router advertisements on {device}: sysctl -w "
                    f"net.ipv6.conf.{device.replace('.', '/')}.accept_ra=2")
 
 
@@ -8360,8 +8360,8 @@ class ClusterMember:
         self._claim_log = parse_claim_log(other_values.get("changes"))
         self._followed_s = time.monotonic()
         if unknown_keys and not table.has_joined:
-            log.warning("%d keys in etcd are not gipam's and are ignored, such as %s",
-                        len(unknown_keys), printable(unknown_keys[0]))
+            log.warning("ignoring %s in etcd, such as %s",
+                        plural(len(unknown_keys), "unknown key"), printable(unknown_keys[0]))
         return TransactionResult(
             Head(other_values.get("head")),
             {},
@@ -8906,8 +8906,8 @@ class Daemon:
         addresses = [format_socket_address(server.server_address) for server in self._loop.servers]
         self._service.daemon_info = describe_daemon(config, addresses[0])
         self._service.has_macs = config.mac
-        log.info("serving on %s with %d pools", ", and metrics on ".join(addresses),
-                 len(self._service.state.pools))
+        log.info("serving on %s with %s", ", and metrics on ".join(addresses),
+                 plural(len(self._service.state.pools), "pool"))
 
     def _handle_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -9035,8 +9035,9 @@ def require_port_free(option: Option) -> None:
 
 def send_watchdog(service: Service) -> None:
     """Send the service manager a sign of life, the number of pools and leases, and an error."""
-    pools = len(service.state.pools)
-    status = f"{pools} pools, {service.state.lease_count} leases"
+    pools = plural(len(service.state.pools), "pool")
+    leases = plural(service.state.lease_count, "lease")
+    status = f"{pools}, {leases}"
     if service.store.last_error:
         status += f"; {service.store.last_error}"
     sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={status}")
@@ -9712,7 +9713,7 @@ def cmd_evict(arguments: argparse.Namespace) -> int:
         if host in claim["hosts"]:
             subnets.append(claim["subnet"])
     claims = plural(len(subnets), "claim")
-    label = f"{claims} of host {host}"
+    label = f"{claims} of {host}"
     is_known = False
     is_former_name = False
     for member in status.get("hosts", ()):

@@ -298,7 +298,7 @@ class HostsTest(unittest.TestCase):
         self.router("ip link set host3 down")  # the cable is cut
         take = f"{CREATE} --subnet {v4} --subnet {v6} taken"
         self.assert_refused(first, take, "Pool overlaps", "host3")
-        first.wait_until("{ gipam check --grace 0 || true; } | grep -q 'note: host host3 has not been seen for'")
+        first.wait_until("{ gipam check --grace 0 || true; } | grep -q 'note: host3 has not been seen for'")
         first(evict.text)
         first(take)
         self.router("ip link set host3 up")
