@@ -4623,15 +4623,11 @@ class Checkpoint:
         self._run_in_loop = run_in_loop
         self._state = service.state
 
-    def run(self) -> bool:
-        """Make a checkpoint; return whether that worked. Raises: nothing."""
-        return self._run(is_stopping=False)
+    def run(self, is_stopping: bool = False) -> bool:
+        """Make a checkpoint; return whether that worked. Raises: nothing.
 
-    def run_at_stop(self) -> bool:
-        """Make a checkpoint that leaves no journal, so that the lease file can be copied alone."""
-        return self._run(is_stopping=True)
-
-    def _run(self, is_stopping: bool) -> bool:
+        At a stop it leaves no journal, so that the lease file can be copied alone.
+        """
         try:
             self._write_lease_file(is_stopping)
             return True
@@ -5118,9 +5114,14 @@ def describe_service(service: Service) -> Json:
     """Return the part of the status that is not about pools or claims."""
     routes = {version: service.read_obstacles(family)
               for version, family in service.state.families.items() if family.bases}
-    status = {**service.daemon_info, "version": __version__, "seq": service.state.seq,
-              "bases": describe_bases(service.state, routes), "trouble": service.store.last_error}
-    return {**status, **service.claims.describe()}
+    return {
+        **service.daemon_info,
+        "version": __version__,
+        "seq": service.state.seq,
+        "bases": describe_bases(service.state, routes),
+        "trouble": service.store.last_error,
+        **service.claims.describe(),
+    }
 
 
 def describe_claims(table: NoClaims, has_addresses: bool) -> Iterator[Json]:
@@ -5585,7 +5586,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         reader = self.reader
         if len(reader.received) > MAX_HEAD_BYTES + MAX_BODY_BYTES:
             return
-        if not reader.received and reader.body_length < 0:
+        if not reader.has_begun():
             self.active_s = time.monotonic()
         try:
             data = self.connection.recv(RECEIVE_BYTES)
@@ -5834,7 +5835,7 @@ class EventLoop:
         self._next_checkpoint_s = 0.0
         self.add_timer(self._resume_accepting)
         self.add_timer(self._close_overdue)
-        self.add_timer(self._probe_disk)
+        self.add_timer(service.store.probe)
         self.add_timer(self._start_checkpoint)
 
     # For signal handlers and other threads
@@ -5963,42 +5964,47 @@ class EventLoop:
     def _process_requests(self) -> None:
         """Roll back lost replies; decide the next request of each ready connection."""
         while self.lost_replies:
-            self._roll_back(self.lost_replies.popleft())
+            reply = self.lost_replies.popleft()
+            self._run_isolated(None, self.service.roll_back, reply.change, reply.seq)
         while self._ready:
             connection = self._ready.popleft()
-            try:
-                self._process(connection)
-            except Exception:  # noqa: BLE001 - _on_exception() logs it
-                self._on_exception(connection)
+            self._run_isolated(connection, self._process, connection)
 
-    def _roll_back(self, reply: Reply) -> None:
+    def _run_isolated(self, connection: ClientConnection | None, function: Callable[..., Any],
+              *args: Any) -> None:
+        """Call function(*args); an unexpected exception ends only this call and its connection."""
         try:
-            self.service.roll_back(reply.change, reply.seq)
-        except Exception:  # noqa: BLE001 - _on_exception() logs it
-            self._on_exception(None)
+            function(*args)
+        except Exception:
+            log.exception("this is a bug in gipam")
+            self.service.recover_from_exception()
+            if connection:
+                self.close(connection)
 
     def _process(self, connection: ClientConnection) -> None:
-        """Send unsent bytes to a connection; else read from it, and decide its next request."""
-        if connection not in self.connections:
-            return
-        if connection.unsent:
-            self.send(connection)
-            return
-
-        connection.receive()
-        # Later requests of a connection wait behind one that waits for etcd.
-        if connection.current_request:
-            return
-
-        request = self._next_request(connection)
+        """Decide the next request of a connection, unless it is for a page."""
+        request = self._receive_request(connection)
         if request and request.verb == "GET":
             self._page_queue.append(connection)
             self._set_events(connection, 0)
         elif request:
             self._decide(request)
 
-    def _next_request(self, connection: ClientConnection) -> Request | None:
-        """Return the next complete request, or None; an error is delivered to the client."""
+    def _receive_request(self, connection: ClientConnection) -> Request | None:
+        """Send unsent bytes to a connection; else read from it, and return its next request.
+
+        Return None if there is no complete one; an error is delivered to the client.
+        """
+        if connection not in self.connections:
+            return None
+        if connection.unsent:
+            self.send(connection)
+            return None
+
+        connection.receive()
+        # Later requests of a connection wait behind one that waits for etcd.
+        if connection.current_request:
+            return None
         request = None
         try:
             if not connection.closes_after_reply:
@@ -6033,10 +6039,7 @@ class EventLoop:
         """
         while self.deliveries:
             delivery = self.deliveries.popleft()
-            try:
-                delivery.deliver(error)
-            except Exception:  # noqa: BLE001 - _on_exception() logs it
-                self._on_exception(delivery.connection)
+            self._run_isolated(delivery.connection, delivery.deliver, error)
 
     def send(self, connection: ClientConnection) -> None:
         """Send unsent bytes; then continue with requests that have already arrived."""
@@ -6053,22 +6056,10 @@ class EventLoop:
         """
         if self._page_queue:
             connection = self._page_queue.popleft()
-            try:
-                self._serve_page(connection)
-            except Exception:  # noqa: BLE001 - _on_exception() logs it
-                self._on_exception(connection)
+            self._run_isolated(connection, self._serve_page, connection)
 
     def _serve_page(self, connection: ClientConnection) -> None:
-        if connection not in self.connections:
-            return
-        if connection.unsent:
-            self.send(connection)
-            return
-
-        request = connection.current_request
-        if not request:
-            connection.receive()
-            request = self._next_request(connection)
+        request = connection.current_request or self._receive_request(connection)
         if request:
             request.decide()
         self._deliver(None)
@@ -6078,17 +6069,7 @@ class EventLoop:
             return
         self._next_timers_s = time.monotonic() + TIMER_INTERVAL_S
         for function, args in self.timers:
-            try:
-                function(*args)
-            except Exception:  # noqa: BLE001 - _on_exception() logs it
-                self._on_exception(None)
-
-    def _on_exception(self, connection: ClientConnection | None) -> None:
-        """Log the current exception, and close the connection that caused it."""
-        log.exception("this is a bug in gipam")  # noqa: LOG004 - in a handler of its callers
-        self.service.recover_from_exception()
-        if connection:
-            self.close(connection)
+            self._run_isolated(None, function, *args)
 
     # Connections
 
@@ -6157,10 +6138,6 @@ class EventLoop:
             request = connection.current_request
             if request and request.awaits_etcd and request.started_s <= started_before_s:
                 request.deliver(error)
-
-    def _probe_disk(self) -> None:
-        """Find out whether the disk accepts writes again, even if no request arrives."""
-        self.service.store.probe()
 
     def _start_checkpoint(self) -> None:
         """Start a checkpoint in a thread, if the journal has outgrown the lease file."""
@@ -6824,12 +6801,12 @@ class Holding(NamedTuple):
     pool_id: str
     subnet: str
     sub_pool: str
-    address: str
-    kind: str
-    container: str
-    mac: str
     granted_s: int
     seq: int
+    address: str = ""
+    kind: str = "pool"
+    container: str = ""
+    mac: str = ""
     foreign_claim: str = ""  # of a pool: who else has claimed its subnet in etcd
 
     @property
@@ -6840,17 +6817,30 @@ class Holding(NamedTuple):
 
 def holding_of_pool(pool: Pool) -> Holding:
     """Return what a pool of the state holds."""
-    return Holding(pool.pool_id, str(pool.subnet.network), str(pool.sub_pool or ""), "", "pool", "",
-                   "", pool.granted_s, pool.seq)
+    sub_pool = str(pool.sub_pool or "")
+    return Holding(pool.pool_id, str(pool.subnet.network), sub_pool, pool.granted_s, pool.seq)
 
 
 def holding_of_json(pool: Json, lease: Json | None = None) -> Holding:
     """Return what a pool of the JSON of /status holds, or a lease in it."""
+    holding = Holding(
+        pool["id"],
+        pool["subnet"],
+        pool["sub_pool"],
+        pool["granted_s"],
+        pool["seq"],
+        foreign_claim=pool["claimed_elsewhere"],
+    )
     if lease is None:
-        return Holding(pool["id"], pool["subnet"], pool["sub_pool"], "", "pool", "", "",
-                       pool["granted_s"], pool["seq"], pool["claimed_elsewhere"])
-    return Holding(pool["id"], pool["subnet"], pool["sub_pool"], lease["address"], lease["kind"],
-                   lease["name"], lease["mac"], lease["granted_s"], lease["seq"])
+        return holding
+    return holding._replace(
+        granted_s=lease["granted_s"],
+        seq=lease["seq"],
+        address=lease["address"],
+        kind=lease["kind"],
+        container=lease["name"],
+        mac=lease["mac"],
+    )
 
 
 def holdings_of_json(status: Json) -> Iterator[Holding]:
@@ -6873,14 +6863,14 @@ def holdings_at(pool: Pool, template: Holding, offsets: dict[int, str]) -> list[
         lease = pool.leases.get(offset)
         if lease:
             holdings.append(template._replace(
-                address=address, kind=lease.kind, container=lease.name, mac=lease.mac,
-                granted_s=lease.granted_s, seq=lease.seq))
+                granted_s=lease.granted_s,
+                seq=lease.seq,
+                address=address,
+                kind=lease.kind,
+                container=lease.name,
+                mac=lease.mac,
+            ))
     return holdings
-
-
-def list_pools(service: Service) -> list[Pool]:
-    """Return the pools of the state."""
-    return list(service.state.pools.values())
 
 
 def read_holdings(service: Service, docker: DockerView, run_in_loop: RunInLoop) -> list[Holding]:
@@ -6897,7 +6887,7 @@ def read_holdings(service: Service, docker: DockerView, run_in_loop: RunInLoop) 
         addresses[subnet].add(address)
 
     holdings = []
-    for pool in run_in_loop(list_pools, service):
+    for pool in run_in_loop(list, service.state.pools.values()):
         holding = holding_of_pool(pool)
         holdings.append(holding)
         wanted = [address for address in addresses[holding.subnet] if address]
@@ -7050,33 +7040,37 @@ def confirmed_differences(read_gipam: Callable[[], list[Holding]],
                           read_docker: Callable[[], DockerView], grace_s: int) -> Findings:
     """Compare gipam with Docker twice, to filter out transient differences. Raises: Unreachable.
 
-    Each round reads gipam, Docker, gipam, and keeps only the differences that both readings of
-    gipam show. A second round follows RECHECK_DELAY_S later, because Docker shows a container as
-    stopped before it releases its address.
+    The second round follows RECHECK_DELAY_S later, because Docker shows a container as stopped
+    before it releases its address.
     """
-    differences: Findings = {}
-    for round_number in (1, 2):
-        holdings = read_gipam()
-        until_s = time.time() // 1 - grace_s
-        docker = read_docker()
-        before = diff(holdings, docker, until_s)
-        if round_number == 2:
-            before = {key: finding for key, finding in before.items() if key in differences}
-        if not before:
-            return {}
-        after = diff(read_gipam(), docker, until_s)
-        differences = {key: finding for key, finding in before.items() if key in after}
-        if not differences:
-            return {}
-        if round_number == 1:
-            time.sleep(RECHECK_DELAY_S)
-    return differences
+    first = compare_once(read_gipam, read_docker, grace_s)
+    if not first:
+        return {}
+    time.sleep(RECHECK_DELAY_S)
+    second = compare_once(read_gipam, read_docker, grace_s)
+    return {key: finding for key, finding in second.items() if key in first}
 
 
-def release_request(holding: Holding) -> tuple[str, Json]:
-    """Return path and body of a request to release this, if it has not changed since."""
-    return "/Gipam.Release", {"PoolID": holding.pool_id, "Address": holding.address,
-                              "Seq": holding.seq}
+def compare_once(read_gipam: Callable[[], list[Holding]],
+                 read_docker: Callable[[], DockerView], grace_s: int) -> Findings:
+    """Read gipam, Docker, gipam; return the differences that both readings of gipam show."""
+    holdings = read_gipam()
+    until_s = time.time() // 1 - grace_s
+    docker = read_docker()
+    before = diff(holdings, docker, until_s)
+    if not before:
+        return {}
+    after = diff(read_gipam(), docker, until_s)
+    return {key: finding for key, finding in before.items() if key in after}
+
+
+def request_release(holding: Holding, post: Post) -> None:
+    """Release this, if it has not changed since. Raises: as post()."""
+    post("/Gipam.Release", {
+        "PoolID": holding.pool_id,
+        "Address": holding.address,
+        "Seq": holding.seq,
+    })
 
 
 def fix(findings: Iterable[Finding], post: Post) -> int:
@@ -7092,9 +7086,8 @@ def fix(findings: Iterable[Finding], post: Post) -> int:
             first = imports.setdefault(key, finding._replace(missing=()))
             imports[key] = first._replace(missing=first.missing + finding.missing)
         elif finding.is_leak and finding.holding:
-            path, body = release_request(finding.holding)
             with logged_as_not_fixed(finding):
-                post(path, body)
+                request_release(finding.holding, post)
 
     count = 0
     for finding in imports.values():
@@ -7128,8 +7121,12 @@ def import_missing(finding: Finding, post: Post) -> int:
     chunks = chunks_of(leases, MAX_IMPORT_LEASES) or [[]]
     for chunk in chunks:
         reply = post("/Gipam.Adopt", {
-            "Subnet": pool.subnet, "SubPool": pool.sub_pool, "Name": pool.pool_name,
-            "Leases": chunk, "Seq": seq})
+            "Subnet": pool.subnet,
+            "SubPool": pool.sub_pool,
+            "Name": pool.pool_name,
+            "Leases": chunk,
+            "Seq": seq,
+        })
         count += reply["Adopted"]
         if not seq:
             # The first record granted the pool.
@@ -7257,10 +7254,9 @@ def release_unused(holdings: list[Holding], docker: DockerView, unconfirmed: Con
             continue
         # Docker itself releases a pool whose id it knows.
         if holding.address or parse_pool_id(holding.pool_id) is None:
-            path, body = release_request(holding)
             # If it has changed, Docker has just released it.
             with contextlib.suppress(Forbidden):
-                post(path, body)
+                request_release(holding, post)
 
 
 def confirmed_seqs(holdings: list[Holding], docker: DockerView,
@@ -7329,7 +7325,7 @@ def host_warnings(status: Json, allocations: list[DockerAllocation], proc: str) 
     """Yield what prevents containers of this host from being reached without NAT."""
     bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
     yield from etcd_warnings(status)
-    if status.get("trouble"):
+    if status["trouble"]:
         yield f"gipam {status['trouble']}: nothing new is granted"
     yield from forwarding_warnings({base.version for base in bases}, proc)
     for allocation in allocations:
@@ -7340,13 +7336,12 @@ def host_warnings(status: Json, allocations: list[DockerAllocation], proc: str) 
                    "containers use this host's address outside: create it with -o "
                    f"{allocation.routed_option}")
 
-    option: Json = status.get("config", {}).get("onlink", {})
-    onlink = option.get("value", "")
+    onlink = status["config"]["onlink"]["value"]
     if onlink == "off":
         onlink = ""
     if onlink and device_warning(onlink):
         yield device_warning(onlink)
-    held = {pool["subnet"] for pool in status.get("pools", ())}
+    held = {pool["subnet"] for pool in status["pools"]}
     for base in bases:
         yield from route_warnings(base, onlink, held, proc)
 
@@ -7363,7 +7358,7 @@ def etcd_warnings(status: Json) -> Iterator[str]:
         if host["is_present"] is not False:
             continue
         remedy = "if it will never come back, `gipam evict {}` drops them"
-        if host.get("is_own"):
+        if host["is_own"]:
             remedy = "it is a former name of this host, `gipam evict {}` takes them over"
         yield (f"{host['host']} has not been seen for "
                f"{MISSED_HEARTBEATS * HEARTBEAT_INTERVAL_S:.0f} s and holds "
@@ -7723,17 +7718,14 @@ def parse_claim_log(text: str | None) -> ClaimLog:
     return changes if is_valid else []
 
 
-def parse_claims(values: Mapping[str, Any], known: Container[str]) -> ClaimDict:
-    """Return the claims of these values; a key that gipam would not write is ignored."""
-    claims = {}
-    for key, value in values.items():
-        try:
-            if key not in known:
-                parse_claim_key(key)
-        except ValueError:
-            continue
-        claims[key] = parse_claim(value)
-    return claims
+def is_claim_key(key: str, known: Container[str]) -> bool:
+    """Return whether gipam could have written the key of a claim; those known need no parsing."""
+    try:
+        if key not in known:
+            parse_claim_key(key)
+    except ValueError:
+        return False
+    return True
 
 
 def load_tls(directory: str) -> ssl.SSLContext:
@@ -7771,7 +7763,7 @@ def read_machine_id(lease_path: str, machine_id_file: str = "/etc/machine-id",
     path = os.path.abspath(lease_path)
     machine = f"{first_line(machine_id_file)} {path}"
     product = first_line(product_file)
-    return MachineId(digest_of(machine), digest_of(product) if product else "")
+    return MachineId(digest(machine), digest(product) if product else "")
 
 
 def first_line(path: str) -> str:
@@ -7783,9 +7775,9 @@ def first_line(path: str) -> str:
         return ""
 
 
-def digest_of(text: str) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of the text."""
-    data = text.encode("utf-8", "surrogateescape")
+def digest(text: str) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of the text, which may have surrogates."""
+    data = text.encode("utf-8", "surrogatepass")
     return hashlib.sha256(data).hexdigest()[:16]
 
 
@@ -7959,15 +7951,14 @@ class ClusterMember:
             except GipamError as error:
                 if str(error) != self._table.failure:
                     log.warning("%s", error)
-                self._hurry_heartbeat()
+                self._beat_within(ETCD_ATTEMPT_S)
             except Exception:
                 log.exception("the etcd thread failed, which is a bug in gipam")
                 time.sleep(ETCD_ATTEMPT_S)
 
-    def _hurry_heartbeat(self) -> None:
-        """Let the next heartbeat follow within ETCD_ATTEMPT_S."""
-        soon_s = time.monotonic() + ETCD_ATTEMPT_S
-        self._next_heartbeat_s = min(self._next_heartbeat_s, soon_s)
+    def _beat_within(self, interval_s: float) -> None:
+        """Let the next heartbeat follow within this time."""
+        self._next_heartbeat_s = min(self._next_heartbeat_s, time.monotonic() + interval_s)
 
     def _run_once(self) -> None:
         """Run submitted requests, send a heartbeat if it is due, then reconcile dirty keys."""
@@ -8147,15 +8138,14 @@ class ClusterMember:
         own_key = f"hosts/{self._table.host}"
         own_key_text = self._format_own_key()
         writes: dict[str, str | None] = {own_key: own_key_text}
+        writes.update(dict.fromkeys(transaction.deleted_keys))
+        changed: Json = {}
         for key, claim in transaction.claims.items():
-            writes[f"claims/{key}"] = None  # deletes the claim
-            if claim is not None:
-                writes[f"claims/{key}"] = encode_json(claim.to_json())
-        for key in transaction.deleted_keys:
-            writes[key] = None
-        if transaction.claims:
+            changed[key] = claim.to_json() if claim else None
+            writes[f"claims/{key}"] = encode_json(changed[key]) if claim else None
+        if changed:
             head = Head(secrets.token_hex(8))
-            claim_log = self._extended_log(expected_head, transaction.claims)
+            claim_log = self._extended_log(expected_head, changed)
             writes["head"] = head.token
             writes["changes"] = encode_json(claim_log)
 
@@ -8218,13 +8208,8 @@ class ClusterMember:
             "is_behind": self._table.members.is_behind,
         })
 
-    def _extended_log(self, before: Head, claims: ClaimChanges) -> ClaimLog:
-        """Return the claim log with these changes; the oldest are dropped at the limit."""
-        changed: Json = {}
-        for key, claim in claims.items():
-            changed[key] = None
-            if claim is not None:
-                changed[key] = claim.to_json()
+    def _extended_log(self, before: Head, changed: Json) -> ClaimLog:
+        """Return the claim log with this change; the oldest are dropped at the limit."""
         claim_log = [*self._claim_log, (before.token or "", changed)]
         while len(claim_log) > 1 and len(encode_json(claim_log)) > MAX_CLAIM_LOG_CHARS:
             del claim_log[0]
@@ -8281,16 +8266,15 @@ class ClusterMember:
             changed.update(later)
         self._claim_log = claim_log
         self._plan_heartbeat(len(claim_log), len(claim_log) - index)
-        claims = parse_claims(changed, self._table.claims)
+        claims = {key: parse_claim(value) for key, value in changed.items()
+                  if is_claim_key(key, self._table.claims)}
         return TransactionResult(head, claims, values, Outcome(is_fresh=True), sent_s)
 
     def _find_in_log(self, head: Head, claim_log: ClaimLog) -> int | None:
         """Return the index of the first unknown change, None if the log begins after it."""
-        if head == self._table.head:
-            return len(claim_log)
-        for index in reversed(range(len(claim_log))):
-            before, _ = claim_log[index]
-            if Head(before or None) == self._table.head:
+        heads = [*[Head(before or None) for before, _ in claim_log], head]
+        for index in reversed(range(len(heads))):
+            if heads[index] == self._table.head:
                 return index
         return None
 
@@ -8303,8 +8287,7 @@ class ClusterMember:
         elapsed_s = now_s - self._followed_s
         self._followed_s = now_s
         if followed > 0:
-            interval_s = max(elapsed_s * kept / (2 * followed), ETCD_MIN_LOOK_S)
-            self._next_heartbeat_s = min(self._next_heartbeat_s, now_s + interval_s)
+            self._beat_within(max(elapsed_s * kept / (2 * followed), ETCD_MIN_LOOK_S))
 
     def _check_own_key(self, values: Mapping[str, str]) -> bool:
         """Return whether etcd has this host's key as this process wrote it.
@@ -8375,18 +8358,13 @@ class ClusterMember:
     def _split_page(self, values: Mapping[str, str], other_values: dict[str, str],
                     unknown_keys: list[str]) -> ClaimDict:
         """Return the claims of a page; add its other keys to the other arguments."""
-        claim_values = {}
+        claims = {}
         for key, text in values.items():
             table_name, _, claim_key = key.partition("/")
-            if table_name == "claims":
-                claim_values[claim_key] = parse_json_object(text)
-        claims = parse_claims(claim_values, self._table.claims)
-
-        # All other keys: the head, the log, the hosts, and what gipam did not write.
-        for key, text in values.items():
-            table_name, _, claim_key = key.partition("/")
-            if table_name == "claims" and claim_key in claims:
+            if table_name == "claims" and is_claim_key(claim_key, self._table.claims):
+                claims[claim_key] = parse_claim(parse_json_object(text))
                 continue
+            # The head, the log, the hosts, and what gipam did not write.
             other_values[key] = text
             if key not in ("head", "changes") and table_name != "hosts":
                 unknown_keys.append(key)
@@ -8658,12 +8636,13 @@ def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace)
     return settings
 
 
-def digest(text: str | None) -> str | None:
-    """Return the digest by which the lease file notes a text, safe from search-and-replace."""
-    if text is None:
-        return None
-    # An edited file may have half of a surrogate pair, which is an error later.
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+def note_of(option: Option) -> list[str | None]:
+    """Return what the lease file notes of an option, as digests: its text, and the text given.
+
+    A digest is safe from search-and-replace in the file.
+    """
+    given_text = option.given_text
+    return [digest(option.text), None if given_text is None else digest(given_text)]
 
 
 def latest(option: Option, in_file: Option, note: Sequence[Any] | None) -> tuple[Option, str]:
@@ -8678,17 +8657,18 @@ def latest(option: Option, in_file: Option, note: Sequence[Any] | None) -> tuple
         option given as when it was noted         the file
         option given with another text            the option
     """
-    noted_text, noted_given_text = note or (digest(in_file.text), digest(option.given_text))
+    text, given_text = note_of(in_file)
+    noted_text, noted_given_text = note or (text, given_text)
     if in_file.text == option.text:
         return option, ""
-    if digest(in_file.text) != noted_text:
+    if text != noted_text:
         return in_file, "it has been edited there"
-    if option.given_text is None and noted_given_text is None:
+    if given_text is None and noted_given_text is None:
         return in_file, ""
-    if option.given_text is None:
+    if given_text is None:
         return in_file, (f"it stays although -{option.name} is no longer given; to clear it, start "
                          f"once with {option.variable}={option.default}, or edit it there")
-    if digest(option.given_text) == noted_given_text:
+    if given_text == noted_given_text:
         return in_file, ("the file wins; to change it, edit it there or give "
                          f"-{option.name} a new value")
     return option, "existing pools are unaffected"
@@ -8723,11 +8703,11 @@ def apply_lease_file_settings(settings: Settings, document: Json,
 def settings_to_json(settings: Settings) -> Json:
     """Return the settings as keys of the lease file, with the notes that latest() reads."""
     document: Json = {}
-    notes = {}
+    notes: Json = {}
     for name, key in OPTION_KEYS.items():
         option = settings[name]
         document[key] = int(option.text) if option.text.isdecimal() else option.text
-        notes[name] = [digest(option.text), digest(option.given_text)]
+        notes[name] = note_of(option)
     document["Options"] = notes
     return document
 
@@ -8759,8 +8739,8 @@ def build_config(settings: Settings) -> Config:
     # Without etcd the name of the host does not matter.
     if config.etcd:
         config.host = settings["host"]._replace(text=config.host).value
-    require_valid_bases(settings, 4, config.v4, config.v4ab)
-    require_valid_bases(settings, 6, config.v6, config.v6ab)
+    for version, bases, prefixlen in config.families:
+        require_valid_bases(settings, version, bases, prefixlen)
     for network in config.exclude:
         if not any(is_subnet(network, base) for base in config.v4 + config.v6):
             raise settings["exclude"].error(f"{network} is not within any base")
@@ -8806,13 +8786,11 @@ def read_lease_file(store: Store) -> Json | None:
     entries = document.get("Allocated")
     if entries is None:
         entries = []
-    if not isinstance(entries, list):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise store.corruption(store.path, "has an Allocated that is not a list of pools")
 
     pools = []
     for entry in entries:
-        if not isinstance(entry, dict):
-            raise store.corruption(store.path, "has an Allocated that is not a list of pools")
         pool = normalise_keys(entry, POOL_KEYS)
         unknown |= pool.keys() - POOL_KEYS
         pools.append(pool)
@@ -8889,8 +8867,7 @@ class Daemon:
         # claims what Docker uses.
         self._member = join_cluster(config, self._service, store)
         cluster = self._member or NoCluster(self._service.run_once)
-        start_import(config, self._service, document, self._service.run_once,
-                     cluster.run_with_claim)
+        start_import(config, self._service, document, cluster.run_with_claim)
         # The garbage collector need not visit these leases again: 270 ms for a million.
         gc.freeze()
         gc.enable()
@@ -8960,7 +8937,7 @@ class Daemon:
             log.error("%s", error)
             return error.exit_status
         # This comes last, when nothing changes the state any more.
-        Checkpoint(self._service, self._service.run_once).run_at_stop()
+        Checkpoint(self._service, self._service.run_once).run(is_stopping=True)
         log.info("stopped")
         return 0
 
@@ -9085,14 +9062,14 @@ def make_service(config: Config, store: Store, document: Json | None, state: Sta
 
 
 def start_import(config: Config, service: Service, document: Json | None,
-                 run_in_loop: RunInLoop, run_with_claim: RunInLoop) -> None:
+                 run_with_claim: RunInLoop) -> None:
     """Import what Docker uses before anything is served, if there was no lease file.
 
     This requires that dockerd is running: while it starts, its socket accepts connections, but
     dockerd waits for gipam. All other starts compare in the background, in import_worker().
     """
     if document is None and is_docker_alive():
-        try_import(service, config.driver, IMPORT_TIMEOUT_S, run_in_loop, run_with_claim)
+        try_import(service, config.driver, IMPORT_TIMEOUT_S, service.run_once, run_with_claim)
 
 
 def log_startup_warnings(config: Config, used: Container[Network], proc: str) -> None:
@@ -9620,9 +9597,14 @@ def print_json_report(all_findings: Findings, left: Findings, notes: list[str]) 
     for key, finding in all_findings.items():
         subject = finding.subject
         rows.append({
-            "kind": finding.kind, "text": finding.text, "is_fixed": key not in left,
-            "subnet": subject.subnet, "address": subject.address, "network": subject.network,
-            "container": subject.container})
+            "kind": finding.kind,
+            "text": finding.text,
+            "is_fixed": key not in left,
+            "subnet": subject.subnet,
+            "address": subject.address,
+            "network": subject.network,
+            "container": subject.container,
+        })
     print(json.dumps({"findings": rows, "notes": notes}, indent=2))
 
 
@@ -9641,8 +9623,11 @@ def cmd_release(arguments: argparse.Namespace) -> int:
         label = f"address {lease['address']} of {pool['subnet']}"
     if not arguments.yes and not confirm(f"release {label}? [y/N] "):
         return 1
-    path, body = release_request(holding_of_json(pool, lease))
-    daemon_request(settings, "POST", path, body)
+
+    def post(path: str, body: Json) -> Any:
+        return daemon_request(settings, "POST", path, body)
+
+    request_release(holding_of_json(pool, lease), post)
     print(f"released {label}")
     return 0
 
@@ -9714,15 +9699,11 @@ def cmd_evict(arguments: argparse.Namespace) -> int:
             subnets.append(claim["subnet"])
     claims = plural(len(subnets), "claim")
     label = f"{claims} of {host}"
-    is_known = False
-    is_former_name = False
-    for member in status.get("hosts", ()):
-        if member["host"] == host:
-            is_known = True
-            is_former_name = bool(member.get("is_own"))
+    members = {member["host"]: member for member in status.get("hosts", ())}
+    is_former_name = host in members and members[host]["is_own"]
 
     # The daemon refuses an unknown host, so there is nothing to confirm.
-    if is_known and not arguments.yes:
+    if host in members and not arguments.yes:
         verb = "take over" if is_former_name else "drop"
         names = textwrap.shorten(" ".join(subnets), 200, placeholder=" ...")
         names = f": {names}" if names else ""

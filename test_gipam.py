@@ -314,7 +314,7 @@ def checkpoint(service: gipam.Service) -> bool:
 
 def checkpoint_at_stop(service: gipam.Service) -> bool:
     """Make the last checkpoint, after which the lease file stands alone."""
-    return gipam.Checkpoint(service, service.run_once).run_at_stop()
+    return gipam.Checkpoint(service, service.run_once).run(is_stopping=True)
 
 
 class DirectClient(Client):
@@ -7179,7 +7179,7 @@ class FaultTest(Case):
         self.patch(gipam, TIMER_INTERVAL_S=0.0)
         served = ServedLoop(self)
         docker, monitor = served.answered_peers(2)
-        with served.failing_commit(), mock.patch.object(served.store, "probe"):
+        with served.failing_commit(), mock.patch.object(served.loop, "timers", []):
             self.assertEqual(served.ask(docker, NEW_POOL).status, 503)
             self.assertEqual(served.ask(monitor, HEALTH).status, 503)
         for _ in served.iterations("a probe"):
@@ -7393,6 +7393,13 @@ class ConnectionTest(Case):
                                 b"Expect: 100-continue\r\nContent-Length: 14\r\n\r\n")
         self.assertEqual(peer.answer().status, 100)
         self.assertEqual(peer.ask(b'{"PoolID":"x"}'), {})
+
+    def test_page_for_a_client_that_need_not_have_waited(self) -> None:
+        """Seen before: its body had come already, and the page never did."""
+        peer = self.served.peer(b"GET /status HTTP/1.1\r\n"
+                                b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}")
+        self.assertEqual(peer.answer().status, 100)
+        self.assertEqual(peer.answer().status, 200)
 
     def test_reply_to_head_has_no_body(self) -> None:
         """Else the client would take its bytes for the next reply."""
@@ -9879,12 +9886,20 @@ FAILED_CONTAINERS = (
 )
 
 
+QUIET_STATUS: dict[str, Any] = {  # of which `check` has nothing to note
+    "bases": [],
+    "pools": [],
+    "config": {"onlink": {"value": "off"}},
+    "trouble": "",
+}
+
+
 class NotesTest(OperatedCase):
     """Notes of `check`: about networks and containers that gipam cannot fix."""
 
     def host_warnings(self) -> list[str]:
         allocations = self.read_docker().ours
-        return list(gipam.host_warnings({"bases": []}, allocations, "/nothing"))
+        return list(gipam.host_warnings(QUIET_STATUS, allocations, "/nothing"))
 
     def test_networks_that_masquerade(self) -> None:
         for case in MASQUERADING:
@@ -10039,6 +10054,7 @@ class HostWarningsTest(CommandCase):
     """What on this host keeps containers from being reached, by files as /proc has them."""
 
     STATUS: dict[str, Any] = {
+        **QUIET_STATUS,
         "bases": [{"prefix": IPV4_BASE}, {"prefix": IPV6_BASE}],
         "config": {"onlink": {"value": "lan.7"}},
     }
@@ -10094,7 +10110,7 @@ class HostWarningsTest(CommandCase):
                 self.assert_warnings(
                     case.pattern,
                     bases=[],
-                    config={},
+                    config=QUIET_STATUS["config"],
                     etcd=case.etcd,
                     hosts=[present, host])
 
@@ -10328,7 +10344,7 @@ class ImportCase(OperatedCase):
     def copy_file(self) -> bytes:
         """Return the lease file as a clean stop leaves it."""
         checkpoint = gipam.Checkpoint(self.service, self.service.run_once)
-        self.loop.run_in_loop(checkpoint.run_at_stop)
+        self.loop.run_in_loop(checkpoint.run, True)
         return pathlib.Path(self.file).read_bytes()
 
     def start(self, is_alive: bool = True, has_worker: bool = True) -> gipam.Service:
@@ -10342,7 +10358,7 @@ class ImportCase(OperatedCase):
             self.service = gipam.make_service(config, store, document, state)
             run_once = self.service.run_once
             run_with_claim = gipam.NoCluster(run_once).run_with_claim
-            gipam.start_import(config, self.service, document, run_once, run_with_claim)
+            gipam.start_import(config, self.service, document, run_with_claim)
         # Before, the loop's thread would have used it beside this one.
         self.loop.service = self.service
         self.service.daemon_info = gipam.describe_daemon(config, self.socket)
@@ -11818,7 +11834,7 @@ class StartTest(ClusterCase):
         client = DirectClient(service)
         for subnet in held:
             client.request_pool(subnet)
-        gipam.Checkpoint(service, service.run_once).run_at_stop()
+        gipam.Checkpoint(service, service.run_once).run(is_stopping=True)
         self.etcd.set("claims/10.8.0.0/24", {"hosts": ["one"]})
         self.etcd.set("claims/10.2.0.0/24", {"hosts": ["one"]})
         host = self.start("one", directory)
@@ -12642,7 +12658,9 @@ class LatestTest(CommandLineCase):
         for case in read_setting_cases():
             notes = {}
             if case.noted is not None:
-                notes["v4"] = [gipam.digest(case.noted), gipam.digest(case.noted_option)]
+                noted = gipam.Option("v4", "PREFIXES", "", "", case.noted,
+                                     given_text=case.noted_option)
+                notes["v4"] = gipam.note_of(noted)
             self.keep({"V4Pool": case.in_file, "Options": notes})
             arguments = []
             if case.option is not None:
@@ -13590,7 +13608,8 @@ class DaemonAddressTest(OperatedCase):
         self.docker.make_network("web")
         self.service.daemon_info.update(driver="lan", config={
             "v4": {"value": "10.7.0.0/16", "origin": "environment (GIPAM_V4)"},
-            "exclude": {"value": "", "origin": "default"}})
+            "exclude": {"value": "", "origin": "default"},
+            "onlink": {"value": "off", "origin": "default"}})
         for options in (("-socket", self.socket),
                         ("-unix", "-spec=/x/y.spec", "-socket", self.socket),
                         (*self.nowhere, f"-address=127.0.0.1:{self.serve_tcp()}")):
@@ -13599,7 +13618,8 @@ class DaemonAddressTest(OperatedCase):
                 self.assertRegex(done.out, "^leaked_pool: .*\noverlap: .*\n")
                 done = self.run_gipam("config", "-v4", "10.8.0.0/16", *options)
                 self.assertRegex(done.out, r"^v4 +10\.7\.0\.0/16 +environment \(GIPAM_V4\)\n"
-                                           r"exclude +none +default\n$")
+                                           r"exclude +none +default\n"
+                                           r"onlink +off +default\n$")
 
     def test_reader_that_closes_its_end_or_has_no_room(self) -> None:
         """`gipam status | head`, and `> /dev/full`."""
