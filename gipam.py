@@ -932,11 +932,6 @@ class Subnet:
                 return pool.leases[offset]
         return None
 
-    def lease_kind(self, address: str) -> str:
-        """Return the kind of the lease of an address, "" if it has none."""
-        lease = self.find_lease(parse_address(address, self.version) - self.first)
-        return lease.kind if lease else ""
-
 
 class Pool:
     """A subnet, or a range of it, that one Docker network was granted, and its leases."""
@@ -3266,7 +3261,7 @@ class Members:
 
     def update(self, keys: Mapping[str, str]) -> None:
         """Apply the keys hosts/HOST."""
-        was_behind = bool(self.hosts_behind())
+        self._note_behind()
         members = {}
         for key, text in keys.items():
             table, _, name = key.partition("/")
@@ -3284,14 +3279,12 @@ class Members:
             if known.is_awaited and known.is_present:
                 members.setdefault(host, known)
         self.by_host = members
-        self.extend_grace_period(was_behind)
 
     def count_reading(self) -> None:
         """Count a reading of the keys hosts/HOST. Call it once per HEARTBEAT_INTERVAL_S."""
-        was_behind = bool(self.hosts_behind())
+        self._note_behind()
         for host, member in self.by_host.items():
             self.by_host[host] = member._replace(missed=member.missed + 1)
-        self.extend_grace_period(was_behind)
 
     def on_data_loss(self, keys: Mapping[str, str]) -> None:
         """Start the grace period: wait until every host that was present has written its key."""
@@ -3307,13 +3300,12 @@ class Members:
 
     def on_tried(self, keys: Iterable[str]) -> None:
         """Note that etcd has these claims again, or one of another host instead."""
-        was_behind = bool(self.hosts_behind())
+        self._note_behind()
         self.unclaimed.difference_update(keys)
-        self.extend_grace_period(was_behind)
 
-    def extend_grace_period(self, was_behind: bool = False) -> None:
-        """Start the grace period again if a host is behind, or was until now."""
-        if was_behind or self.hosts_behind():
+    def _note_behind(self) -> None:
+        """Before a change that may end it, note the time if a host is behind."""
+        if self.hosts_behind():
             self._behind_s = time.monotonic()
 
     def grace_remaining_s(self) -> float:
@@ -3492,22 +3484,19 @@ class ClaimTable(NoClaims):
         network = subnet.network
         if isinstance(record, (PoolGrant, PoolRelease)):
             key = str(network)
-            if isinstance(record, PoolGrant):
-                self.unconfirmed.discard(key)
-            self._update_blocked(network)
-            self._update_conflict(key)
-            address_keys = list(self.address_keys.get(network, ()))
-            for address_key in address_keys:
-                self._update_conflict(address_key)
-            self.mark_dirty(key, *address_keys)
-
+            keys = [key, *self.address_keys.get(network, ())]
         elif subnet.is_shared and isinstance(record, (AddressGrant, AddressRelease)):
             key = f"{network}/{record.address}"
-            if isinstance(record, AddressGrant):
-                self.unconfirmed.discard(key)
-            self._update_remote_address(key)
-            self._update_conflict(key)
-            self.mark_dirty(key)
+            keys = [key]
+        else:
+            return
+
+        if isinstance(record, (PoolGrant, AddressGrant)):
+            self.unconfirmed.discard(key)
+        self._update_space(key)
+        for conflict_key in keys:
+            self._update_conflict(conflict_key)
+        self.mark_dirty(*keys)
 
     def on_docker_compared(self) -> None:
         """Queue the claims that neither this host nor Docker needs, so that they are deleted."""
@@ -3515,11 +3504,7 @@ class ClaimTable(NoClaims):
         keys = self.unconfirmed
         self.unconfirmed = set()
         for key in keys:
-            network, address = parse_claim_key(key)
-            if address:
-                self._update_remote_address(key)
-            else:
-                self._update_blocked(network)
+            self._update_space(key)
         self.mark_dirty(*keys)
 
     def apply_result(self, result: TransactionResult) -> None:
@@ -3549,11 +3534,8 @@ class ClaimTable(NoClaims):
     def _find_lost_claims(self) -> None:
         """Find what is held here, but not claimed in etcd; until it is, this host is behind."""
         for key in self._held_keys():
-            claim = self.claims.get(key)
-            is_claimed = claim is not None and self.host in claim.hosts
-            if not is_claimed and not self._is_barred(key):
+            if not self.has_claimed(key) and not self._is_barred(key):
                 self.members.unclaimed.add(key)
-        self.members.extend_grace_period()
 
     def _find_unconfirmed_claims(self) -> None:
         """Find the claims of this host, at its start, for what it does not hold.
@@ -3563,38 +3545,40 @@ class ClaimTable(NoClaims):
         """
         if self._is_docker_compared:
             return
-        for key, claim in self.claims.items():
-            if self.host in claim.hosts and self._own_claim(key) is None:
+        for key in self.claims:
+            if self.has_claimed(key) and self.own_claim(key) is None:
                 self.unconfirmed.add(key)
         for key in self.unconfirmed:
-            network, address = parse_claim_key(key)
-            if address:
-                self._update_remote_address(key)
-            else:
-                self._update_blocked(network)
+            self._update_space(key)
 
     def apply_claims(self, claims: ClaimChanges) -> None:
         """Apply claims by their keys; None: deleted."""
         for key, claim in claims.items():
-            known = self.claims.get(key)
-            if claim == known:
+            if claim == self.claims.get(key):
                 continue
+            was_ours = self.has_claimed(key)
             if claim is None:
                 del self.claims[key]
                 self.unconfirmed.discard(key)
             else:
                 self.claims[key] = claim
 
-            network, address = parse_claim_key(key)
-            if address:
-                self._update_remote_address(key)
-                self._update_conflict(key)
-            else:
-                self._update_blocked(network)
-            was_ours = known is not None and self.host in known.hosts
-            is_ours = claim is not None and self.host in claim.hosts
-            if was_ours or is_ours or self.local_subnet(network):
+            self._update_space(key)
+            network, _ = parse_claim_key(key)
+            if was_ours or self.has_claimed(key) or self.local_subnet(network):
                 self.mark_dirty(key, str(network))
+
+    def has_claimed(self, key: str) -> bool:
+        """Return whether this host has claimed a key, alone or with others."""
+        claim = self.claims.get(key)
+        return claim is not None and self.host in claim.hosts
+
+    def remote_claim(self, key: str) -> Claim | None:
+        """Return the claim of a key if other hosts have made or joined it, else None."""
+        claim = self.claims.get(key)
+        if claim is None or not claim.other_hosts(self.host):
+            return None
+        return claim
 
     def local_subnet(self, network: Network) -> Subnet | None:
         """Return the subnet, if it is held here."""
@@ -3606,10 +3590,8 @@ class ClaimTable(NoClaims):
         is_admitted: this host is about to join the claim, or to import the subnet.
         """
         key = str(network)
-        claim = self.claims.get(key)
+        claim = self.remote_claim(key)
         if claim is None:
-            return False
-        if not claim.other_hosts(self.host):
             # A claim of this host alone blocks nothing, unless Docker may use the subnet.
             return key in self.unconfirmed and not is_admitted
 
@@ -3617,6 +3599,15 @@ class ClaimTable(NoClaims):
         subnet = self.local_subnet(network)
         is_joined = is_admitted or (subnet is not None and subnet.is_shared)
         return not (claim.is_shared and is_joined)
+
+    def _update_space(self, key: str) -> None:
+        """Block or unblock what a key claims; find the conflicts that this begins or ends."""
+        network, address = parse_claim_key(key)
+        if address:
+            self._update_remote_address(key, network, address)
+            self._update_conflict(key)
+        else:
+            self._update_blocked(network)
 
     def _update_blocked(self, network: Network, is_admitted: bool = False) -> None:
         """Block or unblock the space of a claimed subnet."""
@@ -3630,7 +3621,11 @@ class ClaimTable(NoClaims):
             family.used.remove(network)
 
         if is_blocked:
-            family.remote_claims[network] = self._describe_block(str(network))
+            key = str(network)
+            family.remote_claims[network] = str(self.claims[key])
+            if key in self.unconfirmed:
+                family.remote_claims[network] += (
+                    ", before gipam started here; if Docker does not use it, it is free soon")
         else:
             family.remote_claims.pop(network, None)
 
@@ -3643,32 +3638,20 @@ class ClaimTable(NoClaims):
         for key in keys:
             self._update_conflict(key)
 
-    def _describe_block(self, key: str) -> str:
-        """Return which hosts have claimed a blocked subnet, for an error."""
-        text = str(self.claims[key])
-        if key in self.unconfirmed:
-            text += ", before gipam started here; if Docker does not use it, it is free soon"
-        return text
-
-    def _update_remote_address(self, key: str) -> None:
+    def _update_remote_address(self, key: str, network: Network, address: str) -> None:
         """Block or unblock an address of a shared subnet."""
-        network, address = parse_claim_key(key)
         keys = self.address_keys.setdefault(network, {})
         offsets = self.remote_addresses.setdefault(network, OffsetBitmap())
         offset = parse_address(address, network.version) - int(network[0])
-        claim = self.claims.get(key)
-        is_free = claim is None
-        if claim is not None and not claim.other_hosts(self.host):
-            is_free = key not in self.unconfirmed
-        if is_free:
-            offsets.discard(offset)
-        else:
+        if self.remote_claim(key) is not None or key in self.unconfirmed:
             offsets.add(offset)
-
-        if claim is None:
-            keys.pop(key, None)
         else:
+            offsets.discard(offset)
+
+        if key in self.claims:
             keys[key] = None
+        else:
+            keys.pop(key, None)
         if not keys:
             del self.address_keys[network]
             del self.remote_addresses[network]
@@ -3687,17 +3670,14 @@ class ClaimTable(NoClaims):
 
     def _find_foreign_claim(self, key: str) -> Claim | None:
         """Return the claim of another host that conflicts with what is held under this key."""
-        own = self._own_claim(key)
+        own = self.own_claim(key)
         if own is None:
             return None
         network, address = parse_claim_key(key)
         if address:
             return self.shared_subnets.foreign_claim(key, own.kind)
         overlap = self.state.families[network.version].find_remote_conflict(network)
-        claim = self.claims.get(str(overlap))
-        if claim is None or not claim.other_hosts(self.host):
-            return None
-        return claim
+        return self.remote_claim(str(overlap))
 
     def _is_barred(self, key: str) -> bool:
         """Return whether the key, or the subnet that it lies in, is in conflict."""
@@ -3732,7 +3712,7 @@ class ClaimTable(NoClaims):
 
     # Reconciling: making etcd equal to what is held here
 
-    def _own_claim(self, key: str) -> Claim | None:
+    def own_claim(self, key: str) -> Claim | None:
         """Return the claim of this host alone, None if it does not hold the key."""
         network, address = parse_claim_key(key)
         subnet = self.local_subnet(network)
@@ -3754,7 +3734,7 @@ class ClaimTable(NoClaims):
         differences = {}
         for key in keys:
             claim = self.claims.get(key)
-            own = self._own_claim(key)
+            own = self.own_claim(key)
             is_barred = own is not None and self._is_barred(key)
             is_kept = key in self.unconfirmed or self._has_own_addresses(key)
             desired = desired_claim(self.host, claim, own, is_barred, is_kept)
@@ -3767,8 +3747,7 @@ class ClaimTable(NoClaims):
         network, address = parse_claim_key(key)
         if address:
             return False
-        keys = self.address_keys.get(network, ())
-        return any(self.host in self.claims[address_key].hosts for address_key in keys)
+        return any(map(self.has_claimed, self.address_keys.get(network, ())))
 
     def reconcile(self, keys: Iterable[str], outcome: Outcome) -> None:
         """Make the claims of these keys equal to what is held here.
@@ -3777,8 +3756,6 @@ class ClaimTable(NoClaims):
         from then on (see `releasing`), and a container may need it while etcd is unreachable.
         Raises: TransactionRequired, until it is done; outcome.error.
         """
-        if outcome.error:
-            raise outcome.error
         differences = self.differences(keys)
         tried = [key for key in keys if key not in differences]
         for key in tried:
@@ -3788,12 +3765,11 @@ class ClaimTable(NoClaims):
         if not differences:
             return
 
-        if outcome.is_fresh:
-            for key, claim in differences.items():
-                if claim is None or self.host not in claim.hosts:
-                    self.releasing.add(key)
-            raise TransactionRequired(Transaction(differences, self.head))
-        raise TransactionRequired(Transaction({}, self.head))
+        self.require_fresh("", outcome)
+        for key, claim in differences.items():
+            if claim is None or self.host not in claim.hosts:
+                self.releasing.add(key)
+        raise TransactionRequired(Transaction(differences, self.head))
 
     def heartbeat(self, outcome: Outcome) -> None:
         """Write this host's key. Raises: TransactionRequired, until it is done; outcome.error."""
@@ -3844,8 +3820,8 @@ class ClaimTable(NoClaims):
 
     def is_own_shared(self, subnet: Network) -> bool:
         """Return whether this host has joined the claim of a shared subnet."""
-        claim = self.claims.get(str(subnet))
-        return claim is not None and claim.is_shared and self.host in claim.hosts
+        key = str(subnet)
+        return self.has_claimed(key) and self.claims[key].is_shared
 
     def require_claim(self, grant: PoolGrant, outcome: Outcome) -> None:
         """Check that a transaction has claimed the subnet of a pool for this grant.
@@ -3931,10 +3907,8 @@ class ClaimTable(NoClaims):
         """
         if host == self.host:
             raise InvalidRequest(f"{host!r} is this host")
-        member_key = f"hosts/{host}"
         member = self.members.by_host.get(host)
-        if member is not None:
-            member_key = member.key
+        member_key = f"hosts/{host}" if member is None else member.key
         if member_key in outcome.deleted:
             return
         self.require_fresh("", outcome)
@@ -3950,8 +3924,7 @@ class ClaimTable(NoClaims):
         claims: ClaimDict = {}
         for key in keys[:CLAIMS_PER_TRANSACTION]:
             claim = self.claims[key]
-            hosts = set(claim.hosts)
-            hosts.discard(host)
+            hosts = set(claim.other_hosts(host))
             if self.members.is_former_name(host):
                 hosts.add(self.host)
             claims[key] = None  # delete the claim: its only host is evicted
@@ -3961,7 +3934,7 @@ class ClaimTable(NoClaims):
         # The key of the host is deleted last, and only if the host has not come back.
         is_last = len(keys) <= CLAIMS_PER_TRANSACTION
         deleted_keys = (member_key,) if is_last else ()
-        expected = {member_key: member.text if member is not None else None}
+        expected = {member_key: None if member is None else member.text}
         log_text = f"evicted {host}, which had claimed {', '.join(claims) or 'nothing'}"
         raise TransactionRequired(
             Transaction(claims, self.head, expected, deleted_keys, log_text))
@@ -4076,22 +4049,20 @@ class SharedSubnets:
 
     def foreign_claim(self, key: str, kind: str) -> Claim | None:
         """Return the claim of other hosts that conflicts with an address of this kind, or None."""
-        claim = self._table.claims.get(key)
-        if claim is None or not claim.other_hosts(self._table.host):
+        claim = self._table.remote_claim(key)
+        if claim is None:
             return None
         is_exclusive = kind == ENDPOINT or claim.kind in (ENDPOINT, "")
         return claim if is_exclusive else None
 
     def _owns(self, key: str, kind: str) -> bool:
         """Return whether this host certainly has claimed an address, for a lease of this kind."""
-        host = self._table.host
-        claim = self._table.claims.get(key)
-        if claim is None or host not in claim.hosts:
+        table = self._table
+        if not table.has_claimed(key) or key in table.releasing or key in table.unconfirmed:
             return False
-        if key in self._table.releasing or key in self._table.unconfirmed:
-            return False
+        claim = table.claims[key]
         if kind == ENDPOINT:
-            return claim.hosts == (host,) and claim.kind == ENDPOINT
+            return claim.kind == ENDPOINT and claim.hosts == (table.host,)
         return claim.kind in (GATEWAY, AUXILIARY)
 
     def _require_claim(self, network: Network, grant: AddressGrant, is_away: bool,
@@ -4158,10 +4129,11 @@ class SharedSubnets:
 
     def _choose_remote_gateway(self, subnet: Subnet) -> str:
         """Return a gateway that other hosts of the subnet have and this one lacks, or ""."""
+        table = self._table
         addresses = []
-        for key in self._table.address_keys.get(subnet.network, ()):
-            _, address = parse_claim_key(key)
-            if self._table.claims[key].kind == GATEWAY and not subnet.lease_kind(address):
+        for key in table.address_keys.get(subnet.network, ()):
+            if table.claims[key].kind == GATEWAY and table.own_claim(key) is None:
+                _, address = parse_claim_key(key)
                 addresses.append(address)
         return min(addresses, default="")
 

@@ -4618,7 +4618,6 @@ class MembersTest(Case):
 
     def test_grace_period_lasts_while_this_host_has_not_claimed_all_again(self) -> None:
         self.members.unclaimed.update(("10.9.0.0/24", "10.9.1.0/24"))
-        self.members.extend_grace_period()
         self.now_s += 60
         self.members.on_tried(["10.9.0.0/24"])
         self.assert_grace(True)
