@@ -453,6 +453,7 @@ class LogHandler(logging.Handler):
 # refuses a record that would allocate an address twice.
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Range = Tuple[int, int]  # first and last address
 Json = Dict[str, Any]  # an object
 
@@ -2711,32 +2712,25 @@ def read_covering_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
 
     An IPv4 blackhole has the device "*". The flags are RTF_*.
     """
-    if base.version == 6:
-        yield from _read_covering_ipv6_routes(proc, base)
-    else:
-        yield from _read_covering_ipv4_routes(proc, base)
-
-
-def _read_covering_ipv6_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
-    for row in read_words(proc + "/ipv6_route"):
-        address = int(row[0], 16)
-        prefixlen = int(row[1], 16)
-        flags = int(row[8], 16)
-        device = os.fsdecode(row[9])
+    read_routes = _read_ipv4_routes if base.version == 4 else _read_ipv6_routes
+    for device, flags, address, prefixlen in read_routes(proc):
         if is_within(base, address, prefixlen):
-            yield device, flags
+            yield os.fsdecode(device), flags
 
 
-def _read_covering_ipv4_routes(proc: str, base: Network) -> Iterator[tuple[str, int]]:
-    for row in read_words(proc + "/route"):
-        if row[0] == b"Iface":
-            continue
-        device = os.fsdecode(row[0])
-        address = socket.ntohl(int(row[1], 16))
-        flags = int(row[3], 16)
+def _read_ipv6_routes(proc: str) -> Iterator[tuple[bytes, int, int, int]]:
+    """Yield (device, flags, address, prefixlen) of each IPv6 route."""
+    for row in read_words(proc + "/ipv6_route"):
+        yield row[9], int(row[8], 16), int(row[0], 16), int(row[1], 16)
+
+
+def _read_ipv4_routes(proc: str) -> Iterator[tuple[bytes, int, int, int]]:
+    """Yield (device, flags, address, prefixlen) of each IPv4 route."""
+    rows = read_words(proc + "/route")
+    next(rows, None)  # the header
+    for row in rows:
         mask = int(row[7], 16)
-        if is_within(base, address, bin(mask).count("1")):
-            yield device, flags
+        yield row[0], int(row[3], 16), socket.ntohl(int(row[1], 16)), bin(mask).count("1")
 
 
 def device_warning(device: str) -> str:
@@ -2762,28 +2756,20 @@ class NeighbourEntry(NamedTuple):
     """A proxy neighbour entry: the device on whose link the kernel answers for the address."""
 
     device: int
-    version: int
-    address: int
+    address: Address
 
     def pack(self, state: int = 0) -> bytes:
         """Return the request about this entry: struct ndmsg and the address."""
-        family = SOCKET_FAMILY[self.version]
+        family = SOCKET_FAMILY[self.address.version]
         ndmsg = NDMSG.pack(family, self.device, state, NTF_PROXY)
-        return ndmsg + pack_attribute(NDA_DST, self.packed_address)
-
-    @property
-    def packed_address(self) -> bytes:
-        """Return the bytes of the address, in network order."""
-        return self.address.to_bytes(ADDRESS_BITS[self.version] // 8, "big")
+        return ndmsg + pack_attribute(NDA_DST, self.address.packed)
 
 
 def parse_neighbour(message: bytes) -> tuple[NeighbourEntry, bool]:
     """Return a proxy neighbour entry, and whether gipam made it."""
     _, device, _, _ = NDMSG.unpack_from(message)
     attributes = read_attributes(message, NDMSG.size)
-    packed = attributes.get(NDA_DST, b"")
-    version = 4 if len(packed) == 4 else 6
-    entry = NeighbourEntry(device, version, int.from_bytes(packed, "big"))
+    entry = NeighbourEntry(device, ipaddress.ip_address(attributes[NDA_DST]))
     protocol = attributes.get(NDA_PROTOCOL, b"")
     return entry, protocol[:1] == GIPAM_PROTOCOL
 
@@ -2856,17 +2842,17 @@ class ProxyNeighbours:
 
     def on_record(self, pool: Pool, record: Record) -> None:
         """Mark the entries that a record of this pool changes."""
-        subnet = pool.subnet
-        if not any(subnet.network.overlaps(base) for base in self._onlink):
+        if not self._is_answered_for(pool.subnet):
             return
         if isinstance(record, (AddressGrant, AddressRelease)):
-            address = parse_address(record.address, subnet.version)
-            entry = NeighbourEntry(self._device_index, subnet.version, address)
-            self.pending[entry] = False
-            if isinstance(record, AddressGrant):
-                self.pending[entry] = is_container(record)
+            entry = NeighbourEntry(self._device_index, ipaddress.ip_address(record.address))
+            self.pending[entry] = isinstance(record, AddressGrant) and is_container(record)
         elif pool.leases:
             self._request_resync()
+
+    def _is_answered_for(self, subnet: Subnet) -> bool:
+        """Return whether a subnet lies in a base that is on-link."""
+        return any(map(subnet.network.overlaps, self._onlink))
 
     def sync(self, state: State) -> None:
         """Update a limited number of pending entries.
@@ -2912,7 +2898,7 @@ class ProxyNeighbours:
                 present.add(entry)
         self.pending = dict.fromkeys(wanted - present, True)
         for entry in present - wanted:
-            if self._is_in_base(entry):
+            if any(entry.address in base for base in self._bases):
                 self.pending[entry] = False
         self._min_resync_s = time.monotonic() + RESYNC_INTERVAL_S
 
@@ -2932,19 +2918,12 @@ class ProxyNeighbours:
         self._last_report = report
 
     def _wanted_entries(self, state: State) -> Iterator[NeighbourEntry]:
-        for base in self._onlink:
-            for subnet in state.families[base.version].subnets.values():
-                if not subnet.network.overlaps(base):
-                    continue
-                for pool in subnet.pools.values():
-                    for offset, lease in pool.leases.items():
-                        if is_container(lease):
-                            address = subnet.first + offset
-                            yield NeighbourEntry(self._device_index, base.version, address)
-
-    def _is_in_base(self, entry: NeighbourEntry) -> bool:
-        address = ipaddress.ip_address(entry.packed_address)
-        return any(address in base for base in self._bases)
+        for pool in state.pools.values():
+            if not self._is_answered_for(pool.subnet):
+                continue
+            for offset, lease in pool.leases.items():
+                if is_container(lease):
+                    yield NeighbourEntry(self._device_index, pool.subnet.network[offset])
 
     def _set_entry(self, entry: NeighbourEntry, is_wanted: bool) -> None:
         """Create an entry that is absent, or delete one that gipam made. Raises: OSError."""
@@ -2965,10 +2944,9 @@ class ProxyNeighbours:
 
         A macvlan container is on the link itself, and answers there.
         """
-        packed = entry.packed_address
-        family = SOCKET_FAMILY[entry.version]
-        rtmsg = RTMSG.pack(family, 8 * len(packed))
-        destination = pack_attribute(RTA_DST, packed)
+        address = entry.address
+        rtmsg = RTMSG.pack(SOCKET_FAMILY[address.version], address.max_prefixlen)
+        destination = pack_attribute(RTA_DST, address.packed)
         try:
             (route,) = self._netlink(RTM_GETROUTE, rtmsg + destination, NLM_F_ACK)
         except OSError:

@@ -4266,8 +4266,7 @@ OWN = gipam.pack_attribute(gipam.NDA_PROTOCOL, b"g")  # of an entry that gipam h
 
 
 def entry_of(address: str, device: int = 2) -> gipam.NeighbourEntry:
-    version = 6 if ":" in address else 4
-    return gipam.NeighbourEntry(device, version, gipam.parse_address(address, version))
+    return gipam.NeighbourEntry(device, ipaddress.ip_address(address))
 
 
 def route(text: str, device: int, more: bytes = b"", route_type: int = 1) -> bytes:
