@@ -4358,19 +4358,19 @@ class Service:
 
         A running checkpoint ends at its next step.
         """
-        # A fatal error is logged when the daemon ends.
-        if not self.store.fatal_error:
-            log.error("%s", error)
         self.store.last_error = str(error)
         self._is_applying = False
+        # A fatal error is logged when the daemon ends.
+        if self.store.fatal_error:
+            return self.store.fatal_error
+        log.error("%s", error)
         try:
-            if not self.store.fatal_error:
-                self.store.remove_temp()
-                self.store.lock_segments()
-                self.state = self._read_state()
-                self.docker_import.forget_after(self.state.seq)
-                self.store.prepare_append()
-                self.claims.rebind(self.state)
+            self.store.remove_temp()
+            self.store.lock_segments()
+            self.state = self._read_state()
+            self.docker_import.forget_after(self.state.seq)
+            self.store.prepare_append()
+            self.claims.rebind(self.state)
         except Exception as failure:  # noqa: BLE001 - the process restarts after any of them
             self.store.fail(f"cannot read the state again: {failure!r}")
         return self.store.fatal_error or error
@@ -4934,7 +4934,7 @@ def handle_request_address(service: Service, arguments: Arguments,
 
 def handle_release_pool(service: Service, arguments: Arguments,
                         _: Outcome) -> tuple[Json, Record | None]:
-    """Release a pool; it is no error if it is not held."""
+    """Release a pool. To release one that is not held is not an error."""
     pool_id = arguments.text("PoolID", is_required=True)
     change = service.release(pool_id)
     if change is None:
@@ -4944,7 +4944,7 @@ def handle_release_pool(service: Service, arguments: Arguments,
 
 def handle_release_address(service: Service, arguments: Arguments,
                            _: Outcome) -> tuple[Json, Record | None]:
-    """Release an address; it is no error if it is not held."""
+    """Release an address. To release one that is not held is not an error."""
     pool_id = arguments.text("PoolID", is_required=True)
     address = arguments.address(is_required=True)
     change = service.release(pool_id, address)
@@ -7129,6 +7129,7 @@ def import_from_docker(service: Service, driver: str, timeout_s: float,
                        run_in_loop: RunInLoop, run_with_claim: RunInLoop) -> None:
     """Import everything that Docker uses of this driver.
 
+    run_with_claim() is that of ClusterMember; without etcd, it is run_in_loop() too.
     Another reading of Docker confirms what was imported or adopted; what it no longer shows is
     released. A pool stays unconfirmed until Docker shows it: before Docker 29, an empty network
     that was created with a size hint does not show its subnet.
@@ -7188,7 +7189,7 @@ def confirmed_missing(read_gipam: Callable[[DockerView], list[Holding]],
     return [finding for finding in findings if finding.key in missing]
 
 
-def post_in_loop(service: Service, path: str, body: Json, outcome: Outcome) -> Any:
+def post_in_loop(service: Service, path: str, body: Json, outcome: Outcome = NO_OUTCOME) -> Any:
     """Handle a POST request in the loop; return its reply."""
     method = METHODS[path]
     reply, _ = method.function(service, Arguments(body), outcome)
@@ -8272,14 +8273,13 @@ class ClusterMember:
         self._run_in_loop(table.forget_head)
         deleted = set(table.claims)
         other_values: dict[str, str] = {}
-        unknown_keys: list[str] = []
         revision = 0
         start = ""
         while True:
             deadline_s = time.monotonic() + ETCD_TIMEOUT_S
             reply = self._call_etcd(self._etcd.read_page, start, revision, deadline_s)
             revision = revision or reply.revision
-            claims = self._split_page(reply.values, other_values, unknown_keys)
+            claims = self._split_page(reply.values, other_values)
             deleted.difference_update(claims)
             self._apply_in_chunks(claims)
             if reply.body.get("more") is not True or not reply.values:
@@ -8292,6 +8292,8 @@ class ClusterMember:
         self._has_lost_data = False
         self._claim_log = parse_claim_log(other_values.get("changes"))
         self._followed_s = time.monotonic()
+        unknown_keys = [key for key in other_values
+                        if not re.fullmatch("head|changes|hosts/.*", key, re.DOTALL)]
         if unknown_keys and not table.has_joined:
             log.warning("ignoring %s in etcd, such as %s",
                         plural(len(unknown_keys), "unknown key"), printable(unknown_keys[0]))
@@ -8305,19 +8307,16 @@ class ClusterMember:
             is_loss=is_loss,
         )
 
-    def _split_page(self, values: Mapping[str, str], other_values: dict[str, str],
-                    unknown_keys: list[str]) -> ClaimDict:
-        """Return the claims of a page; add its other keys to the other arguments."""
+    def _split_page(self, values: Mapping[str, str], other_values: dict[str, str]) -> ClaimDict:
+        """Return the claims of a page; add its other keys to the other values."""
         claims = {}
         for key, text in values.items():
             table_name, _, claim_key = key.partition("/")
             if table_name == "claims" and is_claim_key(claim_key, self._table.claims):
                 claims[claim_key] = parse_claim(parse_json_object(text))
-                continue
-            # The head, the log, the hosts, and what gipam did not write.
-            other_values[key] = text
-            if key not in ("head", "changes") and table_name != "hosts":
-                unknown_keys.append(key)
+            else:
+                # The head, the log, a host, or what gipam did not write.
+                other_values[key] = text
         return claims
 
     def _apply_in_chunks(self, claims: ClaimChanges) -> None:
@@ -8326,17 +8325,6 @@ class ClusterMember:
         while items:
             self._run_in_loop(self._table.apply_claims, dict(items[:CLAIMS_PER_ITERATION]))
             del items[:CLAIMS_PER_ITERATION]
-
-
-class NoCluster:
-    """Runs functions that may need claims, if no etcd is configured."""
-
-    def __init__(self, run_in_loop: RunInLoop) -> None:
-        self._run_in_loop = run_in_loop
-
-    def run_with_claim(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run function(*args, outcome) in the loop, as ClusterMember.run_with_claim()."""
-        return self._run_in_loop(function, *args, NO_OUTCOME)
 
 
 # === Settings =====================================================================================
@@ -8816,8 +8804,10 @@ class Daemon:
         # The claims of other hosts are read before anything is granted, and before the import
         # claims what Docker uses.
         self._member = join_cluster(config, self._service, store)
-        cluster = self._member or NoCluster(self._service.run_once)
-        start_import(config, self._service, document, cluster.run_with_claim)
+        run_with_claim: RunInLoop = self._service.run_once
+        if self._member:
+            run_with_claim = self._member.run_with_claim
+        start_import(config, self._service, document, run_with_claim)
         # The garbage collector need not visit these leases again: 270 ms for a million.
         gc.freeze()
         gc.enable()
@@ -8856,11 +8846,12 @@ class Daemon:
 
     def _start_threads(self, config: Config) -> None:
         run_in_loop = self._loop.run_in_loop
+        run_with_claim: RunInLoop = run_in_loop
         if self._member:
             self._loop.submit_to_etcd = self._member.submit
             self._member.start(run_in_loop, self._loop.stop)
-        cluster = self._member or NoCluster(run_in_loop)
-        arguments = (self._service, config.driver, run_in_loop, cluster.run_with_claim)
+            run_with_claim = self._member.run_with_claim
+        arguments = (self._service, config.driver, run_in_loop, run_with_claim)
         threading.Thread(target=import_worker, args=arguments, name="import", daemon=True).start()
 
     def run(self) -> None:

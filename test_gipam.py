@@ -10354,9 +10354,7 @@ class ImportCase(OperatedCase):
                 mock.patch.object(gipam.Store, "lock"):
             config, store, document, state = gipam.open_store(settings)
             self.service = gipam.make_service(config, store, document, state)
-            run_once = self.service.run_once
-            run_with_claim = gipam.NoCluster(run_once).run_with_claim
-            gipam.start_import(config, self.service, document, run_with_claim)
+            gipam.start_import(config, self.service, document, self.service.run_once)
         # Before, the loop's thread would have used it beside this one.
         self.loop.service = self.service
         self.service.daemon_info = gipam.describe_daemon(config, self.socket)
@@ -10368,9 +10366,8 @@ class ImportCase(OperatedCase):
         """Run the worker of the import in a thread until the test ends."""
         service = self.service
         run_in_loop = self.loop.run_in_loop
-        run_with_claim = gipam.NoCluster(run_in_loop).run_with_claim
         worker = threading.Thread(
-            target=gipam.import_worker, args=(service, "gipam", run_in_loop, run_with_claim),
+            target=gipam.import_worker, args=(service, "gipam", run_in_loop, run_in_loop),
             daemon=True)
         worker.start()
 
@@ -10385,8 +10382,7 @@ class ImportCase(OperatedCase):
     def import_now(self, run_in_loop: Any = None) -> None:
         """Import from Docker as the worker does, in this thread."""
         run_in_loop = run_in_loop or self.loop.run_in_loop
-        run_with_claim = gipam.NoCluster(run_in_loop).run_with_claim
-        gipam.import_from_docker(self.service, "gipam", DEADLINE_S, run_in_loop, run_with_claim)
+        gipam.import_from_docker(self.service, "gipam", DEADLINE_S, run_in_loop, run_in_loop)
 
     def is_import_due(self) -> bool:
         return self.service.docker_import.is_due
