@@ -5743,13 +5743,10 @@ class UnixServer(Server):
     is_unix = True
 
 
-def refuse_pending(pending: PendingRequest) -> None:
-    """Refuse a request that needs etcd, if none is configured."""
-    pending.attempt(Outcome(error=Unavailable("gipam runs without -etcd")))
-
-
 class EventLoop:
     """Serves all connections in one thread. Others use only run_in_loop(), wake_up() and stop()."""
+
+    submit_to_etcd: Callable[[PendingRequest], None]  # set if etcd is configured
 
     def __init__(self, service: Service, flush_log: Callable[[], None] | None = None) -> None:
         self.service = service
@@ -5759,7 +5756,6 @@ class EventLoop:
         # Called every TIMER_INTERVAL_S: functions and their arguments.
         self.timers: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._next_timers_s = 0.0
-        self.submit_to_etcd: Callable[[PendingRequest], None] = refuse_pending
         self.is_draining = False  # each connection closes after its reply
         self.is_closed = False
         self.stop_requested = False
@@ -7092,12 +7088,12 @@ def order_for_import(pool: DockerAllocation,
     gateway whose address is not known comes last.
     """
     low, high = address_range(parse_prefix(pool.sub_pool or pool.subnet))
-    version = 6 if ":" in pool.subnet else 4
     unknown = []
     users_by_offset = {}
     for user in users:
         if user.address:
-            users_by_offset[parse_address(user.address, version) - low] = user
+            offset = int(ipaddress.ip_address(user.address)) - low
+            users_by_offset[offset] = user
         else:
             unknown.append(user)
 
@@ -9085,13 +9081,12 @@ def cmd_status(arguments: argparse.Namespace) -> int:
     has_leases = arguments.leases or bool(arguments.WHAT)
     status = daemon_request(arguments.settings, "GET", f"/status?leases={int(has_leases)}")
     docker_error = ""
-    allocations: list[DockerAllocation] = []
+    docker = DockerView([], [])
     try:
         docker = read_docker_allocations(docker_socket_path(), status["driver"], NAMES_TIMEOUT_S)
-        allocations = docker.ours
     except GipamError as error:
         docker_error = str(error)
-    add_docker_names(status["pools"], allocations)
+    add_docker_names(status["pools"], docker.ours)
 
     if arguments.WHAT:
         status["pools"] = search_pools(status, arguments.WHAT, docker_error)
