@@ -503,6 +503,11 @@ def address_range(network: Network) -> Range:
     return int(network.network_address), int(network.broadcast_address)
 
 
+def is_subnet(network: Network, base: Network) -> bool:
+    """Return whether a prefix lies within another one, which may be of the other family."""
+    return base.overlaps(network) and base.prefixlen <= network.prefixlen
+
+
 def is_size_hint(subnet: Network) -> bool:
     """Return whether the prefix only requests a length, such as 0.0.0.0/26, ::/72, or ::/0."""
     return not int(subnet[0])
@@ -757,19 +762,19 @@ class PrefixTree:
 
     def _update_free_space(self, node: int) -> None:
         """Update the free space of a node and of its ancestors."""
-        prefixlen = node.bit_length() - 1
         while node:
-            free_half = (prefixlen + 1, (1 << self.block_prefixlen) >> prefixlen + 1)
-            left = self._free_space.get(2 * node, free_half)
-            right = self._free_space.get(2 * node + 1, free_half)
+            left = 2 * node
+            right = left + 1
             if node in self._use_counts:
                 self._free_space[node] = (self.address_bits + 1, 0)
-            elif left == right == free_half:
-                self._free_space.pop(node, None)
+            elif left in self._free_space or right in self._free_space:
+                left_prefixlen, left_count = self.free_space(left)
+                right_prefixlen, right_count = self.free_space(right)
+                prefixlen = min(left_prefixlen, right_prefixlen)
+                self._free_space[node] = (prefixlen, left_count + right_count)
             else:
-                self._free_space[node] = (min(left[0], right[0]), left[1] + right[1])
+                self._free_space.pop(node, None)
             node >>= 1
-            prefixlen -= 1
 
     def find_overlap(self, network: Network) -> Network | None:
         """Return a used prefix that contains this one, else one inside it, else None."""
@@ -1031,9 +1036,7 @@ class Family:
 
         A block that is used or excluded in part counts as a whole.
         """
-        total = 0
-        for base in bases:
-            total += 1 << self.prefixlen - base.prefixlen
+        total = sum(1 << self.prefixlen - base.prefixlen for base in bases)
         excluded = []
         for network in self.excluded:
             if any(base.overlaps(network) for base in bases):
@@ -1043,20 +1046,16 @@ class Family:
 
     def count_free(self, ranges: Iterable[Range]) -> int:
         """Return how many free blocks of the default length overlap these ranges, each a prefix."""
-        address_bits = ADDRESS_BITS[self.version]
-        block_size = 1 << address_bits - self.prefixlen
-        whole_blocks = set()
-        for first, last in ranges:
-            whole_blocks.add((first - first % block_size, last - last % block_size + block_size))
-
+        host_bits = ADDRESS_BITS[self.version] - self.prefixlen
+        blocks = {(first >> host_bits, last >> host_bits) for first, last in ranges}
         count = 0
-        counted_end = 0
-        for first, end in sorted(whole_blocks, key=lambda block: (block[0], -block[1])):
+        counted_last = -1
+        for first, last in sorted(blocks, key=lambda block: (block[0], -block[1])):
             # Two prefixes nest or are disjoint: this one may lie in the previous one.
-            if first < counted_end:
+            if first <= counted_last:
                 continue
-            counted_end = end
-            node = (1 << address_bits | first) // (end - first)
+            counted_last = last
+            node = (1 << self.prefixlen | first) // (last - first + 1)
             count += self.used.count_free_blocks(node)
         return count
 
@@ -1083,12 +1082,8 @@ class Family:
 
     def is_free_block(self, network: Network) -> bool:
         """Return whether the prefix is within a base and not in use."""
-        if self.used.find_overlap(network) is not None:
-            return False
-        for base in self.bases:
-            if base.prefixlen <= network.prefixlen and base.overlaps(network):
-                return True
-        return False
+        is_in_base = any(is_subnet(network, base) for base in self.bases)
+        return is_in_base and self.used.find_overlap(network) is None
 
     def reserve(self, name: str, reservation: BlockReservation) -> None:
         """Reserve a block for a name; at the limit, drop the oldest reservation."""
@@ -1139,9 +1134,7 @@ class State:
         conflict = family.find_conflict(network, pool.sub_pool)
         if conflict:
             raise ValueError(f"pool {network} overlaps {conflict}")
-        if pool.sub_pool and pool.sub_pool.version != network.version:
-            raise ValueError(f"sub_pool {pool.sub_pool} is of another family than {network}")
-        if not 0 <= pool.low <= pool.high <= subnet.last_offset:
+        if pool.sub_pool and not is_subnet(pool.sub_pool, network):
             raise ValueError(f"sub_pool {pool.sub_pool} is outside {network}")
 
         if pool.name:
@@ -1533,8 +1526,8 @@ def decode_snapshot(document: Json, state: State) -> None:
 def decode_past_leases(rows: Json) -> list[PastLease]:
     """Return the past leases of the rows owner -> (offset, seq, is_explicit)."""
     owners_of_lease: dict[tuple[int, int, bool], list[str]] = {}
-    for owner, (offset, seq, is_explicit) in rows.items():
-        owners_of_lease.setdefault((offset, seq, is_explicit), []).append(owner)
+    for owner, row in rows.items():
+        owners_of_lease.setdefault(tuple(row), []).append(owner)
     past_leases = []
     for (offset, seq, is_explicit), owners in owners_of_lease.items():
         past_leases.append(PastLease(offset, tuple(owners), seq, is_explicit))
@@ -1695,23 +1688,22 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
     if pool is None:
         require_grantable(state, subnet, sub_pool, now_s)
 
-    grant = make_pool_grant(subnet, sub_pool, UNBOUND, now_s)
+    grant = make_pool_grant(subnet, sub_pool, UNBOUND, now_s)._replace(name=name)
     view = Pool(grant, Subnet(subnet), 0)
-    cursor = None
+    has_endpoint = False
     for request in requests:
         if not request.address:
             continue
         offset = parse_offset(view, request.address)
         if not 0 <= offset <= view.subnet.last_offset:
             raise InvalidRequest(f"{request.address} is not in {subnet}")
-        is_in_range = view.low <= offset <= view.high
-        if request.kind == ENDPOINT and is_in_range and cursor is None:
-            cursor = offset + 1
+        is_endpoint = request.kind == ENDPOINT and view.low <= offset <= view.high
+        if is_endpoint and not has_endpoint:
+            grant = grant._replace(cursor=offset + 1)
+            has_endpoint = True
 
     if pool is None:
-        if cursor is None:
-            cursor = grant.cursor
-        yield grant._replace(name=name, cursor=cursor)
+        yield grant
         pool = state.pools[grant.pool_id]
     for request in requests:
         # An address that is allocated already stays as it is.
@@ -1723,7 +1715,7 @@ def require_grantable(state: State, subnet: Network, sub_pool: Network | None, n
     """Check that a subnet, or a range of it, may be granted. Raises: InvalidRequest, Forbidden."""
     if is_size_hint(subnet):
         raise InvalidRequest(f"invalid address pool: {subnet} means any block of this length")
-    if sub_pool and not (sub_pool.overlaps(subnet) and sub_pool.prefixlen >= subnet.prefixlen):
+    if sub_pool and not is_subnet(sub_pool, subnet):
         raise InvalidRequest(f"invalid address subpool: {sub_pool} does not lie in {subnet}")
     family = state.families[subnet.version]
     conflict = family.find_conflict(subnet, sub_pool)
@@ -1826,9 +1818,7 @@ def choose_offset(pool: Pool, owners: Iterable[str], start: int | None = None,
     subnet = pool.subnet
     for owner in owners:
         last = subnet.affinity.last_offset(owner)
-        if last is None or not pool.low <= last <= pool.high:
-            continue
-        if subnet.find_free(last, last, *unavailable) is not None:
+        if last is not None and is_available(pool, last, *unavailable):
             return last, pool.cursor
 
     if start is None:
@@ -1849,11 +1839,15 @@ def choose_reclaimed(pool: Pool, *unavailable: OffsetBitmap) -> int | None:
     if subnet.find_free(pool.low, pool.high, *unavailable) is None:
         return None
     for past in subnet.affinity.reclaim_order():
-        offset = past.offset
-        is_in_range = pool.low <= offset <= pool.high
-        if is_in_range and subnet.find_free(offset, offset, *unavailable) is not None:
-            return offset
+        if is_available(pool, past.offset, *unavailable):
+            return past.offset
     return None
+
+
+def is_available(pool: Pool, offset: int, *unavailable: OffsetBitmap) -> bool:
+    """Return whether an offset is in the range of the pool, free, and not unavailable."""
+    is_in_range = pool.low <= offset <= pool.high
+    return is_in_range and pool.subnet.find_free(offset, offset, *unavailable) is not None
 
 
 def parse_offset(pool: Pool, address: str) -> int:
@@ -8696,11 +8690,6 @@ def require_valid_bases(settings: Settings, version: int, bases: list[Network],
                 f"a block of /{prefixlen} is larger than its base {base}")
         if any(base.overlaps(other) for other in bases[:index]):
             raise option.error(f"{base} overlaps another base")
-
-
-def is_subnet(network: Network, base: Network) -> bool:
-    """Return whether a prefix is within a base, which may be of the other family."""
-    return base.overlaps(network) and base.prefixlen <= network.prefixlen
 
 
 def read_lease_file(store: Store) -> Json | None:
