@@ -162,8 +162,6 @@ SECTOR_BYTES = 512  # written whole or not at all
 LOCK_TIMEOUT_S = 2.0  # for a predecessor's last checkpoint
 MIN_CHECKPOINT_BYTES = 1 << 20  # of the journal
 CHECKPOINT_RETRY_S = 10.0  # after a failed checkpoint
-CREATE_FLAGS = (os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-                | os.O_NONBLOCK)
 
 # Netlink.
 PROXY_UPDATES_PER_ITERATION = 10  # measured: 60 us each
@@ -719,7 +717,7 @@ class PrefixTree:
     def __init__(self, address_bits: int, block_prefixlen: int) -> None:
         self.address_bits = address_bits
         self.block_prefixlen = block_prefixlen
-        self._use_counts: dict[int, int] = {}  # node -> times added
+        self._use_counts: collections.Counter[int] = collections.Counter()  # times added
         self._free_space: dict[int, tuple[int, int]] = {}  # as free_space()
 
     def node_of(self, network: Network) -> int:
@@ -739,17 +737,14 @@ class PrefixTree:
 
     def count_free_blocks(self, node: int) -> int:
         """Return how many blocks of the default length are free in a node."""
-        ancestor = node
-        while ancestor:
-            if ancestor in self._use_counts:
-                return 0
-            ancestor >>= 1
+        if self._find_used(node):
+            return 0
         return self.free_space(node)[1]
 
     def add(self, network: Network) -> None:
         """Add the prefix once more."""
         node = self.node_of(network)
-        self._use_counts[node] = self._use_counts.get(node, 0) + 1
+        self._use_counts[node] += 1
         self._update_free_space(node)
 
     def remove(self, network: Network) -> None:
@@ -779,11 +774,9 @@ class PrefixTree:
     def find_overlap(self, network: Network) -> Network | None:
         """Return a used prefix that contains this one, else one inside it, else None."""
         node = self.node_of(network)
-        for generation in range(network.prefixlen + 1):
-            ancestor = node >> generation
-            if ancestor in self._use_counts:
-                return self.network_of(ancestor)
-
+        used = self._find_used(node)
+        if used:
+            return self.network_of(used)
         if node not in self._free_space:
             return None
         while node not in self._use_counts:
@@ -791,6 +784,12 @@ class PrefixTree:
             if node not in self._free_space:
                 node += 1
         return self.network_of(node)
+
+    def _find_used(self, node: int) -> int:
+        """Return the used node that contains this one or is this one, 0 if there is none."""
+        while node and node not in self._use_counts:
+            node >>= 1
+        return node
 
     def find_free(self, prefixlen: int, lowest: int, blocked: BlockedRanges,
                   node: int = 1) -> int | None:
@@ -1920,13 +1919,13 @@ def encode_record(seq: int, records: Iterable[str]) -> bytes:
 
 
 def decode_payload(payload: bytes) -> tuple[int, list[Any]]:
-    """Return (seq, records) of the JSON text of a line. Raises: ValueError."""
-    try:
-        seq, records = json.loads(payload)
-    except (TypeError, RecursionError) as error:
-        raise ValueError(str(error)) from None
+    """Return (seq, records) of the JSON text of a line.
+
+    Raises: ValueError, TypeError, RecursionError.
+    """
+    seq, records = json.loads(payload)
     if type(seq) is not int or type(records) is not list or not records:
-        raise ValueError("not a sequence number and a list of changes")
+        raise ValueError
     return seq, records
 
 
@@ -1952,7 +1951,7 @@ def decode_records(data: bytes) -> Iterator[CommitRecord]:
                              "checksum")
         try:
             seq, records = decode_payload(payload)
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):
             raise ValueError(f"line {number} at byte {offset} is not a commit record") from None
         yield CommitRecord(number, offset, end + 1, seq, records)
         offset = end + 1
@@ -3261,13 +3260,10 @@ class Members:
     def on_data_loss(self, keys: Mapping[str, str]) -> None:
         """Start the grace period: wait until every host that was present has written its key."""
         # A restore may have brought back an older key: only a value that differs is a heartbeat.
-        known_hosts = self.by_host
-        self.by_host = {}
-        self.update(keys)
-        for host, known in known_hosts.items():
-            member = self.by_host.get(host) or Member(known.key, "")
+        for host, member in self.by_host.items():
             self.by_host[host] = member._replace(
-                missed=known.missed, is_awaited=host != self.host)
+                text=keys.get(member.key, ""), is_awaited=host != self.host)
+        self.update(keys)
         self._behind_s = time.monotonic()
 
     def on_tried(self, keys: Iterable[str]) -> None:
@@ -3276,7 +3272,7 @@ class Members:
         self.unclaimed.difference_update(keys)
 
     def _note_behind(self) -> None:
-        """Before a change that may end it, note the time if a host is behind."""
+        """Note the time if a host is behind. Call it before a change that may end that."""
         if self.hosts_behind():
             self._behind_s = time.monotonic()
 
@@ -3493,9 +3489,10 @@ class ClaimTable(NoClaims):
             self.members.on_data_loss(result.keys)
         else:
             self.members.update(result.keys)
-        if result.is_complete and (result.is_loss or not self.has_joined):
+        is_joining = result.is_complete and not self.has_joined
+        if is_joining or result.is_loss:
             self._find_lost_claims()
-        if result.is_complete and not self.has_joined:
+        if is_joining:
             self.has_joined = True
             self._find_unconfirmed_claims()
 
@@ -3528,7 +3525,7 @@ class ClaimTable(NoClaims):
         for key, claim in claims.items():
             if claim == self.claims.get(key):
                 continue
-            was_ours = self.has_claimed(key)
+            was_own = self.has_claimed(key)
             if claim is None:
                 del self.claims[key]
                 self.unconfirmed.discard(key)
@@ -3537,7 +3534,7 @@ class ClaimTable(NoClaims):
 
             self._update_space(key)
             network, _ = parse_claim_key(key)
-            if was_ours or self.has_claimed(key) or self.local_subnet(network):
+            if was_own or self.has_claimed(key) or self.local_subnet(network):
                 self.mark_dirty(key, str(network))
 
     def has_claimed(self, key: str) -> bool:
@@ -6337,7 +6334,9 @@ class PluginFile(PublishedPath):
         """Write the file atomically. Raises: OSError."""
         os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
         temp_path = self.path + ".tmp"
-        fd = os.open(temp_path, CREATE_FLAGS, 0o600)
+        flags = (os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+                 | os.O_NONBLOCK)
+        fd = os.open(temp_path, flags, 0o600)
         with open(fd, "w", encoding="utf-8") as file:
             file.write(self._url + "\n")
         os.replace(temp_path, self.path)
