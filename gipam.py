@@ -5117,7 +5117,7 @@ def describe_leases(pool: Pool) -> Iterator[Json]:
             yield {"address": pool.address_at(offset), **lease._asdict()}
 
 
-Samples = Iterator[Tuple[str, Any]]  # of a metric: suffix and labels of a series, and its value
+Samples = Iterable[Tuple[str, Any]]  # of a metric: suffix and labels of a series, and its value
 
 
 class Metric(NamedTuple):
@@ -5126,28 +5126,51 @@ class Metric(NamedTuple):
     name: str
     metric_type: str
     help: str
-    samples: Callable[[Service], Samples]
+    samples: Samples
+
+
+def list_metrics(service: Service) -> Iterator[Metric]:
+    """Yield all metrics; the samples are counted when they are read."""
+    yield Metric("build_info", "gauge", "1, with the version of gipam",
+                 [(f'{{version="{__version__}"}}', 1)])
+    yield Metric("base_blocks", "gauge", "Blocks of the default length in a base",
+                 base_samples(service, "blocks"))
+    yield Metric("base_blocks_used", "gauge", "Blocks of a base that are held",
+                 base_samples(service, "blocks_used"))
+    yield Metric("base_blocks_excluded", "gauge", "Blocks of a base that are never handed out",
+                 base_samples(service, "blocks_excluded"))
+    yield Metric("pool_addresses", "gauge", "Addresses of a pool that can be handed out",
+                 capacity_samples(service))
+    yield Metric("pool_addresses_used", "gauge", "Addresses of a pool that are held",
+                 lease_samples(service))
+
+    metrics = service.metrics
+    yield Metric("requests_total", "counter", "Requests, by method and result",
+                 request_samples(metrics))
+    yield Metric("request_duration_seconds", "histogram",
+                 "Time from a complete request to its reply, with the commit and etcd",
+                 metrics.request_s.samples())
+    yield Metric("journal_sync_duration_seconds", "histogram",
+                 "Time of one write and sync of the journal", metrics.sync_s.samples())
+    yield Metric("journal_bytes", "gauge", "Length of the journal",
+                 [("", service.store.journal_bytes)])
+
+    claims = service.claims
+    if claims.is_enabled:
+        yield Metric("etcd_up", "gauge", "1 if the last call to etcd was answered",
+                     [("", int(not claims.failure))])
+        yield Metric("etcd_request_duration_seconds", "histogram", "Time of one call to etcd",
+                     service.etcd_s.samples())
+        yield Metric("claims", "gauge", "Subnets that a host has claimed", claim_samples(claims))
+    if metrics.last_write_s:
+        yield Metric("last_write_timestamp_seconds", "gauge", "When the journal was last written",
+                     [("", metrics.last_write_s)])
 
 
 def base_samples(service: Service, key: str) -> Samples:
     """Yield a number of each base, by its key in the status."""
     for base in describe_bases(service.state, {}):
         yield f'{{base="{base["prefix"]}",family="{base["family"]}"}}', base[key]
-
-
-def block_samples(service: Service) -> Samples:
-    """Yield how many blocks each base has."""
-    return base_samples(service, "blocks")
-
-
-def used_block_samples(service: Service) -> Samples:
-    """Yield how many blocks of each base are held."""
-    return base_samples(service, "blocks_used")
-
-
-def excluded_block_samples(service: Service) -> Samples:
-    """Yield how many blocks of each base are excluded."""
-    return base_samples(service, "blocks_excluded")
 
 
 def pool_label(pool: Pool) -> str:
@@ -5167,14 +5190,9 @@ def lease_samples(service: Service) -> Samples:
         yield pool_label(pool), len(pool.leases)
 
 
-def build_samples(_: Service) -> Samples:
-    """Yield the version."""
-    yield f'{{version="{__version__}"}}', 1
-
-
-def request_samples(service: Service) -> Samples:
+def request_samples(metrics: Metrics) -> Samples:
     """Yield the counts of requests; zeros too, so that increase() counts the first request."""
-    counts = service.metrics.requests.copy()
+    counts = metrics.requests.copy()
     for method in (*PATHS, "unknown"):
         for result in RESULTS:
             counts.setdefault((method, result), 0)
@@ -5182,77 +5200,18 @@ def request_samples(service: Service) -> Samples:
         yield f'{{method="{method}",result="{result}"}}', counts[method, result]
 
 
-def request_duration_samples(service: Service) -> Samples:
-    """Yield the histogram of request durations."""
-    return service.metrics.request_s.samples()
-
-
-def sync_duration_samples(service: Service) -> Samples:
-    """Yield the histogram of commit durations."""
-    return service.metrics.sync_s.samples()
-
-
-def journal_samples(service: Service) -> Samples:
-    """Yield the length of the journal."""
-    yield "", service.store.journal_bytes
-
-
-def last_write_samples(service: Service) -> Samples:
-    """Yield when the journal was last written, nothing before the first write."""
-    if service.metrics.last_write_s:
-        yield "", service.metrics.last_write_s
-
-
-def etcd_up_samples(service: Service) -> Samples:
-    """Yield whether etcd answers, nothing without -etcd."""
-    if service.claims.is_enabled:
-        yield "", int(not service.claims.failure)
-
-
-def etcd_duration_samples(service: Service) -> Samples:
-    """Yield the histogram of calls to etcd, nothing without -etcd."""
-    if service.claims.is_enabled:
-        yield from service.etcd_s.samples()
-
-
-def claim_samples(service: Service) -> Samples:
-    """Yield how many subnets each host has claimed, nothing without -etcd."""
-    if service.claims.is_enabled:
-        for host in service.claims.describe()["hosts"]:
-            yield f'{{host="{host["host"]}"}}', host["claims"]
-
-
-METRICS = (
-    Metric("build_info", "gauge", "1, with the version of gipam", build_samples),
-    Metric("base_blocks", "gauge", "Blocks of the default length in a base", block_samples),
-    Metric("base_blocks_used", "gauge", "Blocks of a base that are held", used_block_samples),
-    Metric("base_blocks_excluded", "gauge", "Blocks of a base that are never handed out",
-           excluded_block_samples),
-    Metric("pool_addresses", "gauge", "Addresses of a pool that can be handed out",
-           capacity_samples),
-    Metric("pool_addresses_used", "gauge", "Addresses of a pool that are held", lease_samples),
-    Metric("requests_total", "counter", "Requests, by method and result", request_samples),
-    Metric("request_duration_seconds", "histogram",
-           "Time from a complete request to its reply, with the commit and etcd",
-           request_duration_samples),
-    Metric("journal_sync_duration_seconds", "histogram",
-           "Time of one write and sync of the journal", sync_duration_samples),
-    Metric("journal_bytes", "gauge", "Length of the journal", journal_samples),
-    Metric("etcd_up", "gauge", "1 if the last call to etcd was answered", etcd_up_samples),
-    Metric("etcd_request_duration_seconds", "histogram", "Time of one call to etcd",
-           etcd_duration_samples),
-    Metric("claims", "gauge", "Subnets that a host has claimed", claim_samples),
-    Metric("last_write_timestamp_seconds", "gauge", "When the journal was last written",
-           last_write_samples),
-)
+def claim_samples(claims: NoClaims) -> Samples:
+    """Yield how many subnets each host has claimed."""
+    for host in claims.describe()["hosts"]:
+        yield f'{{host="{host["host"]}"}}', host["claims"]
 
 
 def metrics_page(service: Service, _: str) -> Iterator[str]:
     """Yield the lines of GET /metrics."""
-    for metric in METRICS:
+    for metric in list_metrics(service):
         header = (f"# HELP gipam_{metric.name} {metric.help}\n"
                   f"# TYPE gipam_{metric.name} {metric.metric_type}\n")
-        for suffix, value in metric.samples(service):
+        for suffix, value in metric.samples:
             yield f"{header}gipam_{metric.name}{suffix} {value}\n"
             header = ""
 
@@ -6411,20 +6370,17 @@ def keep_object(value: Json) -> Json:
 
 def request_json(connection: ApiConnection, verb: str, path: str, body: Any = None) -> Any:
     """Return the JSON reply. Raises: Unreachable; RemoteError with the error that the peer sent."""
-    text = encode_json(body) if body else None
     try:
-        connection.request(verb, path, text)
+        connection.request(verb, path, encode_json(body) if body else None)
         response = connection.getresponse()
         reply = json.loads(response.read(), object_hook=keep_object)
-    except (ConnectionRefusedError, FileNotFoundError) as error:
-        reason = format_os_error(error)
-        raise NotListening(f"{connection.silence}: {reason}; {connection.remedy}") from None
-    except PermissionError as error:
-        raise Unreachable(f"{connection.silence}: {format_os_error(error)}; run this as root") \
-            from None
     except OSError as error:
-        reason = format_os_error(error)
-        raise Unreachable(f"{connection.silence}: {reason}; {connection.remedy}") from None
+        is_denied = isinstance(error, PermissionError)
+        remedy = "run this as root" if is_denied else connection.remedy
+        text = f"{connection.silence}: {format_os_error(error)}; {remedy}"
+        if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
+            raise NotListening(text) from None
+        raise Unreachable(text) from None
     except (http.client.HTTPException, ValueError, RecursionError):
         raise Unreachable(f"{connection.silence}: its reply is not JSON; {connection.remedy}") \
             from None
@@ -6558,7 +6514,12 @@ class DockerNetwork:
             template = self._template._replace(
                 sub_pool=sub_pool, routed_option=self.find_routed_option(version),
                 has_hidden_gateway=has_hidden_gateway)
-            for subnet in self._subnets_behind(shown):
+            # The subnets that a size hint has requested are known from the containers in them.
+            requested = set()
+            for endpoint in self._endpoints:
+                if shown in size_hints_of(endpoint.subnet):
+                    requested.add(endpoint.subnet)
+            for subnet in sorted(requested or {shown}):
                 is_hint = subnet in size_hints_of(subnet)
                 kind = "hint" if is_hint else template.kind
                 yield template._replace(kind=kind, subnet=subnet)
@@ -6610,15 +6571,6 @@ class DockerNetwork:
             # Docker shows the subnet of a family that is off, but did not request it.
             if subnet and self._network.get(f"EnableIPv{version}", True):
                 yield config
-
-    def _subnets_behind(self, shown: str) -> list[str]:
-        """Return the subnets of containers that a size hint requested, else what is shown."""
-        subnets = set()
-        if shown in size_hints_of(shown):
-            for endpoint in self._endpoints:
-                if shown in size_hints_of(endpoint.subnet):
-                    subnets.add(endpoint.subnet)
-        return sorted(subnets or {shown})
 
     def _configured_addresses(self) -> Iterator[DockerAllocation]:
         for config in self._requested_configs():
