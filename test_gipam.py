@@ -4656,6 +4656,7 @@ class MembersTest(Case):
         self.update(two=1)
         self.members.on_data_loss({})
         for _ in range(gipam.MISSED_HEARTBEATS):
+            self.now_s += 10
             self.assert_grace(True)
             self.members.count_reading()
         self.assertFalse(self.members.is_behind)
