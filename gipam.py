@@ -1054,6 +1054,7 @@ class Family:
             if first <= counted_last:
                 continue
             counted_last = last
+            # A node's number halves from one level to the one above.
             node = (1 << self.prefixlen | first) // (last - first + 1)
             count += self.used.count_free_blocks(node)
         return count
@@ -1688,15 +1689,15 @@ def decide_import(state: State, subnet: Network, sub_pool: Network | None, name:
         require_grantable(state, subnet, sub_pool, now_s)
 
     grant = make_pool_grant(subnet, sub_pool, UNBOUND, now_s)._replace(name=name)
-    view = Pool(grant, Subnet(subnet), 0)
+    bounds = Pool(grant, Subnet(subnet), 0)
     has_endpoint = False
     for request in requests:
         if not request.address:
             continue
-        offset = parse_offset(view, request.address)
-        if not 0 <= offset <= view.subnet.last_offset:
+        offset = parse_offset(bounds, request.address)
+        if not 0 <= offset <= bounds.subnet.last_offset:
             raise InvalidRequest(f"{request.address} is not in {subnet}")
-        is_endpoint = request.kind == ENDPOINT and view.low <= offset <= view.high
+        is_endpoint = request.kind == ENDPOINT and bounds.low <= offset <= bounds.high
         if is_endpoint and not has_endpoint:
             grant = grant._replace(cursor=offset + 1)
             has_endpoint = True
@@ -2844,7 +2845,7 @@ class ProxyNeighbours:
             self._request_resync()
 
     def _is_answered_for(self, subnet: Subnet) -> bool:
-        """Return whether a subnet lies in a base that is on-link."""
+        """Return whether gipam answers for a subnet: it overlaps a base that is on-link."""
         return any(map(subnet.network.overlaps, self._onlink))
 
     def sync(self, state: State) -> None:
@@ -3341,7 +3342,7 @@ class NoClaims:
         is_admitted: bool,
         outcome: Outcome,
     ) -> Iterator[None]:
-        """Surround the decision on a pool."""
+        """Wrap the decision on a pool."""
         yield
 
     def is_own_shared(self, subnet: Network) -> bool:
@@ -3421,13 +3422,11 @@ class ClaimTable(NoClaims):
         # In the new state no claim blocks anything yet.
         self.conflicts.clear()
         for key in self.claims:
-            network, address = parse_claim_key(key)
-            if not address:
-                self._update_blocked(network)
-        self.mark_dirty(*self.claims)
-        self.mark_dirty(*self._held_keys())
-        for key in self._held_keys():
+            self._update_space(key)
+        held_keys = self._held_keys()
+        for key in held_keys:
             self._update_conflict(key)
+        self.mark_dirty(*self.claims, *held_keys)
 
     def _held_keys(self) -> list[str]:
         """Return the keys of everything that is held here."""
@@ -3653,16 +3652,11 @@ class ClaimTable(NoClaims):
         network, _ = parse_claim_key(key)
         return key in self.conflicts or str(network) in self.conflicts
 
-    def new_conflicts(self) -> list[str]:
-        """Return the keys of conflicts that have not been reported yet."""
-        texts = {}
-        keys = []
-        for key, claim in self.conflicts.items():
-            texts[key] = self.describe_claim(claim)
-            if self._reported.get(key) != texts[key]:
-                keys.append(key)
-        self._reported = texts
-        return keys
+    def new_conflicts(self) -> dict[str, str]:
+        """Return the conflicts not reported yet: key -> the claim of another host, as text."""
+        reported = self._reported
+        self._reported = {key: self.describe_claim(claim) for key, claim in self.conflicts.items()}
+        return {key: text for key, text in self._reported.items() if reported.get(key) != text}
 
     def describe_claim(self, claim: Claim) -> str:
         """Return the hosts of a claim; for a former name of this machine, also the remedy."""
@@ -3767,7 +3761,7 @@ class ClaimTable(NoClaims):
         is_admitted: bool,
         outcome: Outcome,
     ) -> Iterator[None]:
-        """Surround the decision on a pool; is_admitted: this host may join the claim of the subnet.
+        """Wrap the decision on a pool; is_admitted: the subnet's claim blocks nothing meanwhile.
 
         Raises: TransactionRequired, if claims that are not fresh have caused a refusal.
         """
@@ -4086,8 +4080,7 @@ class SharedSubnets:
             if network != subnet.network or not address:
                 continue
             offset = pool.offset_of(address)
-            is_free = pool.low <= offset <= pool.high and offset not in subnet.allocated
-            if is_free and self._owns(key, ENDPOINT):
+            if is_available(pool, offset) and self._owns(key, ENDPOINT):
                 offsets.append(offset)
 
         for owner in owners:
@@ -7983,8 +7976,7 @@ class ClusterMember:
             log.warning("this host's claims are missing from etcd (wiped, restored or evicted); "
                         "claiming again what is held here")
             self._next_heartbeat_s = 0.0
-        for key in self._table.new_conflicts():
-            claim = self._table.describe_claim(self._table.conflicts[key])
+        for key, claim in self._table.new_conflicts().items():
             log.error("claimed_elsewhere: %s is held here, and claimed by %s: no new address of it "
                       "is given out until one host releases it", key, claim)
         return result.outcome
