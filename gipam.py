@@ -9219,15 +9219,11 @@ def render_bases(status: Json, width: int) -> list[str]:
     for claim in status.get("claims", ()):
         if not claim["address"] and host not in claim["hosts"]:
             claimed.append(claim["subnet"])
-    subnets = {pool["subnet"] for pool in status["pools"]}
-    marks = {
-        "o": list(map(parse_prefix, claimed)),
-        "+": list(map(parse_prefix, subnets)),
-    }
+    held = {pool["subnet"] for pool in status["pools"]}
 
     lines: list[str] = []
     for base in sorted(status["bases"], key=lambda base: int(base["family"])):
-        lines += render_base(base, marks, width)
+        lines += render_base(base, held, claimed, width)
     if lines:
         lines += textwrap.wrap(LEGEND, width, subsequent_indent="  ")
     if lines and claimed:
@@ -9235,7 +9231,7 @@ def render_bases(status: Json, width: int) -> list[str]:
     return lines
 
 
-def render_base(base: Json, marks: Mapping[str, list[Network]], width: int) -> list[str]:
+def render_base(base: Json, held: Iterable[str], claimed: Iterable[str], width: int) -> list[str]:
     """Return the lines of a base: numbers with a bar, then a map in rows with their addresses."""
     prefix = parse_prefix(base["prefix"])
     total = base["blocks"]
@@ -9251,14 +9247,14 @@ def render_base(base: Json, marks: Mapping[str, list[Network]], width: int) -> l
     label_width = len(str(last_block))
     row_length = largest_power_of_two(max(width - label_width - 4, 1))
     # Later marks are drawn over earlier ones.
-    in_order = {
-        "r": list(map(parse_prefix, base["remembered"].values())),
-        "o": marks["o"],
-        "~": list(map(parse_prefix, base["routes"])),
-        "x": list(map(parse_prefix, base["excluded"])),
-        "+": marks["+"],
+    marks = {
+        "r": base["remembered"].values(),
+        "o": claimed,
+        "~": base["routes"],
+        "x": base["excluded"],
+        "+": held,
     }
-    signs = draw_map(prefix, min(total, 4 * row_length), in_order)
+    signs = draw_map(prefix, min(total, 4 * row_length), marks)
 
     for start in range(0, len(signs), row_length):
         first = prefix[prefix.num_addresses // len(signs) * start]
@@ -9271,17 +9267,17 @@ def render_base(base: Json, marks: Mapping[str, list[Network]], width: int) -> l
     return lines
 
 
-def draw_map(base: Network, count: int, marks: Mapping[str, list[Network]]) -> str:
+def draw_map(base: Network, count: int, marks: Mapping[str, Iterable[str]]) -> str:
     """Return a map of a base: a character for each of its count parts.
 
-    It is the last mark with a network in that part, or # if networks marked + fill the part.
+    The character is the last mark that has a network there, or # if the networks of + fill it.
     """
     start, end = address_range(base)
     part_size = base.num_addresses // count
     signs = ["." for _ in range(count)]
     held: collections.Counter[int] = collections.Counter()
-    for mark, networks in marks.items():
-        for network in networks:
+    for mark, prefixes in marks.items():
+        for network in map(parse_prefix, prefixes):
             if network.version != base.version:
                 continue
             first, last = address_range(network)
@@ -9516,9 +9512,7 @@ def find_pool(pools: list[Json], name: str) -> Json:
 
 def find_lease(pool: Json, text: str) -> Json:
     """Return the lease of an address in a pool. Raises: InvalidRequest."""
-    leases: dict[str, Json] = {}
-    for lease in pool["addresses"]:
-        leases[lease["address"]] = lease
+    leases: dict[str, Json] = {lease["address"]: lease for lease in pool["addresses"]}
     try:
         return leases[normalise_address(text)]
     except (ValueError, LookupError):
@@ -9714,11 +9708,9 @@ def build_parser(name: str) -> Parser:
 
 def describe_commands() -> Iterator[str]:
     """Yield a line for each command."""
-    for name, command in COMMANDS.items():
-        summary = (command.function.__doc__ or "").splitlines()[0]
-        yield f"  {name:8} {summary}"
-    for name, summary in META_COMMANDS.items():
-        yield f"  {name:8} {summary}"
+    summaries = {name: command.function.__doc__ or "" for name, command in COMMANDS.items()}
+    for name, text in {**summaries, **META_COMMANDS}.items():
+        yield f"  {name:8} {text.splitlines()[0]}"
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:
