@@ -8139,8 +8139,9 @@ class ClusterMember:
         head = Head(values.get("head"))
         claim_log = parse_claim_log(values.get("changes"))
         index = self._find_in_log(head, claim_log)
-        if index is None:
-            self._plan_heartbeat(len(claim_log), 2 * len(claim_log))
+        kept = len(claim_log)
+        followed = 2 * kept if index is None else kept - index
+        self._plan_heartbeat(kept, followed)
         if not is_own_key or index is None:
             return self._read_all()
 
@@ -8149,7 +8150,6 @@ class ClusterMember:
         for _, later in claim_log[index:]:
             changed.update(later)
         self._claim_log = claim_log
-        self._plan_heartbeat(len(claim_log), len(claim_log) - index)
         claims = {key: parse_claim(value) for key, value in changed.items()
                   if is_claim_key(key, self._table.claims)}
         return TransactionResult(head, claims, values, Outcome(is_fresh=True), sent_s)
@@ -8600,9 +8600,7 @@ def build_config(settings: Settings) -> Config:
     config = Config(settings=settings, **values)
     config.is_spec_given = settings["spec"].origin is not Origin.DEFAULT
     config.families = ((6, config.v6, config.v6ab), (4, config.v4, config.v4ab))
-    # Docker calls the driver by the base name of the file where it finds it.
-    plugin = os.path.basename(config.socket if config.unix else config.spec)
-    config.driver = os.path.splitext(plugin)[0]
+    config.driver = driver_name(settings)
 
     if not config.unix and not ipaddress.ip_address(config.address[0]).is_loopback:
         raise settings["address"].error("not a loopback address: anyone who can reach the port "
@@ -8616,6 +8614,12 @@ def build_config(settings: Settings) -> Config:
         if not any(is_subnet(network, base) for base in config.v4 + config.v6):
             raise settings["exclude"].error(f"{network} is not within any base")
     return config
+
+
+def driver_name(settings: Settings) -> str:
+    """Return the driver name: for Docker, the base name of the file where it finds gipam."""
+    path: str = settings["socket"].value if settings["unix"].value else settings["spec"].value
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def require_valid_bases(settings: Settings, version: int, bases: list[Network],
@@ -8855,11 +8859,9 @@ def log_uncaught_exceptions() -> None:
 def require_addresses_free(settings: Settings) -> None:
     """Check that no other process listens on the configured addresses. Raises: GipamError."""
     is_unix = settings["unix"].value
-    path = settings["socket"].value if is_unix else settings["spec"].value
     if is_unix:
-        require_no_listener(path)
-    driver, _ = os.path.splitext(os.path.basename(path))
-    require_no_listener(os.path.join(PLUGIN_SOCKET_DIR, driver + ".sock"))
+        require_no_listener(settings["socket"].value)
+    require_no_listener(os.path.join(PLUGIN_SOCKET_DIR, driver_name(settings) + ".sock"))
     require_port_free(settings["metrics"])
     if not is_unix:
         require_port_free(settings["address"])
