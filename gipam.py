@@ -717,7 +717,7 @@ class PrefixTree:
     def __init__(self, address_bits: int, block_prefixlen: int) -> None:
         self.address_bits = address_bits
         self.block_prefixlen = block_prefixlen
-        self._use_counts: collections.Counter[int] = collections.Counter()  # times added
+        self._use_counts: collections.Counter[int] = collections.Counter()  # of nodes added
         self._free_space: dict[int, tuple[int, int]] = {}  # as free_space()
 
     def node_of(self, network: Network) -> int:
@@ -1642,7 +1642,7 @@ def make_pool_grant(subnet: Network, sub_pool: Network | None, token: str, now_s
 
 
 def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
-                    token: str, guesses_gateway: bool = True) -> Iterator[Record]:
+                    token: str, guesses_gateway: bool) -> Iterator[Record]:
     """Adopt the pool of an id that the state lacks, for a request of an address in it.
 
     Docker does not request the gateway again. Most likely it is the first address, so that one is
@@ -1650,10 +1650,7 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
     cursor starts at a random place in the lower half. Apply each record before the next.
     Raises: InvalidRequest if gipam did not make the id, or its subnet could not be granted now.
     """
-    parsed = parse_pool_id(pool_id)
-    if parsed is None:
-        raise InvalidRequest(f"cannot find address pool for {pool_id!r}: no pool has this id", 404)
-    subnet, sub_pool = parsed
+    subnet, sub_pool = require_pool_id(pool_id)
     try:
         require_grantable(state, subnet, sub_pool, now_s)
     except GipamError as error:
@@ -1670,6 +1667,14 @@ def decide_adoption(state: State, pool_id: str, address: str, now_s: int,
     first = pool.subnet.allocated.next_free(pool.low)
     if pool.capacity() > 1 and first <= pool.high and pool.address_at(first) != address:
         yield decide_address(pool, AddressRequest("", GATEWAY, "", ""), now_s)
+
+
+def require_pool_id(pool_id: str) -> tuple[Network, Network | None]:
+    """Return (subnet, sub_pool) of an id that gipam made. Raises: InvalidRequest."""
+    parsed = parse_pool_id(pool_id)
+    if parsed is None:
+        raise InvalidRequest(f"cannot find address pool for {pool_id!r}: no pool has this id", 404)
+    return parsed
 
 
 def decide_import(state: State, subnet: Network, sub_pool: Network | None, name: str,
@@ -4487,9 +4492,9 @@ class Service:
         The pool stays adopted even if the request for this address in it is refused.
         Raises: as decide_adoption(); TransactionRequired; StoreError.
         """
-        subnet, sub_pool = parse_pool_id(pool_id) or (None, None)
+        subnet, sub_pool = require_pool_id(pool_id)
         # In a shared subnet the claims say which address is the gateway.
-        guesses_gateway = subnet is None or not self.claims.is_own_shared(subnet)
+        guesses_gateway = not self.claims.is_own_shared(subnet)
         records = decide_adoption(
             self.state, pool_id, address, now_s, secrets.token_hex(8), guesses_gateway)
         self._apply_import(subnet, sub_pool, records, outcome)
@@ -4509,12 +4514,11 @@ class Service:
         self._apply_import(subnet, sub_pool, records, outcome)
         return range(last_seq + 1, self.state.seq + 1)
 
-    def _apply_import(self, subnet: Network | None, sub_pool: Network | None,
+    def _apply_import(self, subnet: Network, sub_pool: Network | None,
                       records: Iterator[Record], outcome: Outcome) -> None:
         """Apply each record before the next is decided, and request that Docker confirms it."""
-        version = subnet.version if subnet else 4
-        is_shared = subnet is not None and self.claims.is_own_shared(subnet)
-        with self.claims.deciding(subnet, sub_pool, version, True, outcome):
+        is_shared = self.claims.is_own_shared(subnet)
+        with self.claims.deciding(subnet, sub_pool, subnet.version, True, outcome):
             for record in records:
                 address = record.address if isinstance(record, AddressGrant) else ""
                 if isinstance(record, PoolGrant):

@@ -11421,6 +11421,14 @@ class ClaimTest(TwoHosts):
             Network("two", "10.9.0.0/24"),  # before a refusal, etcd is looked at again
             Claimed({"10.9.0.0/24": ["two"]}))
 
+    def test_pool_id_that_gipam_has_not_made_is_refused_without_etcd(self) -> None:
+        self.tell(
+            Network("one", "10.9.0.0/16"),
+            Network("two", "10.9.1.0/24", refused="claimed by host one"))
+        request = gipam.AddressRequest("", gipam.ENDPOINT, "", "web")
+        self.assertRaisesRegex(gipam.InvalidRequest, "no pool has this id",
+                               self.two.service.request_address, "web", request)
+
     def test_claim_that_comes_between_the_decision_and_the_reply_counts(self) -> None:
         """Also if it is in no way of the claims that were known then: the head is compared."""
         for subnet in ("198.18.0.0/24", "198.18.1.0/24"):
