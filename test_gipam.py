@@ -9738,6 +9738,24 @@ class CheckTest(OperatedCase):
         findings = [line for line in self.check() if "leaked" not in line]
         self.assertEqual(sorted(findings), expected)
 
+    def test_subnet_that_another_host_has_claimed(self) -> None:
+        """The remedy is a removal, unless the claim names another one."""
+        texts: dict[str, str] = {}
+
+        def conflict_text(network: gipam.Network) -> str:
+            return texts.get(str(network), "")
+
+        self.patch(self.service.claims, conflict_text=conflict_text)
+        renamed = "host old (this machine before: `gipam evict old` makes it new's)"
+        for claimants, remedy in (
+                ("host other", ": remove one of the two networks"),
+                (renamed, "")):
+            texts["10.2.0.0/24"] = claimants
+            with self.subTest(claimants):
+                self.assertEqual(self.check(), [
+                    "claimed_elsewhere: subnet 10.2.0.0/24 is held here, but claimed in etcd by "
+                    f"{claimants}{remedy}"])
+
     def test_networks_that_swarm_makes_are_known_by_their_template(self) -> None:
         """A dockerd 26.1.5 killed with -9 lists them without a subnet until their next task."""
         self.docker.networks.clear()
