@@ -31,10 +31,10 @@ from typing import Any, Callable, Iterator, Sequence
 
 from engine import Docker
 from etcd import CLIENT_PORT, Etcd, loopback
-from machines import Namespaces, until
+from machines import Namespaces
 
 import gipam
-from test_gipam import Daemon, ErrorReply, connect, launcher, request
+from test_gipam import Daemon, ErrorReply, connect, launcher, request, wait_until
 
 ONE_SYNC_A_REQUEST = """
 class Store(gipam.Store):
@@ -760,7 +760,7 @@ class Bench(unittest.TestCase):
                 wire.both(its)
             kept.append(size())
             etcd.compact()
-            until(is_compacted, "it has compacted")
+            wait_until("the end of the compaction", is_compacted)
         megabytes = (kept[1] - size()) / 1e6
         self.row("what etcd keeps of 1,000 changes, until it compacts", [megabytes], "MB")
 

@@ -64,11 +64,6 @@ def main() -> int:
     return conclude(max(0, result.testsRun - failed), failed, 0)
 
 
-def until(condition: Callable[[], Any], name: str, deadline_s: float = DEADLINE_S) -> Any:
-    """Do what wait_until() does; to be replaced by it."""
-    return wait_until(name, condition, deadline_s=deadline_s)
-
-
 # === The README ===================================================================================
 
 

@@ -16,7 +16,7 @@ import unittest
 import machines
 from machines import FILES, ROUTER, Block, Machine, Router, cable, main, make_tree, read_blocks
 
-from test_gipam import HERE
+from test_gipam import HERE, wait_until
 
 # The machine lacks the image nginx. Here it listens on port 81 as well, which nobody publishes.
 EQUIP = r"""
@@ -161,10 +161,7 @@ class ReadmeTest(unittest.TestCase):
         return self.router.run(*FETCH, url(address, port))
 
     def wait_until_reached(self, address: str) -> None:
-        def is_reached() -> bool:
-            return machines.works(self.fetch, address, 80)
-
-        machines.until(is_reached, address)
+        wait_until(f"port 80 of {address}", machines.works, self.fetch, address, 80)
 
     def assert_reached(self, *addresses: str) -> None:
         """Port 80 of these answers outside, 81 does not; web1 reaches out and is seen there under the same."""
@@ -378,12 +375,9 @@ class ReadmeTest(unittest.TestCase):
         self.replace_rules(probe)
         self.boot_with_a_mistake(probe)
         self.follow(chapter, 7)
-
-        def is_open() -> bool:  # the control: without the rules the probe finds open ports
-            said = probe.read_log()
-            return "open: 10.2.0.2\n" in said and "open: 2001:db8:0:100::2\n" in said
-
-        machines.until(is_open, "an open port")
+        # The control: without the rules the probe finds open ports.
+        for address in ("10.2.0.2", "2001:db8:0:100::2"):
+            wait_until("an open port", self.is_found_open, probe, address)
 
     def test_docker_26_with_one_address_and_one_64(self) -> None:
         """Steps 2 and 3 are those of the other chapter; the others are changed as README says."""
@@ -403,6 +397,9 @@ class ReadmeTest(unittest.TestCase):
         self.machine.wait_for_containers()
         self.assert_reached("10.2.0.2", "2001:db8:0:100::2")
         self.assert_closed(probe, when)
+
+    def is_found_open(self, probe: machines.Process, address: str) -> bool:
+        return f"open: {address}\n" in probe.read_log()
 
     def replace_rules(self, probe: machines.Process) -> None:
         replace = self.quoted("nft -f /etc/docker/gipam.nft")
