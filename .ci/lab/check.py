@@ -554,7 +554,8 @@ class ImportTest(DockerCase):
 
     def test_adoption_is_cut_short_by_a_crash_before_its_checkpoint(self) -> None:
         """The pools of restarted containers are held then, but not the other containers."""
-        self.docker.container("other", "lan")
+        # In the upper half of the range: a gipam that cannot reach Docker starts in the lower half.
+        self.docker.container("other", "lan", "--ip", "10.9.0.120")
         self.lose_file()
         self.docker.start_gipam(BLIND)
         self.docker("restart", "-t", "0", "in-lan")
