@@ -1,9 +1,9 @@
 """Figures of speed, each beside its target: `python3 .ci/lab/bench.py [--quick]`.
 
-It asserts nothing. The client is this process, gipam another. Figures that are compared are measured
-in alternation in the same run, because only ratios last on a busy machine. A figure is the median
-of the medians of the rounds; in brackets stand the lowest and the highest round. The files are in
-TMPDIR.
+It asserts nothing. The client is this process, gipam another. Figures that are compared are
+measured in alternation in the same run, because only ratios last on a busy machine. A figure is the
+median of the medians of the rounds; in brackets stand the lowest and the highest round. The files
+are in TMPDIR.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ def storm(path: str, traffic: Traffic, connections: int, for_s: float) -> float:
         for number, _ in poll.poll():
             reply = wires[number].receive()
             calls += 1
-            if time.perf_counter() < started + for_s or traffic.key in reply:  # at the end it holds nothing
+            # A client ends when it holds nothing.
+            if time.perf_counter() < started + for_s or traffic.key in reply:
                 wires[number].socket.sendall(traffic.answer(reply))
             else:
                 poll.unregister(number)
@@ -294,7 +295,7 @@ class Meter(socketserver.ThreadingTCPServer):
 
 
 class Fixture:
-    """A state to start with: subnets with leases in them, so far apart, and /24 of 10.0.0.0/8 likewise."""
+    """A state to start with: subnets and /24 blocks of 10.0.0.0/8, with leases at intervals."""
 
     def __init__(self, subnets: dict[str, int], blocks: int, leases: int, apart: int = 1) -> None:
         self.apart = apart
@@ -333,7 +334,8 @@ class Fixture:
 class BenchDaemon(Daemon):
     """gipam.py with a state to start with, and with a few lines run before its main()."""
 
-    def __init__(self, bench: Bench, fixture: Fixture | None = None, patch: str = "", *options: str) -> None:
+    def __init__(self, bench: Bench, fixture: Fixture | None = None, patch: str = "",
+                 *options: str) -> None:
         bases = ("-v4", "10.0.0.0/8", "-v6", "2001:db8::/32")
         super().__init__(bench, *bases, *options)
         self.command = launcher(self.directory, patch)

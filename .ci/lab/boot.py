@@ -39,12 +39,16 @@ docker network create --ipam-driver gipam --ipv6 --ipam-opt gipam.name=web web
 docker network create --ipam-driver gipam --ipv6 --ipam-opt gipam.name=db db
 docker network create --ipam-driver gipam --subnet 10.9.0.0/24 --ip-range 10.9.0.128/25 lan
 docker network rm spare
-for name in web1 web2 db1 db2 lan1; do docker run -d --restart=always --network ${name%?} --name $name bb; done
+for name in web1 web2 db1 db2 lan1; do
+    docker run -d --restart=always --network ${name%?} --name $name bb
+done
 """
 
 # Each container stops and starts again and again. A failed command is printed, each round counted.
 LOAD = f"""
-for n in $(seq {LOAD_COUNT - CONTAINERS}); do docker run -d --restart=always --network web bb > /dev/null; done
+for n in $(seq {LOAD_COUNT - CONTAINERS}); do
+    docker run -d --restart=always --network web bb > /dev/null
+done
 for container in $(docker ps -q); do
     {{  while [ ! -e /run/load.end ]; do
             for verb in stop start; do
@@ -180,7 +184,7 @@ class BootTest(unittest.TestCase):
                 "systemctl reset-failed gipam docker docker.socket; systemctl restart gipam")
 
     def test_switching_between_socket_and_tcp_takes_one_restart(self) -> None:
-        """gipam gives up the socket that systemd kept. Docker, which keeps the place, is stopped."""
+        """gipam gives up the socket that systemd kept. Docker, which has its path, is stopped."""
         machine = self.shared
         stop_docker = "systemctl stop docker.socket docker"
         machine(stop_docker)

@@ -1,7 +1,8 @@
-"""Several gipams and a real etcd, with all that can go wrong between them: `python3 .ci/lab/chaos.py`.
+"""Several gipams and a real etcd, with all that can go wrong between them.
 
-No dockerd: clients speak the plugin protocol. GIPAM_CHAOS_S is how many seconds each random run
-goes on, GIPAM_TEST_SEED repeats one (the schedule, not the moments). The helpers are in cluster.py.
+To run: `python3 .ci/lab/chaos.py`. No dockerd: clients speak the plugin protocol. GIPAM_CHAOS_S is
+how many seconds each random run goes on, GIPAM_TEST_SEED repeats one (the schedule, not the
+moments). The helpers are in cluster.py.
 """
 
 from __future__ import annotations
@@ -328,7 +329,7 @@ def take_time(_: str) -> None:
 
 
 class EvictTest(SiteCase):
-    """What a host was answered counts no more once it has been evicted; what it is told then does."""
+    """Earlier replies to a host count no more once it has been evicted; later ones do."""
 
     LAN = "10.2.31.0/28"
 

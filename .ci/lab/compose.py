@@ -29,7 +29,7 @@ class ComposeTest(DockerCase):
         self.file = os.path.join(self.docker.disk, "compose.yaml")
 
     def create_service(self, service: str, network: str) -> None:
-        """Create a service while another network exists, so that its addresses are not the first."""
+        """Create a service beside another network, so that its addresses are not the first."""
         with open(self.file, "w", encoding="utf-8") as file:
             file.write(FILE.format(service=service, network=network))
         self.docker.network("other", "--ipv6")

@@ -1,8 +1,9 @@
-"""A DHCPv6 server that delegates one prefix, as a home router does: `python3 delegation.py DEVICE FILE SECONDS`.
+"""A DHCPv6 server that delegates one prefix, as a home router does.
 
-The prefix is read from FILE for each reply, so that another one written there reaches the client when it next
-renews, after SECONDS; the reply also withdraws what the client had before (RFC 8415, section 18.3.4). The route
-to the prefix leads to the client that has it. The Debian trees of the lab have no such server.
+To run: `python3 delegation.py DEVICE FILE SECONDS`. The server reads the prefix from FILE for each
+reply. Another one written there reaches the client when it next renews, after SECONDS; the reply
+also withdraws what the client had before (RFC 8415, section 18.3.4). The route to the prefix leads
+to the client that has it. The Debian trees of the lab have no such server.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def make_reply(message: bytes, prefix: IPv6Network, renew_s: int) -> bytes:
 def set_route(prefix: IPv6Network, gateway: str, device: str) -> None:
     route = ["ip", "-6", "route"]
     subprocess.run([*route, "flush", "proto", "dhcp"], check=True)
-    subprocess.run([*route, "add", str(prefix), "via", gateway, "dev", device, "proto", "dhcp"], check=True)
+    next_hop = ["via", gateway, "dev", device]
+    subprocess.run([*route, "add", str(prefix), *next_hop, "proto", "dhcp"], check=True)
 
 
 def open_server(device: str) -> socket.socket:

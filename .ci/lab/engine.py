@@ -58,7 +58,7 @@ def endpoint_addresses(container: dict[str, Any]) -> list[str]:
 
 
 def global_addresses(interfaces: list[dict[str, Any]]) -> list[str]:
-    """Return the addresses in the output of `ip -j addr` but for docker0's, in CIDR form, sorted."""
+    """Return the addresses in the output of `ip -j addr`, sorted CIDR texts, without docker0's."""
     found = []
     for interface in interfaces:
         if interface.get("ifname", "docker").startswith("docker"):

@@ -1,11 +1,12 @@
 """A real etcd for the lab: Debian's etcd-server, one member or more, each on an address of its own.
 
-    etcd = Etcd(*loopback(3))            # or addresses of hosts, and for each what runs a command there:
+    etcd = Etcd(*loopback(3))
+    # Or addresses of hosts, and for each what runs a command there:
     etcd = Etcd("10.9.0.1", "10.9.0.2", inside=[["nsenter", "-t", pid, "-n", "--"], ...])
     test.addCleanup(etcd.close)
     etcd.start()                         # waits until it is well
     etcd.endpoints                       # "http://10.9.0.1:2379,http://10.9.0.2:2379", for -etcd
-    etcd.kill(etcd.leader())             # one Member or several; none means all; start() brings them back
+    etcd.kill(etcd.leader())             # one Member, several or all (none named); then start()
     etcd.pause(*etcd.members[:2])        # SIGSTOP; resume() lets them go on
     etcd.keys("/gipam/")                 # {"/gipam/gipam/head": ..., ...}, values parsed as JSON
     etcd.ctl("get", "--prefix", "/gipam")
@@ -252,6 +253,7 @@ class Etcd:
         """Let in this user, who may touch /gipam/ and nothing else, and root."""
         for command in (f"user add {ROOT}", "user grant-role root root", "role add gipam",
                         "role grant-permission gipam --prefix=true readwrite /gipam/",
-                        f"user add {user}:{password}", f"user grant-role {user} gipam", "auth enable"):
+                        f"user add {user}:{password}", f"user grant-role {user} gipam",
+                        "auth enable"):
             self.ctl(*command.split())
         self.has_users = True

@@ -1,8 +1,9 @@
-"""Several hosts that share their prefixes through etcd, by the README's commands: `python3 .ci/lab/hosts.py`.
+"""Several hosts that share their prefixes through etcd, by the README's commands.
 
-Three hosts and a router are Debian machines that boot, on one segment, with Docker, gipam, BIRD and a member
-of etcd each; the network namespace "outside" is beyond the router. The README's chapter on several hosts is
-followed word for word, each block where it says: on each host (sh), on the first, on the router, outside.
+To run: `python3 .ci/lab/hosts.py`. Three hosts and a router are Debian machines that boot, on one
+segment, with Docker, gipam, BIRD and a member of etcd each; the network namespace "outside" is
+beyond the router. The tests follow the README's chapter on several hosts word for word, each block
+where it says: on each host (sh), on the first, on the router, outside.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ BEFORE = ("Install", SETUP)  # what a host needs first
 PART = "Several hosts"  # the part of the README that this is about
 ME = "me=192.0.2.7"  # stands for each host's own address
 
-# A machine whose packages have just been installed. The image says whom it sees: busybox has REMOTE_ADDR in brackets.
-SET_UP = EQUIP.replace("tar c .", r"""mkdir www/cgi-bin; printf '#!/bin/sh\necho; echo $REMOTE_ADDR\n' > www/cgi-bin/who
+# A machine whose packages have just been installed. The image's /cgi-bin/who returns the address of
+# the client; busybox has an IPv6 REMOTE_ADDR in brackets.
+SET_UP = EQUIP.replace("tar c .", r"""mkdir www/cgi-bin
+printf '#!/bin/sh\necho; echo $REMOTE_ADDR\n' > www/cgi-bin/who
 chmod +x www/cgi-bin/who; cp -r www /; tar c .""") + r"""
 systemctl enable bird etcd
 """ + cable("""
@@ -44,12 +47,16 @@ ip addr add 192.0.2.1/24 dev eth0; ip addr add 2001:db8:ffff::1/64 dev eth0 noda
 ip netns add outside; ip link add eth1 type veth peer name eth0 netns outside; ip link set eth1 up
 ip addr add 198.51.100.1/24 dev eth1; ip addr add 2001:db8:eeee::1/64 dev eth1 nodad
 ip -n outside link set lo up; ip -n outside link set eth0 up
-ip -n outside addr add 198.51.100.2/24 dev eth0; ip -n outside addr add 2001:db8:eeee::2/64 dev eth0 nodad
-ip -n outside route add default via 198.51.100.1; ip -n outside route add default via 2001:db8:eeee::1
+ip -n outside addr add 198.51.100.2/24 dev eth0
+ip -n outside addr add 2001:db8:eeee::2/64 dev eth0 nodad
+ip -n outside route add default via 198.51.100.1
+ip -n outside route add default via 2001:db8:eeee::1
 ip netns exec outside busybox httpd -h /www
 """
-CREATE = "docker network create --ipam-driver gipam --ipv6 -o com.docker.network.bridge.enable_ip_masquerade=false "
-ADDRESSES = "docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}}{{end}}' "
+CREATE = ("docker network create --ipam-driver gipam --ipv6 "
+          "-o com.docker.network.bridge.enable_ip_masquerade=false ")
+ADDRESSES = ("docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} "
+             "{{.GlobalIPv6Address}}{{end}}' ")
 
 
 class Host(Machine):
@@ -59,8 +66,9 @@ class Host(Machine):
         super().__init__(*lower)
         self.name = name
         self.switch = switch
-        os.makedirs(os.path.join(self.disk, "upper", "etc"))
-        with open(os.path.join(self.disk, "upper", "etc", "hostname"), "w", encoding="ascii") as file:
+        directory = os.path.join(self.disk, "upper", "etc")
+        os.makedirs(directory)
+        with open(os.path.join(directory, "hostname"), "w", encoding="ascii") as file:
             print(name, file=file)
 
     def follow_block(self, block: Block) -> str:
@@ -125,19 +133,37 @@ class HostsTest(unittest.TestCase):
     @classmethod
     def follow_all(cls) -> None:
         """Follow the README: no network before etcd is there, and eviction is for a test."""
-        blocks = [block for block in read_blocks() if block.kind.startswith("sh")]
-        before = [block for block in blocks if block.chapter in BEFORE and block.kind == "sh" and "nft delete" not in block.text]
-        cls.networks = [block for block in before if "docker network create" in block.text or "docker run" in block.text]
-        several = [block for block in blocks if block.part == PART and "evict" not in block.text]
+        install: list[Block] = []
+        several: list[Block] = []
+        cls.networks = []
+        for block in read_blocks():
+            if block.chapter in BEFORE and block.kind == "sh":
+                is_network = "docker network create" in block.text or "docker run" in block.text
+                if is_network:
+                    cls.networks.append(block)
+                elif "nft delete" not in block.text:
+                    install.append(block)
+            elif block.part == PART and block.kind.startswith("sh") and "evict" not in block.text:
+                several.append(block)
+
         text = ""
-        for block in [*(block for block in before if block not in cls.networks), *several, *cls.networks]:
+        for block in [*install, *several, *cls.networks]:
             if block.kind == "sh router":  # "the same with another first line"
                 block = block._replace(text=block.text + text.partition("\n")[2])
             text = block.text
-            for machine in {"sh": list(cls.hosts.values()), "sh first": [cls.hosts["host1"]]}.get(block.kind, [cls.router]):
+            for machine in cls.machines_for(block.kind):
                 machine.follow_block(block)
             if "ca-key" in block.text:  # "copy this to the others"
                 cls.copy("/etc/etcd")
+
+    @classmethod
+    def machines_for(cls, kind: str) -> list[Host]:
+        """Return the machines where the README says to run a kind of block."""
+        if kind == "sh":
+            return list(cls.hosts.values())
+        if kind == "sh first":
+            return [cls.hosts["host1"]]
+        return [cls.router]
 
     @classmethod
     def copy(cls, path: str) -> None:
@@ -155,12 +181,14 @@ class HostsTest(unittest.TestCase):
             self.assertIn(word, said)
         self.assertNotIn("CHANGE-ME", said)
 
-    def assert_seen_as(self, own: Iterable[str], machine: Machine, command: str, *addresses: str) -> None:
+    def assert_seen_as(self, own: Iterable[str], machine: Machine, command: str,
+                       *addresses: str) -> None:
         """The servers at these addresses see the one who runs this command as its own addresses."""
         seen = set()
         for address in addresses:
-            url = f"http://[{address}]/cgi-bin/who" if ":" in address else f"http://{address}/cgi-bin/who"
-            machine.wait_until(f"{command} wget -T 1 -q -O - {url} > /run/seen 2> /dev/null")
+            server = f"[{address}]" if ":" in address else address
+            fetch = f"wget -T 1 -q -O - http://{server}/cgi-bin/who"
+            machine.wait_until(f"{command} {fetch} > /run/seen 2> /dev/null")
             seen.add(machine("cat /run/seen").strip("[]").replace("::ffff:", ""))
         self.assertEqual(seen, set(own))
 
@@ -190,7 +218,8 @@ class HostsTest(unittest.TestCase):
 
     def test_removed_network_takes_its_route_away(self) -> None:
         host = self.hosts["host2"]
-        host(CREATE + "away; docker run -d --name away1 --network away nginx")  # IPv6 needs a carrier
+        # Without a container, the bridge has no carrier and so no IPv6 route.
+        host(CREATE + "away; docker run -d --name away1 --network away nginx")
         v4, v6 = host.subnets()["away"]
         routes = f"ip route show {v4}; ip -6 route show {v6}"
         self.router.wait_until(f"[ $({{ {routes}; }} | grep -c 'via .* proto bird') = 2 ]")
@@ -202,7 +231,8 @@ class HostsTest(unittest.TestCase):
         first(CREATE + "--subnet 10.2.77.0/24 --subnet 2001:db8:0:177::/64 own")
         for subnet in ("10.2.77.0/24", "10.2.76.0/22", "10.2.77.128/25", "2001:db8:0:177::/64"):
             with self.subTest(subnet):
-                self.assert_refused(second, f"{CREATE} --subnet {subnet} own", "Pool overlaps", "host1")
+                create = f"{CREATE} --subnet {subnet} own"
+                self.assert_refused(second, create, "Pool overlaps", "host1")
         first("docker network rm own")
         second.wait_until(CREATE + "--subnet 10.2.77.0/24 own > /dev/null 2>&1")
         second("docker network rm own")
@@ -214,11 +244,13 @@ class HostsTest(unittest.TestCase):
                 claims[subnet] = [name]
         claims["192.168.1.0/24"] = list(HOSTS)
         for host in self.hosts.values():
-            self.assertEqual({claim["subnet"]: claim["hosts"] for claim in host.status()["claims"]}, claims)
+            shown = {claim["subnet"]: claim["hosts"] for claim in host.status()["claims"]}
+            self.assertEqual(shown, claims)
             said = host("gipam status")
             for name in HOSTS:
                 self.assertIn(name, said)
-            self.assertNotIn("CHANGE-ME", host("gipam config; gipam status --json; journalctl -t gipam"))
+            shown_and_logged = host("gipam config; gipam status --json; journalctl -t gipam")
+            self.assertNotIn("CHANGE-ME", shown_and_logged)
 
     # -- one subnet on several hosts
 
@@ -231,7 +263,8 @@ class HostsTest(unittest.TestCase):
         for host, own in addresses.items():
             others = [address for address in addresses.values() if address != own]
             self.assert_seen_as([own], host, "docker exec lan1", *others, OUTSIDE[0])
-        self.assert_seen_as(OUTSIDE[:1], self.router, "ip netns exec outside busybox", *addresses.values())
+        outside = "ip netns exec outside busybox"
+        self.assert_seen_as(OUTSIDE[:1], self.router, outside, *addresses.values())
         for host in self.hosts.values():
             host("docker rm -f lan1")
 
@@ -243,7 +276,8 @@ class HostsTest(unittest.TestCase):
         second("docker rm fixed")
         self.assert_refused(second, run.format("192.168.1.1"), "192.168.1.1")
         third("docker rm -f fixed")
-        second.wait_until("{ docker rm -f fixed; %s; } > /dev/null 2>&1" % run.format("192.168.1.200"))
+        start_again = f"docker rm -f fixed; {run.format('192.168.1.200')}"
+        second.wait_until(f"{{ {start_again}; }} > /dev/null 2>&1")
         second("docker rm -f fixed")
 
     # -- what happens when etcd or a host is away
@@ -251,7 +285,8 @@ class HostsTest(unittest.TestCase):
     def test_containers_start_and_stop_while_etcd_is_away(self) -> None:
         first, second, _ = self.hosts.values()
         for away, back in (("systemctl kill -s STOP etcd", "systemctl kill -s CONT etcd"),
-                           ("systemctl kill -s KILL etcd; systemctl stop etcd", "systemctl --no-block start etcd")):
+                           ("systemctl kill -s KILL etcd; systemctl stop etcd",
+                            "systemctl --no-block start etcd")):
             with self.subTest(away):
                 before = {host: host.subnets() for host in self.hosts.values()}
                 first("docker run -d --name lan1 --network lan nginx")
@@ -282,7 +317,8 @@ class HostsTest(unittest.TestCase):
         first, _, third = self.hosts.values()
         before = third.subnets()
         third.end()
-        self.assert_refused(first, f"{CREATE} --subnet {before['web'][0]} taken", "Pool overlaps", "host3")
+        take = f"{CREATE} --subnet {before['web'][0]} taken"
+        self.assert_refused(first, take, "Pool overlaps", "host3")
         first(CREATE + "other; docker network rm other")  # two members of etcd are enough
         third.boot()
         third.wait_for_containers()
@@ -298,11 +334,12 @@ class HostsTest(unittest.TestCase):
         self.router("ip link set host3 down")  # the cable is cut
         take = f"{CREATE} --subnet {v4} --subnet {v6} taken"
         self.assert_refused(first, take, "Pool overlaps", "host3")
-        first.wait_until("{ gipam check --grace 0 || true; } | grep -q 'note: host3 has not been seen for'")
+        check = "{ gipam check --grace 0 || true; }"
+        first.wait_until(f"{check} | grep -q 'note: host3 has not been seen for'")
         first(evict.text)
         first(take)
         self.router("ip link set host3 up")
-        third.wait_until("{ gipam check --grace 0 || true; } | grep -q 'claimed_elsewhere: .* host1'")
+        third.wait_until(f"{check} | grep -q 'claimed_elsewhere: .* host1'")
         self.assert_refused(third, "docker restart web1", "host1")
         first("docker network rm taken")
         third.wait_until("docker start web1")

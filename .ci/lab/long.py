@@ -78,7 +78,7 @@ class SmallDiskTest(StoreCase):
         raise AssertionError("the disk is not full")
 
     def recover(self) -> State:
-        """Return the state that a restart would recover, from a copy, since the files are locked."""
+        """Return the state that a restart would recover: of a copy, since the files are locked."""
         with tempfile.TemporaryDirectory() as directory:
             for path in glob.glob(f"{self.disk}/leases.json*"):
                 shutil.copy(path, directory)

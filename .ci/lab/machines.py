@@ -1,10 +1,11 @@
-"""What the files of the lab share: how they run, the README's commands, namespaces, machines that boot.
+"""What the files of the lab share: how they run, the README's commands, namespaces, machines.
 
 The lab tests what needs more than the self-check: dockerd, machines that boot, long runs. Each file
 beside this one uses unittest and runs by itself, as root: `python3 .ci/lab/dockerd.py`, with -v and
--k. GIPAM_SUITE=trixie has dockerd 26.1.5 and Python 3.13; GIPAM_SUITE=forky, the default, has 28.5.2
-and 3.14. A missing command is a failure here, and the text names the remedy. Ctrl-C waits for the
-running test. `python3 .ci/lab/machines.py COMMAND …` runs a command in a tree, with this checkout.
+-k. GIPAM_SUITE=trixie has dockerd 26.1.5 and Python 3.13; GIPAM_SUITE=forky, the default, has
+28.5.2 and 3.14. A missing command is a failure here, and the text names the remedy. Ctrl-C waits
+for the running test. `python3 .ci/lab/machines.py COMMAND …` runs a command in a tree, with this
+checkout.
 """
 
 from __future__ import annotations
@@ -238,7 +239,8 @@ def make_tree(suite: str = SUITE) -> str:
 ENTER = """
 cd {disk}/root; for name in dev sys; do mount --rbind /$name $name; done
 mkdir -p .{here} .{disk}; mount -o bind,ro {here} .{here}; mount --bind {disk} .{disk}
-mount -t proc proc proc; mount -t tmpfs tmpfs run; mkdir .old; pivot_root . .old; umount -l .old; cd /
+mount -t proc proc proc; mount -t tmpfs tmpfs run
+mkdir .old; pivot_root . .old; umount -l .old; cd /
 ip link set lo up; mkdir -p /etc/docker
 """
 
@@ -312,7 +314,9 @@ ip link add lan type bridge mcast_snooping 0; ip link set lan up
 ip addr add 192.0.2.1/24 dev lan; ip addr add 2001:db8:ffff::1/64 dev lan nodad
 ip addr add 198.51.100.2/32 dev lo; ip addr add 2001:db8:eeee::2/128 dev lo
 echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
-mkdir -p www/cgi-bin; printf '#!/bin/sh\necho; echo $REMOTE_ADDR | sed "s/::ffff://; s/[][]//g"\n' > www/cgi-bin/who; chmod +x www/cgi-bin/who
+mkdir -p www/cgi-bin
+printf '#!/bin/sh\necho; echo $REMOTE_ADDR | sed "s/::ffff://; s/[][]//g"\n' > www/cgi-bin/who
+chmod +x www/cgi-bin/who
 busybox httpd -h /www
 """
 
@@ -352,9 +356,11 @@ def cable(lines: str) -> str:
     """Return a script that installs a unit: at each boot it runs these lines once eth0 exists."""
     return f"""
 printf %s {shlex.quote(lines)} > /usr/local/sbin/cable
-printf '%s\\n' [Unit] DefaultDependencies=no Before=network-pre.target Wants=network-pre.target After=local-fs.target \\
+wait="until ip link set eth0 up; do sleep 0.05; done 2> /dev/null"
+printf '%s\\n' [Unit] DefaultDependencies=no After=local-fs.target \\
+  Before=network-pre.target Wants=network-pre.target \\
   [Service] Type=oneshot RemainAfterExit=yes TimeoutStartSec=60 \\
-  "ExecStart=bash -ec 'until ip link set eth0 up; do sleep 0.05; done 2> /dev/null; . /usr/local/sbin/cable'" \\
+  "ExecStart=bash -ec '$wait; . /usr/local/sbin/cable'" \\
   [Install] WantedBy=multi-user.target > /etc/systemd/system/cable.service
 systemctl enable cable
 """

@@ -1,4 +1,4 @@
-"""A host whose prefix is on-link and not routed: -onlink, on both trees: `python3 .ci/lab/onlink.py`."""
+"""A host whose prefix is on-link and not routed, with -onlink: `python3 .ci/lab/onlink.py`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PING = ("ping", "-c", "1", "-W", "1")
 
 
 def entries_of(text: str) -> set[str]:
-    """Return the addresses of the proxy entries that gipam has made, of the output of `ip neigh`."""
+    """Return the addresses of gipam's proxy entries in the output of `ip neigh`."""
     addresses = set()
     for line in text.splitlines():
         if "proto 103" in line and "dev lo" not in line:
