@@ -17,7 +17,8 @@ def imported_names(tree):
             for alias in node.names:
                 yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
-            yield node.lineno, "." * node.level + (node.module or "")
+            dots = "".rjust(node.level, ".")
+            yield node.lineno, dots + (node.module or "")
 
 
 def is_found(module):

@@ -24,12 +24,12 @@ class NetworkTest(DockerCase):
     """Networks: moby daemon/libnetwork/network.go, ipamAllocate()."""
 
     def test_subnet_range_gateway_and_auxiliary_addresses_are_honoured(self) -> None:
-        ipv4 = ["--subnet", "10.9.0.0/16", "--ip-range", "10.9.4.0/30", "--gateway", "10.9.0.9"]
-        ipv4 += ["--aux-address", "inside=10.9.4.1", "--aux-address", "outside=10.9.200.1"]
-        ipv6 = ["--subnet", "fd00:9::/64", "--ip-range", "fd00:9::40/126"]
-        ipv6 += ["--gateway", "fd00:9::9", "--aux-address", "inside6=fd00:9::41"]
-        options = ["--ipv6", "--ipam-opt", "unknown.to=gipam", *ipv4, *ipv6]
-        self.docker.network("lan", *options, containers=("one", "two", "three"))
+        options = ("--ipam-opt unknown.to=gipam "
+                   "--subnet 10.9.0.0/16 --ip-range 10.9.4.0/30 --gateway 10.9.0.9 "
+                   "--aux-address inside=10.9.4.1 --aux-address outside=10.9.200.1 "
+                   "--ipv6 --subnet fd00:9::/64 --ip-range fd00:9::40/126 "
+                   "--gateway fd00:9::9 --aux-address inside6=fd00:9::41")
+        self.docker.network("lan", *options.split(), containers=("one", "two", "three"))
 
         addresses = {cidr.split("/")[0] for cidr in self.docker.running_addresses()}
         self.assertEqual(addresses, {
@@ -104,8 +104,8 @@ class ContainerTest(DockerCase):
         self.assertEqual(self.docker.held_by_gipam(), self.held_by_empty_network)
 
     def test_connect_and_disconnect_of_a_running_container(self) -> None:
-        subnets = ("--subnet", "10.9.0.0/24", "--subnet", "fd00:9::/64")
-        self.docker.network("lan", "--ipv6", *subnets)
+        options = "--ipv6 --subnet 10.9.0.0/24 --subnet fd00:9::/64"
+        self.docker.network("lan", *options.split())
         self.docker.container("one", "web")
         before = self.docker.held_by_gipam()
 
@@ -152,11 +152,9 @@ class RefusedNetwork(NamedTuple):
 class RefusalTest(DockerCase):
     """What gipam refuses, and what Docker then releases."""
 
-    LAN = (
-        "--subnet", "10.9.0.0/24", "--gateway", "10.9.0.1", "--aux-address", "router=10.9.0.5",
-        "--ipv6", "--subnet", "fd00:9::/64", "--gateway", "fd00:9::1",
-        "--aux-address", "router6=fd00:9::5",
-    )
+    LAN = ("--subnet 10.9.0.0/24 --gateway 10.9.0.1 --aux-address router=10.9.0.5 "
+           "--ipv6 --subnet fd00:9::/64 --gateway fd00:9::1 "
+           "--aux-address router6=fd00:9::5")
     OVERLAPPING = (
         "--subnet 10.9.0.0/24",
         "--subnet 10.9.0.128/25",
@@ -185,7 +183,7 @@ class RefusalTest(DockerCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.docker.network("lan", *self.LAN)
+        self.docker.network("lan", *self.LAN.split())
         self.docker.container("one", "lan", "--ip", "10.9.0.7", "--ip6", "fd00:9::7")
 
     def test_address_of_another_is_refused(self) -> None:
@@ -499,10 +497,10 @@ class SwarmTest(DockerCase):
 
         subnet = ("--subnet", "10.80.0.0/24", "--ip-range", "10.80.0.64/26")
         self.docker.network("here", "--config-only", *subnet, "-o", "parent=" + parent)
-        scope = ("--scope", "swarm", "--attachable", "--config-from", "here")
-        self.docker("network", "create", "-d", "macvlan", *scope, "lan")
-        tasks = ("--network", "lan", "--replicas", "2", "--restart-delay", "100ms")
-        self.docker("service", "create", "-d", *tasks, "--name", "service", "bb")
+        options = "-d macvlan --scope swarm --attachable --config-from here"
+        self.docker("network", "create", *options.split(), "lan")
+        options = "-d --network lan --replicas 2 --restart-delay 100ms --name service"
+        self.docker("service", "create", *options.split(), "bb")
 
     def test_service_on_a_node_local_network(self) -> None:
         self.begin_swarm()
