@@ -347,8 +347,8 @@ class BenchDaemon(Daemon):
         if fixture:
             fixture.write(self.file)
 
-    def start(self, wait: bool = True) -> BenchDaemon:
-        super().start(wait)
+    def start(self, wait: bool = True, stderr: int | None = None) -> BenchDaemon:
+        super().start(wait, stderr)
         return self
 
     def seconds_to_start(self) -> float:
