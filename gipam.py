@@ -8487,7 +8487,7 @@ OPTIONS = (
            "bases, separated by commas"),
     Option("etcdtls", "DIR", "off", "directory with ca.pem for etcd, and cert.pem and key.pem if "
            "it requires a client certificate"),
-    Option("host", "NAME", "", "unique name of this host in etcd (default: hostname)"),
+    Option("host", "NAME", "", "unique name of this host in etcd, unless its hostname is one"),
 )
 
 UNUSABLE_PREFIXES = parse_prefixes("0.0.0.0/8,127.0.0.0/8,224.0.0.0/4,::/127,ff00::/8")
@@ -8829,7 +8829,7 @@ class Daemon:
 
 
 def cmd_serve(arguments: argparse.Namespace) -> int:
-    """Run the driver until SIGTERM, SIGINT or SIGHUP. The default."""
+    """Run the driver until SIGTERM, SIGINT or SIGHUP: what gipam does without a command."""
     os.umask(0o077)
     # If the watchdog kills gipam (SIGABRT), the log shows where it hung.
     faulthandler.enable()
