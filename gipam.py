@@ -197,7 +197,7 @@ PLUGIN_SOCKET_DIR = "/run/docker/plugins"
 DOCKER_TIMEOUT_S = 10.0  # of check
 NAMES_TIMEOUT_S = 2.0  # of status, for names
 RECHECK_DELAY_S = 1.0  # between the readings of a check
-IMPORT_TIMEOUT_S = 2.0  # at a start without lease file
+IMPORT_TIMEOUT_S = 2.0  # of a start, before it serves
 IMPORT_BACKOFF_S = 1.0
 MAX_IMPORT_BACKOFF_S = 60.0
 
