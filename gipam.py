@@ -9446,19 +9446,24 @@ def print_report(differences: Findings, left: Findings, notes: list[str], as_jso
         print_json_report(all_findings, left, notes)
         return
     for key, finding in all_findings.items():
-        if key not in left:
-            ending = "; fixed"
-        elif finding.is_leak or finding.is_missing:
-            ending = "; `gipam check --fix` fixes it"
-        else:
-            ending = ""
+        ending = "" if key in left else "; fixed"
         print(f"{finding.kind}: {finding.text}{ending}")
     for note in notes:
         print(f"note: {note}")
     if all_findings:
-        print(f"{plural(len(all_findings), 'difference')}, {len(left)} left")
+        count = f"{plural(len(all_findings), 'difference')}, {len(left)} left"
+        print(count + describe_fix(list(left.values())))
     else:
         print("no difference")
+
+
+def describe_fix(left: list[Finding]) -> str:
+    """Return how many of these differences --fix repairs, as the end of a sentence."""
+    fixable = [finding for finding in left if finding.is_leak or finding.is_missing]
+    if not fixable:
+        return ""
+    what = "it" if len(left) == 1 else f"{len(fixable)} of them"
+    return f"; `gipam check --fix` fixes {what}"
 
 
 def print_json_report(all_findings: Findings, left: Findings, notes: list[str]) -> None:
