@@ -1352,6 +1352,18 @@ class StateCopy(NamedTuple):
     pools: list[PoolCopy]
 
 
+@contextlib.contextmanager
+def paused_collection() -> Iterator[None]:
+    """Keep the garbage collector, which would stop all threads, from running in this block."""
+    is_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_collecting:
+            gc.enable()
+
+
 def copy_state(state: State) -> StateCopy:
     """Return a shallow copy of the state; it takes milliseconds."""
     header: Json = {"Seq": state.seq}
@@ -1371,11 +1383,8 @@ def copy_state(state: State) -> StateCopy:
     header["Cursors"] = cursors
 
     # A garbage collection would visit every copy: 100,000 leases take 4 ms with one, 2 ms without.
-    gc.disable()
-    try:
+    with paused_collection():
         pools = [copy_pool(pool) for pool in state.pools.values()]
-    finally:
-        gc.enable()
     return StateCopy(header, reservations, free_blocks, pools)
 
 
@@ -7175,13 +7184,14 @@ def try_import(service: Service, driver: str, timeout_s: float, run_in_loop: Run
                run_with_claim: RunInLoop) -> None:
     """Compare with Docker; log only the first of several failures. Raises: ShuttingDown."""
     docker_import = service.docker_import
-    is_collecting = gc.isenabled()
-    # A garbage collection would stop all threads: 30 ms for 20,000 leases of Docker.
-    gc.disable()
     # After a failure the worker pauses, unless an adoption sets the event again.
     docker_import.requested.clear()
     try:
-        import_from_docker(service, driver, timeout_s, run_in_loop, run_with_claim)
+        # A garbage collection takes 30 ms for 20,000 leases of Docker.
+        with paused_collection():
+            import_from_docker(service, driver, timeout_s, run_in_loop, run_with_claim)
+            # The next collection need not visit the new leases, in the loop: 37 ms for 20,000.
+            gc.freeze()
         docker_import.has_failed = False
     except ShuttingDown:
         raise
@@ -7191,9 +7201,6 @@ def try_import(service: Service, driver: str, timeout_s: float, run_in_loop: Run
             log.info("not compared with Docker yet, trying again in the background: %s", error)
     except Exception:
         log.exception("cannot compare with Docker, which is a bug in gipam")
-    finally:
-        if is_collecting:
-            gc.enable()
 
 
 def import_worker(service: Service, driver: str, run_in_loop: RunInLoop,

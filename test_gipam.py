@@ -18,6 +18,7 @@ import dis
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import hashlib
 import http.client
@@ -1876,6 +1877,14 @@ class SnapshotTest(unittest.TestCase):
             row = [gipam.RECORD_NAMES[type(record)], *record]
             restored.apply(gipam.decode_record(json.loads(gipam.encode_json(row))))
         self.assertEqual(dump_state(restored), dump_state(state))
+
+    @seeded(1)
+    def test_copy_does_not_end_another_pause_of_the_garbage_collector(
+            self, rng: random.Random) -> None:
+        with gipam.paused_collection():
+            gipam.copy_state(random_state(rng))
+            self.assertFalse(gc.isenabled())
+        self.assertTrue(gc.isenabled())
 
     def test_no_chunk_is_long_however_much_is_reserved(self) -> None:
         state = make_state()
@@ -10411,9 +10420,12 @@ class ImportAtStartTest(ImportCase):
                                  Driver="null")
         self.docker.show_network("six", {"Subnet": "fd00:7::/64"}, EnableIPv6=False)
         self.docker.show_network("hint", {"Subnet": "0.0.0.0/28"})
+        before = gc.get_freeze_count()
         self.start(has_worker=False)
         self.assertFalse(self.is_import_due())
         self.assert_all_held()
+        self.assertTrue(gc.isenabled())
+        self.assertGreater(gc.get_freeze_count(), before, "what was imported is collected later")
 
     def test_docker_that_does_not_answer_does_not_hold_up_the_start(self) -> None:
         for is_alive in (False, True):
