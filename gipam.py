@@ -9694,18 +9694,19 @@ def build_parser(name: str) -> Parser:
     command = COMMANDS[name]
     is_serve = name == "serve"
     examples = re.findall(f".* gipam {'-' if is_serve else name}.*", EXAMPLES)
-    notes = ["The settings of `gipam --help` are accepted too: -socket or -address says which",
+    notes = ["The settings of `gipam --help` are accepted too: -socket or -address says which "
              "gipam to ask."]
     if is_serve:
         notes = ["commands:", *describe_commands()]
+    description = (command.function.__doc__ or "").replace("\n    ", "\n").strip()
 
     parser = Parser(
         prog="gipam" if is_serve else f"gipam {name}",
         add_help=False,
         allow_abbrev=False,
         usage="gipam [COMMAND] [OPTIONS]" if is_serve else None,
-        description=(command.function.__doc__ or "").replace("\n    ", "\n").strip(),
-        epilog="\n".join([*notes, "", "examples:", *examples]),
+        description="\n".join(wrap_help(description.splitlines())),
+        epilog="\n".join([*wrap_help(notes), "", "examples:", *examples]),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.color = False
     # argparse's own group has another title before Python 3.10.
@@ -9722,6 +9723,16 @@ def build_parser(name: str) -> Parser:
         spec = ARGUMENT_SPECS.get(argument, {"action": "store_true"})
         group.add_argument(argument, help=text, **spec)
     return parser
+
+
+def wrap_help(lines: Iterable[str]) -> list[str]:
+    """Return lines of a help at the width that argparse uses; of a table, in its last column."""
+    width = max(shutil.get_terminal_size().columns - 2, 40)
+    wrapped = []
+    for line in lines:
+        indent = "           " if line.startswith(" ") else ""
+        wrapped += textwrap.wrap(line, width, subsequent_indent=indent) or [""]
+    return wrapped
 
 
 def describe_commands() -> Iterator[str]:

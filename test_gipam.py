@@ -13464,6 +13464,15 @@ class HelpTest(CommandLineCase):
             for name in (*gipam.COMMANDS, *gipam.META_COMMANDS):
                 self.assertRegex(done.out, f"\n  {name} +[A-Z]")
 
+    def test_help_fits_the_terminal(self) -> None:
+        """The examples are as they are typed."""
+        for columns in (60, 80, 200):
+            for name in gipam.COMMANDS:
+                done = self.run_main(name, "--help", COLUMNS=str(columns))
+                text, _, _ = done.out.partition("\nexamples:\n")
+                for line in text.splitlines():
+                    self.assertLess(len(line), columns)
+
     def test_help_of_a_command_has_its_own_arguments_and_examples(self) -> None:
         for name, command in gipam.COMMANDS.items():
             with self.subTest(name):
