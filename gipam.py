@@ -9694,8 +9694,9 @@ def build_parser(name: str) -> Parser:
     command = COMMANDS[name]
     is_serve = name == "serve"
     examples = re.findall(f".* gipam {'-' if is_serve else name}.*", EXAMPLES)
-    notes = ["The settings of `gipam --help` are accepted too: -socket or -address says which "
-             "gipam to ask."]
+    settings_note = ("The settings of `gipam --help` are accepted too: -socket or -address says "
+                     "which gipam to ask.")
+    notes = [settings_note]
     if is_serve:
         notes = ["commands:", *describe_commands()]
     description = (command.function.__doc__ or "").replace("\n    ", "\n").strip()
