@@ -236,7 +236,13 @@ ip link set {far} up
         return str(self.endpoint(container, network)[key])
 
     def running(self) -> list[dict[str, Any]]:
-        return self.inspect("container", *self("ps", "-q").split())
+        """Return the running containers; `ps` shows one that has just stopped, which has no pid."""
+        ids = self("ps", "-q").split()
+        running = []
+        for container in self.inspect("container", *ids):
+            if container["State"]["Pid"]:
+                running.append(container)
+        return running
 
     def running_addresses(self) -> list[str]:
         """Return every address of every running container, duplicates included, in CIDR form."""
