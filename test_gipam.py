@@ -11543,11 +11543,19 @@ class ClaimTest(TwoHosts):
         self.tell(Network("one"))
         self.assertEqual(pauses, [])
         self.patch(gipam, ETCD_PAUSE_S=DEADLINE_S / 3, ETCD_TIMEOUT_S=2 * DEADLINE_S)
-        self.etcd.claim_for_other_before("claims/", "10.10.0.0/24")
-        self.tell(
-            Network("one"),
-            Network("one"))
+        with mock.patch.object(random, "uniform", return_value=0.0):
+            self.etcd.claim_for_other_before("claims/", "10.10.0.0/24")
+            self.tell(
+                Network("one"),
+                Network("one"))
+        self.assertEqual(pauses, [])
+        with mock.patch.object(random, "uniform", return_value=1e9):
+            self.etcd.claim_for_other_before("claims/", "10.11.0.0/24")
+            self.tell(
+                Network("one"),
+                Network("one"))
         self.assertGreater(max(pauses), 1.0)
+        self.assertLessEqual(max(pauses), 2 * gipam.ETCD_PAUSE_S)
 
     def test_request_that_others_win_over_each_time_is_refused_in_time(self) -> None:
         self.patch(gipam, ETCD_TIMEOUT_S=0.3)
