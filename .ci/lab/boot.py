@@ -212,8 +212,9 @@ class BootTest(unittest.TestCase):
 
     def test_power_cut_brings_everything_back(self) -> None:
         machine = self.machine()
-        Load(machine)
+        load = Load(machine)
         machine.end()
+        load.process.communicate()  # it has ended with the machine
         machine.boot(end="poweroff")
         machine.wait_for_containers()
         # gipam holds what it was granting at the power cut, and Docker does not know of it.
