@@ -128,9 +128,9 @@ __version__ = "1.0.0"
 # === Constants ====================================================================================
 #
 # Limits, intervals and sizes, grouped by the section that uses them. A name ends in its unit: _S
-# for seconds, _BYTES, _CHARS. Constants that only one section uses, such as the keys of the lease
-# file, are defined there. A limit bounds the cost of one client, iteration or subnet; no limit
-# deletes a lease.
+# for seconds, _BYTES, _CHARS. The keys and texts that a section reads or writes, such as those of
+# the lease file, are defined in that section. A limit bounds the cost of one client, iteration or
+# subnet; no limit deletes a lease.
 
 # Logging and texts.
 MAX_TEXT_CHARS = 255  # of a stored name or quoted text
@@ -145,6 +145,7 @@ SOCKET_FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 GATEWAY = "gateway"
 AUXILIARY = "auxiliary"
 ENDPOINT = "endpoint"
+# handle_request_address() says how a request gets its kind.
 LEASE_KINDS = (GATEWAY, AUXILIARY, ENDPOINT)
 MAX_AFFINITIES = 1024  # past leases per subnet, reservations per family
 MAX_SAVED_AFFINITIES = 256  # past leases of a released subnet
@@ -194,12 +195,13 @@ SLOW_COMMIT_S = 0.25  # from here on the log says it
 PLUGIN_SOCKET_DIR = "/run/docker/plugins"
 
 # Docker and Check.
-DOCKER_TIMEOUT_S = 10.0  # of check
-NAMES_TIMEOUT_S = 2.0  # of status, for names
+DOCKER_TIMEOUT_S = 10.0  # of check and release
+NAMES_TIMEOUT_S = 2.0  # of status, and for a single container
 RECHECK_DELAY_S = 1.0  # between the readings of a check
 IMPORT_TIMEOUT_S = 2.0  # of a start, before it serves
 IMPORT_BACKOFF_S = 1.0
 MAX_IMPORT_BACKOFF_S = 60.0
+SERVING_IMPORT_TIMEOUT_S = 60.0  # of an import while gipam serves
 
 # Cluster.
 ETCD_AUTH_PATH = "/v3/auth/authenticate"
@@ -272,9 +274,12 @@ class StoreError(GipamError):
 class ShuttingDown(StoreError):
     """The event loop has ended; nothing more can be run in it."""
 
+    def __init__(self) -> None:
+        super().__init__("gipam is stopping: try again")
+
 
 class FatalStoreError(StoreError):
-    """A failed write or sync left the disk in an unknown state: the process must exit."""
+    """The disk or the state is in doubt: the process must exit, and recover from the disk."""
 
     exit_status = os.EX_IOERR
 
@@ -296,7 +301,7 @@ class CorruptionError(ConfigError):
 
 
 class Unreachable(GipamError):
-    """Docker or the daemon does not answer, so nothing can be compared."""
+    """Docker or the daemon does not answer."""
 
     exit_status = 2
 
@@ -306,7 +311,7 @@ class NotListening(Unreachable):
 
 
 class RemoteError(GipamError):
-    """Docker or the daemon replied with an error."""
+    """Docker, the daemon or etcd replied with an error."""
 
     exit_status = 2
 
@@ -465,8 +470,8 @@ def parse_prefix(text: str, mask: bool = False) -> Network:
             raise ValueError
         network = ipaddress.ip_network(text, strict=False)
     except ValueError:
-        raise ValueError(f"{text!r} is not a prefix in CIDR form, such as 10.2.0.0/16 or "
-                         "2001:db8::/56") from None
+        raise ValueError(f"{text!r} is not a prefix in CIDR form, such as 10.2.0.0/16 "
+                         "(at most /32) or 2001:db8::/56 (at most /128)") from None
     if not mask and network[0] != ipaddress.ip_address(address):
         raise ValueError(f"{text!r} has host bits set: the prefix is {network}")
     return network
@@ -577,7 +582,7 @@ class PoolGrant(NamedTuple):
     name: str  # gipam.name or ""
     granted_s: int  # UNIX time
     cursor: int  # offset of the next address to try
-    next_block: int  # index to try next at this prefixlen; -1: unchanged
+    next_block: int  # index to try next; -1: unchanged
     is_shared: bool = False  # with other hosts
 
 
@@ -643,7 +648,8 @@ class OffsetBitmap:
     """A set of offsets that finds the next absent one: bitmaps of 2,048 offsets each.
 
     Scanning a full /16 takes 32 steps (10 us). Larger bitmaps would make each step slower, and a
-    lone offset in a /64 would cost more memory (8,185 bytes with 65,536 offsets a bitmap).
+    lone offset in a /64 would cost more memory (up to 8,764 bytes with 65,536 offsets a bitmap, up
+    to 300 with 2,048).
     """
 
     SHIFT = 11
@@ -814,7 +820,7 @@ class PrefixTree:
 
 
 class PastLease(NamedTuple):
-    """What a subnet remembers of the last lease of an address after its release."""
+    """The last lease of an address, as its subnet remembers it after the release."""
 
     offset: int
     owners: tuple[str, ...]  # container name, MAC address, or both
@@ -1004,7 +1010,7 @@ class Family:
         self.excluded = excluded
         self.used = PrefixTree(ADDRESS_BITS[version], prefixlen)  # here and on other hosts
         self.subnets: dict[Network, Subnet] = {}
-        self.cursors: dict[int, int] = {}  # prefixlen -> index of the next block to try
+        self.cursors: dict[int, int] = {}  # prefixlen -> index of the next block
         self.reservations: dict[str, BlockReservation] = {}  # by gipam.name, oldest first
         # Prefixes that claims block, which are in `used` too -> text that names the claim.
         self.remote_claims: dict[Network, str] = {}
@@ -1106,8 +1112,8 @@ class State:
     def apply(self, record: Record) -> None:
         """Apply one record; it takes the next sequence number.
 
-        Raises: ValueError if it contradicts the state, as by granting an address twice, with
-        nothing changed.
+        Raises: ValueError if it contradicts the state, for example by granting an address twice;
+        then nothing has changed.
         """
         pool = self.pools.get(record.pool_id)
         if isinstance(record, PoolGrant):
@@ -1224,14 +1230,14 @@ class State:
 # do not change, encode_snapshot() yields its text in chunks, and decode_snapshot() reads it.
 #
 # The rule: nothing read from disk is trusted. Types and bounds are checked against the schemas
-# here, the meaning in State.apply(). What contradicts them is a ValueError.
+# here, the meaning in State.apply(). A value that contradicts them is a ValueError.
 
 FORMAT = 1  # of the lease file and the journal
 UNBOUND = "unbound"  # the token of an imported pool's id
 
 # A schema is "", False, the least integer, [schema of each item], {"": schema of each value}, or
 # (schema of the first item, ...) for an array of that length. The items of [] and {} are not
-# checked.
+# checked. "Free" lists past blocks and addresses, as the Go program did; gipam does not read it.
 STATE_KEYS: dict[str, Any] = {  # checksummed, in this order
     "Seq": 0,
     "V6Idx": 0,
@@ -1269,6 +1275,7 @@ RECORD_TYPES: dict[str, Any] = {
 }
 RECORD_NAMES = {record_type: name for name, record_type in RECORD_TYPES.items()}
 
+# Keys of the later Go program -> those of the earlier one, which gipam writes.
 KEY_ALIASES = {"v6": "V6Pool", "v6ab": "V6AllocateBlock", "v4": "V4Pool", "v4ab": "V4AllocateBlock"}
 OPTION_KEYS = {**KEY_ALIASES, "exclude": "Exclude"}  # option -> its key in the lease file
 LEASE_FILE_KEYS = ("Format", "Version", *OPTION_KEYS.values(), "Options", *STATE_KEYS, "Journal",
@@ -1311,7 +1318,7 @@ def read_keys(document: Json, schemas: Mapping[str, Any], label: str) -> Json:
 
 
 def normalise_keys(document: Json, keys: Iterable[str]) -> Json:
-    """Return the document with the case of its keys corrected to these; unknown ones stay."""
+    """Return the document with its keys in the spelling of gipam; unknown ones stay."""
     spelling = {key.lower(): key for key in keys}
     spelling.update(KEY_ALIASES)
     return {spelling.get(key.lower(), key): value for key, value in document.items()}
@@ -1419,23 +1426,23 @@ def encode_state(copy: StateCopy) -> Iterator[str]:
     yield from encode_items(itertools.starmap(reservation_to_json, copy.reservations),
                             NAMES_PER_CHUNK)
     yield '],"Free":['
-    yield from encode_items({"V": block.version, "Pool": str(block)} for block in copy.free_blocks)
+    free_blocks = ({"V": block.version, "Pool": str(block)} for block in copy.free_blocks)
+    yield from encode_items(free_blocks, LEASES_PER_CHUNK)
     yield '],"Allocated":['
     comma = ""
     for pool_copy in copy.pools:
         yield comma + encode_json(pool_to_json(pool_copy))[:-1] + ',"Allocated":['
-        yield from encode_items(map(pool_copy.pool.address_at, pool_copy.leases))
+        yield from encode_items(map(pool_copy.pool.address_at, pool_copy.leases),
+                                LEASES_PER_CHUNK)
         yield '],"Leases":['
-        yield from encode_items(pool_copy.leases.values())
+        yield from encode_items(pool_copy.leases.values(), LEASES_PER_CHUNK)
         yield "]}"
         comma = ","
     yield "]"
 
 
-def encode_items(values: Iterable[Any], chunk_items: int | None = None) -> Iterator[str]:
-    """Yield the text of a JSON array without its brackets, LEASES_PER_CHUNK items at a time."""
-    if chunk_items is None:
-        chunk_items = LEASES_PER_CHUNK
+def encode_items(values: Iterable[Any], chunk_items: int) -> Iterator[str]:
+    """Yield the text of a JSON array without its brackets, so many items at a time."""
     values = iter(values)
     comma = ""
     while True:
@@ -1688,7 +1695,7 @@ def require_pool_id(pool_id: str) -> tuple[Network, Network | None]:
 
 def decide_import(state: State, subnet: Network, sub_pool: Network | None, name: str,
                   requests: list[AddressRequest], seq: int, now_s: int) -> Iterator[Record]:
-    """Import what Docker uses and the state lacks; apply each record before the next.
+    """Import the pool and addresses that the state lacks; apply each record before the next.
 
     The pool must still be the one that record seq granted; 0: there must be none. The cursor of a
     new pool starts after its first endpoint, because later calls may import other addresses.
@@ -1730,7 +1737,7 @@ def require_grantable(state: State, subnet: Network, sub_pool: Network | None, n
     if is_size_hint(subnet):
         raise InvalidRequest(f"invalid address pool: {subnet} means any block of this length")
     if sub_pool and not is_subnet(sub_pool, subnet):
-        raise InvalidRequest(f"invalid address subpool: {sub_pool} does not lie in {subnet}")
+        raise InvalidRequest(f"invalid address subpool: {sub_pool} is not within {subnet}")
     family = state.families[subnet.version]
     conflict = family.find_conflict(subnet, sub_pool)
     if conflict is None:
@@ -1781,7 +1788,7 @@ def choose_block(family: Family, request: PoolRequest,
     raise Unavailable(f"all predefined address pools have been fully subnetted: of {total} blocks "
                       f"of /{family.prefixlen} in {', '.join(map(str, bases))}, {used} are held, "
                       f"{excluded} excluded, and {total - used - excluded} overlap routes "
-                      "or addresses of this host or lie in smaller pieces")
+                      "or addresses of this host or are in pieces smaller than that")
 
 
 def choose_bases(family: Family, prefixlen: int) -> list[Network]:
@@ -2053,7 +2060,7 @@ class DiskFile:
             return False
 
     def close(self) -> None:
-        """Close the file. An error is ignored, because what matters was synced before."""
+        """Close the file. An error is ignored, because the data was synced before."""
         with contextlib.suppress(OSError):
             self._syscalls.close(self.fd)
 
@@ -2116,7 +2123,7 @@ class Segment(DiskFile):
             raise
 
     def truncate(self) -> None:
-        """Cut off what follows the last record, and write that record again. Raises: OSError.
+        """Cut off all after the last record, and write that record again. Raises: OSError.
 
         After a failed sync the page cache shows the record as clean, though the disk may lack it.
         """
@@ -2176,11 +2183,11 @@ class Store:
         self.fatal_error = FatalStoreError(text)
         return self.fatal_error
 
-    def corruption(self, place: str, reason: str, remedy: str = "") -> CorruptionError:
-        """Return the error that names the place, the reason and the remedy."""
+    def corruption(self, location: str, reason: str, remedy: str = "") -> CorruptionError:
+        """Return the error that names the location, the reason and the remedy."""
         remedy = remedy or (f"restore a backup; or move {self.path}* away: gipam then starts "
                             "without them and recovers what Docker uses")
-        return CorruptionError(f"{place} {reason}; gipam refuses to guess: {remedy}")
+        return CorruptionError(f"{location} {reason}; gipam refuses to guess: {remedy}")
 
     # Opening
 
@@ -2272,7 +2279,7 @@ class Store:
         return document
 
     def replay(self, document: Json | None, seq: int) -> Iterator[tuple[str, Any]]:
-        """Yield (place, record) of each change after the snapshot's seq.
+        """Yield (location, record) of each change after the snapshot's seq.
 
         Raises: CorruptionError for a damaged record, and for a missing or repeated segment.
         """
@@ -2323,7 +2330,7 @@ class Store:
                 "away, start gipam, run `gipam check --fix`") from None
 
     def prepare_append(self) -> None:
-        """Prepare to append after recovery, and sync what recovery has read.
+        """Prepare to append after recovery, and sync the records that recovery has read.
 
         The previous process may have been killed between a write and its sync.
         Raises: FatalStoreError.
@@ -2428,8 +2435,8 @@ class Store:
     def rotate(self, needed: int) -> None:
         """Start the next segment, or use the blank one of an incomplete checkpoint.
 
-        Does nothing if the active segment is blank, or is not the one that the snapshot references,
-        because then the last checkpoint is incomplete.
+        Does nothing if the active segment is blank, or if the snapshot does not reference it yet:
+        the next snapshot then does.
         Durable: its name, and at least the needed bytes of preallocated space.
         Raises: OSError, with no segment left behind; AlreadyRunning; FatalStoreError.
         """
@@ -2602,7 +2609,7 @@ def netlink_request(message_type: int, body: bytes, flags: int = NLM_F_DUMP) -> 
     """Send a netlink request and return the payloads of its replies. Source: netlink(7).
 
     Dumping 20,000 routes takes 12 ms (/proc/net/ipv6_route: 280 ms, since each read() searches its
-    position again). A dump that the kernel reports as inconsistent is repeated up to five times.
+    position again). A dump that the kernel reports as inconsistent is requested up to five times.
     Raises: OSError.
     """
     payloads: list[bytes] = []
@@ -2754,7 +2761,7 @@ def device_warning(device: str) -> str:
 def is_container(lease: Lease | AddressGrant) -> bool:
     """Return whether a lease is known to be a container's.
 
-    With -mac=false, Docker before 29 sends neither name nor MAC address, so that an auxiliary
+    With -mac false, Docker before 29 sends neither name nor MAC address, so that an auxiliary
     address looks like a container's.
     """
     return lease.kind == ENDPOINT and bool(lease.name or lease.mac)
@@ -2968,7 +2975,8 @@ class ProxyNeighbours:
 
 # === Claims =======================================================================================
 #
-# What the hosts of a cluster have claimed in etcd. Two rules keep every address on one host:
+# The claims of a cluster's hosts in etcd. Two rules make sure that no address is granted twice,
+# which would put it on two hosts:
 #
 #   1. A grant follows a transaction made for it. A decision that needs one raises
 #      TransactionRequired; etcd commits the Transaction only if no claim has changed since; the
@@ -3020,7 +3028,7 @@ class Transaction(NamedTuple):
     """Claims to write, if the preconditions hold. If they do not, the request is decided again."""
 
     claims: ClaimChanges  # by key; None deletes
-    expected_head: Head | None  # None: unknown, so that all claims are read instead
+    expected_head: Head | None  # None: unknown; all claims are read
     expected_keys: Mapping[str, str | None] = {}  # further preconditions; None: absent
     deleted_keys: tuple[str, ...] = ()  # other keys to delete
     log_text: str = ""  # logged after the commit
@@ -3030,7 +3038,7 @@ class Outcome(NamedTuple):
     """The outcome of a transaction for one request: an argument of its next attempt, not stored."""
 
     is_committed: bool = False
-    granted: frozenset[str] = frozenset()  # keys of the claims that it wrote for this host
+    granted: frozenset[str] = frozenset()  # keys of claims written for this host
     deleted: frozenset[str] = frozenset()  # keys that it deleted
     is_fresh: bool = False  # the claims were just read
     error: GipamError | None = None  # no further transaction is possible
@@ -3069,6 +3077,11 @@ class PendingRequest:
         """Report that the decision is durable; error: why it is not."""
 
 
+def undecided(requests: Iterable[PendingRequest]) -> list[PendingRequest]:
+    """Return the requests that are not decided yet."""
+    return [request for request in requests if not request.is_decided]
+
+
 class TransactionResult(NamedTuple):
     """The result of a transaction. The iteration that applies it also decides on its outcome."""
 
@@ -3084,8 +3097,8 @@ class TransactionResult(NamedTuple):
 class MachineId(NamedTuple):
     """Distinguishes machines with the same host name. It survives a reboot and a restore."""
 
-    machine: str  # digest of the machine-id and the path of the lease file
-    product: str  # digest of the hardware's UUID, "" where that cannot be read
+    machine: str  # digest: machine-id, path of the lease file
+    product: str  # digest: UUID of the hardware; "": unreadable
 
     def wrote(self, value: Json) -> bool:
         """Return whether this machine wrote the value of a key hosts/HOST."""
@@ -3159,6 +3172,12 @@ def parse_claim_key(key: str) -> tuple[Network, str]:
     return network, address
 
 
+def describe_claim_key(key: str) -> str:
+    """Return the subnet of a claim, or "ADDRESS in SUBNET", for people."""
+    network, address = parse_claim_key(key)
+    return f"{address} in {network}" if address else str(network)
+
+
 def join_claim(claim: Claim | None, own: Claim) -> Claim:
     """Return the claim in etcd with this host added; own is the claim of this host alone."""
     if claim is None:
@@ -3181,7 +3200,10 @@ def desired_claim(
     A claim is deleted, or loses this host, if this host has released what it claims and is_kept is
     false. The release is then on disk, because a transaction is sent only after the commit of the
     iteration that asks for it. is_kept: Docker, or an address in the subnet, may still need the
-    claim. is_barred: another host's claim conflicts with what is held here, and is not overwritten.
+    claim. is_barred: another host's claim conflicts with the one held here, and is not overwritten.
+
+    reconcile() deletes only after etcd has just answered. The only other place where a claim is
+    deleted is evict(), for the claims of an absent host.
     """
     if is_barred:
         return claim
@@ -3193,7 +3215,8 @@ def desired_claim(
     others = claim.other_hosts(host)
     if others:
         return claim._replace(hosts=others)
-    return None  # delete the claim: no host holds this any more
+    # No host holds this any more, so the claim is deleted.
+    return None
 
 
 class Member(NamedTuple):
@@ -3202,7 +3225,7 @@ class Member(NamedTuple):
     key: str
     text: str  # the value of the key
     missed: int = 0  # consecutive readings with the same value
-    is_awaited: bool = False  # it has not written its key since etcd lost data
+    is_awaited: bool = False  # has not written its key since a loss
 
     @property
     def is_present(self) -> bool:
@@ -3228,7 +3251,7 @@ class Members:
         self.machine = machine
         self.by_host: dict[str, Member] = {}
         self.unclaimed: set[str] = set()  # keys of lost claims that are held here
-        self._behind_s = -math.inf  # when a host was last known to be behind
+        self._behind_s = -math.inf  # when a host was last behind
 
     @property
     def is_behind(self) -> bool:
@@ -3282,7 +3305,7 @@ class Members:
         self._behind_s = time.monotonic()
 
     def on_tried(self, keys: Iterable[str]) -> None:
-        """Note that etcd has these claims again, or one of another host instead."""
+        """Note that etcd has these claims again, or another host's in their place."""
         self._note_behind()
         self.unclaimed.difference_update(keys)
 
@@ -3304,8 +3327,8 @@ class Members:
             behind = self.hosts_behind()
             awaited = f" (waiting for {', '.join(sorted(behind))})" if behind else ""
             raise Unavailable(
-                f"etcd has lost claims, and all hosts claim again what they hold{awaited}: "
-                f"nothing new for at least {remaining_s:.0f} s: try again")
+                "etcd has lost claims; nothing new can be claimed until all hosts have claimed "
+                f"again what they hold{awaited}; try again in {remaining_s:.0f} s or later")
 
     def is_former_name(self, host: str) -> bool:
         """Return whether a host is this machine under a former name."""
@@ -3383,19 +3406,19 @@ class NoClaims:
 
     def evict(self, host: str, outcome: Outcome) -> None:
         """Delete the claims of an absent host."""
-        raise InvalidRequest("cannot evict: -etcd is not set")
+        raise InvalidRequest("-etcd is not set, so no other host shares the bases of this one")
 
     def conflict_text(self, network: Network) -> str:
         """Return which other hosts have claimed a held subnet, or an address in it, or ""."""
         return ""
 
     def describe(self) -> Json:
-        """Return what `status --json` shows of the cluster."""
+        """Return the keys of the cluster in `status --json`."""
         return {}
 
 
 class ClaimTable(NoClaims):
-    """The claims of all hosts as of a head: what they block here, and what etcd should have.
+    """The claims of all hosts as of a head, the space that they block here, and the wanted ones.
 
     A grant of a subnet passes require_claim(), one of an address in a shared subnet
     SharedSubnets.decide(). Records of this host arrive by on_record(), changes in etcd by
@@ -3417,11 +3440,11 @@ class ClaimTable(NoClaims):
         self.address_keys: dict[Network, dict[str, None]] = {}  # of each shared subnet
         self.remote_addresses: dict[Network, OffsetBitmap] = {}  # offsets that are not free here
         self.dirty: dict[str, None] = {}  # keys to compare with what is held here
-        # Keys that a transaction without a known result may have changed or deleted.
-        self.releasing: set[str] = set()
+        # Keys that a transaction without a known result may have changed.
+        self.uncertain: set[str] = set()
         # Keys that etcd has for this host, which does not hold them, but Docker may use them.
         self.unconfirmed: set[str] = set()
-        self.conflicts: dict[str, Claim] = {}  # keys of what is held here -> another's claim
+        self.conflicts: dict[str, Claim] = {}  # held key -> claim of another host
         self.wake_up: Callable[[], None] | None = None  # wakes the etcd thread
         self._reported: dict[str, str] = {}  # conflicts that were logged
         self._is_docker_compared = False
@@ -3461,7 +3484,7 @@ class ClaimTable(NoClaims):
             self.wake_up()
 
     def on_record(self, record: Record, subnet: Subnet) -> None:
-        """Follow a record of this host: update what claims block, and queue the keys."""
+        """Follow a record of this host: update the blocked space, and queue the keys."""
         network = subnet.network
         if isinstance(record, (PoolGrant, PoolRelease)):
             key = str(network)
@@ -3496,7 +3519,7 @@ class ClaimTable(NoClaims):
         if result.outcome.is_committed:
             # It expected this host's key and changed it, so that an earlier transaction of this
             # host that is still under way can no longer succeed.
-            self.releasing.clear()
+            self.uncertain.clear()
 
         if result.is_loss:
             self.members.on_data_loss(result.keys)
@@ -3504,23 +3527,23 @@ class ClaimTable(NoClaims):
             self.members.update(result.keys)
         is_joining = result.is_complete and not self.has_joined
         if is_joining or result.is_loss:
-            self._find_lost_claims()
+            self._mark_lost_claims()
         if is_joining:
             self.has_joined = True
-            self._find_unconfirmed_claims()
+            self._mark_unconfirmed_claims()
 
     def forget_head(self) -> None:
         """Note that not all claims are known."""
         self.head = None
 
-    def _find_lost_claims(self) -> None:
-        """Find what is held here, but not claimed in etcd; until it is, this host is behind."""
+    def _mark_lost_claims(self) -> None:
+        """Note the keys held here, but not claimed in etcd; until they are, this host is behind."""
         for key in self._held_keys():
             if not self.has_claimed(key) and not self._is_barred(key):
                 self.members.unclaimed.add(key)
 
-    def _find_unconfirmed_claims(self) -> None:
-        """Find the claims of this host, at its start, for what it does not hold.
+    def _mark_unconfirmed_claims(self) -> None:
+        """Note the claims of this host, at its start, for subnets and addresses that it lacks.
 
         The lease file may be lost, or older than the claims. Until Docker has been asked whether it
         uses them, they are not deleted, and not granted here either.
@@ -3583,7 +3606,7 @@ class ClaimTable(NoClaims):
         return not (claim.is_shared and is_joined)
 
     def _update_space(self, key: str) -> None:
-        """Block or unblock what a key claims; find the conflicts that this begins or ends."""
+        """Block or unblock the space of a key; find the conflicts that this begins or ends."""
         network, address = parse_claim_key(key)
         if address:
             self._update_remote_address(key, network, address)
@@ -3641,7 +3664,7 @@ class ClaimTable(NoClaims):
     # Conflicts: held here, but claimed by another host
 
     def _update_conflict(self, key: str) -> None:
-        """Note whether another host's claim conflicts with what is held here."""
+        """Note whether another host's claim conflicts with this key, if it is held here."""
         claim = self._find_foreign_claim(key)
         if claim is None:
             if self.conflicts.pop(key, None):
@@ -3651,7 +3674,7 @@ class ClaimTable(NoClaims):
             self.mark_dirty(key)
 
     def _find_foreign_claim(self, key: str) -> Claim | None:
-        """Return the claim of another host that conflicts with what is held under this key."""
+        """Return another host's claim that conflicts with this key, None if there is none."""
         own = self.own_claim(key)
         if own is None:
             return None
@@ -3676,8 +3699,8 @@ class ClaimTable(NoClaims):
         """Return the hosts of a claim; for a former name of this machine, also the remedy."""
         for host in claim.other_hosts(self.host):
             if self.members.is_former_name(host):
-                return (f"{claim} (this machine before: `gipam evict {host}` makes it "
-                        f"{self.host}'s)")
+                return (f"{claim} (a former name of this machine: `gipam evict {host}` gives the "
+                        f"claim to {self.host})")
         return str(claim)
 
     def conflict_text(self, network: Network) -> str:
@@ -3687,7 +3710,7 @@ class ClaimTable(NoClaims):
                 return self.describe_claim(claim)
         return ""
 
-    # Reconciling: making etcd equal to what is held here
+    # Reconciling: making the claims in etcd equal to the state
 
     def own_claim(self, key: str) -> Claim | None:
         """Return the claim of this host alone, None if it does not hold the key."""
@@ -3727,10 +3750,10 @@ class ClaimTable(NoClaims):
         return any(map(self.has_claimed, self.address_keys.get(network, ())))
 
     def reconcile(self, keys: Iterable[str], outcome: Outcome) -> None:
-        """Make the claims of these keys equal to what is held here.
+        """Make the claims of these keys equal to the state.
 
         A claim is deleted only if etcd has just answered, because this host does not rely on it
-        from then on (see `releasing`), and a container may need it while etcd is unreachable.
+        from then on (see `uncertain`), and a container may need it while etcd is unreachable.
         Raises: TransactionRequired, until it is done; outcome.error.
         """
         differences = self.differences(keys)
@@ -3745,7 +3768,7 @@ class ClaimTable(NoClaims):
         self.require_fresh("", outcome)
         for key, claim in differences.items():
             if claim is None or self.host not in claim.hosts:
-                self.releasing.add(key)
+                self.uncertain.add(key)
         raise TransactionRequired(Transaction(differences, self.head))
 
     def heartbeat(self, outcome: Outcome) -> None:
@@ -3777,7 +3800,7 @@ class ClaimTable(NoClaims):
     ) -> Iterator[None]:
         """Wrap the decision on a pool; is_admitted: the subnet's claim blocks nothing meanwhile.
 
-        Raises: TransactionRequired, if claims that are not fresh have caused a refusal.
+        Raises: TransactionRequired or outcome.error, if claims that are not fresh caused a refusal.
         """
         if subnet is not None and is_admitted:
             self._update_blocked(subnet, is_admitted=True)
@@ -3864,7 +3887,7 @@ class ClaimTable(NoClaims):
         self.require_fresh(str(overlap), outcome)
         raise Forbidden(
             f"{network} is held here, but claimed by {self.describe_claim(claim)} too: no address "
-            "of it is given out until one host releases it")
+            "of it is assigned until one host releases it")
 
     def decide_shared_address(
         self,
@@ -3912,7 +3935,10 @@ class ClaimTable(NoClaims):
         is_last = len(keys) <= CLAIMS_PER_TRANSACTION
         deleted_keys = (member_key,) if is_last else ()
         expected = {member_key: None if member is None else member.text}
-        log_text = f"evicted {host}, which had claimed {', '.join(claims) or 'nothing'}"
+        claimed = ", ".join(map(describe_claim_key, claims)) or "nothing"
+        log_text = f"evicted {host}, which had claimed {claimed}"
+        if self.members.is_former_name(host):
+            log_text = f"took over the claims of {host}, a former name of this machine: {claimed}"
         raise TransactionRequired(
             Transaction(claims, self.head, expected, deleted_keys, log_text))
 
@@ -3955,7 +3981,7 @@ class ClaimTable(NoClaims):
         return host == self.host or (member is not None and member.is_present)
 
     def describe(self) -> Json:
-        """Return what `status --json` shows of the cluster."""
+        """Return the keys of the cluster in `status --json`."""
         counts: collections.Counter[str] = collections.Counter()
         for key, claim in self.claims.items():
             if key.count("/") == 1:
@@ -4035,7 +4061,7 @@ class SharedSubnets:
     def _owns(self, key: str, kind: str) -> bool:
         """Return whether this host certainly has claimed an address, for a lease of this kind."""
         table = self._table
-        if not table.has_claimed(key) or key in table.releasing or key in table.unconfirmed:
+        if not table.has_claimed(key) or key in table.uncertain or key in table.unconfirmed:
             return False
         claim = table.claims[key]
         if kind == ENDPOINT:
@@ -4071,7 +4097,7 @@ class SharedSubnets:
         # The transaction may succeed although its reply is lost; then this host does not know
         # whether it has the claim.
         if not self._owns(key, grant.kind):
-            table.releasing.add(key)
+            table.uncertain.add(key)
         missing[key] = join_claim(table.claims.get(key), own)
         table.claim(missing, outcome)
 
@@ -4157,7 +4183,7 @@ class Metrics:
         self.requests: collections.Counter[tuple[str, str]] = collections.Counter()
         self.request_s = Histogram()
         self.sync_s = Histogram()
-        self.last_write_s = 0.0  # Unix time
+        self.last_write_s = 0.0  # UNIX time
 
     def count_request(self, method: str, result: str, duration_s: float) -> None:
         """Count a request by its method and the result that was delivered."""
@@ -4173,7 +4199,7 @@ class Metrics:
 class AppliedRecord(NamedTuple):
     """A record that was applied in this iteration, for the journal and for the log."""
 
-    change: Record
+    record: Record
     text: str  # JSON
     pool: Pool
     started_s: float
@@ -4187,21 +4213,21 @@ class AppliedRecord(NamedTuple):
         return f"{text}, which took {duration_s:.1f} s"
 
     def _describe_change(self) -> str:
-        change = self.change
+        record = self.record
         label = self.pool.label
-        if isinstance(change, AddressGrant):
-            return f"allocated {describe_grant(change)} in {label}"
-        if isinstance(change, AddressRelease):
-            return f"released {change.address} in {label}"
-        if isinstance(change, PoolGrant):
-            network = f"network {change.name}" if change.name else "a network"
-            prefix = change.subnet
-            if change.sub_pool:
-                prefix = f"{change.sub_pool} of {prefix}"
+        if isinstance(record, AddressGrant):
+            return f"allocated {describe_grant(record)} in {label}"
+        if isinstance(record, AddressRelease):
+            return f"released {record.address} in {label}"
+        if isinstance(record, PoolGrant):
+            network = f"network {record.name}" if record.name else "a network"
+            prefix = record.subnet
+            if record.sub_pool:
+                prefix = f"{record.sub_pool} of {prefix}"
             return f"allocated {prefix} to {network}"
-        if isinstance(change, PoolRelease):
+        if isinstance(record, PoolRelease):
             return f"released {label}"
-        return f"recognised {label} as Docker's pool {change.new_id}"
+        return f"recognised {label} as Docker's pool {record.new_id}"
 
 
 def describe_grant(grant: AddressGrant) -> str:
@@ -4231,18 +4257,18 @@ class DockerImport:
         self.requested.set()
 
     def add(self, seq: int, key: tuple[str, str]) -> None:
-        """Request that Docker confirms what this record has adopted or imported."""
+        """Request that Docker confirms the grant of this record, which was adopted or imported."""
         self.unconfirmed[seq] = key
         self.is_due = True
         self.requested.set()
 
     def confirm(self, seqs: Iterable[int]) -> None:
-        """Note that Docker has shown what these records granted, or that it was released."""
+        """Note that Docker has shown the grants of these records, or that they were released."""
         for seq in seqs:
             self.unconfirmed.pop(seq, None)
 
     def take(self) -> dict[int, tuple[str, str]]:
-        """Return what is unconfirmed, for this import to confirm."""
+        """Return the unconfirmed grants, for this import to confirm."""
         self.requested.clear()
         return self.unconfirmed.copy()
 
@@ -4278,34 +4304,34 @@ class Service:
         self._read_state = read_state
         self._uncommitted: list[AppliedRecord] = []
         self._unlogged: list[AppliedRecord] = []
-        self._is_applying = False  # left set by an exception: the state is invalid
+        self._is_applying = False  # stays set if the state is invalid
 
         self.claims = NoClaims()  # ClaimTable where several hosts share etcd
         self.etcd_s = Histogram()
         self.docker_import = DockerImport()
         store.prepare_append()
 
-    def apply(self, change: Record) -> None:
-        """Apply a change, which is on disk after commit().
+    def apply(self, record: Record) -> None:
+        """Apply a record, which is on disk after commit().
 
         Raises: StoreError if the disk is full, with nothing changed.
         """
         if self.store.fatal_error:
             raise self.store.fatal_error
         started_s = time.perf_counter()
-        text = encode_json([RECORD_NAMES[type(change)], *change])
+        text = encode_json([RECORD_NAMES[type(record)], *record])
         self.store.reserve(len(text))
 
         # From here on, the change cannot be undone.
         self._is_applying = True
-        pool = self.state.pools.get(change.pool_id)
-        self.state.apply(change)
-        pool = pool or self.state.pools[change.pool_id]
+        pool = self.state.pools.get(record.pool_id)
+        self.state.apply(record)
+        pool = pool or self.state.pools[record.pool_id]
         if self.proxies:
-            self.proxies.on_record(pool, change)
-        self._uncommitted.append(AppliedRecord(change, text, pool, started_s))
+            self.proxies.on_record(pool, record)
+        self._uncommitted.append(AppliedRecord(record, text, pool, started_s))
         self._is_applying = False
-        self.claims.on_record(change, pool.subnet)
+        self.claims.on_record(record, pool.subnet)
 
     def commit(self) -> StoreError | None:
         """Write the changes since the last commit as one record; return why that failed.
@@ -4424,7 +4450,7 @@ class Service:
         Raises: as decide_address() and decide_adoption(); TransactionRequired; StoreError.
         """
         now_s = int(time.time())
-        pool = self._find_pool(pool_id)
+        pool = self._pool_of_request(pool_id)
         if pool is None:
             pool = self._adopt_pool(pool_id, request.address, now_s, outcome)
         network = pool.subnet.network
@@ -4443,17 +4469,17 @@ class Service:
 
         Raises: InvalidRequest, StoreError.
         """
-        pool = self._find_pool(pool_id)
+        pool = self._pool_of_request(pool_id)
         if not pool:
             return None
-        change: Record | None = PoolRelease(pool_id)
+        record: Record | None = PoolRelease(pool_id)
         if address:
-            change = decide_address_release(pool, address)
-        if change:
-            self.apply(change)
-        return change
+            record = decide_address_release(pool, address)
+        if record:
+            self.apply(record)
+        return record
 
-    def _find_pool(self, pool_id: str) -> Pool | None:
+    def _pool_of_request(self, pool_id: str) -> Pool | None:
         """Return the pool of an id, or None.
 
         Docker's API does not show ids: an imported pool is bound to the first id that Docker sends
@@ -4480,20 +4506,20 @@ class Service:
                             "look again")
         return self.release(pool_id, address)
 
-    def roll_back(self, change: Record | None, seq: int) -> None:
-        """Release what a reply granted that the client did not read, if it has not changed since.
+    def roll_back(self, record: Record | None, seq: int) -> None:
+        """Release the grant of a reply that the client did not read, unless it changed since.
 
         A release is never rolled back.
         """
         address = ""
-        if isinstance(change, AddressGrant):
-            address = change.address
-        elif not isinstance(change, PoolGrant):
+        if isinstance(record, AddressGrant):
+            address = record.address
+        elif not isinstance(record, PoolGrant):
             return
         with contextlib.suppress(Forbidden, StoreError):
-            self.release_if_unchanged(change.pool_id, address, seq)
-            log.warning("took back %s in %s: the client has not read the reply", address or "all",
-                        change.pool_id)
+            self.release_if_unchanged(record.pool_id, address, seq)
+            log.warning("rolled back %s in %s: the client has not read the reply",
+                        address or "the pool", record.pool_id)
 
     def _adopt_pool(self, pool_id: str, address: str, now_s: int, outcome: Outcome) -> Pool:
         """Adopt the pool of an id that Docker uses and the state lacks.
@@ -4513,7 +4539,7 @@ class Service:
     def import_pool(self, subnet: Network, sub_pool: Network | None, name: str,
                     requests: list[AddressRequest], seq: int,
                     outcome: Outcome = NO_OUTCOME) -> range:
-        """Import what Docker uses, as decide_import() decides; return the seqs of the records.
+        """Import a pool and its addresses, see decide_import(); return the seqs of the records.
 
         Raises: as decide_import(), with nothing imported; TransactionRequired; StoreError.
         """
@@ -4559,9 +4585,9 @@ class Checkpoint:
     """Writes the state to the lease file, and removes the journal segments that it replaces.
 
     The checkpoint thread only writes the temporary file. Each step that reads the state, or changes
-    a file name, is short and runs in the loop, so that no request waits long. No change is lost: a
-    new segment is started before the state is copied, and the old segments are removed only after
-    the lease file with their changes is in place.
+    a file name, is short and runs in the loop, so that no request waits long. A
+    checkpoint loses no change: a new segment is started before the state is copied, and the old
+    segments are removed only after the lease file with their changes is in place.
     """
 
     def __init__(self, service: Service, run_in_loop: RunInLoop) -> None:
@@ -4628,21 +4654,21 @@ class Checkpoint:
 def recover(store: Store, document: Json | None, state: State) -> None:
     """Fill the empty state from disk.
 
-    Raises: CorruptionError that names the place and the remedy.
+    Raises: CorruptionError that names the location and the remedy.
     """
-    place = store.path
+    location = store.path
     contradicted = "itself"
     try:
         if document is not None:
             decode_snapshot(document, state)
+        contradicted = "the records before it"
         for line, record in store.replay(document, state.seq):
-            place = line
-            contradicted = "what stands before it"
+            location = line
             state.apply(decode_record(record))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         # A plain ValueError has a text for people; of others, the type matters.
         reason = str(error) if type(error) is ValueError else repr(error)
-        raise store.corruption(place, f"contradicts {contradicted}: {reason}") from None
+        raise store.corruption(location, f"contradicts {contradicted}: {reason}") from None
 
 
 # === API ==========================================================================================
@@ -4651,7 +4677,7 @@ def recover(store: Store, document: Json | None, state: State) -> None:
 # /healthz (PAGES). dispatch() maps a request to a Reply, bytes in and bytes out; Arguments reads
 # and checks the arguments of a method.
 #
-# The rule: a request with invalid input gets an error that says what is wrong, and changes nothing.
+# The rule: a request with invalid input gets an error with the reason, and changes nothing.
 
 NAME_OPTION = "gipam.name"
 LENGTH_OPTIONS = {4: "gipam.v4ab", 6: "gipam.v6ab"}
@@ -4659,22 +4685,23 @@ SHARED_OPTION = "gipam.shared"
 ENDPOINT_NAME = "com.docker.network.endpoint.name"
 ENDPOINT_MAC = "com.docker.network.endpoint.macaddress"
 
+# Values of the label "result" in the metrics; they stay as they are when a class is renamed.
 RESULTS = ("ok", "bug", "InvalidRequest", "Forbidden", "Unavailable", "StoreError", "StoreLost")
 RESULT_LABELS = {FatalStoreError: "StoreLost", ShuttingDown: "Stopping", RemoteError: "Refused"}
 
 
 class Reply:
-    """A reply, and the change to roll back if the client does not read it."""
+    """A reply, and the record to roll back if the client does not read it."""
 
-    __slots__ = ("body", "change", "content_type", "page", "result", "seq", "status")
+    __slots__ = ("body", "content_type", "page", "record", "result", "seq", "status")
 
     def __init__(self, status: int, body: bytes, result: str = "ok",
-                 change: Record | None = None) -> None:
+                 record: Record | None = None) -> None:
         self.status = status
         self.body = body
         self.result = result  # for the metrics
-        self.change = change  # made by the request
-        self.seq = 0  # of the change
+        self.record = record  # made by the request
+        self.seq = 0  # of the record
         self.content_type = REPLY_TYPE
         self.page: Iterator[bytes] | None = None  # chunks after the body
 
@@ -4758,7 +4785,7 @@ def dispatch(service: Service, verb: str, target: str, body: bytes, outcome: Out
         raise
     except GipamError as error:
         label = METHODS[path].label if path in METHODS else "a request"
-        # Monitors ask for /healthz every few seconds, and what failed is in the log already.
+        # Monitors ask for /healthz every few seconds, and the failure is in the log already.
         if path != "/healthz":
             log.warning("refused %s: %s", label, error)
         return error_reply(error)
@@ -4778,8 +4805,8 @@ def route(service: Service, verb: str, path: str, query: str, body: bytes,
     """Find the function of a path, and call it. Raises: GipamError, TransactionRequired."""
     if verb == "POST" and path in METHODS:
         method = METHODS[path]
-        result, change = method.function(service, decode_arguments(body), outcome)
-        reply = Reply(200, encode_json(result).encode(), "ok", change)
+        result, record = method.function(service, decode_arguments(body), outcome)
+        reply = Reply(200, encode_json(result).encode(), "ok", record)
         reply.seq = service.state.seq
         return reply
 
@@ -4864,9 +4891,10 @@ def parse_pool_request(arguments: Arguments) -> PoolRequest:
         raise InvalidRequest(
             f"invalid address subpool: {sub_pool} needs the subnet that contains it")
     shared = options.text(SHARED_OPTION) or "false"
-    if shared not in ("true", "false") or (shared == "true" and not subnet):
-        raise InvalidRequest(f"option {SHARED_OPTION} must be true or false, and needs a --subnet: "
-                             f"{shared!r}")
+    if shared not in ("true", "false"):
+        raise InvalidRequest(f"option {SHARED_OPTION} is not true or false: {shared!r}")
+    if shared == "true" and not subnet:
+        raise InvalidRequest(f"option {SHARED_OPTION} needs a --subnet")
     return PoolRequest(version, subnet, sub_pool, prefixlen, options.text(NAME_OPTION),
                        shared == "true")
 
@@ -4893,14 +4921,14 @@ def handle_request_pool(service: Service, arguments: Arguments,
                         outcome: Outcome) -> tuple[Json, Record]:
     """Grant a network its subnet."""
     request = parse_pool_request(arguments)
-    change = service.request_pool(request, outcome)
+    record = service.request_pool(request, outcome)
 
     # In each family, a name reserves one block.
     reservation = service.state.families[request.version].reservations.get(request.name)
-    if reservation and str(reservation.network) != change.subnet:
+    if reservation and str(reservation.network) != record.subnet:
         log.warning("gipam.name %r is in use for %s: %s is not reserved for it", request.name,
-                    reservation.network, change.subnet)
-    return {"PoolID": change.pool_id, "Pool": change.subnet, "Data": {}}, change
+                    reservation.network, record.subnet)
+    return {"PoolID": record.pool_id, "Pool": record.subnet, "Data": {}}, record
 
 
 def handle_request_address(service: Service, arguments: Arguments,
@@ -4909,7 +4937,7 @@ def handle_request_address(service: Service, arguments: Arguments,
 
     Its kind is a gateway's if Docker says so; an endpoint's if Docker names the container or leaves
     the choice to gipam; else it is an auxiliary address (--aux-address), which Docker requests by
-    its text alone. With -mac=false, Docker before 29 never names the container, so that only the
+    its text alone. With -mac false, Docker before 29 never names the container, so that only the
     gateway can be told apart.
     """
     pool_id = arguments.text("PoolID", is_required=True)
@@ -4925,18 +4953,18 @@ def handle_request_address(service: Service, arguments: Arguments,
         kind = GATEWAY
 
     request = AddressRequest(address, kind, mac, name)
-    change, prefixlen = service.request_address(pool_id, request, outcome)
-    return {"Address": f"{change.address}/{prefixlen}", "Data": {}}, change
+    record, prefixlen = service.request_address(pool_id, request, outcome)
+    return {"Address": f"{record.address}/{prefixlen}", "Data": {}}, record
 
 
 def handle_release_pool(service: Service, arguments: Arguments,
                         _: Outcome) -> tuple[Json, Record | None]:
     """Release a pool. To release one that is not held is not an error."""
     pool_id = arguments.text("PoolID", is_required=True)
-    change = service.release(pool_id)
-    if change is None:
+    record = service.release(pool_id)
+    if record is None:
         log.warning("nothing to release: %s is not held", pool_id)
-    return {}, change
+    return {}, record
 
 
 def handle_release_address(service: Service, arguments: Arguments,
@@ -4944,18 +4972,18 @@ def handle_release_address(service: Service, arguments: Arguments,
     """Release an address. To release one that is not held is not an error."""
     pool_id = arguments.text("PoolID", is_required=True)
     address = arguments.address(is_required=True)
-    change = service.release(pool_id, address)
-    if change is None:
+    record = service.release(pool_id, address)
+    if record is None:
         log.warning("nothing to release: %s in %s is not held", address, pool_id)
-    return {}, change
+    return {}, record
 
 
 def handle_release_if_unchanged(service: Service, arguments: Arguments,
                                 _: Outcome) -> tuple[Json, Record | None]:
-    """Release what `check` or `release` has seen, if it has not changed since."""
+    """Release a pool or lease as `check` or `release` saw it, unless it has changed since."""
     pool_id = arguments.text("PoolID", is_required=True)
-    change = service.release_if_unchanged(pool_id, arguments.address(), arguments.seq())
-    return {}, change
+    record = service.release_if_unchanged(pool_id, arguments.address(), arguments.seq())
+    return {}, record
 
 
 def parse_leases(leases: Any) -> list[AddressRequest]:
@@ -4980,7 +5008,7 @@ def parse_leases(leases: Any) -> list[AddressRequest]:
 
 
 def handle_import(service: Service, arguments: Arguments, outcome: Outcome) -> tuple[Json, None]:
-    """Import what Docker uses; reply with the number of changes and the seq of the last one."""
+    """Import a pool and its addresses; reply with the number of changes and the last seq."""
     subnet = arguments.prefix("Subnet")
     sub_pool = arguments.prefix("SubPool")
     if not subnet:
@@ -5000,7 +5028,7 @@ def handle_evict(service: Service, arguments: Arguments, outcome: Outcome) -> tu
 
 
 def describe_bases(state: State, routes: Mapping[int, list[Range]]) -> list[Json]:
-    """Return what `status --json` shows of the bases, with the routes of the host inside them."""
+    """Return the bases of `status --json`, with the routes of the host inside them."""
     descriptions = []
     for version, family in state.families.items():
         for base in family.bases:
@@ -5009,7 +5037,7 @@ def describe_bases(state: State, routes: Mapping[int, list[Range]]) -> list[Json
 
 
 def describe_base(family: Family, base: Network, routes: list[Range]) -> Json:
-    """Return what `status --json` shows of a base."""
+    """Return a base of `status --json`."""
     version = family.version
     low, high = address_range(base)
     total, used, excluded = family.block_counts(base)
@@ -5047,7 +5075,7 @@ def status_page(service: Service, query: str) -> Iterator[str]:
     """Yield the JSON of the status in chunks; each pool is encoded when its chunk is sent."""
     has_leases = "leases=1" in query.split("&")
     yield encode_json(describe_service(service))[:-1] + ',"claims":['
-    yield from encode_items(describe_claims(service.claims, has_leases))
+    yield from encode_items(describe_claims(service.claims, has_leases), LEASES_PER_CHUNK)
     yield '],"pools":['
     comma = ""
     for pool in list(service.state.pools.values()):
@@ -5072,7 +5100,7 @@ def describe_service(service: Service) -> Json:
 
 
 def describe_claims(table: NoClaims, has_addresses: bool) -> Iterator[Json]:
-    """Yield what the status shows of the claims of subnets, and of addresses if wanted."""
+    """Yield the claims of subnets in the status, and those of addresses if wanted."""
     for key, claim in list(table.claims.items()):
         network, address = parse_claim_key(key)
         if has_addresses or not address:
@@ -5111,19 +5139,19 @@ def encode_pool_status(service: Service, pool: Pool, has_leases: bool) -> Iterat
             remembered[owner] = pool.address_at(past.offset)
     status["remembered"] = remembered
     yield encode_json(status)[:-1] + ',"addresses":['
-    yield from encode_items(describe_leases(pool))
+    yield from encode_items(describe_leases(pool), LEASES_PER_CHUNK)
     yield "]}"
 
 
 def describe_leases(pool: Pool) -> Iterator[Json]:
-    """Yield what the status shows of the leases, except those that are released meanwhile."""
+    """Yield the leases in the status, except those that are released meanwhile."""
     for offset in list(pool.leases):
         lease = pool.leases.get(offset)
         if lease:
             yield {"address": pool.address_at(offset), **lease._asdict()}
 
 
-Samples = Iterable[Tuple[str, Any]]  # of a metric: suffix and labels of a series, and its value
+Samples = Iterable[Tuple[str, Any]]  # of a metric: suffix and labels, value
 
 
 class Metric(NamedTuple):
@@ -5143,9 +5171,9 @@ def list_metrics(service: Service) -> Iterator[Metric]:
                  base_samples(service, "blocks"))
     yield Metric("base_blocks_used", "gauge", "Blocks of a base that are held",
                  base_samples(service, "blocks_used"))
-    yield Metric("base_blocks_excluded", "gauge", "Blocks of a base that are never handed out",
+    yield Metric("base_blocks_excluded", "gauge", "Blocks of a base that are never assigned",
                  base_samples(service, "blocks_excluded"))
-    yield Metric("pool_addresses", "gauge", "Addresses of a pool that can be handed out",
+    yield Metric("pool_addresses", "gauge", "Addresses of a pool that can be assigned",
                  capacity_samples(service))
     yield Metric("pool_addresses_used", "gauge", "Addresses of a pool that are held",
                  lease_samples(service))
@@ -5297,7 +5325,7 @@ match_plain_head = re.compile(
 search_head_end = re.compile(rb"\n\r?\n|\A[!-~]+ [!-~]+\r?\n").search
 match_local_host = re.compile(
     r"(|(plugin\.moby\.)?localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?", re.IGNORECASE).fullmatch
-FDSTORE_NAME = "gipam"  # name of the socket in the descriptor store of systemd
+FDSTORE_NAME = "gipam"  # of the socket in systemd's descriptor store
 
 
 def sd_notify(state: str, *fds: int, timeout_s: float = 0.0) -> None:
@@ -5320,7 +5348,7 @@ class RequestReader:
     def __init__(self) -> None:
         self.received = bytearray()  # not yet taken
         self.scanned = 0  # bytes of it in which no head ends
-        self.body_length = -1  # of the request whose head was taken, else -1
+        self.body_length = -1  # of a request whose head was taken
         self.is_eof = False  # the client will send nothing more
 
     def has_begun(self) -> bool:
@@ -5488,7 +5516,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         return bool(self.unsent or self.current_request) or self.reader.has_begun()
 
     def receive(self) -> None:
-        """Read what has arrived, unless more than the largest request is buffered already."""
+        """Read the bytes that have arrived, unless the buffer exceeds the largest request."""
         reader = self.reader
         if len(reader.received) > MAX_HEAD_BYTES + MAX_BODY_BYTES:
             return
@@ -5618,7 +5646,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         return chunk
 
     def send(self) -> None:
-        """Send what the socket accepts now; of a page, prepare the next chunk."""
+        """Send the bytes that the socket accepts now; of a page, prepare the next chunk."""
         try:
             sent = self.connection.send(self.unsent)
         except BlockingIOError:
@@ -5633,7 +5661,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
             self.unsent = self._next_chunk()
 
     def _on_disconnect(self, is_unread: bool) -> None:
-        """End a broken connection; is_unread: roll back what its last reply granted.
+        """End a broken connection; is_unread: roll back the grant of its last reply.
 
         Unsent bytes, or a reset on a UNIX socket, prove that the reply was not read. On TCP a
         firewall can cause a reset, and rolling back a reply that was read would allow a duplicate
@@ -5653,7 +5681,7 @@ class Server(socketserver.TCPServer):
     allow_reuse_address = True
     request_queue_size = BACKLOG
     is_unix = False
-    is_fd_stored = False  # whether systemd keeps the socket for the next process
+    is_fd_stored = False  # whether systemd keeps the socket meanwhile
 
     def __init__(self, address: Any, loop: EventLoop, listener: socket.socket | None = None,
                  paths: frozenset[str] = frozenset()) -> None:
@@ -5761,7 +5789,7 @@ class EventLoop:
         callback = Callback(function, args)
         self._callbacks.append(callback)
         if self.is_closed:
-            raise ShuttingDown("gipam is stopping: try again")
+            raise ShuttingDown
         self.wake_up()
         return callback.future.result()
 
@@ -5809,9 +5837,7 @@ class EventLoop:
     def _on_ready(self, connection: ClientConnection) -> None:
         """Note that a connection is readable, or writable if it has unsent bytes."""
         if connection.page or connection.server.paths:
-            # Out of the selector while it is queued, so that it is not queued twice.
-            self._page_queue.append(connection)
-            self._set_events(connection, 0)
+            self._queue_page(connection)
         else:
             self._ready.append(connection)
 
@@ -5841,18 +5867,23 @@ class EventLoop:
     def add_connection(self, connection: ClientConnection) -> None:
         """Register a connection. On TCP, if there are too many, close the longest idle one.
 
-        A busy connection is kept, so that the new one may be it.
+        Busy connections are kept. If all others are busy, the new connection is the one closed.
         """
         self.connections[connection] = None
         self._set_events(connection, selectors.EVENT_READ)
         server = connection.server
-        alike = [other for other in self.connections if other.server is server]
-        if server.is_unix or len(alike) <= MAX_TCP_CONNECTIONS:
+        peers = [other for other in self.connections if other.server is server]
+        if server.is_unix or len(peers) <= MAX_TCP_CONNECTIONS:
             return
 
         active = {*self._ready, *self._page_queue}
-        idle = [other for other in alike if not other.is_busy() and other not in active]
+        idle = [other for other in peers if not other.is_busy() and other not in active]
         self.close(min(idle, key=lambda other: other.active_s))
+
+    def _queue_page(self, connection: ClientConnection) -> None:
+        """Queue a connection for a page, and ignore its events meanwhile: it is queued once."""
+        self._page_queue.append(connection)
+        self._set_events(connection, 0)
 
     def _run_callbacks(self) -> None:
         """Run the callbacks that other threads have queued so far."""
@@ -5867,18 +5898,18 @@ class EventLoop:
         """Roll back lost replies; decide the next request of each ready connection."""
         while self.lost_replies:
             reply = self.lost_replies.popleft()
-            self._run_isolated(None, self.service.roll_back, reply.change, reply.seq)
+            self._run_isolated(None, self.service.roll_back, reply.record, reply.seq)
         while self._ready:
             connection = self._ready.popleft()
             self._run_isolated(connection, self._process, connection)
 
     def _run_isolated(self, connection: ClientConnection | None, function: Callable[..., Any],
-              *args: Any) -> None:
+                      *args: Any) -> None:
         """Call function(*args); an unexpected exception ends only this call and its connection."""
         try:
             function(*args)
         except Exception:
-            log.exception("this is a bug in gipam")
+            log.exception("a step of an iteration failed, which is a bug in gipam")
             self.service.recover_from_exception()
             if connection:
                 self.close(connection)
@@ -5887,8 +5918,7 @@ class EventLoop:
         """Decide the next request of a connection, unless it is for a page."""
         request = self._receive_request(connection)
         if request and request.verb == "GET":
-            self._page_queue.append(connection)
-            self._set_events(connection, 0)
+            self._queue_page(connection)
         elif request:
             self._decide(request)
 
@@ -6042,7 +6072,7 @@ class EventLoop:
                 request.deliver(error)
 
     def _start_checkpoint(self) -> None:
-        """Start a checkpoint in a thread, if the journal has outgrown the lease file."""
+        """Start a checkpoint in a thread, if one is needed and none is running."""
         thread = self._checkpoint_thread
         now_s = time.monotonic()
         if (now_s < self._next_checkpoint_s or (thread and thread.is_alive())
@@ -6064,7 +6094,7 @@ class EventLoop:
     # Start and stop
 
     def add_listener(self, server: Server) -> None:
-        """Accept connections of a server, also again after a shortage of descriptors."""
+        """Accept connections of a server; called again after a shortage of descriptors."""
         if server not in self.servers:
             self.servers.append(server)
         if server.socket.fileno() not in self._selector.get_map():
@@ -6089,7 +6119,7 @@ class EventLoop:
             if connection.server.is_unix and connection.command and not connection.is_busy():
                 with contextlib.suppress(OSError):  # the client has gone
                     connection.connection.shutdown(socket.SHUT_RD)
-        self._run_for(DRAIN_IDLE_S, DRAIN_IDLE_S)
+        self._run_for(DRAIN_IDLE_S)
         for connection in list(self.connections):
             if connection.command and not connection.is_busy():
                 self.close(connection)
@@ -6097,21 +6127,21 @@ class EventLoop:
         remove_names()
         while self.servers:
             self.close_listener(self.servers[0])
-        self._run_for(DRAIN_IDLE_S, DRAIN_MAX_S)
-        self._expire_etcd_waits(0.0, ShuttingDown("gipam is stopping: try again"))
+        self._run_for(DRAIN_MAX_S)
+        self._expire_etcd_waits(0.0, ShuttingDown())
         self.run_once(0.0)
         for connection in list(self.connections):
             self.close(connection)
         self.close_callbacks()
 
-    def _run_for(self, min_s: float, max_s: float) -> None:
-        """Run iterations for min_s, and up to max_s while a client is about to send a request."""
+    def _run_for(self, max_s: float) -> None:
+        """Run iterations for DRAIN_IDLE_S, or max_s while a client is about to send a request."""
         started_s = time.monotonic()
         while self.connections and not self.service.store.fatal_error:
             elapsed_s = time.monotonic() - started_s
             is_awaited = any(connection.is_busy() or not connection.command
                              for connection in self.connections)
-            if elapsed_s >= (max_s if is_awaited else min_s):
+            if elapsed_s >= (max_s if is_awaited else DRAIN_IDLE_S):
                 break
             self.run_once(0.01)
 
@@ -6128,7 +6158,7 @@ class EventLoop:
     def close_callbacks(self) -> None:
         """Refuse the callbacks of other threads from now on, and wait for a checkpoint to end."""
         self.is_closed = True
-        error = self.service.store.fatal_error or ShuttingDown("gipam is stopping: try again")
+        error = self.service.store.fatal_error or ShuttingDown()
         while self._callbacks:
             self.deliveries.append(self._callbacks.popleft())
         self._deliver(error)
@@ -6144,6 +6174,8 @@ class EventLoop:
 #
 # The rule: nothing that another process uses is replaced. A socket is removed only after a
 # connection to it was refused.
+
+Config = argparse.Namespace  # each option by name, parsed; see build_config()
 
 
 def open_listener(server_class: type[Server], address: Any, loop: EventLoop) -> Server:
@@ -6335,7 +6367,7 @@ def tcp_paths(config: Config, loop: EventLoop) -> list[PublishedPath]:
 
 # === Docker =======================================================================================
 #
-# A client of Docker's API, and what Docker uses: each subnet, and each address in it, is a
+# A client of Docker's API, and the allocations it shows: each subnet, and each address in it, is a
 # DockerAllocation. DockerNetwork reads a network as Docker 26 to 29 show it. Before 29 the API
 # hides the gateway of a network with a --subnet and no --gateway (see has_hidden_gateway()), and
 # the subnet of a network that was created with a size hint and has no container.
@@ -6388,8 +6420,8 @@ def request_json(connection: ApiConnection, verb: str, path: str, body: Any = No
             raise NotListening(text) from None
         raise Unreachable(text) from None
     except (http.client.HTTPException, ValueError, RecursionError):
-        raise Unreachable(f"{connection.silence}: its reply is not JSON; {connection.remedy}") \
-            from None
+        raise Unreachable(f"{connection.silence}: something else does, whose reply is not JSON; "
+                          f"{connection.remedy}") from None
     finally:
         # The next request connects again.
         connection.close()
@@ -6440,14 +6472,14 @@ class DockerAllocation(NamedTuple):
 
 
 class DockerView(NamedTuple):
-    """What Docker uses, as read at one moment."""
+    """The allocations of Docker, as read at one moment."""
 
     ours: list[DockerAllocation]  # of networks with this IPAM driver
     others: list[DockerAllocation]  # of other networks, and of templates
 
 
 def normalise_address(text: str) -> str:
-    """Return a bare address as gipam spells it. Docker shows what the user typed, or a CIDR."""
+    """Return a bare address as gipam spells it. Docker shows the user's text, or a CIDR."""
     address = ipaddress.ip_address(text.partition("/")[0])
     return format_address(int(address), address.version)
 
@@ -6640,7 +6672,7 @@ class DockerClient:
 
 
 def read_docker_allocations(path: str, driver: str, timeout_s: float) -> DockerView:
-    """Return what Docker uses of this driver, and of others. Raises: Unreachable."""
+    """Return the allocations of this driver, and those of others. Raises: Unreachable."""
     try:
         allocations = DockerClient(path, timeout_s).allocations()
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -6679,17 +6711,18 @@ def failed_starts(path: str, status: Json) -> Iterator[str]:
 
 # === Check ========================================================================================
 #
-# A Holding is what gipam holds, read from its state or from the JSON of /status; a DockerAllocation
-# is what Docker uses; a Finding is a difference between the two. `check` reports findings and
-# `check --fix` fixes them. After each start and each adoption, the daemon imports what is missing,
-# so that a lost or restored lease file loses nothing that is in use. To import is to take a pool
-# from Docker's API, to adopt is to take it from the id in a request of Docker.
+# A Holding is a pool or lease of gipam, from its state or from the JSON of /status; a
+# DockerAllocation is a subnet or address that Docker uses; a Finding is a difference between the
+# two. `check` reports findings and `check --fix` fixes them. After each start and each adoption,
+# the daemon imports missing pools and addresses, so that a lost or restored lease file loses nothing
+# in use. To import is to take a pool from Docker's API, to adopt is to take it from the id in a
+# request of Docker.
 #
 # The rule: fix() names the record that granted what it releases or completes; if that has changed
 # meanwhile, it is left alone.
 
-Key = Tuple[str, str]  # a subnet, and an address or a range in it, or ""
-Post = Callable[[str, Json], Any]  # sends a request to the daemon: path, body -> reply
+Key = Tuple[str, str]  # subnet; address or range in it, or ""
+Post = Callable[[str, Json], Any]  # sends path and body, returns the reply
 
 
 class Holding(NamedTuple):
@@ -6704,7 +6737,7 @@ class Holding(NamedTuple):
     kind: str = "pool"
     container: str = ""
     mac: str = ""
-    foreign_claim: str = ""  # of a pool: who else has claimed its subnet in etcd
+    foreign_claim: str = ""  # of a pool: hosts that claimed its subnet
 
     @property
     def key(self) -> Key:
@@ -6713,13 +6746,13 @@ class Holding(NamedTuple):
 
 
 def holding_of_pool(pool: Pool) -> Holding:
-    """Return what a pool of the state holds."""
+    """Return the Holding of a pool of the state."""
     sub_pool = str(pool.sub_pool or "")
     return Holding(pool.pool_id, str(pool.subnet.network), sub_pool, pool.granted_s, pool.seq)
 
 
 def holding_of_json(pool: Json, lease: Json | None = None) -> Holding:
-    """Return what a pool of the JSON of /status holds, or a lease in it."""
+    """Return the Holding of a pool in the JSON of /status, or of a lease in it."""
     holding = Holding(
         pool["id"],
         pool["subnet"],
@@ -6810,12 +6843,12 @@ class Finding(NamedTuple):
 
     @property
     def is_leak(self) -> bool:
-        """Return whether gipam holds what Docker does not use, so that fix() releases it."""
+        """Return whether gipam holds this and Docker does not use it, so that fix() releases it."""
         return self.kind in ("leaked_pool", "leaked_address")
 
     @property
     def is_missing(self) -> bool:
-        """Return whether Docker uses what gipam does not hold, so that fix() imports it."""
+        """Return whether Docker uses this and gipam does not hold it, so that fix() imports it."""
         return self.kind in ("missing_pool", "missing_address")
 
 
@@ -6824,7 +6857,7 @@ Findings = Dict[Tuple[str, int], Finding]  # by their keys
 
 def find_leaks(holdings: Sequence[Holding],
                allocations: list[DockerAllocation]) -> Iterator[Finding]:
-    """Yield what gipam holds and Docker does not use."""
+    """Yield the pools and leases that gipam holds and Docker does not use."""
     used = {allocation.key: allocation for allocation in allocations}
     lease_counts = collections.Counter(holding.pool_id for holding in holdings if holding.address)
     for holding in holdings:
@@ -6861,7 +6894,7 @@ def is_leaked_lease(lease: Holding, network: DockerAllocation,
 
 def find_missing(holdings: Iterable[Holding],
                  allocations: list[DockerAllocation]) -> Iterator[Finding]:
-    """Yield what Docker uses and gipam does not hold, and addresses with two users."""
+    """Yield pools and addresses that Docker uses and gipam lacks; addresses with two users."""
     held = {holding.key: holding for holding in holdings}
     networks: dict[Key, dict[str, DockerAllocation]] = {}  # pool -> address -> its first user
     endpoints: dict[Key, DockerAllocation] = {}
@@ -6878,7 +6911,7 @@ def find_missing(holdings: Iterable[Holding],
     for pool_key, users in networks.items():
         pool = users.pop("", None)
         if pool and pool.kind == "pool" and pool_key not in held:
-            yield find_missing_pool(pool, list(users.values()))
+            yield missing_pool_finding(pool, list(users.values()))
         for user in users.values():
             text = f"address {user.address} of {user} is"
             if not user.subnet and user.kind != GATEWAY:
@@ -6889,7 +6922,7 @@ def find_missing(holdings: Iterable[Holding],
                               user, held[pool_key], (user,))
 
 
-def find_missing_pool(pool: DockerAllocation, users: list[DockerAllocation]) -> Finding:
+def missing_pool_finding(pool: DockerAllocation, users: list[DockerAllocation]) -> Finding:
     """Return the finding that a pool is missing, with all of its addresses."""
     has_gateway = any(user.kind == GATEWAY for user in users)
     if pool.has_hidden_gateway and not has_gateway:
@@ -6921,7 +6954,7 @@ def find_conflicts(holdings: Iterable[Holding],
 
 
 def diff(holdings: list[Holding], docker: DockerView, until_s: float) -> Findings:
-    """Return all differences, except leaks of what was granted after that time."""
+    """Return all differences, except leaks of pools and leases granted after that time."""
     findings = itertools.chain(
         find_leaks(holdings, docker.ours), find_missing(holdings, docker.ours),
         find_conflicts(holdings, docker.others))
@@ -6954,11 +6987,11 @@ def compare_once(read_gipam: Callable[[], list[Holding]],
     holdings = read_gipam()
     until_s = time.time() // 1 - grace_s
     docker = read_docker()
-    before = diff(holdings, docker, until_s)
-    if not before:
+    first = diff(holdings, docker, until_s)
+    if not first:
         return {}
-    after = diff(read_gipam(), docker, until_s)
-    return {key: finding for key, finding in before.items() if key in after}
+    second = diff(read_gipam(), docker, until_s)
+    return {key: finding for key, finding in first.items() if key in second}
 
 
 def request_release(holding: Holding, post: Post) -> None:
@@ -6971,7 +7004,7 @@ def request_release(holding: Holding, post: Post) -> None:
 
 
 def fix(findings: Iterable[Finding], post: Post) -> int:
-    """Release what leaked and import what is missing, unless that changed meanwhile.
+    """Release leaked pools and leases and import missing ones, unless they changed meanwhile.
 
     Return how many pools and leases were imported.
     """
@@ -7113,7 +7146,7 @@ def import_from_docker(service: Service, driver: str, timeout_s: float,
 def confirmed_missing(read_gipam: Callable[[DockerView], list[Holding]],
                       read_docker: Callable[[], DockerView],
                       unconfirmed: Container[int]) -> list[Finding]:
-    """Return what Docker uses and gipam does not hold, if two readings of both show that.
+    """Return the missing pools and addresses that two readings of Docker and gipam show.
 
     The second reading excludes what Docker was just releasing: Docker shows an address a little
     longer than it uses it. If a pool of the lease file lacks an address, the second reading follows
@@ -7212,17 +7245,17 @@ def import_worker(service: Service, driver: str, run_in_loop: RunInLoop,
         is_requested = docker_import.requested.wait(pause_s if docker_import.is_due else None)
         pause_s = IMPORT_BACKOFF_S if is_requested else min(2 * pause_s, MAX_IMPORT_BACKOFF_S)
         try:
-            try_import(service, driver, MAX_IMPORT_BACKOFF_S, run_in_loop, run_with_claim)
+            try_import(service, driver, SERVING_IMPORT_TIMEOUT_S, run_in_loop, run_with_claim)
         except ShuttingDown:
             return
 
 
 def host_warnings(status: Json, allocations: list[DockerAllocation], proc: str) -> Iterator[str]:
-    """Yield what prevents containers of this host from being reached without NAT."""
+    """Yield reasons why this host's containers cannot be reached, or why requests may fail."""
     bases = [parse_prefix(base["prefix"]) for base in status["bases"]]
     yield from etcd_warnings(status)
     if status["trouble"]:
-        yield f"gipam {status['trouble']}: nothing new is granted"
+        yield f"the last write of gipam failed, so requests may fail: {status['trouble']}"
     yield from forwarding_warnings({base.version for base in bases}, proc)
     for allocation in allocations:
         if allocation.address or not allocation.routed_option:
@@ -7235,8 +7268,10 @@ def host_warnings(status: Json, allocations: list[DockerAllocation], proc: str) 
     onlink = status["config"]["onlink"]["value"]
     if onlink == "off":
         onlink = ""
-    if onlink and device_warning(onlink):
-        yield device_warning(onlink)
+    if onlink:
+        warning = device_warning(onlink)
+        if warning:
+            yield warning
     held = {pool["subnet"] for pool in status["pools"]}
     for base in bases:
         yield from route_warnings(base, onlink, held, proc)
@@ -7310,7 +7345,7 @@ def uplink_warnings(is_forwarding: bool, proc: str) -> Iterator[str]:
 
 
 def route_warnings(base: Network, onlink: str, held: set[str], proc: str) -> Iterator[str]:
-    """Yield what the routes to a base lack: -onlink, or a blackhole."""
+    """Yield a warning if the routes to a base lack -onlink or a blackhole."""
     routes = list(read_covering_routes(proc + "/self/net", base))
     if str(base) in held and onlink not in dict(routes):
         # One network has the whole base, so that no packet loops. The route of that network is as
@@ -7366,7 +7401,7 @@ def onlink_warnings(version: int, device: str, proc: str) -> Iterator[str]:
 # heartbeats and reconciling all use ClusterMember._run_transactions().
 
 
-ClaimLog = List[Tuple[str, Json]]  # of each change: the head before it, and the changed values
+ClaimLog = List[Tuple[str, Json]]  # of each change: head before, values
 
 
 class EtcdEndpoint(NamedTuple):
@@ -7412,7 +7447,7 @@ class DeadlineReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """Read what has arrived. Raises: OSError after the deadline."""
+        """Read the bytes that have arrived. Raises: OSError after the deadline."""
         remaining_s = self._deadline_s - time.monotonic()
         if remaining_s <= 0:
             raise OSError("its reply is incomplete")
@@ -7716,7 +7751,7 @@ class TransactionBatch:
         self._table.unblock(self._blocked)
 
     def outcome_for(self, request: PendingRequest, outcome: Outcome) -> Outcome:
-        """Return the outcome for one request, which is granted only what it claimed itself."""
+        """Return the outcome for one request, which is granted only its own claims."""
         part = self._parts.get(request)
         if part is None:
             return Outcome(is_fresh=outcome.is_fresh)
@@ -7756,12 +7791,12 @@ class PendingCall(PendingRequest):
             self._future.set_result(self.result)
 
     def wait(self) -> Any:
-        """Wait, and return what the function returned. Raises: as the function; StoreError."""
+        """Wait, and return the function's result. Raises: as the function; StoreError."""
         return self._future.result()
 
 
 class ClusterMember:
-    """The thread that keeps the claims in etcd equal to what is held here.
+    """The thread that keeps the claims in etcd equal to the state.
 
     It runs the transactions of requests, sends a heartbeat every HEARTBEAT_INTERVAL_S, and
     reconciles claims. Its decisions run in the loop.
@@ -7776,7 +7811,7 @@ class ClusterMember:
         self._etcd = etcd
         self._token = secrets.token_hex(8)  # of this process
         self._sent = 0  # transactions
-        self._acknowledged = 0  # count in this host's key when last read or written
+        self._acknowledged = 0  # count in this host's key
         self._own_key_text: str | None = None  # last known value of this host's key
         self._claim_log: ClaimLog = []  # as of the head
         self._revision = 0  # of the last reply
@@ -7907,8 +7942,7 @@ class ClusterMember:
         try:
             batch = self._attempt(requests, TransactionBatch(self._table), None)
             while batch.transaction is not None:
-                undecided = [request for request in requests if not request.is_decided]
-                deadline_s = min(request.deadline_s for request in undecided)
+                deadline_s = min(request.deadline_s for request in undecided(requests))
                 result = self._commit_by(batch.transaction, deadline_s)
                 batch = self._attempt(requests, batch, result)
         except (ShuttingDown, AlreadyRunning) as error:
@@ -7931,10 +7965,10 @@ class ClusterMember:
 
         The result is that of the given batch, None if etcd gave none.
         """
-        undecided = [request for request in requests if not request.is_decided]
+        waiting = undecided(requests)
         next_batch: TransactionBatch = self._run_in_loop(
-            self._apply_and_attempt, undecided, batch, result)
-        for request in undecided:
+            self._apply_and_attempt, waiting, batch, result)
+        for request in waiting:
             if request.is_decided:
                 request.finish(None)
         return next_batch
@@ -7990,14 +8024,13 @@ class ClusterMember:
             self._next_heartbeat_s = 0.0
         for key, claim in self._table.new_conflicts().items():
             log.error("claimed_elsewhere: %s is held here, and claimed by %s: no new address of it "
-                      "is given out until one host releases it", key, claim)
+                      "is assigned until one host releases it", describe_claim_key(key), claim)
         return result.outcome
 
     def _fail(self, requests: list[PendingRequest], error: GipamError) -> None:
         """Decide the undecided requests with an error as the outcome, and finish all of them."""
-        undecided = [request for request in requests if not request.is_decided]
         try:
-            self._run_in_loop(self._refuse, undecided, error)
+            self._run_in_loop(self._refuse, undecided(requests), error)
         finally:
             for request in requests:
                 request.finish(error)
@@ -8091,8 +8124,8 @@ class ClusterMember:
 
         The host that succeeded is the only one that knows the head, and would succeed again and
         again: of ten busy hosts some waited for seconds. A host that failed does not pause.
-        Measured: a fixed pause of 50 to 100 ms let three hosts claim 125 blocks a second, this
-        one some 600; without any pause it was 320.
+        Measured with three hosts: 600 claims a second with this pause, 125 with a fixed one of 50
+        to 100 ms, and 320 without any.
         """
         pause_s = self._resume_s - time.monotonic()
         if pause_s > 0:
@@ -8141,11 +8174,11 @@ class ClusterMember:
 
     def _set_failure(self, failure: str) -> None:
         """Note why etcd does not answer, "" if it does; log a change. Runs in the loop."""
-        before = self._table.failure
+        former_failure = self._table.failure
         self._table.failure = failure
-        if failure and failure != before:
+        if failure and failure != former_failure:
             log.warning("%s; existing allocations keep working, new ones must wait", failure)
-        elif before and not failure:
+        elif former_failure and not failure:
             log.info("etcd answers")
 
     # Following the changes of other hosts
@@ -8156,9 +8189,9 @@ class ClusterMember:
         head = Head(values.get("head"))
         claim_log = parse_claim_log(values.get("changes"))
         index = self._find_in_log(head, claim_log)
-        kept = len(claim_log)
-        followed = 2 * kept if index is None else kept - index
-        self._plan_heartbeat(kept, followed)
+        log_length = len(claim_log)
+        new_changes = 2 * log_length if index is None else log_length - index
+        self._plan_heartbeat(log_length, new_changes)
         if not is_own_key or index is None:
             return self._read_all()
 
@@ -8179,7 +8212,7 @@ class ClusterMember:
                 return index
         return None
 
-    def _plan_heartbeat(self, kept: int, followed: int) -> None:
+    def _plan_heartbeat(self, log_length: int, new_changes: int) -> None:
         """Schedule a heartbeat before other hosts have replaced half of the claim log.
 
         Heartbeats cost less than a longer log, which each change of claims would write.
@@ -8187,8 +8220,9 @@ class ClusterMember:
         now_s = time.monotonic()
         elapsed_s = now_s - self._followed_s
         self._followed_s = now_s
-        if followed > 0:
-            self._beat_within(max(elapsed_s * kept / (2 * followed), ETCD_MIN_LOOK_S))
+        if new_changes > 0:
+            interval_s = elapsed_s * log_length / (2 * new_changes)
+            self._beat_within(max(interval_s, ETCD_MIN_LOOK_S))
 
     def _check_own_key(self, values: Mapping[str, str]) -> bool:
         """Return whether etcd has this host's key as this process wrote it.
@@ -8265,7 +8299,7 @@ class ClusterMember:
             if table_name == "claims" and is_claim_key(claim_key, self._table.claims):
                 claims[claim_key] = parse_claim(parse_json_object(text))
             else:
-                # The head, the log, a host, or what gipam did not write.
+                # The head, the log, a host, or a key that gipam did not write.
                 other_values[key] = text
         return claims
 
@@ -8432,7 +8466,7 @@ class Option(NamedTuple):
     """An option -NAME, which is also the variable GIPAM_NAME, and its text."""
 
     name: str
-    kind: str  # a key of VALUE_TYPES
+    value_type: str  # a key of VALUE_TYPES
     default: str
     help: str
     text: str = ""
@@ -8457,7 +8491,7 @@ class Option(NamedTuple):
     @property
     def redacted_text(self) -> str:
         """Return the text without the credentials of URLs, even if it is invalid."""
-        if self.kind != "URLS":
+        if self.value_type != "URLS":
             return self.text
         return re.sub("(https?://)?((?!, *https?://).)*@", r"\1***@", self.text)
 
@@ -8466,7 +8500,7 @@ class Option(NamedTuple):
         """Return the parsed text, None if the option is off. Raises: ConfigError."""
         if self.default == "off" and self.text in ("", "off"):
             return None
-        parse = VALUE_TYPES[self.kind]
+        parse = VALUE_TYPES[self.value_type]
         try:
             return parse(self.text)
         except ValueError as error:
@@ -8486,7 +8520,7 @@ OPTIONS = (
     Option("v4", "PREFIXES", "", "IPv4 bases, separated by commas, used in order"),
     Option("v6ab", "1..127", "64", "prefix length of IPv6 blocks"),
     Option("v4ab", "1..31", "24", "prefix length of IPv4 blocks"),
-    Option("exclude", "PREFIXES", "", "prefixes that are never handed out"),
+    Option("exclude", "PREFIXES", "", "prefixes in the bases that are never assigned"),
     Option("socket", "SOCKET", PLUGIN_SOCKET_DIR + "/gipam.sock",
            "socket path; its base name is the driver name"),
     Option("spec", "FILE", "/etc/docker/plugins/gipam.spec",
@@ -8505,7 +8539,6 @@ OPTIONS = (
 
 UNUSABLE_PREFIXES = parse_prefixes("0.0.0.0/8,127.0.0.0/8,224.0.0.0/4,::/127,ff00::/8")
 Settings = Dict[str, Option]  # by name
-Config = argparse.Namespace  # each option by name, parsed; build_config() adds derived values
 
 
 def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace) -> Settings:
@@ -8525,7 +8558,7 @@ def read_settings(environment: Mapping[str, str], arguments: argparse.Namespace)
 
 
 def note_of(option: Option) -> list[str | None]:
-    """Return what the lease file notes of an option, as digests: its text, and the text given.
+    """Return the note of an option in the lease file: digests of its text and the text given.
 
     A digest is safe from search-and-replace in the file.
     """
@@ -8605,7 +8638,7 @@ def describe_daemon(config: Config, address: Any) -> Json:
     rows = {}
     for name, option in config.settings.items():
         text = option.redacted_text
-        if option.kind in ("FILE", "SOCKET", "NAME"):
+        if option.value_type in ("FILE", "SOCKET", "NAME"):
             text = option.value
         rows[name] = {"value": text, "origin": option.origin_text}
     return {"driver": config.driver, "listening": format_socket_address(address), "config": rows}
@@ -8622,7 +8655,7 @@ def build_config(settings: Settings) -> Config:
     if not config.unix and not ipaddress.ip_address(config.address[0]).is_loopback:
         raise settings["address"].error("not a loopback address: anyone who can reach the port "
                                         "could take every address; use :PORT or -unix")
-    # Without etcd the name of the host does not matter.
+    # The hostname of the machine has not been checked: it only has to be valid with etcd.
     if config.etcd:
         config.host = settings["host"]._replace(text=config.host).value
     for version, bases, prefixlen in config.families:
@@ -8659,7 +8692,7 @@ def require_valid_bases(settings: Settings, version: int, bases: list[Network],
 def read_lease_file(store: Store) -> Json | None:
     """Return the lease file with its keys as gipam spells them, None if there is none.
 
-    Raises: CorruptionError, OSError.
+    Raises: ConfigError for a newer format; CorruptionError; OSError.
     """
     document = store.read_snapshot(convert_leases)
     if document is None:
@@ -8842,7 +8875,7 @@ class Daemon:
 
 
 def cmd_serve(arguments: argparse.Namespace) -> int:
-    """Run the driver until SIGTERM, SIGINT or SIGHUP: what gipam does without a command."""
+    """Run the Docker IPAM driver until SIGTERM, SIGINT or SIGHUP; the default command."""
     os.umask(0o077)
     # If the watchdog kills gipam (SIGABRT), the log shows where it hung.
     faulthandler.enable()
@@ -8859,10 +8892,10 @@ def cmd_serve(arguments: argparse.Namespace) -> int:
 
 
 def log_uncaught_exceptions() -> None:
-    """Log what Python would write to stderr, because that could block for ever."""
+    """Log the exceptions that Python would write to stderr, because that could block for ever."""
     def on_thread_exception(raised: Any) -> None:
-        name = raised.thread.name if raised.thread else "that has ended"
-        log.error("a bug in gipam, in thread %s", name,
+        name = f"thread {raised.thread.name}" if raised.thread else "a thread that has ended"
+        log.error("a bug in gipam, in %s", name,
                   exc_info=(raised.exc_type, raised.exc_value, raised.exc_traceback))
 
     def on_unraisable_exception(raised: Any) -> None:
@@ -8895,11 +8928,12 @@ def require_port_free(option: Option) -> None:
         try:
             listener.bind((host, port))
         except OSError as error:
-            raise AlreadyRunning(str(option.error(str(error.strerror)))) from None
+            rule = f"{error.strerror}: give an address of this host and a port that is free"
+            raise AlreadyRunning(str(option.error(rule))) from None
 
 
 def send_watchdog(service: Service) -> None:
-    """Send the service manager a sign of life, the number of pools and leases, and an error."""
+    """Send the service manager a keep-alive, the number of pools and leases, and an error."""
     pools = plural(len(service.state.pools), "pool")
     leases = plural(service.state.lease_count, "lease")
     status = f"{pools}, {leases}"
@@ -8951,7 +8985,7 @@ def make_service(config: Config, store: Store, document: Json | None, state: Sta
 
 def start_import(config: Config, service: Service, document: Json | None,
                  run_with_claim: RunInLoop) -> None:
-    """Import what Docker uses before anything is served, if there was no lease file.
+    """Import the allocations of Docker before anything is served, if there was no lease file.
 
     This requires that dockerd is running: while it starts, its socket accepts connections, but
     dockerd waits for gipam. All other starts compare in the background, in import_worker().
@@ -8976,7 +9010,7 @@ def log_startup_warnings(config: Config, used: Container[Network], proc: str) ->
     if not config.v4 and not config.v6:
         log.warning("no base is configured (-v4, -v6): only networks with a --subnet are possible")
     if config.onlink and not config.mac:
-        log.warning("-onlink with -mac=false needs Docker 29: older ones do not say which "
+        log.warning("-onlink with -mac false needs Docker 29: older ones do not say which "
                     "addresses are containers, and gipam answers for none")
     for base in config.v4 + config.v6:
         if base.is_link_local:
@@ -9053,16 +9087,16 @@ def cmd_status(arguments: argparse.Namespace) -> int:
 def add_docker_names(pools: list[Json], allocations: list[DockerAllocation]) -> None:
     """Sort pools and leases by address, and add the names of networks and containers."""
     nameless = DockerAllocation("")
-    by_place = {allocation.key: allocation for allocation in allocations}
+    by_key = {allocation.key: allocation for allocation in allocations}
     pools.sort(key=pool_order)
     for pool in pools:
-        place = (pool["subnet"], pool["sub_pool"])
-        pool["network"] = by_place.get(place, nameless).network
+        pool_key = (pool["subnet"], pool["sub_pool"])
+        pool["network"] = by_key.get(pool_key, nameless).network
         leases = pool.get("addresses", [])
         leases.sort(key=lambda lease: int(ipaddress.ip_address(lease["address"])))
         for lease in leases:
-            place = (pool["subnet"], lease["address"])
-            lease["container"] = by_place.get(place, nameless).container
+            lease_key = (pool["subnet"], lease["address"])
+            lease["container"] = by_key.get(lease_key, nameless).container
 
 
 def pool_order(pool: Json) -> tuple[int, Range]:
@@ -9406,7 +9440,7 @@ def format_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def cmd_check(arguments: argparse.Namespace) -> int:
-    """Compare with Docker; with --fix, release what leaked and import what is missing.
+    """Compare with Docker; with --fix, release leaks and import missing pools and addresses.
 
     Exit status 0: no difference; 1: some are left; 2: could not compare.
     """
@@ -9475,8 +9509,8 @@ def describe_fix(left: list[Finding]) -> str:
     fixable = [finding for finding in left if finding.is_leak or finding.is_missing]
     if not fixable:
         return ""
-    what = "it" if len(left) == 1 else f"{len(fixable)} of them"
-    return f"; `gipam check --fix` fixes {what}"
+    pronoun = "it" if len(left) == 1 else f"{len(fixable)} of them"
+    return f"; `gipam check --fix` fixes {pronoun}"
 
 
 def print_json_report(all_findings: Findings, left: Findings, notes: list[str]) -> None:
@@ -9500,8 +9534,8 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     """Release a pool, by id or subnet, or an address in it."""
     settings = arguments.settings
     status = daemon_request(settings, "GET", "/status?leases=1")
-    pool = find_pool(status["pools"], arguments.POOL)
-    lease = find_lease(pool, arguments.ADDRESS) if arguments.ADDRESS else None
+    pool = require_pool(status["pools"], arguments.POOL)
+    lease = require_lease(pool, arguments.ADDRESS) if arguments.ADDRESS else None
     if not arguments.force:
         require_unused(status, pool, lease)
 
@@ -9520,7 +9554,7 @@ def cmd_release(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def find_pool(pools: list[Json], name: str) -> Json:
+def require_pool(pools: list[Json], name: str) -> Json:
     """Return the only pool that find_pools() finds by this name. Raises: InvalidRequest."""
     matches = find_pools(pools, name)
     if not matches:
@@ -9534,15 +9568,17 @@ def find_pool(pools: list[Json], name: str) -> Json:
     return matches[0]
 
 
-def find_lease(pool: Json, text: str) -> Json:
+def require_lease(pool: Json, text: str) -> Json:
     """Return the lease of an address in a pool. Raises: InvalidRequest."""
     leases: dict[str, Json] = {lease["address"]: lease for lease in pool["addresses"]}
     try:
-        return leases[normalise_address(text)]
-    except (ValueError, LookupError):
-        addresses = ", ".join(list(leases)[:9]) or "nothing"
-        raise InvalidRequest(f"{text!r} is not held in {pool['subnet']}, which has "
-                             f"{addresses}") from None
+        address = normalise_address(text)
+    except ValueError:
+        raise InvalidRequest(f"{text!r} is not an IP address") from None
+    if address not in leases:
+        addresses = ", ".join(list(leases)[:9]) or "no address"
+        raise InvalidRequest(f"{text!r} is not held in {pool['subnet']}, which holds {addresses}")
+    return leases[address]
 
 
 def require_unused(status: Json, pool: Json, lease: Json | None) -> None:
@@ -9553,10 +9589,10 @@ def require_unused(status: Json, pool: Json, lease: Json | None) -> None:
     if leaks & {holding_of_json(pool, lease), holding_of_json(pool)}:
         return
 
-    place = (pool["subnet"], lease["address"] if lease else "")
+    key = (pool["subnet"], lease["address"] if lease else "")
     user = "a Docker network"
     for allocation in docker.ours:
-        if (allocation.subnet, allocation.address) == place:
+        if (allocation.subnet, allocation.address) == key:
             user = f"Docker {allocation}"
             break
     raise Forbidden(f"{user} is using it: remove it first, or use --force")
@@ -9646,7 +9682,7 @@ EXAMPLES = """
   gipam -unix -v6 2001:db8:0:100::/56 -v4 10.2.0.0/16
   gipam -unix -v4 10.2.0.0/16,10.9.0.0/20 -v4ab 26 -exclude 10.2.0.0/24
   gipam status --leases
-  gipam status web1                    the leases of a container, an address or a MAC address
+  gipam status web1                    the leases of a container or address
   gipam check                          where Docker and gipam disagree
   gipam check --fix
   gipam release 10.2.0.0/24
@@ -9691,7 +9727,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a UsageError."""
-        message = re.sub(self.SETTING, r"-\1", message)
+        message = re.sub(self.SETTING, r"-\1", message).replace("argument ", "")
+        message = message.replace(": expected one argument", " needs a value")
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
@@ -9724,7 +9761,7 @@ def build_parser(name: str) -> Parser:
     for option in OPTIONS:
         default = option.default or "none"
         text = f"{option.help} ({option.variable}; default: {default})"
-        group.add_argument("--" + option.name, metavar=option.kind,
+        group.add_argument("--" + option.name, metavar=option.value_type,
                            help=text if is_serve else argparse.SUPPRESS)
     for argument, text in command.arguments.items():
         spec = ARGUMENT_SPECS.get(argument, {"action": "store_true"})
@@ -9733,7 +9770,7 @@ def build_parser(name: str) -> Parser:
 
 
 def wrap_help(lines: Iterable[str]) -> list[str]:
-    """Return lines of a help at the width that argparse uses; of a table, in its last column."""
+    """Wrap the lines of a help at argparse's width; indent a table's row to its last column."""
     width = max(shutil.get_terminal_size().columns - 2, 40)
     wrapped = []
     for line in lines:
@@ -9754,7 +9791,7 @@ def normalise_arguments(arguments: list[str]) -> list[str]:
 
     A boolean setting takes the next word only if that is a boolean, and needs no value.
     """
-    is_boolean = {"--" + option.name: option.kind == "BOOL" for option in OPTIONS}
+    is_boolean = {"--" + option.name: option.value_type == "BOOL" for option in OPTIONS}
     remaining = collections.deque(arguments)
     words = []
     while remaining:
@@ -9772,7 +9809,7 @@ def normalise_arguments(arguments: list[str]) -> list[str]:
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Return the parsed arguments, with the command's function as func. Raises: UsageError.
 
-    At a terminal, with no arguments and nothing configured here, print the help.
+    At a terminal, with no arguments and nothing configured here, print the help and exit with 2.
     """
     if not arguments and sys.stdin.isatty() and not is_configured():
         build_parser("serve").print_help()
@@ -9821,7 +9858,7 @@ def describe_unknown(word: str, arguments: list[str], known: list[str], prog: st
         previous = argument.lstrip("-")
 
     for option in OPTIONS:
-        if option.name == previous and option.kind == "BOOL":
+        if option.name == previous and option.value_type == "BOOL":
             return f"-{previous} takes true or false (or 1, 0, t, f), or no value: not {word!r}"
     hint = suggest(word, known) or f"; see `{prog} --help`"
     if word.startswith("-") or "serve" in known:
@@ -9837,7 +9874,7 @@ def open_missing_streams() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Return the exit status: 0, or that of the error."""
+    """Run the command line; return its exit status."""
     handler = LogHandler()
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     open_missing_streams()

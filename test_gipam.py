@@ -85,7 +85,7 @@ import gipam  # noqa: E402
 
 DEADLINE_S = 30.0
 IS_LONG = os.environ.get("GIPAM_LONG") == "1"
-LONG_FACTOR = 25  # seeds of a random test in the lab's long run, for each one here
+LONG_FACTOR = 25  # seeds of a long run for each here
 
 
 class TracebackHandler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -730,6 +730,7 @@ class CommandCase(Case):
 # held to the strictest limits; the tests and the lab may be a little denser.
 
 MAX_COLUMNS = 100
+MAX_COMMENT_WORDS = 8  # behind code
 MAX_FUNCTION_LINES = 60
 MAX_TEST_LINES = 35
 CITED_FILE = re.compile(r"\b[A-Za-z_][\w-]*[.](?:md|py)\b")
@@ -1090,7 +1091,39 @@ def find_late_names(source: str) -> set[tuple[str, str]]:
             name = instruction.argval
             if instruction.opname == "LOAD_GLOBAL" and homes.get(name, 0) > here:
                 late.add((code.co_name, name))
+    for function, name in annotated_names(ast.parse(source)):
+        if homes.get(name, 0) > section_of_line[function.lineno]:
+            late.add((function.name, name))
     return late
+
+
+def find_long_comments(source: str) -> list[int]:
+    """Return the lines whose comment behind code has more than MAX_COMMENT_WORDS words."""
+    lines = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT or not token.line[:token.start[1]].strip():
+            continue
+        text = token.string.lstrip("# ")
+        if not text.startswith("noqa") and len(text.split()) > MAX_COMMENT_WORDS:
+            lines.append(token.start[0])
+    return lines
+
+
+def annotated_names(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, str]]:
+    """Yield each name in the annotations of the arguments and the result of a function."""
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        annotations = [function.returns]
+        for argument in ast.walk(function.args):
+            if isinstance(argument, ast.arg):
+                annotations.append(argument.annotation)
+        for annotation in annotations:
+            if annotation is None:
+                continue
+            for node in ast.walk(annotation):
+                if isinstance(node, ast.Name):
+                    yield function, node.id
 
 
 class StyleChecksTest(unittest.TestCase):
@@ -1127,8 +1160,14 @@ class StyleChecksTest(unittest.TestCase):
                 self.assertEqual(sections_out_of_order(source, tests), wrong)
 
     def test_name_of_a_later_section_is_found(self) -> None:
-        source = "# === A ===\ndef f():\n    return g()\n# === B ===\ndef g():\n    return f()\n"
-        self.assertEqual(find_late_names(source), {("f", "g")})
+        source = ("# === A ===\ndef f(x: C) -> list[D]:\n    return g()\n"
+                  "# === B ===\ndef g():\n    return f()\nclass C:\n    y = f()\nD = int\n")
+        self.assertEqual(find_late_names(source), {("f", "g"), ("f", "C"), ("f", "D")})
+
+    def test_long_comment_behind_code_is_found(self) -> None:
+        words = "one two three four five six seven eight"
+        source = f"x = 1  # {words}\ny = 2  # {words} nine\n# {words} nine\n"
+        self.assertEqual(find_long_comments(source), [2])
 
 
 class Limits(NamedTuple):
@@ -1219,6 +1258,10 @@ class StyleTest(unittest.TestCase):
         for source in self.sources:
             for line in source.text.splitlines():
                 self.assertLessEqual(len(line), MAX_COLUMNS, (source.name, line))
+
+    def test_comments_behind_code_are_short(self) -> None:
+        for source in self.sources:
+            self.assertEqual(find_long_comments(source.text), [], source.name)
 
     def test_no_file_outside_the_repository_is_cited(self) -> None:
         texts = {source.name: source.text for source in self.sources}
@@ -1517,7 +1560,8 @@ class LogHandlerTest(Case):
 NOW_S = 1_700_000_000
 TOKEN = "0123456789abcdef"
 BASES = "10.2.0.0/16 2001:db8:0:100::/56"
-NOT_A_PREFIX = "is not a prefix in CIDR form, such as 10.2.0.0/16 or 2001:db8::/56"
+NOT_A_PREFIX = ("is not a prefix in CIDR form, such as 10.2.0.0/16 (at most /32) or 2001:db8::/56 "
+                "(at most /128)")
 HOST_BITS = "has host bits set: the prefix is"
 
 
@@ -2236,8 +2280,8 @@ class RestingAddressTest(unittest.TestCase):
 OVERLAP = ("Pool overlaps with other one on this address space: {} with {}, held by pool {!r} for "
            "{}; if no network uses it any more, `gipam check --fix` releases it")
 BLOCKS = ("all predefined address pools have been fully subnetted: of {} blocks of {}, {} are "
-          "held, {} excluded, and {} overlap routes or addresses of this host or lie in smaller "
-          "pieces")
+          "held, {} excluded, and {} overlap routes or addresses of this host or are in pieces "
+          "smaller than that")
 
 
 class Exhaustion(NamedTuple):
@@ -2303,7 +2347,7 @@ class ErrorTextTest(unittest.TestCase):
                 ("10.5.0.0/24", "10.4.0.0/15"),
                 ("10.5.0.0/24", "2001:db8::/64"),
                 ("2001:db8::/64", "2001:db8:1::/72")):
-            text = f"invalid address subpool: {sub_pool} does not lie in {subnet}"
+            text = f"invalid address subpool: {sub_pool} is not within {subnet}"
             self.assert_error(400, text, self.request_pool, subnet, sub_pool)
 
     def test_overlap_names_the_pool_in_the_way_and_its_age(self) -> None:
@@ -2550,7 +2594,7 @@ class Naive:
         return f"{address}/{subnet.prefixlen}"
 
     def taken_addresses(self, subnet: gipam.Network) -> set[str]:
-        """Return the addresses of a subnet that are held or never handed out."""
+        """Return the addresses of a subnet that are held or never assigned."""
         taken = {address for network, address in self.leases if network == subnet}
         if subnet.version == 6:
             taken.add(str(subnet[0]))
@@ -2805,7 +2849,7 @@ class Disk:
 
     def __init__(self) -> None:
         self.made: list[str] = []  # such as "fdatasync journal.1"
-        self.faults: dict[int, Any] = {}  # number of the call -> errno, SHORT or HALF
+        self.faults: dict[int, Any] = {}  # call number -> errno, SHORT or HALF
         self.next_fault: tuple[str, Any] = ("", None)  # note and fault of a later call
         self.misuse: list[str] = []  # calls on a closed descriptor
         self.watch: Callable[[], Any] = do_nothing  # called before anything changes
@@ -3988,7 +4032,7 @@ class PowerCutTest(StoreCase):
     @seeded(2)
     def test_acknowledged_change_is_there_after_a_power_cut_or_kill(
             self, rng: random.Random) -> None:
-        images = {}  # names and contents of the files -> changes acknowledged
+        images = {}  # names and contents -> changes acknowledged
 
         def photograph() -> None:
             cuts = [self.calls.after_power_cut(rng) for _ in range(5)]
@@ -4334,7 +4378,7 @@ class ProxiesTest(Case):
         self.assert_answers()
 
     def test_no_entry_for_an_auxiliary_address_that_looks_like_a_container(self) -> None:
-        """Docker before 29 names neither, and with -mac=false it sends no MAC address."""
+        """Docker before 29 names neither, and with -mac false it sends no MAC address."""
         self.client.service.has_macs = False
         self.client.request_address(self.pool_id, self.ONE)
         (pool,) = self.client.state()["pools"]
@@ -4407,7 +4451,7 @@ class ProxiesTest(Case):
         self.assertEqual(len(self.events), 1)
 
     GATEWAY = gipam.pack_attribute(gipam.RTA_GATEWAY, bytes(4))
-    ROUTES = (  # destination, device, further attributes, base that is on the link of device 2
+    ROUTES = (  # destination, device, attributes, base on device 2
         ("10.2.0.0/16", 2, b"", "10.2.0.0/16"),
         ("10.0.0.0/8", 2, b"", "10.2.0.0/16"),
         ("0.0.0.0/1", 2, b"", "10.2.0.0/16"),
@@ -4555,7 +4599,7 @@ class MembersTest(Case):
 
     def assert_grace(self, is_on: bool) -> None:
         if is_on:
-            self.assertRaisesRegex(gipam.Unavailable, "nothing new for",
+            self.assertRaisesRegex(gipam.Unavailable, "nothing new can be claimed",
                                    self.members.require_grace_over)
         else:
             self.members.require_grace_over()
@@ -4656,11 +4700,11 @@ class TableTest(unittest.TestCase):
             gipam.TransactionResult(gipam.Head("a"), claims, {}, outcome, 0.0))
 
     def test_only_a_committed_transaction_voids_what_was_sent_before(self) -> None:
-        self.table.releasing.add(f"{LAN}/192.168.1.9")
+        self.table.uncertain.add(f"{LAN}/192.168.1.9")
         self.apply(is_committed=False)
-        self.assertTrue(self.table.releasing)
+        self.assertTrue(self.table.uncertain)
         self.apply(is_committed=True)
-        self.assertFalse(self.table.releasing)
+        self.assertFalse(self.table.uncertain)
 
     def test_address_of_others_is_not_chosen_though_this_host_wrote_its_claim(self) -> None:
         """As it does when it leaves a gateway to the others, beside a request for any address."""
@@ -4711,7 +4755,7 @@ class TableTest(unittest.TestCase):
             with self.assertRaises(gipam.TransactionRequired) as required:
                 self.table.reconcile(["10.9.0.0/24"], outcome)
             self.assertEqual(required.exception.transaction.claims, claims)
-            self.assertEqual(self.table.releasing, set(claims))
+            self.assertEqual(self.table.uncertain, set(claims))
 
     def test_tentative_claims_block_only_until_they_are_unblocked(self) -> None:
         used = self.table.state.families[4].used
@@ -5333,7 +5377,7 @@ class LostReplyTest(ServiceCase):
                 if not is_released:
                     expected = held(self.service.state)
                 for _ in range(2):
-                    self.service.run_once(self.service.roll_back, lost.change, lost.seq)
+                    self.service.run_once(self.service.roll_back, lost.record, lost.seq)
                 self.assertEqual(self.service.state.seq, seq + int(is_released))
                 self.assertEqual(held(self.service.state), expected)
                 self.assert_agreed()
@@ -5638,7 +5682,7 @@ class KillTest(StoreCase):
 # Each story of STORIES is a tuple of named steps. Where a test of moby stands behind a case, its
 # name opens the docstring; "built-in" is moby's own IPAM.
 
-CASES_V4 = "198.18.0.0/16"  # RFC 2544: no host has a route to it
+CASES_V4 = "198.18.0.0/16"  # RFC 2544: hosts have no route to it
 CASES_V6 = "2001:db8:0:100::/56"  # RFC 3849
 if TYPE_CHECKING:
     Mixin = unittest.TestCase
@@ -5780,7 +5824,7 @@ OWNERS: dict[str, dict[str, Any]] = {
     "web1,mac": {"name": "web1", "mac": "02:42:0a:02:00:02"},
     "new": {"name": "new"},
 }
-Address = Union[int, str]  # how far into the subnet, or the address itself
+Address = Union[int, str]  # offset in the subnet, or the address
 
 
 class Story:
@@ -5790,7 +5834,7 @@ class Story:
         self.case = case
         self.caller = case.caller
         self.pools: dict[str, str] = {}
-        self.pool_id = ""  # of the network that the next steps are about
+        self.pool_id = ""  # of the network of the next steps
 
     def add_network(self, name: str, *prefixes: str) -> None:
         """Request a pool, by its subnet and range. The id tells both (TestKeyString)."""
@@ -6727,7 +6771,7 @@ class ByHandTest(unittest.TestCase):
         for change, pattern in (
                 ({"Subnet": "10.9.0.0"}, "CIDR form"),
                 ({"Subnet": "10.2.0.0/16"}, "Pool overlaps"),
-                ({"SubPool": "10.8.0.0/25"}, "does not lie in")):
+                ({"SubPool": "10.8.0.0/25"}, "is not within")):
             body = {**self.ADOPTION, **change}
             self.assert_refused("Gipam.Adopt", body, pattern)
         for hint in ("0.0.0.0/0", "0.0.0.0/26", "::/0"):
@@ -7455,7 +7499,7 @@ class RollBackTest(Case):
             for is_answered, data in itertools.product((False, True), requests):
                 with self.subTest(data, is_answered=is_answered):
                     self.assert_rolled_back(self.served.peer(), data, is_answered)
-        self.assertEqual(["took back" in line for line in logged.output].count(True), 6)
+        self.assertEqual(["rolled back" in line for line in logged.output].count(True), 6)
 
     def test_only_the_unread_reply_is_rolled_back(self) -> None:
         """A reply that was read, and one before it on the same connection, stay."""
@@ -9544,7 +9588,7 @@ class UnreachableDockerTest(OperatedCase):
 
     def test_reply_that_is_not_json(self) -> None:
         self.show_networks("[" * 100_000)
-        self.assert_silent(self.docker.path, "its reply is not JSON")
+        self.assert_silent(self.docker.path, "something else does, whose reply is not JSON")
 
     def test_reply_that_has_not_the_keys_of_docker(self) -> None:
         path = re.escape(self.docker.path)
@@ -9717,7 +9761,8 @@ class CheckTest(OperatedCase):
             return texts.get(str(network), "")
 
         self.patch(self.service.claims, conflict_text=conflict_text)
-        renamed = "host old (this machine before: `gipam evict old` makes it new's)"
+        renamed = ("host old (a former name of this machine: `gipam evict old` gives the claim to "
+                   "new)")
         for claimants, remedy in (
                 ("host other", ": remove one of the two networks"),
                 (renamed, "")):
@@ -10103,7 +10148,8 @@ class HostWarningsTest(CommandCase):
                     hosts=[present, host])
 
     def test_disk_that_takes_no_writes(self) -> None:
-        self.assert_warnings("gipam cannot write: nothing new is granted", trouble="cannot write")
+        self.assert_warnings("the last write of gipam failed, so requests may fail: cannot write",
+                             trouble="cannot write")
 
     def test_forwarding_that_is_off(self) -> None:
         self.write_sysctl("ipv4/ip_forward", "0")
@@ -11126,7 +11172,8 @@ class Host(Client):
 
     def settle(self) -> None:
         """Wait until it has looked at etcd, and nothing is left to reconcile."""
-        for _ in range(2):  # it has ended one look when it begins the next
+        # It has ended one look when it begins the next.
+        for _ in range(2):
             self.hurry()
             wait_until("a look at etcd", getattr, self.member, "_next_heartbeat_s")
         self.finish_round()
@@ -11720,7 +11767,7 @@ class LossTest(TwoHosts):
                 before = self.etcd.claims()
                 self.lose(saved)
                 self.tell(
-                    Network("one", refused="nothing new for"),
+                    Network("one", refused="nothing new can be claimed"),
                     Claimed(before))
                 wait_until("the grace period is over", self.is_grace_over)
                 pool_id, subnet = self.one.request_pool()
@@ -11740,7 +11787,7 @@ class LossTest(TwoHosts):
         self.tell(Settle(("one", "two")))
         with self.etcd.lock:
             self.etcd.revision = 1
-        self.tell(Network("one", refused="nothing new for"))
+        self.tell(Network("one", refused="nothing new can be claimed"))
 
     def test_key_of_an_earlier_process_that_is_restored_is_a_loss(self) -> None:
         """Its count may be higher than that of this process."""
@@ -11752,7 +11799,7 @@ class LossTest(TwoHosts):
         value.update(token="of an earlier process", count=999)
         self.tell(
             Key("hosts/one", value),
-            Network("one", refused="nothing new for"))
+            Network("one", refused="nothing new can be claimed"))
 
     def test_host_that_has_not_noticed_heeds_another_that_is_behind(self) -> None:
         """It was cut off during the loss, and its own key is intact."""
@@ -11764,7 +11811,7 @@ class LossTest(TwoHosts):
         value["is_behind"] = True
         self.tell(
             Key("hosts/one", value),
-            Network("two", refused="nothing new for"))
+            Network("two", refused="nothing new can be claimed"))
         self.assertEqual(list(self.two.table.members.unclaimed), [])
 
     def test_host_that_starts_and_finds_a_loss_says_so(self) -> None:
@@ -11782,7 +11829,7 @@ class LossTest(TwoHosts):
         self.etcd.before("claims/", note_key)
         self.start("one", self.one.directory)
         self.tell(
-            Network("one", refused="nothing new for"),
+            Network("one", refused="nothing new can be claimed"),
             Claimed({"10.9.0.0/24": ["one"]}))
         self.assertTrue(json.loads(keys[0])["is_behind"])
 
@@ -11952,7 +11999,8 @@ class EtcdAwayTest(TwoHosts):
 
         with mock.patch.object(self.one.member, "_commit", be_stuck):
             self.tell(Network("one", "10.8.0.0/24", refused="etcd does not answer"))
-            self.one.close()  # nobody waits any more when the thread comes back
+            # Nobody waits any more when the thread comes back.
+            self.one.close()
             self.patch(gipam, ETCD_TIMEOUT_S=DEADLINE_S)
             threading.Timer(0.1, stuck.set).start()
             self.tell(Network("one", "10.9.0.0/24"))
@@ -12141,7 +12189,7 @@ class PresenceTest(TwoHosts):
         self.assertIn('\ngipam_claims{host="one"} 81\n', metrics)
         with self.assertLogs("gipam", "WARNING") as logged:
             self.two.call("Gipam.Evict", Host="one")
-        self.assertIn(f"evicted one, which had claimed {LAN}/192.168.1.", logged.output[0])
+        self.assertIn("evicted one, which had claimed 192.168.1.", logged.output[0])
         self.assertIn("10.9.79.0/24", "".join(logged.output))
         self.assertEqual(self.etcd.claims(), {LAN: ["two"]})
         addresses = self.etcd.claims(has_addresses=True)
@@ -12203,7 +12251,8 @@ class PresenceTest(TwoHosts):
         self.one.crash()
         three = self.start("three", self.one.directory)
         pool_id = self.pool_ids["one", "198.18.0.0/24"]
-        who = "host one (this machine before: `gipam evict one` makes it three's)"
+        who = ("host one (a former name of this machine: `gipam evict one` gives the claim to "
+               "three)")
         self.assert_refused(f"claimed by {who} too", three.request_address, pool_id)
         self.assertEqual(three.state()["pools"][0]["claimed_elsewhere"], who)
         self.assert_refused("one is alive", three.call, "Gipam.Evict", Host="one")
@@ -12378,7 +12427,7 @@ class SharedTest(TwoHosts):
             self.one.finish_round()
             self.tell(EtcdComesBack())
             self.one.hurry()
-            wait_until("a later one has succeeded", self.is_releasing_nothing)
+            wait_until("a later one has succeeded", self.is_certain_of_all_claims)
             self.tell(
                 EtcdGoesAway(("one",)),
                 RequestStep("one", LAN, "192.168.1.9"),
@@ -12387,8 +12436,8 @@ class SharedTest(TwoHosts):
                 self.etcd.carry_out(late[0])
             self.tell(ClaimedAddresses({f"{LAN}/192.168.1.9": ["one"]}))
 
-    def is_releasing_nothing(self) -> bool:
-        return not self.one.table.releasing
+    def is_certain_of_all_claims(self) -> bool:
+        return not self.one.table.uncertain
 
     def test_address_that_may_be_a_gateways_by_now_is_not_relied_upon(self) -> None:
         """Another host may have the same gateway."""
@@ -13396,7 +13445,7 @@ class FailedWriteTest(OperatedCase):
         self.fail_write("pwrite", errno.ENOSPC)
         self.assert_shown("No space left")
         done = self.run_gipam("check")
-        self.assertRegex(done.out, "note: gipam cannot write .*journal.*: No space left")
+        self.assertRegex(done.out, "note: the last write of gipam failed, .*: cannot write .*journal.*: No space left")
         self.docker.make_network("web")
         self.assert_healthy()
 
@@ -13466,7 +13515,7 @@ class HelpTest(CommandLineCase):
             self.assertTrue(done.out.startswith("usage: gipam [COMMAND] [OPTIONS]\n"), done.out)
             text = re.sub(r"\s+", " ", done.out)
             for option in gipam.OPTIONS:
-                self.assertIn(f" -{option.name} {option.kind} ", text)
+                self.assertIn(f" -{option.name} {option.value_type} ", text)
                 default = option.default or "none"
                 self.assertIn(f"({option.variable}; default: {default})", text)
             for name in (*gipam.COMMANDS, *gipam.META_COMMANDS):
@@ -13509,13 +13558,13 @@ class HelpTest(CommandLineCase):
         ("serve status", "unexpected argument 'status'; see `gipam --help`"),
         ("check fix", "unexpected argument 'fix': did you mean --fix?"),
         ("config -colour=red", "see `gipam config --help`"),
-        ("-v4", "argument -v4: expected one argument; see `gipam --help`"),
+        ("-v4", "-v4 needs a value; see `gipam --help`"),
         ("release", "the following arguments are required: POOL; see `gipam release --help`"),
         ("-unix yes", "-unix takes true or false (or 1, 0, t, f), or no value: not 'yes'"),
         ("config --unix no", "-unix takes true or false (or 1, 0, t, f), or no value: not 'no'"),
-        ("check --grace -5", "argument --grace: '-5' is not a number of seconds, 0 or more; see "
+        ("check --grace -5", "--grace: '-5' is not a number of seconds, 0 or more; see "
                              "`gipam check --help`"),
-        ("check --grace=1.5", "argument --grace: '1.5' is not a number of seconds, 0 or more; see "
+        ("check --grace=1.5", "--grace: '1.5' is not a number of seconds, 0 or more; see "
                               "`gipam check --help`"))
 
     def test_error_names_the_argument_and_the_nearest_that_is_known(self) -> None:
@@ -13578,7 +13627,7 @@ class DaemonAddressTest(OperatedCase):
                 (PermissionError(errno.EACCES, "Permission denied"),
                  "Permission denied; run this as root"),
                 (socket.timeout("timed out"), "timed out; start it, or say .*"),
-                (http.client.BadStatusLine("SSH-2.0\r\n"), "its reply is not JSON; start it, .*")):
+                (http.client.BadStatusLine("SSH-2.0\r\n"), "something else does, whose reply is not JSON; start it, .*")):
             with mock.patch.object(socket.socket, "connect", side_effect=error):
                 self.assert_fails(self.run_gipam("status"), 2, (
                     f"gipam: the daemon does not answer on {self.socket}: {text}"))
@@ -13942,7 +13991,7 @@ class SearchTest(StatusCase):
     WEB = "10.2.0.0/24 10.2.0.1 10.2.0.2 10.2.0.30 10.2.0.200"
     WEB6 = "2001:db8:0:100::/64 2001:db8:0:100::1 2001:db8:0:100::2"
     ONE = "10.2.0.0/24 10.2.0.2 2001:db8:0:100::/64 2001:db8:0:100::2"
-    HELD_ROWS = (  # what is named, first words of the rows that are shown
+    HELD_ROWS = (  # argument, first words of the rows shown
         ("web", f"{WEB} {WEB6}"),
         ("10.2.0.0/24", WEB),
         ("2001:DB8:0:0100:0::/64", WEB6),
@@ -13952,7 +14001,7 @@ class SearchTest(StatusCase):
         ("one", ONE),
         ("02:42:00:00:00:02", ONE),
         ("gateway", "10.50.0.0/24 10.50.0.64"))  # a gipam.name; no kind of address
-    FREE_ROWS = (  # what is named, rows of addresses that nobody has
+    FREE_ROWS = (  # argument, rows of addresses without a lease
         ("10.2.0.3", ["10.2.0.3 - resting 02:42:00:00:00:06"]),
         ("02:42:00:00:00:06", ["10.2.0.3 - resting 02:42:00:00:00:06",
                                "2001:db8:0:100::3 - resting 02:42:00:00:00:06"]),
@@ -14088,13 +14137,15 @@ class ReleaseTest(OperatedCase):
         low = self.docker.pool_ids["low", 4]
         high = self.docker.pool_ids["high", 4]
         none = "no pool matches {!r}: `gipam status` lists them"
-        held = "{!r} is not held in 10.2.0.0/24, which has 10.2.0.1, 10.2.0.2"
+        held = "{!r} is not held in 10.2.0.0/24, which holds 10.2.0.1, 10.2.0.2"
+        no_address = "{!r} is not an IP address"
         rows = [("10.99.0.0/24", none.format("10.99.0.0/24")),
                 ("", none.format("")),  # nor are those meant that have no gipam.name
                 ("10.50.0.0/24", f"2 pools match '10.50.0.0/24': give the id of one\n  {low}"
                                  f"\n  {high}")]
-        for text in ("10.2.0.9", "10.9.0.9", "one", "10.2.0.2x"):
-            rows.append((f"10.2.0.0/24 {text}", held.format(text)))
+        for text, error in (("10.2.0.9", held), ("10.9.0.9", held), ("one", no_address),
+                            ("10.2.0.2x", no_address)):
+            rows.append((f"10.2.0.0/24 {text}", error.format(text)))
         for words, text in rows:
             with self.subTest(words):
                 self.assertEqual(self.release_by_hand(words + " --yes"),
@@ -14103,7 +14154,7 @@ class ReleaseTest(OperatedCase):
         for number in range(1, 3001):
             pools.append({"id": str(number), "name": "web"})
         with self.assertRaisesRegex(gipam.InvalidRequest, "(?s)^3000 .*\n  9\n  and 2991 more$"):
-            gipam.find_pool(pools, "web")
+            gipam.require_pool(pools, "web")
 
     def test_force_releases_any_spelling_of_what_docker_uses(self) -> None:
         self.make_ranges()

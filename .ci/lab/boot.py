@@ -17,7 +17,7 @@ from typing import Callable, Iterator
 
 from machines import FILES, MAKE_IMAGE, Machine, main, make_tree
 
-CONTAINERS = 5  # of each machine: web1, web2, db1, db2 on dual-stack networks, lan1
+CONTAINERS = 5  # of each machine: web1, web2, db1, db2, lan1
 LOAD_COUNT = 50  # containers that start and stop under load
 DISTURBANCES = 20 if os.environ.get("GIPAM_LONG") else 3
 LOST_BODY = "the request has no body: dockerd lost it in a retry"

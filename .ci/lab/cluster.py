@@ -44,7 +44,7 @@ from test_gipam import (
 
 BASES = ("-v4", "10.2.0.0/19", "-v6", "2001:db8:0:100::/59")  # 32 blocks each: hosts meet
 CHAOS_S = float(os.environ.get("GIPAM_CHAOS_S") or 45)
-QUIET_S = 60.0  # a host that has died is absent after 40 s
+QUIET_S = 60.0  # a dead host is absent after 40 s
 HEARTBEAT_S = 10.0
 MAC = "02:42:00:00:00:01"  # comes with the address of a container
 PREFIX = "/gipam/gipam/"
@@ -336,7 +336,7 @@ class Entry(NamedTuple):
     pool_id: str
     subnet: str
     address: str  # "" for the pool itself
-    is_common: bool = False  # a shared subnet, or its gateway: each host may hold it once
+    is_common: bool = False  # each host may hold it once
 
     def conflicts_with(self, other: Entry) -> bool:
         """Return whether nobody should have been given this while the other is held."""
@@ -419,7 +419,7 @@ class Tenant(threading.Thread):
         self.client.connection.timeout = 2 * CHAOS_S  # gipam may be paused
         self.ledger = host.site.ledger
         self.call = Call("", "")  # made last
-        self.lost: Call | None = None  # the last one, without a reply; until it is reconciled
+        self.lost: Call | None = None  # the last one, without a reply
         self.end = threading.Event()
 
     def run(self) -> None:

@@ -25,7 +25,7 @@ HOSTS = {"host1": 7, "host2": 8, "host3": 9}  # name: last part of its addresses
 OUTSIDE = ("198.51.100.2", "2001:db8:eeee::2")
 SETUP = "A routed prefix" if DOCKER >= 27 else "Docker 26 and 27"
 BEFORE = ("Install", SETUP)  # what a host needs first
-PART = "Several hosts"  # the part of the README that this is about
+PART = "Several hosts"  # part of the README
 ME = "me=192.0.2.7"  # stands for each host's own address
 
 # A machine whose packages have just been installed. The image's /cgi-bin/who returns the address of
@@ -107,7 +107,7 @@ class HostsTest(unittest.TestCase):
     maxDiff = None
     router: Host
     hosts: dict[str, Host]
-    networks: list[Block]  # of the README, that make the network web and the container web1
+    networks: list[Block]  # of the README: network web, container web1
 
     @classmethod
     def setUpClass(cls) -> None:

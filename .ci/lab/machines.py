@@ -27,7 +27,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from test_gipam import DEADLINE_S, GIPAM, HERE, conclude, sleeping_retry, wait_until  # noqa: E402
 
 SUITE = os.environ.get("GIPAM_SUITE") or "forky"
-DOCKER_DEADLINE_S = 90.0  # dockerd waits 15 s for each network whose plugin does not answer
+# dockerd waits 15 s for each network whose plugin does not answer.
+DOCKER_DEADLINE_S = 90.0
 
 # The Debian package of a command, if it has another name.
 PACKAGES = {
