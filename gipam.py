@@ -317,7 +317,7 @@ class RemoteError(GipamError):
 
 
 class AlreadyRunning(GipamError):
-    """Another daemon holds the lease file, the socket, or the name of this host in etcd."""
+    """Another process holds the lease file, the socket, an address, or this host's name in etcd."""
 
     exit_status = os.EX_TEMPFAIL
 
@@ -6714,9 +6714,9 @@ def failed_starts(path: str, status: Json) -> Iterator[str]:
 # A Holding is a pool or lease of gipam, from its state or from the JSON of /status; a
 # DockerAllocation is a subnet or address that Docker uses; a Finding is a difference between the
 # two. `check` reports findings and `check --fix` fixes them. After each start and each adoption,
-# the daemon imports missing pools and addresses, so that a lost or restored lease file loses nothing
-# in use. To import is to take a pool from Docker's API, to adopt is to take it from the id in a
-# request of Docker.
+# the daemon imports missing pools and addresses, so that nothing in use is lost with a lease file.
+# To import is to take a pool from Docker's API, to adopt is to take it from the id in a request of
+# Docker.
 #
 # The rule: fix() names the record that granted what it releases or completes; if that has changed
 # meanwhile, it is left alone.
@@ -8775,9 +8775,10 @@ class Daemon:
     def start(self) -> None:
         """Recover the state and begin to listen. Raises: GipamError, OSError."""
         # This comes before any change, because a second daemon must not disturb the first. Sockets
-        # that systemd passes are already bound by this service.
+        # that systemd passes are already bound by this service; it never keeps that of -metrics.
         if "LISTEN_FDS" not in os.environ:
             require_addresses_free(self._settings)
+        require_port_free(self._settings["metrics"])
 
         # The garbage collector would take a third of the time to load a million leases.
         gc.disable()
@@ -8912,7 +8913,6 @@ def require_addresses_free(settings: Settings) -> None:
     if is_unix:
         require_no_listener(settings["socket"].value)
     require_no_listener(os.path.join(PLUGIN_SOCKET_DIR, driver_name(settings) + ".sock"))
-    require_port_free(settings["metrics"])
     if not is_unix:
         require_port_free(settings["address"])
 

@@ -8587,6 +8587,14 @@ class NameTest(unittest.TestCase):
         self.assertEqual(daemon.read_log().count("\n"), 1)
         self.assertEqual(os.listdir(daemon.directory), ["log"])
 
+    def test_port_of_metrics_is_checked_after_a_restart_too(self) -> None:
+        """systemd then passes the socket for Docker, but never that of -metrics."""
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            daemon = Daemon(self, "-metrics", address, env={**NO_DOCKER, "LISTEN_FDS": "0"})
+            in_use = f"-metrics {address!r} from the command line: Address already in use: give an "
+            self.assert_fails(daemon, 75, in_use + "address of this host and a port that is free")
+
     def test_second_daemon_takes_nothing_over(self) -> None:
         """Neither the socket of another one, nor its name for dockerd, nor a port."""
         first = self.serve(self.daemon())
@@ -13445,7 +13453,7 @@ class FailedWriteTest(OperatedCase):
         self.fail_write("pwrite", errno.ENOSPC)
         self.assert_shown("No space left")
         done = self.run_gipam("check")
-        self.assertRegex(done.out, "note: the last write of gipam failed, .*: cannot write .*journal.*: No space left")
+        self.assertRegex(done.out, "note: the last write of gipam failed, .*journal.*: No space left")
         self.docker.make_network("web")
         self.assert_healthy()
 
@@ -13627,7 +13635,8 @@ class DaemonAddressTest(OperatedCase):
                 (PermissionError(errno.EACCES, "Permission denied"),
                  "Permission denied; run this as root"),
                 (socket.timeout("timed out"), "timed out; start it, or say .*"),
-                (http.client.BadStatusLine("SSH-2.0\r\n"), "something else does, whose reply is not JSON; start it, .*")):
+                (http.client.BadStatusLine("SSH-2.0\r\n"),
+                 "something else does, whose reply is not JSON; start it, .*")):
             with mock.patch.object(socket.socket, "connect", side_effect=error):
                 self.assert_fails(self.run_gipam("status"), 2, (
                     f"gipam: the daemon does not answer on {self.socket}: {text}"))
