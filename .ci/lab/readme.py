@@ -236,7 +236,8 @@ class ReadmeTest(unittest.TestCase):
     def try_it(self) -> None:
         """Run gipam in one terminal, the commands in another, and Ctrl-C where the text says so."""
         machine = self.machine
-        start, use, shown = self.blocks_of("Try it", "sh", "")
+        keep, start, use, shown = self.blocks_of("Try it", "sh", "")
+        machine(keep.script())
         gipam = machine.begin("cd /root/gipam; echo $$ > /run/try.pid; exec " + start.text)
         machine.wait_until("[ -S /run/docker/plugins/gipam.sock ]")
         said = AGE.sub("", machine(use.script()))
@@ -310,13 +311,22 @@ class ReadmeTest(unittest.TestCase):
     def test_one_address_and_one_64_whose_router_advertises_itself(self) -> None:
         self.start("forky", ON_WIRE, WIRE, "2001:db8:0:1::/64")
         self.machine.wait_until("ip -6 route show default | grep -q 'proto ra'")
+        self.try_it()
+        show = "cat /proc/sys/net/ipv6/conf/all/forwarding; ip -6 route show default"
+        self.assertRegex(self.machine(show), "^1\ndefault .*proto ra")
+        self.forget_what_keeps_the_route()
         self.follow("Install")
         self.assertEqual(self.follow("One IPv4 address and one /64").count(HELLO), 2)
         self.assert_reached_over_boots("192.0.2.7", "2001:db8:0:1:c00::2")
         # The control: without accept_ra=2 the route goes, and web1 is cut off.
-        self.machine("echo 0 > /proc/sys/net/ipv6/conf/all/forwarding\n"
-                     "echo 1 > /proc/sys/net/ipv6/conf/eth0/accept_ra\n" + FORWARD)
+        self.forget_what_keeps_the_route()
+        self.machine(FORWARD)
         self.machine.wait_until('[ -z "$(ip -6 route show default)" ]')
+
+    def forget_what_keeps_the_route(self) -> None:
+        """Set forwarding and accept_ra back to the kernel's own values; the route stays."""
+        self.machine("echo 0 > /proc/sys/net/ipv6/conf/all/forwarding\n"
+                     "echo 1 > /proc/sys/net/ipv6/conf/eth0/accept_ra")
 
     def test_one_address_and_one_64_of_which_the_host_has_a_128(self) -> None:
         self.start("forky", ON_WIRE, WIRE + WIRE_128)
