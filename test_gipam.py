@@ -13942,23 +13942,6 @@ class StatusTest(StatusCase):
             self.assertRegex(text, r"\n  10\.2\.0\.2 .* 02:42:00:00:00:02\n")
             self.assertRegex(text, r"\n  10\.2\.0\.3 .* two\n")
 
-    def test_json_has_the_keys_of_readme_and_no_other(self) -> None:
-        self.assertNotIn("addresses", self.status_json()["pools"][0])
-        status = self.status_json("--leases")
-        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
-            rows = re.findall(r"^\| (all|a base|a pool|a lease) \| (.*) \|$", readme.read(), re.M)
-        named = {}
-        for label, text in rows:
-            without_asides = re.sub(r"\([^)]*\)", "", text)
-            named[label] = set(re.findall("`([a-z_]+)`", without_asides))
-        pool = status["pools"][0]
-        self.assertEqual(named, {
-            "all": set(status),
-            "a base": set(status["bases"][0]),
-            "a pool": set(pool),
-            "a lease": set(pool["addresses"][0]),
-        })
-
     def test_json(self) -> None:
         """The documented interface: these keys stay."""
         status = self.status_json("--leases")
@@ -13966,6 +13949,7 @@ class StatusTest(StatusCase):
         self.assertEqual(status["driver"], "gipam")
         self.assertEqual(status["listening"], self.socket)
         self.assertEqual(status["claims"], [])
+        self.assertNotIn("addresses", self.status_json()["pools"][0])
         self.assertEqual(status["config"]["socket"],
                          {"value": self.socket, "origin": "command line"})
         self.assertEqual(status["bases"][1], {
@@ -14085,6 +14069,111 @@ class SearchTest(StatusCase):
             (lease,) = pool["addresses"]
             self.assertEqual(lease["kind"], kind)
             self.assertEqual(lease["name"], name)
+
+
+# What the table "When something is wrong" quotes of Docker itself.
+WORDS_OF_DOCKER = {
+    'plugin "gipam" not found',
+    "… IpamDriver.…: dial unix …: no such file or directory",
+    "connection refused",
+}
+
+
+def read_readme_table(title: str) -> dict[str, str]:
+    """Return the first two cells of each row of the only table in a chapter of README.md."""
+    text = pathlib.Path(HERE, "README.md").read_text(encoding="utf-8")
+    chapter = text.partition(f"# {title}\n")[2].partition("\n#")[0]
+    rows = re.findall(r"(?m)^\| (.*?) \| (.*?) \|", chapter)
+    return dict(rows[1:])
+
+
+def error_text(function: Callable[..., Any], *arguments: Any, **named: Any) -> str:
+    """Return the text of the error with which gipam refuses a call."""
+    try:
+        function(*arguments, **named)
+    except ErrorReply as error:
+        return str(error)
+    raise AssertionError(f"{function} is not refused")
+
+
+class ReadmeTest(ClusterCase):
+    """README.md names the keys, the metrics and the messages that gipam has."""
+
+    HOSTS = ("one",)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch(gipam, RECHECK_DELAY_S=0)
+        self.host = self.hosts["one"]
+        pool_id, _ = self.host.request_pool()
+        self.host.request_address(pool_id)
+        self.host.settle()
+
+    def command_json(self, *words: str) -> Any:
+        """Return what a command prints, beside a Docker that has no network."""
+        docker = FakeDocker(self, os.path.join(make_directory(self), "sock"), self.host.call)
+        done = self.run_main(*words, "--json", "-socket", self.host.path,
+                             DOCKER_HOST="unix://" + docker.path)
+        self.assertEqual(done.err, "")
+        return json.loads(done.out)
+
+    def test_json_has_the_keys_of_readme_and_no_other(self) -> None:
+        named = {}
+        for label, text in read_readme_table("JSON").items():
+            without_asides = re.sub(r"\([^)]*\)", "", text)
+            named[label] = set(re.findall("`([a-z_]+)`", without_asides))
+        status = self.command_json("status", "--leases")
+        report = self.command_json("check", "--grace", "0")
+        pool = status["pools"][0]
+        self.assertEqual(named, {
+            "all": set(status),
+            "a base": set(status["bases"][0]),
+            "a pool": set(pool),
+            "a lease": set(pool["addresses"][0]),
+            "a claim": set(status["claims"][0]),
+            "a host": set(status["hosts"][0]),
+            "`etcd`": set(status["etcd"]),
+            "`check --json`": {*report, *report["findings"][0]},
+        })
+
+    def test_metrics_of_readme_exist(self) -> None:
+        text = pathlib.Path(HERE, "README.md").read_text(encoding="utf-8")
+        page = "".join(gipam.metrics_page(self.host.service, ""))
+        named = set(re.findall(r"\bgipam_[a-z_]+", text))
+        self.assertIn("gipam_etcd_up", named)
+        self.assertEqual(named - set(re.findall("(?m)^[a-z_]+", page)), set())
+
+        (pattern,) = re.findall('result=~"(.*?)"', text)
+        failures = re.compile(pattern.replace("\\|", "|"))
+        matching = [result for result in gipam.RESULTS if failures.fullmatch(result)]
+        self.assertEqual(matching, ["Unavailable", "StoreError", "StoreLost"])
+
+    def test_messages_that_readme_explains_are_those_of_gipam(self) -> None:
+        client = Alone(make_state("10.2.0.0/16"))
+        pool_id, subnet = client.request_pool()
+        client.request_address(pool_id, "10.2.0.7", name="web1")
+        messages = [
+            error_text(client.call, "IpamDriver.RequestPool"),
+            error_text(client.request_pool, subnet),
+            error_text(client.request_address, pool_id, "10.2.0.7"),
+        ]
+        client.exhaust(pool_id)
+        messages.append(error_text(client.request_address, pool_id))
+        for _ in range(255):
+            client.request_pool()
+        messages.append(error_text(client.request_pool))
+
+        quoted = set()
+        for cell in read_readme_table("When something is wrong"):
+            if cell.startswith("Docker: "):
+                quoted.update(re.findall("`([^`]+)`", cell))
+        self.assertLessEqual(WORDS_OF_DOCKER, quoted)
+        explained = []
+        for text in quoted - WORDS_OF_DOCKER:
+            pattern = ".*".join(map(re.escape, text.split("…")))
+            explained += [message for message in messages if re.match(pattern, message)]
+        self.assertEqual(sorted(explained), sorted(messages))
+        self.assertEqual(len(quoted - WORDS_OF_DOCKER), len(messages))
 
 
 class ReleaseTest(OperatedCase):
