@@ -731,6 +731,7 @@ class CommandCase(Case):
 
 MAX_COLUMNS = 100
 MAX_COMMENT_WORDS = 8  # behind code
+MAX_TEXT_COLUMNS = 120  # of README.md and the files that an operator installs
 MAX_FUNCTION_LINES = 60
 MAX_TEST_LINES = 35
 CITED_FILE = re.compile(r"\b[A-Za-z_][\w-]*[.](?:md|py)\b")
@@ -1262,6 +1263,14 @@ class StyleTest(unittest.TestCase):
     def test_comments_behind_code_are_short(self) -> None:
         for source in self.sources:
             self.assertEqual(find_long_comments(source.text), [], source.name)
+
+    def test_lines_of_texts_fit_a_wide_window(self) -> None:
+        """A row of a table is as long as it has to be."""
+        texts = read_texts()
+        for name in texts.keys() & {"README.md", "gipam.env", "gipam.service"}:
+            for line in texts[name].splitlines():
+                if not line.startswith("|"):
+                    self.assertLessEqual(len(line), MAX_TEXT_COLUMNS, (name, line))
 
     def test_no_file_outside_the_repository_is_cited(self) -> None:
         texts = {source.name: source.text for source in self.sources}
