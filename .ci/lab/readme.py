@@ -283,7 +283,7 @@ class ReadmeTest(unittest.TestCase):
         """The weekly check is each driver's own, and so are files and sockets."""
         machine = self.machine
         self.follow("Several drivers")
-        status = machine("gipam status -socket /run/docker/plugins/lan.sock")
+        status = machine(self.quoted("gipam status -socket /run/docker/plugins/lan.sock"))
         self.assertRegex(status, r"10\.3\.0\.0/24 .* office")
         machine("docker run --rm --network office nginx sh -c :; systemctl restart gipam@lan\n"
                 "docker network rm office; systemctl start gipam-check@lan gipam-check@gipam")
