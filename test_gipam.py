@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """The self-check of gipam: `python3 test_gipam.py`, with `-v` and `-k PATTERN` as in unittest.
 
-It needs neither root nor Docker, only gipam.py beside it, and leaves nothing behind. What the host
-does not allow is skipped, with the reason in the end. GIPAM_TEST_SEED repeats a random run. What
-needs dockerd, a machine that boots or more time is in .ci/lab, which shares what stands here.
+It needs neither root nor Docker, only gipam.py beside it, and leaves nothing behind. Tests that the
+host does not allow are skipped, with the reason in the end. GIPAM_TEST_SEED repeats a random run.
+Tests that need dockerd, a machine that boots or more time are in .ci/lab, which shares the helpers
+here.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ import gipam  # noqa: E402
 
 # === Helpers ======================================================================================
 #
-# What the tests of several sections and the lab share: waiting for a condition, random tests, a
+# Tools that several sections and the lab share: waiting for a condition, random tests, a
 # client that calls gipam as Docker does (over a connection, or straight into a Service), a tenant
 # that makes random calls, a gipam process, and the base class of test cases.
 #
@@ -270,7 +271,7 @@ class Client:
 
     def request_pool(self, pool: str = "", sub_pool: str = "", v6: bool = False,
                      **options: str) -> tuple[str, str]:
-        """Return the pool id and the subnet. The dot of an option is written _: gipam_name."""
+        """Return the pool id and the subnet. In option names, _ stands for a dot: gipam_name."""
         named = {}
         for name, value in options.items():
             named[name.replace("_", ".", 1)] = value
@@ -303,13 +304,13 @@ class Client:
 
 
 def deliver(service: gipam.Service, reply: gipam.Reply) -> gipam.Reply:
-    """Commit; return what the client of a reply then gets."""
+    """Commit the changes, and return the reply that the client then gets."""
     error = service.commit()
     return gipam.error_reply(error) if error else reply
 
 
 def checkpoint(service: gipam.Service) -> bool:
-    """Make a checkpoint where no loop runs; return whether that worked."""
+    """Make a checkpoint without an event loop; return whether it succeeded."""
     return gipam.Checkpoint(service, service.run_once).run()
 
 
@@ -355,7 +356,7 @@ def record_changes(service: gipam.Service) -> list[gipam.Record]:
 class Tenant:
     """Makes and removes networks and containers at random, and remembers the replies.
 
-    About a fifth of its calls ask for what must be refused.
+    About a fifth of its calls must be refused.
     """
 
     ACTIONS = {
@@ -374,7 +375,7 @@ class Tenant:
 
     def __init__(self, client: Any, rng: random.Random, number: int = 0,
                  shared: tuple[str, ...] = ()) -> None:
-        """Make a tenant; it only requests and releases addresses in the pools that are shared."""
+        """Make a tenant. In the shared pools it only requests and releases addresses."""
         self.client = client
         self.rng = rng
         self.number = number
@@ -384,7 +385,7 @@ class Tenant:
         self.replies = 0
 
     def held(self) -> dict[str, list[str]]:
-        """Return the addresses that it was given, by pool id."""
+        """Return the addresses that the tenant holds, by pool id."""
         return {pool_id: sorted(addresses) for pool_id, addresses in self.pools.items()}
 
     def step(self) -> None:
@@ -437,7 +438,7 @@ class Tenant:
         self.pools[pool_id] = []
 
     def choose_subnet(self, world: gipam.Network) -> gipam.Network:
-        """Return a subnet in the world, or one that it has, to ask for another range of it."""
+        """Return a random subnet, or one that the tenant holds, to request another range of it."""
         if self.pools and self.rng.random() < 0.4:
             return subnet_of(self.rng.choice(list(self.pools)))
         return random_prefix(self.rng, world, 3)
@@ -539,7 +540,7 @@ class Daemon:
     def start(self, wait: bool = True, stderr: int | None = None) -> Daemon:
         """Start the process and, unless told otherwise, wait until it accepts connections.
 
-        Its stderr is the log, or this descriptor.
+        The process writes its stderr to the log, or to the given descriptor.
         """
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
@@ -558,7 +559,7 @@ class Daemon:
         return self.process.poll() is not None or self.is_answering()
 
     def is_answering(self) -> bool:
-        """Return whether it accepts connections."""
+        """Return whether the process accepts connections."""
         try:
             connect(self.address).close()
         except (OSError, ValueError):
@@ -587,7 +588,7 @@ class Daemon:
             return log.read()
 
     def wait_for_log(self, pattern: str) -> str:
-        """Wait until the log has this, and return the first group of the match."""
+        """Wait until the log matches the pattern, and return the first group of the match."""
         def find() -> re.Match[str] | None:
             return re.search(pattern, self.read_log())
 
@@ -657,7 +658,7 @@ class Terminal(io.StringIO):
 
 
 def write_to(stream: io.StringIO) -> Callable[[bytes], int]:
-    """Return a function that does with a stream what open_stderr() does with stderr."""
+    """Return a function that writes to the stream, in place of the one of open_stderr()."""
     def write(data: bytes) -> int:
         stream.write(data.decode())
         return len(data)
@@ -703,7 +704,7 @@ class CommandCase(Case):
         return Finished(status, out.getvalue(), err.getvalue())
 
     def assert_fails(self, done: Finished, status: int, pattern: str) -> None:
-        """Check that a command line printed nothing but why it fails, in one message."""
+        """Check that a command line printed nothing but an error message that has this pattern."""
         self.assertEqual(done.status, status, done)
         self.assertEqual(done.out, "")
         self.assertRegex(done.err, f"^{pattern}\n$")
@@ -764,7 +765,7 @@ def is_integer(node: Any) -> bool:
 
 
 def called_name(node: Any) -> str:
-    """Return the last name of what a call calls, or ""."""
+    """Return the last name of the function that a call calls, or "" if it has none."""
     if not isinstance(node, ast.Call):
         return ""
     return getattr(node.func, "id", getattr(node.func, "attr", ""))
@@ -1026,7 +1027,7 @@ def measure_functions(source: str) -> dict[str, int]:
 
 
 def split_sections(source: str) -> dict[str, str]:
-    """Return the text of each section by its title; what stands before the first one is ""."""
+    """Return the text of each section by its title; the text before the first one has title ""."""
     title = ""
     sections = {title: ""}
     for line in source.splitlines(keepends=True):
@@ -1072,7 +1073,7 @@ def code_objects(code: types.CodeType) -> Iterator[types.CodeType]:
 def find_late_names(source: str) -> set[tuple[str, str]]:
     """Return each function with a name that it uses and that a later section defines.
 
-    The import shows this of what runs in the import; here it is about the functions.
+    The import itself shows such names in code that it runs; this is for the functions.
     """
     section = 0
     homes: dict[str, int] = {}
@@ -1128,7 +1129,7 @@ def annotated_names(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, str]]:
 
 
 class StyleChecksTest(unittest.TestCase):
-    """Each check finds what it is for, in a small text."""
+    """Each check finds a fault of its kind in a small text."""
 
     def test_dense_expression_is_found_and_its_plain_text_is_not(self) -> None:
         for kind in DENSE_KINDS:
@@ -1355,8 +1356,8 @@ class StyleTest(unittest.TestCase):
 
 # === Logging ======================================================================================
 #
-# What the daemon writes to stderr: for the journal of systemd, with priorities, or for a terminal,
-# with times. A record is one line, however it was caused, and a reader that does not read delays
+# The log of the daemon on stderr: for the journal of systemd, with priorities, or for a terminal,
+# with times. A record is one line, whatever its cause, and a reader that does not read delays
 # nothing.
 
 SUBNET_LINE = r"10.2.0.0/24 \(my net\)"
@@ -1470,7 +1471,7 @@ class LogTest(Case):
             self.assertRegex(line, "^<[346]>")
 
     def test_thread_beside_the_loop_gives_way_soon(self) -> None:
-        """Before, the thread that parses Docker's reply at a start delayed each call by 20 ms."""
+        """At a start, the thread that parses Docker's reply once delayed each call by 20 ms."""
         daemon = self.daemon()
         daemon.command = launcher(daemon.directory, PRINT_SWITCH_INTERVAL)
         Peer(self, daemon.start().socket).ask()
@@ -1506,12 +1507,12 @@ class UnreadLogTest(Case):
         os.unlink(daemon.file + ".journal.1")
         with self.assertRaises(ErrorReply):
             daemon.client().request_pool()
-        # It ends by itself.
+        # The daemon ends by itself.
         self.assertEqual(daemon.stop(0), 74)
 
 
 class LogHandlerTest(Case):
-    """The handler alone."""
+    """The log handler alone, without a daemon."""
 
     def setUp(self) -> None:
         self.handler = gipam.LogHandler()
@@ -1532,13 +1533,13 @@ class LogHandlerTest(Case):
                 self.assertEqual(text, f"{priority}one\n{priority}two \\x1b[31m\\t")
 
     def test_record_that_cannot_be_formatted_ends_nothing(self) -> None:
-        """Python 3.13 reads a module for its first traceback: at the descriptor limit it cannot."""
+        """Formatting may fail: for its first traceback, Python 3.13 has to open a module file."""
         with mock.patch.object(logging.Formatter, "formatException", side_effect=OSError("EMFILE")):
             self.handle(msg="a bug", exc_info=(None, None, None))
         self.assertEqual(self.handler._lines.pop(), b"a bug: OSError('EMFILE')\n")
 
     def test_buffer_keeps_no_exception(self) -> None:
-        """An exception keeps the body of the request that caused it."""
+        """A buffered exception would keep the body of its request in memory."""
         error = gipam.GipamError("x" * 9999)
         reference = weakref.ref(error)
         self.handle(msg="refused: %s", args=(error,))
@@ -1646,7 +1647,7 @@ def random_state(rng: random.Random) -> gipam.State:
 
 
 class Alone(DirectClient):
-    """A client of a service without a disk, on a host with these routes: decisions alone count."""
+    """A client of a service without a disk, on a host with these routes, to test decisions only."""
 
     def __init__(self, state: gipam.State | None = None) -> None:
         store = mock.Mock(seq=sys.maxsize, fatal_error=None, last_error="")
@@ -1663,12 +1664,12 @@ class Alone(DirectClient):
 
     def request_pool(self, pool: str = "", sub_pool: str = "", v6: bool = False,
                      **options: str) -> tuple[str, str]:
-        """Return (pool_id, subnet) of this SUBNET or SUBNET,SUB_POOL."""
+        """Request the pool SUBNET or SUBNET,SUB_POOL; return (pool_id, subnet)."""
         subnet, _, sub_range = pool.partition(",")
         return super().request_pool(subnet, sub_pool or sub_range, v6, **options)
 
     def exhaust(self, pool_id: str) -> list[str]:
-        """Return all addresses that the pool still gives, in its order."""
+        """Request addresses until the pool has none left; return them in order."""
         addresses: list[str] = []
         while True:
             try:
@@ -1815,7 +1816,7 @@ class StateTest(unittest.TestCase):
                 self.assertEqual(dump_state(state), before)
 
     def test_a_lease_costs_little_memory_wherever_its_address_lies(self) -> None:
-        """The last address of each 64 Ki fills its bitmap to the end."""
+        """A bitmap covers 64 Ki addresses, and is longest if the last of them is leased."""
         for step, limit_bytes in ((1, 400), (1 << 16, 1000)):
             state = state_after(grant("a", "fd00::/64"))
             tracemalloc.start()
@@ -1832,12 +1833,12 @@ class StateTest(unittest.TestCase):
 
 
 def past_lease(offset: int, owner: str, seq: int, is_explicit: bool = False) -> gipam.PastLease:
-    """Return what is remembered of an owner's last address."""
+    """Return the record of an owner's last address."""
     return gipam.PastLease(offset, (owner,), seq, is_explicit)
 
 
 class AffinityTest(unittest.TestCase):
-    """In which order addresses are taken from their last owners, and forgotten."""
+    """The order in which addresses are taken from their last owners, and are forgotten."""
 
     OLD = past_lease(5, "old", 1)
     NEW = past_lease(4, "new", 3)
@@ -1889,7 +1890,7 @@ class AffinityTest(unittest.TestCase):
 # === Records ======================================================================================
 #
 # The two forms of the state on disk: a state that is written and read again is the same state, and
-# what contradicts the format of a lease file or a record is refused. The values of a lease file
+# a contradiction of the format of a lease file or a record is refused. The values of a lease file
 # that a person has edited are under Settings, since `gipam config` shows how a start refuses them.
 
 
@@ -1907,7 +1908,7 @@ class SnapshotTest(unittest.TestCase):
     @seeded(10)
     def test_a_state_written_and_read_again_is_equal_and_goes_on_alike(
             self, rng: random.Random) -> None:
-        """A copy is of one moment. What the journal holds does what the record did: no chance."""
+        """A copy keeps its moment, and records from the journal do the same as the originals."""
         client = Alone(random_state(rng))
         state = client.service.state
         restored = copy.deepcopy(state)
@@ -1977,7 +1978,7 @@ class SnapshotTest(unittest.TestCase):
         self.assertEqual((document["Format"], document["Version"]), (1, gipam.__version__))
 
     def test_a_lease_file_of_another_format_is_refused(self) -> None:
-        """The Go program's files have no Format; what a person has edited has no Checksum."""
+        """Lease files of the Go program have no Format, and files that people edit no Checksum."""
         gipam.require_format({})
         gipam.require_format({"Format": 1})
         gipam.require_format({"Format": 1, "Checksum": "0"})
@@ -2000,13 +2001,13 @@ class SnapshotTest(unittest.TestCase):
 
 # === Allocator ====================================================================================
 #
-# Which subnet a network gets, and which address a container: stories of one decision each, the text
+# The subnet of a network and the address of a container: stories of one decision each, the text
 # of each error, and random steps beside a naive model (class Naive), which decides the same with
 # lists and dicts. How addresses are given to owners is told under API, on all stages.
 
 
 class BlockStory(NamedTuple):
-    """What networks ask for and get, over these bases."""
+    """Requests for networks, and the subnets that they get from these bases."""
 
     bases: str
     steps: str
@@ -2020,7 +2021,7 @@ BLOCK_STEP = re.compile(r"""
     \ (?P<end> goes | gets\ (?P<gets>.+))
     """, re.VERBOSE)
 BLOCK_STORIES = {
-    "TestPoolAllocateAndRelease (moby#48069), where what is released is next: here it is not, "
+    "TestPoolAllocateAndRelease (moby#48069), where a released subnet is next: here it is not, "
     "and the cursor wraps round": (
         BlockStory("10.2.0.0/22",
                    "a gets block 0; b gets block 1; c gets block 2; a goes; d gets block 3; "
@@ -2046,7 +2047,7 @@ BLOCK_STORIES = {
         BlockStory("2001:db8::/56",
                    "a (/72) gets block 0; b gets block 1; c (/127) gets 2001:db8:0:0:100::/127"),
     ),
-    "excluded prefixes are never given but to whoever names them": (
+    "excluded prefixes are given only to a request that names them": (
         BlockStory("10.2.0.0/21",
                    "a gets block 0; b gets block 2; c gets block 3; d gets nothing; "
                    "e (/25) gets block 2; f (10.2.4.0/24) gets it",
@@ -2086,7 +2087,7 @@ BLOCK_STORIES = {
                    "web gets block 0; web goes; a gets block 1; b gets block 2; a goes; "
                    "web gets block 0; c gets block 3"),
     ),
-    "a name does not justify what is held or does not fit": (
+    "a name does not justify a subnet that is held or does not fit": (
         BlockStory("10.2.0.0/16",
                    "web gets block 0; another web gets block 1"),
         BlockStory("10.2.0.0/16",
@@ -2159,7 +2160,7 @@ BLOCK_STORIES = {
 
 
 class BlockOrderTest(unittest.TestCase):
-    """Which subnet a network gets. Some cases are moby's: daemon/libnetwork/ipams/defaultipam."""
+    """The choice of subnets. Some cases are moby's: daemon/libnetwork/ipams/defaultipam."""
 
     def test_stories(self) -> None:
         for name, stories in BLOCK_STORIES.items():
@@ -2199,7 +2200,7 @@ class BlockOrderTest(unittest.TestCase):
         return client.request_pool(match["subnet"] or "", match["range"] or "", is_v6, **options)
 
     def expected_subnet(self, story: BlockStory, match: re.Match[str]) -> str:
-        """Return what a step says: "it" is the subnet asked for, a block is of the first base."""
+        """Return the subnet that a step expects; a block number counts in the first base."""
         expected = match["gets"]
         if expected == "it":
             return match["subnet"]
@@ -2213,10 +2214,10 @@ class BlockOrderTest(unittest.TestCase):
 
 
 class RestingAddressTest(unittest.TestCase):
-    """What is given when all that is free rests with its last owner, in 10.90.0.0/29.
+    """The address that is granted when each free one is kept for its last owner, in 10.90.0.0/29.
 
-    Each start of a container before Docker 29 leaves an owner behind, who never comes back: its
-    MAC address is random.
+    Before Docker 29, each start of a container leaves an owner behind that never comes back,
+    because its MAC address is random.
     """
 
     def setUp(self) -> None:
@@ -2294,7 +2295,7 @@ BLOCKS = ("all predefined address pools have been fully subnetted: of {} blocks 
 
 
 class Exhaustion(NamedTuple):
-    """A family without a free block of a length, and what the error says about it."""
+    """A family without a free block of a length, and the error about it."""
 
     case: str
     bases: str
@@ -2333,7 +2334,7 @@ EXHAUSTIONS = (
 
 
 class ErrorTextTest(unittest.TestCase):
-    """What is refused, in the words of moby ipamapi/contract.go, with the numbers behind them."""
+    """The texts of refusals, in the words of moby's ipamapi/contract.go, with figures added."""
 
     def setUp(self) -> None:
         self.client = Alone(make_state("10.2.0.0/16 10.3.0.0/20"))
@@ -2435,7 +2436,7 @@ class ErrorTextTest(unittest.TestCase):
 
 
 class PastUse(NamedTuple):
-    """Who had an address last, and when it was released, by a clock that counts calls."""
+    """The last owner of an address, and the time of its release on a clock that counts calls."""
 
     tick: int
     address: str
@@ -2448,7 +2449,7 @@ class PastUse(NamedTuple):
 
 
 class NaiveLease(NamedTuple):
-    """A lease, as Naive has it."""
+    """A lease in the naive model."""
 
     pool_id: str
     owners: tuple[str, ...]
@@ -2456,7 +2457,7 @@ class NaiveLease(NamedTuple):
 
 
 class Naive:
-    """What gipam has to answer, worked out with lists and dicts alone: slow, and plain.
+    """The replies that gipam has to give, computed slowly and plainly with lists and dicts.
 
     A pool is called SUBNET[,SUB_POOL], and an error ends where its details begin.
     """
@@ -2649,7 +2650,7 @@ class Naive:
 
 
 class Compared:
-    """A client whose every answer is that of the naive one, on a host with any routes."""
+    """A client that compares each reply with that of the naive model, on a host with any routes."""
 
     def __init__(self, test: unittest.TestCase, client: Alone, naive: Naive,
                  rng: random.Random) -> None:
@@ -2687,7 +2688,7 @@ class Compared:
 
 
 def without_tokens(text: str) -> str:
-    """Return the text with pool ids as Naive has them."""
+    """Return the text with pool ids in the form of the naive model."""
     return re.sub("#[0-9a-f]*", "", text)
 
 
@@ -2695,7 +2696,7 @@ class AllocatorModelTest(unittest.TestCase):
     @mock.patch.multiple(gipam.OffsetBitmap, SHIFT=3, MASK=7)
     @seeded(12)
     def test_it_answers_as_lists_and_dicts_would(self, rng: random.Random) -> None:
-        """Both families, sub-pools, block lengths, bases, exclusions, names, routes, owners."""
+        """Steps vary family, sub-pool, block length, base, exclusion, name, route and owner."""
         client = Alone(random_state(rng))
         naive = Naive(client)
         tenant = Tenant(Compared(self, client, naive, rng), rng)
@@ -2715,7 +2716,7 @@ class AllocatorModelTest(unittest.TestCase):
                 family.used.address_bits, family.prefixlen)))
 
     def patch_limits(self, rng: random.Random) -> None:
-        """Let little be remembered, until the test ends."""
+        """Lower the limits of remembered addresses until the test ends."""
         limits = mock.patch.multiple(gipam, MAX_AFFINITIES=rng.choice((2, 5, 99)),
                                      MAX_SAVED_AFFINITIES=rng.choice((1, 3, 99)))
         limits.start()
@@ -2764,7 +2765,7 @@ def snapshot_of(state: gipam.State, segment: int | None = None) -> Iterator[str]
 
 
 def read_anew(store: gipam.Store, settings: gipam.Settings | None = None) -> gipam.State:
-    """Return what is on disk, as a service reads it at its start and after a failure."""
+    """Return the state on disk, as a service reads it at its start and after a failure."""
     document = gipam.read_lease_file(store)
     if settings:
         return gipam.read_state(gipam.build_config(settings), store, document)
@@ -2774,7 +2775,7 @@ def read_anew(store: gipam.Store, settings: gipam.Settings | None = None) -> gip
 
 
 def recover(path: str) -> gipam.State:
-    """Return what a restart would find; nothing is changed. Raises: gipam.ConfigError."""
+    """Return the state that a restart would find; change nothing. Raises: gipam.ConfigError."""
     store = gipam.Store(path)
     try:
         store.lock_segments()
@@ -2830,7 +2831,7 @@ def dump_each_state(changes: list[gipam.Record]) -> list[Any]:
 
 
 def launcher(directory: str, lines: str = "") -> tuple[str, ...]:
-    """Return the command of a gipam.py that keeps to its directory, and runs these lines first."""
+    """Return a command that runs these lines and then gipam.py, which keeps to its directory."""
     program = (
         "import os, sys",
         f"sys.path.insert(0, {os.path.dirname(GIPAM)!r})",
@@ -2847,13 +2848,13 @@ def os_error(number: int) -> OSError:
 
 
 def do_nothing() -> None:
-    """Watch no call."""
+    """Do nothing before a call."""
 
 
 class Disk:
     """The system calls of a Store, on real files: each is noted and can fail.
 
-    It also knows what a power cut would leave, if it began with an empty directory.
+    A Disk also knows the contents after a power cut, if it began with an empty directory.
     """
 
     def __init__(self) -> None:
@@ -2878,7 +2879,7 @@ class Disk:
         return list(self._paths.values())
 
     def close_all(self) -> None:
-        """Close what a store that is dropped has left open."""
+        """Close the descriptors that a dropped store has left open."""
         for fd in self._paths:
             os.close(fd)
         self._paths.clear()
@@ -2981,7 +2982,7 @@ class Disk:
         return disk
 
     def after_power_cut(self, rng: random.Random) -> dict[str, bytes]:
-        """Return what may be left: each unsynced change of the directory, each sector, or not."""
+        """Return the files after a power cut, in which unsynced sectors and names may be lost."""
         names: dict[str, list[bytes] | None] = dict(self.on_disk)
         for change in self.pending:
             if rng.random() < 0.5:
@@ -3008,7 +3009,7 @@ class StoreCase(Case):
         self.directory = make_directory(self)
         self.path = os.path.join(self.directory, "leases.json")
         self.seed = choose_seeds(1)[0]
-        # A Disk keeps all versions of what is preallocated.
+        # A Disk keeps all versions of preallocated space.
         self.patch(gipam, PREALLOCATE_BYTES=1 << 14)
         self.calls = Disk()
         self.addCleanup(self.calls.close_all)
@@ -3045,7 +3046,7 @@ class StoreCase(Case):
         return list(gipam.decode_records(data))
 
     def live(self, count: int) -> list[gipam.Record]:
-        """Return so many changes of a life with pools and addresses, a pool of which is left."""
+        """Return this many changes to pools and addresses, after which a pool is held."""
         rng = random.Random(self.seed)
         while True:
             client = Alone()
@@ -3096,7 +3097,7 @@ class StoreCase(Case):
         self.assertEqual(dump_state(recover(self.path)), dump)
 
     def assert_refused(self, pattern: str) -> str:
-        """Check that gipam does not start, says why with what to do, and leaves the files alone."""
+        """Check that gipam does not start, states cause and remedy, and leaves the files alone."""
         before = self.read_files()
         with self.assertRaisesRegex(gipam.CorruptionError, pattern) as raised:
             recover(self.path)
@@ -3108,11 +3109,11 @@ class StoreCase(Case):
         return message
 
     def do_as_told(self, message: str) -> None:
-        """Do what the messages advise without a backup, until gipam starts."""
+        """Follow the advice of the messages for a user without a backup, until gipam starts."""
         while message:
             self.follow_advice(message)
             message = ""
-            # The second of two things that are wrong has a message of its own.
+            # The second of two faults has a message of its own.
             try:
                 recover(self.path)
             except gipam.CorruptionError as error:
@@ -3153,7 +3154,7 @@ def line_at(lines: list[gipam.CommitRecord], offset: int) -> gipam.CommitRecord:
     return lines[bisect.bisect_right(ends, offset)]
 
 
-# Texts that are no change, or that no state takes.
+# Texts that are not a change, and changes that no state accepts.
 BAD_CHANGES = (
     '["resign"]',
     '["release_pool"]',
@@ -3166,7 +3167,7 @@ BAD_CHANGES = (
     '["request_pool","","10.77.0.0/24","","",0,0,-1]',
 )
 
-# What follows the subnet of a pool, and the address of a lease.
+# Values after the subnet of a pool; those after the address of a lease follow.
 BAD_POOL_VALUES = (
     '"::a4d:0/120","",0,0,-1',
     '"","",-1,0,-1',
@@ -3199,10 +3200,10 @@ BAD_PAYLOADS = (
 
 
 class JournalTest(StoreCase):
-    """Recovery finds what was acknowledged, or refuses."""
+    """Recovery finds every acknowledged change, or refuses to start."""
 
     NAME = "leases.json.journal.1"
-    PLACE = r"journal\.1.* line 6 at byte \d+ "  # of what follows the intact lines
+    PLACE = r"journal\.1.* line 6 at byte \d+ "  # of data after the intact lines
 
     def setUp(self) -> None:
         super().setUp()
@@ -3221,7 +3222,7 @@ class JournalTest(StoreCase):
         self.lines = list(gipam.decode_records(self.data))
 
     def put(self, journal: bytes) -> None:
-        """Let this be the only segment."""
+        """Make this the only segment."""
         self.write_files({"leases.json": self.snapshot, self.NAME: journal})
 
     @staticmethod
@@ -3288,7 +3289,7 @@ class JournalTest(StoreCase):
 
     def check_flip(self, name: str, lines: list[gipam.CommitRecord], place: int,
                    value: int) -> None:
-        """Check what recovery makes of a segment with another value at a place."""
+        """Check the recovery of a segment in which the byte at a place has another value."""
         line = line_at(lines, place)
         # A NUL at the end of a sector is as if that sector had never reached the disk.
         ends_sector = place == lines[-1].end - 1 or (place + 1) % SECTOR_BYTES == 0
@@ -3308,13 +3309,13 @@ class JournalTest(StoreCase):
         return last.seq
 
     def line_that_leaves(self, size: int) -> bytes:
-        """Return a line with seq 10, after which a sector has so many bytes left."""
+        """Return a line with seq 10, after which a sector has this many bytes left."""
         overhead = len(self.line(10, ""))
         length = (-size - overhead) % SECTOR_BYTES
         return self.line(10, "".ljust(length, "x"))
 
     def test_line_of_which_any_sectors_reached_the_disk_was_never_acknowledged(self) -> None:
-        """The first sector may hold a single byte of it."""
+        """Any of a line's sectors may be missing; the first sector may hold only one byte of it."""
         line = self.line(11, "release_pool", "x" * 900)
         for start in (1, 9, 17, 18, 100, 511, 512):
             whole = self.line_that_leaves(start)
@@ -3343,7 +3344,7 @@ class JournalTest(StoreCase):
                 self.assertEqual(self.find_last_seq(torn), 10)
 
     def test_damage_that_no_crash_leaves_is_refused(self) -> None:
-        """The last record starts at a sector here."""
+        """The intact record ends with its sector, so that the damage begins at a sector."""
         first = self.line_that_leaves(0)
         short = self.line(11, "release_pool", "x")
         long = self.line(11, "release_pool", "x" * 1024)
@@ -3360,13 +3361,13 @@ class JournalTest(StoreCase):
                 list(gipam.decode_records(first + tail))
 
     def check_tail(self, what: Any, tail: bytes, pattern: str) -> None:
-        """Check the refusal of what follows the intact lines."""
+        """Check the refusal of data that follows the intact lines."""
         with self.subTest(what):
             self.put(self.data + tail)
             self.give_up(pattern, 10)
 
     def give_up(self, pattern: str, seq: int) -> None:
-        """Check the refusal, and that to do as it says leaves so many changes, or none."""
+        """Check the refusal, and that its advice leaves this many changes, or none."""
         message = self.assert_refused(pattern)
         self.do_as_told(message)
         if "truncate" in message:
@@ -3435,7 +3436,7 @@ class JournalTest(StoreCase):
 
 
 class FilesTest(StoreCase):
-    """Files that do not belong together are refused by name, and what the message says helps."""
+    """Files that do not belong together are refused by name, and the message's advice helps."""
 
     # Name -> changes in the lease file, and the segment that it references.
     LEASE_FILES = {
@@ -3472,7 +3473,7 @@ class FilesTest(StoreCase):
         self.write_files(files)
 
     def snapshot(self, seq: int, segment: int | None) -> bytes:
-        """Return the lease file as it is after so many changes."""
+        """Return the lease file as it is after this many changes."""
         state = state_after(*self.changes[:seq])
         return "".join(snapshot_of(state, segment)).encode()
 
@@ -3533,7 +3534,7 @@ class FilesTest(StoreCase):
 
 
 class SnapshotFileTest(StoreCase):
-    """The lease file itself."""
+    """Damage to the lease file itself, and edits of it."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -3561,7 +3562,7 @@ class SnapshotFileTest(StoreCase):
                 recover(self.path)
 
     def test_edited_while_gipam_runs_it_is_kept_beside(self) -> None:
-        """Also when the state has been read anew since."""
+        """An edited file is kept even if gipam has read its state again since the edit."""
         service = self.begin()
         self.edit(b'{"V4Pool": "10.8.0.0/16"}')
         service.reload(gipam.StoreError("the disk is full"))
@@ -3618,10 +3619,10 @@ sys.stdin.read()
 
 
 class LockTest(StoreCase):
-    """One daemon a lease file."""
+    """Only one daemon can use a lease file."""
 
     def refusal(self) -> str:
-        """Start a second one; return what it says while it ends."""
+        """Start a second daemon, and return its message when it has ended."""
         second = self.daemon("-socket", self.path + ".sock").start(wait=False)
         self.assertEqual(second.stop(0), 75)
         return second.read_log()
@@ -3638,7 +3639,7 @@ class LockTest(StoreCase):
         return b'"Journal"' in self.read_files()["leases.json"]
 
     def test_second_one_is_told_who_holds_it_and_changes_nothing(self) -> None:
-        """Also when somebody has deleted the lock: the journal is locked as well."""
+        """Even if the lock was deleted, the second daemon ends, since the journal is locked too."""
         first = self.daemon().start()
         client = first.client()
         assert first.process
@@ -3658,7 +3659,7 @@ class LockTest(StoreCase):
         self.assertEqual(first.stop(), 0)
 
     def test_second_one_reads_and_cuts_nothing_whatever_the_first_does_meanwhile(self) -> None:
-        """The first begins a segment just when the second opens the one before it."""
+        """The first process begins a segment just when the second opens the one before it."""
         first = subprocess.Popen([sys.executable, "-B", "-c", FIRST_PROCESS, self.path], cwd=HERE,
                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         self.addCleanup(first.communicate)
@@ -3686,7 +3687,7 @@ class LockTest(StoreCase):
         self.assertEqual(self.read_store(), before)
 
     def test_journal_that_another_has_begun_ends_the_first(self) -> None:
-        """Where there was none, only the lock kept others out."""
+        """As long as there is no journal, only the lock file keeps other daemons out."""
         first = self.daemon().start()
         os.unlink(self.path + ".lock")
         with open(self.path + ".journal.1", "wb") as other:
@@ -3709,7 +3710,7 @@ class LockTest(StoreCase):
 
 
 class CallsTest(StoreCase):
-    """The order of system calls, and each of them failing."""
+    """The order of system calls, and the failure of each of them."""
 
     def assert_in_order(self, calls: list[str], wanted: list[str]) -> None:
         """Check that the wanted calls are among those made, in this order."""
@@ -3751,7 +3752,7 @@ class CallsTest(StoreCase):
                 self.take_step(step)
                 made = list(self.calls.made)
                 self.assert_in_order([*made, "reply"], calls.split(", "))
-                # Nothing follows what is deleted.
+                # No call follows a deletion.
                 deleted = [call for call in made if call.startswith("unlink")]
                 self.assertEqual(made[len(made) - len(deleted):], deleted)
 
@@ -3794,7 +3795,7 @@ class CallsTest(StoreCase):
         return faults
 
     def run_with(self, files: dict[str, bytes], faults: dict[int, Any]) -> list[str]:
-        """Live on these files with faults, and check what they do; return the calls made."""
+        """Live on these files with faults, and check their effects; return the calls made."""
         self.write_files(files)
         calls = Disk()
         self.addCleanup(calls.close_all)
@@ -3835,7 +3836,7 @@ class CallsTest(StoreCase):
             DirectClient(service).request_pool()
 
     def check_serves_on(self, service: gipam.Service, tenant: Tenant, calls: Disk) -> None:
-        """Check that it grants more without faults, and what a stop with faults leaves."""
+        """Check that the service grants more without faults, and stop it with faults."""
         faults = calls.faults
         calls.faults = {}
         pool_id, _ = tenant.client.request_pool("192.168.0.0/24")
@@ -3860,7 +3861,7 @@ class CallsTest(StoreCase):
 
 
 class RotationTest(StoreCase):
-    """The next segment of the journal, and what is left if it cannot be made."""
+    """The next segment of the journal, and the files left if it cannot be made."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -3880,7 +3881,7 @@ class RotationTest(StoreCase):
         self.assertEqual(self.open_segments(), [self.next_path])
 
     def test_rotation_that_fails_leaves_nothing(self) -> None:
-        """Also if only the directory cannot be synced."""
+        """A rotation leaves no new segment even if only the sync of the directory fails."""
         error = OSError(errno.ENOSPC, "No space left on device")
         with mock.patch.object(gipam.Segment, "write_zeros", side_effect=error):
             self.assert_rotation_fails()
@@ -3902,7 +3903,7 @@ class RotationTest(StoreCase):
         self.assertEqual(pathlib.Path(self.next_path).read_bytes(), b"notes\n")
 
     def test_blank_segment_that_a_checkpoint_left_is_not_the_last_one(self) -> None:
-        """The records before it may not be synced yet."""
+        """Recovery syncs the segment before a blank one, because it may not be on disk yet."""
         self.store.close()
         self.write_file("leases.json.journal.2", bytes(99))
         del self.calls.made[:]
@@ -3911,7 +3912,7 @@ class RotationTest(StoreCase):
 
 
 class PreallocationTest(StoreCase):
-    """Space is preallocated before a change is decided, and what a full disk has is used."""
+    """Space is preallocated before a change is decided; a full disk is used to its end."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -3934,7 +3935,7 @@ class PreallocationTest(StoreCase):
         self.store.reserve(free_bytes)
 
     def test_failed_preallocation_leaves_no_space_taken(self) -> None:
-        """Else its zeros would take the last space of the disk."""
+        """The zeros of a failed preallocation would take the last space of the disk."""
         pattern = "cannot write .*: No space left on device; nothing has"
         for fault in (errno.ENOSPC, HALF):
             length = os.path.getsize(self.journal)
@@ -4008,7 +4009,7 @@ class PreallocationTest(StoreCase):
 
 
 class PowerCutTest(StoreCase):
-    """At any moment the power fails: of what was not synced, any part may be gone."""
+    """The power fails at any moment, and any part of the unsynced data may be lost."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -4058,7 +4059,7 @@ class PowerCutTest(StoreCase):
     @seeded(1)
     def test_change_seen_after_a_kill_is_there_after_a_power_cut(
             self, rng: random.Random) -> None:
-        """A reply of the second life may rest on what the first had written and not synced."""
+        """A reply of the second process may rest on data that the first wrote but did not sync."""
         kills: list[Disk] = []
 
         def kill() -> None:
@@ -4072,7 +4073,7 @@ class PowerCutTest(StoreCase):
                     self.check_second_life(first, step, rng)
 
     def check_second_life(self, first: Disk, step: str, rng: random.Random) -> None:
-        """Start on what a kill has left and make a call; check what a power cut then leaves."""
+        """Start on the files after a kill, make a call, and check the files after a power cut."""
         self.write_files(first.after_kill())
         second = first.survivor()
         service = begin(self.path, second)
@@ -4145,7 +4146,7 @@ class HostRoutesTest(Case):
 
     ROWS = (  # name, routes, own addresses, ranges that are used
         ("none", "", "", ""),
-        ("default, the base itself, and what contains it",
+        ("default, the base itself, and prefixes that contain it",
          "0.0.0.0/0 10.0.0.0/8 10.2.0.0/16 10.2.0.0/16=BLACKHOLE ::/0 2001:db8:0:100::/56", "", ""),
         ("outside", "10.1.255.0/24 10.3.0.0/24 192.0.2.7/32 192.10.2.0/24", "", ""),
         ("a VPN, twice", "10.2.3.0/24 10.2.3.0/24", "", "10.2.3.0/24"),
@@ -4164,7 +4165,7 @@ class HostRoutesTest(Case):
                     self.assertEqual(used, integer_ranges(of_family))
 
     def dump(self, *datagrams: list[tuple[int, int, bytes]]) -> list[bytes]:
-        """Return what netlink_request() does if the kernel sends these (type, flags, payload)."""
+        """Return the result of netlink_request() for these messages (type, flags, payload)."""
         packed = []
         for messages in datagrams:
             packed.append(b"".join(
@@ -4200,7 +4201,7 @@ class HostRoutesTest(Case):
                 self.dump([message, (message_type, 0, code)])
 
     def test_on_a_real_host(self) -> None:
-        """With a VPN in a table of its own, and an interface whose name is not ASCII."""
+        """The host has a VPN in a table of its own, and an interface whose name is not ASCII."""
         expected = ["10.2.3.0/24", "10.2.4.0/26", "10.2.8.0/24", "10.2.9.0/24", "10.2.9.1/32"]
         splits_local_from_main = "ip rule add from 10.2.9.1 lookup 220"
         for rule in (":", splits_local_from_main):
@@ -4340,7 +4341,7 @@ class ProxiesTest(Case):
         return event
 
     def hear(self, event: bytes | OSError) -> None:
-        """Deliver an event, longer after the last comparison than two have to be apart."""
+        """Deliver an event after the least time that two comparisons are apart."""
         self.now_s += gipam.RESYNC_INTERVAL_S
         self.events.append(event)
         self.proxies.on_event(1)
@@ -4360,7 +4361,7 @@ class ProxiesTest(Case):
         self.assertEqual(own, wanted)
 
     def take(self, *addresses: str, pool_id: str = "") -> None:
-        """Let a container have each address."""
+        """Request each of the addresses for a container."""
         for address in addresses:
             self.client.request_address(pool_id or self.pool_id, address, "02:42:00:00:00:09")
 
@@ -4379,7 +4380,7 @@ class ProxiesTest(Case):
         self.assert_answers()
 
     def test_no_entry_outside_the_bases_or_for_macvlan(self) -> None:
-        """An address of a macvlan network is routed to the device itself."""
+        """The kernel routes an address of a macvlan network to the device itself."""
         for subnet, address in (("2001:db8:0:177::/64", "2001:db8:0:177::7"),
                                 ("fd00::/64", "fd00::9")):
             pool_id, _ = self.client.request_pool(subnet, v6=True)
@@ -4387,7 +4388,7 @@ class ProxiesTest(Case):
         self.assert_answers()
 
     def test_no_entry_for_an_auxiliary_address_that_looks_like_a_container(self) -> None:
-        """Docker before 29 names neither, and with -mac false it sends no MAC address."""
+        """Docker before 29 sends no container name, and with -mac false no MAC address."""
         self.client.service.has_macs = False
         self.client.request_address(self.pool_id, self.ONE)
         (pool,) = self.client.state()["pools"]
@@ -4518,7 +4519,7 @@ class ProxiesTest(Case):
 
 # === Claims =======================================================================================
 #
-# What follows from the claims in etcd, as pure functions and as a table without an etcd: when a
+# Conclusions from the claims in etcd, as pure functions and as a table without an etcd: when a
 # claim is written, deleted, or let alone; how long nothing new is claimed after a loss of data;
 # which machine is which.
 
@@ -4539,7 +4540,7 @@ LAN = "192.168.1.0/24"  # shared by hosts
 
 
 class DesiredClaimTest(unittest.TestCase):
-    """When a claim is written, joined, left, deleted, or let alone."""
+    """The conditions under which a claim is written, joined, left, deleted, or let alone."""
 
     ONE = claim_of("one")
     TWO = claim_of("two")
@@ -4598,7 +4599,7 @@ class MembersTest(Case):
         return self.now_s
 
     def update(self, **texts: Any) -> None:
-        """Show the members what etcd has under hosts/; a value that is no text is_behind."""
+        """Show the members the keys below hosts/, with these counts; a negative count is_behind."""
         self.members.update(self.keys(**texts))
 
     @staticmethod
@@ -4614,7 +4615,7 @@ class MembersTest(Case):
             self.members.require_grace_over()
 
     def assert_grace_ends(self) -> None:
-        """Check that the grace period goes on for its length from now, and then is over."""
+        """Check that the grace period lasts its full length from now, and then is over."""
         self.now_s += gipam.GRACE_PERIOD_S - 0.1
         self.assert_grace(True)
         self.now_s += 0.2
@@ -4625,7 +4626,7 @@ class MembersTest(Case):
         self.assert_grace(False)
 
     def test_grace_period_lasts_while_another_host_says_that_it_is_behind(self) -> None:
-        """Whether or not this host has noticed the loss itself."""
+        """The grace period lasts whether or not this host has noticed the loss itself."""
         self.update(one=1, two=-1)
         self.now_s += 60
         self.assert_grace(True)
@@ -4643,7 +4644,7 @@ class MembersTest(Case):
         self.assert_grace_ends()
 
     def test_host_that_was_present_is_awaited_until_it_writes_its_key(self) -> None:
-        """And so this host says that it is behind, for those that do not know of the loss."""
+        """The waiting host says that it is behind, for hosts that do not know of the loss."""
         self.update(one=1, two=1)
         self.members.on_data_loss(self.keys(one=1))
         for _ in range(2):
@@ -4698,7 +4699,7 @@ class MembersTest(Case):
 
 
 class TableTest(unittest.TestCase):
-    """What a table does with what etcd told."""
+    """Decisions of the table of claims after replies of etcd."""
 
     def setUp(self) -> None:
         self.table = gipam.ClaimTable("one", MACHINE, make_state())
@@ -4716,7 +4717,7 @@ class TableTest(unittest.TestCase):
         self.assertFalse(self.table.uncertain)
 
     def test_address_of_others_is_not_chosen_though_this_host_wrote_its_claim(self) -> None:
-        """As it does when it leaves a gateway to the others, beside a request for any address."""
+        """A request for any address may also write the claim of a gateway that this host leaves."""
         grant = gipam.make_pool_grant(gipam.parse_prefix(LAN), None, TOKEN, 0)
         self.table.state.apply(grant._replace(is_shared=True))
         pool = self.table.state.pools[grant.pool_id]
@@ -4754,7 +4755,7 @@ class TableTest(unittest.TestCase):
         self.assertEqual(granted, [{"10.8.0.0/24"}, {"10.9.0.0/24"}, set()])
 
     def test_claim_is_let_go_of_only_right_after_etcd_has_answered(self) -> None:
-        """Until then a container may need it while etcd is away."""
+        """Until etcd has answered, a container may need the claim because etcd is away."""
         self.apply(is_committed=True, **{"10.9.0.0/24": claim_of("one")})
         self.table.on_docker_compared()
         fresh = gipam.Outcome(is_fresh=True)
@@ -4793,7 +4794,7 @@ class TableTest(unittest.TestCase):
 
 
 class MachineTest(Case):
-    """Which key under the own name is another machine's."""
+    """Keys under this host's name, and whether another machine has written them."""
 
     def test_machines_with_one_name_are_told_apart(self) -> None:
         here = {"machine": "machine", "product": "product"}
@@ -4811,7 +4812,7 @@ class MachineTest(Case):
         self.assertFalse(unknown.is_foreign({**here, "product": "clone"}))
 
     def test_machine_is_its_id_and_the_path_of_its_lease_file_and_its_product(self) -> None:
-        """Nothing that a reboot, a restore or a new file system changes."""
+        """No reboot, restore or new file system changes the identity of a machine."""
         directory = make_directory(self)
 
         def write(name: str, text: str) -> str:
@@ -4887,11 +4888,11 @@ class ServiceCase(StoreCase):
         self.calls.next_fault = note, fault
 
     def assert_agreed(self) -> None:
-        """Check that a restart would find what is in memory."""
+        """Check that a restart would find the state in memory."""
         self.assert_recovered(dump_state(self.service.state))
 
     def assert_lost(self) -> None:
-        """Check that it grants nothing more, and with which status it ends."""
+        """Check that the service grants nothing more, and its exit status."""
         self.assertRaises(ErrorReply, self.client.request_pool, "10.77.0.0/24")
         error = self.service.store.fatal_error
         self.assertEqual(error and error.exit_status, 74)
@@ -4924,7 +4925,7 @@ class CommitTest(ServiceCase):
         return replies
 
     def address_calls(self, count: int) -> list[ApiCall]:
-        """Return so many requests for an address."""
+        """Return this many requests for an address."""
         call = api_call("RequestAddress", PoolID=self.pool_id)
         return [call for _ in range(count)]
 
@@ -4956,7 +4957,7 @@ class CommitTest(ServiceCase):
         self.assertEqual(len(self.calls.made), count)
 
     def test_failed_write_fails_the_iteration_and_nothing_else(self) -> None:
-        """Grants, refusals and idempotent successes alike, since each may have seen a change."""
+        """Grants, refusals and idempotent successes all fail, since each may have seen a change."""
         before = dump_state(self.service.state)
         self.fail_next("pwrite journal.1", errno.EIO)
         unchanging = [
@@ -5006,7 +5007,7 @@ class CommitTest(ServiceCase):
         self.assert_agreed()
 
     def test_full_disk_refuses_before_anything_is_changed(self) -> None:
-        """It gets full in the middle of an iteration: what came before is granted."""
+        """The disk gets full in the middle of an iteration; earlier requests are granted."""
         replies = self.run_on_full_disk(500, 0)
         statuses = [reply.status for reply in replies]
         self.assertEqual(statuses[0], 200)
@@ -5016,7 +5017,7 @@ class CommitTest(ServiceCase):
         self.assert_agreed()
 
     def test_exception_in_the_middle_of_a_change_loses_nothing(self) -> None:
-        """A MemoryError can come anywhere; the state that it leaves is not used."""
+        """A MemoryError can occur anywhere; the state that it leaves is not used."""
         grant = api_call("RequestAddress", PoolID=self.pool_id)
         release = api_call("ReleaseAddress", PoolID=self.pool_id, Address="10.9.0.3")
         for target, name, call in (
@@ -5025,7 +5026,7 @@ class CommitTest(ServiceCase):
                 (gipam, "AppliedRecord", grant)):
             with self.subTest(name):
                 self.break_change(target, name, call)
-                # It goes on serving.
+                # The service goes on.
                 self.client.release_address(self.pool_id, "10.9.0.3")
                 self.client.request_address(self.pool_id, "10.9.0.3", name="web")
 
@@ -5043,7 +5044,7 @@ class CommitTest(ServiceCase):
         self.assert_agreed()
 
     def test_failed_write_after_an_exception_in_a_change_fails_all(self) -> None:
-        """What was decided before the exception is committed at once, and must not be lost."""
+        """Changes decided before the exception are committed at once; it is fatal if that fails."""
         (call,) = self.address_calls(1)
         self.ask(call)
         full = gipam.StoreError("the disk is full")
@@ -5071,7 +5072,7 @@ class CommitTest(ServiceCase):
                 self.assert_lost()
 
     def lose_journal(self, loss: str) -> None:
-        """Let what the disk holds be unknown from the next sync on."""
+        """Make the contents of the disk unknown from the next sync on."""
         copy_path = self.journal + "~"
         if loss == "deleted":
             os.unlink(self.journal)
@@ -5086,7 +5087,7 @@ class CommitTest(ServiceCase):
             active_segment(store).allocated = store.journal_bytes + 300
 
     def test_space_is_preallocated_ahead_of_need(self) -> None:
-        """One request in a hundred asks the disk for more."""
+        """About one request in a hundred asks the disk for more space."""
         store = self.service.store
         count = len(self.calls.made)
         started = active_segment(store).allocated
@@ -5104,7 +5105,7 @@ class CommitTest(ServiceCase):
 
 
 class Stop(NamedTuple):
-    """Where a checkpoint waits: for an iteration with this callback, else before a system call."""
+    """A place where a checkpoint waits, for an iteration with this callback or at a system call."""
 
     future: concurrent.futures.Future[Any]
     function: Callable[..., Any] | None
@@ -5141,7 +5142,7 @@ class SteppedCheckpoint:
             self.wait()
 
     def go_on(self) -> bool:
-        """Let the thread do one step, in an iteration if it needs one; False: it has ended."""
+        """Let the thread do one step, in an iteration if need be; return whether it goes on."""
         if self.stop:
             future, function, arguments = self.stop
             result = None
@@ -5155,16 +5156,16 @@ class SteppedCheckpoint:
         return self.stop is not None
 
     def go_on_times(self, count: int) -> bool:
-        """Let it do so many steps; False: it has ended before."""
+        """Let the thread do this many steps; return whether it goes on."""
         return all(self.go_on() for _ in range(count))
 
     def run_free(self) -> None:
-        """Let it do all that needs no iteration."""
+        """Let the thread do all steps up to the next one that needs an iteration."""
         while self.stop and not self.stop.function:
             self.go_on()
 
     def finish(self) -> None:
-        """Let it do all that is left."""
+        """Let the thread do all remaining steps."""
         while self.go_on():
             pass
 
@@ -5184,7 +5185,7 @@ class CheckpointTest(ServiceCase):
         return os.path.lexists(self.path + ".tmp")
 
     def test_requests_go_on_beside_it(self) -> None:
-        """What comes while it is written is in the next segment, and not in the lease file."""
+        """A request during a checkpoint is in the next segment, and not in the lease file."""
         rng = random.Random(self.seed)
         tenant = Tenant(self.client, rng, 1, (self.pool_id,))
         tenant.pools.update(held(self.service.state))
@@ -5201,7 +5202,7 @@ class CheckpointTest(ServiceCase):
             self.assertEqual(held(self.service.state), tenant.held())
 
     def fails_at(self, moment: int) -> bool:
-        """Make a checkpoint whose step of this number is in an iteration that fails."""
+        """Make a checkpoint in which the iteration of this step fails; return whether it failed."""
         steps = itertools.count()
 
         def run_in_loop(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -5214,7 +5215,7 @@ class CheckpointTest(ServiceCase):
         return not gipam.Checkpoint(self.service, run_in_loop).run()
 
     def test_iteration_that_fails_with_a_step_of_it_leaves_nothing_open(self) -> None:
-        """Whatever the step was, it cannot hand on what it has opened."""
+        """A step whose iteration fails cannot hand on the file that it has opened."""
         moment = 0
         while self.fails_at(moment):
             with self.subTest(moment=moment):
@@ -5235,7 +5236,7 @@ class CheckpointTest(ServiceCase):
         self.client.request_address(self.pool_id)
 
     def reload_beside(self, stepped: SteppedCheckpoint, hook: str) -> None:
-        """Let a write fail; while the state is read again, all goes on that needs no iteration."""
+        """Let a write fail; the checkpoint goes on meanwhile, until it needs an iteration."""
         function = getattr(gipam, hook)
 
         def call(*arguments: Any) -> Any:
@@ -5298,7 +5299,7 @@ class CheckpointTest(ServiceCase):
         self.assertFalse(self.service.needs_checkpoint())
 
     def test_at_a_clean_stop_the_lease_file_stands_alone(self) -> None:
-        """Before that, a segment that holds nothing yet is used by the next checkpoint."""
+        """As long as gipam runs, the next checkpoint uses a segment that is still empty."""
         for number in ("1", "2", "2"):
             self.assertTrue(checkpoint(self.service))
             self.assertEqual(self.journal_numbers(), [number])
@@ -5308,7 +5309,7 @@ class CheckpointTest(ServiceCase):
         self.assert_agreed()
 
     def test_rename_that_never_works_leaves_nothing_at_each_try(self) -> None:
-        """A lease file that is bind-mounted alone is busy."""
+        """The rename fails with EBUSY each time if the lease file alone is bind-mounted."""
         names = ["leases.json", "leases.json.journal.1", "leases.json.journal.2"]
         checkpoint(self.service)
         for _ in range(3):
@@ -5347,7 +5348,7 @@ class CheckpointTest(ServiceCase):
 
 
 class LostReplyTest(ServiceCase):
-    """A grant whose reply was lost is rolled back by sequence number: no successor is touched."""
+    """A grant whose reply was lost is rolled back by sequence number; no successor is touched."""
 
     POOL_ID = f"10.8.0.0/24#{TOKEN}"  # so that a lease can adopt the pool
     ADDRESS = "10.8.0.7"
@@ -5393,7 +5394,7 @@ class LostReplyTest(ServiceCase):
 
 
 class Adoption(NamedTuple):
-    """A request in a pool that only Docker knows: the address asked for, and what is reserved."""
+    """A request in a pool that only Docker knows: the address requested, and the gateway."""
 
     prefixes: str
     address: str
@@ -5401,7 +5402,7 @@ class Adoption(NamedTuple):
 
 
 class AdoptionTest(ServiceCase):
-    """A pool id that Docker has and the lease file has not."""
+    """A pool id that Docker has and the lease file lacks."""
 
     ADOPTIONS = (
         Adoption("10.6.0.0/24", "10.6.0.5", "10.6.0.1"),
@@ -5418,7 +5419,7 @@ class AdoptionTest(ServiceCase):
     )
 
     def test_pool_that_was_not_written_is_not_adopted(self) -> None:
-        """Else the import would release what is granted later under the same numbers."""
+        """The import would otherwise release later grants with the same numbers."""
         self.fail_next("pwrite journal.1", errno.EIO)
         self.assertRaises(ErrorReply, self.client.request_address, f"10.6.0.0/24#{TOKEN}")
         self.assertEqual(self.service.docker_import.unconfirmed, {})
@@ -5431,7 +5432,7 @@ class AdoptionTest(ServiceCase):
         self.assert_agreed()
 
     def adopt(self, adoption: Adoption) -> None:
-        """Request an address, and check what is granted and written."""
+        """Request an address, and check the grant and the record."""
         pool_id = f"{adoption.prefixes}#{TOKEN}"
         subnet, _, _ = adoption.prefixes.partition(",")
         cidr = self.client.request_address(pool_id, adoption.address)
@@ -5459,7 +5460,7 @@ class AdoptionTest(ServiceCase):
         return gateways
 
     def test_search_in_an_adopted_pool_begins_where_its_token_says(self) -> None:
-        """That is in the lower half of its range, past what may be the gateway."""
+        """The search begins in the lower half of the range, after a possible gateway."""
         for prefixes, token, cidr in (
                 ("10.2.0.0/24,10.2.0.64/26", 30 << 40 | 5, "10.2.0.71/24"),
                 ("2001:db8::/64", 1 << 40 | 5, "2001:db8::100:0:7/64"),
@@ -5471,7 +5472,7 @@ class AdoptionTest(ServiceCase):
 
     def assert_refused_in(self, prefixes: str, address: str, pattern: str,
                           granted: dict[str, list[str]]) -> None:
-        """Check that a request in an unknown pool fails, and that just this is held then."""
+        """Check that a request in an unknown pool fails, and compare the addresses then held."""
         pool_id = f"{prefixes}#{TOKEN}"
         with self.subTest(pool_id=pool_id, address=address):
             with self.assertRaisesRegex(ErrorReply, pattern):
@@ -5507,7 +5508,7 @@ class AdoptionTest(ServiceCase):
             self.assert_refused_in(prefixes, address, pattern, granted)
 
     def test_adoption_that_a_full_disk_cuts_short_has_docker_asked(self) -> None:
-        """There is space for the pool, and none for its gateway."""
+        """The disk has space for the pool, but none for its gateway."""
         store = self.service.store
         active_segment(store).allocated = store.journal_bytes + 220
         count = len(self.calls.made)
@@ -5547,7 +5548,7 @@ class Load:
         self.lives = [self.threads.submit(self.live, tenant) for tenant in self.tenants]
 
     def wait_for(self, replies: int) -> None:
-        """Wait for so many replies more, or until a tenant gives up."""
+        """Wait for this many further replies, or until a tenant gives up."""
         deadline_s = time.monotonic() + DEADLINE_S
         goal = self.replies() + replies
         while self.replies() < goal and self.is_well():
@@ -5582,7 +5583,7 @@ class Load:
             client.close()
 
     def leases_by_tenant(self, state: gipam.State) -> dict[int, set[tuple[str, str]]]:
-        """Return (pool_id, address) of what each tenant holds; its MAC addresses tell."""
+        """Return the (pool_id, address) pairs that each tenant holds, by its MAC addresses."""
         leases: dict[int, set[tuple[str, str]]] = {}
         for tenant in self.tenants:
             leases[tenant.number] = set()
@@ -5595,9 +5596,9 @@ class Load:
         return leases
 
     def reconcile(self, state: gipam.State) -> None:
-        """Check that each tenant has what it was answered, but for the call without an answer.
+        """Check that each tenant holds its grants, except for the effect of a call without a reply.
 
-        What that call has done, the tenants learn now.
+        The tenants learn the effect of such a call here.
         """
         leases = self.leases_by_tenant(state)
         unknown = set(state.pools)
@@ -5612,7 +5613,7 @@ class Load:
 
     def reconcile_tenant(self, tenant: Tenant, state: gipam.State,
                          leases: set[tuple[str, str]]) -> None:
-        """Check what one tenant has; let it know."""
+        """Check the addresses of one tenant, and let the tenant know them."""
         pending = list(tenant.pending)
         while len(pending) < 3:
             pending.append("")
@@ -5677,7 +5678,7 @@ class KillTest(StoreCase):
             load.wait_for(200)
             load.stop.set()
             load.join()
-            # Now the lease file has what was in memory.
+            # The lease file now has the state that was in memory.
             self.assertEqual(daemon.stop(), 0)
             self.assertEqual(sorted(os.listdir(self.directory)),
                              ["leases.json", "leases.json.lock", "log"])
@@ -5713,7 +5714,7 @@ class InMemory(DirectClient):
         self.open()
 
     def open(self) -> None:
-        """Start the service, from what is on disk."""
+        """Start the service, from the state on disk."""
         self.store = gipam.Store(self.path)
         self.store.lock_segments()
         self.service = gipam.Service(self.store, self.read(), {}, self.read, self.kernel)
@@ -5724,7 +5725,7 @@ class InMemory(DirectClient):
 
 
 class Reopened(InMemory):
-    """The same, but time and again with what is on disk: after a crash, or after a clean stop."""
+    """A service that is opened again and again, as after a crash or after a clean stop."""
 
     calls = 0
 
@@ -5747,7 +5748,7 @@ class TcpDaemon(Daemon):
 
     @property
     def address(self) -> Any:
-        """Return where it listens, as its plugin file says."""
+        """Return the address in the plugin file of the daemon."""
         text = pathlib.Path(self.spec).read_text(encoding="ascii")
         match = re.search(r"://\[?([^\]]+)\]?:([0-9]+)\n", text)
         if not match:
@@ -5756,7 +5757,7 @@ class TcpDaemon(Daemon):
 
 
 class Unix(Client):
-    """A real daemon, over one kept connection."""
+    """A real daemon, called over one kept connection to its UNIX socket."""
 
     daemon_class: type[Daemon] = Daemon
 
@@ -5766,13 +5767,13 @@ class Unix(Client):
 
 
 class Tcp(Unix):
-    """The same over TCP."""
+    """A real daemon, called over one kept connection to its TCP port."""
 
     daemon_class = TcpDaemon
 
 
 class StageCases(Mixin):
-    """Cases that share the stage of their class; each leaves nothing held behind."""
+    """Cases that share the stage of their class; each releases all that it has requested."""
 
     stage: type[Any]
     caller: Any
@@ -5785,17 +5786,17 @@ class StageCases(Mixin):
         cls.addClassCleanup(cls.caller.close)
 
     def state(self) -> Any:
-        """Return all that the driver holds."""
+        """Return the whole state of the driver."""
         return self.caller.state()
 
     def request_pool(self, *arguments: Any, **options: Any) -> Any:
-        """Return (id, subnet) of a pool that goes with the test."""
+        """Request a pool that is released when the test ends; return (id, subnet)."""
         pool = self.caller.request_pool(*arguments, **options)
         self.addCleanup(self.caller.release_pool, pool[0])
         return pool
 
     def pool(self, *arguments: Any, **options: Any) -> str:
-        """Return the id of such a pool."""
+        """Return the id of a pool that is released when the test ends."""
         return str(self.request_pool(*arguments, **options)[0])
 
     def assert_refused(self, text: str, function: Callable[..., Any], *arguments: Any,
@@ -5846,7 +5847,7 @@ class Story:
         self.pool_id = ""  # of the network of the next steps
 
     def add_network(self, name: str, *prefixes: str) -> None:
-        """Request a pool, by its subnet and range. The id tells both (TestKeyString)."""
+        """Request a pool by its subnet and range; its id shows both (TestKeyString)."""
         pool_id, subnet = self.caller.request_pool(*prefixes)
         self.pools[name] = self.pool_id = pool_id
         networks = [gipam.parse_prefix(text, mask=True) for text in prefixes]
@@ -5855,7 +5856,7 @@ class Story:
         self.case.assertEqual(gipam.parse_pool_id(pool_id), (networks[0], sub_pool))
 
     def select_network(self, name: str) -> None:
-        """Let the next steps be about this network."""
+        """Make this network the one of the next steps."""
         self.pool_id = self.pools[name]
 
     def remove_network(self, name: str, is_held: bool) -> None:
@@ -5875,18 +5876,18 @@ class Story:
         return address
 
     def request(self, requested: str, granted: str, owner: str) -> None:
-        """Request an address, or any; check which one is granted."""
+        """Request an address, or any if it is empty; check which one is granted."""
         cidr = self.caller.request_address(self.pool_id, requested, **OWNERS[owner])
         # The prefix length is that of the subnet, not of the range.
         self.case.assertEqual(cidr, f"{granted}/{subnet_of(self.pool_id).prefixlen}")
 
     def request_fixed(self, *addresses: Address, owner: str) -> None:
-        """Request these very addresses."""
+        """Request these addresses, which must be granted."""
         for text in map(self.text_of, addresses):
             self.request(text, text, owner)
 
     def request_dynamic(self, *addresses: Address, owner: str) -> None:
-        """Request any address, as often; these are granted."""
+        """Request any address, once for each of these, which must be granted in this order."""
         for text in map(self.text_of, addresses):
             self.request("", text, owner)
 
@@ -5904,7 +5905,7 @@ class Story:
             self.case.assertEqual(self.case.state() != before, is_held)
 
     def end(self) -> None:
-        """Release all pools; nothing is left (TestRemoveSubnet)."""
+        """Release all pools, and check that none is left (TestRemoveSubnet)."""
         for pool_id in self.pools.values():
             self.caller.release_pool(pool_id)
         self.case.assertEqual(self.case.state()["pools"], [])
@@ -5919,62 +5920,62 @@ class Step(NamedTuple):
 
 
 def network(name: str, *prefixes: str) -> Step:
-    """A network is made, with this subnet, and perhaps a range in it."""
+    """Make a network with this subnet, and perhaps a range in it."""
     return Step(Story.add_network, (name, *prefixes), {})
 
 
 def switch_to(name: str) -> Step:
-    """What follows is about this network."""
+    """Go on with this network."""
     return Step(Story.select_network, (name,), {})
 
 
 def remove(name: str) -> Step:
-    """A network is removed."""
+    """Remove a network."""
     return Step(Story.remove_network, (name, True), {})
 
 
 def remove_again(name: str) -> Step:
-    """A network is removed that has gone already."""
+    """Remove a network that is already gone."""
     return Step(Story.remove_network, (name, False), {})
 
 
 def overlap(*prefixes: str) -> Step:
-    """A subnet, or a range in it, is refused."""
+    """Request a subnet, or a range in it, which must be refused."""
     return Step(Story.refuse_network, prefixes, {})
 
 
 def fixed(*addresses: Address, owner: str = "") -> Step:
-    """Addresses are asked for, and granted."""
+    """Request addresses, which must be granted."""
     return Step(Story.request_fixed, addresses, {"owner": owner})
 
 
 def dynamic(*addresses: Address, owner: str = "") -> Step:
-    """Any address is asked for, as often, and these are granted in turn."""
+    """Request any address, once for each of these, which must be granted in this order."""
     return Step(Story.request_dynamic, addresses, {"owner": owner})
 
 
 def in_use(*addresses: Address, owner: str = "") -> Step:
-    """Addresses are refused since they are held or reserved."""
+    """Request addresses that must be refused because they are held or reserved."""
     return Step(Story.refuse_address, (IN_USE, *addresses), {"owner": owner})
 
 
 def out_of_range(*addresses: Address) -> Step:
-    """Addresses are refused since they are outside the subnet."""
+    """Request addresses that must be refused because they are outside the subnet."""
     return Step(Story.refuse_address, (OUT_OF_RANGE, *addresses), {"owner": ""})
 
 
 def none_left(owner: str = "") -> Step:
-    """Any address is asked for, and there is none."""
+    """Request any address when none is left."""
     return Step(Story.refuse_address, (USED_UP, ""), {"owner": owner})
 
 
 def release(*addresses: Address) -> Step:
-    """Addresses are released."""
+    """Release addresses."""
     return Step(Story.release, addresses, {"is_held": True})
 
 
 def release_again(*addresses: Address) -> Step:
-    """Addresses are released that are not held."""
+    """Release addresses that are not held."""
     return Step(Story.release, addresses, {"is_held": False})
 
 
@@ -6019,7 +6020,7 @@ STORIES: dict[str, tuple[tuple[Step, ...], ...]] = {
             none_left(),
         ),
     ),
-    "TestRelease: what a full subnet frees comes next": (
+    "TestRelease: a full subnet grants a released address next": (
         (
             network("a", "10.2.0.0/29"),
             dynamic(1, 2, 3, 4, 5, 6),
@@ -6047,7 +6048,7 @@ STORIES: dict[str, tuple[tuple[Step, ...], ...]] = {
         (network("a", "fd07::/127"), dynamic(1), none_left()),
         (network("a", "fd07::/128"), none_left()),
     ),
-    "addresses come from the range, whose ends are ordinary except those of the subnet": (
+    "addresses come from the range, whose ends are ordinary unless they end the subnet": (
         (
             network("a", "10.2.0.0/22", "10.2.0.254/31"),
             dynamic(254, 255),
@@ -6103,7 +6104,7 @@ STORIES: dict[str, tuple[tuple[Step, ...], ...]] = {
             none_left(owner="web1,mac"),
         ),
     ),
-    "who releases is known under name and MAC: upgrade to 29, and import on 26": (
+    "an owner is known under name and MAC: upgrade to 29, and import on 26": (
         (
             network("a", "10.2.0.0/29"),
             dynamic(1, owner="mac"),
@@ -6210,7 +6211,7 @@ STORIES: dict[str, tuple[tuple[Step, ...], ...]] = {
             in_use("172.20.0.0", "172.20.255.255"),
         ),
     ),
-    "what is not held is released without an error": (
+    "an address that is not held is released without an error": (
         (
             network("a", "10.35.0.0/24"),
             fixed(9),
@@ -6283,7 +6284,7 @@ STORIES: dict[str, tuple[tuple[Step, ...], ...]] = {
             dynamic(1),
         ),
     ),
-    "TestOverlappingRequests: host bits are cleared; what begins at zero is a size hint": (
+    "TestOverlappingRequests: host bits are cleared; a prefix that begins at zero is a size hint": (
         (
             network("a", "10.0.0.0/8"),
             overlap("10.0.0.0/8"),
@@ -6323,7 +6324,7 @@ STORIES: dict[str, tuple[tuple[Step, ...], ...]] = {
 
 @on(InMemory, Reopened, Unix, Tcp)
 class ConformanceCases(StageCases):
-    """What moby tests of its own IPAM, in allocator_test.go, remote_test.go and elsewhere."""
+    """The cases of moby's tests of its own IPAM: allocator_test.go, remote_test.go and others."""
 
     def test_stories(self) -> None:
         for name, stories in STORIES.items():
@@ -6332,7 +6333,7 @@ class ConformanceCases(StageCases):
                     self.tell(steps)
 
     def tell(self, steps: tuple[Step, ...]) -> None:
-        """Take the steps of a story; whatever happens, nothing is left for the next one."""
+        """Run the steps of a story; leave nothing for the next one, even after a failure."""
         story = Story(self)
         try:
             for step in steps:
@@ -6341,7 +6342,7 @@ class ConformanceCases(StageCases):
             story.end()
 
     def test_size_hints(self) -> None:
-        """TestPredefinedPool, TestPredefinedPoolWithPreferredSubnetSize."""
+        """TestPredefinedPool and TestPredefinedPoolWithPreferredSubnetSize have these cases."""
         networks = []
         for hint, v6, options, length in (
                 ("0.0.0.0/24", False, {}, 24),
@@ -6371,9 +6372,10 @@ class ConformanceCases(StageCases):
                 self.assert_refused("invalid address pool: ", self.caller.request_pool, hint)
 
     def test_replies_have_the_shape_that_dockerd_decodes(self) -> None:
-        """TestGetCapabilities, TestGetDefaultAddressSpaces, TestRemoteDriver, TestGet.
+        """TestGetCapabilities, TestGetDefaultAddressSpaces, TestRemoteDriver, TestGet check this.
 
-        TestDockerNetworkIPAMOptions: config-from sends null; options of others are ignored.
+        TestDockerNetworkIPAMOptions: Docker sends null for config-from, and gipam ignores the
+        options of other drivers.
         """
         pool = self.caller.call("IpamDriver.RequestPool", AddressSpace="gipam", V6=False,
                                 Pool="10.20.30.40/22", SubPool="10.20.30.0/24", Options=None)
@@ -6399,7 +6401,7 @@ class ConformanceCases(StageCases):
                 self.assertEqual(self.caller.call(method, **arguments), reply)
 
     def test_unknown_pools(self) -> None:
-        """TestOtherRequests of null_test.go: no address, and nothing to release."""
+        """TestOtherRequests of null_test.go: requests are refused, releases are accepted."""
         for unknown in ("x", "LocalDefault/10.0.0.0/8", "10.0.0.0/8#1234",
                         "10.0.0.0/8,11.0.0.0/8#0123456789abcdef"):
             self.assert_refused("cannot find address pool for ", self.caller.request_address,
@@ -6408,7 +6410,7 @@ class ConformanceCases(StageCases):
             self.caller.release_pool(unknown)
 
     def test_names_of_any_kind(self) -> None:
-        """TestEndpointNameLabel, TestNetworkMarshalling."""
+        """TestEndpointNameLabel and TestNetworkMarshalling check names."""
         names = ["web", "naïve café ☕", "\U0001f40b", "'\"\\ {}%s", "".ljust(255, "x")]
         for number, name in enumerate(names):
             pool_id = self.pool(f"10.3{number}.0.0/24", gipam_name=name)
@@ -6442,14 +6444,14 @@ OPTIONS = {  # that gipam reads; it ignores others
     "/IpamDriver.RequestPool": (gipam.NAME_OPTION, gipam.SHARED_OPTION,
                                 *gipam.LENGTH_OPTIONS.values()),
 }
-WRONG_VALUES: dict[str, list[Any]] = {  # of the right type
+WRONG_VALUES: dict[str, list[Any]] = {  # of the right type, but wrong
     "PoolID": [""], "Subnet": [""], "AddressSpace": ["x"],
     "Leases": [["10.9.0.9"], [{}], [{"Kind": 5}]],
 }
 
 
 def wrong_values(path: str, key: str, value: Any, text: str) -> Iterator[Any]:
-    """Yield what is wrong as an argument in place of the value, and the text, where it is."""
+    """Yield wrong values for an argument in place of the value, also the text wherever it fits."""
     samples: tuple[Any, ...] = (None, True, 0, 1.5, [text], {text: 1})
     for sample in samples:
         is_option = key == "Options" and sample in (None, {text: 1})
@@ -6467,7 +6469,7 @@ def wrong_values(path: str, key: str, value: Any, text: str) -> Iterator[Any]:
 
 
 def wrong_calls(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each call with one value in it that is wrong, or is this text, which none may be."""
+    """Yield each call with one argument that is wrong or has this text, which none may have."""
     yield "/IpamDriver.RequestPool", {"Options": {"gipam." + text: "1"}}
     for path, usual in CALLS.items():
         for key, value in usual.items():
@@ -6477,7 +6479,7 @@ def wrong_calls(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @on(InMemory, Unix, Tcp)
 class BadInputCases(StageCases):
-    """TestRequestSyntaxCheck: what is wrong with a request is answered, and nothing changes."""
+    """TestRequestSyntaxCheck: an invalid request is refused with its error, and changes nothing."""
 
     def assert_answer(self, path: str, body: bytes, status: int, text: str,
                       verb: str = "POST") -> None:
@@ -6516,7 +6518,7 @@ class BadInputCases(StageCases):
 
 
 class RefusalTextTest(StageCases, unittest.TestCase):
-    """What the API refuses, word for word; ErrorTextTest has what the Allocator does."""
+    """The refusals of the API, word for word; ErrorTextTest has those of the Allocator."""
 
     stage = InMemory
 
@@ -6579,7 +6581,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
         self.check("ReleaseAddress", 400, text, PoolID=pool_id, Address="10.9.0.256")
 
     def test_bug(self) -> None:
-        """An unexpected exception is answered, and its traceback is in the log."""
+        """A request that raises an unexpected exception gets a reply, and the log the traceback."""
         error = ZeroDivisionError("nobody expected it")
         with mock.patch.object(self.caller.service, "release", side_effect=error), \
                 self.assertLogs("gipam", "ERROR") as logged:
@@ -6588,7 +6590,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
         self.assertIn("nobody expected it", logged.output[0])
 
     def test_text_that_cannot_be_kept_or_printed(self) -> None:
-        """Nothing of it reaches disk, log or status: no line is forged, no encoder fails."""
+        """An unprintable text never reaches disk, log or status, and stops no encoder."""
         before = self.state()
         for text in ("\ud800", "a\ud83d", "a\nb", "\x1b[31m", "\x00", "\x7f", "\u2028", "\u202e",
                      "".ljust(256, "x"), "".ljust(10**6, "x")):
@@ -6609,7 +6611,7 @@ class RefusalTextTest(StageCases, unittest.TestCase):
         self.assertLess(len(line), 2000)
 
     def test_routes_of_the_host_are_read_at_each_request(self) -> None:
-        """BlockOrderTest has what is skipped, with TestDynamicPoolAllocation."""
+        """BlockOrderTest shows which blocks are skipped (TestDynamicPoolAllocation)."""
         client = InMemory(self, v4="192.168.0.0/21")
         for routes, block in (("", 0), ("192.168.1.0/24 192.168.2.7/32", 3),
                               ("192.168.5.0/24", 4), ("", 5)):
@@ -6627,10 +6629,10 @@ class RefusalTextTest(StageCases, unittest.TestCase):
 
 
 class NameMemoryTest(unittest.TestCase):
-    """What stays with a gipam.name when its network goes, over a restart as well."""
+    """A gipam.name keeps its block and addresses when its network is gone, and over a restart."""
 
     def test_what_goes_with_its_pool_rests_too_though_the_cursor_wraps(self) -> None:
-        """As after `docker rm` while gipam was down; a fixed .254 makes the cursor wrap."""
+        """A `docker rm` without gipam releases nothing; a fixed .254 makes the cursor wrap."""
         client = InMemory(self, v4="10.2.0.0/16")
         pool_id, _ = client.request_pool(gipam_name="web")
         addresses = {"web1": "", "web2": "", "db": "10.2.0.254"}
@@ -6776,7 +6778,7 @@ class ByHandTest(unittest.TestCase):
         self.assertEqual(self.held(), {"10.2.0.0/24": ["10.2.0.9"]})
 
     def test_subnet_that_cannot_be_adopted(self) -> None:
-        """WRONG_VALUES has what is of another type."""
+        """wrong_values() has values of another type."""
         for change, pattern in (
                 ({"Subnet": "10.9.0.0"}, "CIDR form"),
                 ({"Subnet": "10.2.0.0/16"}, "Pool overlaps"),
@@ -6814,9 +6816,9 @@ class ByHandTest(unittest.TestCase):
 # === Server =======================================================================================
 #
 # ServedLoop is an event loop of this process with a listener; a Peer is a bare connection to it,
-# for what no HTTP library would send. The tests go from one connection (heads, requests, limits)
+# for data no HTTP library would send. The tests go from one connection (heads, requests, limits)
 # to the iteration of the loop, then to faults, checkpoints and the stop; random input comes last.
-# HEADS is compared with what http.server makes of it.
+# HEADS is compared with the results of http.server.
 
 
 def request(path: str, arguments: Any = None, *headers: str, verb: str = "POST") -> bytes:
@@ -6869,8 +6871,8 @@ class Peer:
         self.file = self.socket.makefile("rb")
 
     def send(self, data: bytes, is_last: bool = False) -> Peer:
-        """Send the data; if it is the last, say so."""
-        # gipam may refuse what is sent, and close, before everything has arrived.
+        """Send the data; after the last of it, shut down the connection for writing."""
+        # gipam may refuse the data, and close the connection, before all of it has arrived.
         with contextlib.suppress(OSError):
             self.socket.sendall(data)
             if is_last:
@@ -6878,7 +6880,7 @@ class Peer:
         return self
 
     def answer(self, raw: bool = False) -> Answer:
-        """Return the next reply, ENDED when the connection has; a raw body is not decoded."""
+        """Return the next reply, or ENDED at the connection's end; a raw body is not decoded."""
         with contextlib.suppress(ConnectionError):
             line = self.file.readline()
             if line:
@@ -6917,7 +6919,7 @@ class Peer:
         return self.send(data).answer().body
 
     def is_retired(self) -> bool:
-        """Return whether it cannot be written to any more; over TCP, whether it has ended."""
+        """Return whether the client can write no more; over TCP, whether the end has arrived."""
         try:
             self.socket.send(b"")
         except BrokenPipeError:
@@ -6925,7 +6927,7 @@ class Peer:
         return self.socket.family != socket.AF_UNIX and self.has_input()
 
     def has_input(self) -> bool:
-        """Return whether there is a reply, or the end."""
+        """Return whether a reply, or the end of the connection, has arrived."""
         return bool(select.select([self.socket], [], [], 0)[0])
 
     def close(self, is_reset: bool = False) -> None:
@@ -6975,7 +6977,7 @@ class ServedLoop:
 
     def listen(self, server_class: type[gipam.Server],
                paths: frozenset[str] = frozenset()) -> gipam.Server:
-        """Return a listener more, on an address of its own."""
+        """Return another listener, on an address of its own."""
         address: Any = ("127.0.0.1", 0)
         if server_class.is_unix:
             address = os.path.join(make_directory(self.test), "sock")
@@ -6998,7 +7000,7 @@ class ServedLoop:
         return [self.peer(data) for _ in range(count)]
 
     def answered_peers(self, count: int) -> list[Peer]:
-        """Return some peers that have been served once; the test runs the loop."""
+        """Return this many peers that have been served once; the test runs the loop."""
         peers = self.peers(count, ACTIVATE)
         self.run_until_answered(peers)
         for peer in peers:
@@ -7036,7 +7038,7 @@ class ServedLoop:
             self.run_until("a reply", peer.has_input)
 
     def run_until_peers(self, count: int) -> None:
-        """Run iterations until there are so many connections."""
+        """Run iterations until there are this many connections."""
         for _ in self.iterations(f"{count} connections"):
             if len(self.loop.connections) == count:
                 break
@@ -7068,13 +7070,13 @@ class ServedLoop:
         return connection
 
     def wait_for_peers(self, count: int) -> None:
-        """Wait until the loop, which runs in a thread, has so many connections."""
+        """Wait until the loop, which runs in a thread, has this many connections."""
         for _ in sleeping_retry(f"{count} connections"):
             if len(self.loop.connections) == count:
                 break
 
     def state_on_disk(self) -> Any:
-        """Return what a restart would find, once no checkpoint is running."""
+        """Return the state that a restart would find, once no checkpoint is running."""
         for _ in sleeping_retry("a checkpoint"):
             if not self.service.needs_checkpoint():
                 break
@@ -7085,10 +7087,10 @@ class ServedLoop:
 
 
 class FaultTest(Case):
-    """What goes wrong ends what it belongs to, and is never told as a success."""
+    """A fault ends only the connection or call in which it occurs, and never counts as success."""
 
     def test_reply_of_a_failed_commit_is_never_a_success(self) -> None:
-        """Seen before: the reply that was left over got the number of another change: 200 twice."""
+        """In old versions a leftover reply got the number of another change: 200 was sent twice."""
         served = ServedLoop(self)
         pool_id = served.caller.request_pool("10.2.0.0/24")[0]
         broken, first, second = served.answered_peers(3)
@@ -7125,7 +7127,7 @@ class FaultTest(Case):
         self.assertEqual(served.service.state.seq, 0)
 
     def test_connection_that_the_selector_does_not_take_is_closed(self) -> None:
-        """Seen before: it stayed open and unwatched."""
+        """In old versions, a connection that the selector refused stayed open and unwatched."""
         served = ServedLoop(self)
         peer = served.peer(ACTIVATE)
         with served.failing_registration() as lines:
@@ -7177,7 +7179,7 @@ class FaultTest(Case):
         self.assertEqual(served.peer().ask(), ACTIVATED)
 
     def test_exception_that_belongs_to_nobody_ends_gipam_at_once(self) -> None:
-        """Seen before: only after ten in a row."""
+        """Old versions ended only after ten failed iterations in a row."""
         served = ServedLoop(self)
         peer = served.peer(ACTIVATE)
         error = ZeroDivisionError()
@@ -7192,7 +7194,7 @@ class FaultTest(Case):
         self.assertNotEqual(peer.answer().status, 200)
 
     def test_health_comes_back_without_a_change(self) -> None:
-        """Seen before: it stayed 503 until the next change, though the disk was well."""
+        """Old versions replied 503 until the next change, although the disk was well again."""
         self.patch(gipam, TIMER_INTERVAL_S=0.0)
         served = ServedLoop(self)
         docker, monitor = served.answered_peers(2)
@@ -7206,7 +7208,7 @@ class FaultTest(Case):
         self.assertEqual(served.service.state.seq, 0)
 
     def test_only_one_page_an_iteration_is_begun(self) -> None:
-        """Seen before: 22 requests of /status on the UNIX socket cost one iteration 35 ms."""
+        """In old versions, 22 requests of /status on the UNIX socket cost one iteration 35 ms."""
         served = ServedLoop(self)
         peers = served.answered_peers(6)
         for peer in peers[1:]:
@@ -7220,7 +7222,7 @@ class FaultTest(Case):
         self.assertEqual([peer.answer().status for peer in peers[1:]], [200] * 5)
 
     def test_result_of_a_callback_waits_for_the_commit(self) -> None:
-        """What it has changed is on disk then; what it has raised comes to the other thread."""
+        """A callback's change is on disk before it returns, and the caller gets its exception."""
         served = ServedLoop(self).start()
         change = gipam.PoolGrant("p", "10.66.0.0/24", "", "", 0, 0, -1)
         served.loop.run_in_loop(served.service.apply, change)
@@ -7233,7 +7235,7 @@ class FaultTest(Case):
         self.assertEqual(list(served.service.state.pools), ["p"])
 
     def test_out_of_descriptors_it_logs_that_and_waits(self) -> None:
-        """Not even the service manager can be told anything then, but gipam goes on."""
+        """Without descriptors gipam cannot even notify the service manager, but it goes on."""
         script = 'ulimit -n 32; exec "$@"'
         daemon = Daemon(self, command=("sh", "-c", script, "sh", sys.executable, GIPAM),
                         env={"NOTIFY_SOCKET": "/nowhere"}).start()
@@ -7286,7 +7288,7 @@ class CheckpointThreadTest(Case):
         self.run_until_named()
 
     def test_checkpoint_that_failed_unexpectedly_is_tried_again(self) -> None:
-        """Seen before: its thread hung in Python's own hook, and none was started any more."""
+        """In old versions the thread hung in Python's own hook, and no other thread was started."""
         with failing_once(gipam, "encode_snapshot", ZeroDivisionError()), \
                 self.assertLogs(gipam.log, "ERROR") as logged:
             self.run_until_named()
@@ -7294,7 +7296,7 @@ class CheckpointThreadTest(Case):
         self.assertEqual(glob.glob(self.served.caller.path + ".tmp"), [])
 
     def test_stop_ends_while_nobody_reads_stderr(self) -> None:
-        """Seen before: SIGTERM waited for the thread for ever."""
+        """In old versions SIGTERM waited for ever for the thread of the checkpoint."""
         directory = make_directory(self)
         begun = os.path.join(directory, "begun")
         lines = ("import threading\n"
@@ -7314,7 +7316,7 @@ class CheckpointThreadTest(Case):
         self.assertEqual(daemon.stop(), 0)
 
 
-# What is not a request -> the status of its refusal. HEADS has more.
+# Invalid requests -> the status of the refusal. HEADS has more.
 BAD_LENGTHS = ("-1", "+5", "5x", "", "5, 5", "5 5", "0x5", "1e3", "5.0", "\u0665", "9" * 20,
                "5\r\nContent-Length: 5", "5\r\nContent-Length: 6",
                "5\r\nTransfer-Encoding: chunked")
@@ -7332,7 +7334,7 @@ for bad_length in BAD_LENGTHS:
 
 
 class ConnectionTest(Case):
-    """What happens on a connection, the same on a UNIX socket and over TCP."""
+    """Requests and replies on a connection, the same on a UNIX socket and over TCP."""
 
     server_class: type[gipam.Server] = gipam.UnixServer
 
@@ -7340,7 +7342,7 @@ class ConnectionTest(Case):
         self.served = ServedLoop(self, self.server_class).start()
 
     def assert_rejected(self, data: bytes, status: int) -> None:
-        """Check that the data is refused, that nothing behind it is served, nothing changed."""
+        """Check that the data is refused, no data behind it is served, and nothing changes."""
         with self.subTest(data[:60]):
             (answer,) = self.served.peer(data + NEW_POOL, is_last=True).answers()
             self.assertEqual((answer.status, answer.headers["connection"]), (status, "close"))
@@ -7410,14 +7412,14 @@ class ConnectionTest(Case):
         self.assertEqual(peer.ask(b'{"PoolID":"x"}'), {})
 
     def test_page_for_a_client_that_need_not_have_waited(self) -> None:
-        """Seen before: its body had come already, and the page never did."""
+        """In old versions, the page never came if the body had arrived already."""
         peer = self.served.peer(b"GET /status HTTP/1.1\r\n"
                                 b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}")
         self.assertEqual(peer.answer().status, 100)
         self.assertEqual(peer.answer().status, 200)
 
     def test_reply_to_head_has_no_body(self) -> None:
-        """Else the client would take its bytes for the next reply."""
+        """A client would take the bytes of a body for the next reply."""
         data = b"HEAD /Plugin.Activate HTTP/1.1\r\nConnection: close\r\n\r\n"
         reply = self.served.peer(data, is_last=True).file.read()
         head, _, body = reply.partition(b"\r\n\r\n")
@@ -7425,12 +7427,12 @@ class ConnectionTest(Case):
 
 
 class ConnectionTcpTest(ConnectionTest):
-    """And on TCP, which a web page can reach."""
+    """Connections over TCP, which web pages can open, too."""
 
     server_class = gipam.Server
 
     def test_only_names_of_this_host_are_served(self) -> None:
-        """A web page can give its own name this host's address (DNS rebinding)."""
+        """A web page can give its own name the address of this host (DNS rebinding)."""
         hosts = {403: ("example.org", "example.org:9090", "localhost.example.org"),
                  200: ("127.0.0.1:9090", "127.0.0.1", "localhost:9090", "LOCALHOST",
                        "[::1]:9090", "plugin.moby.localhost", "")}
@@ -7442,7 +7444,7 @@ class ConnectionTcpTest(ConnectionTest):
                         self.assertEqual(self.served.peer(data).answer().status, status)
 
     def test_web_pages_are_refused(self) -> None:
-        """They must say that they are one."""
+        """A browser marks the requests of web pages by Origin or Sec-Fetch-Site."""
         requests = (("POST", "IpamDriver.RequestPool"), ("POST", "Plugin.Activate"),
                     ("GET", "status"), ("OPTIONS", "IpamDriver.RequestPool"))
         for header in ("Origin: http://example.org", "origin: null", "Origin:",
@@ -7453,7 +7455,7 @@ class ConnectionTcpTest(ConnectionTest):
 
 class ManyClientsTest(Case):
     def test_many_connect_at_once_and_nothing_is_given_twice(self) -> None:
-        """TestRequestPoolParallel, TestParallelPredefinedRequest1 to 5, TestFullAllocateRelease.
+        """TestRequestPoolParallel, TestParallelPredefinedRequest1-5, TestFullAllocateRelease.
 
         With a short backlog, parallel connects of dockerd fail with EAGAIN.
         """
@@ -7472,7 +7474,7 @@ class ManyClientsTest(Case):
 
 
 class RollBackTest(Case):
-    """Grants whose reply never arrives, on a UNIX socket; LostReplyTest has what is left alone."""
+    """Grants whose reply never arrives, on a UNIX socket; LostReplyTest has the exceptions."""
 
     def setUp(self) -> None:
         self.patch(gipam, TIMER_INTERVAL_S=0.02)
@@ -7511,7 +7513,7 @@ class RollBackTest(Case):
         self.assertEqual(["rolled back" in line for line in logged.output].count(True), 6)
 
     def test_only_the_unread_reply_is_rolled_back(self) -> None:
-        """A reply that was read, and one before it on the same connection, stay."""
+        """A grant whose reply was read stays, even one on the connection of the lost reply."""
         data = ask_for(self.pool_id)
         read, unread = self.served.peers(2)
         self.assertTrue(read.ask(data))
@@ -7535,7 +7537,7 @@ class LimitTest(Case):
     """On TCP a client that is stuck, or hostile, cannot starve Docker."""
 
     def test_past_the_bound_the_longest_idle_connection_goes(self) -> None:
-        """None that is in the middle of something: if all are, the new one goes."""
+        """A busy connection is kept; if all are busy, the new one is closed."""
         self.patch(gipam, MAX_TCP_CONNECTIONS=3)
         served = ServedLoop(self, gipam.Server).start()
         half = served.peer(NEW_POOL[:50])
@@ -7569,7 +7571,7 @@ class LimitTest(Case):
         self.assertLess(length, limit)
 
     def test_end_of_a_connection_rolls_nothing_back(self) -> None:
-        """A firewall resets connections too, and so does `ss -K`."""
+        """A reset proves nothing on TCP: firewalls and `ss -K` reset connections, too."""
         served = ServedLoop(self, gipam.Server).start()
         ways = itertools.product((True, False), (True, False))
         for number, (is_read, is_reset) in enumerate(ways, 1):
@@ -7595,7 +7597,7 @@ class LimitTest(Case):
         self.assertEqual((new.ask(), idle.ask()), (ACTIVATED, ACTIVATED))
 
     def test_unix_socket_is_not_limited(self) -> None:
-        """It is Docker's."""
+        """The UNIX socket belongs to Docker, so gipam limits neither connections nor time."""
         self.patch(gipam, REQUEST_TIMEOUT_S=0.01, TIMER_INTERVAL_S=0.02, MAX_TCP_CONNECTIONS=4)
         served = ServedLoop(self)
         timer = mock.Mock()
@@ -7612,7 +7614,7 @@ class IterationTest(Case):
     """The event loop, one iteration after the other."""
 
     def test_reply_is_sent_in_one_piece(self) -> None:
-        """Two pieces cost 40 ms on TCP. Seen from inside, because a stream joins them."""
+        """Two pieces cost 40 ms on TCP. The test watches send(), because a stream joins pieces."""
         statuses = {
             ACTIVATE: 200,
             NEW_POOL: 200,
@@ -7682,7 +7684,7 @@ class IterationTest(Case):
         served.run_until_answered(peers)
 
     def test_request_is_decided_again_with_what_its_transaction_came_to(self) -> None:
-        """Nothing leaves before; then the reply leaves in the iteration of the last attempt."""
+        """No reply is sent before the last attempt, which sends it in its own iteration."""
         served = ServedLoop(self)
         submit = served.loop.submit_to_etcd = mock.Mock()
         (peer,) = served.answered_peers(1)
@@ -7750,7 +7752,7 @@ class PageTest(Case):
                 break
 
     def test_one_client_of_the_metrics_listener_is_served_an_iteration(self) -> None:
-        """In turn, and Docker each time."""
+        """Monitors are served in turn, and Docker is served in each iteration."""
         served = ServedLoop(self)
         served.add_pools(2000)
         metrics = served.listen(gipam.Server, gipam.METRICS_LISTENER_PATHS)
@@ -7785,7 +7787,7 @@ def requests_total(method: str, result: str) -> str:
 
 
 class MetricsTest(Case):
-    """GET /metrics: what was delivered, and what is on disk."""
+    """GET /metrics: the replies that were delivered, and the state that is on disk."""
 
     def setUp(self) -> None:
         self.served = ServedLoop(self, v4="10.2.0.0/20", v6="2001:db8:0:100::/60",
@@ -7852,7 +7854,7 @@ class MetricsTest(Case):
         self.assertEqual((count.name[-6:], count.value), ("_count", values[-1]))
 
     def test_every_count_is_there_from_the_start(self) -> None:
-        """Else increase() does not see the first of its kind. But no write is no time in 1970."""
+        """Without a zero, increase() misses the first event. A write that never was has no time."""
         samples = self.samples()
         for method, result in itertools.product((*gipam.PATHS, "unknown"), gipam.RESULTS):
             self.assertIn(requests_total(method, result), samples)
@@ -7883,7 +7885,7 @@ class MetricsTest(Case):
                                delta=DEADLINE_S)
 
     def test_labels_are_bounded(self) -> None:
-        """By pools; there is no address and no container among them."""
+        """The labels depend on pools; no address and no container is among them."""
         self.make_networks()
         labels = set(re.findall(r'(\w+)="(.*?)"[,}]', " ".join(self.samples())))
         self.assertEqual({name for name, _ in labels},
@@ -7893,7 +7895,7 @@ class MetricsTest(Case):
         self.assertEqual(len([value for name, value in labels if name == "pool"]), 4)
 
     def test_after_a_failed_commit_each_shows_what_is_on_disk(self) -> None:
-        """Seen before: three requests, one of them answered 503, were counted as three "ok"."""
+        """In old versions, three requests, one of them answered 503, were counted as three "ok"."""
         self.call("RequestPool", Pool="10.50.0.0/24")
         before = self.samples()
         with self.served.failing_commit():
@@ -7919,7 +7921,7 @@ class MetricsTest(Case):
         self.assertEqual(counts["/IpamDriver.RequestPool", "StoreLost"], 1)
 
     def test_duration_includes_etcd_and_the_commit(self) -> None:
-        """Seen before: a sync of 0.2 s, a sum of 1.4 ms."""
+        """Old versions showed a sum of 1.4 ms although a sync took 0.2 s."""
         clock = mock.Mock(wraps=time)
         clock.perf_counter.side_effect = None
         clock.perf_counter.return_value = 100.0
@@ -7948,7 +7950,7 @@ class MetricsTest(Case):
 
 
 class StopTest(Case):
-    """A stop cuts nobody off."""
+    """A stop cuts off no client."""
 
     def drain(self, served: ServedLoop, remove_names: Callable[[], Any]) -> threading.Thread:
         """Begin to stop, while the peers go on."""
@@ -7957,7 +7959,7 @@ class StopTest(Case):
         return thread
 
     def test_who_has_asked_or_connected_is_answered_and_idle_connections_end(self) -> None:
-        """Go repeats only what it could not write, and dockerd's own retry has no body."""
+        """Go repeats only requests that it could not write, and dockerd's own retry has no body."""
         self.patch(gipam, DRAIN_IDLE_S=0.5)
         for server_class in SERVER_CLASSES:
             with self.subTest(server_class.__name__):
@@ -7985,7 +7987,7 @@ class StopTest(Case):
                 self.assertEqual(len(served.service.state.pools), 2)
 
     def test_client_that_has_only_connected_has_longer_than_an_idle_one(self) -> None:
-        """On a busy host dockerd may be a while between the two; its retry would have no body."""
+        """On a busy host dockerd may pause between connect and write; its retry has no body."""
         self.patch(gipam, DRAIN_IDLE_S=0.01)
         served = ServedLoop(self)
         late = served.peer()
@@ -8000,7 +8002,7 @@ class StopTest(Case):
         thread.join()
 
     def test_half_a_request_is_waited_for_once(self) -> None:
-        """With a service manager that keeps the listener, too."""
+        """A service manager that keeps the listener makes no difference."""
         for variables in ({}, {"FDSTORE": "1"}):
             with self.subTest(variables), mock.patch.dict(os.environ, variables):
                 served = ServedLoop(self)
@@ -8011,7 +8013,7 @@ class StopTest(Case):
                 self.assertLess(now_s, 1.5 * gipam.DRAIN_MAX_S)
 
     def drain_by_a_clock(self, served: ServedLoop) -> float:
-        """Stop the loop by a clock that each iteration advances; return what it shows then."""
+        """Stop the loop by a clock that each iteration advances; return its time at the end."""
         clock = mock.Mock(wraps=time)
         clock.monotonic.side_effect = None
         clock.monotonic.return_value = 0.0
@@ -8050,10 +8052,10 @@ class StopTest(Case):
             self.assertIs(bool(caught & (1 << (number - 1))), is_caught)
 
     def test_signal_while_the_disk_hangs_waits_for_it(self) -> None:
-        """Each of the three that ask for a stop."""
+        """SIGTERM, SIGINT and SIGHUP all ask for a stop."""
         directory = make_directory(self)
         hold = os.path.join(directory, "hold")
-        # Who runs the tests may ignore signals, which a child would inherit.
+        # The process that runs the tests may ignore signals, which a child would inherit.
         lines = ("import signal\nfor number in (1, 2):\n"
                  "  signal.signal(number, signal.SIG_DFL)\n"
                  "def sync(fd, real=os.fdatasync):\n"
@@ -8168,7 +8170,7 @@ HEADS = [
 
 
 class StockHandler(http.server.BaseHTTPRequestHandler):
-    """http.server as it comes, with a method for each verb; events tells what it has read."""
+    """http.server as it comes, with a method for each verb; events has the requests it has read."""
 
     protocol_version = "HTTP/1.1"
     events: list[Any]
@@ -8203,7 +8205,7 @@ class HeadTest(Case):
 
     @contextlib.contextmanager
     def stream(self, data: bytes, events: list[Any]) -> Iterator[socket.socket]:
-        """Yield a connection on which the data comes, then the end; add what goes back."""
+        """Yield a connection with the data and then the end; add each status 100 to events."""
         near, far = socket.socketpair()
         with near, far:
             near.sendall(data)
@@ -8213,7 +8215,7 @@ class HeadTest(Case):
             events += re.findall(b"HTTP/1.1 100", near.makefile("rb").read())
 
     def read_by_stock(self, data: bytes) -> list[Any]:
-        """Return what http.server reads."""
+        """Return the requests and errors that http.server reads from the data."""
         events: list[Any] = []
         handler: Any = type("Handler", (StockHandler,), {"events": events})
         with self.stream(data, events) as connection:
@@ -8221,7 +8223,7 @@ class HeadTest(Case):
         return events
 
     def read_by_gipam(self, data: bytes, served: ServedLoop) -> list[Any]:
-        """Return what gipam reads."""
+        """Return the requests and errors that gipam reads from the data."""
         events: list[Any] = []
 
         def dispatch(_: Any, verb: str, path: str, body: bytes, *__: Any) -> Any:
@@ -8307,7 +8309,7 @@ class FuzzTest(Case):
     """Random requests, some of them almost right."""
 
     def choose_call(self, rng: random.Random, state: gipam.State) -> tuple[str, dict[str, Any]]:
-        """Return one of CALLS, about what is held now."""
+        """Return one of CALLS, with arguments about pools and addresses that are held now."""
         path, usual = rng.choice(list(CALLS.items()))
         subnet = f"10.{rng.randrange(256)}.0.0/{rng.randrange(8, 33)}"
         options = rng.choice((None, {"gipam.name": "web"}, {gipam.ENDPOINT_NAME: "c"}))
@@ -8487,7 +8489,7 @@ class NameTest(unittest.TestCase):
             os.mkfifo(path)
 
     def test_only_what_nobody_uses_is_replaced(self) -> None:
-        """The same where the socket is to be, its link, or what would hide a plugin file."""
+        """One rule applies to the socket, to its link, and to a socket that hides a plugin file."""
         path = self.path("new", "socket")
         self.bind(self.path("listening")).listen()
         self.bind(self.path("dead")).close()
@@ -8516,7 +8518,7 @@ class NameTest(unittest.TestCase):
 
     @staticmethod
     def try_to_remove(path: str) -> tuple[int, str]:
-        """Return with which status and message remove_stale() ends gipam."""
+        """Return the exit status and the message with which remove_stale() ends gipam."""
         try:
             gipam.remove_stale(path)
         except gipam.GipamError as error:
@@ -8553,7 +8555,7 @@ class NameTest(unittest.TestCase):
         wait_until(f"{path} to be created again", os.path.exists, path)
 
     def test_deleted_socket_and_link_are_created_again(self) -> None:
-        """Also with their directory; a client that was connected still is."""
+        """gipam creates a deleted directory again, too, and a connected client stays connected."""
         daemon = self.serve(self.daemon())
         client = Peer(self, daemon.socket)
         for delete, path in (
@@ -8570,7 +8572,7 @@ class NameTest(unittest.TestCase):
         self.assertFalse(os.path.exists(daemon.socket))
 
     def test_link_that_cannot_be_created_again_is_tried_until_it_can(self) -> None:
-        """That is foreseen, and fails no iteration."""
+        """gipam expects that the link cannot be created, so that no iteration fails."""
         daemon = self.serve(self.daemon())
         shutil.rmtree(self.plugins)
         pathlib.Path(self.plugins).touch()
@@ -8590,7 +8592,7 @@ class NameTest(unittest.TestCase):
         self.assert_leaves(daemon, self.directory)
 
     def assert_takes_nothing(self, text: str, *options: str) -> None:
-        """Check that a daemon says why it does not start, and leaves nothing."""
+        """Check that a daemon does not start, gives the reason, and leaves nothing."""
         daemon = self.daemon(*options)
         self.assert_fails(daemon, 75, text)
         self.assertEqual(daemon.read_log().count("\n"), 1)
@@ -8605,7 +8607,7 @@ class NameTest(unittest.TestCase):
             self.assert_fails(daemon, 75, in_use + "address of this host and a port that is free")
 
     def test_second_daemon_takes_nothing_over(self) -> None:
-        """Neither the socket of another one, nor its name for dockerd, nor a port."""
+        """A daemon takes neither another one's socket, nor its name for dockerd, nor a port."""
         first = self.serve(self.daemon())
         other = self.path("other", "gipam.sock")
         web = self.path("web.sock")
@@ -8641,7 +8643,7 @@ class NameTest(unittest.TestCase):
             self.assert_leaves(daemon, directory)
 
     def test_plugin_file_has_the_port_that_was_bound(self) -> None:
-        """It is an URL with a scheme. Source: TestFileSpecPlugin of moby."""
+        """A plugin file has a URL with a scheme. Source: TestFileSpecPlugin of moby."""
         patterns = {
             ":0": r"tcp://127\.0\.0\.1:[1-9]\d*",
             "127.9.9.9:0": r"tcp://127\.9\.9\.9:[1-9]\d*",
@@ -8656,14 +8658,14 @@ class NameTest(unittest.TestCase):
         self.check_plugin_file(pattern, "-address", "[::1]:0", kind=TcpDaemon)
 
     def test_plugin_file_of_a_socket_is_for_rootless_docker(self) -> None:
-        """By default there is none."""
+        """By default, gipam writes no plugin file for a UNIX socket."""
         self.check_plugin_file("unix:///.*/gipam.sock", kind=Daemon)
         if os.path.ismount("/etc/docker"):
             self.serve(self.daemon())
             self.assertEqual(os.listdir("/etc/docker"), [])
 
     def test_plugin_file_is_replaced_whole(self) -> None:
-        """A process that reads it meanwhile has the old one or the new one."""
+        """A process that reads the file meanwhile gets its old or its new contents."""
         path = self.path("gipam.spec")
         pathlib.Path(path).write_bytes(b"tcp://192.0.2.1:1\n")
         plugin_file = gipam.PluginFile(path, "tcp://127.0.0.1:2")
@@ -8679,7 +8681,7 @@ class NameTest(unittest.TestCase):
         self.assertRaises(OSError, plugin_file.create)
 
     def test_dead_socket_that_hides_the_plugin_file_is_removed(self) -> None:
-        """dockerd looks for NAME.sock first, and does not try whether anything listens there."""
+        """dockerd looks for NAME.sock first, and does not check whether anything listens there."""
         driver_socket = self.plugins + "/driver.sock"
         self.bind(driver_socket).close()
         self.bind(self.plugins + "/other.sock").close()
@@ -8730,7 +8732,7 @@ class ManagerTest(unittest.TestCase):
         return manager
 
     def receive_until(self, text: str) -> str:
-        """Do what the service asks for, until it sends this; return all that it has sent."""
+        """Carry out the messages of the service up to this one, and return all of them."""
         received = ""
         while text not in received:
             data, rights, _, _ = self.socket.recvmsg(4096, 4096)
@@ -8792,9 +8794,9 @@ class ManagerTest(unittest.TestCase):
             gipam.sd_notify("WATCHDOG=1")
 
     def test_notification_waits_for_nobody(self) -> None:
-        """The socket has a path, or nobody reads from it, or it is gone.
+        """The socket has a path, or has no reader, or is gone.
 
-        Each message would have waited a second.
+        In old versions each message would have waited a second.
         """
         address = make_directory(self) + "/notify"
         manager = self.listen(address)
@@ -8808,7 +8810,7 @@ class ManagerTest(unittest.TestCase):
         self.assertEqual(manager.recv(99), b"WATCHDOG=1")
 
     def test_unit_and_store_hand_over_the_same_socket(self) -> None:
-        """The second is a copy of the first: shutting it down would end both."""
+        """The stored socket is a copy of the unit's: shutting it down would end both."""
         daemon = Daemon(self)
         self.store(daemon.socket, "gipam.socket", "gipam")
         self.serve(daemon)
@@ -8851,7 +8853,7 @@ class ManagerTest(unittest.TestCase):
         self.stop(daemon)
 
     def names_after_start(self, daemon: Daemon) -> list[str]:
-        """Start a daemon with what is stored; return the names of what is stored then."""
+        """Start a daemon with the stored descriptors; return the names that are stored then."""
         self.serve(daemon)
         self.addCleanup(self.stop, daemon)
         return self.stored_names()
@@ -8879,7 +8881,7 @@ class ManagerTest(unittest.TestCase):
 
 # === Docker =======================================================================================
 #
-# What gipam reads of Docker, with a FakeDocker: it calls gipam as dockerd does, and shows its
+# How gipam reads Docker, with a FakeDocker: it calls gipam as dockerd does, and shows its
 # networks and containers on a UNIX socket as dockerd does. The lab compares its JSON with that of a
 # real dockerd. A change of FakeDocker is an iterator of Steps, so that a test can stop between any
 # two of them. OperatedCase serves gipam in this process beside a FakeDocker and runs commands.
@@ -8982,8 +8984,8 @@ class DockerServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 class FakeDocker:
     """A dockerd of a version, whose networks and containers a test may also edit.
 
-    `call` sends a request to gipam. What 28 adds was seen on 28.5.2; what 29 adds is from moby's
-    api/types.
+    `call` sends a request to gipam. The additions of 28 were seen on 28.5.2; those of 29 are from
+    moby's api/types.
     """
 
     def __init__(self, test: unittest.TestCase, path: str, call: Callable[..., Any],
@@ -9245,7 +9247,7 @@ class OperatedCase(CommandCase):
         docker_socket = os.path.join(self.directory, "docker.sock")
         self.docker = FakeDocker(self, docker_socket, self.call)
 
-        # Options with which a command finds no daemon, and what it says then.
+        # Options with which a command finds no daemon, and its message then.
         absent = os.path.join(self.directory, "none.sock")
         self.nowhere = ("-socket", absent, "-address", "127.0.0.1:1", "-file", self.file,
                         "-v6", self.V6, "-v4", self.V4)
@@ -9309,7 +9311,7 @@ class OperatedCase(CommandCase):
         return self.run_main(*words, *options, **variables)
 
     def read_docker(self) -> gipam.DockerView:
-        """Return what Docker uses."""
+        """Return the pools and addresses that Docker uses."""
         return gipam.read_docker_allocations(self.docker.path, "gipam", DEADLINE_S)
 
     def settle(self) -> None:
@@ -9334,7 +9336,7 @@ class OperatedCase(CommandCase):
 
 
 class ShownNetwork(NamedTuple):
-    """An entry of a network's IPAM.Config, with keys of the network, and what it means."""
+    """An entry of a network's IPAM.Config, with keys of the network, and the allocations in it."""
 
     config: dict[str, Any]
     keys: dict[str, Any]
@@ -9425,10 +9427,10 @@ HIDDEN_GATEWAYS = (
 
 
 class AllocationsTest(OperatedCase):
-    """What Docker uses, as its API shows it."""
+    """The pools and addresses that Docker uses, as its API shows them."""
 
     def allocations(self) -> dict[str, str]:
-        """Return what Docker uses of each "network subnet": the pool, addresses with owners."""
+        """Return the allocations of each "network subnet": the pool, and addresses with owners."""
         texts: dict[str, list[str]] = {}
         for allocation in self.read_docker().ours:
             place = f"{allocation.network} {allocation.sub_pool or allocation.subnet}"
@@ -9453,7 +9455,7 @@ class AllocationsTest(OperatedCase):
         # Docker still shows the address that it had.
         self.docker.containers["crashed"].update(NOT_RUNNING)
 
-        # It will be requested at the first start.
+        # The first start will request this address.
         created = {**ENDPOINT, "IPAMConfig": {"IPv4Address": "10.2.0.44"}}
         for name, endpoints in (
                 ("created", {"web": created}),
@@ -9479,7 +9481,7 @@ class AllocationsTest(OperatedCase):
                 self.assertEqual(self.allocations(), {})
 
     def test_networks_as_docker_shows_them(self) -> None:
-        """Seen on dockerd 26.1.5. A subnet without allocations was never requested."""
+        """The cases were seen on dockerd 26.1.5. Subnets without allocations were not requested."""
         for shown in SHOWN_NETWORKS:
             with self.subTest(shown.config, **shown.keys):
                 self.docker.show_network("net", shown.config, **shown.keys)
@@ -9489,7 +9491,7 @@ class AllocationsTest(OperatedCase):
                 self.assertEqual(subnets, shown.other_subnets)
 
     def test_allocations_that_only_containers_show(self) -> None:
-        """Before 29: the gateway of a --subnet, and the subnet behind a size hint."""
+        """Before 29, only containers show a --subnet's gateway and the subnet of a size hint."""
         self.docker.make_network("lan", "10.9.0.0/24", sub_pool="10.9.0.64/26")
         self.docker.make_network("hint", "4", "6", options={"gipam.v4ab": "28"})
         self.docker.show_hint("hint", "0.0.0.0/28", "::/0")
@@ -9505,7 +9507,7 @@ class AllocationsTest(OperatedCase):
         self.assertEqual(addresses, ["10.9.0.64", "10.9.0.65"])
 
     def test_hidden_gateways(self) -> None:
-        """From 28 on as GetSkipGwAlloc() in moby's daemon/libnetwork/drivers says."""
+        """From 28 on, GetSkipGwAlloc() in moby's daemon/libnetwork/drivers hides gateways."""
         subnets = {"4": "10.9.0.0/30", "6": "fd00:9::/64"}
         configs = [{"Subnet": subnet} for subnet in subnets.values()]
         for case in HIDDEN_GATEWAYS:
@@ -9556,10 +9558,10 @@ class AllocationsTest(OperatedCase):
 
 
 class UnreachableDockerTest(OperatedCase):
-    """`check` says in one line why it cannot ask Docker, and what to do."""
+    """If `check` cannot ask Docker, it gives the reason and the remedy in one line."""
 
     def assert_check_fails(self, host: str, pattern: str) -> None:
-        """Check what `check` says with this DOCKER_HOST."""
+        """Check the message of `check` with this DOCKER_HOST."""
         done = self.run_gipam("check", DOCKER_HOST=host)
         self.assert_fails(done, 2, "gipam: " + pattern)
 
@@ -9572,7 +9574,7 @@ class UnreachableDockerTest(OperatedCase):
                 self.assert_check_fails(host, f"DOCKER_HOST '{host}' is not a UNIX socket .*")
 
     def assert_silent(self, path: str, reason: str) -> None:
-        """Check what `check` says where Docker sends no JSON, which is no reply."""
+        """Check the message of `check` if Docker sends no JSON, which counts as no reply."""
         remedy = "start it, or say where it is with DOCKER_HOST"
         pattern = f"Docker does not answer on {re.escape(path)}: {reason}; {remedy}"
         self.assert_check_fails("unix://" + path, pattern)
@@ -9621,8 +9623,8 @@ class UnreachableDockerTest(OperatedCase):
 
 # === Check ========================================================================================
 #
-# What differs between gipam and Docker: each kind of finding and how --fix fixes it, what on this
-# host keeps containers from being reached, and the import at a start and after an adoption.
+# Differences between gipam and Docker: each kind of finding and how --fix fixes it, reasons on this
+# host why containers cannot be reached, and the import at a start and after an adoption.
 # ChangesDuringCheckTest spreads events over the readings of a comparison, which reports none of
 # them. An import runs in this thread, or in a worker that the test waits for.
 
@@ -9644,7 +9646,7 @@ class CheckTest(OperatedCase):
         self.assertEqual(self.check(), [])
 
     def test_no_difference_where_docker_hides_gateways_and_subnets(self) -> None:
-        """Before 29 it shows no gateway of a --subnet, and no subnet behind a size hint."""
+        """Before 29, Docker shows no gateway of a --subnet, and no subnet of a size hint."""
         self.docker.make_network("lan", "10.9.0.0/24")
         self.make_ranges()
         self.docker.show_foreign("bridge", "172.17.0.0/16")
@@ -9771,7 +9773,7 @@ class CheckTest(OperatedCase):
         self.assertEqual(sorted(findings), expected)
 
     def test_subnet_that_another_host_has_claimed(self) -> None:
-        """The remedy is a removal, unless the claim names another one."""
+        """The remedy is to remove a network, unless the claim names another remedy."""
         texts: dict[str, str] = {}
 
         def conflict_text(network: gipam.Network) -> str:
@@ -9790,7 +9792,7 @@ class CheckTest(OperatedCase):
                     f"{claimants}{remedy}"])
 
     def test_networks_that_swarm_makes_are_known_by_their_template(self) -> None:
-        """A dockerd 26.1.5 killed with -9 lists them without a subnet until their next task."""
+        """A killed dockerd 26.1.5 lists Swarm networks without a subnet until their next task."""
         self.docker.networks.clear()
         self.docker.containers.clear()
         config = {"Subnet": "10.2.0.0/24"}
@@ -9970,7 +9972,7 @@ class NotesTest(OperatedCase):
                 del self.docker.networks["bridge"]
 
     def test_containers_that_docker_gave_up(self) -> None:
-        """A container that Docker has locked, while it starts or stops it, delays nothing."""
+        """A container that Docker has locked, to start or stop it, does not delay `check`."""
         self.service.daemon_info["listening"] = "[::1]:9090"
         self.docker.make_network("web", "4", "6")
         names = [case.name for case in FAILED_CONTAINERS] + ["locked"]
@@ -10063,7 +10065,7 @@ UPLINKS = (
     Uplink(True, default_v4("eth0.7"), UNREACHABLE_V6,
            ("this host has no IPv6 default route, .*" + ACCEPT_RA,)),
     Uplink(True, default_v4("eth0.7"), ROUTED_DEFAULT_V6, ()),
-    # It has not expired yet.
+    # The learned default route has not expired yet.
     Uplink(True, default_v4("eth0.7"), learned_v6("eth0.7"),
            ("this host will lose its IPv6 default route, .*" + ACCEPT_RA,)),
     # Docker will turn forwarding on.
@@ -10079,7 +10081,7 @@ DOWN = "{} has not been seen for 40 s and holds 3 claims: "
 
 
 class EtcdState(NamedTuple):
-    """What the status says of etcd and of another host, and the warning that it leads to."""
+    """The status of etcd and of another host, and the warning that it leads to."""
 
     etcd: dict[str, Any]
     host: str
@@ -10101,7 +10103,7 @@ ETCD_STATES = (
 
 
 class HostWarningsTest(CommandCase):
-    """What on this host keeps containers from being reached, by files as /proc has them."""
+    """Settings of this host that make containers unreachable, in files as /proc has them."""
 
     STATUS: dict[str, Any] = {
         **QUIET_STATUS,
@@ -10134,7 +10136,7 @@ class HostWarningsTest(CommandCase):
         self.write("proc/self/net/ipv6_route", routes_v6)
 
     def assert_warnings(self, *patterns: str, **status: Any) -> None:
-        """Check that each warning has its pattern; the status is changed as told."""
+        """Check each warning against its pattern; the keywords change the status."""
         proc = self.directory + "/proc"
         status = {**self.STATUS, **status}
         warnings = list(gipam.host_warnings(status, [], proc))
@@ -10268,7 +10270,7 @@ class ChangesDuringCheckTest(OperatedCase):
         yield from self.docker.starting("two", "web", address=address)
 
     def compare(self, pass_point: Callable[[str], Any]) -> list[str]:
-        """Return what a comparison finds; it calls pass_point before each reading and pause."""
+        """Return the findings of a comparison; call pass_point before each reading and pause."""
         def read_gipam() -> list[gipam.Holding]:
             pass_point("gipam")
             return list(gipam.holdings_of_json(self.status_now()))
@@ -10308,7 +10310,7 @@ class ChangesDuringCheckTest(OperatedCase):
         self.docker.start("one", "web")
 
     def test_order_of_reading(self) -> None:
-        """First gipam, then Docker, then gipam; all of it again if anything was found.
+        """A comparison reads gipam, then Docker; after a difference gipam again, and all once more.
 
         The number of networks does not matter.
         """
@@ -10341,7 +10343,7 @@ class ChangesDuringCheckTest(OperatedCase):
         self.assertEqual(texts, [])
 
     def test_leak_is_found_whatever_happens_around_it(self) -> None:
-        """No event hides it, nor is reported beside it, also after the pause."""
+        """No event hides the leak or is reported beside it, even after the pause."""
         for points in (self.POINTS, self.LATER_POINTS):
             for schedule in itertools.combinations_with_replacement(points, 2):
                 for is_start in (False, True):
@@ -10399,16 +10401,16 @@ class ImportCase(OperatedCase):
         return pathlib.Path(self.file).read_bytes()
 
     def start(self, is_alive: bool = True, has_worker: bool = True) -> gipam.Service:
-        """Start gipam, also as after a crash; Docker's requests go to this one from now on."""
+        """Start gipam, also as after a crash; Docker's requests go to this process from now on."""
         arguments = argparse.Namespace(**self.options())
         settings = gipam.read_settings({}, arguments)
-        # Its predecessor still has the lock.
+        # The predecessor of this process still has the lock.
         with mock.patch.object(gipam, "is_docker_alive", return_value=is_alive), \
                 mock.patch.object(gipam.Store, "lock"):
             config, store, document, state = gipam.open_store(settings)
             self.service = gipam.make_service(config, store, document, state)
             gipam.start_import(config, self.service, document, self.service.run_once)
-        # Before, the loop's thread would have used it beside this one.
+        # Earlier, the loop's thread would have used the service beside this thread.
         self.loop.service = self.service
         self.service.daemon_info = gipam.describe_daemon(config, self.socket)
         if has_worker:
@@ -10463,7 +10465,7 @@ class ImportCase(OperatedCase):
         self.answers.wait(DEADLINE_S)
 
     def assert_all_held(self) -> None:
-        """Check that gipam holds what Docker uses, and nothing else."""
+        """Check that gipam holds the addresses in use, and else only a hidden gateway."""
         ours = self.read_docker().ours
         used = {allocation.address for allocation in ours if allocation.address}
         held = set()
@@ -10488,7 +10490,7 @@ class ImportAtStartTest(ImportCase):
         self.assertFalse(self.is_import_due())
         self.assert_all_held()
         self.assertTrue(gc.isenabled())
-        self.assertGreater(gc.get_freeze_count(), before, "what was imported is collected later")
+        self.assertGreater(gc.get_freeze_count(), before, "imports are collected later")
 
     def test_docker_that_does_not_answer_does_not_hold_up_the_start(self) -> None:
         for is_alive in (False, True):
@@ -10499,7 +10501,7 @@ class ImportAtStartTest(ImportCase):
                     self.start(is_alive)
                 self.assertTrue(self.is_import_due())
                 self.assertEqual(self.held(), {})
-                # Nor does it hold up a request.
+                # The import does not hold up a request.
                 self.docker.start("adopted", "web")
                 self.answers.set()
                 self.wait_for_import()
@@ -10522,7 +10524,7 @@ class ImportAtStartTest(ImportCase):
         self.assertEqual(pathlib.Path(self.file).read_bytes(), file)
 
     def test_restored_backup_gets_later_grants(self) -> None:
-        """Only `check` releases what Docker has released since, because its age is not known."""
+        """Only `check` releases addresses that Docker has released, as their age is not known."""
         self.start(has_worker=False)
         backup = self.copy_file()
         self.start(has_worker=False)
@@ -10540,7 +10542,7 @@ class ImportAtStartTest(ImportCase):
         self.assertRegex(findings, r"\A(leaked_address: .*\n?){3}\Z")
 
     def test_import_follows_an_adoption_before_a_crash(self) -> None:
-        """The lease file knows the pool of the container, and none of the other containers."""
+        """The lease file has the pool of the adopted container, but no other container."""
         self.silence_docker()
         self.start(is_alive=False, has_worker=False)
         self.docker.start("adopted", "lan", address="10.9.0.99")
@@ -10641,7 +10643,7 @@ class ImportWorkerTest(ImportCase):
         self.assertEqual(pauses, [1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 1.0])
 
     def test_import_consumes_the_request_that_it_serves(self) -> None:
-        """Also where a pool stays unconfirmed."""
+        """The import consumes the request even if a pool stays unconfirmed."""
         self.start(has_worker=False)
         self.assertFalse(self.service.docker_import.requested.is_set())
 
@@ -10699,7 +10701,7 @@ class Iterations:
         self.sizes: list[int] = []
         self.granted = ""  # address of the container
         docker_import = test.service.docker_import
-        # Each copies small values at once.
+        # Each of these copies small values at once.
         self.not_measured = (docker_import.take, docker_import.unconfirmed.copy)
 
     def run_in_loop(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -10751,7 +10753,7 @@ class ImportOfManyTest(ImportCase):
         return gipam.DockerView(allocations, [])
 
     def test_iteration_handles_a_few_hundred_leases(self) -> None:
-        """When it looks up, imports or confirms them; and containers start meanwhile."""
+        """The limit holds for look-ups, imports and confirmations, while containers start."""
         self.start(has_worker=False)
         used = self.use_addresses()
         iterations = Iterations(self, self.SUBNET)
@@ -10767,10 +10769,10 @@ class ImportOfManyTest(ImportCase):
 
 
 class ReleaseDuringImportTest(ImportCase):
-    """Docker releases an address while gipam imports what Docker has shown."""
+    """Docker releases an address while gipam imports an earlier reading of Docker."""
 
     def test_address_that_is_released_while_docker_is_read_is_not_imported(self) -> None:
-        """Its container stops when gipam starts again, so the reading is older than the release."""
+        """A container stops when gipam starts again, so the reading is older than the release."""
         self.start(has_worker=False)
         steps = self.docker.stopping("c0", is_shown_late=True)
 
@@ -10916,8 +10918,8 @@ class ImportOfAdoptedPoolTest(ImportCase):
 # === Cluster ======================================================================================
 #
 # Several hosts, each a service with a loop in this process, and an etcd that can be made to fail at
-# will. The tests are stories: tuples of steps, each of which says which host does what, and what
-# comes of it. What a real etcd does is shown in the lab.
+# will. The tests are stories: tuples of steps, each of which names a host, its action and the
+# result. The lab tests a real etcd.
 
 
 class FakeEtcd(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -11033,7 +11035,7 @@ class FakeEtcd(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return {"more": limit < len(keys), "kvs": pairs}
 
     def intervene(self, body: dict[str, Any]) -> dict[str, Any] | None:
-        """Let the first intervention that waits for a transaction like this happen."""
+        """Carry out the first intervention that waits for a transaction like this one."""
         words = []
         for operation in body["success"]:
             for kind, request in operation.items():
@@ -11051,12 +11053,12 @@ class FakeEtcd(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def before(self, key: str, function: Callable[[dict[str, Any]], Any]) -> None:
         """Call the function before, or for, the next transaction that writes key or deletes -key.
 
-        What the function returns, if anything, is the reply.
+        The value that the function returns, if any, is the reply.
         """
         self.interventions.append(Intervention(key, function))
 
     def lose_reply(self, body: dict[str, Any]) -> None:
-        """Carry the transaction out, and do not say so."""
+        """Carry out the transaction, but send no reply."""
         self.carry_out(body)
         raise ConnectionError
 
@@ -11084,14 +11086,14 @@ class FakeEtcd(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return self.values.get(key) == gipam.from_base64(comparison["value"])
 
     def put(self, key: str, value: str) -> None:
-        """Write a key, or delete it: no value."""
+        """Write a key, or delete it if there is no value."""
         self.revision += 1
         self.values.pop(key, None)
         if value:
             self.values[key] = value
 
     def set(self, key: str, value: Any) -> None:
-        """Write or delete a key as somebody else does, a claim with the head."""
+        """Write or delete a key as another process does; a claim changes the head, too."""
         text = value if isinstance(value, str) else json.dumps(value)
         with self.lock:
             self.put(key, text)
@@ -11099,11 +11101,11 @@ class FakeEtcd(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self.put("head", f"somebody's {self.revision}")
 
     def claim_for_other(self, key: str) -> None:
-        """Claim a subnet, or an address, as a host does that is not here."""
+        """Claim a subnet, or an address, for a host that does not exist here."""
         self.set(f"claims/{key}", {"hosts": ["other"], "kind": "endpoint"})
 
     def claim_for_other_before(self, waits_for: str, key: str) -> None:
-        """Do that before the next transaction that writes the first key."""
+        """Claim a subnet for such a host before the next transaction that writes the first key."""
         def claim(_: Any) -> None:
             self.claim_for_other(key)
 
@@ -11121,7 +11123,7 @@ class FakeEtcd(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 class Intervention(NamedTuple):
-    """What happens to the next transaction that writes a key."""
+    """A function that is called at the next transaction that writes a key."""
 
     key: str
     function: Callable[[dict[str, Any]], Any]
@@ -11174,7 +11176,7 @@ class Host(Client):
             lock_file.close()
 
     def crash(self) -> None:
-        """End it as SIGKILL does."""
+        """End the host as SIGKILL does."""
         self.loop.stop()
         self.thread.join()
         self.loop.close_callbacks()
@@ -11183,13 +11185,13 @@ class Host(Client):
         self.unlock()
 
     def hurry(self) -> None:
-        """Have it look at etcd now."""
+        """Have the host look at etcd now."""
         self.member._next_heartbeat_s = 0.0
         self.member._wakeup.set()
 
     def settle(self) -> None:
-        """Wait until it has looked at etcd, and nothing is left to reconcile."""
-        # It has ended one look when it begins the next.
+        """Wait until the host has looked at etcd, and has nothing left to reconcile."""
+        # The second look shows that the first has ended.
         for _ in range(2):
             self.hurry()
             wait_until("a look at etcd", getattr, self.member, "_next_heartbeat_s")
@@ -11200,7 +11202,7 @@ class Host(Client):
         return not self.table.dirty
 
     def has_waiting(self, count: int) -> bool:
-        """Return whether so many requests wait for etcd, in the queue or in a transaction."""
+        """Return whether this many requests wait for etcd, in the queue or in a transaction."""
         waiting = 0
         for connection in list(self.loop.connections):
             request = connection.current_request
@@ -11209,14 +11211,14 @@ class Host(Client):
         return waiting == count
 
     def finish_round(self) -> None:
-        """Wait until the thread of etcd has ended what it was at."""
+        """Wait until the etcd thread has ended its present round."""
         self.member.run_with_claim(bool)
 
     def is_grace_over(self) -> bool:
         return self.table.members.grace_remaining_s() <= 0
 
     def conflict(self, subnet: str) -> str:
-        """Return who has claimed a subnet that is held here, too."""
+        """Return the other hosts that have claimed a subnet held here."""
         return self.table.conflict_text(gipam.parse_prefix(subnet))
 
 
@@ -11354,7 +11356,7 @@ class Settle(NamedTuple):
 
 
 class Conflict(NamedTuple):
-    """Step: a host comes to see who else has claimed its subnet; "": nobody."""
+    """Step: a host learns which hosts have claimed its subnet, too; "" means none."""
 
     host: str
     subnet: str
@@ -11425,7 +11427,7 @@ class ClusterCase(CommandCase):
         self.assertIn(text, str(caught.exception))
 
     def evict(self, host: Host, name: str) -> None:
-        """Evict a host as soon as that can be."""
+        """Evict a host as soon as it is absent."""
         for _ in sleeping_retry(f"{name} to be evicted"):
             try:
                 host.call("Gipam.Evict", Host=name)
@@ -11444,7 +11446,7 @@ class ClusterCase(CommandCase):
                              DOCKER_HOST="unix:///nonexistent")
 
     def pause_reconciling(self, host: Host) -> Any:
-        """Return a context in which what a host has released stays claimed."""
+        """Return a context in which subnets and addresses that a host has released stay claimed."""
         return mock.patch.object(host.table, "reconcile")
 
 
@@ -11486,7 +11488,7 @@ class ClaimTest(TwoHosts):
                                self.two.service.request_address, "web", request)
 
     def test_claim_that_comes_between_the_decision_and_the_reply_counts(self) -> None:
-        """Also if it is in no way of the claims that were known then: the head is compared."""
+        """The head is compared, so a claim counts even if it conflicts with no known claim."""
         for subnet in ("198.18.0.0/24", "198.18.1.0/24"):
             self.etcd.claim_for_other_before(f"claims/{subnet}", subnet)
         self.tell(Network("one", gets="198.18.2.0/24"))
@@ -11503,7 +11505,7 @@ class ClaimTest(TwoHosts):
         self.assertEqual(self.etcd.interventions, [])
 
     def test_claim_of_a_process_that_was_suspended_is_made_anew(self) -> None:
-        """It may have been evicted between its claim and its reply, and does not know it."""
+        """A suspended process may be evicted between its claim and its reply without knowing it."""
         self.tell(Network("one", "10.8.0.0/24", shared=True))
         clock = mock.Mock(return_value=0.0)
         self.patch(gipam, boottime_s=clock)
@@ -11524,7 +11526,7 @@ class ClaimTest(TwoHosts):
             RequestStep("one", "10.8.0.0/24", "10.8.0.9", refused="claimed by host other"))
 
     def test_several_requests_of_a_host_share_a_transaction(self) -> None:
-        """And none of them gets what another one has."""
+        """No request gets the subnet of another."""
         paused = threading.Event()
         self.addCleanup(paused.set)
 
@@ -11572,7 +11574,7 @@ class ClaimTest(TwoHosts):
             Claimed({"198.18.0.0/24": ["other"]}))
 
     def test_another_range_of_a_subnet_in_conflict_is_refused(self) -> None:
-        """Nor is the claim of the other host written over."""
+        """The refused request leaves the claim of the other host as it is."""
         self.tell(Network("one", "10.9.0.0/24", sub_pool="10.9.0.0/25"))
         words = "10.9.0.0/24 is held here, but claimed by host other too"
         for subnet in ("10.9.0.0/24", "10.9.0.0/16"):
@@ -11629,7 +11631,7 @@ class ClaimTest(TwoHosts):
             self.etcd.before("head", win)
 
         self.etcd.before("head", win)
-        # It is too slow, or if the time is up in the middle of a transaction does not answer.
+        # etcd is too slow; if the time ends in the middle of a transaction, etcd does not answer.
         self.tell(Network("one", refused="etcd "))
         self.etcd.interventions.clear()
         self.tell(Network("one"))
@@ -11644,7 +11646,7 @@ class ClaimTest(TwoHosts):
 
 
 class FollowTest(TwoHosts):
-    """How a host learns of what others have changed."""
+    """How a host learns of changes that others have made."""
 
     def test_many_claims_are_applied_in_portions(self) -> None:
         apply_claims = gipam.ClaimTable.apply_claims
@@ -11691,7 +11693,7 @@ class FollowTest(TwoHosts):
         self.assertEqual(self.two.table.claims, self.one.table.claims)
 
     def test_host_looks_more_often_while_others_change_much(self) -> None:
-        """So that the log suffices: else an idle host would read all claims again and again."""
+        """The log of changes must suffice, or idle hosts would read all claims again and again."""
         self.tell(Settle(("two",)))
         self.patch(gipam, HEARTBEAT_INTERVAL_S=DEADLINE_S)
         self.two.member._followed_s = time.monotonic() - 10.0
@@ -11736,7 +11738,7 @@ class FollowTest(TwoHosts):
         self.assertEqual(len(claims), len(odd) + 1)
 
     def test_odd_claim_that_is_deleted_without_a_new_head_is_found_out(self) -> None:
-        """As by etcdctl. What it stood for is claimed before it is granted."""
+        """etcdctl deletes a claim without a new head. Its key is claimed before it is granted."""
         odd = '{"hosts":5}'
         address = f"{LAN}/192.168.1.9"
         for key in ("10.50.3.0/24", "10.7.0.0/24", "10.7.1.0/24", address):
@@ -11796,7 +11798,7 @@ class LossTest(TwoHosts):
         return self.one.is_grace_over() and self.two.is_grace_over()
 
     def test_revision_that_is_lower_than_one_seen_before_is_a_loss(self) -> None:
-        """Although the keys look as they were: those of a host that was cut off meanwhile do."""
+        """A host that was cut off during the loss finds its own keys unchanged."""
         self.tell(
             Network("one", "10.9.0.0/24"),
             Network("two", "10.8.0.0/24"))
@@ -11807,7 +11809,7 @@ class LossTest(TwoHosts):
         self.tell(Network("one", refused="nothing new can be claimed"))
 
     def test_key_of_an_earlier_process_that_is_restored_is_a_loss(self) -> None:
-        """Its count may be higher than that of this process."""
+        """The restored count may be higher than that of the present process."""
         self.patch(gipam, HEARTBEAT_INTERVAL_S=DEADLINE_S)
         self.tell(
             Network("one", "10.9.0.0/24"),
@@ -11819,7 +11821,7 @@ class LossTest(TwoHosts):
             Network("one", refused="nothing new can be claimed"))
 
     def test_host_that_has_not_noticed_heeds_another_that_is_behind(self) -> None:
-        """It was cut off during the loss, and its own key is intact."""
+        """A host that was cut off during the loss finds its own key intact."""
         self.patch(gipam, HEARTBEAT_INTERVAL_S=DEADLINE_S)
         self.tell(
             Network("one", "10.9.0.0/24"),
@@ -11858,7 +11860,7 @@ class LossTest(TwoHosts):
         self.tell(Network("one", "10.8.0.0/24"))
 
     def test_grace_period_lasts_until_each_host_has_claimed_again_all_that_it_holds(self) -> None:
-        """However many claims that are, and whatever the host is asked meanwhile."""
+        """Neither the number of claims nor requests meanwhile end the grace period early."""
         self.patch(gipam, GRACE_PERIOD_S=1.0)
         held = [f"10.9.{number}.0/24" for number in range(3 * gipam.CLAIMS_PER_TRANSACTION)]
         for subnet in held:
@@ -11883,7 +11885,7 @@ class LossTest(TwoHosts):
             self.assertEqual(claims[subnet], ["one"])
 
     def is_unknown_to_two(self, subnet: str) -> bool:
-        """Ask host two for what another one holds; it must not get it."""
+        """Request a subnet that another host holds from host two, which must refuse it."""
         self.two.hurry()
         with self.assertRaises(ErrorReply) as caught:
             self.two.request_pool(subnet)
@@ -11891,10 +11893,10 @@ class LossTest(TwoHosts):
 
 
 class StartTest(ClusterCase):
-    """What a host finds at its start of what it has claimed before."""
+    """Claims of its own that a host finds at its start."""
 
     def test_what_a_crash_left_is_put_right_once_docker_has_been_asked(self) -> None:
-        """What the lease file lacks, and Docker may use, is free for nobody until then."""
+        """A claimed subnet that the lease file lacks is free for nobody while Docker may use it."""
         directory = make_directory(self)
         service = begin(os.path.join(directory, "leases.json"))
         held = [f"10.9.{number}.0/24" for number in range(100)]
@@ -11922,7 +11924,7 @@ class StartTest(ClusterCase):
         self.assertEqual(self.etcd.claims(), {"10.8.0.0/24": ["one"]})
 
     def test_adoption_in_a_shared_subnet_guesses_no_gateway(self) -> None:
-        """The first address may be a container's: the claims say which one is the gateway."""
+        """The first address may be a container's; the claims say which one is the gateway."""
         self.etcd.set(f"claims/{LAN}", {"hosts": ["one", "two"], "shared": True})
         taken = {"hosts": ["one"], "kind": "endpoint"}
         self.etcd.set(f"claims/{LAN}/192.168.1.1", taken)
@@ -11970,7 +11972,7 @@ class StartTest(ClusterCase):
 
 
 class EtcdAwayTest(TwoHosts):
-    """etcd is on no container's path."""
+    """No container of an ordinary subnet waits for etcd."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -12004,7 +12006,7 @@ class EtcdAwayTest(TwoHosts):
             Network("one", name="web", gets="198.18.0.0/24"))
 
     def test_request_is_refused_within_five_seconds_though_the_thread_is_stuck(self) -> None:
-        """As in DNS, for which there is no deadline."""
+        """The thread may hang in DNS, which has no deadline."""
         self.patch(gipam, TIMER_INTERVAL_S=0.05, ETCD_TIMEOUT_S=0.1)
         stuck = threading.Event()
         self.addCleanup(stuck.set)
@@ -12023,7 +12025,7 @@ class EtcdAwayTest(TwoHosts):
             self.tell(Network("one", "10.9.0.0/24"))
 
     def test_reply_may_be_the_last_of_its_connection(self) -> None:
-        """As when a member is being stopped, or behind a proxy."""
+        """A member that is being stopped, or a proxy, closes the connection after its reply."""
         self.etcd.closes_each_connection = True
         self.tell(
             Settle(("one",)),
@@ -12031,7 +12033,7 @@ class EtcdAwayTest(TwoHosts):
             Network("one"))
 
     def test_member_that_does_not_answer_as_etcd_does_is_skipped(self) -> None:
-        """Nor is one waited for that goes on for ever, a byte at a time or all at once."""
+        """A member that sends for ever is skipped too, a byte at a time or all at once."""
         self.patch(gipam, ETCD_TIMEOUT_S=3.0, MAX_ETCD_BYTES=1 << 16)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
         replies = {
@@ -12130,7 +12132,7 @@ class EtcdAwayTest(TwoHosts):
         self.assertEqual(peer.answer().status, 503)
 
     def test_what_etcd_itself_refuses_is_said_and_an_expired_token_is_renewed(self) -> None:
-        """No password is shown."""
+        """No message shows a password."""
         self.etcd.password = "p@ss"
         zero = self.start("zero")
         self.assert_refused("refuses /v3/kv/range: etcdserver: invalid auth token",
@@ -12147,10 +12149,10 @@ class EtcdAwayTest(TwoHosts):
 
 
 class PresenceTest(TwoHosts):
-    """Each machine has a name of its own, and only what is absent is evicted."""
+    """Each machine has a name of its own, and only an absent one is evicted."""
 
     def test_machine_whose_name_another_one_has_does_not_start(self) -> None:
-        """Nor later, however long the other one is silent: no name is taken by waiting."""
+        """The machine does not start later either: a name is never taken by waiting."""
         self.one.crash()
         for _ in range(2):
             with self.assertRaisesRegex(gipam.AlreadyRunning, "another machine is host 'one'"):
@@ -12169,7 +12171,7 @@ class PresenceTest(TwoHosts):
         self.assertEqual(conflict.exit_status, 75)
 
     def test_clone_of_a_machine_is_another_one(self) -> None:
-        """It has the same machine-id and the same paths, but other hardware."""
+        """A clone has the same machine-id and the same paths, but other hardware."""
         self.start("three", machine=MACHINE)
         clone = MACHINE._replace(product="clone")
         with self.assertRaisesRegex(gipam.AlreadyRunning, "another machine is host 'three'"):
@@ -12241,7 +12243,7 @@ class PresenceTest(TwoHosts):
         time.sleep(0.05)
 
     def test_host_that_was_evicted_grants_nothing_on_what_it_remembers(self) -> None:
-        """Neither cut off, nor while it does not know yet."""
+        """An evicted host may be cut off, or connected without having learned of the eviction."""
         self.patch(gipam, ETCD_TIMEOUT_S=0.5)
         self.tell(
             Network("one", name="web", gets="198.18.0.0/24"),
@@ -12263,7 +12265,7 @@ class PresenceTest(TwoHosts):
             RequestStep("one", LAN, "192.168.1.9", refused="claimed by host two"))
 
     def test_machine_that_was_renamed_evicts_its_old_name_like_any_other(self) -> None:
-        """Once that is absent; then its claims are the new name's."""
+        """The old name has to be absent first; its claims then become the new name's."""
         self.tell(Network("one", gets="198.18.0.0/24"))
         self.one.crash()
         three = self.start("three", self.one.directory)
@@ -12338,7 +12340,7 @@ class SharedTest(TwoHosts):
         self.tell(RequestStep("two", LAN, "192.168.1.200"))
 
     def test_without_mac_addresses_a_fixed_address_is_one_hosts(self) -> None:
-        """As -mac false has it, for ipvlan; before Docker 29 containers have no name either."""
+        """With -mac=false, as for ipvlan, there is no MAC address, and before Docker 29 no name."""
         for host in self.hosts.values():
             host.service.has_macs = False
         self.tell(
@@ -12346,7 +12348,7 @@ class SharedTest(TwoHosts):
             RequestStep("two", LAN, "192.168.1.130", mac="", refused="is claimed by host"))
 
     def test_host_that_has_left_does_not_get_the_subnet_for_itself(self) -> None:
-        """Nor what contains it or lies in it; not even right after, while it is still claimed."""
+        """The host gets no subnet around or inside LAN either, even while its claim exists."""
         self.take("two")
         with self.pause_reconciling(self.one):
             self.tell(Remove("one", LAN))
@@ -12360,7 +12362,7 @@ class SharedTest(TwoHosts):
             Network("one", LAN, refused="claimed by host two"))
 
     def test_host_that_leaves_gives_up_its_addresses_first(self) -> None:
-        """And may join again meanwhile."""
+        """A host that leaves a subnet may join it again meanwhile."""
         address = ""
         for _ in range(3):
             self.take("one")
@@ -12413,7 +12415,7 @@ class SharedTest(TwoHosts):
             Free("one", LAN, address),
             RequestStep("one", LAN, gets=address),
             Free("one", LAN, address),
-            RequestStep("one", LAN, mac="02:42:00:00:00:02", gets=address),  # though it rests
+            RequestStep("one", LAN, mac="02:42:00:00:00:02", gets=address),  # although reserved
             RequestStep("one", LAN, mac="", refused="etcd does not answer"),
             RequestStep("one", LAN, "192.168.1.1", is_gateway=True, refused="etcd does not answer"),
             Free("one", LAN, address),
@@ -12423,7 +12425,7 @@ class SharedTest(TwoHosts):
         self.tell(RequestStep("one", LAN, "192.168.1.1", is_gateway=True))
 
     def test_address_that_etcd_may_have_been_asked_to_delete_is_not_relied_upon(self) -> None:
-        """The request may be on its way for long; a later one that succeeds makes it fail."""
+        """A request to delete may be on its way for long, unless a later one has succeeded."""
         self.patch(gipam, ETCD_TIMEOUT_S=0.3, HEARTBEAT_INTERVAL_S=DEADLINE_S)
         late: list[dict[str, Any]] = []
 
@@ -12457,7 +12459,7 @@ class SharedTest(TwoHosts):
         return not self.one.table.uncertain
 
     def test_address_that_may_be_a_gateways_by_now_is_not_relied_upon(self) -> None:
-        """Another host may have the same gateway."""
+        """Another host may use the same address as its gateway."""
         self.patch(gipam, ETCD_TIMEOUT_S=0.3, HEARTBEAT_INTERVAL_S=DEADLINE_S)
 
         def lose_reply(body: dict[str, Any]) -> None:
@@ -12474,7 +12476,7 @@ class SharedTest(TwoHosts):
                 RequestStep("one", LAN, "192.168.1.9", refused=words))
 
     def test_claim_that_is_only_remembered_gives_no_address(self) -> None:
-        """It may be of a host that was evicted, and does not know it."""
+        """The host may have been evicted without knowing it, so its claim may be gone."""
         self.patch(gipam, HEARTBEAT_INTERVAL_S=DEADLINE_S)
         self.tell(Settle(("one",)))
         with self.pause_reconciling(self.one):
@@ -12534,6 +12536,7 @@ class SharedTest(TwoHosts):
 
 
 # === Settings =====================================================================================
+#
 # The options: defaults, environment, command line, and the lease file. Most tests run
 # `gipam config` in this process; a fake daemon answers with the settings that a start would have.
 # Lease files of the Go program, and files with wrong contents, are read here too.
@@ -12567,7 +12570,7 @@ def answer_config(settings: gipam.Settings, *_: Any) -> Any:
 
 
 class CommandLineCase(CommandCase):
-    """`gipam config`, answered by what would be served with these options and lease file."""
+    """`gipam config`, answered with the settings of a start with these options and lease file."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -12670,7 +12673,7 @@ class OptionTest(CommandLineCase):
 
 
 class SettingCase(NamedTuple):
-    """What the lease file has and notes, what the option is now; which wins, and why."""
+    """An option in the lease file, in its notes and now; the text that wins, and the reason."""
 
     in_file: str | None
     noted: str | None
@@ -12742,7 +12745,7 @@ class LatestTest(CommandLineCase):
                 self.assertEqual(done.err, self.warning(case))
 
     def warning(self, case: SettingCase) -> str:
-        """Return what a start logs."""
+        """Return the log message of a start."""
         if not case.reason:
             return ""
         option_origin = "command line" if case.option is not None else "default"
@@ -12919,7 +12922,7 @@ class ConfigurationTest(CommandLineCase):
                             "default", "-v4=10.2.0.0/26")
 
     def test_name_of_the_host_matters_only_to_etcd(self) -> None:
-        """It is "(none)" as long as nobody has set it."""
+        """The name of a host is "(none)" until somebody sets it."""
         self.patch(socket, gethostname=mock.Mock(return_value="(none)"))
         settings = gipam.read_settings({}, argparse.Namespace(file=self.file, etcd="off"))
         self.assertEqual(gipam.build_config(settings).host, "(none)")
@@ -13004,7 +13007,7 @@ class ConfigurationTest(CommandLineCase):
             "base fe80::/56 is link-local: no router forwards its addresses"])
 
     def test_mac_addresses_are_not_asked_for_with_mac_false(self) -> None:
-        """As ipvlan needs it; the tests of the API have the default."""
+        """ipvlan needs -mac=false; the tests of the API have the default."""
         client = Daemon(self, "-mac", "false", env=NO_DOCKER).start().client()
         self.assertEqual(client.call("IpamDriver.GetCapabilities"),
                          {"RequiresMACAddress": False, "RequiresRequestReplay": False})
@@ -13166,7 +13169,7 @@ class GoLeaseFileTest(CommandCase):
         return Daemon(self, *options, directory=self.directory, env=NO_DOCKER).start()
 
     def each_generation(self) -> Iterator[Daemon]:
-        """Yield a daemon with the lease file of each; each run is a subtest."""
+        """Yield a daemon with the lease file of each generation; each run is a subtest."""
         for document in (GO_LEASES, in_lower_case(GO_LEASES)):
             with self.subTest(next(iter(document))):
                 daemon = self.start(document, "-v4", "198.19.0.0/16", "-v6ab", "72")
@@ -13191,7 +13194,7 @@ class GoLeaseFileTest(CommandCase):
                 client.request_pool("198.18.0.0/26")
             self.assertEqual(client.request_pool()[1], "198.18.1.64/26")
             self.assertEqual(client.request_pool(v6=True)[1], "2001:db8:0:102::/64")
-            # Its list Free has this one.
+            # The list Free of the Go program has this subnet.
             self.assertEqual(client.request_pool("198.18.0.64/26")[1], "198.18.0.64/26")
 
     def test_its_settings_win_and_that_is_logged(self) -> None:
@@ -13206,9 +13209,9 @@ class GoLeaseFileTest(CommandCase):
         return "198.18.0.63" in self.lease_file()["Allocated"][0]["Allocated"]
 
     def test_held_broadcast_address_is_kept_until_it_is_released(self) -> None:
-        """The Go program gave it out. gipam never does, but some container has it."""
+        """The Go program granted the broadcast address. gipam does not, but a container has it."""
         daemon = self.start(GO_LEASES)
-        # The second time from gipam's own lease file
+        # The second start reads gipam's own lease file.
         for _ in range(2):
             self.assertTrue(self.broadcast_is_held())
             self.assertEqual(daemon.stop(), 0)
@@ -13271,9 +13274,10 @@ class OptionsTableTest(unittest.TestCase):
 
 
 # === Daemon =======================================================================================
-# gipam as a process: what a start refuses, with which exit status and in which words, and that
+#
+# gipam as a process: the refusals of a start, with exit status and message, and that
 # neither a start nor a stop waits for somebody to read stderr; how a failed write is shown, and
-# what the address of -metrics serves. Stopping with requests under way is tested with the Server.
+# the pages on the address of -metrics. Stopping with requests under way is tested with the Server.
 
 SHORTAGE = """
 import errno
@@ -13309,7 +13313,7 @@ class FailedStartTest(StoreCase):
         self.assertRegex(daemon.read_log(), f"^{pattern}\n$")
 
     def test_brief_shortage_of_the_host_is_worth_another_start(self) -> None:
-        """systemd does not start a service again that has ended with 78."""
+        """systemd does not restart a service that has ended with status 78."""
         for name in ("EMFILE", "ENFILE", "ENOMEM"):
             text = os.strerror(getattr(errno, name))
             for suffix in (".lock", ".tmp"):
@@ -13321,7 +13325,7 @@ class FailedStartTest(StoreCase):
                 self.assert_start_fails(daemon, 74, f"gipam: {text}")
 
     def test_kernel_that_does_not_list_routes_is_told_apart(self) -> None:
-        """As under a unit without AF_NETLINK: another start does not help."""
+        """A unit without AF_NETLINK causes this error, and another start does not help."""
         daemon = self.daemon(lines=NO_NETLINK.format(name="EAFNOSUPPORT"))
         self.assert_start_fails(daemon, 78, "gipam: cannot ask the kernel for routes: .*; under "
                                             "systemd, .* must include AF_NETLINK, .*")
@@ -13348,14 +13352,14 @@ class FailedStartTest(StoreCase):
                                 "gipam: -v4 '10.2.0.0/33' from the command line: .*")
 
     def test_error_has_the_priority_of_an_error_in_the_journal(self) -> None:
-        """journald adds the name of the service, which is not there twice."""
+        """journald adds the name of the service, so that gipam must not write it as well."""
         daemon = self.daemon("-v4", "10.2.0.0")
         self.assert_start_fails(daemon, 78, "gipam: -v4 '10.2.0.0' from the command line: .*")
         daemon.env["JOURNAL_STREAM"] = "8:1"
         self.assert_start_fails(daemon, 78, "<3>-v4 '10.2.0.0' from the command line: .*")
 
     def test_start_ends_though_nobody_reads_stderr(self) -> None:
-        """Seen before: it hung on a full pipe."""
+        """Old versions hung on a full pipe."""
         for what, lines, options, exit_status in (
                 ("an error", "", ("-v4", "10.2.0.0"), 78),
                 ("an exception", "gipam.open_store = lambda *_: 1 / 0", (), 1),
@@ -13371,7 +13375,7 @@ class FailedStartTest(StoreCase):
                                            ".*ZeroDivisionError: division by zero)")
 
     def test_start_that_fails_leaves_no_name_and_no_pool(self) -> None:
-        """A lock file, and a first lease file without pools, may stay: they harm nobody."""
+        """A lock file and a first lease file without pools may stay, because they do no harm."""
         lines = "gipam.log_startup_warnings = lambda *_: open('/nonexistent')"
         daemon = self.daemon("-v4", "10.2.0.0/16", lines=lines)
         # The thread of the import may have said something before or after that.
@@ -13400,7 +13404,7 @@ class EndTest(StoreCase):
 
 
 class ThreadTest(StoreCase):
-    """A thread whose exception nobody foresaw ends nothing else."""
+    """An unexpected exception in a thread ends nothing else."""
 
     def test_exception_in_a_thread_goes_to_the_log_and_gipam_serves_on(self) -> None:
         begun = os.path.join(self.directory, "begun")
@@ -13411,7 +13415,7 @@ class ThreadTest(StoreCase):
                                             "ZeroDivisionError: division by zero")
 
     def test_exception_in_a_thread_waits_for_nobody_to_read_stderr(self) -> None:
-        """Seen before: the thread hung in Python's own hook."""
+        """In old versions the thread hung in Python's own hook."""
         begun = os.path.join(self.directory, "begun")
         daemon = self.daemon(lines=FAILING_THREAD.format(begun=begun))
         daemon.start(stderr=full_pipe(self))
@@ -13447,7 +13451,7 @@ class FailedWriteTest(OperatedCase):
 
     def assert_shown(self, pattern: str) -> None:
         """Check that the failure is shown."""
-        # What failed is in the log already, and monitors ask again and again.
+        # The failure is in the log already, and monitors ask again and again.
         with mock.patch.object(gipam.log, "warning") as warning:
             reply = self.health()
         warning.assert_not_called()
@@ -13467,7 +13471,7 @@ class FailedWriteTest(OperatedCase):
         self.assert_healthy()
 
     def test_failed_sync_ends_the_daemon(self) -> None:
-        """systemd starts it again, with the state that is on disk."""
+        """systemd starts the daemon again, with the state that is on disk."""
         self.fail_write("fdatasync", errno.EIO)
         self.thread.join(DEADLINE_S)
         self.assertFalse(self.thread.is_alive())
@@ -13475,7 +13479,7 @@ class FailedWriteTest(OperatedCase):
 
 
 class MetricsAddressTest(Case):
-    """The address of -metrics, at which anybody of this host may ask."""
+    """The address of -metrics, which is open to every user of this host."""
 
     PAGES = (
         ("GET", "metrics", 200),
@@ -13509,14 +13513,14 @@ class MetricsAddressTest(Case):
 
 # === Commands =====================================================================================
 #
-# What people type and read: help, status, release, and where a command looks for the daemon. The
+# The user interface: help, status, release, and where a command looks for the daemon. The
 # commands run in this process, against a daemon that is served from it, beside a fake Docker;
 # run_gipam() returns what they printed. The comparison with Docker has its tests in Check,
 # `evict` in Cluster.
 
 
 class HelpTest(CommandLineCase):
-    """The command line itself: help, version, and what is wrong with it."""
+    """The command line itself: help, version, and errors in it."""
 
     def test_version(self) -> None:
         for word in ("--version", "-version", "-v", "version"):
@@ -13524,7 +13528,7 @@ class HelpTest(CommandLineCase):
             self.assertEqual(done, (0, gipam.__version__ + "\n", ""))
 
     def test_help_names_every_setting_and_command(self) -> None:
-        """The same on every Python, and on a terminal."""
+        """The help is the same on every Python, and on a terminal."""
         for line in ("--help", "-h", "help", "help help", "serve -help", "help serve"):
             words = line.split()
             done = self.run_main(*words, out=Terminal(), TERM="xterm", FORCE_COLOR="1")
@@ -13539,7 +13543,7 @@ class HelpTest(CommandLineCase):
                 self.assertRegex(done.out, f"\n  {name} +[A-Z]")
 
     def test_help_fits_the_terminal(self) -> None:
-        """The examples are as they are typed."""
+        """The help is wrapped to fit, except for the examples."""
         for columns in (60, 80, 200):
             for name in gipam.COMMANDS:
                 done = self.run_main(name, "--help", COLUMNS=str(columns))
@@ -13622,10 +13626,10 @@ class HelpTest(CommandLineCase):
 
 
 class DaemonAddressTest(OperatedCase):
-    """Where a command looks for the daemon, and what it says if none answers."""
+    """The places where a command looks for the daemon, and its error if no daemon answers."""
 
     def test_each_command_says_where_it_looked(self) -> None:
-        """The lease file says nothing of what was asked since, nor does an error."""
+        """No command falls back on the lease file, which lacks the latest changes."""
         for words in ("status", "config", "check", "check --fix", "check --json", "evict web2",
                       "release 10.2.0.0/24 --yes --force"):
             with self.subTest(words):
@@ -13697,7 +13701,7 @@ class DaemonAddressTest(OperatedCase):
                                            r"onlink +off +default\n$")
 
     def test_reader_that_closes_its_end_or_has_no_room(self) -> None:
-        """`gipam status | head`, and `> /dev/full`."""
+        """The cases are `gipam status | head` and `gipam status > /dev/full`."""
         class Closed(io.StringIO):
             code = errno.EPIPE
 
@@ -13952,7 +13956,7 @@ class StatusTest(StatusCase):
             self.assertRegex(text, r"\n  10\.2\.0\.3 .* two\n")
 
     def test_json(self) -> None:
-        """The documented interface: these keys stay."""
+        """The keys of the JSON form are a documented interface, and stay."""
         status = self.status_json("--leases")
         self.assertEqual(status["version"], gipam.__version__)
         self.assertEqual(status["driver"], "gipam")
@@ -14044,7 +14048,7 @@ class SearchTest(StatusCase):
                                        f"known: Docker does not answer on {hung}: timed out; .*")
 
     def test_address_is_free_only_if_it_is_in_no_range_of_its_subnet(self) -> None:
-        """It is shown in each range of the subnet, which range has two of."""
+        """A free address is shown in each range of its subnet; this subnet has two ranges."""
         self.docker.remove_network("range")
         self.make_ranges()
         for address, ranges in (("10.50.0.1", ["low"]), ("10.50.0.9", ["low", "high"])):
@@ -14062,7 +14066,7 @@ class SearchTest(StatusCase):
         self.assertEqual(self.run_gipam("status", mac).status, 1)
 
     def test_claim_of_another_host_is_named(self) -> None:
-        """Of a subnet, and of an address in one that several share."""
+        """The claim is on a subnet, or on an address of a subnet that several hosts share."""
         status: dict[str, Any] = {"host": "web-1", "claims": [
             {"subnet": "10.2.8.0/24", "address": "", "hosts": ["web-2"]},
             {"subnet": "10.50.0.0/24", "address": "10.50.0.9", "hosts": ["web-3"]}]}
@@ -14247,7 +14251,7 @@ class ReleaseTest(OperatedCase):
         held = "{!r} is not held in 10.2.0.0/24, which holds 10.2.0.1, 10.2.0.2"
         no_address = "{!r} is not an IP address"
         rows = [("10.99.0.0/24", none.format("10.99.0.0/24")),
-                ("", none.format("")),  # nor are those meant that have no gipam.name
+                ("", none.format("")),  # not the pools without a gipam.name
                 ("10.50.0.0/24", f"2 pools match '10.50.0.0/24': give the id of one\n  {low}"
                                  f"\n  {high}")]
         for text, error in (("10.2.0.9", held), ("10.9.0.9", held), ("one", no_address),
@@ -14323,7 +14327,7 @@ class Reporter(unittest.TestResult):
         signal.alarm(TEST_DEADLINE_S)
 
     def end_test(self, *_: Any) -> None:
-        """Fail the running test, whatever it waits for or repeats, so that the next one runs."""
+        """Fail the running test, even if it waits or repeats, so that the next one runs."""
         raise AssertionError(f"the test has not ended within {TEST_DEADLINE_S} s")
 
     def stopTest(self, test: unittest.TestCase) -> None:
@@ -14439,7 +14443,7 @@ def make_scratch_directory() -> str:
 
 
 class Workers:
-    """The worker processes of a run. Closing them leaves nothing of what the tests made."""
+    """The worker processes of a run. Closing them removes all files and processes of the tests."""
 
     def __init__(self, classes: list[list[str]]) -> None:
         self.count = min(MAX_WORKERS, len(classes))
@@ -14458,7 +14462,7 @@ class Workers:
         environment = dict(os.environ, TMPDIR=self.scratch, GIPAM_ISOLATED=self.isolated,
                            PYTHONDONTWRITEBYTECODE="1")
         for _ in range(self.count):
-            # What a test prints goes to stderr, since stdout is for the reports.
+            # The output of a test goes to stderr, since stdout is for the reports.
             process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL,
                                        stdout=2, pass_fds=fds, start_new_session=True)
             self.processes.append(process)
@@ -14529,7 +14533,7 @@ def stop(number: int, _: Any) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The self-check of gipam.")
-    parser.add_argument("tests", nargs="*", metavar="CLASS[.TEST]", help="what to run, if not all")
+    parser.add_argument("tests", nargs="*", metavar="CLASS[.TEST]", help="tests to run, if not all")
     parser.add_argument("-k", action="append", metavar="PATTERN",
                         help="run only tests whose name contains this")
     parser.add_argument("-v", action="store_true", help="name each test, and how long it took")
