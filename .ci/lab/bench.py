@@ -70,7 +70,7 @@ ECHO = request("Plugin.Activate", {"PoolID": "10.2.0.0/16#0123456789abcdef", "Ad
 
 
 class Traffic:
-    """Requests made beforehand, and to each reply the release of what it granted."""
+    """Requests made beforehand, and for each reply the release of its grant."""
 
     def __init__(self, kind: str, key: str, requests: list[dict[str, Any]], **release: str) -> None:
         method = "IpamDriver.Request" + kind
@@ -84,7 +84,7 @@ class Traffic:
         self.fields = release
 
     def answer(self, reply: bytes = b"") -> bytes:
-        """Return what to send next."""
+        """Return the next request to send."""
         _, key, granted = reply.partition(self.key)
         if not key:
             return next(self.requests)
@@ -92,7 +92,7 @@ class Traffic:
         return self.release(granted)
 
     def release(self, granted: bytes) -> bytes:
-        """Return the request that releases what was granted."""
+        """Return the request that releases this grant."""
         data = self.releases.get(granted)
         if not data:
             fields = {**self.fields, self.name: granted.decode()}
@@ -137,7 +137,7 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 class Wire:
-    """A connection that costs the client as little as can be."""
+    """A connection that costs the client as little time as possible."""
 
     def __init__(self, path: str) -> None:
         self.socket = connect(path)
@@ -156,7 +156,7 @@ class Wire:
         return time.perf_counter() - started, reply
 
     def both(self, traffic: Traffic) -> tuple[float, float]:
-        """Request and release; return how long each took."""
+        """Request and release; return the time of each."""
         request_s, reply = self.call(traffic.answer())
         release_s, _ = self.call(traffic.answer(reply))
         return request_s, release_s
@@ -173,7 +173,7 @@ class Wire:
 
 
 def storm(path: str, traffic: Traffic, connections: int, for_s: float) -> float:
-    """Return how many calls a second so many connections get done."""
+    """Return how many calls a second this many connections make."""
     poll = select.epoll()
     calls = 0
     wires: dict[int, Wire] = {}
@@ -188,7 +188,7 @@ def storm(path: str, traffic: Traffic, connections: int, for_s: float) -> float:
         for number, _ in poll.poll():
             reply = wires[number].receive()
             calls += 1
-            # A client ends when it holds nothing.
+            # A client ends when it holds no grant.
             if time.perf_counter() < started + for_s or traffic.key in reply:
                 wires[number].socket.sendall(traffic.answer(reply))
             else:
@@ -198,7 +198,7 @@ def storm(path: str, traffic: Traffic, connections: int, for_s: float) -> float:
 
 
 class Disk:
-    """What a durable request cannot do without: a line at the end of a file, synced."""
+    """The least that a durable request needs: a line at the end of a file, synced."""
 
     def __init__(self, directory: str) -> None:
         self.fd = os.open(os.path.join(directory, "floor"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -217,7 +217,7 @@ class Gateway:
         self.connection = http.client.HTTPConnection(etcd.members[0].address, CLIENT_PORT)
 
     def put(self, *keys: str, is_there: bool = True) -> float:
-        """Write claims of another host, or take them away; return how long that took."""
+        """Write or delete claims of another host; return the time that this took."""
         claim = gipam.to_base64('{"hosts":["other"],"since":1795510069}')
         operations: list[Any] = []
         for key in map(gipam.to_base64, keys):
@@ -232,7 +232,7 @@ class Gateway:
         return time.perf_counter() - started
 
     def claim(self, count: int, first: int = 0, is_there: bool = True) -> None:
-        """Claim so many subnets out of 10.0.0.0/8 from one on, or let go of them."""
+        """Claim this many subnets of 10.0.0.0/8 from the first on, or delete their claims."""
         keys = []
         for number in range(first, first + count):
             keys.append(f"/gipam/gipam/claims/10.{number >> 8}.{number & 255}.0/24")
@@ -241,7 +241,7 @@ class Gateway:
 
 
 class ClaimChanges:
-    """A thread that lets a daemon read all claims again and again, some of which come and go."""
+    """A thread that makes a daemon read all claims again and again; some of them come and go."""
 
     def __init__(self, gateway: Gateway, daemon: BenchDaemon, count: int) -> None:
         self.gateway = gateway
@@ -256,7 +256,7 @@ class ClaimChanges:
         pools = networks()
         for is_there in itertools.cycle((True, False)):
             self.gateway.claim(self.count, 40_000, is_there)
-            # A head that no change leads to: all claims are read for the next pool.
+            # No logged change leads to this head, so all claims are read for the next pool.
             self.gateway.put("/gipam/gipam/head")
             # The request may wait in vain; all is read all the same.
             with contextlib.suppress(ErrorReply):
@@ -308,7 +308,7 @@ class Fixture:
         self.leases = sum(self.subnets.values())
 
     def write(self, path: str) -> None:
-        """Write it as a lease file; what has no checksum was edited by a person."""
+        """Write the state as a lease file, without a checksum, like one edited by a person."""
         macs = itertools.count(0x0242 << 32)
         pools = []
         for pool_id, (subnet, count) in zip(self.pool_ids, self.subnets.items()):
@@ -332,7 +332,7 @@ class Fixture:
 
 
 class BenchDaemon(Daemon):
-    """gipam.py with a state to start with, and with a few lines run before its main()."""
+    """gipam.py with a state to start with, which runs a few lines before its main()."""
 
     def __init__(self, bench: Bench, fixture: Fixture | None = None, patch: str = "",
                  *options: str) -> None:
@@ -352,7 +352,7 @@ class BenchDaemon(Daemon):
         return self
 
     def seconds_to_start(self) -> float:
-        """Return how long it takes from exec to the first answer, in hundredths."""
+        """Return the time from exec to the first reply, in steps of a hundredth of a second."""
         self.kill()
         started = time.perf_counter()
         self.start()
@@ -373,14 +373,14 @@ class BenchDaemon(Daemon):
         raise AssertionError(f"no {key} in /proc/PID/status")
 
     def loop_s(self) -> float:
-        """Return how much processor time the loop's thread has used."""
+        """Return how much processor time the thread of the loop has used."""
         assert self.process is not None
         text = self.process_file(f"task/{self.process.pid}/schedstat")
         running_ns, _, _ = text.split()
         return int(running_ns) / 1e9
 
     def cpu_s(self) -> float:
-        """Return how much processor time it has used."""
+        """Return how much processor time the daemon has used."""
         _, _, text = self.process_file("stat").rpartition(")")
         words = text.split()
         ticks = int(words[11]) + int(words[12])
@@ -388,7 +388,7 @@ class BenchDaemon(Daemon):
 
 
 class Bench(unittest.TestCase):
-    """No test: the daemons of the toolkit leave their clean-ups with it."""
+    """A test case only so that the daemons of the toolkit can register their clean-ups."""
 
     quick = False
 
@@ -397,7 +397,7 @@ class Bench(unittest.TestCase):
 
     def row(self, what: str, values: Sequence[float], unit: str = "", at_most: float | None = None,
             at_least: float | None = None) -> None:
-        """Print the median, the spread, and what it should be."""
+        """Print the median, the spread, and the target."""
         scale = 1.0
         digits = 2
         if unit == "ms":
@@ -423,7 +423,7 @@ class Bench(unittest.TestCase):
 
     def columns(self, quick: int, full: int, repeats: int,
                 *measures: Callable[[], float]) -> list[tuple[float, ...]]:
-        """Measure in alternation, so often a round; return of each measure the rounds' medians."""
+        """Measure in alternation, this often a round; return each measure's medians by round."""
         rounds = []
         for _ in self.rounds(quick, full):
             rows = [[measure() for measure in measures] for _ in range(repeats)]
@@ -432,7 +432,7 @@ class Bench(unittest.TestCase):
 
     @staticmethod
     def request_s(wire: Wire, traffic: Traffic) -> Callable[[], float]:
-        """Return what measures a request, and releases what it got."""
+        """Return a function that measures a request, and releases its grant."""
         def measure() -> float:
             return wire.request(traffic)
         return measure
@@ -527,7 +527,7 @@ class Bench(unittest.TestCase):
 
     @staticmethod
     def cost_s(daemon: BenchDaemon, traffic: Traffic, connections: int) -> Callable[[], float]:
-        """Return what measures the processor time of a call."""
+        """Return a function that measures the processor time of a call."""
         def measure() -> float:
             started_s = time.perf_counter()
             spent_s = daemon.loop_s()
@@ -559,7 +559,8 @@ class Bench(unittest.TestCase):
 
         pool_ids = random.sample(many_held.pool_ids[1:], 500)
         traffic = [addresses(pool_id, 4) for pool_id in pool_ids]
-        self.while_folding(many, traffic, 1, f"longest call while {count} are folded")
+        self.while_checkpointing(many, traffic, 1,
+                                 f"longest call while {count} are written in a checkpoint")
         self.beside_a_page(many, traffic, f"longest call beside GET /status?leases=1 of {count}")
         few_traffic = [addresses(pool_id, 4) for pool_id in few_held.pool_ids]
         self.flat(f"{count} in {blocks + 1:,} pools / 100 in 10", few, few_traffic, many, traffic)
@@ -574,7 +575,7 @@ class Bench(unittest.TestCase):
         self.row(what, [memory_bytes], "B", at_most=1000)
 
     def beside_a_page(self, daemon: BenchDaemon, traffic: list[Traffic], what: str) -> None:
-        """Call as long as somebody reads all leases."""
+        """Measure calls as long as another client reads all leases."""
         wire = Wire(daemon.socket)
         disk = Disk(daemon.directory)
         alone = [disk.sync() for _ in range(300)]
@@ -598,7 +599,7 @@ class Bench(unittest.TestCase):
         self.row("  its length", lengths, "MB")
 
     def many_routes(self) -> None:
-        """In a network namespace with so many routes of both families, none of them in a base."""
+        """Measure in a network namespace with many routes of both families outside the bases."""
         daemon = BenchDaemon(self)
         routes = os.path.join(daemon.directory, "routes")
         with open(routes, "w", encoding="ascii") as file:
@@ -619,7 +620,7 @@ class Bench(unittest.TestCase):
 
     def flat(self, what: str, few: BenchDaemon, few_traffic: list[Traffic], many: BenchDaemon,
              many_traffic: list[Traffic]) -> None:
-        """Compare what a call costs the two daemons."""
+        """Compare the cost of a call to the two daemons."""
         few_wire = Wire(few.socket)
         many_wire = Wire(many.socket)
         few_before_s = few.cpu_s()
@@ -639,12 +640,12 @@ class Bench(unittest.TestCase):
         self.row(f"  processor time of a call, {what}", [ratio], at_most=1.2)
 
     def full_and_crowded(self) -> None:
-        """Calls that must look for room in a state that has hardly any."""
+        """Measure calls that must look for free space in a state that has hardly any."""
         held = Fixture({"172.16.0.0/16": 65533}, 6_000 if self.quick else 60_000, 0)
         daemon = BenchDaemon(self, held).start()
         inode = os.stat(daemon.file).st_ino
         Wire(daemon.socket).pair(networks("192.168.0.0/24"))
-        while os.stat(daemon.file).st_ino == inode:  # the first change has made folding due
+        while os.stat(daemon.file).st_ino == inode:  # the first change makes a checkpoint due
             time.sleep(0.01)
         for what, traffic in (
                 ("an address of a /16 with one free", addresses(held.pool_ids[0])),
@@ -660,18 +661,20 @@ class Bench(unittest.TestCase):
         self.row("start with an empty state", [daemon.seconds_to_start() for _ in range(7)],
                  "s", at_most=0.25)
 
-    # -- folding
+    # -- checkpoints
 
-    def folding(self) -> None:
+    def checkpoints(self) -> None:
         held = Fixture({}, 1_000, 100)
         daemon = BenchDaemon(self, held, patch=CHECKPOINTS_WITHOUT_END).start()
         traffic = [addresses(pool_id, 4) for pool_id in held.pool_ids]
-        self.while_folding(daemon, traffic, 7 if self.quick else 40,
-                           "longest call while 100,000 leases are folded", at_most=5)
+        self.while_checkpointing(daemon, traffic, 7 if self.quick else 40,
+                                 "longest call while 100,000 leases are written in a checkpoint",
+                                 at_most=5)
 
-    def while_folding(self, daemon: BenchDaemon, traffic: list[Traffic], folds: int, what: str,
-                      at_most: float | None = None) -> None:
-        """Call until the lease file has been replaced so often."""
+    def while_checkpointing(self, daemon: BenchDaemon, traffic: list[Traffic],
+                            checkpoint_count: int, what: str,
+                            at_most: float | None = None) -> None:
+        """Call until the lease file has been replaced this often."""
         wire = Wire(daemon.socket)
         disk = Disk(daemon.directory)
         floor = [0.0]
@@ -680,14 +683,14 @@ class Bench(unittest.TestCase):
         worst_floors: list[float] = []
         times: list[float] = []
 
-        # What the disk does to everybody while the lease file is written.
+        # The disk delays every process while the lease file is written.
         def sync_alone() -> None:
             while not is_over.wait(0.001):
                 floor.append(disk.sync())
 
         thread = threading.Thread(target=sync_alone, daemon=True)
         thread.start()
-        for _ in range(folds):
+        for _ in range(checkpoint_count):
             inode = os.stat(daemon.file).st_ino
             floor[:] = [0.0]
             first = len(times)
@@ -708,7 +711,7 @@ class Bench(unittest.TestCase):
     # -- several hosts
 
     def several_hosts(self) -> None:
-        """What etcd costs, on this machine: new pools wait for it, addresses never."""
+        """Measure the cost of etcd on this machine: new pools wait for it, addresses never."""
         etcd = self.start_etcd()
         alone = BenchDaemon(self).start()
         hosts = [self.start_host(etcd.endpoints, f"host{number}") for number in range(3)]
@@ -764,7 +767,7 @@ class Bench(unittest.TestCase):
             etcd.compact()
             wait_until("the end of the compaction", is_compacted)
         megabytes = (kept[1] - size()) / 1e6
-        self.row("what etcd keeps of 1,000 changes, until it compacts", [megabytes], "MB")
+        self.row("size of 1,000 changes in etcd, until it compacts", [megabytes], "MB")
 
     def idle_traffic(self, etcd: Etcd) -> None:
         meter = Meter(etcd)
@@ -783,7 +786,7 @@ class Bench(unittest.TestCase):
             host.kill()
 
     def pools_through_etcd(self, etcd: Etcd, alone: BenchDaemon, host: BenchDaemon) -> None:
-        """Of networks that stay: a claim that is let go would meet the next one."""
+        """Measure networks that stay, since the deletion of a claim would delay the next one."""
         gateway = Gateway(etcd)
         pools = networks().requests
         alone_wire = Wire(alone.socket)
@@ -808,7 +811,7 @@ class Bench(unittest.TestCase):
         self.row("  / (1.5 x transaction + without)", ratios(ours, floor), at_most=1)
 
     def at_once(self, paths: list[str]) -> list[float]:
-        """Return how many networks a second each gets that comes and goes."""
+        """Return how many networks a second each host can create and remove."""
         def networks_a_second(path: str) -> float:
             return storm(path, networks(), 4, 1.0) / 2
 
@@ -848,7 +851,7 @@ class Bench(unittest.TestCase):
             self.row(f"  while {what}", [reading_s], "ms", at_most=at_most)
 
     def p99_s(self, wire: Wire, traffic: Traffic) -> float:
-        """Return how long the slowest of a hundred requests take."""
+        """Return the time of the slowest of a hundred requests."""
         times = sorted(wire.request(traffic) for _ in self.rounds(1000, 10_000))
         return times[len(times) * 99 // 100]
 
@@ -880,7 +883,7 @@ class Bench(unittest.TestCase):
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table; with --quick in a minute, from a smaller state."""
+    """Print the table; --quick takes a minute, with a smaller state."""
     runner = Bench()
     runner.quick = "--quick" in arguments
     print(f"gipam {gipam.__version__}, Python {platform.python_version()}, "
@@ -895,7 +898,7 @@ def main(arguments: list[str]) -> int:
                 runner.a_million_leases,
                 runner.many_routes,
                 runner.full_and_crowded,
-                runner.folding,
+                runner.checkpoints,
                 runner.several_hosts,
                 runner.claims_of_others,
                 runner.beside_docker):

@@ -133,12 +133,12 @@ class BootTest(unittest.TestCase):
         return machine
 
     def machine(self, *files: str) -> Machine:
-        """Return a machine for this test alone."""
+        """Return a machine that is used by this test alone."""
         return self.boot(self.addCleanup, *files)
 
     @contextlib.contextmanager
     def load(self, machine: Machine, excuse: str = "nothing") -> Iterator[Load]:
-        """Stop and start containers meanwhile; no command may fail but with the excuse."""
+        """Stop and start containers meanwhile; no command may fail, except for this reason."""
         load = Load(machine)
         try:
             yield load
@@ -147,7 +147,7 @@ class BootTest(unittest.TestCase):
         self.assertEqual([line for line in failures if excuse not in line], [])
 
     def assert_all_is_well(self, machine: Machine, *scripts: str) -> None:
-        """Run these, then check: all containers run, no address is there twice, all agree."""
+        """Run these commands; check that containers run with unique addresses and all agree."""
         for script in scripts:
             machine(script)
         machine.wait_for_containers()
@@ -217,7 +217,7 @@ class BootTest(unittest.TestCase):
         load.process.communicate()  # it has ended with the machine
         machine.boot(end="poweroff")
         machine.wait_for_containers()
-        # gipam holds what it was granting at the power cut, and Docker does not know of it.
+        # gipam holds a grant of the moment of the power cut, which Docker does not know of.
         self.assert_all_is_well(machine, CHECK + " --fix")
         self.assert_gipam_started_before_docker(machine)
 
@@ -227,7 +227,7 @@ class BootTest(unittest.TestCase):
         self.assert_gipam_started_before_docker(machine)
 
     def test_machine_is_recognised_over_a_power_cut_and_on_a_copy_of_its_disk(self) -> None:
-        """In the service and by hand: with -etcd, another identity would be another machine's."""
+        """With -etcd, a machine with another identity would count as another machine."""
         machine = self.machine()
         identity = machine(READ_IDENTITY)
         in_service = f"nsenter -t {GIPAM_PID} --all --setuid 0 --setgid 0 {READ_IDENTITY}"

@@ -28,7 +28,7 @@ from test_gipam import ErrorReply, choose_seeds, make_directory, wait_until
 SHIFTED_CLOCK = "import time; now = time.time; time.time = lambda: now() + {}"
 OTHER_HARDWARE = "gipam.read_machine_id = lambda path: gipam.MachineId('cloned', {!r})"
 
-# gipam stops itself between its claim and its reply, once, when the file named there was made.
+# gipam stops itself once, between a claim and its reply, after the file of this name was made.
 STOP_AFTER_CLAIM = """
 import signal
 apply = gipam.ClusterMember._apply
@@ -44,7 +44,7 @@ gipam.ClusterMember._apply = stop_and_apply
 
 
 class SiteCase(unittest.TestCase):
-    """What the cases share."""
+    """Helpers that the cases share."""
 
     maxDiff = None
 
@@ -66,7 +66,7 @@ class SiteCase(unittest.TestCase):
         *args: Any,
         **named: Any,
     ) -> Any:
-        """Request what is refused as long as others may claim again what they hold."""
+        """Repeat a request that is refused during a grace period, until it is granted."""
         results = []
 
         def is_given() -> bool:
@@ -87,7 +87,7 @@ class SiteCase(unittest.TestCase):
         wait_until("the conflict is named", is_named, deadline_s=QUIET_S)
 
     def wait_until_absent(self, host: Host, other: Host) -> None:
-        """Wait until a host is absent for the other one."""
+        """Wait until a host is absent in the view of the other one."""
         def is_absent() -> bool:
             presence = {}
             for each in other.client.state()["hosts"]:
@@ -114,7 +114,7 @@ class SiteCase(unittest.TestCase):
             self.assertNotIn(password, text)
 
     def assert_ends(self, host: Host) -> None:
-        """Check that it ends, says that another machine has its name, and leaves nothing."""
+        """Check that gipam ends, says that another machine has its name, and leaves no socket."""
         assert host.daemon.process
         self.assertEqual(host.daemon.process.wait(QUIET_S), 75, host.daemon.read_log())
         self.assertIn(f"another machine is host {host.name!r}", host.daemon.read_log())
@@ -125,7 +125,7 @@ class SiteCase(unittest.TestCase):
 
 
 class ChaosTest(unittest.TestCase):
-    """Hosts under load; nothing that was answered is lost, and nothing is given twice."""
+    """Hosts under load: no grant that was answered is lost, and none is given twice."""
 
     maxDiff = None
 
@@ -267,7 +267,7 @@ class NameTest(SiteCase):
 
 
 class LostFileTest(SiteCase):
-    """A lease file that is lost or old gives nothing away that Docker may use."""
+    """A lost or old lease file grants no address that Docker may use."""
 
     def test_old_backup_of_a_lease_file_gives_nothing_away(self) -> None:
         site = Site(self)
@@ -297,7 +297,7 @@ class LostFileTest(SiteCase):
         site.assert_agreement()
 
     def test_lost_file_in_a_shared_subnet_makes_no_container_a_gateway(self) -> None:
-        """Nor does the first address, which a container has, become another host's gateway."""
+        """The first address belongs to a container, so no other host may use it as a gateway."""
         site = Site(self)
         host = site.host("here")
         other = site.host("there")
@@ -321,7 +321,7 @@ class LostFileTest(SiteCase):
 
 
 def take_time(_: str) -> None:
-    """Answer as a Docker that is busy."""
+    """Reply as slowly as a busy Docker."""
     time.sleep(3)
 
 
@@ -329,7 +329,7 @@ def take_time(_: str) -> None:
 
 
 class EvictTest(SiteCase):
-    """Earlier replies to a host count no more once it has been evicted; later ones do."""
+    """Replies to a host before its eviction count no more; later ones do."""
 
     LAN = "10.2.31.0/28"
 
@@ -351,7 +351,7 @@ class EvictTest(SiteCase):
     def stop_after_claim(self, request: Callable[..., Any], *args: Any) -> tuple[str, str]:
         """Stop a host between its claim and its reply, evict it, give its claim to the other.
 
-        Return what the other was given, and what the first was told when it went on.
+        Return the grant to the other, and the reply to the first when it went on.
         """
         pathlib.Path(self.stop_file).touch()
         before = self.all_claims()
@@ -370,7 +370,7 @@ class EvictTest(SiteCase):
         done = self.there.command("evict", "here", "--yes")
         self.assertIn("is alive", done.stderr)
         self.site.evict(self.here, self.there)
-        self.assertIn(claimed, self.there.daemon.read_log(), "what was evicted is logged")
+        self.assertIn(claimed, self.there.daemon.read_log(), "the evicted claim is logged")
         subnet, _, address = claimed.rpartition("/")
         if "/" in subnet:
             given = self.there.client.request_address(self.other, address, MAC)
@@ -407,7 +407,7 @@ class EvictTest(SiteCase):
         def is_claimed_again() -> bool:
             return self.site.claims().get(self.LAN) == ["here", "there"]
 
-        wait_until("what it holds is claimed again", is_claimed_again, deadline_s=QUIET_S)
+        wait_until("the held subnets are claimed again", is_claimed_again, deadline_s=QUIET_S)
         self.site.assert_agreement()
 
     def test_host_that_comes_back_finds_what_is_anothers_by_then(self) -> None:
@@ -463,7 +463,7 @@ class LeaveTest(SiteCase):
 
 
 class RestoreTest(SiteCase):
-    """An etcd that is older than it was; save() is before, restore() is after."""
+    """An etcd that is restored to an older state; save() is before, restore() is after."""
 
     def setUp(self) -> None:
         self.site = Site(self, 3)
@@ -474,10 +474,10 @@ class RestoreTest(SiteCase):
     def save(self) -> None:
         wait_until("claims", self.site.does_agree)
         self.site.etcd.save(self.snapshot)
-        time.sleep(HEARTBEAT_S + 1)  # nobody restores what is younger than a heartbeat
+        time.sleep(HEARTBEAT_S + 1)  # no real backup is younger than a heartbeat
 
     def restore(self, cluster_token: str = "") -> None:
-        """Restore it, and wait until the host that is there has noticed."""
+        """Restore the snapshot, and wait until the host that runs has noticed."""
         self.site.etcd.restore(self.snapshot, cluster_token)
 
         def is_read_again() -> bool:
@@ -501,7 +501,7 @@ class RestoreTest(SiteCase):
         self.there.client.request_pool(gipam_v4ab="26")
         before = site.holders()
         self.wait_for_claims(site, before)
-        self.here.kill()  # it sees nothing of it
+        self.here.kill()  # the host does not see the restore
         self.restore("another")
         self.request_after_grace(self.there.client.request_pool, subnet)
         self.here.daemon.start()
@@ -510,7 +510,7 @@ class RestoreTest(SiteCase):
         self.wait_for_claims(site, {**before, subnet: ["there"]})
         self.assertRegex(self.here.daemon.read_log(), f"{subnet}.*there")
         self.here.client.request_address(kept)
-        self.here.client.release_pool(disputed)  # the way out: the network is made anew
+        self.here.client.release_pool(disputed)  # the remedy is to make the network again
         site.assert_agreement()
 
     def test_restore_behind_a_host_that_was_cut_off_is_seen(self) -> None:
@@ -537,7 +537,7 @@ class RestoreTest(SiteCase):
         self.site.assert_agreement()
 
     def test_host_that_was_cut_off_meanwhile_gets_nothing_that_is_still_claimed_again(self) -> None:
-        """Its own key is intact, and nothing tells it of the loss but what the other says."""
+        """The host's own key is intact, so only the other host can tell it of the loss."""
         self.site.add_proxies("0.3")
         slow = self.site.host("slow")
         self.here.client.request_pool()
@@ -578,7 +578,7 @@ class RestoreTest(SiteCase):
 
 
 class TlsTest(SiteCase):
-    """An etcd that wants certificates and a password."""
+    """An etcd that requires certificates and a password."""
 
     PASSWORD = "s3cret-of-etcd"
 

@@ -1,6 +1,6 @@
 """`gipam.py check` and lost lease files beside a real dockerd: `python3 .ci/lab/check.py`.
 
-The tests make what crashes leave behind; check finds it, fixes it and does not find it again.
+The tests make the leftovers of crashes; check finds them, fixes them and finds no more.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run_on(network: str, name: str) -> tuple[str, ...]:
 
 
 def with_older_leases(text: str, age_s: int) -> str:
-    """Return a lease file as if each lease had been granted that much earlier."""
+    """Return a lease file as if each lease had been granted this much earlier."""
     document = json.loads(text)
     # Without a checksum, gipam takes it for a file that somebody has edited.
     del document["Checksum"]
@@ -68,7 +68,7 @@ def with_older_leases(text: str, age_s: int) -> str:
 
 
 class FakeDockerTest(DockerCase):
-    """The FakeDocker of the self-check shows what this Docker shows, key by key."""
+    """The FakeDocker of the self-check shows the same as this Docker, key by key."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -90,7 +90,7 @@ class FakeDockerTest(DockerCase):
         self.fake.start("one", "web")
 
     def grant(self, method: str, **arguments: Any) -> Any:
-        """Reply to the fake what gipam granted to the real network."""
+        """Reply to the fake as gipam replied to the real network."""
         if method == "IpamDriver.RequestPool":
             pool_id = "6" if arguments["V6"] else "4"
             return {"PoolID": pool_id, "Pool": str(self.subnets[pool_id])}
@@ -147,7 +147,7 @@ class RelayHandler(socketserver.BaseRequestHandler):
             self.relay(self.request, gipam)
 
     def relay(self, dockerd: socket.socket, gipam: socket.socket) -> None:
-        """Pass data on in both directions; kill dockerd in place of the reply that is fatal."""
+        """Pass data on in both directions; kill dockerd instead of delivering the fatal reply."""
         request = b""
         while True:
             readable, _, _ = select.select([dockerd, gipam], [], [])
@@ -175,7 +175,7 @@ class RelayHandler(socketserver.BaseRequestHandler):
 class KillingRelay(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     """Stands between dockerd and gipam, in the place of gipam's socket.
 
-    It kills dockerd instead of delivering the reply to the next request that contains `fatal`.
+    The relay kills dockerd instead of delivering the reply to the next request with `fatal` in it.
     """
 
     daemon_threads = True
@@ -203,7 +203,7 @@ class CheckTest(DockerCase):
     MAC = "02:42:00:00:00:09"
 
     def leaked(self, container: str, network: str, v6: bool = False) -> str:
-        """Return what `check` will say of a container's address if it leaks."""
+        """Return the finding of `check` on a container's address if it leaks."""
         address = self.docker.address(container, network, v6)
         mac = self.docker.endpoint(container, network)["MacAddress"]
         return self.leaked_address(address, network, mac)
@@ -241,7 +241,7 @@ class CheckTest(DockerCase):
         self.docker.container("two", "web")
         self.docker.network("new", containers=("three",))
         self.docker.replace_lease_file(copy)
-        # The import adds what the file lacks; only check may release what it holds too much.
+        # The import adds grants that the file lacks; only check may release surplus ones.
         wait_until("the end of the import", self.is_import_done)
         self.assert_found_and_fixed(*leaked)
 
@@ -251,7 +251,7 @@ class CheckTest(DockerCase):
         self.assert_found_and_fixed()
 
     def test_stopped_container_with_a_fixed_address_starts_again(self) -> None:
-        """In a /30, there is one more address: the gateway's, which Docker up to 28 hides."""
+        """In a /30, the only other address is the gateway's, which Docker up to 28 hides."""
         self.addCleanup(self.docker.stop, "gipam")
         self.docker.network("tiny", "--subnet", "10.8.0.0/30")
         self.docker.container("fixed", "tiny", "--ip", "10.8.0.2")
@@ -406,7 +406,7 @@ class ChurnTest(DockerCase):
             self.docker("start", name)
 
     def test_nothing_false_is_reported(self) -> None:
-        """The grace time excuses what has just started, but nothing of an hour ago."""
+        """The grace time excuses recent leases, but none that is an hour old."""
         older = with_older_leases(self.docker.read_lease_file(), HOUR_S)
         self.docker.replace_lease_file(older)
         names = self.docker("ps", "--format", "{{.Names}}").split()
@@ -469,7 +469,7 @@ class LostFileTest(DockerCase):
 
 
 class ImportTest(DockerCase):
-    """gipam starts with no lease file, an old one or a sound one, whatever dockerd does then."""
+    """gipam starts with no lease file, an old one or a sound one, whatever the state of dockerd."""
 
     NETWORKS = ("web", "lan", "six")
 
@@ -480,7 +480,7 @@ class ImportTest(DockerCase):
         self.docker.network("web", "--ipv6")
         self.docker.network("lan", "--subnet", "10.9.0.0/24", "--ip-range", "10.9.0.64/26")
         self.docker.network("six", "--ipv6", "--subnet", "fd00:7::/64")
-        # dockerd requests again what restarts, but nothing of this network.
+        # dockerd requests the addresses of restarting containers again, but none of this network.
         self.docker.network("idle", "--ipv6")
         for name in self.NETWORKS:
             self.docker.container("in-" + name, name, "--restart", "always")
@@ -492,7 +492,7 @@ class ImportTest(DockerCase):
             os.unlink(name)
 
     def assert_imported(self) -> None:
-        """gipam holds everything, and what is new gets none of it."""
+        """Check that gipam holds all addresses in use, and that new containers get none of them."""
         wait_until("the end of the import", self.is_import_done)
         self.assert_agreement()
         for name in self.NETWORKS:
@@ -528,7 +528,7 @@ class ImportTest(DockerCase):
         self.assert_imported()
 
     def test_gipam_is_killed_in_the_middle_of_the_import(self) -> None:
-        """It dies in each of its requests; those before are on disk."""
+        """gipam dies in each of the import's requests; earlier ones are on disk."""
         for count in (1, 2, 3):
             with self.subTest(count=count):
                 self.lose_file()
@@ -553,7 +553,7 @@ class ImportTest(DockerCase):
         self.assert_imported()
 
     def test_adoption_is_cut_short_by_a_crash_before_its_checkpoint(self) -> None:
-        """The pools of restarted containers are held then, but not the other containers."""
+        """The crash leaves the pools of restarted containers held, but not the other containers."""
         # In the upper half of the range: a gipam that cannot reach Docker starts in the lower half.
         self.docker.container("other", "lan", "--ip", "10.9.0.120")
         self.lose_file()

@@ -5,11 +5,11 @@
     host.client.request_pool()        # speaks the plugin protocol, in the place of dockerd
     host.cut_off(); host.rejoin()     # its cable
     site.etcd.kill()                  # see etcd.py
-    site.assert_agreement()           # what the hosts hold is what etcd has
+    site.assert_agreement()           # hosts and etcd have the same claims
     Chaos(site, seed).run(45)         # tenants of every host live with random faults
 
-The Ledger knows only what was answered: a pool or an address is held from the reply to its request
-until its release is about to be requested, and whatever is held twice is a problem.
+The Ledger knows only the replies: a pool or an address is held from the reply to its request
+until its release is about to be requested, and a grant that is held twice is a problem.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Host:
         self.daemon.stop(number)
 
     def start_again(self) -> None:
-        """Start it after kill(), and see that it has what its tenants were answered."""
+        """Start gipam again after kill(), and check that it holds all grants of its tenants."""
         wait_until("tenants have seen it", self.have_tenants_noticed)
         self.daemon.start()
         self.reconcile()
@@ -152,7 +152,7 @@ class Host:
         return not any(tenant.is_alive() and not tenant.lost for tenant in self.tenants)
 
     def lose_file(self) -> None:
-        """Remove the lease file and its journal, as whoever sets up a disk anew."""
+        """Remove the lease file and its journal, as if the disk were new."""
         for name in os.listdir(self.daemon.directory):
             if name.startswith("leases.json"):
                 os.unlink(os.path.join(self.daemon.directory, name))
@@ -164,11 +164,11 @@ class Host:
         self.site.namespace.ip(f"link set host{self.namespace.pid} up")
 
     def pools(self) -> dict[str, Any]:
-        """Return the pools that it holds, by id."""
+        """Return the pools that the host holds, by id."""
         return {pool["id"]: pool for pool in self.client.state()["pools"]}
 
     def conflict(self, pool_id: str) -> str:
-        """Return who else has claimed a pool."""
+        """Return the other hosts that have claimed a pool."""
         return str(self.pools()[pool_id]["claimed_elsewhere"])
 
     def is_etcd_up(self) -> bool:
@@ -190,9 +190,9 @@ class Host:
         return holdings
 
     def reconcile(self) -> None:
-        """Check that gipam holds what its tenants were answered.
+        """Check that gipam holds the grants of its tenants.
 
-        What a call without a reply has done is learned by the tenant that made it.
+        The tenant that made a call without a reply learns its effect here.
         """
         ledger = self.site.ledger
         holdings = self.holdings()
@@ -317,7 +317,7 @@ class Site:
                 self.test.assertFalse(pool.get("claimed_elsewhere"), pool)
 
     def evict(self, host: Host, by: Host) -> None:
-        """Evict a host once it is absent; what it was answered does not count any more."""
+        """Evict a host once it is absent; earlier replies to it do not count any more."""
         def is_evicted() -> bool:
             return by.command("evict", host.name, "--yes").returncode == 0
 
@@ -326,11 +326,11 @@ class Site:
             self.ledger.remove(entry.pool_id, entry.address)
 
 
-# === The checker: it knows only what was answered =================================================
+# === The checker, which knows only the replies ====================================================
 
 
 class Entry(NamedTuple):
-    """What a tenant surely holds: a pool, or an address of it."""
+    """A grant that a tenant surely holds: a pool, or an address of it."""
 
     tenant: Tenant
     pool_id: str
@@ -339,7 +339,7 @@ class Entry(NamedTuple):
     is_common: bool = False  # each host may hold it once
 
     def conflicts_with(self, other: Entry) -> bool:
-        """Return whether nobody should have been given this while the other is held."""
+        """Return whether this must not be granted while the other one is held."""
         is_same = (self.subnet, self.address) == (other.subnet, other.address)
         if self.is_common and other.is_common and is_same:
             return self.tenant.host is other.tenant.host
@@ -350,7 +350,7 @@ class Entry(NamedTuple):
 
 
 class Ledger:
-    """Who holds what: from the reply to a request until its release is about to be requested."""
+    """The holders of grants, from the reply to a request until shortly before its release."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -397,7 +397,7 @@ class Wish(NamedTuple):
 
 
 def shared_subnets(number: int) -> list[str]:
-    """Return what a tenant requests to be shared; the last three are of a base's blocks."""
+    """Return subnets that a tenant requests to be shared; the last three are of a base's blocks."""
     return [f"192.168.{number}.0/25", f"fd00:{number}::/64", f"10.2.{28 + number}.0/24",
             f"10.2.31.{16 * number}/28", f"10.2.31.{128 + 4 * number}/30"]
 
@@ -438,7 +438,7 @@ class Tenant(threading.Thread):
         return action
 
     def step(self) -> None:
-        """Make one call, and count what became of it."""
+        """Make one call, and count its outcome."""
         held = self.ledger.of(self)
         pools = [entry for entry in held if not entry.address]
         action = self.choose_action(len(pools), len(held))
@@ -543,11 +543,11 @@ class Tenant(threading.Thread):
         return is_pool or is_address
 
 
-# === What goes wrong ==============================================================================
+# === Faults =======================================================================================
 
 
 class Fault(NamedTuple):
-    """What may go wrong at a host, or at etcd: what begins it, and what ends it."""
+    """A fault of a host, or of etcd, with functions that begin and end it."""
 
     name: str
     begin: Callable[[Host], None]
@@ -570,7 +570,7 @@ class Chaos:
                 host.tenants.append(Tenant(host, number, rng))
 
     def run(self, for_s: float, only: str = "") -> None:
-        """Live with the faults, or with one, then be quiet and check what every host holds."""
+        """Live with the faults, or with one, then be quiet and check the grants of every host."""
         tenants: list[Tenant] = []
         for host in self.site.hosts:
             tenants += host.tenants
@@ -609,7 +609,7 @@ class Chaos:
         time.sleep(self.rng.random() * at_most_s)
 
     def faults(self) -> list[Fault]:
-        """Return what may go wrong."""
+        """Return the possible faults."""
         return [
             Fault(self.KILL_GIPAM, Host.kill, Host.start_again, weight=2),
             Fault("gipam paused", Host.pause, Host.resume),
@@ -642,9 +642,9 @@ class Chaos:
         works(self.etcd.save, self.snapshot)
 
     def restore(self, _: Host) -> None:
-        """Go back to what was saved, if it could be.
+        """Restore the saved snapshot, if there is one.
 
-        Nobody restores what is younger than a heartbeat.
+        No real backup is younger than a heartbeat.
         """
         time.sleep(HEARTBEAT_S + 1)
         if os.path.exists(self.snapshot):
@@ -655,9 +655,9 @@ class Chaos:
         self.save(host)
 
     def restore_and_rejoin(self, host: Host) -> None:
-        """Restore what the host does not see, so that its own key is intact.
+        """Restore a snapshot that the host does not see, so that its own key is intact.
 
-        It comes back when the others have noticed: before, no rule could help.
+        The host comes back when the others have noticed; no rule could help before.
         """
         self.restore(host)
         time.sleep(HEARTBEAT_S + 1)

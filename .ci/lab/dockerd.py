@@ -150,7 +150,7 @@ class RefusedNetwork(NamedTuple):
 
 
 class RefusalTest(DockerCase):
-    """What gipam refuses, and what Docker then releases."""
+    """Networks and addresses that gipam refuses, and the releases of Docker that follow."""
 
     LAN = ("--subnet 10.9.0.0/24 --gateway 10.9.0.1 --aux-address router=10.9.0.5 "
            "--ipv6 --subnet fd00:9::/64 --gateway fd00:9::1 "
@@ -194,7 +194,7 @@ class RefusalTest(DockerCase):
         self.assert_agreement()
 
     def test_ipv6_address_of_another_is_refused(self) -> None:
-        """Docker then leaks the IPv4 address that it got first, and check finds it.
+        """After the refusal, Docker leaks the IPv4 address that it got first; check finds it.
 
         moby daemon/libnetwork/network.go: createEndpoint() releases only once both are assigned.
         """
@@ -233,7 +233,7 @@ class RefusalTest(DockerCase):
         self.assert_agreement(4)
 
     def fix_leaked_pool(self) -> None:
-        """Release what 28 keeps of a network whose second subnet was refused: a pool or nothing.
+        """Release the leftover of 28 after a refused second subnet: a pool or nothing.
 
         moby libnetwork/network.go, ipamAllocateVersion(): err is shadowed, so that Docker keeps
         the first pool. The two subnets are requested in either order.
@@ -243,7 +243,7 @@ class RefusalTest(DockerCase):
 
 
 class Disturbance(NamedTuple):
-    """Something that happens to gipam, dockerd or a container of theirs."""
+    """An event that disturbs gipam, dockerd or one of their containers."""
 
     name: str
     keeps_all_running: bool
@@ -276,7 +276,7 @@ class RestartTest(DockerCase):
         self.docker.start_dockerd(*options)
 
     def start_dockerd_first(self) -> None:
-        """Start dockerd without gipam: it waits for the plugin of its network, 15 s at most."""
+        """Start dockerd without gipam; dockerd waits for its network's plugin, for 15 s at most."""
         self.docker.stop("dockerd", "gipam")
         self.docker.start_dockerd(wait=False)
         self.docker.start_gipam()
@@ -301,7 +301,7 @@ class RestartTest(DockerCase):
         return self.docker("inspect", "-f", template, "one") != "false always"
 
     def assert_network_works(self) -> None:
-        """Agreement, and containers stop, start and reach each other without a double address."""
+        """Check agreement, and that containers stop, start and reach each other."""
         wait_until("the restart of the first container", self.is_restarted_by_policy)
         self.assert_agreement()
         self.docker("start", "one", "two")
@@ -313,7 +313,7 @@ class RestartTest(DockerCase):
         self.docker("rm", "-f", "three")
 
     def disturbances(self) -> tuple[Disturbance, ...]:
-        """Return what happens, one after another: the next one finds what the last one left."""
+        """Return the disturbances, in order; each one finds the state that the last one left."""
         gipam = self.restart_gipam
         dockerd = self.restart_dockerd
         stop = signal.SIGTERM
@@ -366,7 +366,7 @@ class RestartTest(DockerCase):
 
 
 class RestingAddressTest(DockerCase):
-    """A stopped container's --ip in a network of 13 addresses, which others use up many times."""
+    """A stopped container keeps its --ip in a network of 13 addresses that others often use up."""
 
     FIXED = "10.90.0.2"
     SHOW_ADDRESS = ("ip", "-o", "-4", "addr", "show", "eth0")
@@ -453,7 +453,7 @@ ip route add {BASE_V6} via 2001:db8:ffff::7
         return works(self.router.run, "python3", "-c", script)
 
     def test_container_is_reached_from_outside_without_nat(self) -> None:
-        """From Docker 27 on, its published port is; before, a rule lets everything in."""
+        """From Docker 27 on, the published port is reached; before, a rule lets all traffic in."""
         if DOCKER < 27:
             rule = ("DOCKER-USER", "-i", "eth0", "-d", BASE_V4, "-j", "ACCEPT")
             self.assertFalse(self.can_connect(self.docker.address("one", "web")))
@@ -474,7 +474,7 @@ ip route add {BASE_V6} via 2001:db8:ffff::7
         self.assert_agreement()
 
     def test_docker_masquerades_by_default(self) -> None:
-        """The control: without ROUTED, none of what this class shows is true."""
+        """Without ROUTED, as a control, no claim of this class is true."""
         self.docker.network("hidden", containers=("two",))
         self.assertFalse(self.can_connect(self.docker.address("two", "hidden")))
         self.assertEqual(self.source_seen_by(self.BEYOND, "two"), self.HOST)
@@ -526,7 +526,7 @@ class SwarmTest(DockerCase):
         wait_until("the end of all tasks", self.remove_tasks)
 
     def remove_tasks(self) -> bool:
-        """Remove what is left of the tasks; return whether nothing is, for swarm may do it too."""
+        """Remove the rest of the tasks; return whether none is left, for swarm may do it too."""
         tasks = self.docker("ps", "-aq").split()
         return not tasks or works(self.docker, "rm", "-f", *tasks)
 

@@ -157,7 +157,7 @@ ip link set {far} up
             getattr(self, name).stop(number)
 
     def start(self) -> None:
-        """Start what is not running; gipam first, as at boot."""
+        """Start dockerd and gipam if they do not run, gipam first, as at boot."""
         if self.gipam is None or not self.gipam.is_running():
             self.start_gipam()
         if self.dockerd is None or not self.dockerd.is_running():
@@ -196,7 +196,7 @@ ip link set {far} up
             env=self.env, encoding="utf-8")
 
     def end(self, command: subprocess.Popen[str]) -> str:
-        """Return what a command printed. Raises: CommandError."""
+        """Return the output of a command. Raises: CommandError."""
         output, error = command.communicate(timeout=DOCKER_DEADLINE_S)
         if command.returncode != 0:
             raise CommandError(error.strip())
@@ -269,7 +269,7 @@ ip link set {far} up
         for network in sorted(networks, key=lambda network: network["ConfigOnly"]):
             self("network", "rm", network["Id"])
 
-    # What gipam, Docker and the kernel hold.
+    # Addresses that gipam, Docker and the kernel hold.
 
     def pools(self) -> list[dict[str, Any]]:
         """Return gipam's pools, by its command, since its TCP socket is inside the sandbox."""
@@ -317,7 +317,7 @@ ip link set {far} up
 
 
 class DockerCase(unittest.TestCase):
-    """The tests of a class share one dockerd and one gipam; each test removes what it made."""
+    """The tests of a class share one dockerd and one gipam; each test removes all that it made."""
 
     maxDiff = None
     options: tuple[str, ...] = ()
@@ -369,7 +369,7 @@ class DockerCase(unittest.TestCase):
         self.assertEqual(bare, sorted(set(bare)))
 
     def assert_found_and_fixed(self, *findings: str) -> None:
-        """`check` has exactly these findings and --fix fixes them; then all agree."""
+        """Check that `check` has exactly these findings and --fix fixes them; then all agree."""
         self.assertEqual(self.docker.check(), sorted(findings))
         self.assertEqual(self.docker.check("--fix"), sorted(findings))
         self.assert_agreement()

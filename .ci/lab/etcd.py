@@ -1,7 +1,7 @@
 """A real etcd for the lab: Debian's etcd-server, one member or more, each on an address of its own.
 
     etcd = Etcd(*loopback(3))
-    # Or addresses of hosts, and for each what runs a command there:
+    # Or addresses of hosts, and for each the command that runs others there:
     etcd = Etcd("10.9.0.1", "10.9.0.2", inside=[["nsenter", "-t", pid, "-n", "--"], ...])
     test.addCleanup(etcd.close)
     etcd.start()                         # waits until it is well
@@ -12,7 +12,7 @@
     etcd.ctl("get", "--prefix", "/gipam")
     etcd.compact(); etcd.save(path); etcd.restore(path)
 
-What runs a command elsewhere must become it, so that signals reach it: nsenter -n without -p, or
+The command that runs others must exec them, so that signals reach them: nsenter -n without -p, or
 `ip netns exec`. With tls=True gipam needs -etcdtls etcd.client_tls; enable_auth() then adds a user.
 """
 
@@ -35,7 +35,7 @@ from test_gipam import wait_until
 
 CLIENT_PORT, PEER_PORT = 2379, 2380
 START_DEADLINE_S = 60.0
-ROOT = "root:rootpw"  # who administers an etcd with users
+ROOT = "root:rootpw"  # the administrator of an etcd with users
 NUMBERS = itertools.count(1)
 
 
@@ -152,7 +152,7 @@ class Etcd:
         member.process = Process(member.log, *member.inside, "etcd", *options)
 
     def wait(self) -> None:
-        """Wait until etcd is well: it has a leader and takes writes."""
+        """Wait until etcd is well, so that it has a leader and accepts writes."""
         try:
             wait_until("etcd is well", self.is_well, deadline_s=START_DEADLINE_S)
         except AssertionError as error:
@@ -163,11 +163,11 @@ class Etcd:
             raise AssertionError("\n".join(texts)) from None
 
     def is_well(self) -> bool:
-        """Return whether it takes writes."""
+        """Return whether etcd accepts writes."""
         return works(self.ctl, "--command-timeout=2s", "put", "/is-well", "")
 
     def kill(self, *members: Member) -> None:
-        """End them with SIGKILL, paused ones too."""
+        """End these members with SIGKILL, also paused ones."""
         killed = members or self.members
         for member in killed:
             member.send(signal.SIGKILL)
@@ -185,21 +185,21 @@ class Etcd:
             member.send(signal.SIGCONT)
 
     def leader(self) -> Member:
-        """Return the member that leads. Raises: CommandError: none does."""
+        """Return the member that leads. Raises: CommandError, if none does."""
         for member in filter(Member.is_running, self.members):
             with contextlib.suppress(CommandError):
                 text = self.ctl(
                     "--command-timeout=2s", "endpoint", "status", "-w", "json", member=member)
                 status = json.loads(text)[0]["Status"]
-                # It has no leader in an election.
+                # A cluster has no leader during an election.
                 if status.get("leader") == status["header"]["member_id"]:
                     return member
         raise CommandError("no member leads")
 
-    # -- what etcdctl and etcdutl do
+    # -- etcdctl and etcdutl
 
     def ctl(self, *arguments: str, member: Member | None = None) -> str:
-        """Return what etcdctl prints, asked of one member or of any. Raises: CommandError."""
+        """Return the output of etcdctl, run for one member or for any. Raises: CommandError."""
         asked = member or self.members[0]
         options = ["--endpoints", self.url(member) if member else self.endpoints]
         if self.is_tls:
@@ -214,7 +214,7 @@ class Etcd:
         return run(*asked.inside, "etcdctl", *options, *arguments, for_s=20)
 
     def keys(self, prefix: str) -> dict[str, Any]:
-        """Return every key under the prefix with its value, parsed where it is JSON."""
+        """Return every key under the prefix with its value, parsed if it is JSON."""
         reply = json.loads(self.ctl("get", "--prefix", prefix, "-w", "json"))
         values = {}
         for pair in reply.get("kvs", []):
@@ -229,15 +229,15 @@ class Etcd:
         return int(reply["header"]["revision"])
 
     def compact(self) -> None:
-        """Forget all that is older than now."""
+        """Delete the history of all keys before now."""
         self.ctl("compact", str(self.revision()))
 
     def save(self, path: str) -> None:
-        """Save a snapshot of it all."""
+        """Save a snapshot of all keys."""
         self.ctl("snapshot", "save", path, member=self.members[0])
 
     def restore(self, path: str, cluster_token: str = "") -> None:
-        """Let a snapshot take the place of it all; another token makes another cluster id."""
+        """Replace all keys by a snapshot; another token makes another cluster id."""
         self.kill()
         self.cluster_token = cluster_token or self.cluster_token
         for member in self.members:
@@ -250,7 +250,7 @@ class Etcd:
         self.start()
 
     def enable_auth(self, user: str, password: str) -> None:
-        """Let in this user, who may touch /gipam/ and nothing else, and root."""
+        """Enable authentication for root and for this user, who may access only /gipam/."""
         for command in (f"user add {ROOT}", "user grant-role root root", "role add gipam",
                         "role grant-permission gipam --prefix=true readwrite /gipam/",
                         f"user add {user}:{password}", f"user grant-role {user} gipam",

@@ -24,7 +24,7 @@ from test_gipam import sleeping_retry, wait_until
 HOSTS = {"host1": 7, "host2": 8, "host3": 9}  # name: last part of its addresses
 OUTSIDE = ("198.51.100.2", "2001:db8:eeee::2")
 SETUP = "A routed prefix" if DOCKER >= 27 else "Docker 26 and 27"
-BEFORE = ("Install", SETUP)  # what a host needs first
+BEFORE = ("Install", SETUP)  # needed by a host first
 PART = "Several hosts"  # part of the README
 ME = "me=192.0.2.7"  # stands for each host's own address
 
@@ -76,7 +76,7 @@ class Host(Machine):
         return self(block.script().replace(ME, f"me=192.0.2.{HOSTS.get(self.name)}"))
 
     def plug_in(self, pid: str) -> None:
-        """Make eth0 of the host that starts with this process; its other end is in the switch."""
+        """Give the host that this process starts an eth0 whose other end is in the switch."""
         make = ["nsenter", "-t", pid, "-n", "ip", "link", "add", "eth0"]
         if self.switch is None:
             run(*make, "type", "bridge")
@@ -91,7 +91,7 @@ class Host(Machine):
         return self(ADDRESSES + container).split()
 
     def sees_all(self) -> bool:
-        """Return whether all hosts are there, as this one sees it."""
+        """Return whether this host sees all hosts as up."""
         presence = {}
         for seen in self.status()["hosts"]:
             presence[seen["host"]] = seen["is_present"]
@@ -102,7 +102,7 @@ class Host(Machine):
 
 
 class HostsTest(unittest.TestCase):
-    """The tests share the site; each leaves it as it found it."""
+    """The tests share the site, and each leaves it unchanged."""
 
     maxDiff = None
     router: Host
@@ -175,7 +175,7 @@ class HostsTest(unittest.TestCase):
     # -- helpers
 
     def assert_refused(self, host: Host, script: str, *words: str) -> None:
-        """Docker says no, in these words."""
+        """Check that Docker refuses a command in these words."""
         said = host(script, 1, 125)
         for word in words:
             self.assertIn(word, said)
@@ -183,7 +183,7 @@ class HostsTest(unittest.TestCase):
 
     def assert_seen_as(self, own: Iterable[str], machine: Machine, command: str,
                        *addresses: str) -> None:
-        """The servers at these addresses see the one who runs this command as its own addresses."""
+        """Check that these servers see the command's sender under its own addresses."""
         seen = set()
         for address in addresses:
             server = f"[{address}]" if ":" in address else address
@@ -200,14 +200,14 @@ class HostsTest(unittest.TestCase):
         self.assert_seen_as(OUTSIDE, self.router, "ip netns exec outside busybox", *everywhere[:-2])
 
     def assert_all_is_well(self) -> None:
-        """Each host sees all hosts, is at peace with Docker and etcd, and nothing is to be done."""
+        """Check that each host sees all hosts, agrees with Docker and etcd, and is idle."""
         for host in self.hosts.values():
             for _ in sleeping_retry("quiet"):
                 etcd = host.status()["etcd"]
                 if not (etcd["failure"] or etcd["due"]):
                     break
             self.assertIn("no difference", host("gipam check --grace 0"))
-            # At the next look at etcd.
+            # A host sees the others at its next look at etcd.
             wait_until("all to be seen", host.sees_all, deadline_s=40)
         self.assert_all_reach_each_other()
 
@@ -280,7 +280,7 @@ class HostsTest(unittest.TestCase):
         second.wait_until(f"{{ {start_again}; }} > /dev/null 2>&1")
         second("docker rm -f fixed")
 
-    # -- what happens when etcd or a host is away
+    # -- etcd or a host is away
 
     def test_containers_start_and_stop_while_etcd_is_away(self) -> None:
         first, second, _ = self.hosts.values()
@@ -344,7 +344,7 @@ class HostsTest(unittest.TestCase):
         first("docker network rm taken")
         third.wait_until("docker start web1")
 
-        # To host3 it looked as if etcd had lost data: a grace period follows, on all hosts.
+        # To host3 it looked as if etcd had lost data, so a grace period follows on all hosts.
         first.wait_until(f"{{ {CREATE}after && docker network rm after; }} > /dev/null 2>&1")
         self.assert_all_is_well()
 

@@ -67,7 +67,7 @@ class SmallDiskTest(StoreCase):
                 filler.write(bytes(512))
 
     def request_until_full(self, tenant: Tenant) -> str:
-        """Request addresses while the last page has room; return the error that ends this."""
+        """Request addresses until the last page of the journal is full; return the error."""
         pool_id = next(iter(tenant.pools))
         for _ in range(1000):
             try:
@@ -98,7 +98,7 @@ class SmallDiskTest(StoreCase):
             self.assert_recovers_what_is_held(tenant)
             self.served.stop(end_daemon)
             self.assert_recovers_what_is_held(tenant)
-            # It starts on a full disk, too.
+            # gipam starts on a full disk, too.
             tenant.client = self.served.start().client()
 
         self.request_until_full(tenant)

@@ -1,11 +1,11 @@
-"""What the files of the lab share: how they run, the README's commands, namespaces, machines.
+"""Helpers of the files of the lab: how they run, the README's commands, namespaces, machines.
 
-The lab tests what needs more than the self-check: dockerd, machines that boot, long runs. Each file
-beside this one uses unittest and runs by itself, as root: `python3 .ci/lab/dockerd.py`, with -v and
--k. GIPAM_SUITE=trixie has dockerd 26.1.5 and Python 3.13; GIPAM_SUITE=forky, the default, has
-28.5.2 and 3.14. A missing command is a failure here, and the text names the remedy. Ctrl-C waits
-for the running test. `python3 .ci/lab/machines.py COMMAND …` runs a command in a tree, with this
-checkout.
+The lab has the tests that the self-check cannot have: with dockerd, machines that boot, long runs.
+Each file beside this one uses unittest and runs by itself, as root: `python3 .ci/lab/dockerd.py`,
+with -v and -k. GIPAM_SUITE=trixie has dockerd 26.1.5 and Python 3.13; GIPAM_SUITE=forky, the
+default, has 28.5.2 and 3.14. A missing command is a failure here, and the text names the remedy.
+Ctrl-C waits for the running test. `python3 .ci/lab/machines.py COMMAND …` runs a command in a tree,
+with this checkout.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class CommandError(Exception):
 
 def run(*command: str, env: dict[str, str] | None = None,
         for_s: float = DOCKER_DEADLINE_S) -> str:
-    """Return what a command prints. Raises: CommandError, also if it takes longer than for_s."""
+    """Return the output of a command. Raises: CommandError, also if it takes longer than for_s."""
     try:
         done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True,
                               encoding="utf-8", timeout=for_s)
@@ -158,7 +158,7 @@ class Namespaces:
         self.holder.communicate(timeout=DOCKER_DEADLINE_S)
 
     def run(self, *command: str, env: dict[str, str] | None = None) -> str:
-        """Run a command in the namespaces and return what it prints. Raises: CommandError."""
+        """Run a command in the namespaces and return its output. Raises: CommandError."""
         return run(*self.inside, *command, env=env)
 
 
@@ -208,7 +208,7 @@ class Process:
                 raise AssertionError(f"{command} has ended:\n" + self.read_log()[-4000:])
 
     def read_log(self) -> str:
-        """Return what this process has printed, and others in the same log since its start."""
+        """Return the output of this process, and of others in the same log since its start."""
         with open(self.log, "rb") as log:
             log.seek(self.log_start)
             return log.read().decode("utf-8", "replace")
@@ -277,7 +277,7 @@ class Sandbox(Disk):
         return process
 
     def run(self, *command: str) -> str:
-        """Run a command in the sandbox and return what it prints. Raises: CommandError."""
+        """Run a command in the sandbox and return its output. Raises: CommandError."""
         return self.namespaces.run(*command, env=self.env)
 
     def run_lines(self, lines: str) -> None:
@@ -374,7 +374,7 @@ SHOW_STATE = ("docker ps -a; journalctl --no-pager -o cat -u docker -u gipam -p 
 class Machine(Disk):
     """A Debian machine with Docker, on a tree (`Machine(make_tree("forky"))`) or another's disk.
 
-    With a router, each boot plugs it into that as eth0, and cable() says what it does then.
+    With a router, each boot plugs the machine into it as eth0, and then runs the script of cable().
     """
 
     def __init__(self, *lower: str, router: Router | None = None) -> None:
@@ -398,7 +398,7 @@ class Machine(Disk):
         self.pid = self.find_init()
 
     def plug_in(self, pid: str) -> None:
-        """Connect the machine that starts with this process."""
+        """Connect the machine that this process starts."""
         if self.router is not None:
             self.router.plug_in(pid)
 

@@ -33,7 +33,7 @@ OPTIONS = [
     "-o", "com.docker.network.bridge.gateway_mode_ipv6=routed",
 ]
 if IS_DOCKER_26:
-    # It rejects a block of an on-link route, and has no mode without NAT.
+    # Docker 26 rejects a block of an on-link route, and has no mode without NAT.
     V4 = "10.2.0.0/16"
     OPTIONS = ["-o", "com.docker.network.bridge.enable_ip_masquerade=false"]
 PLUG = """
@@ -69,7 +69,7 @@ class OnLinkTest(DockerCase):
         self.docker.container("one", "web", "--restart", "always")
 
     def set_what_is_missing(self) -> None:
-        """Run the commands of check's notes, as an operator does."""
+        """Run the commands in the notes of check, as an operator does."""
         for line in self.missing():
             self.docker.run(*line.split())
 
@@ -119,14 +119,14 @@ class OnLinkTest(DockerCase):
         return self.entries() == self.held()
 
     def assert_answered(self) -> None:
-        """All containers are reached, and the kernel has exactly their entries."""
-        wait_until("the kernel has what gipam holds", self.entries_are_right)
+        """Check that all containers are reached, and that the kernel has exactly their entries."""
+        wait_until("the kernel has entries for the leases of gipam", self.entries_are_right)
         for name in ("one", "two"):
             for address in self.addresses(name):
                 wait_until(f"{address} answers", self.pings, address)
 
     def router_state(self, address: str) -> str:
-        """Return what the router thinks of a neighbour."""
+        """Return the router's view of a neighbour."""
         return self.outside("ip", "neigh", "show", address, "dev", "eth0")
 
     def is_probed(self, address: str) -> bool:
@@ -207,7 +207,7 @@ class OnLinkTest(DockerCase):
         self.addCleanup(self.docker.run, "ip", "-6", "neigh", "del", *entry)
 
     def test_entries_are_what_containers_hold(self) -> None:
-        """Whatever happens; those of others stay."""
+        """Entries follow the containers at every event; those of other programs stay."""
         in_base = f"{V6[:-3]}77"
         self.add_entry_of_another(in_base)
         self.add_entry_of_another("2001:db8:5::1", "protocol", "103")
@@ -264,7 +264,7 @@ class OnLinkTest(DockerCase):
         return len(self.entries()) == count
 
     def test_cost_with_a_thousand_addresses(self) -> None:
-        """It is printed; the test is that all entries exist, and are deleted with their pool."""
+        """The cost is only printed. All entries must exist, and be deleted with their pool."""
         client = Client(self.docker.path("/run/docker/plugins/gipam.sock"))
         self.addCleanup(client.close)
         pool, subnet = client.request_pool(v6=True)
@@ -337,7 +337,7 @@ class ServiceTest(unittest.TestCase):
             machine.boot()
 
     def assert_answered(self, machine: Machine, router: Router) -> None:
-        """The router reaches both containers, and check has nothing to say about -onlink."""
+        """Check that the router reaches both containers, and that check has no note on -onlink."""
         machine.wait_for_containers()
         for name in ("one", "two"):
             machine.wait_until(f"! docker exec {name} ip addr | grep -q tentative")
