@@ -658,6 +658,9 @@ class OffsetBitmap:
     def __init__(self) -> None:
         self._bitmaps: dict[int, int] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._bitmaps)
+
     def __contains__(self, offset: int) -> bool:
         bitmap = self._bitmaps.get(offset >> self.SHIFT, 0)
         return bool(bitmap >> (offset & self.MASK) & 1)
@@ -2982,7 +2985,9 @@ class ProxyNeighbours:
 #      TransactionRequired; etcd commits the Transaction only if no claim has changed since; the
 #      iteration that applies the result decides again, with the Outcome as an argument.
 #   2. The claims of a host follow its journal; see desired_claim(), which also says when a claim
-#      is deleted. A claim of another host blocks its space here.
+#      is deleted. A claim of another host blocks its space here. After a data loss or an evict,
+#      two hosts may hold one subnet: the one without the claim lists it in its key hosts/HOST,
+#      which blocks the space for new grants of the others even when the claim is deleted.
 #
 # Nothing here does I/O; only the grace period after a data loss reads the monotonic clock.
 
@@ -3118,6 +3123,19 @@ def parse_json_object(text: str | None) -> Json:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def parse_contended_keys(text: str) -> list[str]:
+    """Return the keys that the value of a hosts/HOST lists as held without a claim."""
+    listed = parse_json_object(text).get("contended")
+    if not isinstance(listed, list):
+        return []
+    keys = []
+    for key in listed:
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            parse_claim_key(key)
+            keys.append(key)
+    return keys
 
 
 def parse_claim(value: Any) -> Claim | None:
@@ -3289,6 +3307,14 @@ class Members:
                 members.setdefault(host, known)
         self.by_host = members
 
+    def contended(self) -> dict[str, str]:
+        """Return the keys that other hosts hold without a claim, and these hosts."""
+        contended = {}
+        for host, member in self.by_host.items():
+            if host != self.host:
+                contended.update(dict.fromkeys(parse_contended_keys(member.text), host))
+        return contended
+
     def count_reading(self) -> None:
         """Count a reading of the keys hosts/HOST. Call it once per HEARTBEAT_INTERVAL_S."""
         self._note_behind()
@@ -3445,6 +3471,9 @@ class ClaimTable(NoClaims):
         # Keys that etcd has for this host, which does not hold them, but Docker may use them.
         self.unconfirmed: set[str] = set()
         self.conflicts: dict[str, Claim] = {}  # held key -> claim of another host
+        # Keys that were in conflict and are still held here without a claim: hosts/HOST lists them.
+        self.contending: frozenset[str] = frozenset()
+        self.contended: dict[str, str] = {}  # keys that other hosts list -> host
         self.wake_up: Callable[[], None] | None = None  # wakes the etcd thread
         self._reported: dict[str, str] = {}  # conflicts that were logged
         self._is_docker_compared = False
@@ -3458,7 +3487,7 @@ class ClaimTable(NoClaims):
         self.state = state
         # In the new state no claim blocks anything yet.
         self.conflicts.clear()
-        for key in self.claims:
+        for key in (*self.claims, *self.contended):
             self._update_space(key)
         held_keys = self._held_keys()
         for key in held_keys:
@@ -3525,12 +3554,24 @@ class ClaimTable(NoClaims):
             self.members.on_data_loss(result.keys)
         else:
             self.members.update(result.keys)
+        self._update_contended()
         is_joining = result.is_complete and not self.has_joined
         if is_joining or result.is_loss:
             self._mark_lost_claims()
         if is_joining:
             self.has_joined = True
             self._mark_unconfirmed_claims()
+
+    def _update_contended(self) -> None:
+        """Block the space that other hosts list, and list only what is held without a claim."""
+        contended = self.members.contended()
+        changed_keys = self.contended.keys() ^ contended.keys()
+        self.contended = contended
+        for key in changed_keys:
+            self._update_space(key)
+        self.contending = frozenset(
+            key for key in self.contending.union(self.conflicts)
+            if self.own_claim(key) is not None and not self.has_claimed(key))
 
     def forget_head(self) -> None:
         """Note that not all claims are known."""
@@ -3598,7 +3639,9 @@ class ClaimTable(NoClaims):
         claim = self.remote_claim(key)
         if claim is None:
             # A claim of this host alone blocks nothing, unless Docker may use the subnet.
-            return key in self.unconfirmed and not is_admitted
+            if is_admitted or key in self.unconfirmed:
+                return not is_admitted
+            return key in self.contended
 
         # A claim of other hosts blocks, unless they share the subnet with this host.
         subnet = self.local_subnet(network)
@@ -3626,11 +3669,7 @@ class ClaimTable(NoClaims):
             family.used.remove(network)
 
         if is_blocked:
-            key = str(network)
-            family.remote_claims[network] = str(self.claims[key])
-            if key in self.unconfirmed:
-                family.remote_claims[network] += (
-                    ", before gipam started here; if Docker does not use it, it is free soon")
+            family.remote_claims[network] = self._describe_blocker(str(network))
         else:
             family.remote_claims.pop(network, None)
 
@@ -3643,12 +3682,22 @@ class ClaimTable(NoClaims):
         for key in keys:
             self._update_conflict(key)
 
+    def _describe_blocker(self, key: str) -> str:
+        """Return the hosts that block a key here."""
+        if key in self.unconfirmed:
+            return (f"{self.claims[key]}, before gipam started here; if Docker does not use it, it "
+                    "is free soon")
+        if self.remote_claim(key) is None:
+            return f"host {self.contended[key]}, which held it before it was claimed elsewhere"
+        return str(self.claims[key])
+
     def _update_remote_address(self, key: str, network: Network, address: str) -> None:
         """Block or unblock an address of a shared subnet."""
         keys = self.address_keys.setdefault(network, {})
         offsets = self.remote_addresses.setdefault(network, OffsetBitmap())
         offset = parse_address(address, network.version) - int(network[0])
-        if self.remote_claim(key) is not None or key in self.unconfirmed:
+        is_contended = key in self.contended and self.own_claim(key) is None
+        if self.remote_claim(key) is not None or key in self.unconfirmed or is_contended:
             offsets.add(offset)
         else:
             offsets.discard(offset)
@@ -3659,6 +3708,7 @@ class ClaimTable(NoClaims):
             keys.pop(key, None)
         if not keys:
             del self.address_keys[network]
+        if not offsets:
             del self.remote_addresses[network]
 
     # Conflicts: held here, but claimed by another host
@@ -3671,6 +3721,7 @@ class ClaimTable(NoClaims):
                 self.mark_dirty(key)
         elif claim != self.conflicts.get(key):
             self.conflicts[key] = claim
+            self.contending |= {key}
             self.mark_dirty(key)
 
     def _find_foreign_claim(self, key: str) -> Claim | None:
@@ -4076,6 +4127,11 @@ class SharedSubnets:
         """
         table = self._table
         key = f"{network}/{grant.address}"
+        holder = table.contended.get(key)
+        if holder:
+            table.require_fresh(key, outcome)
+            raise Forbidden(f"Address already in use: {grant.address} of {network} is held by host "
+                            f"{holder}, though its claim was another host's")
         own = Claim((table.host,), grant.kind, False, grant.granted_s)
         claim = self.foreign_claim(key, grant.kind)
         if claim is None and table.is_granted(key, own, outcome):
@@ -7392,7 +7448,7 @@ def onlink_warnings(version: int, device: str, proc: str) -> Iterator[str]:
 #
 #   head                   a random token, new with each change of claims
 #   changes                the latest changes: [[the head before, {key: value}], ...]
-#   hosts/HOST             machine, product, process token, transaction count, is_behind
+#   hosts/HOST             machine, product, process token, transaction count, is_behind, contended
 #   claims/SUBNET          the hosts that hold it, since when, whether it is shared
 #   claims/SUBNET/ADDRESS  in a shared subnet: the hosts that hold it, the kind of the lease
 #
@@ -7910,7 +7966,9 @@ class ClusterMember:
             call = PendingCall(self._table.reconcile, part)
             self._run_transactions([*self._take_queue(), call])
             call.wait()
-        if was_behind and not self._table.members.is_behind:
+        has_caught_up = was_behind and not self._table.members.is_behind
+        listed = parse_contended_keys(self._own_key_text or "")
+        if has_caught_up or self._table.contending.difference(listed):
             self._next_heartbeat_s = 0.0  # announces it at once
 
     def _take_queue(self) -> list[PendingRequest]:
@@ -8139,6 +8197,7 @@ class ClusterMember:
             "token": self._token,
             "count": self._sent,
             "is_behind": self._table.members.is_behind,
+            "contended": sorted(self._table.contending),
         })
 
     def _extended_log(self, before: Head, changed: Json) -> ClaimLog:
