@@ -3560,6 +3560,9 @@ class ClaimTable(NoClaims):
             self._mark_lost_claims()
         if is_joining:
             self.has_joined = True
+            # Until this process has committed one, a transaction of an earlier process of this
+            # host may still be under way, and may delete any of its claims.
+            self.uncertain.update(filter(self.has_claimed, self.claims))
             self._mark_unconfirmed_claims()
 
     def _update_contended(self) -> None:

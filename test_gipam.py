@@ -11184,6 +11184,12 @@ class Host(Client):
         self.store.close()
         self.unlock()
 
+    def end_thread(self) -> None:
+        """Wait until the thread of etcd has seen that its loop is over."""
+        assert self.member._thread
+        self.member._thread.join(DEADLINE_S)
+        assert not self.member._thread.is_alive()
+
     def hurry(self) -> None:
         """Have the host look at etcd now."""
         self.member._next_heartbeat_s = 0.0
@@ -12538,6 +12544,37 @@ class SharedTest(TwoHosts):
             with self.etcd.lock:
                 self.etcd.carry_out(late[0])
             self.tell(ClaimedAddresses({f"{LAN}/192.168.1.9": ["one"]}))
+
+    def test_address_that_an_earlier_process_may_have_released_is_not_relied_upon(self) -> None:
+        """Its request may be on its way until a transaction of the new process succeeds."""
+        self.patch(gipam, ETCD_TIMEOUT_S=0.5, HEARTBEAT_INTERVAL_S=DEADLINE_S)
+        late: list[dict[str, Any]] = []
+
+        def delay(body: dict[str, Any]) -> None:
+            late.append(body)
+            self.etcd.go_away()
+            raise ConnectionError
+
+        self.tell(
+            RequestStep("one", LAN, "192.168.1.9"),
+            Settle(("one",)))
+        self.etcd.before(f"-claims/{LAN}", delay)
+        self.tell(Free("one", LAN, "192.168.1.9"))
+        wait_until("it is on its way", late.__len__)
+        self.one.crash()
+        self.one.end_thread()
+        # The next process reads all claims, and its first transaction does not arrive.
+        self.tell(EtcdComesBack())
+        self.etcd.before("hosts/one", delay)
+        one = self.start("one", self.one.directory)
+        self.assertTrue(one.table.has_claimed(f"{LAN}/192.168.1.9"))
+        one.loop.run_in_loop(one.table.on_docker_compared)
+        self.tell(
+            RequestStep("one", LAN, "192.168.1.9", refused="etcd does not answer"),
+            RequestStep("one", LAN, refused="etcd does not answer"))
+        with self.etcd.lock:
+            self.assertTrue(self.etcd.carry_out(late[0])["succeeded"])
+        self.tell(ClaimedAddresses({}))
 
     def is_certain_of_all_claims(self) -> bool:
         return not self.one.table.uncertain
