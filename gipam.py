@@ -3487,6 +3487,7 @@ class ClaimTable(NoClaims):
         self.state = state
         # In the new state no claim blocks anything yet.
         self.conflicts.clear()
+        self._mark_unconfirmed_claims()
         for key in (*self.claims, *self.contended):
             self._update_space(key)
         held_keys = self._held_keys()
@@ -3587,10 +3588,11 @@ class ClaimTable(NoClaims):
                 self.members.unclaimed.add(key)
 
     def _mark_unconfirmed_claims(self) -> None:
-        """Note the claims of this host, at its start, for subnets and addresses that it lacks.
+        """Note the claims of this host for subnets and addresses that the state on disk lacks.
 
-        The lease file may be lost, or older than the claims. Until Docker has been asked whether it
-        uses them, they are not deleted, and not granted here either.
+        The lease file may be lost, or older than the claims, and an adoption may not have reached
+        the disk. So whenever the state was read from disk, such claims are not deleted, and not
+        granted here either, until Docker has been asked whether it uses them.
         """
         if self._is_docker_compared:
             return

@@ -11929,6 +11929,24 @@ class StartTest(ClusterCase):
         host.request_address(f"10.8.0.0/24#{TOKEN}")
         self.assertEqual(self.etcd.claims(), {"10.8.0.0/24": ["one"]})
 
+    def test_claim_outlives_an_adoption_that_did_not_reach_the_disk(self) -> None:
+        """Docker still uses the subnet, and requests an address of it again."""
+        claims = {"10.8.0.0/24": ["one"]}
+        self.etcd.set("claims/10.8.0.0/24", {"hosts": ["one"]})
+        host = self.start("one")
+        pool_id = f"10.8.0.0/24#{TOKEN}"
+        with mock.patch.object(host.store, "append", side_effect=OSError("no disk")):
+            self.assert_refused("no disk", host.request_address, pool_id)
+        self.tell(
+            Settle(("one",)),
+            Claimed(claims),
+            Network("one", "10.8.0.0/25", refused="if Docker does not use it, it is free soon"))
+        host.request_address(pool_id)
+        host.loop.run_in_loop(host.table.on_docker_compared)
+        self.tell(
+            Settle(("one",)),
+            Claimed(claims))
+
     def test_adoption_in_a_shared_subnet_guesses_no_gateway(self) -> None:
         """The first address may be a container's; the claims say which one is the gateway."""
         self.etcd.set(f"claims/{LAN}", {"hosts": ["one", "two"], "shared": True})
