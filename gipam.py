@@ -3197,13 +3197,16 @@ def describe_claim_key(key: str) -> str:
 
 
 def join_claim(claim: Claim | None, own: Claim) -> Claim:
-    """Return the claim in etcd with this host added; own is the claim of this host alone."""
+    """Return the claim in etcd with this host added; own is the claim of this host alone.
+
+    A host that joins the claim of others changes nothing but its hosts.
+    """
     if claim is None:
         return own
     others = claim.other_hosts(own.hosts[0])
-    hosts = tuple(sorted(others + own.hosts))
-    kind = claim.kind if others else own.kind
-    return Claim(hosts, kind, own.is_shared, claim.since_s)
+    if others:
+        return claim._replace(hosts=tuple(sorted(others + own.hosts)))
+    return own._replace(since_s=claim.since_s)
 
 
 def desired_claim(
@@ -3408,8 +3411,8 @@ class NoClaims:
         """Wrap the decision on a pool."""
         yield
 
-    def is_own_shared(self, subnet: Network) -> bool:
-        """Return whether this host has joined the claim of a shared subnet."""
+    def has_shared_claim(self, subnet: Network) -> bool:
+        """Return whether a subnet is claimed as a shared one."""
         return False
 
     def require_claim(self, grant: PoolGrant, outcome: Outcome) -> None:
@@ -3638,7 +3641,8 @@ class ClaimTable(NoClaims):
     def _is_blocked(self, network: Network, is_admitted: bool) -> bool:
         """Return whether the claim of a subnet blocks its space here.
 
-        is_admitted: this host is about to join the claim, or to import the subnet.
+        is_admitted: this host is about to join the claim of a subnet that it does not hold, or to
+        import the subnet.
         """
         key = str(network)
         claim = self.remote_claim(key)
@@ -3648,9 +3652,10 @@ class ClaimTable(NoClaims):
                 return not is_admitted
             return key in self.contended
 
-        # A claim of other hosts blocks, unless they share the subnet with this host.
+        # A claim of other hosts blocks, unless they share the subnet with this host. A subnet that
+        # is held here unshared joins no claim, not even to import another range of it.
         subnet = self.local_subnet(network)
-        is_joined = is_admitted or (subnet is not None and subnet.is_shared)
+        is_joined = is_admitted if subnet is None else subnet.is_shared
         return not (claim.is_shared and is_joined)
 
     def _update_space(self, key: str) -> None:
@@ -3874,10 +3879,13 @@ class ClaimTable(NoClaims):
             if subnet is not None and is_admitted:
                 self._update_blocked(subnet)
 
-    def is_own_shared(self, subnet: Network) -> bool:
-        """Return whether this host has joined the claim of a shared subnet."""
-        key = str(subnet)
-        return self.has_claimed(key) and self.claims[key].is_shared
+    def has_shared_claim(self, subnet: Network) -> bool:
+        """Return whether a subnet is claimed as a shared one.
+
+        It does not matter which hosts have the claim: this one may have been evicted from it.
+        """
+        claim = self.claims.get(str(subnet))
+        return claim is not None and claim.is_shared
 
     def require_claim(self, grant: PoolGrant, outcome: Outcome) -> None:
         """Check that a transaction has claimed the subnet of a pool for this grant.
@@ -4590,7 +4598,7 @@ class Service:
         """
         subnet, sub_pool = require_pool_id(pool_id)
         # In a shared subnet the claims say which address is the gateway.
-        guesses_gateway = not self.claims.is_own_shared(subnet)
+        guesses_gateway = not self.claims.has_shared_claim(subnet)
         records = decide_adoption(
             self.state, pool_id, address, now_s, secrets.token_hex(8), guesses_gateway)
         self._apply_import(subnet, sub_pool, records, outcome)
@@ -4612,8 +4620,11 @@ class Service:
 
     def _apply_import(self, subnet: Network, sub_pool: Network | None,
                       records: Iterator[Record], outcome: Outcome) -> None:
-        """Apply each record before the next is decided, and request that Docker confirms it."""
-        is_shared = self.claims.is_own_shared(subnet)
+        """Apply each record before the next is decided, and request that Docker confirms it.
+
+        A pool is shared if the claim of its subnet is, whichever hosts have made it.
+        """
+        is_shared = self.claims.has_shared_claim(subnet)
         with self.claims.deciding(subnet, sub_pool, subnet.version, True, outcome):
             for record in records:
                 address = record.address if isinstance(record, AddressGrant) else ""

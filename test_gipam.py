@@ -4586,6 +4586,10 @@ class DesiredClaimTest(unittest.TestCase):
         both = claim_of("one", "two", kind="gateway")
         self.assert_desired(both, claim_of("two", kind="gateway"), own=endpoint)
 
+    def test_subnet_that_others_share_stays_a_shared_one(self) -> None:
+        shared = claim_of("two", shared=True)
+        self.assert_desired(self.BOTH, shared, own=claim_of("one"))
+
 
 class MembersTest(Case):
     """Presence, and the one grace period after a loss of data."""
@@ -11960,6 +11964,40 @@ class StartTest(ClusterCase):
         host.settle()
         self.assertEqual(json.loads(self.etcd.values[f"claims/{LAN}/192.168.1.1"]), taken)
 
+    def test_subnet_that_only_others_share_by_now_is_adopted_as_a_shared_one(self) -> None:
+        """The host was evicted and its lease file is lost; the claim of others stays shared."""
+        self.start("two")
+        self.tell(
+            Network("two", LAN, shared=True),
+            RequestStep("two", LAN, "192.168.1.1", is_gateway=True),
+            RequestStep("two", LAN, "192.168.1.7"))
+        one = self.start("one")
+        self.pool_ids["one", LAN] = f"{LAN}#{TOKEN}"
+        self.tell(
+            RequestStep("one", LAN, "192.168.1.7", refused="claimed by host two"),
+            RequestStep("one", LAN, "192.168.1.9"))
+        (pool,) = one.state()["pools"]
+        self.assertTrue(pool["is_shared"])
+        self.assertEqual([lease["address"] for lease in pool["addresses"]], ["192.168.1.9"])
+        self.assertTrue(json.loads(self.etcd.values[f"claims/{LAN}"])["shared"])
+        self.tell(
+            Settle(("one", "two")),
+            Conflict("two", LAN, ""),
+            RequestStep("two", LAN, "192.168.1.9", mac="", refused="claimed by host one"),
+            Claimed({LAN: ["one", "two"]}))
+
+    def test_subnet_that_is_held_unshared_does_not_join_the_claim_of_others(self) -> None:
+        """That includes another range of the subnet, which Docker uses and the lease file lacks."""
+        claim = {"hosts": ["two"], "shared": True}
+        host = self.start("one")
+        self.tell(
+            Network("one", LAN, sub_pool="192.168.1.0/25"),
+            Key(f"claims/{LAN}", claim),
+            Conflict("one", LAN, "host two"))
+        self.assert_refused("claimed by host two", host.request_address,
+                            f"{LAN},192.168.1.128/25#{TOKEN}", "192.168.1.130", MAC)
+        self.assertEqual(json.loads(self.etcd.values[f"claims/{LAN}"]), claim)
+
     def test_address_of_a_lost_lease_file_is_free_once_docker_has_been_asked(self) -> None:
         self.etcd.set(f"claims/{LAN}", {"hosts": ["one", "two"], "shared": True})
         self.etcd.set(f"claims/{LAN}/192.168.1.5", {"hosts": ["one"], "kind": "endpoint"})
@@ -12652,10 +12690,29 @@ class SharedTest(TwoHosts):
 
     def test_network_of_a_lost_lease_file_is_imported_as_a_shared_one(self) -> None:
         self.take("one")
+        one = self.lose_lease_file()
+        self.import_endpoint(one, "192.168.1.2")
+        self.assertNotEqual(one.request_address(f"{LAN}#{TOKEN}"), "192.168.1.2/24")
+
+    def test_network_of_a_host_that_was_evicted_is_imported_as_a_shared_one(self) -> None:
+        self.tell(Settle(("one",)))
+        one = self.lose_lease_file(Key(f"claims/{LAN}", {"hosts": ["two"], "shared": True}))
+        self.import_endpoint(one, "192.168.1.2")
+        self.tell(
+            Settle(("two",)),
+            Conflict("two", LAN, ""),
+            RequestStep("two", LAN, "192.168.1.2", refused="claimed by host one"))
+
+    def lose_lease_file(self, *steps: Any) -> Host:
+        """Start host one again without its lease file, after these steps."""
         self.one.crash()
         for name in os.listdir(self.one.directory):
             os.unlink(os.path.join(self.one.directory, name))
-        one = self.start("one", self.one.directory)
+        self.tell(*steps)
+        return self.start("one", self.one.directory)
+
+    def import_endpoint(self, one: Host, address: str) -> None:
+        """Import the network with this address, and check that both are claimed as shared."""
         one.call(
             "Gipam.Adopt",
             Subnet=LAN,
@@ -12663,15 +12720,15 @@ class SharedTest(TwoHosts):
             Name="",
             Seq=0,
             Leases=[{
-                "Address": "192.168.1.2",
+                "Address": address,
                 "Kind": "endpoint",
                 "MAC": "",
                 "Name": "web",
             }])
         self.assertTrue(one.state()["pools"][0]["is_shared"])
         one.settle()
-        self.assertIn(f"{LAN}/192.168.1.2", self.etcd.claims(has_addresses=True))
-        self.assertNotEqual(one.request_address(f"{LAN}#{TOKEN}"), "192.168.1.2/24")
+        self.assertIn(f"{LAN}/{address}", self.etcd.claims(has_addresses=True))
+        self.assertTrue(json.loads(self.etcd.values[f"claims/{LAN}"])["shared"])
 
 
 # === Settings =====================================================================================
