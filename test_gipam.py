@@ -4713,12 +4713,36 @@ class TableTest(unittest.TestCase):
         self.table.apply_result(
             gipam.TransactionResult(gipam.Head("a"), claims, {}, outcome, 0.0))
 
+    def apply_reading(self, is_loss: bool) -> None:
+        """Apply that all claims have been read, as the table has them."""
+        outcome = gipam.Outcome(is_fresh=True)
+        self.table.apply_result(
+            gipam.TransactionResult(gipam.Head("a"), {}, {}, outcome, 0.0, True, is_loss))
+
     def test_only_a_committed_transaction_voids_what_was_sent_before(self) -> None:
         self.table.uncertain.add(f"{LAN}/192.168.1.9")
         self.apply(is_committed=False)
         self.assertTrue(self.table.uncertain)
         self.apply(is_committed=True)
         self.assertFalse(self.table.uncertain)
+
+    def test_loss_leaves_this_host_behind_until_all_is_claimed_again(self) -> None:
+        """The host notices the loss while it serves, long after it has read all claims."""
+        self.apply_reading(is_loss=False)
+        subnets = ("10.8.0.0/24", "10.9.0.0/24")
+        for subnet in subnets:
+            grant = gipam.make_pool_grant(gipam.parse_prefix(subnet), None, TOKEN, 0)
+            self.table.state.apply(grant)
+        claim = claim_of("one", since=0)
+        self.apply(is_committed=True, **dict.fromkeys(subnets, claim))
+        self.assertFalse(self.table.members.is_behind)
+        self.table.apply_claims({subnets[1]: None})
+        self.apply_reading(is_loss=True)
+        self.assertEqual(self.table.members.unclaimed, {subnets[1]})
+        self.assertTrue(self.table.members.is_behind)
+        self.apply(is_committed=True, **{subnets[1]: claim})
+        self.table.reconcile(subnets, gipam.NO_OUTCOME)
+        self.assertFalse(self.table.members.is_behind)
 
     def test_address_of_others_is_not_chosen_though_this_host_wrote_its_claim(self) -> None:
         """A request for any address may also write the claim of a gateway that this host leaves."""
@@ -11870,8 +11894,10 @@ class LossTest(TwoHosts):
         self.tell(Network("one", "10.8.0.0/24"))
 
     def test_grace_period_lasts_until_each_host_has_claimed_again_all_that_it_holds(self) -> None:
-        """Neither the number of claims nor requests meanwhile end the grace period early."""
-        self.patch(gipam, GRACE_PERIOD_S=1.0)
+        """Neither the number of claims nor requests meanwhile end the grace period early.
+
+        Claiming everything again takes several times the grace period that follows.
+        """
         held = [f"10.9.{number}.0/24" for number in range(3 * gipam.CLAIMS_PER_TRANSACTION)]
         for subnet in held:
             self.tell(Network("one", subnet))
@@ -11881,7 +11907,7 @@ class LossTest(TwoHosts):
         reconcile = self.one.table.reconcile
 
         def be_slow(*arguments: Any) -> None:
-            time.sleep(0.1)
+            time.sleep(gipam.GRACE_PERIOD_S)
             reconcile(*arguments)
 
         with mock.patch.object(self.one.table, "reconcile", be_slow):
