@@ -9892,9 +9892,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
     words = normalise_arguments(arguments)
     names = [word for word in words if not word.startswith("-")]
+    meta_commands = []
     while names and names[0] in META_COMMANDS:
         words.remove(names[0])
-        words.append("--" + names.pop(0))
+        meta_commands.append("--" + names.pop(0))
+    words += meta_commands
+    surplus = names if "--version" in meta_commands else names[1:]
+    if meta_commands and surplus:
+        raise UsageError(f"unexpected argument {surplus[0]!r}; see `gipam --help`")
     name = "serve"
     if names and (names[0] in COMMANDS or "--help" in words):
         name = names[0]

@@ -13773,13 +13773,15 @@ class HelpTest(CommandLineCase):
                 self.assertRegex(done.out, f"\n  {name} +[A-Z]")
 
     def test_help_fits_the_terminal(self) -> None:
-        """The help is wrapped to fit, except for the examples."""
+        """The help is wrapped to fit; the examples need 80 columns."""
         for columns in (60, 80, 200):
             for name in gipam.COMMANDS:
                 done = self.run_main(name, "--help", COLUMNS=str(columns))
-                text, _, _ = done.out.partition("\nexamples:\n")
+                text, _, examples = done.out.partition("\nexamples:\n")
                 for line in text.splitlines():
                     self.assertLess(len(line), columns)
+                for line in examples.splitlines():
+                    self.assertLess(len(line), 80)
 
     def test_help_of_a_command_has_its_own_arguments_and_examples(self) -> None:
         for name, command in gipam.COMMANDS.items():
@@ -13810,6 +13812,8 @@ class HelpTest(CommandLineCase):
         ("check fix", "unexpected argument 'fix': did you mean --fix?"),
         ("config -colour=red", "see `gipam config --help`"),
         ("-v4", "-v4 needs a value; see `gipam --help`"),
+        ("help check extra", "unexpected argument 'extra'; see `gipam --help`"),
+        ("version extra", "unexpected argument 'extra'; see `gipam --help`"),
         ("release", "the following arguments are required: POOL; see `gipam release --help`"),
         ("-unix yes", "-unix takes true or false (or 1, 0, t, f), or no value: not 'yes'"),
         ("config --unix no", "-unix takes true or false (or 1, 0, t, f), or no value: not 'no'"),
