@@ -1632,12 +1632,16 @@ class PoolRequest(NamedTuple):
 
 
 class AddressRequest(NamedTuple):
-    """A request for the address of a container, a gateway, or an auxiliary address."""
+    """A request for the address of a container, a gateway, or an auxiliary address.
+
+    An import names every address, but is_explicit only those that a user has named to Docker.
+    """
 
     address: str  # bare, or "": any
     kind: str
     mac: str
     name: str
+    is_explicit: bool = False  # the user named the address
 
 
 def decide_pool(state: State, request: PoolRequest, routes: list[Range], now_s: int,
@@ -1829,7 +1833,7 @@ def decide_address(pool: Pool, request: AddressRequest, now_s: int, start: int |
         raise Unavailable(f"no available addresses on this pool: all {pool.capacity()} of "
                           f"{pool.sub_pool or subnet.network} are held{where}")
     return AddressGrant(pool.pool_id, pool.address_at(offset), request.kind, request.mac,
-                        request.name, now_s, cursor, is_explicit=bool(request.address))
+                        request.name, now_s, cursor, request.is_explicit)
 
 
 def choose_offset(pool: Pool, owners: Iterable[str], start: int | None = None,
@@ -4812,6 +4816,13 @@ class Arguments(Dict[str, Any]):
         except ValueError:
             raise InvalidRequest(f"invalid address: {text!r} is not a bare IP address") from None
 
+    def flag(self, key: str) -> bool:
+        """Return a boolean, False if it is missing."""
+        value = self.get(key, False)
+        if not isinstance(value, bool):
+            raise InvalidRequest(f"{key} is not true or false: {quote_value(value)}")
+        return value
+
     def seq(self) -> int:
         """Return the sequence number of a change."""
         value = self.get("Seq")
@@ -5024,7 +5035,7 @@ def handle_request_address(service: Service, arguments: Arguments,
     if options.get("RequestAddressType") == "com.docker.network.gateway":
         kind = GATEWAY
 
-    request = AddressRequest(address, kind, mac, name)
+    request = AddressRequest(address, kind, mac, name, is_explicit=bool(address))
     record, prefixlen = service.request_address(pool_id, request, outcome)
     return {"Address": f"{record.address}/{prefixlen}", "Data": {}}, record
 
@@ -5075,7 +5086,7 @@ def parse_leases(leases: Any) -> list[AddressRequest]:
         if kind not in LEASE_KINDS:
             raise InvalidRequest(f"Kind is not one of {', '.join(LEASE_KINDS)}: {kind!r}")
         requests.append(AddressRequest(fields.text("Address"), kind, fields.text("MAC"),
-                                       fields.text("Name")))
+                                       fields.text("Name"), fields.flag("Explicit")))
     return requests
 
 
@@ -6533,6 +6544,7 @@ class DockerAllocation(NamedTuple):
     pool_name: str = ""  # gipam.name
     has_hidden_gateway: bool = False
     routed_option: str = ""  # network option that would turn off masquerading
+    is_explicit: bool = False  # the user named the address
 
     @property
     def key(self) -> tuple[str, str]:
@@ -6564,7 +6576,10 @@ def size_hints_of(subnet: str) -> set[str]:
 
 
 def container_allocations(container: Json) -> Iterator[tuple[str, DockerAllocation]]:
-    """Yield (network id, allocation) of each address of a container, and of its gateway."""
+    """Yield (network id, allocation) of each address of a container, and of its gateway.
+
+    An address is explicit if IPAMConfig has one of its family, which the user named (--ip, --ip6).
+    """
     names = container.get("Names") or ["/" + container["Id"][:12]]
     name = printable(names[0][1:])
     settings = container.get("NetworkSettings") or {}
@@ -6572,15 +6587,17 @@ def container_allocations(container: Json) -> Iterator[tuple[str, DockerAllocati
         network_id = endpoint.get("NetworkID")
         mac = printable(endpoint.get("MacAddress") or "")
         docker_id = endpoint.get("EndpointID") or container["Id"]
-        for address_key, length_key, gateway_key in (
-                ("IPAddress", "IPPrefixLen", "Gateway"),
-                ("GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPv6Gateway")):
+        named: Json = endpoint.get("IPAMConfig") or {}
+        for address_key, length_key, gateway_key, named_key in (
+                ("IPAddress", "IPPrefixLen", "Gateway", "IPv4Address"),
+                ("GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPv6Gateway", "IPv6Address")):
             address = endpoint.get(address_key)
             if address:
                 subnet = str(parse_prefix(f"{address}/{endpoint[length_key]}", mask=True))
                 yield network_id, DockerAllocation(GATEWAY, endpoint.get(gateway_key) or "", subnet)
                 yield network_id, DockerAllocation(ENDPOINT, address, subnet, container=name,
-                                                   mac=mac, docker_id=docker_id)
+                                                   mac=mac, docker_id=docker_id,
+                                                   is_explicit=bool(named.get(named_key)))
 
 
 ApiVersion = Tuple[int, ...]
@@ -6649,7 +6666,8 @@ class DockerNetwork:
                     break
             yield pool._replace(
                 kind=allocation.kind, address=text, container=allocation.container,
-                mac=allocation.mac, docker_id=allocation.docker_id or pool.docker_id)
+                mac=allocation.mac, docker_id=allocation.docker_id or pool.docker_id,
+                is_explicit=allocation.is_explicit)
 
     def has_hidden_gateway(self, version: int) -> bool:
         """Return whether a subnet of the family has a gateway that the API does not show.
@@ -7118,7 +7136,7 @@ def import_missing(finding: Finding, post: Post) -> int:
     leases = []
     for user in order_for_import(pool, finding.missing):
         leases.append({"Address": user.address, "Kind": user.kind, "MAC": user.mac,
-                       "Name": user.container})
+                       "Name": user.container, "Explicit": user.is_explicit})
     # A pool without leases is imported by one request, too.
     chunks = chunks_of(leases, MAX_IMPORT_LEASES) or [[]]
     for chunk in chunks:

@@ -6465,7 +6465,7 @@ CALLS: dict[str, dict[str, Any]] = {  # that take arguments
     "/IpamDriver.ReleaseAddress": {"PoolID": "x", "Address": "10.0.0.1"},
     "/Gipam.Release": {"PoolID": "x", "Address": "10.0.0.1", "Seq": 1},
     "/Gipam.Adopt": {"Subnet": "10.9.0.0/24", "SubPool": "", "Name": "", "Seq": 1, "Leases": [
-        {"Address": "10.9.0.9", "Kind": "endpoint", "MAC": "", "Name": ""}]},
+        {"Address": "10.9.0.9", "Kind": "endpoint", "MAC": "", "Name": "", "Explicit": False}]},
 }
 OPTIONS = {  # that gipam reads; it ignores others
     "/IpamDriver.RequestAddress": (gipam.ENDPOINT_NAME, gipam.ENDPOINT_MAC),
@@ -9154,6 +9154,8 @@ class FakeDocker:
         endpoints = {}
         for network in networks:
             endpoint = self.make_endpoint(name, network, mac)
+            if address:
+                endpoint["IPAMConfig"] = {"IPv4Address": address}
             endpoints[network] = endpoint
             for version, (address_key, length_key) in ADDRESS_KEYS.items():
                 if (network, version) not in self.pool_ids:
@@ -9223,7 +9225,8 @@ class FakeDocker:
         """Show a container as stopped, with its networks but without addresses in them."""
         empty = {}
         for network, endpoint in self.containers[name]["NetworkSettings"]["Networks"].items():
-            empty[network] = {**ENDPOINT, "NetworkID": endpoint["NetworkID"]}
+            kept = {key: endpoint[key] for key in ("NetworkID", "IPAMConfig")}
+            empty[network] = {**ENDPOINT, **kept}
         self.containers[name] = {**self.container(name, empty), **NOT_RUNNING}
 
     def endpoint(self, container: str, network: str = "web") -> dict[str, Any]:
@@ -9507,6 +9510,22 @@ class AllocationsTest(OperatedCase):
                 self.docker.containers.clear()
                 self.docker.remove_network("web")
                 self.assertEqual(self.allocations(), {})
+
+    def test_addresses_that_the_user_named(self) -> None:
+        """IPAMConfig has values seen on dockerd 26.1.5 and 28.5.2, and one with empty text."""
+        self.docker.make_network("web", "4", "6")
+        self.docker.start("one", "web")
+        for shown, named in (
+                (None, set()),
+                ({}, set()),
+                ({"IPv4Address": "", "IPv6Address": ""}, set()),
+                ({"IPv4Address": "10.2.0.2"}, {"10.2.0.2"}),
+                ({"IPv6Address": "2001:DB8:0:100:0::02"}, {"2001:db8:0:100::2"})):
+            with self.subTest(shown):
+                self.docker.endpoint("one")["IPAMConfig"] = shown
+                ours = self.read_docker().ours
+                explicit = {allocation.address for allocation in ours if allocation.is_explicit}
+                self.assertEqual(explicit, named)
 
     def test_networks_as_docker_shows_them(self) -> None:
         """The cases were seen on dockerd 26.1.5. Subnets without allocations were not requested."""
@@ -10568,6 +10587,22 @@ class ImportAtStartTest(ImportCase):
         self.assertIn(late["IPAddress"], held["10.2.0.0/24"])
         findings = "\n".join(self.check())
         self.assertRegex(findings, r"\A(leaked_address: .*\n?){3}\Z")
+
+    def test_address_that_the_user_named_is_given_last_after_the_import(self) -> None:
+        fixed = "10.90.0.2"
+        self.docker.make_network("small", "10.90.0.0/29")
+        self.docker.start("fixed", "small", address=fixed)
+        others = ("c3", "c4", "c5", "c6")
+        for name in others:
+            self.docker.start(name, "small")
+        self.start(has_worker=False)
+        # Of all addresses, this one has rested longest.
+        for name in ("fixed", *others):
+            self.docker.stop(name)
+        for name in others:
+            self.docker.start(name, "small")
+        self.docker.start("fixed", "small", address=fixed)
+        self.assertEqual(self.docker.endpoint("fixed", "small")["IPAddress"], fixed)
 
     def test_import_follows_an_adoption_before_a_crash(self) -> None:
         """The lease file has the pool of the adopted container, but no other container."""

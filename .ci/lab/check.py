@@ -23,6 +23,7 @@ from typing import Any
 from engine import DOCKER, ROUTED, SOCKET, DockerCase, endpoint_addresses
 from machines import DOCKER_DEADLINE_S, main
 
+import gipam
 from test_gipam import ENDPOINT, Client, FakeDocker, wait_until
 
 DOCKER_SOCKET = "/run/docker.sock"
@@ -134,6 +135,16 @@ class FakeDockerTest(DockerCase):
         expected = {**ENDPOINT, **self.fake.since(28, GwPriority=0)}
         expected["IPAMConfig"] = unused["IPAMConfig"]
         self.assertEqual(unused, expected)
+
+    def test_addresses_that_the_user_named(self) -> None:
+        six = ("--subnet", "fd00:9::/64", "--ipv6")
+        self.docker.network("both", "--subnet", "10.10.0.0/24", *six)
+        self.docker.container("four", "both", "--ip", "10.10.0.70")
+        self.docker.container("six", "both", "--ip6", "FD00:9:0::0F")
+        path = self.docker.path(DOCKER_SOCKET)
+        view = gipam.read_docker_allocations(path, "gipam", DOCKER_DEADLINE_S)
+        named = {allocation.address for allocation in view.ours if allocation.is_explicit}
+        self.assertEqual(named, {"10.10.0.70", "fd00:9::f"})
 
 
 class RelayHandler(socketserver.BaseRequestHandler):
@@ -551,6 +562,24 @@ class ImportTest(DockerCase):
         self.docker("rm", "-f", "late")
         self.docker("network", "rm", "late")
         self.assert_imported()
+
+    def test_stopped_container_with_a_fixed_address_keeps_it_after_the_import(self) -> None:
+        """In a network of five addresses, of which it is the first to be released."""
+        fixed = "10.90.0.2"
+        self.docker.network("small", "--subnet", "10.90.0.0/29")
+        self.docker.container("fixed", "small", "--ip", fixed)
+        others = ("c3", "c4", "c5", "c6")
+        for name in others:
+            self.docker.container(name, "small")
+        self.lose_file()
+        self.docker.start_gipam()
+        for name in ("fixed", *others):
+            self.docker("stop", "-t", "0", name)
+        for name in others:
+            # Before Docker 29, a new MAC address makes it another owner.
+            self.docker("start", name)
+        self.docker("start", "fixed")
+        self.assertEqual(self.docker.address("fixed", "small"), fixed)
 
     def test_adoption_is_cut_short_by_a_crash_before_its_checkpoint(self) -> None:
         """The crash leaves the pools of restarted containers held, but not the other containers."""
