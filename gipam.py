@@ -2884,7 +2884,11 @@ class ProxyNeighbours:
         now_s = time.monotonic()
         try:
             if state is not self._state or now_s >= self._next_resync_s:
-                self._resync(state)
+                try:
+                    self._resync(state)
+                finally:
+                    # The interval also follows a comparison that failed: it took as long.
+                    self._min_resync_s = time.monotonic() + RESYNC_INTERVAL_S
             count = min(len(self.pending), PROXY_UPDATES_PER_ITERATION)
             for _ in range(count):
                 entry, is_wanted = self.pending.popitem()
@@ -2922,7 +2926,6 @@ class ProxyNeighbours:
         for entry in present - wanted:
             if any(entry.address in base for base in self._bases):
                 self.pending[entry] = False
-        self._min_resync_s = time.monotonic() + RESYNC_INTERVAL_S
 
     def _report(self) -> None:
         """Log which bases gipam answers for, if that has changed."""
