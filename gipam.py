@@ -8832,6 +8832,7 @@ def open_store(settings: Settings) -> tuple[Config, Store, Json | None, State]:
     store = Store(settings["file"].value)
     if not os.path.isdir(os.path.dirname(store.path)):
         raise settings["file"]._replace(text=store.path).error("its directory does not exist")
+    # Nothing is read before both locks are held: until then, another process may write it.
     store.lock()
     try:
         store.lock_segments()

@@ -3708,6 +3708,29 @@ class LockTest(StoreCase):
         self.assertTrue(sleep.called)
         self.assertEqual(self.read_files()["leases.json.lock"], b"%d\n" % os.getpid())
 
+    def open_behind_first(self, step: str) -> gipam.State:
+        """Return the state that is read if another writes the lease file just before a lock."""
+        directory = make_directory(self)
+        path = os.path.join(directory, "leases.json")
+        state = make_state()
+        write_lease_file(gipam.Store(path, self.calls), state)
+        state.apply(CHANGE)
+        take_lock = getattr(gipam.Store, step)
+
+        def write_and_take_lock(store: gipam.Store) -> None:
+            write_lease_file(gipam.Store(path, self.calls), state)
+            take_lock(store)
+
+        settings = gipam.read_settings({}, argparse.Namespace(file=path))
+        with mock.patch.object(gipam.Store, step, write_and_take_lock):
+            return gipam.open_store(settings)[-1]
+
+    def test_what_the_first_writes_before_it_ends_is_read(self) -> None:
+        """If somebody deleted the lock file, the first still has the locks of the segments."""
+        for step in ("lock", "lock_segments"):
+            with self.subTest(step):
+                self.assertIn(CHANGE.pool_id, self.open_behind_first(step).pools)
+
 
 class CallsTest(StoreCase):
     """The order of system calls, and the failure of each of them."""
