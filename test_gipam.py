@@ -13712,7 +13712,14 @@ class ThreadTest(StoreCase):
         begun = os.path.join(self.directory, "begun")
         daemon = self.daemon(lines=FAILING_THREAD.format(begun=begun))
         daemon.start(stderr=full_pipe(self))
+        assert daemon.process
+        tasks = f"/proc/{daemon.process.pid}/task"
+
+        def has_one_thread() -> bool:
+            return len(os.listdir(tasks)) == 1
+
         wait_until("the thread to begin", os.path.exists, begun)
+        wait_until("the thread to end", has_one_thread)
         daemon.client().request_pool("10.9.0.0/24")
         self.assertEqual(daemon.stop(), 0)
 
