@@ -7842,6 +7842,27 @@ def requests_total(method: str, result: str) -> str:
     return f'requests_total{{method="{method}",result="{result}"}}'
 
 
+def parse_samples(page: str) -> dict[str, float]:
+    """Return the value of each series of a page of metrics, by its name without "gipam_"."""
+    samples: dict[str, float] = {}
+    for line in page.splitlines():
+        if not line.startswith("#"):
+            series, value = line.rsplit(" ", 1)
+            series = series.replace("gipam_", "", 1)
+            assert series not in samples, series
+            samples[series] = float(value)
+    return samples
+
+
+def changed_series(before: dict[str, float], after: dict[str, float]) -> set[str]:
+    """Return the series that have come, gone or changed, except durations of requests."""
+    changed = set()
+    for series, _ in before.items() ^ after.items():
+        if "request_duration_seconds" not in series:
+            changed.add(series)
+    return changed
+
+
 class MetricsTest(Case):
     """GET /metrics: the replies that were delivered, and the state that is on disk."""
 
@@ -7857,14 +7878,7 @@ class MetricsTest(Case):
 
     def samples(self) -> dict[str, float]:
         """Return the value of each series."""
-        text = self.served.ask(self.monitor, METRICS_PAGE).body.decode()
-        samples: dict[str, float] = {}
-        for line in text.splitlines():
-            if not line.startswith("#"):
-                series, value = line.rsplit(" ", 1)
-                self.assertNotIn(series, samples)
-                samples[series.replace("gipam_", "", 1)] = float(value)
-        return samples
+        return parse_samples(self.served.ask(self.monitor, METRICS_PAGE).body.decode())
 
     def assert_samples(self, expected: dict[str, float]) -> None:
         """Check some series."""
@@ -7952,21 +7966,24 @@ class MetricsTest(Case):
 
     def test_after_a_failed_commit_each_shows_what_is_on_disk(self) -> None:
         """In old versions, three requests, one of them answered 503, were counted as three "ok"."""
-        self.call("RequestPool", Pool="10.50.0.0/24")
-        before = self.samples()
-        with self.served.failing_commit():
-            self.assertEqual(self.call("RequestPool"), 503)
-        after = self.samples()
-        failed = requests_total("/IpamDriver.RequestPool", "StoreError")
-        self.assertEqual((before[failed], after[failed]), (0, 1))
-        duration = "request_duration_seconds"
-        self.assertEqual(after[duration + "_count"], before[duration + "_count"] + 2)
-        for series, value in before.items():
-            is_of_requests = series.startswith(("requests_total", duration))
-            if not is_of_requests:
-                with self.subTest(series):
-                    self.assertEqual(after[series], value)
-        self.assertEqual(after[requests_total("/IpamDriver.RequestPool", "ok")], 1)
+        self.make_networks()
+        pool_id = next(iter(self.served.service.state.pools))
+        duration_count = "request_duration_seconds_count"
+        for method, arguments in (
+                ("RequestPool", {}),
+                ("RequestAddress", {"PoolID": pool_id}),
+                ("ReleasePool", {"PoolID": pool_id})):
+            with self.subTest(method):
+                before = self.samples()
+                with self.served.failing_commit():
+                    self.assertEqual(self.call(method, **arguments), 503)
+                after = self.samples()
+                failed = requests_total("/IpamDriver." + method, "StoreError")
+                self.assertEqual((before[failed], after[failed]), (0, 1))
+                # The page of samples before counts, too.
+                self.assertEqual(after[duration_count], before[duration_count] + 2)
+                page = requests_total("/metrics", "ok")
+                self.assertEqual(changed_series(before, after), {failed, page})
 
     def test_disk_that_cannot_be_trusted_has_a_result_of_its_own(self) -> None:
         error = gipam.FatalStoreError("cannot sync")
@@ -11298,6 +11315,11 @@ class Host(Client):
     def is_reconciled(self) -> bool:
         return not self.table.dirty
 
+    def samples(self) -> dict[str, float]:
+        """Return the value of each series of the metrics."""
+        page = gipam.metrics_page(self.service, "")
+        return parse_samples("".join(self.loop.run_in_loop(list, page)))
+
     def has_waiting(self, count: int) -> bool:
         """Return whether this many requests wait for etcd, in the queue or in a transaction."""
         waiting = 0
@@ -12164,6 +12186,20 @@ class EtcdAwayTest(TwoHosts):
             Claimed({}),
             Network("one", name="web", gets="198.18.0.0/24"))
 
+    def test_metrics_show_whether_it_answers_and_each_call(self) -> None:
+        count = "etcd_request_duration_seconds_count"
+        before = self.one.samples()
+        settle = Settle(("one",))
+        self.tell(settle)
+        after = self.one.samples()
+        self.assertGreater(after[count], before[count])
+        self.assertEqual(after["etcd_up"], 1)
+
+        self.tell(EtcdGoesAway(("one",)))
+        self.assertEqual(self.one.samples()["etcd_up"], 0)
+        self.tell(EtcdComesBack(), settle)
+        self.assertEqual(self.one.samples()["etcd_up"], 1)
+
     def test_request_is_refused_within_five_seconds_though_the_thread_is_stuck(self) -> None:
         """The thread may hang in DNS, which has no deadline."""
         self.patch(gipam, TIMER_INTERVAL_S=0.05, ETCD_TIMEOUT_S=0.1)
@@ -12231,6 +12267,27 @@ class EtcdAwayTest(TwoHosts):
                         while label in ("silent", "dripping"):
                             time.sleep(0.02)
                             connection.sendall(b" " if label == "dripping" else b"")
+
+    def test_metrics_after_a_failed_commit_show_what_is_on_disk(self) -> None:
+        """What was claimed for a request that failed is let go."""
+        self.tell(
+            Network("one", "10.9.0.0/24"),
+            Settle(("one",)))
+        (pool_id,) = self.one.service.state.pools
+        for method, arguments in (
+                ("RequestPool", {"Pool": "10.8.0.0/24"}),
+                ("RequestAddress", {"PoolID": pool_id})):
+            with self.subTest(method):
+                before = self.one.samples()
+                self.assertEqual(before['claims{host="one"}'], 1)
+                error = gipam.StoreError("the disk is full")
+                with failing_once(self.one.store, "append", error), \
+                        self.assertLogs("gipam", "ERROR"):
+                    self.assert_refused("the disk is full", self.one.call,
+                                        "IpamDriver." + method, **arguments)
+                self.one.settle()
+                failed = requests_total("/IpamDriver." + method, "StoreError")
+                self.assertEqual(changed_series(before, self.one.samples()), {failed})
 
     def test_call_that_is_not_on_disk_raises_and_leaves_nothing(self) -> None:
         service = self.one.service
