@@ -4414,6 +4414,7 @@ class ProxiesTest(Case):
 
     def test_no_entry_for_an_auxiliary_address_that_looks_like_a_container(self) -> None:
         """Docker before 29 sends no container name, and with -mac false no MAC address."""
+        self.assert_answers()
         self.client.service.has_macs = False
         self.client.request_address(self.pool_id, self.ONE)
         (pool,) = self.client.state()["pools"]
