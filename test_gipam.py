@@ -10729,6 +10729,19 @@ class ImportWorkerTest(ImportCase):
         imported = "INFO:gipam:compared with Docker: imported 15 missing items"
         self.assertEqual(lines[1], imported)
 
+    def test_garbage_is_not_collected_during_an_import(self) -> None:
+        """A collection stops the loop as well: 30 ms beside 20,000 leases of Docker."""
+        is_collecting = []
+
+        def fail(*_: Any) -> None:
+            is_collecting.append(gc.isenabled())
+            raise gipam.Unreachable("no Docker")
+
+        with mock.patch.object(gipam, "import_from_docker", fail):
+            gipam.try_import(self.service, "gipam", DEADLINE_S, mock.Mock(), mock.Mock())
+        self.assertEqual(is_collecting, [False])
+        self.assertTrue(gc.isenabled())
+
     def test_worker_goes_on_after_an_unexpected_exception(self) -> None:
         results = [RuntimeError("a bug"), mock.DEFAULT]
         with mock.patch.object(gipam, "import_from_docker", side_effect=results,

@@ -34,7 +34,16 @@ from etcd import CLIENT_PORT, Etcd, loopback
 from machines import Namespaces
 
 import gipam
-from test_gipam import Daemon, ErrorReply, connect, launcher, request, wait_until
+from test_gipam import (
+    Daemon,
+    ErrorReply,
+    FakeDocker,
+    connect,
+    launcher,
+    make_directory,
+    request,
+    wait_until,
+)
 
 ONE_SYNC_A_REQUEST = """
 class Store(gipam.Store):
@@ -50,6 +59,22 @@ gipam.TIMER_INTERVAL_S = 0.01
 def needs_checkpoint(self):
     return self.store.segment > 0
 gipam.Service.needs_checkpoint = needs_checkpoint
+"""
+# Writes the longest processor time of an iteration of the loop to a file.
+LONGEST_ITERATION = """
+import time
+longest_s = 0.0
+run_once = gipam.EventLoop.run_once
+def measure(self, timeout_s):
+    global longest_s
+    started_s = time.thread_time()
+    run_once(self, timeout_s)
+    spent_s = time.thread_time() - started_s
+    if spent_s > longest_s:
+        longest_s = spent_s
+        with open({path!r}, "w") as file:
+            file.write(str(spent_s))
+gipam.EventLoop.run_once = measure
 """
 # Reads a page and prints its length, in a process of its own, so that it costs the client no time.
 READER = """
@@ -329,6 +354,11 @@ class Fixture:
         seq = max(self.subnets.values()) + 2
         with open(path, "w", encoding="ascii") as file:
             json.dump({"Format": 1, "Seq": seq, "Allocated": pools}, file)
+
+
+def request_nothing(method: str, **_: Any) -> Any:
+    """Refuse a call of a FakeDocker that only shows what it uses."""
+    raise AssertionError(method)
 
 
 class BenchDaemon(Daemon):
@@ -708,6 +738,36 @@ class Bench(unittest.TestCase):
         self.row("  beyond it", beyond, "ms", at_most)
         self.row("  median call then", [statistics.median(times)], "ms")
 
+    # -- an import
+
+    def imports(self) -> None:
+        """Start without a lease file beside a Docker with many containers in one network."""
+        count = 2_000 if self.quick else 20_000
+        subnet = ipaddress.ip_network("172.16.0.0/16")
+        path = os.path.join(make_directory(self), "docker.sock")
+        docker = FakeDocker(self, path, request_nothing)
+        docker.show_network("web", {"Subnet": str(subnet)})
+        for number in range(2, count + 2):
+            name = f"c{number}"
+            endpoint = docker.make_endpoint(name, "web", number.to_bytes(6, "big").hex(":"))
+            endpoint["IPAddress"] = str(subnet[number])
+            endpoint["IPPrefixLen"] = subnet.prefixlen
+            docker.containers[name] = docker.container(name, {"web": endpoint})
+
+        longest_s = []
+        for _ in self.rounds(1, 5):
+            daemon = BenchDaemon(self)
+            figure = daemon.path("longest")
+            patch = LONGEST_ITERATION.format(path=figure)
+            daemon.command = launcher(daemon.directory, patch)
+            daemon.env["DOCKER_HOST"] = "unix://" + path
+            daemon.start().wait_for_log(f"compared with Docker: imported {count + 2} missing items")
+            daemon.kill()
+            with open(figure, encoding="ascii") as file:
+                longest_s.append(float(file.read()))
+        what = f"longest iteration of an import of {count:,} leases, processor time"
+        self.row(what, longest_s, "ms", at_most=5)
+
     # -- several hosts
 
     def several_hosts(self) -> None:
@@ -899,6 +959,7 @@ def main(arguments: list[str]) -> int:
                 runner.many_routes,
                 runner.full_and_crowded,
                 runner.checkpoints,
+                runner.imports,
                 runner.several_hosts,
                 runner.claims_of_others,
                 runner.beside_docker):
