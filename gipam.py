@@ -5907,6 +5907,7 @@ class EventLoop:
     def _poll(self, timeout_s: float) -> None:
         """Wait for events; note which connections and listeners are ready."""
         proxies = self.service.proxies
+        # What the last iteration has left to do does not wait for an event.
         if (self._ready or self._page_queue or self.lost_replies
                 or (proxies and proxies.pending)):
             timeout_s = 0.0

@@ -7723,6 +7723,17 @@ class IterationTest(Case):
         served.run_until("a reply", peer.has_input)
         self.assertEqual(seen[:2], [True, False])
 
+    def test_proxy_entries_that_are_left_do_not_wait_for_events(self) -> None:
+        served = ServedLoop(self)
+        pending = {entry_of("10.2.0.9"): True}
+        served.service.proxies = mock.Mock(pending=pending)
+        with mock.patch.object(served.loop._selector, "select", return_value=[]) as select:
+            served.loop.run_once(1.0)
+            pending.clear()
+            served.loop.run_once(1.0)
+        timeouts_s = [call.args[0] for call in select.call_args_list]
+        self.assertEqual(timeouts_s, [0.0, 1.0])
+
     def test_client_that_has_just_asked_is_not_closed_for_a_new_one(self) -> None:
         self.patch(gipam, MAX_TCP_CONNECTIONS=2)
         served = ServedLoop(self, gipam.Server)
