@@ -11,6 +11,7 @@ import ipaddress
 import itertools
 import json
 import os
+import pathlib
 import select
 import signal
 import socket
@@ -30,6 +31,7 @@ DOCKER_SOCKET = "/run/docker.sock"
 BLIND = "DOCKER_HOST=tcp://192.0.2.1:1"  # gipam cannot reach Docker
 CHURN_S = 60.0
 HOUR_S = 3600
+PAGE_BYTES = 4096  # of a tmpfs
 # Runs gipam and kills it in a request of its import; arguments: which one, the path of gipam.py,
 # gipam's arguments.
 KILLED_IN_IMPORT = """
@@ -502,6 +504,10 @@ class ImportTest(DockerCase):
         for name in glob.glob(self.docker.leases + "*"):
             os.unlink(name)
 
+    def has_logged(self, text: str) -> bool:
+        assert self.docker.gipam is not None
+        return text in self.docker.gipam.read_log()
+
     def assert_imported(self) -> None:
         """Check that gipam holds all addresses in use, and that new containers get none of them."""
         wait_until("the end of the import", self.is_import_done)
@@ -594,6 +600,55 @@ class ImportTest(DockerCase):
         self.docker.stop("gipam", number=signal.SIGKILL)
         self.docker.start_gipam()
         wait_until("the end of the import", self.is_import_done)
+        self.assert_agreement(6)
+        self.docker("rm", "-f", "other")
+        self.assert_imported()
+
+    def start_on_small_disk(self) -> str:
+        """Start gipam without a lease file on a disk of 64 kB; return its path outside."""
+        self.addCleanup(setattr, self.docker, "leases", self.docker.leases)
+        self.lose_file()
+        disk = self.docker.disk + "/small"
+        self.docker.run_lines(f"mkdir {disk}; mount -t tmpfs -o size=64k tmpfs {disk}")
+        self.docker.leases = disk + "/leases.json"
+        self.docker.start_gipam(BLIND)
+        return self.docker.path(disk)
+
+    def fill(self, disk: str) -> None:
+        """Fill the disk, and the last page of the journal but for a pool and at most one lease."""
+        client = Client(self.docker.path(SOCKET))
+        self.addCleanup(client.close)
+        client.release_pool(client.request_pool()[0])
+        lease_file = pathlib.Path(disk, "leases.json")
+        journal = pathlib.Path(disk, "leases.json.journal.1")
+
+        def has_checkpoint() -> bool:
+            return b'"Journal"' in lease_file.read_bytes()
+
+        wait_until("the first checkpoint", has_checkpoint)
+        with open(f"{disk}/filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(512))
+        while -len(journal.read_bytes().rstrip(b"\0")) % PAGE_BYTES > 430:
+            client.release_pool(client.request_pool()[0])
+
+    def test_adoption_is_cut_short_by_a_full_disk(self) -> None:
+        """As soon as the disk has space, the import completes what the adoption began."""
+        self.docker.container("other", "lan", "--ip", "10.9.0.120")
+        disk = self.start_on_small_disk()
+        self.fill(disk)
+        self.assert_refused("No space left", "restart", "-t", "0", "other")
+        held = self.docker.held_by_gipam()
+        self.assertEqual(held.keys(), {"10.9.0.0/24"})
+        self.assertLessEqual(held["10.9.0.0/24"], {"10.9.0.64"})
+
+        self.docker.stop("gipam", number=signal.SIGKILL)
+        self.docker.start_gipam()
+        wait_until("an import in vain", self.has_logged, "not compared with Docker yet")
+        self.assertFalse(self.is_import_done())
+        os.unlink(f"{disk}/filler")
+        wait_until("the end of the import", self.is_import_done)
+        self.docker("start", "other")
         self.assert_agreement(6)
         self.docker("rm", "-f", "other")
         self.assert_imported()
