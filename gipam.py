@@ -316,6 +316,13 @@ class RemoteError(GipamError):
     exit_status = 2
 
 
+class EtcdError(GipamError):
+    """etcd replied with an error, as every endpoint of it would, whatever is claimed.
+
+    It says nothing about the subnet or address that the request was for.
+    """
+
+
 class AlreadyRunning(GipamError):
     """Another process holds the lease file, the socket, an address, or this host's name in etcd."""
 
@@ -4766,7 +4773,7 @@ ENDPOINT_MAC = "com.docker.network.endpoint.macaddress"
 
 # Values of the label "result" in the metrics; they stay as they are when a class is renamed.
 RESULTS = ("ok", "bug", "InvalidRequest", "Forbidden", "Unavailable", "StoreError", "StoreLost")
-RESULT_LABELS = {FatalStoreError: "StoreLost", ShuttingDown: "Stopping", RemoteError: "Refused"}
+RESULT_LABELS = {FatalStoreError: "StoreLost", ShuttingDown: "Stopping", EtcdError: "Refused"}
 
 
 class Reply:
@@ -7122,7 +7129,11 @@ def fix(findings: Iterable[Finding], post: Post) -> int:
 
 @contextlib.contextmanager
 def logged_as_not_fixed(finding: Finding) -> Iterator[None]:
-    """Log that a finding could not be fixed."""
+    """Log that a finding could not be fixed; the others still can.
+
+    An error that does not come from this finding, such as Unavailable or EtcdError, ends the fix,
+    because after it Docker has not been compared.
+    """
     try:
         yield
     except (RemoteError, Forbidden, InvalidRequest) as error:
@@ -7585,7 +7596,7 @@ class EtcdClient:
         """Write keys (None: delete), if the expected keys have these values (None: absent).
 
         The reply has all hosts/ keys; if the transaction failed, also the head and the claim log.
-        Raises: Unavailable, RemoteError.
+        Raises: Unavailable, EtcdError.
         """
         compare = [self._comparison(key, text) for key, text in expected.items()]
         success = [self._write(key, text) for key, text in writes.items()]
@@ -7625,7 +7636,7 @@ class EtcdClient:
     def read_page(self, start: str, revision: int, deadline_s: float) -> EtcdReply:
         """Read at most ETCD_PAGE_KEYS keys from start on, as of a revision (0: the latest).
 
-        Raises: Unavailable, RemoteError.
+        Raises: Unavailable, EtcdError.
         """
         return self._post_any("/v3/kv/range", {
             "key": self._to_key(start),
@@ -7637,7 +7648,7 @@ class EtcdClient:
     def _post_any(self, path: str, body: Json, deadline_s: float) -> EtcdReply:
         """Return the first valid reply. An endpoint that gives none is skipped.
 
-        Raises: Unavailable, RemoteError.
+        Raises: Unavailable, EtcdError.
         """
         while True:
             attempt_deadline_s = min(deadline_s, time.monotonic() + ETCD_ATTEMPT_S)
@@ -7688,7 +7699,7 @@ class EtcdClient:
     def _post(self, path: str, body: Json, deadline_s: float) -> Json:
         """Return the reply of the current endpoint.
 
-        Raises: RemoteError; others, if another endpoint may give a valid reply.
+        Raises: EtcdError; others, if another endpoint may give a valid reply.
         """
         endpoint = self._endpoints[0]
         connection = self._connect(endpoint, deadline_s)
@@ -7715,7 +7726,7 @@ class EtcdClient:
             # The token may have expired.
             self._token = ""
             return self._post(path, body, deadline_s)
-        raise RemoteError(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
+        raise EtcdError(f"etcd at {endpoint} refuses {path}: {printable(text.strip())}")
 
     @staticmethod
     def _read_response(connection: ApiConnection, deadline_s: float) -> tuple[Any, int]:
@@ -7931,7 +7942,7 @@ class ClusterMember:
 
         An unreachable etcd does not delay the start.
         """
-        with contextlib.suppress(Unavailable, RemoteError):
+        with contextlib.suppress(Unavailable, EtcdError):
             self._beat()
 
     def start(self, run_in_loop: RunInLoop, stop_loop: Callable[[], None]) -> None:
@@ -8016,7 +8027,7 @@ class ClusterMember:
     def _beat(self) -> None:
         """Send a heartbeat; count a reading of the members if one is due.
 
-        Raises: AlreadyRunning, Unavailable, RemoteError.
+        Raises: AlreadyRunning, Unavailable, EtcdError.
         """
         interval_s = HEARTBEAT_INTERVAL_S
         if self._table.members.grace_remaining_s() > 0:
@@ -8139,7 +8150,7 @@ class ClusterMember:
     def _commit_by(self, transaction: Transaction, deadline_s: float) -> TransactionResult | None:
         """Return the result of a transaction, None if etcd does not answer by the deadline.
 
-        Raises: RemoteError; AlreadyRunning.
+        Raises: EtcdError; AlreadyRunning.
         """
         try:
             return self._commit(transaction, deadline_s)
@@ -8149,7 +8160,7 @@ class ClusterMember:
     def _commit(self, transaction: Transaction, deadline_s: float) -> TransactionResult:
         """Write the claims and this host's key, if the preconditions hold; return the result.
 
-        Raises: Unavailable, RemoteError; AlreadyRunning.
+        Raises: Unavailable, EtcdError; AlreadyRunning.
         """
         self._let_others_go_first()
         expected_head = transaction.expected_head
@@ -8346,7 +8357,7 @@ class ClusterMember:
     def _read_all(self) -> TransactionResult:
         """Read all claims, and apply them page by page; return a result with the other keys.
 
-        Raises: Unavailable, RemoteError; AlreadyRunning.
+        Raises: Unavailable, EtcdError; AlreadyRunning.
         """
         table = self._table
         sent_s = boottime_s()

@@ -11072,6 +11072,7 @@ class FakeEtcd(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.tokens: set[str] = set()
         self.password = ""  # that it wants, if any
         self.is_away = False
+        self.is_full = False  # its disk quota is used up
         self.closes_each_connection = False
         self.paths: list[str] = []  # of all requests
         self.written: list[dict[str, str]] = []  # by each transaction
@@ -11134,6 +11135,8 @@ class FakeEtcd(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if path == "/v3/kv/txn":
             if max(map(len, body.values())) > 128:  # --max-txn-ops
                 return 400, {"code": 3, "message": "etcdserver: too many operations"}
+            if self.is_full:
+                return 429, {"code": 8, "message": "etcdserver: mvcc: database space exceeded"}
             reply = self.intervene(body) or self.carry_out(body)
         else:
             reply = self.range(body)
@@ -12153,6 +12156,27 @@ class StartTest(ClusterCase):
         # Once Docker has been asked, it is given without etcd too.
         host.loop.run_in_loop(host.table.on_docker_compared)
         self.tell(RequestStep("one", LAN, "192.168.1.5"))
+
+    def test_import_that_etcd_refuses_has_not_compared_with_docker(self) -> None:
+        """So nothing that Docker uses is let go of once etcd takes writes again."""
+        self.etcd.set("claims/10.8.0.0/24", {"hosts": ["one"]})
+        host = self.start("one")
+        network = gipam.DockerAllocation("pool", subnet="10.8.0.0/24", network="web")
+        view = gipam.DockerView([network], [])
+        self.patch(gipam, RECHECK_DELAY_S=0, docker_socket_path=mock.Mock(),
+                   read_docker_allocations=mock.Mock(return_value=view))
+        arguments = (host.service, "gipam", DEADLINE_S, host.loop.run_in_loop,
+                     host.member.run_with_claim)
+        self.etcd.is_full = True
+        with self.assertRaisesRegex(gipam.GipamError, "refuses .* database space exceeded"):
+            gipam.import_from_docker(*arguments)
+        self.assertTrue(host.service.docker_import.is_due)
+        self.etcd.is_full = False
+        self.tell(
+            Settle(("one",)),
+            Claimed({"10.8.0.0/24": ["one"]}))
+        gipam.import_from_docker(*arguments)
+        self.assertEqual(host.state()["pools"][0]["subnet"], "10.8.0.0/24")
 
     def test_start_does_not_wait_for_an_etcd_that_is_away(self) -> None:
         self.patch(gipam, ETCD_TIMEOUT_S=0.5, ETCD_ATTEMPT_S=0.2)
