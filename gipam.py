@@ -3341,9 +3341,13 @@ class Members:
     def on_data_loss(self, keys: Mapping[str, str]) -> None:
         """Start the grace period: wait until every host that was present has written its key."""
         # A restore may have brought back an older key: only a value that differs is a heartbeat.
+        # The key of a present host has just changed, so readings before the loss do not count.
         for host, member in self.by_host.items():
             self.by_host[host] = member._replace(
-                text=keys.get(member.key, ""), is_awaited=host != self.host)
+                text=keys.get(member.key, ""),
+                missed=0 if member.is_present else member.missed,
+                is_awaited=host != self.host,
+            )
         self.update(keys)
         self._behind_s = time.monotonic()
 

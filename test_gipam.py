@@ -4703,6 +4703,18 @@ class MembersTest(Case):
         self.members.on_data_loss({})
         self.assert_grace_ends()
 
+    def test_readings_before_a_loss_do_not_make_an_awaited_host_absent(self) -> None:
+        """The loss has just changed its key, whose value of before they had found."""
+        self.update(two=5)
+        for _ in range(gipam.MISSED_HEARTBEATS - 1):
+            self.members.count_reading()
+        self.members.on_data_loss(self.keys(two=3))
+        for _ in range(gipam.MISSED_HEARTBEATS):
+            self.now_s += 10
+            self.assert_grace(True)
+            self.members.count_reading()
+        self.assert_grace_ends()
+
     def test_awaited_host_that_never_comes_is_absent_some_day(self) -> None:
         self.update(two=1)
         self.members.on_data_loss({})
