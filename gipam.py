@@ -311,7 +311,7 @@ class NotListening(Unreachable):
 
 
 class RemoteError(GipamError):
-    """Docker, the daemon or etcd replied with an error."""
+    """Docker or the daemon replied with an error."""
 
     exit_status = 2
 
@@ -7748,10 +7748,17 @@ class EtcdClient:
         return to_base64(self._prefix + key)
 
 
-def parse_claim_log(text: str | None) -> ClaimLog:
-    """Return the claim log from its text in etcd, [] if the text is malformed."""
+def parse_claim_log(values: Mapping[str, str]) -> ClaimLog:
+    """Return the claim log from its key in etcd, [] if its text is malformed.
+
+    Without a head the log is [] too: a person has deleted the head along with a claim, and the log
+    in etcd does not list that deletion.
+    """
+    if "head" not in values:
+        return []
     try:
-        changes = [(str(before), changed) for before, changed in json.loads(text or "[]")]
+        text = values.get("changes", "[]")
+        changes = [(str(before), changed) for before, changed in json.loads(text)]
     except (ValueError, TypeError, RecursionError):
         return []
     is_valid = all(isinstance(changed, dict) for _, changed in changes)
@@ -8183,7 +8190,9 @@ class ClusterMember:
         for key, claim in transaction.claims.items():
             changed[key] = claim.to_json() if claim else None
             writes[f"claims/{key}"] = encode_json(changed[key]) if claim else None
-        if changed:
+        # The first transaction that finds no head writes one, so that a person who then deletes a
+        # claim can delete the head as well, which tells each host to read all claims.
+        if changed or expected_head.token is None:
             head = Head(secrets.token_hex(8))
             claim_log = self._extended_log(expected_head, changed)
             writes["head"] = head.token
@@ -8299,7 +8308,7 @@ class ClusterMember:
         """Return the changes since the known head, from the claim log or by reading all."""
         is_own_key = self._check_own_key(values)
         head = Head(values.get("head"))
-        claim_log = parse_claim_log(values.get("changes"))
+        claim_log = parse_claim_log(values)
         index = self._find_in_log(head, claim_log)
         log_length = len(claim_log)
         new_changes = 2 * log_length if index is None else log_length - index
@@ -8386,7 +8395,7 @@ class ClusterMember:
         is_own_key = self._check_own_key(other_values)
         is_loss = table.has_joined and (self._has_lost_data or not is_own_key)
         self._has_lost_data = False
-        self._claim_log = parse_claim_log(other_values.get("changes"))
+        self._claim_log = parse_claim_log(other_values)
         self._followed_s = time.monotonic()
         unknown_keys = [key for key in other_values
                         if not re.fullmatch("head|changes|hosts/.*", key, re.DOTALL)]

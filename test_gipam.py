@@ -11484,6 +11484,16 @@ class Key(NamedTuple):
         case.etcd.set(self.key, self.value)
 
 
+class DeletedByHand(NamedTuple):
+    """Step: somebody deletes a key with etcdctl, which writes no new head."""
+
+    key: str
+
+    def run(self, case: ClusterCase) -> None:
+        with case.etcd.lock:
+            case.etcd.put(self.key, "")
+
+
 class EtcdGoesAway(NamedTuple):
     """Step: etcd goes away, and these hosts find out."""
 
@@ -11921,6 +11931,37 @@ class FollowTest(TwoHosts):
             for key in ("10.7.1.0/24", address):
                 value = json.loads(self.etcd.values[f"claims/{key}"])
                 self.assertEqual(value["hosts"], ["one"])
+
+
+    def test_claim_and_head_that_are_deleted_by_hand_reach_each_host(self) -> None:
+        """Also a host that knows an older head, and one that reads the next head."""
+        gone = ["10.9.0.0/24", "10.9.1.0/24", "10.9.2.0/24"]
+        for subnet in gone:
+            self.etcd.claim_for_other(subnet)
+        self.tell(Settle(("one", "two")))
+        self.patch(gipam, HEARTBEAT_INTERVAL_S=DEADLINE_S)
+        self.tell(
+            Settle(("one", "two")),
+            Network("one", "10.1.0.0/24"),
+            *self.deleted_by_hand(gone[0]),
+            Network("two", gone[0]),
+            Network("one", "10.1.1.0/24"),
+            Network("one", "10.1.2.0/24"),
+            *self.deleted_by_hand(gone[1]),
+            Network("one", "10.1.3.0/24"),
+            Network("two", gone[1]),
+            *self.deleted_by_hand(gone[2]),
+            Settle(("one", "two")),
+            *self.deleted_by_hand("10.1.3.0/24"),
+            Settle(("one", "two")))
+        self.assertNotIn(gone[2], self.two.table.claims)
+        self.assertEqual(self.two.table.claims, self.one.table.claims)
+        claims = self.etcd.claims()
+        self.assertEqual(sorted(claims), sorted(self.two.table.claims))
+
+    @staticmethod
+    def deleted_by_hand(subnet: str) -> list[DeletedByHand]:
+        return [DeletedByHand(f"claims/{subnet}"), DeletedByHand("head")]
 
 
 class LossTest(TwoHosts):
