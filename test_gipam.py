@@ -11792,6 +11792,18 @@ class ClaimTest(TwoHosts):
         self.assertGreater(max(pauses), 1.0)
         self.assertLessEqual(max(pauses), 2 * gipam.ETCD_PAUSE_S)
 
+    def test_winner_does_not_pause_while_a_request_has_no_time_for_that(self) -> None:
+        self.patch(gipam, ETCD_PAUSE_S=1.0, ETCD_TIMEOUT_S=2.5)
+        pauses: list[float] = []
+        self.patch(time, sleep=pauses.append)
+        self.etcd.claim_for_other_before("claims/", "10.9.0.0/24")
+        with mock.patch.object(random, "uniform", return_value=1e9):
+            self.tell(
+                Network("one"),
+                Network("one"))
+        longest_s = gipam.ETCD_TIMEOUT_S - gipam.ETCD_PAUSE_S
+        self.assertLess(max(pauses, default=0.0), longest_s)
+
     def test_request_that_others_win_over_each_time_is_refused_in_time(self) -> None:
         self.patch(gipam, ETCD_TIMEOUT_S=0.3)
 
