@@ -8273,6 +8273,7 @@ class ClusterMember:
     def _call_etcd(self, function: Callable[..., EtcdReply], *args: Any) -> EtcdReply:
         """Call etcd; note whether it answers, and whether it has lost data.
 
+        After a failure, whatever it was for, a heartbeat soon shows whether etcd answers again.
         Revisions only grow: a lower one than before means that etcd was restored or replaced.
         Raises: as the function.
         """
@@ -8282,6 +8283,7 @@ class ClusterMember:
             reply = function(*args)
         except GipamError as error:
             failure = str(error)
+            self._beat_within(ETCD_ATTEMPT_S)
             raise
         finally:
             if failure or self._table.failure:

@@ -12314,6 +12314,18 @@ class EtcdAwayTest(TwoHosts):
         self.tell(EtcdComesBack(), settle)
         self.assertEqual(self.one.samples()["etcd_up"], 1)
 
+    def test_end_of_a_failure_is_noticed_before_the_next_heartbeat_is_due(self) -> None:
+        """So it is if the request of a client has failed."""
+        self.patch(gipam, HEARTBEAT_INTERVAL_S=2 * DEADLINE_S)
+        self.tell(
+            Settle(("one",)),
+            EtcdGoesAway(),
+            Network("one", refused="etcd does not answer"),
+            EtcdComesBack())
+        for _ in sleeping_retry("etcd is seen to answer"):
+            if not self.one.table.failure:
+                break
+
     def test_request_is_refused_within_five_seconds_though_the_thread_is_stuck(self) -> None:
         """The thread may hang in DNS, which has no deadline."""
         self.patch(gipam, TIMER_INTERVAL_S=0.05, ETCD_TIMEOUT_S=0.1)
