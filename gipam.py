@@ -6157,12 +6157,18 @@ class EventLoop:
             is_overdue = connection.active_s + REQUEST_TIMEOUT_S < now_s
             if is_overdue and connection.is_busy() and not connection.server.is_unix:
                 self.close(connection)
+        self._expire_etcd_waits()
 
-        self._expire_etcd_waits(ETCD_TIMEOUT_S + 0.5, Unavailable(
+    def _expire_etcd_waits(self) -> None:
+        """Fail requests that have waited too long for etcd, also while gipam stops.
+
+        The etcd thread may be stuck, as in DNS.
+        """
+        self._fail_etcd_waits(ETCD_TIMEOUT_S + 0.5, Unavailable(
             self.service.claims.failure or "etcd does not answer"))
 
-    def _expire_etcd_waits(self, age_s: float, error: GipamError) -> None:
-        """Fail requests that have waited so long for etcd. Its thread may be stuck, as in DNS."""
+    def _fail_etcd_waits(self, age_s: float, error: GipamError) -> None:
+        """Fail requests that have waited so long for etcd."""
         started_before_s = time.perf_counter() - age_s
         for connection in list(self.connections):
             request = connection.current_request
@@ -6226,7 +6232,7 @@ class EventLoop:
         while self.servers:
             self.close_listener(self.servers[0])
         self._run_for(DRAIN_MAX_S)
-        self._expire_etcd_waits(0.0, ShuttingDown())
+        self._fail_etcd_waits(0.0, ShuttingDown())
         self.run_once(0.0)
         for connection in list(self.connections):
             self.close(connection)
@@ -6242,6 +6248,7 @@ class EventLoop:
             if elapsed_s >= (max_s if is_awaited else DRAIN_IDLE_S):
                 break
             self.run_once(0.01)
+            self._expire_etcd_waits()
 
     def close_listener(self, server: Server) -> None:
         """Close a listener. Unless systemd keeps it, first accept its backlog, else it is reset."""

@@ -8109,16 +8109,33 @@ class StopTest(Case):
                 self.assertEqual(stuck.answers(), [])
                 self.assertLess(now_s, 1.5 * gipam.DRAIN_MAX_S)
 
+    def test_request_that_waits_for_etcd_has_no_longer_at_a_stop(self) -> None:
+        self.patch(gipam, ETCD_TIMEOUT_S=0.0)
+        served = ServedLoop(self)
+        submit = served.loop.submit_to_etcd = mock.Mock()
+        peer = served.peer(NEW_POOL)
+        required = gipam.TransactionRequired(mock.sentinel.transaction)
+        with failing_once(served.service, "request_pool", required):
+            for _ in served.iterations("a request at etcd"):
+                if submit.called:
+                    break
+        now_s = self.drain_by_a_clock(served)
+        self.assertEqual(peer.answer().status, 503)
+        self.assertLess(now_s, gipam.DRAIN_MAX_S / 2)
+
     def drain_by_a_clock(self, served: ServedLoop) -> float:
         """Stop the loop by a clock that each iteration advances; return its time at the end."""
         clock = mock.Mock(wraps=time)
         clock.monotonic.side_effect = None
         clock.monotonic.return_value = 0.0
+        clock.perf_counter.side_effect = None
+        clock.perf_counter.return_value = time.perf_counter()
         run_once = served.loop.run_once
 
         def advance(_: float) -> None:
             run_once(0.0)
             clock.monotonic.return_value += 0.01
+            clock.perf_counter.return_value += 0.01
 
         with mock.patch.object(gipam, "time", clock), \
                 mock.patch.object(served.loop, "run_once", advance):
