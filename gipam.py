@@ -5872,7 +5872,7 @@ class EventLoop:
         self.stop_requested = True
         self.wake_up()
 
-    def wake_up(self) -> None:
+    def wake_up(self, *_: Any) -> None:
         """Start an iteration now."""
         with contextlib.suppress(OSError):  # full, or closed
             self._wakeup_sender.send(b"\0")
@@ -6203,6 +6203,19 @@ class EventLoop:
             self.servers.append(server)
         if server.socket.fileno() not in self._selector.get_map():
             self._selector.register(server.socket, selectors.EVENT_READ, server)
+
+    def run_until_done(self, future: concurrent.futures.Future[Any], max_s: float) -> None:
+        """Before run_forever(), run iterations until the future is done, for at most max_s.
+
+        Return earlier if stop() is called or a fatal error occurs.
+        """
+        future.add_done_callback(self.wake_up)
+        end_s = time.monotonic() + max_s
+        while not (future.done() or self.stop_requested or self.service.store.fatal_error):
+            remaining_s = end_s - time.monotonic()
+            if remaining_s <= 0:
+                break
+            self.run_once(remaining_s)
 
     def run_forever(self) -> None:
         """Serve until stop() is called or a fatal error occurs."""
@@ -7894,7 +7907,7 @@ class PendingCall(PendingRequest):
         self._function = function
         self._args = args
         self._error: GipamError | None = None
-        self._future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def _run(self, outcome: Outcome) -> Any:
         try:
@@ -7906,16 +7919,16 @@ class PendingCall(PendingRequest):
     def finish(self, error: GipamError | None) -> None:
         """Wake the thread with the result or the error."""
         failure = error or self._error
-        if self._future.done():
+        if self.future.done():
             return
         if failure:
-            self._future.set_exception(failure)
+            self.future.set_exception(failure)
         else:
-            self._future.set_result(self.result)
+            self.future.set_result(self.result)
 
     def wait(self) -> Any:
         """Wait, and return the function's result. Raises: as the function; StoreError."""
-        return self._future.result()
+        return self.future.result()
 
 
 class ClusterMember:
@@ -7928,8 +7941,10 @@ class ClusterMember:
     MachineId differs stops with AlreadyRunning (see _check_own_key()).
     """
 
-    def __init__(self, service: Service, table: ClaimTable, etcd: EtcdClient) -> None:
-        self._service = service
+    def __init__(self, loop: EventLoop, table: ClaimTable, etcd: EtcdClient) -> None:
+        self._loop = loop
+        self._service = loop.service
+        self._run_in_loop = loop.run_in_loop
         self._table = table
         self._etcd = etcd
         self._token = secrets.token_hex(8)  # of this process
@@ -7947,32 +7962,43 @@ class ClusterMember:
         self._next_reading_s = 0.0
         self._queue: collections.deque[PendingRequest] = collections.deque()
         self._wakeup = threading.Event()
-        self._run_in_loop: RunInLoop = service.run_once
-        self._stop_loop: Callable[[], None] = self._wakeup.set
-        self._thread: threading.Thread | None = None
+        self._start_wait_s = ETCD_TIMEOUT_S  # that is left to the start
         self.name_conflict: AlreadyRunning | None = None
         table.wake_up = self._wakeup.set
 
-    # For other threads
+    # For the start
 
     def join(self) -> None:
-        """Before serving, read all claims and announce this host. Raises: AlreadyRunning.
+        """Start the thread; wait until it has read all claims and announced this host.
 
-        An unreachable etcd does not delay the start.
+        If etcd does not answer in time, the start goes on. If another machine uses the host name,
+        which the thread may find out later, it stops the loop.
+        Raises: AlreadyRunning.
         """
-        with contextlib.suppress(Unavailable, EtcdError):
-            self._beat()
+        thread = threading.Thread(target=self._run, name="etcd", daemon=True)
+        thread.start()
+        try:
+            self.run_before_serving(self._table.heartbeat)
+        except (Unavailable, EtcdError) as error:
+            self._set_failure(str(error))
 
-    def start(self, run_in_loop: RunInLoop, stop_loop: Callable[[], None]) -> None:
-        """Start the thread; it calls stop_loop() if another machine uses the host name."""
-        self._run_in_loop = run_in_loop
-        self._stop_loop = stop_loop
-        self._thread = threading.Thread(
-            target=self._run,
-            name="etcd",
-            daemon=True,
-        )
-        self._thread.start()
+    def run_before_serving(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run function(*args, outcome) in the loop, from its own thread, before run_forever().
+
+        A start waits for etcd only here, and in all such calls together for at most
+        ETCD_TIMEOUT_S, because the etcd thread may be stuck, as in DNS.
+        Durable: what it changed, on return. Raises: as the function; StoreError; Unavailable.
+        """
+        call = PendingCall(function, *args)
+        self.submit(call)
+        started_s = time.monotonic()
+        self._loop.run_until_done(call.future, self._start_wait_s)
+        self._start_wait_s -= time.monotonic() - started_s
+        if not call.future.done():
+            raise self.name_conflict or Unavailable("etcd has not answered yet")
+        return call.wait()
+
+    # For other threads
 
     def submit(self, request: PendingRequest) -> None:
         """Run the transactions that the request needs, for at most ETCD_TIMEOUT_S."""
@@ -7980,15 +8006,12 @@ class ClusterMember:
         self._wakeup.set()
 
     def run_with_claim(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run function(*args, outcome) in the loop, from another thread, or before start().
+        """Run function(*args, outcome) in the loop, from another thread.
 
         Durable: what it changed, on return. Raises: as the function; StoreError.
         """
         call = PendingCall(function, *args)
-        if self._thread is None:
-            self._run_transactions([call])
-        else:
-            self.submit(call)
+        self.submit(call)
         return call.wait()
 
     # The thread
@@ -8001,7 +8024,7 @@ class ClusterMember:
                 return
             except AlreadyRunning as error:
                 self.name_conflict = error
-                self._stop_loop()
+                self._loop.stop()
                 return
             except GipamError as error:
                 if str(error) != self._table.failure:
@@ -8916,19 +8939,19 @@ class Daemon:
         gc.disable()
         config, store, document, state = open_store(self._settings)
         self._service = make_service(config, store, document, state)
+        self._loop = EventLoop(self._service, self._log_handler.flush)
         # The claims of other hosts are read before anything is granted, and before the import
         # claims what Docker uses.
-        self._member = join_cluster(config, self._service, store)
+        self._member = join_cluster(config, self._loop, store)
         run_with_claim: RunInLoop = self._service.run_once
         if self._member:
-            run_with_claim = self._member.run_with_claim
+            run_with_claim = self._member.run_before_serving
         start_import(config, self._service, document, run_with_claim)
         # The garbage collector need not visit these leases again: 270 ms for a million.
         gc.freeze()
         gc.enable()
 
         # From here on a signal ends the loop, so that the paths published below are removed.
-        self._loop = EventLoop(self._service, self._log_handler.flush)
         self._handle_signals()
         self._listen(config)
         # Threads that call the loop, and dockerd, which connects as soon as gipam listens, wait
@@ -8964,7 +8987,6 @@ class Daemon:
         run_with_claim: RunInLoop = run_in_loop
         if self._member:
             self._loop.submit_to_etcd = self._member.submit
-            self._member.start(run_in_loop, self._loop.stop)
             run_with_claim = self._member.run_with_claim
         arguments = (self._service, config.driver, run_in_loop, run_with_claim)
         threading.Thread(target=import_worker, args=arguments, name="import", daemon=True).start()
@@ -9074,15 +9096,16 @@ def send_watchdog(service: Service) -> None:
     sd_notify(f"READY=1\nWATCHDOG=1\nSTATUS={status}")
 
 
-def join_cluster(config: Config, service: Service, store: Store) -> ClusterMember | None:
+def join_cluster(config: Config, loop: EventLoop, store: Store) -> ClusterMember | None:
     """Read the claims in etcd, if it is configured. Raises: AlreadyRunning, ConfigError."""
     if not config.etcd:
         return None
     tls = load_tls(config.etcdtls)
+    service = loop.service
     table = ClaimTable(config.host, read_machine_id(store.path), service.state)
     service.claims = table
     client = EtcdClient(config.etcd, tls, f"/gipam/{config.driver}/")
-    member = ClusterMember(service, table, client)
+    member = ClusterMember(loop, table, client)
     member.join()
     return member
 

@@ -11316,20 +11316,19 @@ class Host(Client):
         config, self.store, document, state = gipam.open_store(settings)
         test.addCleanup(self.unlock)
         self.service = gipam.make_service(config, self.store, document, state)
+        self.loop = gipam.EventLoop(self.service)
         machine = machine or gipam.read_machine_id(self.store.path)
         with mock.patch.object(gipam, "read_machine_id", return_value=machine):
-            member = gipam.join_cluster(config, self.service, self.store)
+            member = gipam.join_cluster(config, self.loop, self.store)
         assert member
         assert isinstance(self.service.claims, gipam.ClaimTable)
         self.member = member
         self.table = self.service.claims
-        self.loop = gipam.EventLoop(self.service)
         self.loop.submit_to_etcd = member.submit
         self.path = os.path.join(make_directory(test), "sock")
         self.service.daemon_info = gipam.describe_daemon(config, self.path)
         self.loop.add_listener(gipam.UnixServer(self.path, self.loop))
         test.addCleanup(self.hurry)  # it finds that the loop is over
-        member.start(self.loop.run_in_loop, self.loop.stop)
         self.thread = serve_in_thread(test, self.loop)
         super().__init__(self.path)
         test.addCleanup(self.close)
@@ -12283,6 +12282,54 @@ class StartTest(ClusterCase):
         self.assertIsNone(shown["is_present"])
 
 
+    def test_call_before_serving_makes_its_transactions_too(self) -> None:
+        join = gipam.ClusterMember.join
+
+        def join_and_import(member: gipam.ClusterMember) -> None:
+            join(member)
+            subnet = gipam.parse_prefix("10.9.0.0/24")
+            import_pool = member._service.import_pool
+            member.run_before_serving(import_pool, subnet, None, "", [], 0)
+            self.assertEqual(self.etcd.claims(), {"10.9.0.0/24": ["one"]})
+
+        with mock.patch.object(gipam.ClusterMember, "join", join_and_import):
+            self.start("one")
+
+    def test_start_does_not_wait_for_dns_and_its_calls_have_one_deadline_together(self) -> None:
+        """The thread is stuck there, because DNS has no deadline."""
+        self.patch(gipam, ETCD_TIMEOUT_S=0.3, TIMER_INTERVAL_S=0.05)
+        resolved = threading.Event()
+        self.addCleanup(resolved.set)
+
+        def resolve(*_: Any) -> Any:
+            resolved.wait(DEADLINE_S)
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+        self.patch(socket, getaddrinfo=resolve)
+        self.etcd_url = "http://etcd.example:2379"
+        started_s = time.monotonic()
+        with self.assertLogs("gipam", "WARNING") as logged:
+            host = self.start("one")
+        self.assertLess(time.monotonic() - started_s, DEADLINE_S / 2)
+        self.assertIn("etcd has not answered yet; existing allocations", logged.output[0])
+        self.tell(Network("one", refused="etcd has not answered yet"))
+        with mock.patch.object(host.loop, "run_once", side_effect=AssertionError):
+            self.assertRaises(gipam.Unavailable, host.member.run_before_serving, bool)
+        resolved.set()
+        for _ in sleeping_retry("the error of DNS"):
+            if "name resolution" in host.table.failure:
+                break
+
+    def test_name_that_another_machine_has_ends_a_host_that_etcd_has_kept_waiting(self) -> None:
+        self.patch(gipam, ETCD_TIMEOUT_S=0.3)
+        self.etcd.set("hosts/one", {"machine": "another", "product": ""})
+        with self.etcd.lock:
+            host = self.start("one")
+        host.thread.join(DEADLINE_S)
+        self.assertFalse(host.thread.is_alive())
+        self.assertIsInstance(host.member.name_conflict, gipam.AlreadyRunning)
+
+
 class EtcdAwayTest(TwoHosts):
     """No container of an ordinary subnet waits for etcd."""
 
@@ -12444,17 +12491,6 @@ class EtcdAwayTest(TwoHosts):
             self.assertRaisesRegex(gipam.StoreError, "no disk", import_it)
         self.assertFalse(service.state.pools)
         self.assertEqual(len(import_it()), 1)
-
-    def test_call_before_the_loop_runs_makes_its_transactions_too(self) -> None:
-        subnet = gipam.parse_prefix("10.9.0.0/24")
-
-        def import_and_start(member: gipam.ClusterMember, *_: Any) -> None:
-            import_pool = member._service.import_pool
-            member.run_with_claim(import_pool, subnet, None, "", [], 0)
-
-        with mock.patch.object(gipam.ClusterMember, "start", import_and_start):
-            self.start("three")
-        self.wait_for_claims({"10.9.0.0/24": ["three"]})
 
     def test_claim_that_is_left_to_others_is_not_granted(self) -> None:
         claims = {
