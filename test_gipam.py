@@ -11710,6 +11710,25 @@ class ClaimTest(TwoHosts):
             Network("one", gets="198.18.1.0/24"),
             RequestStep("one", "10.8.0.0/24", "10.8.0.9", refused="claimed by host other"))
 
+    def test_claim_is_applied_in_the_iteration_that_grants_it(self) -> None:
+        """So nothing that happens in the loop comes between the two."""
+        run_in_loop = self.one.member._run_in_loop
+        table = self.one.table
+        differences = []
+
+        def run_and_compare(*arguments: Any) -> Any:
+            result = run_in_loop(*arguments)
+            differences.append(table.differences(list(table.claims)))
+            return result
+
+        self.patch(self.one.member, _run_in_loop=run_and_compare)
+        self.tell(
+            Network("one", "10.9.0.0/24"),
+            Network("one", LAN, shared=True),
+            RequestStep("one", LAN, "192.168.1.9"))
+        self.assertGreater(len(differences), 3)
+        self.assertFalse(any(differences), differences)
+
     def test_several_requests_of_a_host_share_a_transaction(self) -> None:
         """No request gets the subnet of another."""
         paused = threading.Event()
@@ -12079,6 +12098,36 @@ class LossTest(TwoHosts):
             Network("one", refused="nothing new can be claimed"),
             Claimed({"10.9.0.0/24": ["one"]}))
         self.assertTrue(json.loads(keys[0])["is_behind"])
+
+    def test_host_that_is_no_longer_behind_says_so_at_once(self) -> None:
+        self.tell(Network("one", "10.9.0.0/24"))
+        self.two.crash()
+        wait_until("two is absent", self.is_two_absent)
+        self.patch(gipam, HEARTBEAT_INTERVAL_S=2 * DEADLINE_S, ETCD_ATTEMPT_S=2 * DEADLINE_S)
+        self.tell(Settle(("one",)))
+        self.lose({})
+        self.tell(
+            Network("one", refused="nothing new can be claimed"),
+            Claimed({"10.9.0.0/24": ["one"]}))
+        for _ in sleeping_retry("it says so"):
+            value = json.loads(self.etcd.values["hosts/one"])
+            if not value["is_behind"]:
+                break
+
+    def is_two_absent(self) -> bool:
+        return self.one.table.is_present("two") is False
+
+    def test_end_of_a_grace_period_is_noticed_before_the_next_heartbeat_would_be_due(self) -> None:
+        key = "hosts/other"
+        self.tell(
+            Key(key, {"is_behind": True}),
+            Settle(("one",)))
+        self.patch(gipam, HEARTBEAT_INTERVAL_S=2 * DEADLINE_S)
+        self.tell(
+            Settle(("one",)),
+            Network("one", refused="waiting for other"),
+            Key(key, {"is_behind": False}))
+        wait_until("the grace period is over", self.one.is_grace_over)
 
     def test_start_without_a_loss_claims_at_once(self) -> None:
         self.tell(Network("one", "10.9.0.0/24"))
@@ -12508,6 +12557,8 @@ class EtcdAwayTest(TwoHosts):
                 self.assertLogs("gipam", "ERROR") as logged:
             self.tell(Network("one", refused="internal error of gipam: see its log"))
             wait_until("the traceback is logged", getattr, logged, "output")
+        # The thread pauses after an exception.
+        self.patch(gipam, ETCD_TIMEOUT_S=DEADLINE_S)
         self.tell(Network("one", gets="198.18.0.0/24"))
 
     def test_request_whose_peer_has_gone_leaves_no_pool(self) -> None:
@@ -12561,6 +12612,7 @@ class PresenceTest(TwoHosts):
     def test_host_whose_name_is_taken_ends(self) -> None:
         self.tell(Key("hosts/one", {"machine": "another", "product": ""}))
         self.one.thread.join(DEADLINE_S)
+        self.assertFalse(self.one.thread.is_alive())
         conflict = self.one.member.name_conflict
         self.assertIsInstance(conflict, gipam.AlreadyRunning)
         assert conflict
