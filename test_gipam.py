@@ -11318,8 +11318,11 @@ class Host(Client):
         self.service = gipam.make_service(config, self.store, document, state)
         self.loop = gipam.EventLoop(self.service)
         machine = machine or gipam.read_machine_id(self.store.path)
+        threads = set(threading.enumerate())
         with mock.patch.object(gipam, "read_machine_id", return_value=machine):
             member = gipam.join_cluster(config, self.loop, self.store)
+        started = set(threading.enumerate()) - threads
+        self.etcd_threads = [thread for thread in started if thread.name == "etcd"]
         assert member
         assert isinstance(self.service.claims, gipam.ClaimTable)
         self.member = member
@@ -11350,9 +11353,9 @@ class Host(Client):
 
     def end_thread(self) -> None:
         """Wait until the thread of etcd has seen that its loop is over."""
-        assert self.member._thread
-        self.member._thread.join(DEADLINE_S)
-        assert not self.member._thread.is_alive()
+        (thread,) = self.etcd_threads
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
 
     def hurry(self) -> None:
         """Have the host look at etcd now."""
