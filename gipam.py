@@ -4114,8 +4114,7 @@ class SharedSubnets:
         """
         subnet = pool.subnet
         is_away = bool(outcome.error or self._table.failure)
-        is_explicit = bool(request.address)
-        if not is_explicit:
+        if not request.address:
             if request.kind == GATEWAY:
                 address = self._choose_remote_gateway(subnet)
             else:
@@ -4130,7 +4129,7 @@ class SharedSubnets:
             self._table.require_fresh("", outcome)
             raise
         self._require_claim(subnet.network, grant, is_away, outcome)
-        return grant._replace(is_explicit=is_explicit)
+        return grant
 
     def foreign_claim(self, key: str, kind: str) -> Claim | None:
         """Return the claim of other hosts that conflicts with an address of this kind, or None."""
