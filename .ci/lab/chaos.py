@@ -12,6 +12,7 @@ import glob
 import ipaddress
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from cluster import CHAOS_S, HEARTBEAT_S, MAC, PREFIX, QUIET_S, Chaos, Host, Sit
 from etcd import make_certificates
 from machines import main
 
+import gipam
 from test_gipam import ErrorReply, choose_seeds, make_directory, wait_until
 
 SHIFTED_CLOCK = "import time; now = time.time; time.time = lambda: now() + {}"
@@ -370,7 +372,8 @@ class EvictTest(SiteCase):
         done = self.there.command("evict", "here", "--yes")
         self.assertIn("is alive", done.stderr)
         self.site.evict(self.here, self.there)
-        self.assertIn(claimed, self.there.daemon.read_log(), "the evicted claim is logged")
+        (evicted,) = re.findall("evicted here, .*", self.there.daemon.read_log())
+        self.assertIn(gipam.describe_claim_key(claimed), evicted)
         subnet, _, address = claimed.rpartition("/")
         if "/" in subnet:
             given = self.there.client.request_address(self.other, address, MAC)
