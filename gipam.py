@@ -3139,19 +3139,6 @@ def parse_json_object(text: str | None) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def parse_contended_keys(text: str) -> list[str]:
-    """Return the keys that the value of a hosts/HOST lists as held without a claim."""
-    listed = parse_json_object(text).get("contended")
-    if not isinstance(listed, list):
-        return []
-    keys = []
-    for key in listed:
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-            parse_claim_key(key)
-            keys.append(key)
-    return keys
-
-
 def parse_claim(value: Any) -> Claim | None:
     """Return the claim of a JSON value, None for null.
 
@@ -3202,6 +3189,26 @@ def parse_claim_key(key: str) -> tuple[Network, str]:
     if key != canonical:
         raise ValueError(f"{key!r} is not how gipam writes it")
     return network, address
+
+
+def is_claim_key(key: str, known: Container[str]) -> bool:
+    """Return whether gipam could have written the key of a claim; those known need no parsing."""
+    try:
+        if key not in known:
+            parse_claim_key(key)
+    except ValueError:
+        return False
+    return True
+
+
+# Each transaction returns the keys of all hosts, of which few have changed.
+@functools.lru_cache(ETCD_PAGE_KEYS)
+def parse_contended_keys(text: str) -> tuple[str, ...]:
+    """Return the keys that the value of a hosts/HOST lists as held without a claim."""
+    listed = parse_json_object(text).get("contended")
+    if not isinstance(listed, list):
+        return ()
+    return tuple(key for key in listed if isinstance(key, str) and is_claim_key(key, ()))
 
 
 def describe_claim_key(key: str) -> str:
@@ -3465,7 +3472,7 @@ class NoClaims:
 
 
 class ClaimTable(NoClaims):
-    """The claims of all hosts as of a head, the space that they block here, and the wanted ones.
+    """The claims of all hosts as of a head, and the space that they block here.
 
     A grant of a subnet passes require_claim(), one of an address in a shared subnet
     SharedSubnets.decide(). Records of this host arrive by on_record(), changes in etcd by
@@ -3724,8 +3731,8 @@ class ClaimTable(NoClaims):
         keys = self.address_keys.setdefault(network, {})
         offsets = self.remote_addresses.setdefault(network, OffsetBitmap())
         offset = parse_address(address, network.version) - int(network[0])
-        is_contended = key in self.contended and self.own_claim(key) is None
-        if self.remote_claim(key) is not None or key in self.unconfirmed or is_contended:
+        is_claimed = self.remote_claim(key) is not None
+        if is_claimed or key in self.unconfirmed or key in self.contended:
             offsets.add(offset)
         else:
             offsets.discard(offset)
@@ -4674,8 +4681,9 @@ class Checkpoint:
     """Writes the state to the lease file, and removes the journal segments that it replaces.
 
     The checkpoint thread only writes the temporary file. Each step that reads the state, or changes
-    a file name, is short and runs in the loop, so that no request waits long. A
-    checkpoint loses no change: a new segment is started before the state is copied, and the old
+    a file name, is short and runs in the loop, so that no request waits long.
+
+    A checkpoint loses no change: a new segment is started before the state is copied, and the old
     segments are removed only after the lease file with their changes is in place.
     """
 
@@ -5444,7 +5452,7 @@ class RequestReader:
     def __init__(self) -> None:
         self.received = bytearray()  # not yet taken
         self.scanned = 0  # bytes of it in which no head ends
-        self.body_length = -1  # of a request whose head was taken
+        self.body_length = -1  # of the request being read, else -1
         self.is_eof = False  # the client will send nothing more
 
     def has_begun(self) -> bool:
@@ -5777,7 +5785,7 @@ class Server(socketserver.TCPServer):
     allow_reuse_address = True
     request_queue_size = BACKLOG
     is_unix = False
-    is_fd_stored = False  # whether systemd keeps the socket meanwhile
+    is_fd_stored = False  # systemd keeps the socket over a restart
 
     def __init__(self, address: Any, loop: EventLoop, listener: socket.socket | None = None,
                  paths: frozenset[str] = frozenset()) -> None:
@@ -6861,7 +6869,7 @@ class Holding(NamedTuple):
     kind: str = "pool"
     container: str = ""
     mac: str = ""
-    foreign_claim: str = ""  # of a pool: hosts that claimed its subnet
+    foreign_claim: str = ""  # of a pool: other hosts that claimed it
 
     @property
     def key(self) -> Key:
@@ -7782,16 +7790,6 @@ def parse_claim_log(values: Mapping[str, str]) -> ClaimLog:
         return []
     is_valid = all(isinstance(changed, dict) for _, changed in changes)
     return changes if is_valid else []
-
-
-def is_claim_key(key: str, known: Container[str]) -> bool:
-    """Return whether gipam could have written the key of a claim; those known need no parsing."""
-    try:
-        if key not in known:
-            parse_claim_key(key)
-    except ValueError:
-        return False
-    return True
 
 
 def load_tls(directory: str) -> ssl.SSLContext:

@@ -12959,15 +12959,18 @@ class SharedTest(TwoHosts):
         self.patch(gipam, ETCD_TIMEOUT_S=DEADLINE_S)
         self.tell(RequestStep("one", LAN, "192.168.1.1", is_gateway=True))
 
-    def test_address_that_etcd_may_have_been_asked_to_delete_is_not_relied_upon(self) -> None:
-        """A request to delete may be on its way for long, unless a later one has succeeded."""
-        self.patch(gipam, ETCD_TIMEOUT_S=0.3, HEARTBEAT_INTERVAL_S=DEADLINE_S)
+    def lose_connection(self, _: Any) -> None:
+        """Have etcd go away before this transaction."""
+        self.etcd.go_away()
+        raise ConnectionError
+
+    def release_with_a_late_deletion(self) -> list[dict[str, Any]]:
+        """Release an address of one; return the deletion of its claim, which etcd has not seen."""
         late: list[dict[str, Any]] = []
 
         def delay(body: dict[str, Any]) -> None:
             late.append(body)
-            self.etcd.go_away()
-            raise ConnectionError
+            self.lose_connection(body)
 
         self.tell(
             RequestStep("one", LAN, "192.168.1.9"),
@@ -12975,6 +12978,12 @@ class SharedTest(TwoHosts):
         self.etcd.before(f"-claims/{LAN}", delay)
         self.tell(Free("one", LAN, "192.168.1.9"))
         wait_until("it is on its way", late.__len__)
+        return late
+
+    def test_address_that_etcd_may_have_been_asked_to_delete_is_not_relied_upon(self) -> None:
+        """A request to delete may be on its way for long, unless a later one has succeeded."""
+        self.patch(gipam, ETCD_TIMEOUT_S=0.3, HEARTBEAT_INTERVAL_S=DEADLINE_S)
+        late = self.release_with_a_late_deletion()
         wait_until("it is away", getattr, self.one.table, "failure")
         self.tell(RequestStep("one", LAN, "192.168.1.9", refused="etcd does not answer"))
         with self.pause_reconciling(self.one):
@@ -12998,25 +13007,13 @@ class SharedTest(TwoHosts):
     def test_address_that_an_earlier_process_may_have_released_is_not_relied_upon(self) -> None:
         """Its request may be on its way until a transaction of the new process succeeds."""
         self.patch(gipam, ETCD_TIMEOUT_S=0.5, HEARTBEAT_INTERVAL_S=DEADLINE_S)
-        late: list[dict[str, Any]] = []
-
-        def delay(body: dict[str, Any]) -> None:
-            late.append(body)
-            self.etcd.go_away()
-            raise ConnectionError
-
-        self.tell(
-            RequestStep("one", LAN, "192.168.1.9"),
-            Settle(("one",)))
-        self.etcd.before(f"-claims/{LAN}", delay)
-        self.tell(Free("one", LAN, "192.168.1.9"))
-        wait_until("it is on its way", late.__len__)
+        late = self.release_with_a_late_deletion()
         self.one.crash()
         self.one.end_thread()
         # The next process reads all claims, and its first transaction does not arrive.
         self.etcd.before(f"-claims/{LAN}", self.drop)
         self.tell(EtcdComesBack())
-        self.etcd.before("hosts/one", delay)
+        self.etcd.before("hosts/one", self.lose_connection)
         one = self.start("one", self.one.directory)
         wait_until("all claims are read", getattr, one.table, "has_joined")
         self.assertTrue(one.table.has_claimed(f"{LAN}/192.168.1.9"))
